@@ -1,0 +1,78 @@
+# `make` builds .venv once and reuses it. Variables: PYTHON, VENV, ARGS (for demo, test, bench), and TORCH and TORCH_ARGS,
+# what pip is told: on a Linux machine without a GPU, TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+# takes the small CPU build where PyPI would give the CUDA one.
+# NO_VENV=1 uses $(PYTHON) as it is, torch included, and installs nothing but this checkout: no network needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+OUT ?= bench/results
+GPU := $(or $(wildcard /dev/nvidia0),$(shell which nvidia-smi 2>/dev/null))
+TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
+TORCH_ARGS ?=
+
+ifneq ($(NO_VENV)$(if $(VENV),,1),)
+  PY := $(PYTHON)
+  STAMPS := build/stamps
+  INSTALL = PIP_BREAK_SYSTEM_PACKAGES=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+else
+  PY := $(VENV)/bin/python
+  STAMPS := $(VENV)/stamps
+  INSTALL = $(PY) -m pip install -q --no-build-isolation -e '.[test]'
+  TORCH_STAMP := $(STAMPS)/torch
+endif
+
+# Spinning OpenMP workers make sub-millisecond ops look a hundred times slower on shared cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help demo test bench lint gpu-test gpu-bench wheel clean
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMPS)/ready ## learn handwritten digits with a capsule router
+	$(PY) -m fastroute demo $(ARGS)
+
+test: $(STAMPS)/ready ## every test that runs without a GPU
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:benchmark -n auto --maxprocesses 4 -m 'not gpu' $(ARGS)
+
+bench: $(STAMPS)/ready ## time the CPU, rewrite docs/benchmarks.md
+	$(PY) -m bench run $(ARGS)
+
+lint: $(STAMPS)/ready ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+gpu-test: $(STAMPS)/ready ## the tests that need an NVIDIA GPU
+	@env -u TRITON_INTERPRET $(PY) -m pytest -q -p no:benchmark -m gpu $(ARGS)
+
+gpu-bench: $(STAMPS)/ready ## time the GPU
+	env -u TRITON_INTERPRET $(PY) -m bench run --gpu --out $(OUT) $(ARGS)
+
+wheel: $(STAMPS)/installed ## one abi3 wheel in dist/
+	rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean: ## everything built here but .venv
+	rm -rf build dist *.egg-info fastroute/_C*.so fastroute/_build_info.json $(STAMPS)/ready
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# ready: the extension matches csrc. installed: the package and its dependencies match pyproject.toml.
+$(STAMPS)/ready: $(STAMPS)/installed $(shell find csrc -type f)
+	@$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(STAMPS)/installed: pyproject.toml setup.py $(TORCH_STAMP)
+	@mkdir -p $(@D)
+	$(INSTALL)
+	@touch $@
+
+$(STAMPS)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -U pip setuptools wheel
+	$(PY) -m pip install -q '$(TORCH)' $(TORCH_ARGS)
+	@mkdir -p $(@D) && touch $@

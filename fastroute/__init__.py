@@ -1,0 +1,11 @@
+"""Routing layers for PyTorch: capsule routing on fused kernels, with plain-PyTorch references."""
+
+from . import ops as ops
+from .capsules import EfficientVectorRouting as EfficientVectorRouting
+from .capsules import credit_assignment as credit_assignment
+from .ops._backends import BackendUnavailable as BackendUnavailable
+from .ops._backends import explain as explain
+from .ops._backends import strict as strict
+from .ops._backends import use_backend as use_backend
+
+__version__ = "0.1.0"

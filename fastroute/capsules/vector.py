@@ -1,0 +1,202 @@
+"""``EfficientVectorRouting``: routing sequences of vectors, Heinsen (2022), "An Algorithm for Routing Vectors in Sequences"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks, efficient_routing
+from ..reference.efficient_routing import Parameters, first_or_next, norm
+
+
+class EfficientVectorRouting(nn.Module):
+    r"""Routes n_inp vectors of width d_inp to n_out vectors of width d_out, in n_iters iterations of routing by agreement.
+
+    In each iteration every output vector predicts the inputs (E-step), each input divides itself over the *outputs* by a
+    softmax of how well it was predicted (D-step), and every output is the sum over *inputs* of votes weighted by net
+    benefit less cost (M-step). Same parameters, names, initial values and order of random draws as
+    ``heinsen_routing.EfficientVectorRouting``: a seed gives the same weights and state dicts load strictly both ways.
+
+    Unlike there, no [n_inp, n_out] array is stored between forward and backward (``docs/vector_routing.md``), padded
+    batches are understood (``lengths``), and an input masked for every output contributes zero instead of NaN.
+
+    Args:
+        n_inp: number of input vectors, or -1 for any number (benefits and costs are then linear in the input vector).
+        n_out: number of output vectors, at least 2.
+        d_inp, d_out: widths of input and output vectors.
+        n_iters: iterations, at least 1.
+        normalize: layer norm (without affine) over each output vector at the end; nothing when d_out is 1.
+        memory_efficient: accepted for compatibility. Votes are never stored unless it is False *and* ``return_dict`` is
+            True, which returns them; results are the same.
+        return_dict: return a dict of the last iteration's arrays, ``phi`` among them, instead of x_out alone. Costs
+            several [..., n_inp, n_out] arrays.
+        device, dtype: of the parameters.
+
+    Shapes:
+        x_inp [..., n_inp, d_inp] of any leading dimensions, none and empty included; output [..., n_out, d_out] in the
+        promoted dtype of x_inp and the parameters, float32 under autocast.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    CONST_ones_over_n_out: Tensor
+
+    def __init__(
+        self,
+        n_inp: int,
+        n_out: int,
+        d_inp: int,
+        d_out: int,
+        n_iters: int = 2,
+        normalize: bool = True,
+        memory_efficient: bool = True,
+        return_dict: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if n_inp != -1 and n_inp < 1:
+            raise ValueError(f"n_inp: expected a positive number of input vectors, or -1 for any number, got {n_inp}")
+        if n_out < 2:
+            raise ValueError(f"n_out: expected at least 2 output vectors, got {n_out}")
+        for name, value in (("d_inp", d_inp), ("d_out", d_out), ("n_iters", n_iters)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        self.n_inp, self.n_out, self.d_inp, self.d_out = n_inp, n_out, d_inp, d_out
+        self.n_iters, self.normalize = n_iters, normalize
+        self.memory_efficient, self.return_dict = memory_efficient, return_dict
+
+        rows = 1 if n_inp == -1 else n_inp
+        factory = {"device": device, "dtype": dtype}
+
+        def normal(*size: int, std: float) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, **factory).normal_(std=std))  # type: ignore[arg-type]
+
+        def zeros(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(size, **factory))  # type: ignore[arg-type]
+
+        # The order of these lines is the order of random draws and of keys in a state dict.
+        self.register_buffer("CONST_ones_over_n_out", torch.ones(n_out, **factory) / n_out)  # type: ignore[arg-type]
+        self.W_A = normal(rows, d_inp, std=2 * d_inp**-0.5)
+        self.B_A = zeros(rows)
+        self.W_F1 = normal(n_out, d_inp, std=1.0)
+        self.W_F2 = normal(d_inp, d_out, std=2 * d_inp**-0.5)
+        self.B_F2 = zeros(n_out, d_out)
+        self.W_G1 = normal(d_out, d_inp, std=d_out**-0.5)
+        self.W_G2 = normal(n_out, d_inp, std=1.0)
+        self.B_G2 = zeros(n_out, d_inp)
+        self.W_S = normal(rows, n_out, std=d_inp**-0.5)
+        self.B_S = zeros(rows, n_out)
+        if n_inp == -1:
+            self.compute_beta_use = nn.Linear(d_inp, n_out, **factory)  # type: ignore[arg-type]
+            self.compute_beta_ign = nn.Linear(d_inp, n_out, **factory)  # type: ignore[arg-type]
+        else:
+            self.beta_use = normal(n_inp, n_out, std=1.0)
+            self.beta_ign = normal(n_inp, n_out, std=1.0)
+
+        # Parameterless submodules that upstream shows in named_modules(); forward does not call them.
+        self.N = nn.LayerNorm(d_out, elementwise_affine=False) if d_out > 1 else nn.Identity()
+        self.f = nn.Sigmoid()
+        self.log_f = nn.LogSigmoid()
+        self.softmax = nn.Softmax(dim=-1)
+
+    def extra_repr(self) -> str:
+        names = ("n_inp", "n_out", "d_inp", "d_out", "n_iters", "normalize", "memory_efficient", "return_dict")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def __repr__(self) -> str:
+        return f"{self._get_name()}({self.extra_repr()})"
+
+    def _parameters_by_name(self) -> Parameters:
+        if self.n_inp == -1:
+            use, ign = self.compute_beta_use, self.compute_beta_ign
+            betas: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = (use.weight, ign.weight, use.bias, ign.bias)
+        else:
+            betas = (self.beta_use, self.beta_ign, None, None)
+        return Parameters(
+            self.W_A, self.B_A, self.W_F1, self.W_F2, self.B_F2, self.W_G1, self.W_G2, self.B_G2,
+            self.W_S, self.B_S, *betas, self.CONST_ones_over_n_out,
+        )  # fmt: skip
+
+    def _check_input(self, x_inp: Tensor) -> None:
+        if not isinstance(x_inp, Tensor):
+            raise TypeError(f"x_inp: expected a tensor, got {type(x_inp).__name__}")
+        shown = _checks.shown(x_inp)
+        if x_inp.dim() < 2:
+            raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {x_inp.dim()} (x_inp is {shown})")
+        _checks.floating("x_inp", x_inp)
+        if x_inp.shape[-1] != self.d_inp:
+            raise ValueError(
+                f"d_inp: expected input vectors of width {self.d_inp}, got {x_inp.shape[-1]} (x_inp is {shown})"
+            )
+        if self.n_inp != -1 and x_inp.shape[-2] != self.n_inp:
+            raise ValueError(f"n_inp: expected {self.n_inp} input vectors, got {x_inp.shape[-2]} (x_inp is {shown})")
+        if x_inp.shape[-2] == 0:
+            raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {shown})")
+        if x_inp.device != self.W_A.device:
+            raise ValueError(
+                f"x_inp: expected a tensor on {self.W_A.device} like the parameters, got one on {x_inp.device}; "
+                "move one of them with .to()"
+            )
+
+    def forward(
+        self, x_inp: Tensor, mask: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
+    ) -> Tensor | dict[str, Tensor | None]:
+        """Route x_inp [..., n_inp, d_inp] to [..., n_out, d_out].
+
+        Args:
+            x_inp: floating point, on the parameters' device.
+            mask: bool, broadcastable to [..., n_inp, n_out]; True = input i may not reach output j. An input masked
+                for every output contributes zero.
+            lengths: integers, one per sample (the leading dimensions of x_inp), from 0 to n_inp: vectors from there on
+                are padding, never read. Each sample then gives exactly what it gives alone at its own length.
+
+        Returns:
+            x_out, or with return_dict the last iteration's a_inp [..., n_inp], V (None, or votes
+            [..., n_inp, n_out, d_out] with memory_efficient=False), pred_x_inp [..., n_out, d_inp], S, R, D_use, D_ign,
+            phi [..., n_inp, n_out] and x_out. With n_iters=1, pred_x_inp and S are None.
+        """
+        self._check_input(x_inp)
+        *batch, n, d = x_inp.shape
+        if mask is not None:
+            _checks.together(("x_inp", x_inp), {"mask": mask})
+            mask = _checks.as_mask(mask, batch, n, self.n_out)
+        if lengths is not None:
+            lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
+        w = self._parameters_by_name()
+        x = x_inp.reshape(-1, n, d)
+        if self.return_dict:
+            found = self._last_iteration(x, w, mask, lengths)
+            return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
+        x_out = efficient_routing(x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
+        return x_out.reshape(*batch, self.n_out, self.d_out)
+
+    def _last_iteration(
+        self, x: Tensor, w: Parameters, mask: Tensor | None, lengths: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """All iterations but the last on the fused op, the last one written out."""
+        kwargs = {"mask": mask, "lengths": lengths}
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, w.W_F2.dtype)
+            x, w = x.to(dtype), Parameters(*(t if t is None else t.to(dtype) for t in w))
+            before = (
+                efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
+                if self.n_iters > 1
+                else None
+            )
+            last = first_or_next(x, before, w, **kwargs)
+            V = None
+            if not self.memory_efficient:
+                scaled = x * x.shape[-2] ** -0.5
+                V = (scaled[:, :, None] * w.W_F1) @ w.W_F2 + w.B_F2
+        S, R, D_use, D_ign, phi = last.assignment
+        return {
+            "a_inp": last.a_inp, "V": V, "pred_x_inp": last.pred_x_inp, "S": S, "R": R, "D_use": D_use, "D_ign": D_ign,
+            "phi": phi, "x_out": norm(last.x_out) if self.normalize else last.x_out,
+        }  # fmt: skip

@@ -1,0 +1,73 @@
+"""Bad input, named: every message gives the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ._backends import is_strict
+
+
+def shown(t: Tensor) -> str:
+    """A tensor's shape as users write it."""
+    return str(list(t.shape))
+
+
+def floating(name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
+
+
+def together(reference: tuple[str, Tensor], others: Mapping[str, Tensor | None]) -> None:
+    """All on one device."""
+    name, x = reference
+    for other, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{other}: expected a tensor on {x.device} like {name}, got one on {t.device}")
+
+
+def shape(name: str, t: Tensor, expected: Sequence[int], axes: str) -> None:
+    if tuple(t.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {list(expected)} ({axes}), got {shown(t)}")
+
+
+def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mask") -> Tensor:
+    """A [B, n, m] view of a mask that broadcasts to [*batch, n, m]."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor (True = ignore), got {mask.dtype}")
+    full = (*batch, n, m)
+    fits = mask.dim() <= len(full) and all(
+        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {list(full)} (..., n_inp, n_out), got {shown(mask)}")
+    if mask.dim() <= 2 or all(size == 1 for size in mask.shape[:-2]):
+        B = 1
+        for size in batch:
+            B *= size
+        return mask.reshape(mask.shape[-2:] if mask.dim() > 1 else mask.shape).expand(B, n, m)
+    return mask.expand(full).reshape(-1, n, m)
+
+
+def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, device: torch.device) -> Tensor:
+    """[B] int64 lengths on ``device``, each in [0, n]: checked on a CPU, clamped on a GPU (checked there too if strict)."""
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device=device)
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if lengths.device != device:
+        raise ValueError(f"lengths: expected a tensor on {device} like x_inp, got one on {lengths.device}")
+    if tuple(lengths.shape) != tuple(batch):
+        raise ValueError(f"lengths: expected one length per sample, shape {list(batch)}, got {shown(lengths)}")
+    lengths = lengths.reshape(-1).to(torch.int64)
+    if lengths.device.type == "cpu" or is_strict():
+        if not torch.compiler.is_compiling() and not isinstance(lengths, torch._subclasses.FakeTensor):
+            bad = int(((lengths < 0) | (lengths > n)).sum())
+            if bad:
+                raise ValueError(
+                    f"lengths: expected values from 0 to {n} (the length of x_inp), got {bad} outside, "
+                    f"the smallest {int(lengths.min())}, the largest {int(lengths.max())}"
+                )
+    return lengths.clamp(0, n)

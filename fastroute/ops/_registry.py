@@ -1,0 +1,23 @@
+"""torch.ops.fastroute: the namespace every op is defined in, with or without the C++ extension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import Library
+
+library = Library("fastroute", "DEF")
+
+
+def define(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, autograd: Any = None
+) -> None:
+    """Register ``fastroute::name`` for every device: its schema, its Python dispatcher, its fake and its gradient."""
+    library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastroute::{name}", fake, lib=library)
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(f"fastroute::{name}", backward, setup_context=setup_context, lib=library)

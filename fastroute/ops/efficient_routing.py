@@ -1,0 +1,373 @@
+"""``efficient_routing``: all iterations of efficient vector routing as one registered op and its gradient.
+
+Heinsen (2022), "An Algorithm for Routing Vectors in Sequences". The passes over the inputs are ``vector_routing``'s
+backends; what is per output ([m, d] and [m, h]) is plain PyTorch. Derived in ``docs/vector_routing.md``.
+Axes: B batch, T iterations, n input vectors, m output vectors, d width of an input vector, h width of an output vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import gram
+from ..reference.efficient_routing import Parameters, input_scale, norm
+from ..reference.step import Grads, Step
+from ._backends import choose, record, requested
+from ._registry import define
+from .vector_routing import autocast_precision, case_of, precision_of
+
+_PARAMETERS = ", ".join(f"Tensor{'?' if name.startswith('bias') else ''} {name}" for name in Parameters._fields)
+_INPUTS = f"Tensor x, {_PARAMETERS}, Tensor? mask, Tensor? lengths, int n_iters, bool normalize, str backend, str precision"
+_N = len(Parameters._fields)
+
+
+def _at(*names: str) -> tuple[int, ...]:
+    return tuple(1 + Parameters._fields.index(name) for name in names)
+
+
+_ROWS = _at("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign", "bias_use", "bias_ign")
+_UNUSED_IN_ONE_ITERATION = _at("W_G1", "W_G2", "B_G2", "W_S", "B_S")
+
+
+class _Call(NamedTuple):
+    """The op's arguments, and what follows from their shapes."""
+
+    x: Tensor
+    w: Parameters
+    mask: Tensor | None
+    lengths: Tensor | None
+    n_iters: int
+    normalize: bool
+    backend: str
+    precision: str
+
+    @classmethod
+    def of(cls, args: Any) -> _Call:
+        return cls(args[0], Parameters(*args[1 : 1 + _N]), *args[1 + _N :])
+
+    @property
+    def acc(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, self.w.W_F2.dtype)
+
+    @property
+    def any_length(self) -> bool:
+        return self.w.bias_use is not None
+
+    @property
+    def uses_gram(self) -> bool:
+        """With linear betas and no mask, sum_i f_i x_i x_i^T [d, d] once is cheaper than the betas' products T times."""
+        m, d = self.w.W_F1.shape
+        return self.any_length and self.mask is None and d <= (2 + self.n_iters) * m
+
+    @property
+    def is_empty(self) -> bool:
+        return self.x.shape[0] == 0
+
+
+class _Saved(NamedTuple):
+    """What the forward pass keeps for the backward pass: nothing with n x m or n x d elements."""
+
+    gate: Tensor  # [B, n]
+    M: Tensor  # [T, B, m, d]
+    p: Tensor  # [T, B, m]
+    y: Tensor  # [T, B, m, h], the output vectors before any norm
+    G: Tensor  # [B, d, d], or [0]
+    g: Tensor  # [B, d + 1], or [0]
+
+
+def _new_saved(call: _Call) -> _Saved:
+    B, n, d = call.x.shape
+    m, h, T = call.w.W_F1.shape[0], call.w.W_F2.shape[1], call.n_iters
+    sizes = [(B, n), (T, B, m, d), (T, B, m), (T, B, m, h), (B, d, d), (B, d + 1)]
+    if not call.uses_gram:
+        sizes[4:] = [(0,), (0,)]
+    return _Saved(*(call.x.new_empty(size, dtype=call.acc) for size in sizes))
+
+
+def _matmul(a: Tensor, weight: Tensor) -> Tensor:
+    """A per-output product: operands in the weight's dtype, the result in a's (the dtype of sums)."""
+    return (a.to(weight.dtype) @ weight).to(a.dtype)
+
+
+def _predictions(y: Tensor, w: Parameters) -> tuple[Tensor, Tensor, Tensor]:
+    """(LN(y), LN(y) W_G1, the predictions P)."""
+    z = norm(y)
+    Q = _matmul(z, w.W_G1)
+    return z, Q, torch.addcmul(w.B_G2.to(Q.dtype), Q, w.W_G2.to(Q.dtype))
+
+
+def _norm_backward(dz: Tensor, y: Tensor) -> Tensor:
+    h = y.shape[-1:]
+    if h[0] == 1:
+        return dz
+    _, mean, rstd = torch.ops.aten.native_layer_norm(y, h, None, None, 1e-5)
+    dy: Tensor = torch.ops.aten.native_layer_norm_backward(dz, y, h, mean, rstd, None, None, [True, False, False])[0]
+    return dy
+
+
+def _step(call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, *, first: bool) -> Step:
+    """What iteration t gives the backend. With the Gram matrix, only phi's part with R is left to it."""
+    w = call.w
+    use, ign, use_bias, ign_bias = w.beta_use, w.beta_ign, w.bias_use, w.bias_ign
+    if call.uses_gram:
+        assert use_bias is not None and ign_bias is not None  # noqa: S101
+        use, use_bias, ign, ign_bias = use + ign, use_bias + ign_bias, None, None
+    return Step(
+        call.x, gate, w.W_A if first else None, w.B_A if first else None, scale, pred,
+        None if first else w.W_S, None if first else w.B_S, use, ign, use_bias, ign_bias,
+        w.prior.to(call.acc) if first else None, call.mask, call.lengths, precision_of(call.x, call.precision),
+    )  # fmt: skip
+
+
+def _linear_part(call: _Call, first: bool) -> tuple[Tensor, Tensor]:
+    """(v [m, d], e [m]): the part of phi that is linear in x without R, phi_ij = f_i (<x_i, v_j> + e_j) + ..."""
+    w, acc = call.w, call.acc
+    assert w.bias_use is not None and w.bias_ign is not None  # noqa: S101
+    if not first:
+        return -w.beta_ign.to(acc), -w.bias_ign.to(acc)
+    c = w.prior.to(acc)
+    v = c[:, None] * w.beta_use.to(acc) - (1 - c)[:, None] * w.beta_ign.to(acc)
+    return v, c * w.bias_use.to(acc) - (1 - c) * w.bias_ign.to(acc)
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    call = _Call.of(args)
+    saved = _new_saved(call)
+    if call.is_empty:
+        return saved.y[0].to(call.out_dtype), *saved
+    with torch.autocast(call.x.device.type, enabled=False):
+        return _routed(call, saved), *saved
+
+
+def _routed(call: _Call, saved: _Saved) -> Tensor:
+    x, w = call.x, call.w
+    d = x.shape[-1]
+    kernel = choose(case_of(x, w.W_F1.shape[0]), call.backend)
+    scale = input_scale(x, call.lengths)
+    if call.uses_gram:
+        for kept, made in zip((saved.gate, saved.G, saved.g), gram.forward(x, w.W_A, w.B_A, scale, call.lengths), strict=True):
+            kept.copy_(made)
+    for t in range(call.n_iters):
+        if t > 0:
+            M, p, _ = kernel.forward(_step(call, scale, saved.gate, _predictions(saved.y[t - 1], w)[2], first=False))
+        elif not call.uses_gram:
+            M, p, gate = kernel.forward(_step(call, scale, None, None, first=True))
+            saved.gate.copy_(gate)
+        else:
+            M, p = torch.zeros_like(saved.M[0]), torch.zeros_like(saved.p[0])
+        if call.uses_gram:
+            v, e = _linear_part(call, first=t == 0)
+            M = M + v @ saved.G + e[:, None] * saved.g[:, None, :d]
+            p = p + saved.g[:, :d] @ v.mT + e * saved.g[:, d:]
+        saved.M[t] = M
+        saved.p[t] = p
+        U = M * scale[:, None, None] * w.W_F1.to(call.acc)
+        saved.y[t] = torch.addcmul(_matmul(U, w.W_F2), p[..., None], w.B_F2.to(call.acc))
+    y = saved.y[-1]
+    return (norm(y) if call.normalize else y.clone()).to(call.out_dtype)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    call = _Call.of(args)
+    saved = _new_saved(call)
+    record(case_of(call.x, call.w.W_F1.shape[0]))
+    return saved.y.new_empty(saved.y.shape[1:], dtype=call.out_dtype), *saved
+
+
+def _new_grads(call: _Call, want_x: bool) -> tuple[Tensor, Parameters]:
+    """(dx, a gradient per parameter): a row per input vector in the parameter's dtype, all else in acc."""
+    n = call.x.shape[1]
+
+    def like(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        per_row = not call.any_length and t.shape[0] == n
+        return t.new_empty(t.shape, dtype=t.dtype if per_row else call.acc)
+
+    w = call.w
+    rows = {"W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign"}
+    made = {
+        name: like(t) if name in rows else None if t is None else t.new_empty(t.shape, dtype=call.acc)
+        for name, t in w._asdict().items()
+    }
+    return call.x.new_empty(call.x.shape if want_x else (0,)), Parameters(**made)  # type: ignore[arg-type]
+
+
+def _listed(dx: Tensor, dw: Parameters) -> list[Tensor]:
+    return [dx, *(t if t is not None else dx.new_empty(0) for t in dw)]
+
+
+def _backward(*args: Any) -> list[Tensor]:
+    *inputs, dout, gate, M, p, y, G, g, want_x, want_rows = args
+    call = _Call.of(inputs)
+    dx, dw = _new_grads(call, want_x)
+    if call.is_empty:
+        return [t.zero_() for t in _listed(dx, dw)]
+    with torch.autocast(call.x.device.type, enabled=False):
+        _differentiate(call, _Saved(gate, M, p, y, G, g), dout.to(call.acc), dx if want_x else None, dw, want_rows)
+    return _listed(dx, dw)
+
+
+def _backward_fake(*args: Any) -> list[Tensor]:
+    *inputs, _, _, _, _, _, _, _, want_x, _ = args
+    call = _Call.of(inputs)
+    record(case_of(call.x, call.w.W_F1.shape[0]))
+    return _listed(*_new_grads(call, want_x))
+
+
+def _differentiate(
+    call: _Call, saved: _Saved, dout: Tensor, dx: Tensor | None, dw: Parameters, want_rows: bool
+) -> None:
+    """Last iteration first; dx and the parameters' gradients are filled in place."""
+    w, acc, d = call.w, call.acc, call.x.shape[-1]
+    kernel = choose(case_of(call.x, w.W_F1.shape[0]), call.backend)
+    scale = input_scale(call.x, call.lengths)
+    for t in (dw.W_F1, dw.W_F2, dw.B_F2, dw.W_G1, dw.W_G2, dw.B_G2, dw.prior):
+        t.zero_()
+    grads = Grads(True, torch.empty_like(saved.gate), dx)
+    if want_rows:
+        grads.gate_weight, grads.gate_bias, grads.score_weight, grads.score_bias = dw.W_A, dw.B_A, dw.W_S, dw.B_S
+        grads.use, grads.ign, grads.use_bias, grads.ign_bias = dw.beta_use, dw.beta_ign, dw.bias_use, dw.bias_ign
+        if call.uses_gram:
+            grads.ign = grads.ign_bias = None
+    dG = torch.zeros_like(saved.G)
+    dg = torch.zeros_like(saved.g)
+    dvs: list[tuple[Tensor, Tensor]] = []
+    dy = _norm_backward(dout, saved.y[-1]) if call.normalize else dout
+    for t in reversed(range(call.n_iters)):
+        first = t == 0
+        M, p = saved.M[t] * scale[:, None, None], saved.p[t]
+        dw.B_F2.add_(torch.einsum("bj,bjh->jh", p, dy))
+        dp = torch.einsum("bjh,jh->bj", dy, w.B_F2.to(acc))
+        dU = _matmul(dy, w.W_F2.mT)
+        U = M * w.W_F1.to(acc)
+        dw.W_F2.add_(_matmul(U.flatten(0, 1).mT, dy.flatten(0, 1).to(w.W_F2.dtype)))
+        dw.W_F1.add_((dU * M).sum(0))
+        dM = dU * w.W_F1.to(acc) * scale[:, None, None]
+        if call.uses_gram:
+            v, e = _linear_part(call, first)
+            dG += torch.einsum("ja,bjc->bac", v, dM)
+            dg[:, :d] += torch.einsum("j,bjd->bd", e, dM) + dp @ v
+            dg[:, d] += dp @ e
+            dvs.append((torch.einsum("bjc,bac->ja", dM, saved.G) + dp.mT @ saved.g[:, :d],
+                        torch.einsum("bjd,bd->j", dM, saved.g[:, :d]) + saved.g[:, d] @ dp))  # fmt: skip
+        if first:
+            break
+        z, Q, P = _predictions(saved.y[t - 1], w)
+        dP = kernel.backward(_step(call, scale, saved.gate, P, first=False), dM, dp, grads)
+        grads.fresh = False
+        dw.B_G2.add_(dP.sum(0))
+        dw.W_G2.add_((dP * Q).sum(0))
+        dQ = dP * w.W_G2.to(acc)
+        dw.W_G1.add_(_matmul(z.flatten(0, 1).mT, dQ.flatten(0, 1).to(w.W_G1.dtype)))
+        dy = _norm_backward(_matmul(dQ, w.W_G1.mT), saved.y[t - 1])
+    if not call.uses_gram:
+        kernel.backward(_step(call, scale, saved.gate, None, first=True), dM, dp, grads)
+        return
+    if want_rows and grads.fresh:
+        for buffer in (dw.W_S, dw.B_S, dw.beta_use, dw.bias_use):
+            assert buffer is not None  # noqa: S101
+            buffer.zero_()
+    gram.backward(call.x, saved.gate, w.W_A, scale, call.lengths, dG, dg, grads)
+    if want_rows:
+        _spread(call, dw, dvs)
+
+
+def _spread(call: _Call, dw: Parameters, dvs: list[tuple[Tensor, Tensor]]) -> None:
+    """From the gradients of use + ign (in dw's use) and of each iteration's linear part, those of use and ign."""
+    c = call.w.prior.to(call.acc)
+    assert dw.bias_use is not None and dw.bias_ign is not None  # noqa: S101
+    dw.beta_ign.copy_(dw.beta_use)
+    dw.bias_ign.copy_(dw.bias_use)
+    for dv, de in dvs[:-1]:
+        dw.beta_ign.sub_(dv)
+        dw.bias_ign.sub_(de)
+    dv, de = dvs[-1]
+    dw.beta_use.addcmul_(c[:, None], dv)
+    dw.bias_use.addcmul_(c, de)
+    dw.beta_ign.addcmul_(c[:, None] - 1, dv)
+    dw.bias_ign.addcmul_(c - 1, de)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, *rest = inputs
+    ctx.options = inputs[-4:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *rest[: _N + 2], *output[1:])
+
+
+def _gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    nothing = (None,) * 6
+    if dout is None:
+        return (None,) * (1 + _N), *nothing  # type: ignore[return-value]
+    inputs, saved = ctx.saved_tensors[: _N + 3], ctx.saved_tensors[_N + 3 :]
+    made = torch.ops.fastroute.efficient_routing_backward(
+        *inputs, *ctx.options, dout.contiguous(), *saved, needs[0], any(needs[i] for i in _ROWS)
+    )
+    unused = _UNUSED_IN_ONE_ITERATION if ctx.options[0] == 1 else ()
+    grads = [
+        g.to(t.dtype) if need and i not in unused else None
+        for i, (g, t, need) in enumerate(zip(made, inputs, needs, strict=False))
+    ]
+    return *grads, *nothing
+
+
+_SAVED = "Tensor gate, Tensor M, Tensor p, Tensor y, Tensor G, Tensor g"
+define(
+    "efficient_routing_backward",
+    f"({_INPUTS}, Tensor dout, {_SAVED}, bool want_x, bool want_rows) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+define(
+    "efficient_routing",
+    f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    autograd=(_gradient, _setup),
+)
+
+
+def _promoted(x: Tensor, w: Parameters) -> tuple[Tensor, Parameters]:
+    """One dtype, or half-precision inputs with float32 parameters: the pairs the kernels take."""
+    have = w.W_F2.dtype
+    if x.dtype == have or (have == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+        return x, w
+    to = torch.promote_types(x.dtype, have)
+    return x.to(to), Parameters(*(t if t is None else t.to(to) for t in w))
+
+
+def efficient_routing(
+    x: Tensor,
+    w: Parameters,
+    *,
+    n_iters: int,
+    normalize: bool,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Route input vectors x [B, n, d] to output vectors [B, m, h], Heinsen (2022), section 2.
+
+    The arguments are taken as ``EfficientVectorRouting`` has checked them: ``w`` as in
+    ``reference.efficient_routing.Parameters``, ``mask`` bool [B, n, m] (any strides), ``lengths`` int64 [B].
+    Returns x_out in the promoted dtype of x and w, float32 under autocast.
+    """
+    autocast = autocast_precision(x.device.type)
+    if autocast:
+        w = Parameters(*(t if t is None or t.dtype == torch.float64 else t.float() for t in w))
+    x, w = _promoted(x, w)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    out: Tensor = torch.ops.fastroute.efficient_routing(
+        x, *w, mask, lengths, n_iters, normalize, requested(), autocast
+    )[0]
+    return out

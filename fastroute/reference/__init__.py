@@ -1,0 +1,1 @@
+"""The ops in plain PyTorch: what every other backend is checked against."""

@@ -1,0 +1,94 @@
+"""The gated Gram matrix of the inputs, which replaces the products with n_inp = -1's linear betas.
+
+Axes: B batch, n input vectors, d width of an input vector. Derived in ``docs/vector_routing.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .step import Grads
+from .tiles import tile_rows
+
+
+def _chunks(x: Tensor, lengths: Tensor | None, acc: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    B, n, d = x.shape
+    size = tile_rows(B, n, 2 * d, acc.itemsize)
+    for start in range(0, n, size if x.device.type == "cpu" else 32 * size):
+        rows = slice(start, start + (size if x.device.type == "cpu" else 32 * size))
+        tile = x[:, rows].to(acc)
+        live = None
+        if lengths is not None:
+            live = torch.arange(start, start + tile.shape[1], device=x.device) < lengths[:, None]
+            tile = tile.masked_fill(~live[..., None], 0.0)
+        yield rows, tile, live
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates f = sigmoid(scale <x_i, weight> + bias) [B, n], G = sum_i f_i x_i x_i^T [B, d, d], and
+    g = (sum_i f_i x_i, sum_i f_i) [B, d + 1]. ``weight`` is [1, d], ``bias`` [1]."""
+    B, n, d = x.shape
+    acc = scale.dtype
+    w, b = weight.to(acc), bias.to(acc)
+    gate = x.new_empty((B, n), dtype=acc)
+    G = x.new_zeros((B, d, d), dtype=acc)
+    g = x.new_zeros((B, d + 1), dtype=acc)
+    half = d // 2 if d >= 128 else 0
+    for rows, tile, live in _chunks(x, lengths, acc):
+        f = torch.addcmul(b, (tile @ w.mT)[..., 0], scale[:, None]).sigmoid()
+        if live is not None:
+            f = f.masked_fill(~live, 0.0)
+        gate[:, rows] = f
+        weighted = tile * f[..., None]
+        g[:, :d] += weighted.sum(1)
+        g[:, d] += f.sum(1)
+        # G is symmetric: three of its four quarters suffice
+        G[:, :, half:].baddbmm_(tile.mT, weighted[..., half:])
+        if half:
+            G[:, :half, :half].baddbmm_(tile[..., :half].mT, weighted[..., :half])
+    if half:
+        G[:, half:, :half] = G[:, :half, half:].mT
+    return gate, G, g
+
+
+def backward(
+    x: Tensor, gate: Tensor, weight: Tensor, scale: Tensor, lengths: Tensor | None, dG: Tensor, dg: Tensor, grads: Grads
+) -> None:
+    """Adds to grads.gate and grads.x, then finishes grads.gate_weight and grads.gate_bias; grads.fresh as for a step."""
+    d = x.shape[-1]
+    acc = scale.dtype
+    w = weight.to(acc)
+    sym = dG + dG.mT
+    dweight = torch.zeros_like(w)
+    dbias = w.new_zeros(1)
+    for rows, tile, live in _chunks(x, lengths, acc):
+        f = gate[:, rows]
+        if live is not None:
+            f = f.masked_fill(~live, 0.0)
+        y = torch.baddbmm(dg[:, None, :d], tile, sym)  # sym x + dgbar
+        df = 0.5 * (torch.einsum("brd,brd->br", y, tile) + torch.bmm(tile, dg[:, :d, None])[..., 0]) + dg[:, d:]
+        if not grads.fresh:
+            df = df + grads.gate[:, rows]
+        if live is not None:
+            df = df.masked_fill(~live, 0.0)
+        grads.gate[:, rows] = df
+        da = df * f * (1 - f)
+        sda = da * scale[:, None]
+        dweight += (sda.reshape(1, -1) @ tile.reshape(-1, d)).to(acc)
+        dbias += da.sum()
+        if grads.x is not None:
+            dx = y.mul_(f[..., None]).add_(sda[..., None] * w)
+            if live is not None:
+                dx = dx.masked_fill(~live[..., None], 0.0)
+            if grads.fresh:
+                grads.x[:, rows] = dx.to(grads.x.dtype)
+            else:
+                grads.x[:, rows] += dx.to(grads.x.dtype)
+    if grads.gate_weight is not None and grads.gate_bias is not None:
+        grads.gate_weight.copy_(dweight)
+        grads.gate_bias.copy_(dbias)

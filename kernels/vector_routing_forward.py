@@ -1,0 +1,145 @@
+"""The E and D steps of one routing iteration as a kernel: gates, R and phi of a tile of input rows.
+
+Axes: b sample, i input row, j output, c column of x, g operand: the [m, d] matrices that multiply x are stacked as
+``packed`` [batch, G, M_PAD, D], G of (pred, use, ign). ``score`` [batch, rows, G, M_PAD] holds their products with x
+where they were made beforehand (two-phase); otherwise the kernel makes them itself (one-pass).
+
+Lanes past n, past a sample's length, past m or closed by the mask are selected away, never multiplied by zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log_sigmoid(z):
+    return tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))
+
+
+@triton.jit
+def softmax_over_open(log_R, open_):
+    """Softmax over axis 1 among the open lanes; a row with none is all 0."""
+    log_R = tl.where(open_, log_R, float("-inf"))
+    top = tl.max(log_R, 1)[:, None]
+    e = tl.where(open_, tl.exp(log_R - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+    total = tl.sum(e, 1)[:, None]
+    return e / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def prior_over_open(prior, open_, MASKED: tl.constexpr):
+    """The first iteration's R: the prior, shared out again among the open lanes where there is a mask."""
+    R = tl.where(open_, prior[None, :], 0.0)
+    if MASKED:
+        R = R / tl.maximum(tl.sum(R, 1)[:, None], 1.1754944e-38)
+    return R
+
+
+@triton.jit
+def load_rows(p, rows, columns, keep, STRIDE: tl.constexpr):
+    """float32 tile of a matrix with row stride STRIDE; STRIDE 0 is one row for all."""
+    return tl.load((p + rows * STRIDE)[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def open_lanes(mask, b, rows, columns, live, stride_b, stride_n, stride_m, M: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, columns] bool: pairs that take part."""
+    open_ = live[:, None] & (columns < M)[None, :]
+    if MASKED:
+        lanes = (mask + b * stride_b + rows * stride_n)[:, None] + (columns.to(tl.int64) * stride_m)[None, :]
+        open_ = open_ & (tl.load(lanes, mask=open_, other=1) == 0)
+    return open_
+
+
+@triton.jit
+def forward_kernel(
+    x, x_stride_b,  # [batch, n, D], row stride X_ROW
+    gate, gate_weight, gate_bias, scale,  # [batch, n], [n or 1, D], [n or 1], [batch]
+    packed, score,
+    score_weight, score_bias, use, ign, use_bias, ign_bias, prior,
+    mask, mask_stride_b, mask_stride_n, mask_stride_m,
+    lengths,
+    phi,  # out [batch, rows, M_PAD], in the dtype of the products
+    gate_stride, first, last, rows, batch, batch_per_program,
+    X_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    GATE_ROW: tl.constexpr, GATE_BIAS_ROW: tl.constexpr, SCORE_ROW: tl.constexpr,
+    MAKE_GATE: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
+    MASKED: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grid (row tiles of [first, last), groups of samples)."""
+    local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = (first + local).to(tl.int64)
+    local = local.to(tl.int64)
+    j = tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * batch_per_program
+    for sample in range(start, tl.minimum(start + batch_per_program, batch)):
+        b = tl.cast(sample, tl.int64)
+        inside = i < last
+        live = inside
+        if RAGGED:
+            live = live & (i < tl.load(lengths + b))
+        open_ = open_lanes(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
+        a = tl.zeros([BLOCK_N], dtype=tl.float32)
+        L = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        benefit = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        cost = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        if MAKE_GATE or (ONE_PASS and G > 0):
+            x_rows = x + b * x_stride_b + i * X_ROW
+            operand = packed + b * (G * M_PAD * D) + j * D
+            for column in range(0, D, BLOCK_D):
+                c = column + tl.arange(0, BLOCK_D)
+                x_tile = tl.load(x_rows[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
+                if MAKE_GATE:
+                    w = load_rows(gate_weight, i, c, live[:, None] & (c < D)[None, :], GATE_ROW)
+                    a += tl.sum(x_tile.to(tl.float32) * w, 1)
+                if ONE_PASS and G > 0:
+                    x_cast = x_tile.to(phi.dtype.element_ty)
+                    w_keep = (c < D)[:, None] & (j < M_PAD)[None, :]
+                    w_tile = operand[None, :] + c[:, None]
+                    if SCORED:
+                        L = tl.dot(x_cast, tl.load(w_tile, mask=w_keep, other=0.0), L, input_precision=PRECISION)
+                    if LINEAR:
+                        u = tl.load(w_tile + SCORED * M_PAD * D, mask=w_keep, other=0.0)
+                        benefit = tl.dot(x_cast, u, benefit, input_precision=PRECISION)
+                        if IGN:
+                            v = tl.load(w_tile + (SCORED + 1) * M_PAD * D, mask=w_keep, other=0.0)
+                            cost = tl.dot(x_cast, v, cost, input_precision=PRECISION)
+        if not ONE_PASS:
+            s_rows = score + (b * rows + local) * (G * M_PAD)
+            if SCORED:
+                L = tl.load(s_rows[:, None] + j[None, :], mask=open_, other=0.0)
+            if LINEAR:
+                benefit = tl.load((s_rows + SCORED * M_PAD)[:, None] + j[None, :], mask=open_, other=0.0)
+                if IGN:
+                    cost = tl.load((s_rows + (SCORED + 1) * M_PAD)[:, None] + j[None, :], mask=open_, other=0.0)
+
+        if MAKE_GATE:
+            bias = tl.load(gate_bias + i * GATE_BIAS_ROW, mask=live, other=0.0).to(tl.float32)
+            f = tl.where(live, tl.sigmoid(tl.load(scale + b) * a + bias), 0.0)
+            tl.store(gate + b * gate_stride + i, f, mask=inside)
+        else:
+            f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)
+
+        if SCORED:
+            z = L * load_rows(score_weight, i, j, open_, SCORE_ROW) + load_rows(score_bias, i, j, open_, SCORE_ROW)
+            R = softmax_over_open(log_sigmoid(z), open_)
+        else:
+            R = prior_over_open(tl.load(prior + j, mask=j < M, other=0.0), open_, MASKED)
+
+        if LINEAR:
+            benefit += tl.load(use_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
+            if IGN:
+                cost += tl.load(ign_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
+        else:
+            benefit = load_rows(use, i, j, open_, M)
+            if IGN:
+                cost = load_rows(ign, i, j, open_, M)
+        t = benefit * R
+        if IGN:
+            t = (benefit + cost) * R - cost
+        value = tl.where(open_, f[:, None] * t, 0.0).to(phi.dtype.element_ty)
+        out = (phi + (b * rows + local) * M_PAD)[:, None] + j[None, :]
+        tl.store(out, value, mask=inside[:, None] & (j < M_PAD)[None, :])

@@ -1,0 +1,224 @@
+"""Build of the optional C++/CUDA extension ``fastroute._C``; the rest of the package is in pyproject.toml.
+
+torch is located, never imported, so metadata needs no torch and a build no GPU. A build that cannot happen
+(no compiler, no torch in the build environment, a compile error) leaves a working package behind, says so in
+one line, and records why in ``fastroute/_build_info.json``, which ``python -m fastroute doctor`` reads.
+
+FASTROUTE_BUILD=0          skip the extension
+FASTROUTE_BUILD=require    fail instead of installing without it
+FASTROUTE_SANITIZE=1       build it with AddressSanitizer and UBSan
+CXX, CXXFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST    as usual
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = "0x020b000000000000"  # oldest libtorch the extension runs on: 2.11
+PY_TARGET = "0x030A0000"  # oldest Python it runs on: 3.10
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Pythons have no abi3
+CUDA_ARCHS = ("80", "90", "100", "120")  # without TORCH_CUDA_ARCH_LIST: those of them that nvcc knows
+STANDARD = ["-std=c++20", "-O3"]
+CXX_FLAGS = [
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+]
+CUDA_FLAGS = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+SANITIZE = ["-fsanitize=address", "-fsanitize=undefined", "-fno-omit-frame-pointer"]
+
+
+class NotBuilt(Exception):
+    """Why the extension, or its CUDA part, cannot be built: one line."""
+
+
+def find_torch():
+    """Directory, version and CUDA version (or None) of the torch that this Python would import."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise NotBuilt("no torch in the build environment: install torch, then use --no-build-isolation")
+    directory = Path(spec.submodule_search_locations[0])
+    about = (directory / "version.py").read_text()
+    version = re.search(r"^__version__\s*=\s*'([^']+)", about, re.MULTILINE)
+    cuda = re.search(r"^cuda\b[^=\n]*=\s*'([\d.]+)", about, re.MULTILINE)
+    version = version[1] if version else "0.0"
+    if tuple(int(n) for n in version.split(".")[:2]) < (2, 11):
+        raise NotBuilt(f"torch {version} is older than 2.11")
+    return directory, version, cuda and cuda[1]
+
+
+def find_cxx():
+    if os.name != "posix":
+        raise NotBuilt(f"not supported on {platform.system()}")
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in map(shlex.split, candidates):
+        if shutil.which(command[0]):
+            return command
+    raise NotBuilt(f"no C++ compiler found: {'/'.join(candidates)}")
+
+
+def find_nvcc(torch_cuda):
+    """nvcc and its -gencode flags."""
+    if not torch_cuda:
+        raise NotBuilt("this torch is a CPU build")
+    home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=str(home / "bin")) or shutil.which("nvcc")
+    if nvcc is None:
+        raise NotBuilt("nvcc not found under CUDA_HOME or on PATH")
+    release = re.search(r"release (\d+)\.", output([nvcc, "--version"]))
+    if not release or release[1] != torch_cuda.split(".")[0]:
+        raise NotBuilt(f"nvcc is not of the CUDA release of this torch, {torch_cuda}")
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "").replace(";", " ").split()
+    if not archs:
+        known = output([nvcc, "--list-gpu-arch"]).split()
+        archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+        archs[-1:] = [f"{arch}+PTX" for arch in archs[-1:]]
+    gencode = []
+    for arch, ptx in ((arch.removesuffix("+PTX"), arch.endswith("+PTX")) for arch in archs):
+        gencode += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        gencode += [f"-gencode=arch=compute_{arch},code=compute_{arch}"] if ptx else []
+    return nvcc, gencode
+
+
+def output(command):
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def compile_(command, target):
+    """Run a compiler into `target`, which appears only when it is whole."""
+    part = target.with_suffix(f".part{target.suffix}")
+    done = subprocess.run([*command, "-o", part], cwd=ROOT, capture_output=True, text=True, errors="replace")
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        lines = (done.stderr + done.stdout).splitlines() or [f"exit status {done.returncode}"]
+        telling = re.compile("error:|undefined reference|multiple definition|cannot find").search
+        raise NotBuilt("compile error, " + next(filter(telling, lines), lines[-1]).strip())
+    os.replace(part, target)
+
+
+def build_library(jobs, linker, libraries, torch_version):
+    """Compile each (source, command) whose source or any header changed, link if that made anything new."""
+    folder = ROOT / "build" / "ext"
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = [p for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".cuh"}]
+    newest_header = max((p.stat().st_mtime for p in headers), default=0)
+
+    def key(*parts):  # other flags or another torch make other files
+        return hashlib.sha256(repr([torch_version, *parts]).encode()).hexdigest()[:12]
+
+    def build_object(job):
+        source, command = job
+        target = folder / f"{source.parent.name}-{source.name}-{key(command)}.o"
+        if not target.exists() or target.stat().st_mtime <= max(newest_header, source.stat().st_mtime):
+            compile_([*command, str(source)], target)
+        return target
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(build_object, jobs))
+    library = folder / f"_C-{key(linker, objects, libraries)}.so"
+    if not library.exists() or library.stat().st_mtime <= max(o.stat().st_mtime for o in objects):
+        compile_([*linker, *objects, *libraries], library)
+    return library
+
+
+def build_extension(info):
+    """Build the extension, its CUDA part included where that is possible, and describe it in `info`."""
+    cxx = find_cxx()
+    info["compiler"] = (output([*cxx, "--version"]).splitlines() or cxx)[0]
+    torch, version, torch_cuda = find_torch()
+    info["torch"] = version
+    info["sanitize"] = os.environ.get("FASTROUTE_SANITIZE", "0") == "1"
+    sanitize = SANITIZE if info["sanitize"] else []
+
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    defines += [f"-DPy_LIMITED_API={PY_TARGET}"] if LIMITED_API else []
+    includes = [ROOT / "csrc", torch / "include", sysconfig.get_path("include")]
+    common = [*defines, *(f"-I{path}" for path in includes), "-c"]
+    flags = [*STANDARD, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags += ["-O1", "-g", *sanitize] if sanitize else []
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    cpp = sorted([*ROOT.glob("csrc/common/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    cuda = sorted(ROOT.glob("csrc/cuda/*.cu"))
+    jobs = [(source, [*cxx, *flags, *common]) for source in cpp]
+    info["flags"] = flags + defines
+
+    library = None
+    if cuda:
+        try:
+            nvcc, gencode = find_nvcc(torch_cuda)
+            nvcc = [nvcc, "-ccbin", cxx[-1]]
+            nvcc_flags = [*STANDARD, *CUDA_FLAGS, *gencode]
+            cuda_jobs = [(source, [*nvcc, *nvcc_flags, *common]) for source in cuda]
+            linker = [*nvcc, *(f"-Xcompiler={flag}" for flag in sanitize), "-shared"]
+            library = build_library(jobs + cuda_jobs, linker, [*libraries, "-ltorch_cuda"], version)
+            info.update(cuda=True, cuda_flags=nvcc_flags)
+        except NotBuilt as error:  # if it was a C++ file that failed, it fails again below
+            info["cuda_reason"] = str(error)
+    library = library or build_library(jobs, [*cxx, *sanitize, *shared], libraries, version)
+    info["built"] = True
+    info["sources"] = [str(s.relative_to(ROOT)) for s in (cpp + cuda if info["cuda"] else cpp)]
+    return library
+
+
+class BuildExtension(build_ext):
+    def run(self):
+        package = (
+            ROOT / "fastroute" if self.inplace or self.editable_mode else Path(self.build_lib, "fastroute")
+        )
+        package.mkdir(parents=True, exist_ok=True)
+        target = package / Path(self.get_ext_filename("fastroute._C")).name
+        info = {"built": False, "reason": None, "cuda": False, "cuda_reason": None}
+        info["python"] = platform.python_version()
+        switch = os.environ.get("FASTROUTE_BUILD", "1")
+        try:
+            if switch == "0":
+                raise NotBuilt("FASTROUTE_BUILD=0")
+            library = build_extension(info)
+            if not target.exists() or target.read_bytes() != library.read_bytes():
+                fresh = target.with_suffix(".fresh")  # a process that has the old one loaded keeps it
+                shutil.copy2(library, fresh)
+                os.replace(fresh, target)
+        except (NotBuilt, OSError) as error:
+            info["reason"] = str(error)
+            target.unlink(missing_ok=True)  # an older one would not match the Python beside it
+        (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+        if not info["built"]:
+            line = f"fastroute: C++ extension not built ({info['reason']})"
+            if switch == "require":
+                raise SystemExit(line)
+            print(f"{line}; the CPU runs on the plain-PyTorch reference backend", file=sys.stderr)
+        elif info["cuda_reason"] and find_torch()[2]:
+            print(
+                f"fastroute: CUDA kernels not built ({info['cuda_reason']}); the GPU runs on Triton",
+                file=sys.stderr,
+            )
+
+
+kernels = ["fastroute.kernels", *(f"fastroute.kernels.{name}" for name in find_packages("kernels"))]
+setup(
+    license="MIT",
+    packages=[*find_packages(include=["fastroute", "fastroute.*"]), *kernels],
+    package_dir={"fastroute.kernels": "kernels"},
+    package_data={"fastroute": ["py.typed"]},
+    ext_modules=[Extension("fastroute._C", [], py_limited_api=LIMITED_API, optional=True)],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
+)
