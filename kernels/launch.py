@@ -1,7 +1,8 @@
-"""Starting Triton kernels: the one place that turns a call into a launch, so that tests can record launches instead."""
+"""What every op's kernels share: the matrix product, and the one place that starts a kernel, where tests can listen."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,11 +13,16 @@ from torch import Tensor
 #: Multiprocessors assumed where no GPU can be asked (an H200 has 132).
 SMS = 132
 
-TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: Element types that the kernels take.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the GPU: a property that torch keeps, asking for it does not synchronise."""
+    """How many programs at once are worth having. Torch keeps the GPU's number: asking for it does not synchronise."""
+    if device.type == "cpu":
+        return 2  # interpreted one after another: large tiles cost the least
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS
 
 
@@ -24,6 +30,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
     """Run ``kernel`` over ``grid`` on the current device."""
     kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
 
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, in float32. Products of half-precision numbers are exact there, so widening them changes nothing."""
+    if _INTERPRETED:  # it would multiply the bit patterns of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 def power_of_2(value: int, at_least: int = 16) -> int:

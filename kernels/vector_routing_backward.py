@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import dot
 from .vector_routing_forward import load_rows, log_sigmoid, open_lanes, prior_over_open, softmax_over_open
 
 
@@ -72,23 +73,23 @@ def backward_kernel(
         cost = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if ONE_PASS:
             x_rows = x + b * x_stride_b + i * X_ROW
-            operand = packed + b * (G * M_PAD * D) + j * D
+            operand = packed + b * (G * M_PAD * D) + j.to(tl.int64) * D
             for column in range(0, D, BLOCK_D):
                 c = column + tl.arange(0, BLOCK_D)
                 x_tile = tl.load(x_rows[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
                 x_cast = x_tile.to(packed.dtype.element_ty)
                 w_keep = (c < D)[:, None] & (j < M_PAD)[None, :]
                 w_tile = operand[None, :] + c[:, None]
-                dphi = tl.dot(x_cast, tl.load(w_tile, mask=w_keep, other=0.0), dphi, input_precision=PRECISION)
+                dphi = dot(x_cast, tl.load(w_tile, mask=w_keep, other=0.0), dphi, PRECISION)
                 if SCORED:
                     w = tl.load(w_tile + M_PAD * D, mask=w_keep, other=0.0)
-                    L = tl.dot(x_cast, w, L, input_precision=PRECISION)
+                    L = dot(x_cast, w, L, PRECISION)
                 if LINEAR:
                     u = tl.load(w_tile + (SCORED + 1) * M_PAD * D, mask=w_keep, other=0.0)
-                    benefit = tl.dot(x_cast, u, benefit, input_precision=PRECISION)
+                    benefit = dot(x_cast, u, benefit, PRECISION)
                     if IGN:
                         v = tl.load(w_tile + (SCORED + 2) * M_PAD * D, mask=w_keep, other=0.0)
-                        cost = tl.dot(x_cast, v, cost, input_precision=PRECISION)
+                        cost = dot(x_cast, v, cost, PRECISION)
         else:
             s_tile = (score + (b * rows + local) * (G * M_PAD))[:, None] + j[None, :]
             dphi = tl.load(s_tile, mask=open_, other=0.0)

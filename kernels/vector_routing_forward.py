@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import dot
+
 
 @triton.jit
 def log_sigmoid(z):
@@ -88,7 +90,8 @@ def forward_kernel(
         cost = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if MAKE_GATE or (ONE_PASS and G > 0):
             x_rows = x + b * x_stride_b + i * X_ROW
-            operand = packed + b * (G * M_PAD * D) + j * D
+            if ONE_PASS and G > 0:
+                operand = packed + b * (G * M_PAD * D) + j.to(tl.int64) * D
             for column in range(0, D, BLOCK_D):
                 c = column + tl.arange(0, BLOCK_D)
                 x_tile = tl.load(x_rows[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
@@ -100,13 +103,13 @@ def forward_kernel(
                     w_keep = (c < D)[:, None] & (j < M_PAD)[None, :]
                     w_tile = operand[None, :] + c[:, None]
                     if SCORED:
-                        L = tl.dot(x_cast, tl.load(w_tile, mask=w_keep, other=0.0), L, input_precision=PRECISION)
+                        L = dot(x_cast, tl.load(w_tile, mask=w_keep, other=0.0), L, PRECISION)
                     if LINEAR:
                         u = tl.load(w_tile + SCORED * M_PAD * D, mask=w_keep, other=0.0)
-                        benefit = tl.dot(x_cast, u, benefit, input_precision=PRECISION)
+                        benefit = dot(x_cast, u, benefit, PRECISION)
                         if IGN:
                             v = tl.load(w_tile + (SCORED + 1) * M_PAD * D, mask=w_keep, other=0.0)
-                            cost = tl.dot(x_cast, v, cost, input_precision=PRECISION)
+                            cost = dot(x_cast, v, cost, PRECISION)
         if not ONE_PASS:
             s_rows = score + (b * rows + local) * (G * M_PAD)
             if SCORED:

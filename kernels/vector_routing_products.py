@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import dot
+
 
 @triton.jit
 def score_kernel(
@@ -34,13 +36,13 @@ def score_kernel(
     if RAGGED:
         live = live & (i < tl.load(lengths + b))
     x_rows = x + b * x_stride_b + i * X_ROW
-    operand = packed + b * (K * D) + k * D
+    operand = packed + b * (K * D) + k.to(tl.int64) * D
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for column in range(0, D, BLOCK_D):
         c = column + tl.arange(0, BLOCK_D)
         x_tile = tl.load(x_rows[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
         w_tile = tl.load(operand[None, :] + c[:, None], mask=(c < D)[:, None] & (k < K)[None, :], other=0.0)
-        acc = tl.dot(x_tile.to(packed.dtype.element_ty), w_tile, acc, input_precision=PRECISION)
+        acc = dot(x_tile.to(packed.dtype.element_ty), w_tile, acc, PRECISION)
     out = (score + (b * rows + local.to(tl.int64)) * K)[:, None] + k[None, :]
     tl.store(out, acc, mask=(i < last)[:, None] & (k < K)[None, :])
 
@@ -49,37 +51,42 @@ def score_kernel(
 def aggregate_kernel(
     x, x_stride_b, coefficient, total, sums, lengths,
     total_stride_s, total_stride_b, sums_stride_s, sums_stride_b,
-    first, last, rows, rows_per_split, batch, batch_per_program,
+    first, last, rows, splits, rows_per_split, batch, batch_per_program,
     X_ROW: tl.constexpr, K: tl.constexpr, K_FROM: tl.constexpr, K_TO: tl.constexpr, M: tl.constexpr,
     M_PAD: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grid (k tiles * c tiles + k tiles, splits, groups of samples): columns K_FROM to K_TO of coefficient.
+    """grid (splits * (k tiles * c tiles + k tiles), groups of samples): columns K_FROM to K_TO of coefficient.
 
     total [splits, groups, operands * M, D] and sums [splits, groups, operands * M] without the padding of M_PAD; ADD: to
-    what earlier chunks of rows left there. The last k tiles' programs only make sums.
+    what earlier chunks of rows left there. The tiles of one split are neighbours, and share its rows in L2; the last
+    splits * k tiles programs only make sums.
     """
     k_tiles: tl.constexpr = (K_TO - K_FROM + BLOCK_K - 1) // BLOCK_K
     c_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    tile = tl.program_id(0)
-    products = tile < k_tiles * c_tiles
-    k_tile = tl.where(products, tile // c_tiles, tile - k_tiles * c_tiles)
+    program = tl.program_id(0)
+    products = program < splits * (k_tiles * c_tiles)
+    rest = program - splits * (k_tiles * c_tiles)
+    share = tl.where(products, program // (k_tiles * c_tiles), rest // k_tiles)
+    k_tile = tl.where(products, program % (k_tiles * c_tiles) // c_tiles, rest % k_tiles)
     k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     keep_k = k < K_TO - K_FROM
     j = k % M_PAD
     place = (k // M_PAD * M + j).to(tl.int64)
     real = keep_k & (j < M)
-    split = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(2) * batch_per_program
+    split = share.to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(1) * batch_per_program
     stop = tl.minimum(start + batch_per_program, batch)
-    row_start = tl.program_id(1) * rows_per_split
+    row_start = share * rows_per_split
     row_stop = tl.minimum(row_start + rows_per_split, last - first)
     if products:
-        c = tile % c_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+        c = program % c_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
         out = (total + split * total_stride_s + group * total_stride_b + place * D)[:, None] + c[None, :]
         keep = real[:, None] & (c < D)[None, :]
         acc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        if ADD:
+            acc = tl.load(out, mask=keep, other=0.0)
         for sample in range(start, stop):
             b = tl.cast(sample, tl.int64)
             row_end = row_stop
@@ -95,9 +102,7 @@ def aggregate_kernel(
                     (x + b * x_stride_b + (first + r) * X_ROW)[:, None] + c[None, :],
                     mask=(r < row_end)[:, None] & (c < D)[None, :], other=0.0,
                 )  # fmt: skip
-                acc = tl.dot(a_tile, x_tile.to(coefficient.dtype.element_ty), acc, input_precision=PRECISION)
-        if ADD:
-            acc += tl.load(out, mask=keep, other=0.0)
+                acc = dot(a_tile, x_tile.to(coefficient.dtype.element_ty), acc, PRECISION)
         tl.store(out, acc, mask=keep)
     else:
         sum_ = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -151,26 +156,28 @@ def spread_kernel(
             df = tl.load(gate_grad + b * gate_grad_stride + i, mask=live, other=0.0)
             da = df * f * (1.0 - f) * tl.load(scale + b)
         if WANT_X:
+            out = (dx + b * dx_stride_b + i * DX_ROW)[:, None] + c[None, :]
             acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+            if ADD_X:
+                acc = tl.load(out, mask=keep, other=0.0).to(tl.float32)
             a_rows = coefficient + (b * rows + local) * K
             operand = packed + b * (K * D)
             for column in range(0, K, BLOCK_K):
                 k = column + tl.arange(0, BLOCK_K)
                 a_tile = tl.load(a_rows[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
                 w_tile = tl.load(
-                    (operand + k * D)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < D)[None, :], other=0.0
+                    (operand + k.to(tl.int64) * D)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < D)[None, :], other=0.0
                 )
-                acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+                acc = dot(a_tile, w_tile, acc, PRECISION)
             if MADE_GATE:
                 w = tl.load(
                     (gate_weight + i * GATE_ROW)[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0
                 )
                 acc += da[:, None] * w.to(tl.float32)
-            acc = tl.where(live[:, None], acc, 0.0)
-            out = (dx + b * dx_stride_b + i * DX_ROW)[:, None] + c[None, :]
             if ADD_X:
-                acc += tl.load(out, mask=keep, other=0.0).to(tl.float32)
-            tl.store(out, acc.to(dx.dtype.element_ty), mask=keep)
+                tl.store(out, acc.to(dx.dtype.element_ty), mask=live[:, None] & (c < D)[None, :])
+            else:
+                tl.store(out, tl.where(live[:, None], acc, 0.0).to(dx.dtype.element_ty), mask=keep)
         if WANT_GATE:
             x_tile = tl.load(
                 (x + b * x_stride_b + i * X_ROW)[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0

@@ -9,6 +9,8 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <type_traits>
 
 namespace fastroute {
 
@@ -34,6 +36,9 @@ struct Matrix {
   Matrix(T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride = 1)
       : data(data), rows(rows), cols(cols), row_stride(row_stride), col_stride(col_stride) {}
 
+  bool is_dense() const {
+    return (col_stride == 1 && row_stride == cols) || (row_stride == 1 && col_stride == rows);
+  }
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 
   Tensor tensor() const {
@@ -52,5 +57,38 @@ void mm(const Matrix<T>& out, const Matrix<A>& a, const Matrix<B>& b) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
 }
+
+// torch carries two libraries of fp32 products. aten::mm is MKL, which on AMD's AVX-512 processors runs at about half
+// of oneDNN's speed (docs/vector_routing.md has the figures); elsewhere it is as fast and has less to set up.
+bool prefers_onednn();
+// a b^T by oneDNN, in memory of its own; undefined where torch has no oneDNN.
+Tensor onednn_linear(const Tensor& a, const Tensor& b);
+
+// Dense products into memory that is kept from one call to the next.
+template <class T>
+class Product {
+ public:
+  template <class A, class B>
+  T* operator()(const Matrix<A>& a, const Matrix<B>& b) {
+    if constexpr (std::is_same_v<T, float>) {
+      // oneDNN multiplies by a matrix with gaps between its rows a hundred times slower
+      if (2 * a.rows * b.cols * a.cols > (int64_t{1} << 22) && b.is_dense() && prefers_onednn()) {
+        made_ = onednn_linear(a.tensor(), b.transposed().tensor());
+        return static_cast<T*>(made_.data_ptr());
+      }
+    }
+    if (a.rows * b.cols > capacity_) {
+      capacity_ = a.rows * b.cols;
+      own_.reset(new T[capacity_]);
+    }
+    mm(Matrix<T>(own_.get(), a.rows, b.cols, b.cols), a, b);
+    return own_.get();
+  }
+
+ private:
+  Tensor made_;
+  std::unique_ptr<T[]> own_;
+  int64_t capacity_ = 0;
+};
 
 }  // namespace fastroute

@@ -5,7 +5,7 @@
 // own, and the sums are added in order at the end: the same input gives the same bits on any number of threads.
 //
 // Axes: B batch, n inputs, m outputs, d width of an input. A tile's block holds, per row, groups of m columns:
-// forward [L, later phi | use | ign], backward [<x, dM>, later phi | L, later dL | use | ign]; betas only when linear in x.
+// forward [L, later phi | use | ign] (first iteration: [use | ign], phi apart), backward [<x, dM>, later phi | L, later dL | use | ign]; betas only when linear in x.
 
 #include <torch/headeronly/util/BFloat16.h>
 
@@ -27,7 +27,7 @@ using OptionalTensor = std::optional<Tensor>;
 // One tile's arrays, as the row functions see them. A stride of 0 gives every row the same parameters.
 template <class T>
 struct Rows {
-  int64_t rows, m, ld;
+  int64_t rows, m, ld, phi_ld;
   T *phi, *L;
   const T *use, *ign;
   int64_t beta_stride, ign_stride;
@@ -260,33 +260,28 @@ const T* load_x(const X* x, int64_t row_stride, int64_t rows, int64_t d, T* copy
   }
 }
 
-// Products accumulated over tiles: the first one is written in place, later ones through a buffer.
+// Products accumulated over tiles.
 template <class T>
 class Accumulated {
  public:
-  Accumulated() = default;
-  Accumulated(T* data, int64_t rows, int64_t cols) : data_(data), rows_(rows), cols_(cols) {}
-  void add(const Matrix<T>& a, const Matrix<const T>& b, Buffer<T>& spare) {
-    if (!begun_) {
-      mm(Matrix<T>(data_, rows_, cols_, cols_), a, b);
+  Accumulated(T* data, int64_t count) : data_(data), count_(count) {}
+  void add(const T* product) {
+    if (begun_) {
+      rows<T>().add_to(data_, product, count_);
+    } else {
+      std::copy_n(product, count_, data_);
       begun_ = true;
-      return;
     }
-    if (spare == nullptr) {
-      spare = Buffer<T>(rows_ * cols_);
-    }
-    mm(Matrix<T>(spare, rows_, cols_, cols_), a, b);
-    rows<T>().add_to(data_, spare, rows_ * cols_);
   }
   void finish() {
     if (!begun_) {
-      std::fill_n(data_, rows_ * cols_, T(0));
+      std::fill_n(data_, count_, T(0));
     }
   }
 
  private:
-  T* data_ = nullptr;
-  int64_t rows_ = 0, cols_ = 0;
+  T* data_;
+  int64_t count_;
   bool begun_ = false;
 };
 
@@ -353,8 +348,9 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
   const Buffer<T> zeros(m, T(0));
 
   parallel_pieces(div.pieces, [&](int64_t s) {
-    const int64_t ld = groups * m, piece_stop = std::min((s + 1) * div.rows, n);
-    Buffer<T> block(div.tile * ld), scratch(3 * m), tile_p(m), spare;
+    const int64_t ld = products * m, piece_stop = std::min((s + 1) * div.rows, n);
+    Product<T> make_block, make_M;
+    Buffer<T> own_phi(q.first ? div.tile * m : 0), scratch(3 * m), tile_p(m);
     Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d), gate_bias(q.gate_bias, div.tile, 1);
     const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
@@ -362,7 +358,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
     T* M_piece = div.pieces > 1 ? M_parts + s * B * m * d : M;
     std::vector<Accumulated<T>> sums;
     for (int64_t b = 0; b < B; ++b) {
-      sums.emplace_back(M_piece + b * m * d, m, d);
+      sums.emplace_back(M_piece + b * m * d, m * d);
     }
     for (int64_t start = s * div.rows; start < piece_stop; start += div.tile) {
       const int64_t stop = std::min(start + div.tile, piece_stop), all = stop - start;
@@ -370,13 +366,13 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
       Rows<T> a{};
       a.m = m;
       a.ld = ld;
-      a.phi = a.L = block;
+      a.phi_ld = q.first ? m : ld;
       a.w = w.rows(start, all);
       a.b = bias.rows(start, all);
       a.score_stride = q.score_weight.stride;
-      a.use = q.linear ? block + m : use.rows(start, all);
+      a.use = q.linear ? nullptr : use.rows(start, all);
       a.beta_stride = q.linear ? ld : m;
-      a.ign = !q.has_ign ? static_cast<const T*>(zeros) : q.linear ? block + 2 * m : ign.rows(start, all);
+      a.ign = q.has_ign && !q.linear ? ign.rows(start, all) : static_cast<const T*>(zeros);
       a.ign_stride = !q.has_ign ? 0 : a.beta_stride;
       a.prior = q.prior;
       a.mask_row = q.mask_row;
@@ -399,12 +395,18 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
           rows<T>().make_gates(f, x, x_stride, gate_weight_rows, q.gate_weight.stride, gate_bias_rows,
                                q.gate_bias.stride, q.scale[b], count, d);
         }
+        a.phi = a.L = own_phi;
         if (products > 0) {
-          mm(Matrix<T>(block + (q.first ? m : 0), count, products * m, ld), x_rows,
-             Matrix<const T>(stack + b * products * m * d, products * m, d, d).transposed());
-        }
-        if (q.linear) {
-          add_biases(q, block + m, block + 2 * m, count, ld);
+          T* block = make_block(x_rows, Matrix<const T>(stack + b * products * m * d, products * m, d, d).transposed());
+          if (!q.first) {
+            a.phi = a.L = block;
+            block += m;
+          }
+          if (q.linear) {
+            add_biases(q, block, block + m, count, ld);
+            a.use = block;
+            a.ign = q.has_ign ? block + m : static_cast<const T*>(zeros);
+          }
         }
         a.rows = count;
         a.gate = f;
@@ -412,7 +414,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
         std::fill_n(static_cast<T*>(tile_p), m, T(0));
         rows<T>().forward[q.first][q.mask != nullptr](a);
         rows<T>().add_to(p_parts + (s * B + b) * m, tile_p, m);
-        sums[b].add(Matrix<T>(block, count, m, ld).transposed(), x_rows, spare);
+        sums[b].add(make_M(Matrix<T>(a.phi, count, m, a.phi_ld).transposed(), x_rows));
       }
     }
     for (auto& sum : sums) {
@@ -497,11 +499,9 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
 
   parallel_pieces(div.pieces, [&](int64_t s) {
     const int64_t ld = groups * m, piece_stop = std::min((s + 1) * div.rows, n);
-    Buffer<T> block(div.tile * ld), scratch(3 * m), spare, dump(2 * m, T(0));
+    Product<T> make_block, make_sums, make_dx;
+    Buffer<T> scratch(3 * m), dump(2 * m, T(0));
     Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.tile * d);
-    // dx is formed in a buffer unless the product may be written where it belongs
-    const bool direct = std::is_same_v<T, X> && g.fresh;
-    Buffer<T> dx_copy = g.x == nullptr || direct ? Buffer<T>() : Buffer<T>(div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d);
     const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
     const Loaded<T, P> use(q.use, div.tile, m), ign(q.ign, div.tile, m);
@@ -513,7 +513,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
     T* shared_gate = shared_piece + 4 * m;
     std::vector<Accumulated<T>> sums;
     for (int64_t b = 0; b < B && wants_products; ++b) {
-      sums.emplace_back(product_parts + s * products + b * reduced * m * d, reduced * m, d);
+      sums.emplace_back(product_parts + s * products + b * reduced * m * d, reduced * m * d);
     }
     for (int64_t start = s * div.rows; start < piece_stop; start += div.tile) {
       const int64_t stop = std::min(start + div.tile, piece_stop), all = stop - start;
@@ -526,24 +526,22 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
       Rows<T> a{};
       a.m = m;
       a.ld = ld;
-      a.phi = block;
-      a.L = block + m;
-      T* use_block = block + (1 + !q.first) * m;
+      a.phi_ld = ld;
       a.w = w.rows(start, all);
       a.b = bias.rows(start, all);
       a.score_stride = q.score_weight.stride;
-      a.use = q.linear ? use_block : use.rows(start, all);
+      a.use = use.rows(start, all);
       a.beta_stride = q.linear ? ld : m;
-      a.ign = !q.has_ign ? static_cast<const T*>(zeros) : q.linear ? use_block + m : ign.rows(start, all);
+      a.ign = q.has_ign && !q.linear ? ign.rows(start, all) : static_cast<const T*>(zeros);
       a.ign_stride = !q.has_ign ? 0 : a.beta_stride;
       a.prior = q.prior;
       a.mask_row = q.mask_row;
       a.mask_col = q.mask_col;
       a.scratch = scratch;
       a.add_dgate = !g.fresh;
-      a.duse = q.linear ? use_block : duse.rows(start, all, zero);
+      a.duse = duse.rows(start, all, zero);
       a.dbeta_stride = q.linear ? ld : duse.stride();
-      a.dign = !q.has_ign ? static_cast<T*>(dump) : q.linear ? use_block + m : dign.rows(start, all, zero);
+      a.dign = q.has_ign && !q.linear ? dign.rows(start, all, zero) : static_cast<T*>(dump);
       a.dign_stride = !q.has_ign ? 0 : q.linear ? ld : dign.stride();
       a.duse_bias = shared_piece;
       a.dign_bias = shared_piece + m;
@@ -571,9 +569,16 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
         const T* x = load_x<T>(q.x + b * q.x_batch + start * q.x_row, q.x_row, count, d, x_copy, &x_stride);
         const Matrix<const T> x_rows(x, count, d, x_stride);
         const Matrix<const T> operand_rows(stack + b * groups * m * d, groups * m, d, d);
-        mm(Matrix<T>(block, count, ld, ld), x_rows, operand_rows.transposed());
+        T* block = make_block(x_rows, operand_rows.transposed());
+        a.phi = block;
+        a.L = block + m;
         if (q.linear) {
+          T* use_block = block + (1 + !q.first) * m;
           add_biases(q, use_block, use_block + m, count, ld);
+          a.use = a.duse = use_block;
+          if (q.has_ign) {
+            a.ign = a.dign = use_block + m;
+          }
         }
         a.rows = count;
         a.gate = gate + b * n + start;
@@ -583,17 +588,9 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
         const int sink = q.linear ? 2 : (first_writes && b == 0) || !g.wants_rows ? 0 : 1;
         rows<T>().backward[q.first][q.mask != nullptr][sink](a);
         if (wants_products) {
-          sums[b].add(Matrix<T>(block + m, count, reduced * m, ld).transposed(), x_rows, spare);
+          sums[b].add(make_sums(Matrix<T>(block + m, count, reduced * m, ld).transposed(), x_rows));
         }
-        T* dx = dx_rows == nullptr ? nullptr : static_cast<T*>(dx_copy);
-        if constexpr (std::is_same_v<T, X>) {
-          if (direct) {
-            dx = dx_rows;
-          }
-        }
-        if (dx != nullptr) {
-          mm(Matrix<T>(dx, count, d, d), Matrix<T>(block, count, ld, ld), operand_rows);
-        }
+        T* dx = dx_rows == nullptr ? nullptr : make_dx(Matrix<T>(block, count, ld, ld), operand_rows);
         if (q.makes_gates) {
           const bool one = q.gate_weight.stride == 0;
           rows<T>().gate_gradients(
@@ -601,13 +598,15 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
               !g.wants_rows ? nullptr : one ? shared_gate : dgate_weight_rows, one ? 0 : d,
               one ? shared_gate + d : dgate_bias_rows, one ? 0 : 1, dx, d, count, d);
         }
-        if (dx != nullptr && !direct) {
-          if constexpr (std::is_same_v<T, X>) {
-            rows<T>().add_to(dx_rows, dx, count * d);
-          } else {
+        if (dx != nullptr) {
+          if constexpr (!std::is_same_v<T, X>) {
             for (int64_t k = 0; k < count * d; ++k) {
               dx_rows[k] = static_cast<X>(g.fresh ? dx[k] : static_cast<T>(dx_rows[k]) + dx[k]);
             }
+          } else if (g.fresh) {
+            std::copy_n(dx, count * d, dx_rows);
+          } else {
+            rows<T>().add_to(dx_rows, dx, count * d);
           }
         }
       }

@@ -109,7 +109,7 @@ void forward_rows(const Rows<T>& a) {
   T* R = a.scratch;
   T* p = a.p;
   for (int64_t i = 0; i < a.rows; ++i) {
-    T* phi = a.phi + i * a.ld;
+    T* phi = a.phi + i * a.phi_ld;
     const T* use = a.use + i * a.beta_stride;
     const T* ign = a.ign + i * a.ign_stride;
     const uint8_t* mask = Masked ? a.mask + i * a.mask_row : nullptr;
@@ -149,7 +149,7 @@ void backward_rows(const Rows<T>& a) {
   T* minus = R + m;
   T* dR = minus + m;
   for (int64_t i = 0; i < a.rows; ++i) {
-    T* phi = a.phi + i * a.ld;  // holds <x_i, dM_j> and leaves with phi
+    T* phi = a.phi + i * a.phi_ld;  // holds <x_i, dM_j> and leaves with phi
     T* L = First ? nullptr : a.L + i * a.ld;  // holds <x_i, P_j> and leaves with dL
     const T* use = a.use + i * a.beta_stride;
     const T* ign = a.ign + i * a.ign_stride;

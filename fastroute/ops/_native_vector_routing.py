@@ -12,6 +12,7 @@ _INPUTS = (
     "Tensor? gate_weight, Tensor? gate_bias, Tensor? scale, Tensor? pred, Tensor? score_weight, Tensor? score_bias, "
     "Tensor use, Tensor? ign, Tensor? use_bias, Tensor? ign_bias, Tensor? prior, Tensor? mask, Tensor? lengths"
 )
+library.define("_prefers_onednn() -> bool")
 library.define(f"_vector_routing_native(Tensor x, Tensor? gate, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
 library.define(
     f"_vector_routing_native_backward(Tensor x, Tensor gate, {_INPUTS}, Tensor dM, Tensor dp, bool fresh, "

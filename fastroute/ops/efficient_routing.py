@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import gram
 from ..reference.efficient_routing import Parameters, input_scale, norm
 from ..reference.step import Grads, Step
+from . import _gram as gram
 from ._backends import choose, record, requested
+from ._gemm import product
 from ._registry import define
 from .vector_routing import autocast_precision, case_of, precision_of
 
@@ -93,7 +94,7 @@ def _new_saved(call: _Call) -> _Saved:
 
 def _matmul(a: Tensor, weight: Tensor) -> Tensor:
     """A per-output product: operands in the weight's dtype, the result in a's (the dtype of sums)."""
-    return (a.to(weight.dtype) @ weight).to(a.dtype)
+    return product(a.to(weight.dtype), weight).to(a.dtype)
 
 
 def _predictions(y: Tensor, w: Parameters) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .step import Grads
-from .tiles import tile_rows
+from ..reference.step import Grads
+from ..reference.tiles import tile_rows
+from ._gemm import products
 
 
 def _chunks(x: Tensor, lengths: Tensor | None, acc: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -48,9 +49,9 @@ def forward(
         g[:, :d] += weighted.sum(1)
         g[:, d] += f.sum(1)
         # G is symmetric: three of its four quarters suffice
-        G[:, :, half:].baddbmm_(tile.mT, weighted[..., half:])
+        G[:, :, half:] += products(tile.mT, weighted[..., half:])
         if half:
-            G[:, :half, :half].baddbmm_(tile[..., :half].mT, weighted[..., :half])
+            G[:, :half, :half] += products(tile[..., :half].mT, weighted[..., :half])
     if half:
         G[:, half:, :half] = G[:, :half, half:].mT
     return gate, G, g
@@ -70,7 +71,7 @@ def backward(
         f = gate[:, rows]
         if live is not None:
             f = f.masked_fill(~live, 0.0)
-        y = torch.baddbmm(dg[:, None, :d], tile, sym)  # sym x + dgbar
+        y = products(tile, sym).add_(dg[:, None, :d])  # sym x + dgbar
         df = 0.5 * (torch.einsum("brd,brd->br", y, tile) + torch.bmm(tile, dg[:, :d, None])[..., 0]) + dg[:, d:]
         if not grads.fresh:
             df = df + grads.gate[:, rows]

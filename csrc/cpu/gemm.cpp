@@ -1,0 +1,51 @@
+// Which of torch's two libraries makes a float32 product; see common/gemm.h.
+
+#include "common/gemm.h"
+
+#include <cstdlib>
+#include <string_view>
+
+// oneDNN's linear, through torch's C interface. Weak: a torch built without oneDNN lacks it, and is then not asked.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
+    int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
+
+namespace fastroute {
+
+bool prefers_onednn() {
+  static const bool chosen = [] {
+    if (&aoti_torch_cpu__linear_pointwise == nullptr) {
+      return false;
+    }
+    if (const char* asked = std::getenv("FASTROUTE_GEMM")) {
+      return std::string_view(asked) == "onednn";
+    }
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+#else
+    return false;
+#endif
+  }();
+  return chosen;
+}
+
+Tensor onednn_linear(const Tensor& a, const Tensor& b) {
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu__linear_pointwise(a.get(), b.get(), nullptr, "none", nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+
+namespace {
+
+bool prefers_onednn_op() {
+  return prefers_onednn();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CompositeExplicitAutograd, library) {
+  library.impl("_prefers_onednn", TORCH_BOX(&prefers_onednn_op));
+}
+
+}  // namespace fastroute

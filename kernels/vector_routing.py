@@ -1,0 +1,327 @@
+"""The Triton backend of ``vector_routing``: launches the kernels of one iteration, forward and backward.
+
+The kernels are in ``vector_routing_forward`` and ``vector_routing_backward`` (what belongs to an input row) and
+``vector_routing_products`` (the matrix products around it); ``vector_routing_plan`` chooses between them.
+Axes: B batch, n input vectors, m output vectors, d width of an input vector, G stacked operands.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fastroute.reference.step import Grads, Step
+
+from . import launch as start
+from .launch import DTYPES, cdiv, multiprocessors
+from .vector_routing_backward import backward_kernel
+from .vector_routing_forward import forward_kernel
+from .vector_routing_plan import MAX_OUTPUTS, Plan, Tile, padded, plan, product_dtype
+from .vector_routing_products import aggregate_kernel, score_kernel, spread_kernel
+
+__all__ = ["backward", "forward", "plan", "unsupported"]
+
+#: For tests: True or False takes that path wherever it exists; None lets ``plan`` choose.
+force_one_pass: bool | None = None
+
+
+def unsupported(device_type: str, dtype: torch.dtype, B: int, n: int, m: int, d: int) -> str | None:
+    """Why this backend cannot take a case, or None if it can."""
+    if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
+    if dtype not in DTYPES:
+        return f"the triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if m > MAX_OUTPUTS:
+        return f"the triton kernels keep a row of outputs on chip: at most {MAX_OUTPUTS}, not {m}"
+    if max(n, d) >= 2**31 - 2**16:
+        return f"the triton kernels count input vectors and their width in 32 bits: n={n}, d={d}"
+    return None
+
+
+class _Call:
+    """One iteration's inputs as the kernels take them."""
+
+    def __init__(self, step: Step, *, backward: bool, want_rows: bool = False) -> None:
+        self.step = step
+        self.B, self.n, self.d = step.x.shape
+        self.m = step.n_out
+        self.scored = step.pred is not None
+        self.x = step.x if step.x.stride(2) == 1 or self.d == 1 else step.x.contiguous()
+        self.betas = [b for b in (step.use, step.ign) if b is not None] if step.linear else []
+        self.operands = int(backward) + int(self.scored) + len(self.betas)
+        self.dtype = product_dtype(step.x.dtype, step.precision)
+        self.precision = "tf32" if step.precision == "tf32" else "ieee"
+        self.plan: Plan = plan(
+            self.B, self.n, self.m, self.d, step.x.dtype, step.precision,
+            operands=self.operands, backward=backward, made_gate=backward and step.gate_weight is not None, one_pass=force_one_pass,
+            own_rows=want_rows and not step.linear, sms=multiprocessors(step.x.device),
+        )  # fmt: skip
+        self.mask = None if step.mask is None else step.mask.expand(self.B, self.n, self.m).view(torch.uint8)
+        self.mask_strides = (0, 0, 0) if self.mask is None else self.mask.stride()
+        self.score_weight, self.score_bias = (_dense(step.score_weight), _dense(step.score_bias)) if self.scored else (None, None)
+        self.use, self.ign = (None, None) if step.linear else (_dense(step.use), _dense(step.ign))
+
+    def chunks(self) -> Iterator[tuple[slice, int, int]]:
+        """(samples, first row, end of rows), all rows of some samples before the next samples."""
+        for b in range(0, self.B, self.plan.batch):
+            for first in range(0, self.n, self.plan.rows):
+                yield slice(b, min(b + self.plan.batch, self.B)), first, min(first + self.plan.rows, self.n)
+
+    def stack(self, samples: slice, dM: Tensor | None) -> Tensor | None:
+        """[samples, G, m padded, d]: what multiplies x, in the dtype of the products."""
+        if not self.operands:
+            return None
+        found = [w[samples] for w in (dM, self.step.pred) if w is not None] + self.betas
+        shape = (samples.stop - samples.start, self.operands, padded(self.m), self.d)
+        new = self.x.new_empty if padded(self.m) == self.m else self.x.new_zeros
+        packed = new(shape, dtype=self.dtype)
+        for g, w in enumerate(found):
+            packed[:, g, : self.m] = w
+        return packed
+
+    def scratch(self, *operands_and_dtype: tuple[int, torch.dtype]) -> list[Tensor]:
+        rows = (self.plan.batch, self.plan.rows)
+        return [self.x.new_empty((*rows, g, padded(self.m)), dtype=t) for g, t in operands_and_dtype]
+
+    def common(self) -> dict[str, object]:
+        return {"X_ROW": self.x.stride(1), "D": self.d, "RAGGED": self.step.lengths is not None}
+
+    def row_constants(self) -> dict[str, object]:
+        step, tile = self.step, self.plan.row
+        return {
+            **self.common(),
+            "M": self.m, "M_PAD": padded(self.m), "G": self.operands,
+            "SCORED": self.scored, "LINEAR": step.linear, "IGN": step.ign is not None,
+            "MASKED": self.mask is not None, "ONE_PASS": self.plan.one_pass, "PRECISION": self.precision,
+            "SCORE_ROW": _row_stride(self.score_weight), "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth,
+            "warps": tile.warps, "stages": tile.stages,
+        }  # fmt: skip
+
+    def score(self, samples: slice, first: int, last: int, packed: Tensor, out: Tensor) -> None:
+        tile = self.plan.score
+        K = self.operands * padded(self.m)
+        start.launch(
+            score_kernel, (cdiv(last - first, tile.rows) * cdiv(K, tile.columns), samples.stop - samples.start),
+            self.x[samples], self.x.stride(0), packed, out, _part(self.step.lengths, samples),
+            first, last, self.plan.rows,
+            K=K, PRECISION=self.precision, BLOCK_N=tile.rows, BLOCK_K=tile.columns, BLOCK_D=tile.depth,
+            warps=tile.warps, stages=tile.stages, **self.common(),
+        )  # fmt: skip
+
+
+class _Sums:
+    """[B or 1, operands * m, d] sums over rows of some columns of ``coefficient``, with splits kept apart to the end."""
+
+    def __init__(self, call: _Call, columns: tuple[int, int], *, over_batch: bool) -> None:
+        self.call, self.columns, self.over_batch = call, columns, over_batch
+        groups, width = (1 if over_batch else call.B), (columns[1] - columns[0]) * call.m
+        splits = call.plan.shared_splits if over_batch else call.plan.splits
+        self.total = call.x.new_empty((splits, groups, width, call.d), dtype=torch.float32)
+        self.sums = call.x.new_empty((splits, groups, width), dtype=torch.float32)
+
+    def add(self, samples: slice, first: int, last: int, coefficient: Tensor) -> None:
+        call, tile = self.call, self.call.plan.aggregate
+        pad = padded(call.m)
+        k_tiles = cdiv((self.columns[1] - self.columns[0]) * pad, tile.rows)
+        batch = samples.stop - samples.start
+        splits, groups = self.total.shape[0], 1 if self.over_batch else batch
+        own = slice(None) if self.over_batch else samples
+        start.launch(
+            aggregate_kernel, (splits * k_tiles * (cdiv(call.d, tile.columns) + 1), groups),
+            call.x[samples], call.x.stride(0), coefficient, self.total[:, own], self.sums[:, own],
+            _part(call.step.lengths, samples),
+            self.total.stride(0), self.total.stride(1), self.sums.stride(0), self.sums.stride(1),
+            first, last, call.plan.rows, splits, cdiv(cdiv(last - first, splits), tile.depth) * tile.depth,
+            batch, batch if self.over_batch else 1,
+            K=coefficient.shape[2] * pad, K_FROM=self.columns[0] * pad, K_TO=self.columns[1] * pad, M=call.m, M_PAD=pad,
+            ADD=first > 0 or (self.over_batch and samples.start > 0), PRECISION=call.precision,
+            BLOCK_K=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth, warps=tile.warps, stages=tile.stages,
+            **call.common(),
+        )  # fmt: skip
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        if self.total.shape[0] == 1:
+            return self.total[0], self.sums[0]
+        return self.total.sum(0), self.sums.sum(0)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _row_stride(t: Tensor | None) -> int:
+    """0 where one row serves every input vector."""
+    return 0 if t is None or t.shape[0] == 1 else t.stride(0)
+
+
+def _part(t: Tensor | None, samples: slice) -> Tensor | None:
+    return None if t is None else t[samples]
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def forward(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """(M [B, m, d], p [B, m], gate [B, n]), all float32."""
+    with _on(step.x):
+        return _forward(_Call(step, backward=False))
+
+
+def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    step, chosen = call.step, call.plan
+    make_gate = step.gate is None
+    gate = call.x.new_empty((call.B, call.n), dtype=torch.float32) if step.gate is None else _dense(step.gate)
+    gate_weight, gate_bias, scale = (_dense(t) for t in (step.gate_weight, step.gate_bias, step.scale))
+    prior = _dense(step.prior)
+    [phi] = call.scratch((1, call.dtype))
+    two_phase = not chosen.one_pass
+    score = call.scratch((call.operands, torch.float32))[0] if two_phase else None
+    M = _Sums(call, (0, 1), over_batch=False)
+    assert gate is not None  # noqa: S101 - narrows the type
+    for samples, first, last in call.chunks():
+        if first == 0:
+            packed = call.stack(samples, None)
+        if two_phase:
+            assert packed is not None and score is not None  # noqa: S101
+            call.score(samples, first, last, packed, score)
+        batch = samples.stop - samples.start
+        per_program = cdiv(batch, chosen.groups)
+        start.launch(
+            forward_kernel, (cdiv(last - first, chosen.row.rows), cdiv(batch, per_program)),
+            call.x[samples], call.x.stride(0),
+            gate[samples], gate_weight, gate_bias, _part(scale, samples),
+            packed, score, call.score_weight, call.score_bias, call.use, call.ign, step.use_bias, step.ign_bias, prior,
+            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), phi,
+            gate.stride(0), first, last, chosen.rows, batch, per_program,
+            GATE_ROW=_row_stride(gate_weight), GATE_BIAS_ROW=_row_stride(gate_bias), MAKE_GATE=make_gate,
+            **call.row_constants(),
+        )  # fmt: skip
+        M.add(samples, first, last, phi)
+    return *M.result(), gate
+
+
+def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
+    """dpred [B, m, d] float32, or None in a first iteration; the other gradients go to ``grads``."""
+    with _on(step.x):
+        return _backward(_Call(step, backward=True, want_rows=grads.use is not None), dM, dp, grads)
+
+
+def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
+    step, chosen = call.step, call.plan
+    want_rows, want_x = grads.use is not None, grads.x is not None
+    gate, dp, prior = _dense(step.gate), dp.contiguous(), _dense(step.prior)
+    assert gate is not None  # noqa: S101 - the forward pass made it
+    shared_score = call.scored and want_rows and _row_stride(call.score_weight) == 0
+    [coefficient] = call.scratch((call.operands, call.dtype))
+    score = None if chosen.one_pass else call.scratch((call.operands, torch.float32))[0]
+    dpred = _Sums(call, (1, 2), over_batch=False) if call.scored else None
+    betas = _Sums(call, (call.operands - len(call.betas), call.operands), over_batch=True) if want_rows and step.linear else None
+    gate_part = _GatePart(call, gate, grads)
+    score_total = None
+    for samples, first, last in call.chunks():
+        if first == 0:
+            packed = call.stack(samples, dM)
+            assert packed is not None  # noqa: S101 - dM is in it
+        if score is not None:
+            call.score(samples, first, last, packed, score)
+        batch = samples.stop - samples.start
+        per_program = cdiv(batch, chosen.groups)
+        grid = (cdiv(last - first, chosen.row.rows), cdiv(batch, per_program))
+        score_sums = call.x.new_empty((grid[0] * grid[1], 2, call.m), dtype=torch.float32) if shared_score else None
+        start.launch(
+            backward_kernel, grid,
+            call.x[samples], call.x.stride(0), gate[samples], packed, score, dp[samples],
+            call.score_weight, call.score_bias, call.use, call.ign, step.use_bias, step.ign_bias, prior,
+            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), coefficient,
+            grads.gate[samples], grads.score_weight, grads.score_bias, grads.use, grads.ign, score_sums,
+            gate.stride(0), grads.gate.stride(0), first, last, chosen.rows, batch, per_program,
+            WANT_X=want_x, WANT_ROWS=want_rows, ADD_GATE=not grads.fresh, ADD_ROWS=not grads.fresh or samples.start > 0,
+            **call.row_constants(),
+        )  # fmt: skip
+        if score_sums is not None:
+            part = score_sums.sum(0)
+            score_total = part if score_total is None else score_total + part
+        if dpred is not None:
+            dpred.add(samples, first, last, coefficient)
+        if betas is not None:
+            betas.add(samples, first, last, coefficient)
+        gate_part.spread(samples, first, last, packed, coefficient)
+
+    if betas is not None:
+        weights, biases = betas.result()
+        for g, (weight, bias) in enumerate(((grads.use, grads.use_bias), (grads.ign, grads.ign_bias))[: len(call.betas)]):
+            own = slice(g * call.m, (g + 1) * call.m)
+            _put(weight, weights[0, own], grads.fresh)
+            _put(bias, biases[0, own], grads.fresh)
+    if score_total is not None:
+        _put(grads.score_weight, score_total[0], grads.fresh)
+        _put(grads.score_bias, score_total[1], grads.fresh)
+    if want_rows and grads.fresh and not call.scored:
+        for buffer in (grads.score_weight, grads.score_bias):
+            if buffer is not None:
+                buffer.zero_()
+    gate_part.finish()
+    return None if dpred is None else dpred.result()[0]
+
+
+def _put(buffer: Tensor | None, value: Tensor, fresh: bool) -> None:
+    """Fill a shared parameter's buffer, or add to it."""
+    if buffer is not None:
+        (buffer.copy_ if fresh else buffer.add_)(value.reshape(buffer.shape))
+
+
+class _GatePart:
+    """dx, and in a first iteration that made its gates, their part of it and the gradients of their parameters."""
+
+    def __init__(self, call: _Call, gate: Tensor, grads: Grads) -> None:
+        self.call, self.gate, self.grads = call, gate, grads
+        step = call.step
+        self.made = step.gate_weight is not None
+        self.wanted = self.made and grads.use is not None and grads.gate_weight is not None
+        self.weight, self.scale = _dense(step.gate_weight), _dense(step.scale)
+        self.shared = _row_stride(self.weight) == 0
+        self.total: Tensor | None = None
+
+    def spread(self, samples: slice, first: int, last: int, packed: Tensor, coefficient: Tensor) -> None:
+        call, grads, tile, dx = self.call, self.grads, self.call.plan.spread, self.grads.x
+        if dx is None and not self.wanted:
+            return
+        batch = samples.stop - samples.start
+        # With a row of its own per input row, the weight's gradient adds up over the samples inside one program.
+        groups = 1 if self.wanted and not self.shared else batch
+        grid = (cdiv(last - first, tile.rows) * cdiv(call.d, tile.columns), groups)
+        out = grads.gate_weight
+        if self.wanted and self.shared:
+            out = call.x.new_empty((cdiv(last - first, tile.rows), groups, call.d), dtype=torch.float32)
+        start.launch(
+            spread_kernel, grid,
+            call.x[samples], call.x.stride(0), _part(dx, samples), 0 if dx is None else dx.stride(0), packed, coefficient,
+            self.gate[samples], grads.gate[samples], self.weight, _part(self.scale, samples), out,
+            _part(call.step.lengths, samples), self.gate.stride(0), grads.gate.stride(0),
+            first, last, call.plan.rows, batch, cdiv(batch, groups),
+            DX_ROW=0 if dx is None else dx.stride(1), K=call.operands * padded(call.m),
+            GATE_ROW=_row_stride(self.weight), MADE_GATE=self.made, WANT_X=dx is not None, WANT_GATE=self.wanted,
+            ADD_X=not grads.fresh, ADD_GATE=samples.start > 0, PRECISION=call.precision,
+            BLOCK_N=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth, warps=tile.warps, stages=tile.stages,
+            **call.common(),
+        )  # fmt: skip
+        if self.wanted and self.shared:
+            assert out is not None  # noqa: S101 - narrows the type
+            part = out.sum((0, 1))
+            self.total = part if self.total is None else self.total + part
+
+    def finish(self) -> None:
+        """The gates' own parameters, from the gates' gradient: [B, n] work."""
+        grads = self.grads
+        if not self.wanted:
+            return
+        if self.total is not None:
+            _put(grads.gate_weight, self.total, True)
+        da = grads.gate * self.gate * (1.0 - self.gate)
+        if grads.gate_bias is not None:
+            _put(grads.gate_bias, da.sum() if grads.gate_bias.shape[0] == 1 else da.sum(0), True)

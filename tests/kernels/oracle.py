@@ -1,0 +1,187 @@
+"""Inputs for ``vector_routing``, its exact answer, and how far a backend may be from it.
+
+Axes: B batch, n input vectors, m output vectors, d width of an input vector.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastroute.reference.step import Grads, Step
+from fastroute.reference.vector_routing import gates, row_is_live, vector_routing
+
+PARAMETERS = ("gate_weight", "gate_bias", "score_weight", "score_bias", "use", "ign", "use_bias", "ign_bias")
+
+
+class Size(NamedTuple):
+    """B, n, m, d as in every file of the op."""
+
+    B: int
+    n: int
+    m: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"B{self.B}-n{self.n}-m{self.m}-d{self.d}"
+
+
+class Problem(NamedTuple):
+    """An iteration and what comes back to it from the loss."""
+
+    step: Step
+    dM: Tensor  # [B, m, d]
+    dp: Tensor  # [B, m]
+
+
+def problem(
+    size: Size,
+    *,
+    first: bool = False,
+    made: bool = False,
+    linear: bool = False,
+    ign: bool = True,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+    precision: str = "ieee",
+    device: str = "cpu",
+    seed: int = 0,
+) -> Problem:
+    """Random inputs with logits of order 1. ``made``: the iteration makes its gates; ``linear``: rows share parameters."""
+    B, n, m, d = size
+    rows = 1 if linear else n
+    generator = torch.Generator().manual_seed(seed)
+    stored = parameter_dtype or dtype
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
+
+    betas = (m, d) if linear else (n, m)
+    scale = d**-0.5 if linear else 1.0
+    alive = None if lengths is None else torch.tensor(lengths, device=device)
+    gate = None if made else normal(B, n).sigmoid()
+    x = normal(B, n, d, dtype=dtype)
+    step = Step(
+        x=x,
+        gate=gate,
+        gate_weight=normal(rows, d, dtype=stored) if made else None,
+        gate_bias=normal(rows, scale=0.3, dtype=stored) if made else None,
+        scale=torch.full((B,), d**-0.5, device=device) if made else None,
+        pred=None if first else normal(B, m, d, scale=d**-0.5),
+        score_weight=None if first else normal(rows, m, dtype=stored),
+        score_bias=None if first else normal(rows, m, dtype=stored),
+        use=normal(*betas, scale=scale, dtype=stored),
+        ign=normal(*betas, scale=scale, dtype=stored) if ign else None,
+        use_bias=normal(m, scale=0.3, dtype=stored) if linear else None,
+        ign_bias=normal(m, scale=0.3, dtype=stored) if linear and ign else None,
+        prior=torch.full((m,), 1 / m, device=device) if first else None,
+        mask=None if mask is None else mask.to(device),
+        lengths=alive,
+        precision=precision,
+    )
+    return Problem(step, normal(B, m, d), normal(B, m))
+
+
+def empty_grads(step: Step, *, want_x: bool = True, want_rows: bool = True, start: float | None = None) -> Grads:
+    """Buffers as the op layer makes them: nothing in them (NaN) for the first pass, or ``start``."""
+    fill = float("nan") if start is None else start
+
+    def like(t: Tensor | None, shared: bool = False) -> Tensor | None:
+        return None if t is None else torch.full(t.shape, fill, dtype=step.acc if shared else t.dtype, device=t.device)
+
+    grads = Grads(start is None, torch.full(step.x.shape[:2], fill, device=step.x.device))
+    grads.x = like(step.x) if want_x else None
+    if want_rows:
+        for name in PARAMETERS:
+            t = getattr(step, name)
+            setattr(grads, name, like(t, shared=step.linear or (t is not None and t.shape[0] == 1)))
+    return grads
+
+
+def run(backend: ModuleType, case: Problem, **wants: Any) -> dict[str, Tensor]:
+    """Forward and backward of a backend, by name; inputs' gradients as d<name>."""
+    M, p, gate = backend.forward(case.step)
+    grads = empty_grads(case.step, **wants)
+    dpred = backend.backward(case.step._replace(gate=gate), case.dM, case.dp, grads)
+    found = {"M": M, "p": p, "gate": gate, "dpred": dpred, "dx": grads.x, "dgate": grads.gate}
+    found |= {f"d{name}": getattr(grads, name) for name in PARAMETERS}
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def answer(case: Problem, dtype: torch.dtype, *, start: float = 0.0) -> dict[str, Tensor]:
+    """The reference in ``dtype``, with gradients from autograd; ``start`` is what came to every input from elsewhere."""
+    step = case.step
+    names = ("x", "gate", *PARAMETERS, "pred")
+    leaf = {k: None if (t := getattr(step, k)) is None else t.detach().to(dtype).requires_grad_() for k in names}
+    x = leaf["x"] if step.lengths is None else leaf["x"].masked_fill(~row_is_live(step.x, step.lengths)[..., None], 0.0)
+    gate = leaf["gate"]
+    if gate is None:
+        gate = gates(x, leaf["gate_weight"], leaf["gate_bias"], step.scale.to(dtype)).sigmoid()
+        if step.lengths is not None:
+            gate = gate.masked_fill(~row_is_live(step.x, step.lengths), 0.0)
+        gate.retain_grad()
+    M, p = vector_routing(
+        x, gate, leaf["pred"], leaf["score_weight"], leaf["score_bias"], leaf["use"], leaf["ign"],
+        use_bias=leaf["use_bias"], ign_bias=leaf["ign_bias"], prior=None if step.prior is None else step.prior.to(dtype),
+        mask=step.mask, lengths=step.lengths,
+    )  # fmt: skip
+    loss = (M * case.dM.to(dtype)).sum() + (p * case.dp.to(dtype)).sum() + start * gate.sum()
+    loss.backward()
+    found = {"M": M, "p": p, "gate": gate, "dgate": gate.grad}
+    found |= {f"d{k}": t.grad for k, t in leaf.items() if t is not None and k != "gate"}
+    for k, g in found.items():
+        # The gates' parameters and dpred are written by one pass alone.
+        if start and k[0] == "d" and k not in ("dgate", "dpred", "dgate_weight", "dgate_bias"):
+            found[k] = g + start
+    return {k: g.detach() for k, g in found.items() if g is not None}
+
+
+_AXES = {
+    "x": "Bnd", "gate": "Bn", "gate_weight": "nd", "gate_bias": "n", "scale": "B", "pred": "Bmd", "score_weight": "nm",
+    "score_bias": "nm", "use_bias": "m", "ign_bias": "m", "prior": "m", "mask": "Bnm", "lengths": "B",
+    "M": "Bmd", "p": "Bm",
+}  # fmt: skip
+
+
+def _flip(t: Tensor | None, name: str, which: str, linear: bool) -> Tensor | None:
+    axes = ("md" if linear else "nm") if name in ("use", "ign") else _AXES[name]
+    return None if t is None else t.flip([k for k, axis in enumerate(axes) if axis in which])
+
+
+def plain_error(case: Problem, exact: dict[str, Tensor], dtype: torch.dtype, start: float) -> dict[str, Tensor]:
+    """Largest error of plain PyTorch per output, over a few orders in which it could have summed.
+
+    Reversing an axis changes nothing but the order of sums; one order alone can be exact by luck.
+    """
+    step, worst = case.step, {name: torch.zeros((), dtype=torch.float64) for name in exact}
+    for which in ("", "m", "d", "md") if step.lengths is not None else ("", "n", "m", "d", "nm", "nd", "md", "nmd"):
+        turned = Step(*(_flip(t, k, which, step.linear) for k, t in zip(Step._fields[:-1], step, strict=False)), step.precision)
+        dM, dp = _flip(case.dM, "M", which, False), _flip(case.dp, "p", which, False)
+        assert dM is not None and dp is not None
+        for name, value in answer(Problem(turned, dM, dp), dtype, start=start).items():
+            back = _flip(value, name if name in _AXES else name[1:], which, step.linear)
+            worst[name] = torch.maximum(worst[name], (back.double() - exact[name]).abs().max().cpu())
+    return worst
+
+
+def assert_within_budget(
+    found: dict[str, Tensor], case: Problem, *, start: float = 0.0, but: tuple[str, ...] = (), dtype: torch.dtype | None = None
+) -> None:
+    """Every output is within twice plain PyTorch's own error in ``dtype`` (that of x), and one rounding, of the exact answer."""
+    dtype = dtype or case.step.x.dtype
+    exact = answer(case, torch.float64, start=start)
+    plain = plain_error(case, exact, dtype, start)
+    missing = set(exact) - set(found) - set(but)
+    assert not missing, missing
+    for name, value in found.items():
+        if name not in exact:
+            assert not value.any(), f"{name} has no gradient here, so it must be zero"
+            continue
+        size = exact[name].abs().max().cpu()
+        error, budget = (value.double() - exact[name]).abs().max().cpu(), 2 * plain[name] + torch.finfo(dtype).eps * size
+        assert error <= budget, f"{name}: off by {error:.3g}, allowed {budget:.3g} (values to {size:.3g})"

@@ -1,0 +1,222 @@
+"""The Triton kernels against float64 autograd of the reference: compiled on a GPU, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastroute.kernels import vector_routing
+from fastroute.reference import tiles
+
+from .oracle import PARAMETERS, Problem, Size, assert_within_budget, empty_grads, problem, run
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+SMALL = Size(2, 33, 5, 24)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels' launcher allocates holds NaN until something is written there."""
+    real = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = real(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture(params=[True, False], ids=["one-pass", "two-phase"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    monkeypatch.setattr(vector_routing, "force_one_pass", request.param)
+    yield request.param
+
+
+def make(size: Size = SMALL, **options: Any) -> Problem:
+    return problem(size, device=DEVICE, **options)
+
+
+def random_mask(*shape: int) -> Tensor:
+    """40 % closed, and the whole of row 3 of the first sample."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.4
+    mask[(0,) * (len(shape) - 2) + (3,)] = True
+    return mask
+
+
+KINDS = {
+    "next": {},
+    "next-without-ign": {"ign": False},
+    "next-linear": {"linear": True},
+    "next-linear-without-ign": {"linear": True, "ign": False},
+    "first": {"first": True},
+    "first-made": {"first": True, "made": True},
+    "first-made-without-ign": {"first": True, "made": True, "ign": False},
+    "first-linear": {"first": True, "linear": True},
+    "first-linear-made": {"first": True, "made": True, "linear": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str, path: bool) -> None:
+    case = make(**KINDS[kind])
+    assert_within_budget(run(vector_routing, case), case)
+
+
+@pytest.mark.parametrize("kind", ["next", "next-linear", "first-made", "first-linear-made"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("parameters", ["same", "float32"])
+def test_half_precision(kind: str, dtype: torch.dtype, parameters: str, path: bool) -> None:
+    case = make(Size(2, 40, 9, 24), dtype=dtype, parameter_dtype=None if parameters == "same" else torch.float32, **KINDS[kind])
+    assert_within_budget(run(vector_routing, case), case)
+
+
+@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_float32_with_half_products(kind: str, precision: str, path: bool) -> None:
+    """As under autocast: operands of the products are rounded, nothing else is."""
+    case = make(Size(2, 40, 9, 24), precision=precision, **KINDS[kind])
+    found = run(vector_routing, case)
+    assert all(t.dtype == torch.float32 for t in found.values())
+    assert_within_budget(found, case, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+@pytest.mark.parametrize("size", [Size(16, 1, 2, 1), Size(16, 1, 17, 8), Size(2, 65, 17, 8), Size(1, 33, 100, 130), Size(1, 20, 300, 24)], ids=str)
+@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
+def test_sizes(size: Size, kind: str, path: bool) -> None:
+    case = make(size, **KINDS[kind])
+    assert_within_budget(run(vector_routing, case), case)
+
+
+MASKS = {
+    "shared": random_mask(33, 5).expand(2, 33, 5),
+    "own": random_mask(2, 33, 5),
+    "causal": torch.ones(33, 5, dtype=torch.bool).triu(1).expand(2, 33, 5),
+    "columns": (torch.arange(5) == 2).expand(2, 33, 5),
+    "transposed": random_mask(2, 5, 33).mT,
+    "all": torch.ones(2, 33, 5, dtype=torch.bool),
+    "none": torch.zeros((), dtype=torch.bool).expand(2, 33, 5),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
+def test_masks(mask: str, kind: str, path: bool) -> None:
+    case = make(mask=MASKS[mask], **KINDS[kind])
+    found = run(vector_routing, case)
+    assert_within_budget(found, case)
+    if mask == "all":
+        assert not any(found[name].any() for name in ("M", "p", "dx", "dgate"))
+
+
+@pytest.mark.parametrize("kind", ["next", "first", "first-made", "next-linear", "first-linear-made"])
+def test_lengths(kind: str, path: bool) -> None:
+    """Rows past a sample's length are never read: they hold NaN here."""
+    size = Size(3, 33, 5, 24)
+    case = make(size, lengths=[33, 0, 17], **KINDS[kind])
+    with_nan = case.step.x.clone()
+    with_nan[1], with_nan[2, 17:] = float("nan"), float("nan")
+    found = run(vector_routing, case._replace(step=case.step._replace(x=with_nan)))
+    assert_within_budget(found, case)
+    for name in ("dx", "dgate"):
+        assert not found[name][1].any() and not found[name][2, 17:].any()
+
+
+@pytest.mark.parametrize("kind", ["next", "next-linear", "first-made", "first-linear-made"])
+def test_adds_to_what_is_there(kind: str, path: bool) -> None:
+    case = make(**KINDS[kind])
+    assert_within_budget(run(vector_routing, case, start=2.0), case, start=2.0)
+
+
+@pytest.mark.parametrize("kind", ["next", "next-linear", "first-made", "first-linear-made"])
+@pytest.mark.parametrize(("want_x", "want_rows"), [(False, True), (True, False), (False, False)], ids=["no-x", "no-rows", "neither"])
+def test_gradients_not_wanted(kind: str, want_x: bool, want_rows: bool, path: bool) -> None:
+    case = make(**KINDS[kind])
+    absent = (() if want_x else ("dx",)) + (() if want_rows else tuple(f"d{name}" for name in PARAMETERS))
+    found = run(vector_routing, case, want_x=want_x, want_rows=want_rows)
+    assert not set(absent) & set(found)
+    assert_within_budget(found, case, but=absent)
+
+
+def test_first_iteration_alone_zeroes_the_scores(path: bool) -> None:
+    """With one iteration the score parameters have buffers but no gradient."""
+    case = make(first=True)
+    grads = empty_grads(case.step)
+    grads.score_weight, grads.score_bias = (torch.full((33, 5), float("nan"), device=DEVICE) for _ in range(2))
+    vector_routing.backward(case.step, case.dM, case.dp, grads)
+    assert not grads.score_weight.any() and not grads.score_bias.any()
+
+
+def test_underflowing_logits(path: bool) -> None:
+    """Every sigmoid of a row underflows in float32; R is that of the logarithms."""
+    case = make()
+    case = case._replace(step=case.step._replace(score_bias=case.step.score_bias - 200.0))
+    assert_within_budget(run(vector_routing, case), case)
+
+
+@pytest.mark.parametrize("kind", ["next", "first-made"])
+def test_strided_x(kind: str, path: bool) -> None:
+    case = make(**KINDS[kind])
+    x = case.step.x
+    views = {
+        "every second row": torch.stack([x, x + 1], 2).flatten(1, 2)[:, ::2],
+        "wider rows": torch.cat([x, x], -1)[..., 24:],
+        "batch second": x.transpose(0, 1).contiguous().transpose(0, 1),
+    }
+    expected = run(vector_routing, case)
+    for name, view in views.items():
+        found = run(vector_routing, case._replace(step=case.step._replace(x=view)))
+        assert all(torch.equal(found[k], expected[k]) for k in expected), name
+
+
+@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
+def test_nan_stays_in_its_sample(kind: str, path: bool) -> None:
+    case = make(**KINDS[kind])
+    expected = run(vector_routing, case)
+    x = case.step.x.clone()
+    x[0, 7] = float("nan")
+    found = run(vector_routing, case._replace(step=case.step._replace(x=x)))
+    assert found["M"][0].isnan().any()
+    for name in {"M", "p", "gate", "dx", "dgate", "dpred"} & set(expected):
+        assert torch.equal(found[name][1], expected[name][1]), name
+
+
+@pytest.mark.parametrize("kind", ["next", "first-linear-made"])
+def test_same_input_same_bits(kind: str, path: bool) -> None:
+    case = make(**KINDS[kind])
+    once, again = run(vector_routing, case), run(vector_routing, case)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear", "first-linear-made"])
+def test_chunks(kind: str, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and samples taken in several chunks, split sums and a small machine, give the same."""
+    real = vector_routing.plan
+    monkeypatch.setattr(vector_routing, "plan", lambda *a, **k: real(*a, **{**k, "sms": 2})._replace(batch=2, rows=16, splits=2, shared_splits=2))
+    case = make(Size(3, 40, 5, 24), lengths=[40, 11, 0], **KINDS[kind])
+    assert_within_budget(run(vector_routing, case), case)
+    assert_within_budget(run(vector_routing, case, start=2.0), case, start=2.0)
+
+
+def test_agrees_with_the_tiled_twin(path: bool) -> None:
+    """The plain twin has the same formulas, so it is within the same budget of the same numbers."""
+    for first, linear in itertools.product((True, False), (True, False)):
+        case = make(first=first, made=first, linear=linear)
+        found, expected = run(vector_routing, case), run(tiles, case)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+            torch.testing.assert_close(found[name], value)
+
+
+def test_unsupported() -> None:
+    size = {"B": 1, "n": 4, "m": 3, "d": 2}
+    assert vector_routing.unsupported(DEVICE, torch.float32, **size) is None
+    assert "float64" in str(vector_routing.unsupported(DEVICE, torch.float64, **size))
+    assert "16384" in str(vector_routing.unsupported(DEVICE, torch.float32, **{**size, "m": 20000}))
+    assert "CUDA" in str(vector_routing.unsupported("xpu", torch.float32, **size))
