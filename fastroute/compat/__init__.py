@@ -1,0 +1,1 @@
+"""The upstreams' import paths, on fastroute's layers."""
