@@ -1,4 +1,4 @@
-"""``EfficientVectorRouting``: routing sequences of vectors, Heinsen (2022), "An Algorithm for Routing Vectors in Sequences"."""
+"""``EfficientVectorRouting``, Heinsen (2022), "An Algorithm for Routing Vectors in Sequences"."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
-from ..reference.efficient_routing import Parameters, first_or_next, norm
+from ..reference.efficient_routing import Parameters, cast, first_or_next, norm
 
 
 class EfficientVectorRouting(nn.Module):
-    r"""Routes n_inp vectors of width d_inp to n_out vectors of width d_out, in n_iters iterations of routing by agreement.
+    r"""Routes n_inp vectors of width d_inp to n_out vectors of width d_out by n_iters iterations of agreement.
 
-    In each iteration every output vector predicts the inputs (E-step), each input divides itself over the *outputs* by a
-    softmax of how well it was predicted (D-step), and every output is the sum over *inputs* of votes weighted by net
+    In each iteration every output vector predicts the inputs (E-step), each input divides itself over the *outputs* by
+    a softmax of how well it was predicted (D-step), and every output is the sum over *inputs* of votes weighted by net
     benefit less cost (M-step). Same parameters, names, initial values and order of random draws as
     ``heinsen_routing.EfficientVectorRouting``: a seed gives the same weights and state dicts load strictly both ways.
 
@@ -127,18 +127,18 @@ class EfficientVectorRouting(nn.Module):
     def _check_input(self, x_inp: Tensor) -> None:
         if not isinstance(x_inp, Tensor):
             raise TypeError(f"x_inp: expected a tensor, got {type(x_inp).__name__}")
-        shown = _checks.shown(x_inp)
         if x_inp.dim() < 2:
-            raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {x_inp.dim()} (x_inp is {shown})")
+            raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {_checks.shown(x_inp)}")
         _checks.floating("x_inp", x_inp)
-        if x_inp.shape[-1] != self.d_inp:
+        n, d = x_inp.shape[-2:]
+        if d != self.d_inp:
             raise ValueError(
-                f"d_inp: expected input vectors of width {self.d_inp}, got {x_inp.shape[-1]} (x_inp is {shown})"
+                f"d_inp: expected input vectors of width {self.d_inp}, got {d} (x_inp is {_checks.shown(x_inp)})"
             )
-        if self.n_inp != -1 and x_inp.shape[-2] != self.n_inp:
-            raise ValueError(f"n_inp: expected {self.n_inp} input vectors, got {x_inp.shape[-2]} (x_inp is {shown})")
-        if x_inp.shape[-2] == 0:
-            raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {shown})")
+        if self.n_inp != -1 and n != self.n_inp:
+            raise ValueError(f"n_inp: expected {self.n_inp} input vectors, got {n} (x_inp is {_checks.shown(x_inp)})")
+        if n == 0:
+            raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {_checks.shown(x_inp)})")
         if x_inp.device != self.W_A.device:
             raise ValueError(
                 f"x_inp: expected a tensor on {self.W_A.device} like the parameters, got one on {x_inp.device}; "
@@ -184,7 +184,7 @@ class EfficientVectorRouting(nn.Module):
         kwargs = {"mask": mask, "lengths": lengths}
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, w.W_F2.dtype)
-            x, w = x.to(dtype), Parameters(*(t if t is None else t.to(dtype) for t in w))
+            x, w = x.to(dtype), cast(w, dtype)
             before = (
                 efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
                 if self.n_iters > 1

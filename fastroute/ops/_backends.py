@@ -180,10 +180,10 @@ def record(case: Case) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside on one backend: "reference", "native", "triton", or "auto" to choose by device, dtype and shape.
+    """Run every op inside on one backend: "reference", "native", "triton"; "auto" chooses by device, dtype and shape.
 
     Process-wide while it lasts. A backward pass uses the backend of its forward pass. An op that the named backend
-    cannot run raises :class:`BackendUnavailable` and says why. ``FASTROUTE_BACKEND`` sets the same from the environment.
+    cannot run raises :class:`BackendUnavailable` and says why. The environment's ``FASTROUTE_BACKEND`` sets the same.
     """
     _check_name(name, "use_backend")
     before, _State.requested = _State.requested, name
@@ -194,9 +194,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 class strict:
-    """Check on a GPU what only the device knows (lengths, actions), and raise with the counts, at the price of a host sync.
+    """Check on a GPU what only the device knows (lengths, actions) and raise with the counts, at a host sync's price.
 
-    ``fastroute.strict(True)`` switches it for the process; ``with fastroute.strict(True):`` for a block. Off by default.
+    ``fastroute.strict(True)`` switches it for the process, ``with fastroute.strict(True):`` for a block. Default: off.
     """
 
     def __init__(self, enabled: bool = True) -> None:

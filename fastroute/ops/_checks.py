@@ -42,7 +42,9 @@ def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mas
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
     )
     if not fits:
-        raise ValueError(f"{name}: expected a shape that broadcasts to {list(full)} (..., n_inp, n_out), got {shown(mask)}")
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {list(full)} (..., n_inp, n_out), got {shown(mask)}"
+        )
     if mask.dim() <= 2 or all(size == 1 for size in mask.shape[:-2]):
         B = 1
         for size in batch:

@@ -18,7 +18,12 @@ def prefers_onednn() -> bool:
 
 
 def _onednn_takes(a: Tensor, b: Tensor, multiplications: int) -> bool:
-    return 2 * multiplications > 1 << 22 and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and prefers_onednn()
+    return (
+        2 * multiplications > 1 << 22
+        and a.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and prefers_onednn()
+    )
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,20 @@ from torch.library import Library
 library = Library("fastroute", "DEF")
 
 
+def no_second_derivative(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The gradient of a gradient op: an error instead of autograd's silence."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{op} has no second derivative; the plain-PyTorch function fastroute.reference.{op}.{op} has"
+        )
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    return backward, setup_context
+
+
 def define(
     name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, autograd: Any = None
 ) -> None:

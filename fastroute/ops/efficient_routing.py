@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.efficient_routing import Parameters, input_scale, norm
+from ..reference.efficient_routing import Parameters, cast, input_scale, norm
 from ..reference.step import Grads, Step
 from . import _gram as gram
 from ._backends import choose, record, requested
 from ._gemm import product
-from ._registry import define
+from ._registry import define, no_second_derivative
 from .vector_routing import autocast_precision, case_of, precision_of
 
 _PARAMETERS = ", ".join(f"Tensor{'?' if name.startswith('bias') else ''} {name}" for name in Parameters._fields)
-_INPUTS = f"Tensor x, {_PARAMETERS}, Tensor? mask, Tensor? lengths, int n_iters, bool normalize, str backend, str precision"
+_INPUTS = (
+    f"Tensor x, {_PARAMETERS}, Tensor? mask, Tensor? lengths, int n_iters, bool normalize, str backend, str precision"
+)
 _N = len(Parameters._fields)
 
 
@@ -117,12 +119,13 @@ def _step(call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, 
     """What iteration t gives the backend. With the Gram matrix, only phi's part with R is left to it."""
     w = call.w
     use, ign, use_bias, ign_bias = w.beta_use, w.beta_ign, w.bias_use, w.bias_ign
+    betas: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] = (use, ign, use_bias, ign_bias)
     if call.uses_gram:
-        assert use_bias is not None and ign_bias is not None  # noqa: S101
-        use, use_bias, ign, ign_bias = use + ign, use_bias + ign_bias, None, None
+        assert use_bias is not None and ign_bias is not None
+        betas = use + ign, None, use_bias + ign_bias, None
     return Step(
         call.x, gate, w.W_A if first else None, w.B_A if first else None, scale, pred,
-        None if first else w.W_S, None if first else w.B_S, use, ign, use_bias, ign_bias,
+        None if first else w.W_S, None if first else w.B_S, *betas,
         w.prior.to(call.acc) if first else None, call.mask, call.lengths, precision_of(call.x, call.precision),
     )  # fmt: skip
 
@@ -130,7 +133,7 @@ def _step(call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, 
 def _linear_part(call: _Call, first: bool) -> tuple[Tensor, Tensor]:
     """(v [m, d], e [m]): the part of phi that is linear in x without R, phi_ij = f_i (<x_i, v_j> + e_j) + ..."""
     w, acc = call.w, call.acc
-    assert w.bias_use is not None and w.bias_ign is not None  # noqa: S101
+    assert w.bias_use is not None and w.bias_ign is not None
     if not first:
         return -w.beta_ign.to(acc), -w.bias_ign.to(acc)
     c = w.prior.to(acc)
@@ -153,7 +156,9 @@ def _routed(call: _Call, saved: _Saved) -> Tensor:
     kernel = choose(case_of(x, w.W_F1.shape[0]), call.backend)
     scale = input_scale(x, call.lengths)
     if call.uses_gram:
-        for kept, made in zip((saved.gate, saved.G, saved.g), gram.forward(x, w.W_A, w.B_A, scale, call.lengths), strict=True):
+        for kept, made in zip(
+            (saved.gate, saved.G, saved.g), gram.forward(x, w.W_A, w.B_A, scale, call.lengths), strict=True
+        ):
             kept.copy_(made)
     for t in range(call.n_iters):
         if t > 0:
@@ -230,8 +235,8 @@ def _differentiate(
     w, acc, d = call.w, call.acc, call.x.shape[-1]
     kernel = choose(case_of(call.x, w.W_F1.shape[0]), call.backend)
     scale = input_scale(call.x, call.lengths)
-    for t in (dw.W_F1, dw.W_F2, dw.B_F2, dw.W_G1, dw.W_G2, dw.B_G2, dw.prior):
-        t.zero_()
+    for per_output in (dw.W_F1, dw.W_F2, dw.B_F2, dw.W_G1, dw.W_G2, dw.B_G2, dw.prior):
+        per_output.zero_()
     grads = Grads(True, torch.empty_like(saved.gate), dx)
     if want_rows:
         grads.gate_weight, grads.gate_bias, grads.score_weight, grads.score_bias = dw.W_A, dw.B_A, dw.W_S, dw.B_S
@@ -274,7 +279,7 @@ def _differentiate(
         return
     if want_rows and grads.fresh:
         for buffer in (dw.W_S, dw.B_S, dw.beta_use, dw.bias_use):
-            assert buffer is not None  # noqa: S101
+            assert buffer is not None
             buffer.zero_()
     gram.backward(call.x, saved.gate, w.W_A, scale, call.lengths, dG, dg, grads)
     if want_rows:
@@ -284,7 +289,7 @@ def _differentiate(
 def _spread(call: _Call, dw: Parameters, dvs: list[tuple[Tensor, Tensor]]) -> None:
     """From the gradients of use + ign (in dw's use) and of each iteration's linear part, those of use and ign."""
     c = call.w.prior.to(call.acc)
-    assert dw.bias_use is not None and dw.bias_ign is not None  # noqa: S101
+    assert dw.bias_use is not None and dw.bias_ign is not None
     dw.beta_ign.copy_(dw.beta_use)
     dw.bias_ign.copy_(dw.bias_use)
     for dv, de in dvs[:-1]:
@@ -328,6 +333,7 @@ define(
     f"({_INPUTS}, Tensor dout, {_SAVED}, bool want_x, bool want_rows) -> Tensor[]",
     _backward,
     _backward_fake,
+    autograd=no_second_derivative("efficient_routing"),
 )
 define(
     "efficient_routing",
@@ -344,7 +350,7 @@ def _promoted(x: Tensor, w: Parameters) -> tuple[Tensor, Parameters]:
     if x.dtype == have or (have == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         return x, w
     to = torch.promote_types(x.dtype, have)
-    return x.to(to), Parameters(*(t if t is None else t.to(to) for t in w))
+    return x.to(to), cast(w, to)
 
 
 def efficient_routing(
@@ -364,7 +370,7 @@ def efficient_routing(
     """
     autocast = autocast_precision(x.device.type)
     if autocast:
-        w = Parameters(*(t if t is None or t.dtype == torch.float64 else t.float() for t in w))
+        w = cast(w, torch.promote_types(w.W_F2.dtype, torch.float32))
     x, w = _promoted(x, w)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()

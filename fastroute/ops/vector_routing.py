@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.step import Grads, Step
 from . import _checks
 from ._backends import Case, choose, offer, record, requested
-from ._registry import define
+from ._registry import define, no_second_derivative
 
 OP = "vector_routing"
 
@@ -37,7 +37,7 @@ def precision_of(x: Tensor, autocast: str) -> str:
 
 
 def autocast_precision(device_type: str) -> str:
-    """ "bf16" or "fp16" inside torch.autocast for this device, else "". """
+    """What torch.autocast asks for on this device, "bf16" or "fp16"; outside it, ""."""
     if not torch.is_autocast_enabled(device_type):
         return ""
     return "fp16" if torch.get_autocast_dtype(device_type) == torch.float16 else "bf16"
@@ -52,7 +52,8 @@ def _native_refuses(case: Case) -> str | None:
 def _triton_refuses(case: Case) -> str | None:
     from ..kernels.vector_routing import unsupported
 
-    return unsupported(case.device, case.dtype, **dict(case.sizes))
+    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
+    return why
 
 
 offer(OP, "reference", "fastroute.reference.tiles", lambda case: None)
@@ -60,30 +61,14 @@ offer(OP, "native", "fastroute.ops._native_vector_routing", _native_refuses)
 offer(OP, "triton", "fastroute.kernels.vector_routing", _triton_refuses)
 
 
-def _step(
-    x: Tensor,
-    gate: Tensor,
-    pred: Tensor | None,
-    score_weight: Tensor | None,
-    score_bias: Tensor | None,
-    use: Tensor,
-    ign: Tensor | None,
-    use_bias: Tensor | None,
-    ign_bias: Tensor | None,
-    prior: Tensor | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    precision: str,
-) -> Step:
-    return Step(
-        x, gate, None, None, None, pred, score_weight, score_bias, use, ign, use_bias, ign_bias,
-        prior, mask, lengths, precision_of(x, precision),
-    )  # fmt: skip
+def _step(inputs: list[Any], precision: str) -> Step:
+    x, gate, *rest = inputs
+    return Step(x, gate, None, None, None, *rest, precision_of(x, precision))
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, backend, precision = args
-    step = _step(*inputs, precision)
+    step = _step(inputs, precision)
     B, n, d = step.x.shape
     if B == 0 or n == 0:
         return step.x.new_zeros((B, step.n_out, d), dtype=step.acc), step.x.new_zeros((B, step.n_out), dtype=step.acc)
@@ -94,7 +79,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, _, precision = args
-    step = _step(*inputs, precision)
+    step = _step(inputs, precision)
     B, _, d = step.x.shape
     record(case_of(step.x, step.n_out))
     return step.x.new_empty((B, step.n_out, d), dtype=step.acc), step.x.new_empty((B, step.n_out), dtype=step.acc)
@@ -103,7 +88,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 _GRADS = ("x", "gate", "pred", "score_weight", "score_bias", "use", "ign", "use_bias", "ign_bias")
 
 
-def _empty_grads(step: Step, want_x: bool, want_rows: bool) -> dict[str, Tensor | None]:
+def _empty_grads(step: Step, want_x: bool, want_rows: bool) -> dict[str, Any]:
     """A buffer per differentiable input: dtype of the input if it has a row per input vector, acc if rows share it."""
 
     def like(t: Tensor | None, shared: bool) -> Tensor | None:
@@ -121,7 +106,7 @@ def _empty_grads(step: Step, want_x: bool, want_rows: bool) -> dict[str, Tensor 
 def _backward(*args: Any) -> list[Tensor]:
     *inputs, precision, dM, dp, want_x, want_rows = args
     *tensors, backend = inputs
-    step = _step(*tensors, precision)
+    step = _step(tensors, precision)
     buffers = _empty_grads(step, want_x, want_rows)
     B, n, _ = step.x.shape
     if B == 0 or n == 0:
@@ -134,7 +119,7 @@ def _backward(*args: Any) -> list[Tensor]:
     return _as_list(step, filled, dpred)
 
 
-def _as_list(step: Step, buffers: dict[str, Tensor | None], dpred: Tensor | None) -> list[Tensor]:
+def _as_list(step: Step, buffers: dict[str, Any], dpred: Tensor | None) -> list[Tensor]:
     found = {**buffers, "pred": dpred}
     return [t if (t := found.get(name)) is not None else step.x.new_empty(0) for name in _GRADS]
 
@@ -142,7 +127,7 @@ def _as_list(step: Step, buffers: dict[str, Tensor | None], dpred: Tensor | None
 def _backward_fake(*args: Any) -> list[Tensor]:
     *inputs, precision, _, _, want_x, want_rows = args
     *tensors, _ = inputs
-    step = _step(*tensors, precision)
+    step = _step(tensors, precision)
     record(case_of(step.x, step.n_out))
     dpred = None if step.pred is None else step.pred.new_empty(step.pred.shape)
     return _as_list(step, _empty_grads(step, want_x, want_rows), dpred)
@@ -168,6 +153,7 @@ define(
     f"({_INPUTS}, Tensor dM, Tensor dp, bool want_x, bool want_rows) -> Tensor[]",
     _backward,
     _backward_fake,
+    autograd=no_second_derivative("vector_routing"),
 )
 define(OP, f"({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake, autograd=(_gradient, _setup))
 

@@ -34,6 +34,11 @@ class Parameters(NamedTuple):
     prior: Tensor  # [m], the first iteration's R (1/m)
 
 
+def cast(w: Parameters, dtype: torch.dtype) -> Parameters:
+    """Every parameter in one dtype."""
+    return Parameters(*(t if t is None else t.to(dtype) for t in w))  # type: ignore[arg-type]
+
+
 class Routing(NamedTuple):
     """What the last iteration saw and made."""
 
@@ -96,5 +101,5 @@ def efficient_routing(
     x_out = None
     for _ in range(n_iters):
         x_out = first_or_next(x, x_out, w, mask=mask, lengths=lengths).x_out
-    assert x_out is not None  # noqa: S101 - n_iters >= 1
+    assert x_out is not None
     return norm(x_out) if normalize else x_out

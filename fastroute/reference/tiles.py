@@ -58,7 +58,7 @@ def _tiles(step: Step, gate: Tensor) -> Iterator[_Tile]:
             live = torch.arange(rows.start, rows.stop, device=x.device) < step.lengths[:, None]
             x = x.masked_fill(~live[..., None], 0.0)
         if step.gate is None:
-            assert step.gate_weight is not None and step.gate_bias is not None and step.scale is not None  # noqa: S101
+            assert step.gate_weight is not None and step.gate_bias is not None and step.scale is not None
             w, b = _per_row(step.gate_weight, rows, step.acc), _per_row(step.gate_bias, rows, step.acc)
             f = torch.addcmul(b, (x * w).sum(-1), step.scale[:, None]).sigmoid()
             gate[:, rows] = f if live is None else f.masked_fill(~live, 0.0)
@@ -76,13 +76,13 @@ def _beta(step: Step, tile: _Tile, beta: Tensor, bias: Tensor | None) -> Tensor:
 def _row(step: Step, tile: _Tile) -> _Row:
     L = z = None
     if step.pred is None:
-        assert step.prior is not None  # noqa: S101
+        assert step.prior is not None
         R = step.prior.expand(*tile.x.shape[:-1], -1)
         if tile.open is not None:
             R = R * tile.open
             R = R / R.sum(-1, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
     else:
-        assert step.score_weight is not None and step.score_bias is not None  # noqa: S101
+        assert step.score_weight is not None and step.score_bias is not None
         L = torch.bmm(tile.x, step.pred.mT)
         z = _per_row(step.score_bias, tile.rows, step.acc) + L * _per_row(step.score_weight, tile.rows, step.acc)
         log_R = F.logsigmoid(z)
@@ -131,7 +131,7 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
     B, n, d = step.x.shape
     dpred = None if step.pred is None else torch.zeros_like(step.pred)
     gate = step.gate
-    assert gate is not None  # noqa: S101 - the forward pass made it
+    assert gate is not None
     makes_gates = step.gate_weight is not None
     wants = grads.use is not None
     if grads.fresh:
@@ -180,8 +180,8 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
                 _add(grads.use, rows, duse.sum(0), grads.fresh)
                 _add(grads.ign, rows, dign.sum(0), grads.fresh)
         if dpred is not None:
-            assert row.L is not None and row.z is not None and step.pred is not None  # noqa: S101
-            assert step.score_weight is not None  # noqa: S101
+            assert row.L is not None and row.z is not None and step.pred is not None
+            assert step.score_weight is not None
             dR = f * row.benefit * dphi
             dz = row.R * (dR - (row.R * dR).sum(-1, keepdim=True)) * torch.sigmoid(-row.z)
             dL = dz * _per_row(step.score_weight, rows, step.acc)
@@ -194,17 +194,22 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
                 _add(grads.score_weight, None if one else rows, (dz * row.L).sum(axes), grads.fresh)
                 _add(grads.score_bias, None if one else rows, dz.sum(axes), grads.fresh)
         if makes_gates:
-            assert step.gate_weight is not None and step.scale is not None  # noqa: S101
+            assert step.gate_weight is not None and step.scale is not None
             da = dgate * gate[:, rows] * (1 - gate[:, rows])
             sda = da * step.scale[:, None]
             if dx is not None:
                 dx += sda[..., None] * _per_row(step.gate_weight, rows, step.acc)
             if wants:
                 one = step.gate_weight.shape[0] == 1
-                _add(grads.gate_weight, None if one else rows, torch.einsum("br,brd->" + ("d" if one else "rd"), sda, x), True)
+                _add(
+                    grads.gate_weight,
+                    None if one else rows,
+                    torch.einsum("br,brd->" + ("d" if one else "rd"), sda, x),
+                    True,
+                )
                 _add(grads.gate_bias, None if one else rows, da.sum() if one else da.sum(0), True)
         if grads.x is not None:
-            assert dx is not None  # noqa: S101
+            assert dx is not None
             if tile.live is not None:
                 dx = dx.masked_fill(~tile.live[..., None], 0.0)
             if grads.fresh:

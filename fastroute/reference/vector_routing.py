@@ -57,10 +57,11 @@ def assign(
     """The E-step (scores, softmax over *outputs*), the D-step (shares) and phi of one iteration."""
     f = gate.unsqueeze(-1)
     if pred is None:
-        assert prior is not None  # noqa: S101 - callers validate; this narrows the type
+        assert prior is not None  # the op has checked; these narrow types
         S, log_R = None, prior.log().expand(*x.shape[:-1], -1)
         R = prior.expand(*x.shape[:-1], -1)
     else:
+        assert score_weight is not None and score_bias is not None
         S = log_R = F.logsigmoid(x @ pred.mT * score_weight + score_bias)
         R = S.softmax(-1)
     if mask is not None:
