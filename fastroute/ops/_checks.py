@@ -54,7 +54,7 @@ def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mas
 
 
 def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, device: torch.device) -> Tensor:
-    """[B] int64 lengths on ``device``, each in [0, n]: checked on a CPU, clamped on a GPU (checked there too if strict)."""
+    """[B] int64 lengths on ``device``, each in [0, n]: checked on a CPU, on a GPU clamped, and checked too if strict."""
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, device=device)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
@@ -64,12 +64,12 @@ def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, de
     if tuple(lengths.shape) != tuple(batch):
         raise ValueError(f"lengths: expected one length per sample, shape {list(batch)}, got {shown(lengths)}")
     lengths = lengths.reshape(-1).to(torch.int64)
-    if lengths.device.type == "cpu" or is_strict():
-        if not torch.compiler.is_compiling() and not isinstance(lengths, torch._subclasses.FakeTensor):
-            bad = int(((lengths < 0) | (lengths > n)).sum())
-            if bad:
-                raise ValueError(
-                    f"lengths: expected values from 0 to {n} (the length of x_inp), got {bad} outside, "
-                    f"the smallest {int(lengths.min())}, the largest {int(lengths.max())}"
-                )
+    known = lengths.device.type == "cpu" or is_strict()
+    if known and not torch.compiler.is_compiling() and not isinstance(lengths, torch._subclasses.FakeTensor):
+        bad = int(((lengths < 0) | (lengths > n)).sum())
+        if bad:
+            raise ValueError(
+                f"lengths: expected values from 0 to {n} (the length of x_inp), got {bad} outside, "
+                f"the smallest {int(lengths.min())}, the largest {int(lengths.max())}"
+            )
     return lengths.clamp(0, n)

@@ -60,7 +60,7 @@ def forward(
 def backward(
     x: Tensor, gate: Tensor, weight: Tensor, scale: Tensor, lengths: Tensor | None, dG: Tensor, dg: Tensor, grads: Grads
 ) -> None:
-    """Adds to grads.gate and grads.x, then finishes grads.gate_weight and grads.gate_bias; grads.fresh as for a step."""
+    """Adds to grads.gate and grads.x, then makes grads.gate_weight and grads.gate_bias; grads.fresh as for a step."""
     d = x.shape[-1]
     acc = scale.dtype
     w = weight.to(acc)

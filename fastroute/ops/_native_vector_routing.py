@@ -17,12 +17,13 @@ library.define(f"_vector_routing_native(Tensor x, Tensor? gate, {_INPUTS}) -> (T
 library.define(
     f"_vector_routing_native_backward(Tensor x, Tensor gate, {_INPUTS}, Tensor dM, Tensor dp, bool fresh, "
     "Tensor(a!) dgate, Tensor(b!)? dx, Tensor(c!)? dgate_weight, Tensor(d!)? dgate_bias, Tensor(e!)? dscore_weight, "
-    "Tensor(f!)? dscore_bias, Tensor(g!)? duse, Tensor(h!)? dign, Tensor(i!)? duse_bias, Tensor(j!)? dign_bias) -> Tensor"
+    "Tensor(f!)? dscore_bias, Tensor(g!)? duse, Tensor(h!)? dign, Tensor(i!)? duse_bias, Tensor(j!)? dign_bias) "
+    "-> Tensor"
 )
 
 
 def _plain(step: Step) -> tuple[Tensor | None, ...]:
-    """The step's tensors as the C++ reads them: rows shared by all inputs in the dtype of sums, all contiguous but x and mask."""
+    """The step as the C++ reads it: rows shared by all inputs in the dtype of sums; all contiguous but x and mask."""
     acc = step.acc
 
     def shared(t: Tensor | None) -> Tensor | None:

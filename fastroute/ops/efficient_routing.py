@@ -65,7 +65,7 @@ class _Call(NamedTuple):
 
     @property
     def uses_gram(self) -> bool:
-        """With linear betas and no mask, sum_i f_i x_i x_i^T [d, d] once is cheaper than the betas' products T times."""
+        """With linear betas and no mask, sum_i f_i x_i x_i^T once may cost less than the betas' products T times."""
         m, d = self.w.W_F1.shape
         return self.any_length and self.mask is None and d <= (2 + self.n_iters) * m
 
@@ -156,10 +156,9 @@ def _routed(call: _Call, saved: _Saved) -> Tensor:
     kernel = choose(case_of(x, w.W_F1.shape[0]), call.backend)
     scale = input_scale(x, call.lengths)
     if call.uses_gram:
-        for kept, made in zip(
-            (saved.gate, saved.G, saved.g), gram.forward(x, w.W_A, w.B_A, scale, call.lengths), strict=True
-        ):
-            kept.copy_(made)
+        made = gram.forward(x, w.W_A, w.B_A, scale, call.lengths)
+        for kept, found in zip((saved.gate, saved.G, saved.g), made, strict=True):
+            kept.copy_(found)
     for t in range(call.n_iters):
         if t > 0:
             M, p, _ = kernel.forward(_step(call, scale, saved.gate, _predictions(saved.y[t - 1], w)[2], first=False))

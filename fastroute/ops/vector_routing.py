@@ -63,7 +63,7 @@ offer(OP, "triton", "fastroute.kernels.vector_routing", _triton_refuses)
 
 def _step(inputs: list[Any], precision: str) -> Step:
     x, gate, *rest = inputs
-    return Step(x, gate, None, None, None, *rest, precision_of(x, precision))
+    return Step(*(x, gate, None, None, None, *rest), precision=precision_of(x, precision))
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def vector_routing(
     Args:
         x: input vectors [B, n, d]; float16, bfloat16, float32 or float64.
         gate: f [B, n], how much of each input is used at all; float32, or float64 with float64 inputs.
-        pred: P [B, m, d], each output's prediction of an input, dtype of gate. None for a first iteration: R is ``prior``.
+        pred: P [B, m, d], each output's prediction of an input, dtype of gate. None: first iteration, R is ``prior``.
         score_weight, score_bias: W, B [n, m], or [1, m] for every row. None without ``pred``.
         use, ign: betas [n, m]; with ``use_bias`` and ``ign_bias`` [m], weights [m, d] of betas linear in x.
             ign may be None: nothing is subtracted.

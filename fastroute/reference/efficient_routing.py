@@ -1,4 +1,4 @@
-"""All iterations of efficient vector routing, written as in Heinsen (2022), section 2, with the M-step's votes factored.
+"""All iterations of efficient vector routing, as in Heinsen (2022), section 2, with the M-step's votes factored.
 
 Axes: B batch, n input vectors, m output vectors, d width of an input vector, h width of an output vector.
 """

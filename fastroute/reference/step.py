@@ -1,4 +1,4 @@
-"""What one routing iteration is given and what its backward pass fills: the contract between the op layer and every backend.
+"""What one routing iteration is given and what its backward pass fills: the contract of op layer and backends.
 
 Axes: B batch, n input vectors, m output vectors, d width of an input vector. ``acc`` is float64 for float64 inputs and
 float32 otherwise: the dtype of sums, softmax, gates and moments.
@@ -70,7 +70,8 @@ class Grads:
     buffers are wanted all together or not at all (``use`` is None), apart from those that this kind of step lacks.
     A first iteration that made the gates is the last to be differentiated: ``gate`` is complete once it has added its
     own part, and it then fills ``gate_weight`` and ``gate_bias`` and adds the gates' part to ``x``.
-    Shared rows ([1, m], [m, d], [m], [1, d], [1]) have buffers in acc, per-row ones ([n, m], [n, d], [n]) in the parameter's dtype.
+    Shared rows ([1, m], [m, d], [m], [1, d], [1]) have buffers in acc, per-row ones ([n, m], [n, d], [n]) in the
+    parameter's dtype.
     """
 
     fresh: bool

@@ -128,7 +128,6 @@ def _add(out: Tensor | None, rows: slice | None, value: Tensor, fresh: bool) -> 
 
 
 def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
-    B, n, d = step.x.shape
     dpred = None if step.pred is None else torch.zeros_like(step.pred)
     gate = step.gate
     assert gate is not None
