@@ -180,9 +180,7 @@ def build_extension(info):
 
 class BuildExtension(build_ext):
     def run(self):
-        package = (
-            ROOT / "fastroute" if self.inplace or self.editable_mode else Path(self.build_lib, "fastroute")
-        )
+        package = ROOT / "fastroute" if self.inplace or self.editable_mode else Path(self.build_lib, "fastroute")
         package.mkdir(parents=True, exist_ok=True)
         target = package / Path(self.get_ext_filename("fastroute._C")).name
         info = {"built": False, "reason": None, "cuda": False, "cuda_reason": None}

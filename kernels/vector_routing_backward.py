@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import dot
-from .vector_routing_forward import load_rows, log_sigmoid, open_lanes, prior_over_open, softmax_over_open
+from .vector_routing_forward import load_rows, open_lanes, prior_over_open, softmax_over_open
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def backward_kernel(
         if SCORED:
             weight = load_rows(score_weight, i, j, open_, SCORE_ROW)
             z = L * weight + load_rows(score_bias, i, j, open_, SCORE_ROW)
-            R = softmax_over_open(log_sigmoid(z), open_)
+            R = softmax_over_open(z, open_)
         else:
             R = prior_over_open(tl.load(prior + j, mask=j < M, other=0.0), open_, MASKED)
         if LINEAR:
@@ -118,8 +118,7 @@ def backward_kernel(
                 cost = load_rows(ign, i, j, open_, M)
         t = benefit * R
         if IGN:
-            benefit += cost
-            t = benefit * R - cost
+            t -= cost * (1.0 - R)
 
         dgate = tl.sum(tl.where(open_, dphi * t, 0.0), 1)
         out = d_gate + b * d_gate_stride + i
@@ -132,7 +131,7 @@ def backward_kernel(
         if WANT_X:
             tl.store(a_tile, tl.where(open_, f * t, 0.0).to(coefficient.dtype.element_ty), mask=a_keep)
         duse = tl.where(open_, f * R * dphi, 0.0)
-        dign = tl.where(open_, duse - f * dphi, 0.0)
+        dign = tl.where(open_, f * (R - 1.0) * dphi, 0.0)
         if LINEAR:
             a_use = a_tile + (SCORED + 1) * M_PAD
             tl.store(a_use, duse.to(coefficient.dtype.element_ty), mask=a_keep)
@@ -142,7 +141,7 @@ def backward_kernel(
             use_sum += duse
             ign_sum += dign
         if SCORED:
-            dR = f * benefit * dphi
+            dR = f * (benefit + cost) * dphi
             row_sum = tl.sum(tl.where(open_, R * dR, 0.0), 1)[:, None]
             dz = tl.where(open_, R * (dR - row_sum) * tl.sigmoid(-z), 0.0)
             dL = tl.where(open_, dz * weight, 0.0)

@@ -16,18 +16,18 @@ from .launch import dot
 
 
 @triton.jit
-def log_sigmoid(z):
-    return tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))
+def softmax_over_open(z, open_):
+    """Softmax of the log-sigmoids of z over axis 1, among the open lanes; a row with none is all 0.
 
-
-@triton.jit
-def softmax_over_open(log_R, open_):
-    """Softmax over axis 1 among the open lanes; a row with none is all 0."""
-    log_R = tl.where(open_, log_R, float("-inf"))
-    top = tl.max(log_R, 1)[:, None]
-    e = tl.where(open_, tl.exp(log_R - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    total = tl.sum(e, 1)[:, None]
-    return e / tl.where(total == 0.0, 1.0, total)
+    That is sigmoid(z) / sum sigmoid(z), with sigmoid(z) = exp(min(z, 0)) / (1 + exp(-|z|)) and the largest exponent of a
+    row taken out, so that a row whose sigmoids all underflow keeps its shares.
+    """
+    z = tl.where(open_, z, float("-inf"))
+    top = tl.minimum(tl.max(z, 1), 0.0)[:, None]
+    share = tl.exp(tl.minimum(z, 0.0) - tl.where(top == float("-inf"), 0.0, top)) / (1.0 + tl.exp(-tl.abs(z)))
+    share = tl.where(open_, share, 0.0)
+    total = tl.sum(share, 1)[:, None]
+    return share / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def forward_kernel(
 
         if SCORED:
             z = L * load_rows(score_weight, i, j, open_, SCORE_ROW) + load_rows(score_bias, i, j, open_, SCORE_ROW)
-            R = softmax_over_open(log_sigmoid(z), open_)
+            R = softmax_over_open(z, open_)
         else:
             R = prior_over_open(tl.load(prior + j, mask=j < M, other=0.0), open_, MASKED)
 
@@ -142,7 +142,7 @@ def forward_kernel(
                 cost = load_rows(ign, i, j, open_, M)
         t = benefit * R
         if IGN:
-            t = (benefit + cost) * R - cost
+            t -= cost * (1.0 - R)
         value = tl.where(open_, f[:, None] * t, 0.0).to(phi.dtype.element_ty)
         out = (phi + (b * rows + local) * M_PAD)[:, None] + j[None, :]
         tl.store(out, value, mask=inside[:, None] & (j < M_PAD)[None, :])

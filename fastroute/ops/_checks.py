@@ -54,7 +54,7 @@ def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mas
 
 
 def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, device: torch.device) -> Tensor:
-    """[B] int64 lengths on ``device``, each in [0, n]: checked on a CPU, on a GPU clamped, and checked too if strict."""
+    """[B] int64 lengths on ``device``, each in [0, n]: checked on a CPU, clamped on a GPU and checked if strict."""
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, device=device)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:

@@ -63,7 +63,8 @@ offer(OP, "triton", "fastroute.kernels.vector_routing", _triton_refuses)
 
 def _step(inputs: list[Any], precision: str) -> Step:
     x, gate, *rest = inputs
-    return Step(*(x, gate, None, None, None, *rest), precision=precision_of(x, precision))
+    fields: tuple[Any, ...] = (x, gate, None, None, None, *rest, precision_of(x, precision))
+    return Step(*fields)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -159,7 +159,7 @@ def plain_error(case: Problem, exact: dict[str, Tensor], dtype: torch.dtype, sta
     Reversing an axis changes nothing but the order of sums; one order alone can be exact by luck.
     """
     step, worst = case.step, {name: torch.zeros((), dtype=torch.float64) for name in exact}
-    for which in ("", "m", "d", "md") if step.lengths is not None else ("", "n", "m", "d", "nm", "nd", "md", "nmd"):
+    for which in ("", "B", "m", "d", "md", "Bmd") if step.lengths is not None else ("", "B", "n", "m", "d", "Bm", "nd", "Bnmd"):
         turned = Step(*(_flip(t, k, which, step.linear) for k, t in zip(Step._fields[:-1], step, strict=False)), step.precision)
         dM, dp = _flip(case.dM, "M", which, False), _flip(case.dp, "p", which, False)
         assert dM is not None and dp is not None
