@@ -117,7 +117,7 @@ def build_library(jobs, linker, libraries, torch_version):
     """Compile each (source, command) whose source or any header changed, link if that made anything new."""
     folder = ROOT / "build" / "ext"
     folder.mkdir(parents=True, exist_ok=True)
-    headers = [p for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".cuh"}]
+    headers = [p for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".inc", ".cuh"}]
     newest_header = max((p.stat().st_mtime for p in headers), default=0)
 
     def key(*parts):  # other flags or another torch make other files

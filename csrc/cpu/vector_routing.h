@@ -1,0 +1,308 @@
+// vector_routing on a CPU: tiles of input rows that stay in cache, matrix products through torch, row mathematics in
+// vector_routing_rows.inc. The contract is fastroute/reference/step.py; the derivation, docs/vector_routing.md.
+//
+// Rows are divided into a number of pieces that depends on the shape only. Pieces run in parallel, each with sums of its
+// own, and the sums are added in order at the end: the same input gives the same bits on any number of threads.
+//
+// Axes: B batch, n inputs, m outputs, d width of an input. A tile's block holds groups of m columns per row: forward
+// [L, later phi | use | ign] (first iteration: [use | ign], phi apart), backward [<x, dM>, later phi | L, later dL | use | ign];
+// betas only when they are linear in x.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "common/gemm.h"
+
+namespace fastroute::vector_routing {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+// One tile's arrays, as the row functions see them. A stride of 0 gives every row the same parameters.
+template <class T>
+struct Rows {
+  int64_t rows, m, ld, phi_ld;
+  T *phi, *L;
+  const T *use, *ign;
+  int64_t beta_stride, ign_stride;
+  const T *w, *b;
+  int64_t score_stride;
+  const T* prior;
+  const uint8_t* mask;
+  int64_t mask_row, mask_col;
+  const T* gate;
+  T* scratch;  // 3 m
+  T* p;
+  const T* dp;
+  T* dgate;
+  bool add_dgate;
+  T *duse, *dign;
+  int64_t dbeta_stride, dign_stride;
+  T *duse_bias, *dign_bias;
+  T *dw, *db;
+  int64_t dscore_stride;
+};
+
+template <class T>
+struct Functions {
+  using Row = void (*)(const Rows<T>&);
+  Row forward[2][2];      // [first iteration][masked]
+  Row backward[2][2][3];  // [first iteration][masked][sink]
+  void (*add_to)(T*, const T*, int64_t);
+  void (*make_gates)(T*, const T*, int64_t, const T*, int64_t, const T*, int64_t, T, int64_t, int64_t);
+  void (*gate_gradients)(
+      const T*, const T*, const T*, int64_t, const T*, int64_t, T, T*, int64_t, T*, int64_t, T*, int64_t, int64_t,
+      int64_t);
+};
+
+// The row functions for this processor, chosen once.
+template <class T>
+const Functions<T>& rows();
+extern template const Functions<float>& rows<float>();
+extern template const Functions<double>& rows<double>();
+
+template <class T>
+T* pointer(const OptionalTensor& t) {
+  return t.has_value() ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+template <class T, class S>
+void convert(T* to, const S* from, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    to[k] = static_cast<T>(from[k]);
+  }
+}
+
+// A parameter with a row per input, or one row for all (stride 0), of storage type S.
+template <class S>
+struct Parameter {
+  S* data = nullptr;
+  int64_t stride = 0;
+};
+
+template <class S>
+Parameter<S> parameter(const OptionalTensor& t) {
+  if (!t.has_value()) {
+    return {};
+  }
+  const int64_t width = t->dim() > 1 ? t->size(1) : 1;
+  return {static_cast<S*>(t->data_ptr()), t->size(0) == 1 ? 0 : width};
+}
+
+struct Inputs {
+  const Tensor& x;
+  const OptionalTensor &gate, &gate_weight, &gate_bias, &scale, &pred, &score_weight, &score_bias;
+  const Tensor& use;
+  const OptionalTensor &ign, &use_bias, &ign_bias, &prior, &mask, &lengths;
+};
+
+// What both passes read, resolved to pointers; T is the dtype of sums, X of x, P of parameters with a row per input.
+template <class T, class X, class P>
+struct Problem {
+  int64_t B, n, m, d;
+  const X* x;
+  int64_t x_batch, x_row;
+  bool first, linear, has_ign, makes_gates;
+  const T *scale, *pred, *prior, *use_bias, *ign_bias, *use_weight, *ign_weight;
+  Parameter<P> gate_weight, gate_bias, score_weight, score_bias, use, ign;
+  const uint8_t* mask;
+  int64_t mask_batch, mask_row, mask_col;
+  const int64_t* lengths;
+
+  explicit Problem(const Inputs& in)
+      : B(in.x.size(0)), n(in.x.size(1)), d(in.x.size(2)), x(static_cast<const X*>(in.x.data_ptr())),
+        x_batch(in.x.stride(0)), x_row(in.x.stride(1)), first(!in.pred.has_value()), linear(in.use_bias.has_value()),
+        has_ign(in.ign.has_value()), makes_gates(in.gate_weight.has_value()), scale(pointer<T>(in.scale)),
+        pred(pointer<T>(in.pred)), prior(pointer<T>(in.prior)), use_bias(pointer<T>(in.use_bias)),
+        ign_bias(pointer<T>(in.ign_bias)), gate_weight(parameter<P>(in.gate_weight)),
+        gate_bias(parameter<P>(in.gate_bias)), score_weight(parameter<P>(in.score_weight)),
+        score_bias(parameter<P>(in.score_bias)), mask(pointer<uint8_t>(in.mask)),
+        mask_batch(mask != nullptr ? in.mask->stride(0) : 0), mask_row(mask != nullptr ? in.mask->stride(1) : 0),
+        mask_col(mask != nullptr ? in.mask->stride(2) : 0), lengths(pointer<int64_t>(in.lengths)) {
+    m = linear ? in.use.size(0) : in.use.size(1);
+    use_weight = linear ? static_cast<const T*>(in.use.data_ptr()) : nullptr;
+    ign_weight = linear && has_ign ? static_cast<const T*>(in.ign->data_ptr()) : nullptr;
+    if (!linear) {
+      use = {static_cast<P*>(in.use.data_ptr()), m};
+      ign = parameter<P>(in.ign);
+      ign.stride = has_ign ? m : 0;
+    }
+    if (first) {
+      score_weight = score_bias = {};
+    }
+  }
+
+  int64_t live(int64_t b, int64_t start, int64_t stop) const {
+    return std::clamp<int64_t>((lengths == nullptr ? n : lengths[b]) - start, 0, stop - start);
+  }
+};
+
+// How rows are divided: by shape only.
+struct Division {
+  int64_t pieces, rows, tile;  // rows a piece, rows a tile
+
+  Division(int64_t B, int64_t n, int64_t m, int64_t d, int64_t groups, size_t itemsize) {
+    const int64_t sums = B * m * d;
+    pieces = std::clamp<int64_t>(n * std::min<int64_t>(B, 8) / 256, 1, 8);
+    pieces = std::min(pieces, std::max<int64_t>(2, (int64_t{1} << 22) / sums));
+    rows = std::max<int64_t>((n + pieces - 1) / pieces, std::min<int64_t>(n, 16));
+    pieces = (n + rows - 1) / rows;
+    const int64_t fits = (int64_t{3} << 19) / static_cast<int64_t>(itemsize) / (d + groups * m) / 16 * 16;
+    const int64_t most = std::clamp<int64_t>(fits, 384, 2048);
+    const int64_t tiles = (rows + most - 1) / most;
+    tile = (rows + tiles - 1) / tiles;
+  }
+};
+
+template <class T>
+struct Buffer {
+  std::unique_ptr<T[]> data;
+  Buffer() = default;
+  explicit Buffer(int64_t count) : data(new T[count]) {}
+  Buffer(int64_t count, T value) : Buffer(count) { std::fill_n(data.get(), count, value); }
+  operator T*() const { return data.get(); }
+};
+
+// A tile of a parameter in the dtype of sums: the parameter itself where it is that already.
+template <class T, class P>
+class Loaded {
+ public:
+  Loaded(const Parameter<P>& p, int64_t tile, int64_t width) : p_(p), width_(width) {
+    if constexpr (!std::is_same_v<T, P>) {
+      if (p.data != nullptr) {
+        copy_ = Buffer<T>((p.stride == 0 ? 1 : tile) * width);
+      }
+    }
+  }
+  const T* rows(int64_t start, int64_t count) const {
+    if (p_.data == nullptr) {
+      return nullptr;
+    }
+    P* from = p_.data + start * p_.stride;
+    if constexpr (std::is_same_v<T, P>) {
+      return from;
+    } else {
+      convert(static_cast<T*>(copy_), from, (p_.stride == 0 ? 1 : count) * width_);
+      return copy_;
+    }
+  }
+
+ private:
+  Parameter<P> p_;
+  int64_t width_;
+  Buffer<T> copy_;
+};
+
+template <class T, class X>
+const T* load_x(const X* x, int64_t row_stride, int64_t rows, int64_t d, T* copy, int64_t* stride) {
+  if constexpr (std::is_same_v<T, X>) {
+    *stride = row_stride;
+    return x;
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      convert(copy + i * d, x + i * row_stride, d);
+    }
+    *stride = d;
+    return copy;
+  }
+}
+
+// Products accumulated over tiles.
+template <class T>
+class Accumulated {
+ public:
+  Accumulated(T* data, int64_t count) : data_(data), count_(count) {}
+  void add(const T* product) {
+    if (begun_) {
+      rows<T>().add_to(data_, product, count_);
+    } else {
+      std::copy_n(product, count_, data_);
+      begun_ = true;
+    }
+  }
+  void finish() {
+    if (!begun_) {
+      std::fill_n(data_, count_, T(0));
+    }
+  }
+
+ private:
+  T* data_;
+  int64_t count_;
+  bool begun_ = false;
+};
+
+// out = sum over pieces, in order.
+template <class T>
+void sum_pieces(T* out, const T* parts, int64_t pieces, int64_t count) {
+  torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
+    std::copy(parts + begin, parts + end, out + begin);
+    for (int64_t s = 1; s < pieces; ++s) {
+      rows<T>().add_to(out + begin, parts + s * count + begin, end - begin);
+    }
+  });
+}
+
+template <class F>
+void parallel_pieces(int64_t pieces, const F& f) {
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      f(s);
+    }
+  });
+}
+
+// The rows of a sample's product operand: [dM] [P] [use] [ign], those there are.
+template <class T, class X, class P>
+Buffer<T> operand(const Problem<T, X, P>& q, const T* dM, int64_t groups) {
+  const int64_t block = q.m * q.d;
+  Buffer<T> stack(q.B * groups * block);
+  for (int64_t b = 0; b < q.B; ++b) {
+    T* to = stack + b * groups * block;
+    for (const T* from : {dM == nullptr ? nullptr : dM + b * block, q.first ? nullptr : q.pred + b * block,
+                          q.use_weight, q.ign_weight}) {
+      if (from != nullptr) {
+        to = std::copy_n(from, block, to);
+      }
+    }
+  }
+  return stack;
+}
+
+template <class T, class X, class P>
+void add_biases(const Problem<T, X, P>& q, T* use, T* ign, int64_t count, int64_t ld) {
+  for (int64_t i = 0; i < count; ++i) {
+    rows<T>().add_to(use + i * ld, q.use_bias, q.m);
+    if (q.has_ign) {
+      rows<T>().add_to(ign + i * ld, q.ign_bias, q.m);
+    }
+  }
+}
+
+// Calls f with (sums, x, per-row parameters) as types.
+template <class F>
+void with_types(ScalarType x, ScalarType parameters, const F& f) {
+  if (x == ScalarType::Double) {
+    f(double(), double(), double());
+  } else if (x == ScalarType::Float) {
+    f(float(), float(), float());
+  } else if (parameters == ScalarType::Float) {
+    f(float(), BFloat16(0.0f), float());
+  } else {
+    f(float(), BFloat16(0.0f), BFloat16(0.0f));
+  }
+}
+
+inline ScalarType parameter_type(const Inputs& in) {
+  return in.use_bias.has_value() ? (in.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float)
+                                 : in.use.scalar_type();
+}
+
+}  // namespace fastroute::vector_routing

@@ -1,0 +1,131 @@
+// The forward pass of vector_routing on a CPU.
+
+#include <tuple>
+
+#include "cpu/vector_routing.h"
+
+namespace fastroute::vector_routing {
+namespace {
+
+template <class T, class X, class P>
+void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
+  const int64_t B = q.B, n = q.n, m = q.m, d = q.d;
+  const int64_t betas = q.linear ? 1 + q.has_ign : 0;
+  const int64_t groups = 1 + betas, products = groups - q.first;
+  const Division div(B, n, m, d, groups, sizeof(T));
+  const Buffer<T> stack = products > 0 ? operand(q, static_cast<const T*>(nullptr), products) : Buffer<T>();
+  Buffer<T> M_parts, p_parts(div.pieces * B * m, T(0));
+  if (div.pieces > 1) {
+    M_parts = Buffer<T>(div.pieces * B * m * d);
+  }
+  const Buffer<T> zeros(m, T(0));
+
+  parallel_pieces(div.pieces, [&](int64_t s) {
+    const int64_t ld = products * m, piece_stop = std::min((s + 1) * div.rows, n);
+    Product<T> make_block, make_M;
+    Buffer<T> own_phi(q.first ? div.tile * m : 0), scratch(3 * m), tile_p(m);
+    Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.tile * d);
+    const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d), gate_bias(q.gate_bias, div.tile, 1);
+    const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
+    const Loaded<T, P> use(q.use, div.tile, m), ign(q.ign, div.tile, m);
+    T* M_piece = div.pieces > 1 ? M_parts + s * B * m * d : M;
+    std::vector<Accumulated<T>> sums;
+    for (int64_t b = 0; b < B; ++b) {
+      sums.emplace_back(M_piece + b * m * d, m * d);
+    }
+    for (int64_t start = s * div.rows; start < piece_stop; start += div.tile) {
+      const int64_t stop = std::min(start + div.tile, piece_stop), all = stop - start;
+      const T *gate_weight_rows = gate_weight.rows(start, all), *gate_bias_rows = gate_bias.rows(start, all);
+      Rows<T> a{};
+      a.m = m;
+      a.ld = ld;
+      a.phi_ld = q.first ? m : ld;
+      a.w = w.rows(start, all);
+      a.b = bias.rows(start, all);
+      a.score_stride = q.score_weight.stride;
+      a.use = q.linear ? nullptr : use.rows(start, all);
+      a.beta_stride = q.linear ? ld : m;
+      a.ign = q.has_ign && !q.linear ? ign.rows(start, all) : static_cast<const T*>(zeros);
+      a.ign_stride = !q.has_ign ? 0 : a.beta_stride;
+      a.prior = q.prior;
+      a.mask_row = q.mask_row;
+      a.mask_col = q.mask_col;
+      a.scratch = scratch;
+      a.p = tile_p;
+      for (int64_t b = 0; b < B; ++b) {
+        const int64_t count = q.live(b, start, stop);
+        T* f = gate + b * n + start;
+        if (q.makes_gates) {
+          std::fill(f + count, f + all, T(0));
+        }
+        if (count == 0) {
+          continue;
+        }
+        int64_t x_stride;
+        const T* x = load_x<T>(q.x + b * q.x_batch + start * q.x_row, q.x_row, count, d, x_copy, &x_stride);
+        const Matrix<const T> x_rows(x, count, d, x_stride);
+        if (q.makes_gates) {
+          rows<T>().make_gates(f, x, x_stride, gate_weight_rows, q.gate_weight.stride, gate_bias_rows,
+                               q.gate_bias.stride, q.scale[b], count, d);
+        }
+        a.phi = a.L = own_phi;
+        if (products > 0) {
+          T* block = make_block(x_rows, Matrix<const T>(stack + b * products * m * d, products * m, d, d).transposed());
+          if (!q.first) {
+            a.phi = a.L = block;
+            block += m;
+          }
+          if (q.linear) {
+            add_biases(q, block, block + m, count, ld);
+            a.use = block;
+            a.ign = q.has_ign ? block + m : static_cast<const T*>(zeros);
+          }
+        }
+        a.rows = count;
+        a.gate = f;
+        a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
+        std::fill_n(static_cast<T*>(tile_p), m, T(0));
+        rows<T>().forward[q.first][q.mask != nullptr](a);
+        rows<T>().add_to(p_parts + (s * B + b) * m, tile_p, m);
+        sums[b].add(make_M(Matrix<T>(a.phi, count, m, a.phi_ld).transposed(), x_rows));
+      }
+    }
+    for (auto& sum : sums) {
+      sum.finish();
+    }
+  });
+  if (div.pieces > 1) {
+    sum_pieces<T>(M, M_parts, div.pieces, B * m * d);
+  }
+  sum_pieces<T>(p, p_parts, div.pieces, B * m);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_op(
+    Tensor x, OptionalTensor gate, OptionalTensor gate_weight, OptionalTensor gate_bias, OptionalTensor scale,
+    OptionalTensor pred, OptionalTensor score_weight, OptionalTensor score_bias, Tensor use, OptionalTensor ign,
+    OptionalTensor use_bias, OptionalTensor ign_bias, OptionalTensor prior, OptionalTensor mask,
+    OptionalTensor lengths) {
+  const Inputs in{x, gate, gate_weight, gate_bias, scale, pred, score_weight, score_bias, use, ign, use_bias, ign_bias,
+                  prior, mask, lengths};
+  Tensor M, p, made;
+  with_types(x.scalar_type(), parameter_type(in), [&](auto t, auto x_type, auto p_type) {
+    using T = decltype(t);
+    const Problem<T, decltype(x_type), decltype(p_type)> q(in);
+    constexpr auto type = scalar_type_of<T>();
+    M = torch::stable::new_empty(x, {q.B, q.m, q.d}, type);
+    p = torch::stable::new_empty(x, {q.B, q.m}, type);
+    made = gate.has_value() ? *gate : torch::stable::new_empty(x, {q.B, q.n}, type);
+    forward(q, static_cast<T*>(M.data_ptr()), static_cast<T*>(p.data_ptr()), static_cast<T*>(made.data_ptr()));
+  });
+  if (gate.has_value()) {
+    made = torch::stable::new_empty(x, {0}, M.scalar_type());  // an op may not return its input
+  }
+  return {M, p, made};
+}
+
+}  // namespace
+}  // namespace fastroute::vector_routing
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
+  library.impl("_vector_routing_native", TORCH_BOX(&fastroute::vector_routing::forward_op));
+}
