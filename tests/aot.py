@@ -121,11 +121,11 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def print_reports(cases: Iterable[tuple[str, list[Launch]]], archs: Iterable[int] = tuple(SHARED_LIMIT)) -> None:
-    """Compile every launch, each (kernel, constants, architecture) once, and print one report a line."""
+    """Compile every launch, each (kernel, element types, constants, architecture) once, and print one report a line."""
     for name, launches in cases:
         seen = set()
         for launch in launches:
-            key = (launch.kernel, str(launch.constants), launch.warps, tuple(str(_specialised(a)) for a in launch.args))
+            key = (launch.kernel, str(launch.constants), launch.warps, tuple(getattr(a, "dtype", None) for a in launch.args))
             if key in seen:
                 continue
             seen.add(key)

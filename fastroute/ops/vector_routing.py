@@ -33,7 +33,11 @@ def precision_of(x: Tensor, autocast: str) -> str:
     """The precision of the products: autocast's, or else torch's setting for float32 matrix products."""
     if autocast:
         return autocast
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if x.dtype != torch.float32:
+        return "ieee"
+    # not allow_tf32, which raises where somebody has used the newer setting
+    setting = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if "tf32" in (setting, torch.backends.fp32_precision if setting == "none" else "") else "ieee"
 
 
 def autocast_precision(device_type: str) -> str:

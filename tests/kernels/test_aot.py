@@ -69,14 +69,14 @@ def reports(name: str) -> list[aot.Report]:
 def test_fits(name: str) -> None:
     """Shared memory is within every architecture's limit, registers suffice, and products are on tensor cores.
 
-    Nothing spills on sm_90. On sm_80 and sm_100 the widest tiles may keep up to 64 registers of a thread in memory.
+    Nothing spills on sm_90. On sm_80 and sm_100 the widest tiles may keep up to 96 registers of a thread in memory.
     """
     found = reports(name)
     assert {r.arch for r in found} == set(aot.SHARED_LIMIT)
     assert {r.kernel for r in found} >= {"forward_kernel", "backward_kernel", "aggregate_kernel", "spread_kernel"}
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack <= (0 if r.arch == 90 else 256), r
+        assert r.stack <= (0 if r.arch == 90 else 96 * 4), r
         if r.kernel in ("aggregate_kernel", "spread_kernel", "score_kernel") and "ieee" not in name:
             assert r.tensor_ops, r
 
