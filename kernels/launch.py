@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 #: Multiprocessors assumed where no GPU can be asked (an H200 has 132).
 SMS = 132

@@ -20,7 +20,7 @@ from . import launch as start
 from .launch import DTYPES, cdiv, multiprocessors
 from .vector_routing_backward import backward_kernel
 from .vector_routing_forward import forward_kernel
-from .vector_routing_plan import MAX_OUTPUTS, Plan, Tile, padded, plan, product_dtype
+from .vector_routing_plan import MAX_OUTPUTS, Plan, padded, plan, product_dtype
 from .vector_routing_products import aggregate_kernel, score_kernel, spread_kernel
 
 __all__ = ["backward", "forward", "plan", "unsupported"]
@@ -57,12 +57,14 @@ class _Call:
         self.precision = "tf32" if step.precision == "tf32" else "ieee"
         self.plan: Plan = plan(
             self.B, self.n, self.m, self.d, step.x.dtype, step.precision,
-            operands=self.operands, backward=backward, made_gate=backward and step.gate_weight is not None, one_pass=force_one_pass,
-            own_rows=want_rows and not step.linear, sms=multiprocessors(step.x.device),
+            operands=self.operands, backward=backward, made_gate=backward and step.gate_weight is not None,
+            own_rows=want_rows and not step.linear, one_pass=force_one_pass, sms=multiprocessors(step.x.device),
         )  # fmt: skip
         self.mask = None if step.mask is None else step.mask.expand(self.B, self.n, self.m).view(torch.uint8)
         self.mask_strides = (0, 0, 0) if self.mask is None else self.mask.stride()
-        self.score_weight, self.score_bias = (_dense(step.score_weight), _dense(step.score_bias)) if self.scored else (None, None)
+        self.score_weight, self.score_bias = (
+            (_dense(step.score_weight), _dense(step.score_bias)) if self.scored else (None, None)
+        )
         self.use, self.ign = (None, None) if step.linear else (_dense(step.use), _dense(step.ign))
 
     def chunks(self) -> Iterator[tuple[slice, int, int]]:
@@ -97,8 +99,8 @@ class _Call:
             "M": self.m, "M_PAD": padded(self.m), "G": self.operands,
             "SCORED": self.scored, "LINEAR": step.linear, "IGN": step.ign is not None,
             "MASKED": self.mask is not None, "ONE_PASS": self.plan.one_pass, "PRECISION": self.precision,
-            "SCORE_ROW": _row_stride(self.score_weight), "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth,
-            "warps": tile.warps, "stages": tile.stages,
+            "SCORE_ROW": _row_stride(self.score_weight),
+            "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth, "warps": tile.warps, "stages": tile.stages,
         }  # fmt: skip
 
     def score(self, samples: slice, first: int, last: int, packed: Tensor, out: Tensor) -> None:
@@ -114,7 +116,7 @@ class _Call:
 
 
 class _Sums:
-    """[B or 1, operands * m, d] sums over rows of some columns of ``coefficient``, with splits kept apart to the end."""
+    """[B or 1, operands * m, d] sums over rows of some columns of ``coefficient``; splits are kept apart to the end."""
 
     def __init__(self, call: _Call, columns: tuple[int, int], *, over_batch: bool) -> None:
         self.call, self.columns, self.over_batch = call, columns, over_batch
@@ -182,12 +184,12 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     two_phase = not chosen.one_pass
     score = call.scratch((call.operands, torch.float32))[0] if two_phase else None
     M = _Sums(call, (0, 1), over_batch=False)
-    assert gate is not None  # noqa: S101 - narrows the type
+    assert gate is not None
     for samples, first, last in call.chunks():
         if first == 0:
             packed = call.stack(samples, None)
         if two_phase:
-            assert packed is not None and score is not None  # noqa: S101
+            assert packed is not None and score is not None
             call.score(samples, first, last, packed, score)
         batch = samples.stop - samples.start
         per_program = cdiv(batch, chosen.groups)
@@ -215,18 +217,22 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
     step, chosen = call.step, call.plan
     want_rows, want_x = grads.use is not None, grads.x is not None
     gate, dp, prior = _dense(step.gate), dp.contiguous(), _dense(step.prior)
-    assert gate is not None  # noqa: S101 - the forward pass made it
+    assert gate is not None  # the forward pass made it
     shared_score = call.scored and want_rows and _row_stride(call.score_weight) == 0
     [coefficient] = call.scratch((call.operands, call.dtype))
     score = None if chosen.one_pass else call.scratch((call.operands, torch.float32))[0]
     dpred = _Sums(call, (1, 2), over_batch=False) if call.scored else None
-    betas = _Sums(call, (call.operands - len(call.betas), call.operands), over_batch=True) if want_rows and step.linear else None
+    betas = (
+        _Sums(call, (call.operands - len(call.betas), call.operands), over_batch=True)
+        if want_rows and step.linear
+        else None
+    )
     gate_part = _GatePart(call, gate, grads)
     score_total = None
     for samples, first, last in call.chunks():
         if first == 0:
             packed = call.stack(samples, dM)
-            assert packed is not None  # noqa: S101 - dM is in it
+            assert packed is not None  # dM is in it
         if score is not None:
             call.score(samples, first, last, packed, score)
         batch = samples.stop - samples.start
@@ -254,7 +260,9 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
 
     if betas is not None:
         weights, biases = betas.result()
-        for g, (weight, bias) in enumerate(((grads.use, grads.use_bias), (grads.ign, grads.ign_bias))[: len(call.betas)]):
+        for g, (weight, bias) in enumerate(
+            ((grads.use, grads.use_bias), (grads.ign, grads.ign_bias))[: len(call.betas)]
+        ):
             own = slice(g * call.m, (g + 1) * call.m)
             _put(weight, weights[0, own], grads.fresh)
             _put(bias, biases[0, own], grads.fresh)
@@ -300,7 +308,8 @@ class _GatePart:
             out = call.x.new_empty((cdiv(last - first, tile.rows), groups, call.d), dtype=torch.float32)
         start.launch(
             spread_kernel, grid,
-            call.x[samples], call.x.stride(0), _part(dx, samples), 0 if dx is None else dx.stride(0), packed, coefficient,
+            call.x[samples], call.x.stride(0), _part(dx, samples), 0 if dx is None else dx.stride(0),
+            packed, coefficient,
             self.gate[samples], grads.gate[samples], self.weight, _part(self.scale, samples), out,
             _part(call.step.lengths, samples), self.gate.stride(0), grads.gate.stride(0),
             first, last, call.plan.rows, batch, cdiv(batch, groups),
@@ -311,7 +320,7 @@ class _GatePart:
             **call.common(),
         )  # fmt: skip
         if self.wanted and self.shared:
-            assert out is not None  # noqa: S101 - narrows the type
+            assert out is not None
             part = out.sum((0, 1))
             self.total = part if self.total is None else self.total + part
 

@@ -1,8 +1,8 @@
 """The gradient of the E and D steps as a kernel: everything that belongs to a tile of input rows.
 
 Axes: b sample, i input row, j output, c column of x, g operand: the [m, d] matrices that multiply x are stacked as
-``packed`` [batch, G, M_PAD, D], G of (dM, pred, use, ign); ``score`` [batch, rows, G, M_PAD] holds their products with x
-where they were made beforehand (two-phase). ``coefficient`` [batch, rows, G, M_PAD] receives their counterparts
+``packed`` [batch, G, M_PAD, D], G of (dM, pred, use, ign); ``score`` [batch, rows, G, M_PAD] holds their products with
+x where they were made beforehand (two-phase). ``coefficient`` [batch, rows, G, M_PAD] receives their counterparts
 (phi, dL, duse, dign), with which dx, dpred and the gradients of linear betas are matrix products.
 
 The program that owns a tile of parameter rows loops over the samples, so those gradients add up in registers.

@@ -19,8 +19,8 @@ from .launch import dot
 def softmax_over_open(z, open_):
     """Softmax of the log-sigmoids of z over axis 1, among the open lanes; a row with none is all 0.
 
-    That is sigmoid(z) / sum sigmoid(z), with sigmoid(z) = exp(min(z, 0)) / (1 + exp(-|z|)) and the largest exponent of a
-    row taken out, so that a row whose sigmoids all underflow keeps its shares.
+    That is sigmoid(z) / sum sigmoid(z), with sigmoid(z) = exp(min(z, 0)) / (1 + exp(-|z|)) and the largest exponent of
+    a row taken out, so that a row whose sigmoids all underflow keeps its shares.
     """
     z = tl.where(open_, z, float("-inf"))
     top = tl.minimum(tl.max(z, 1), 0.0)[:, None]

@@ -5,9 +5,9 @@ kernel (pred when scored; use and ign when linear in x; dM in the backward pass)
 
 The rule
 --------
-Every iteration runs over chunks of rows, each a few launches: a *row kernel* makes what belongs to an input row (R, phi,
-and in the backward pass every gradient of a row) and writes ``coefficient``, the stacked phi, dL, duse and dign of the
-chunk, once, in the dtype of the products; then ``aggregate`` (coefficient^T x, split over rows) and ``spread``
+Every iteration runs over chunks of rows, each a few launches: a *row kernel* makes what belongs to an input row (R,
+phi, and in the backward pass every gradient of a row) and writes ``coefficient``, the stacked phi, dL, duse and dign of
+the chunk, once, in the dtype of the products; then ``aggregate`` (coefficient^T x, split over rows) and ``spread``
 (coefficient times the stacked operands, into dx).
 
 * **one pass**: the row kernel makes its own products with x, all m logits of a row tile on chip, in 16 pairs per thread
@@ -15,11 +15,11 @@ chunk, once, in the dtype of the products; then ``aggregate`` (coefficient^T x, 
   tile of 64 rows or more, so m <= 64 (32); and up to m = 256 where all tiles run at once, so launches are what costs.
   With fewer rows to a tile, reading the operands again for each tile would cost more than a float32 detour of the
   logits through L2. Where there is no product at all (G = 0) it is taken at any m.
-* **two phase**: else ``score`` makes the products, a plain matrix product into float32 scratch of the chunk, and the row
-  kernel reads whole rows from there: no row statistics to reconcile, and no product is made twice.
+* **two phase**: else ``score`` makes the products, a plain matrix product into float32 scratch of the chunk, and the
+  row kernel reads whole rows from there: no row statistics to reconcile, and no product is made twice.
 
-Scratch (coefficient, score and the stacked operands) is at most SCRATCH bytes, except that a chunk has at least 16 rows
-of one sample; partial sums over rows take at most PARTIAL bytes beyond one buffer of the result's own size.
+A chunk's coefficient and score take at most SCRATCH bytes (but it has at least 16 rows of one sample), and so do the
+stacked operands of its samples; partial sums over rows take at most PARTIAL bytes, or one buffer of the result's size.
 Tiles shrink while there are fewer programs than multiprocessors.
 """
 
@@ -71,7 +71,19 @@ def product_dtype(dtype: torch.dtype, precision: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, dtype)
 
 
-_TENSOR_CORE_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (32, 64), (32, 32), (16, 32), (16, 16))
+# Largest first: a wide tile reads its operands less often; a pass over fewer tiles than multiprocessors wastes some.
+_TENSOR_CORE_TILES = (
+    (256, 128),
+    (128, 256),
+    (128, 128),
+    (128, 64),
+    (64, 128),
+    (64, 64),
+    (32, 64),
+    (32, 32),
+    (16, 32),
+    (16, 16),
+)
 _PLAIN_TILES = ((128, 64), (64, 64), (32, 64), (32, 32), (16, 32), (16, 16))
 
 
@@ -152,8 +164,8 @@ def plan(
 
     stack = operands * outputs * d * size
     row_bytes = outputs * (coefficients * size + (0 if one_pass else operands * 4))
-    batch = max(1, min(B, 32768, SCRATCH // (stack + min(n, 64) * row_bytes)))
-    rows = max(16, (SCRATCH - batch * stack) // (batch * row_bytes))
+    batch = max(1, min(B, 32768, SCRATCH // max(stack, 1), SCRATCH // (min(n, 64) * row_bytes)))
+    rows = max(16, SCRATCH // (batch * row_bytes))
     wave = cdiv(256 * sms, 256 * batch) * 256  # rows that give every multiprocessor one tile of 256
     if rows >= n:
         rows = n

@@ -58,9 +58,9 @@ def aggregate_kernel(
 ):  # fmt: skip
     """grid (splits * (k tiles * c tiles + k tiles), groups of samples): columns K_FROM to K_TO of coefficient.
 
-    total [splits, groups, operands * M, D] and sums [splits, groups, operands * M] without the padding of M_PAD; ADD: to
-    what earlier chunks of rows left there. The tiles of one split are neighbours, and share its rows in L2; the last
-    splits * k tiles programs only make sums.
+    total [splits, groups, operands * M, D] and sums [splits, groups, operands * M] without the padding of M_PAD; ADD:
+    to what earlier chunks of rows left there. The tiles of one split are neighbours, and share its rows in L2; the
+    last splits * k tiles programs only make sums.
     """
     k_tiles: tl.constexpr = (K_TO - K_FROM + BLOCK_K - 1) // BLOCK_K
     c_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -166,7 +166,9 @@ def spread_kernel(
                 k = column + tl.arange(0, BLOCK_K)
                 a_tile = tl.load(a_rows[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
                 w_tile = tl.load(
-                    (operand + k.to(tl.int64) * D)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < D)[None, :], other=0.0
+                    (operand + k.to(tl.int64) * D)[:, None] + c[None, :],
+                    mask=(k < K)[:, None] & (c < D)[None, :],
+                    other=0.0,
                 )
                 acc = dot(a_tile, w_tile, acc, PRECISION)
             if MADE_GATE:

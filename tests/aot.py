@@ -1,9 +1,9 @@
 """Triton kernels compiled where there is no GPU: record the launches an op would make, compile them for a GPU, report.
 
-``record`` runs an op on meta tensors (no memory, any size) and keeps its launches; ``compile_for`` compiles one exactly as
-its launch would, and reads shared memory, registers and stack (spills) from the machine code. TRITON_INTERPRET must be
-off when triton is first imported, so a test file does this in a process of its own: ``report_of(__file__)`` runs the file
-as a program that prints ``reports`` and returns what it found.
+``record`` runs an op on meta tensors (no memory, any size) and keeps its launches; ``compile_for`` compiles one exactly
+as its launch would, and reads shared memory, registers and stack (spills) from the machine code. TRITON_INTERPRET must
+be off when triton is first imported, so a test file does this in a process of its own: ``report_of(__file__)`` runs the
+file as a program, which calls ``print_reports``, and returns what it printed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  #: bytes a block may use, by compute capability
+_TENSOR_OPS = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -98,23 +100,30 @@ def compile_for(launch: Launch, arch: int, case: str = "") -> Report:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, stack = _resources(compiled.asm["cubin"])
+    tensor_ops = {op: len(re.findall(rf"\s{pattern}", ptx)) for op, pattern in _TENSOR_OPS.items()}
     return Report(
-        launch.kernel.fn.__name__, case, arch, launch.grid, compiled.metadata.shared, registers, stack,
-        {op: n for op in ("wgmma", "mma.sync", "tcgen05.mma") if (n := len(re.findall(rf"^\s.*{re.escape(op)}\S*\.m\d+|{re.escape(op)}\.cta", ptx, re.M)))},
-        len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", ptx)),
-    )  # fmt: skip
+        kernel=launch.kernel.fn.__name__,
+        case=case,
+        arch=arch,
+        grid=launch.grid,
+        shared=compiled.metadata.shared,
+        registers=registers,
+        stack=stack,
+        tensor_ops={op: count for op, count in tensor_ops.items() if count},
+        async_copies=len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", ptx)),
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    import tempfile
-
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text
     return int(found[1]), int(found[2])
@@ -125,7 +134,12 @@ def print_reports(cases: Iterable[tuple[str, list[Launch]]], archs: Iterable[int
     for name, launches in cases:
         seen = set()
         for launch in launches:
-            key = (launch.kernel, str(launch.constants), launch.warps, tuple(getattr(a, "dtype", None) for a in launch.args))
+            key = (
+                launch.kernel,
+                str(launch.constants),
+                launch.warps,
+                tuple(getattr(a, "dtype", None) for a in launch.args),
+            )
             if key in seen:
                 continue
             seen.add(key)
@@ -137,6 +151,8 @@ def report_of(file: str, *arguments: str) -> list[Report]:
     """Run a test file as a program, interpreter off, and read the reports that it prints."""
     path = os.pathsep.join([str(_ROOT), *(p for p in sys.path if p)])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    ran = subprocess.run([sys.executable, file, *arguments], env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, file, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
     return [Report(**json.loads(line)) for line in ran.stdout.splitlines()]

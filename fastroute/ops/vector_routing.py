@@ -37,7 +37,9 @@ def precision_of(x: Tensor, autocast: str) -> str:
         return "ieee"
     # not allow_tf32, which raises where somebody has used the newer setting
     setting = torch.backends.cuda.matmul.fp32_precision
-    return "tf32" if "tf32" in (setting, torch.backends.fp32_precision if setting == "none" else "") else "ieee"
+    if setting == "none":
+        setting = getattr(torch.backends, "fp32_precision", "none")
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 def autocast_precision(device_type: str) -> str:

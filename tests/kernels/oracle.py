@@ -52,7 +52,7 @@ def problem(
     device: str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Random inputs with logits of order 1. ``made``: the iteration makes its gates; ``linear``: rows share parameters."""
+    """Random inputs, logits of order 1. ``made``: the iteration makes its gates; ``linear``: rows share parameters."""
     B, n, m, d = size
     rows = 1 if linear else n
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def run(backend: ModuleType, case: Problem, **wants: Any) -> dict[str, Tensor]:
 
 
 def answer(case: Problem, dtype: torch.dtype, *, start: float = 0.0) -> dict[str, Tensor]:
-    """The reference in ``dtype``, with gradients from autograd; ``start`` is what came to every input from elsewhere."""
+    """The reference in ``dtype``, with gradients by autograd; ``start`` is what came to every input from elsewhere."""
     step = case.step
     names = ("x", "gate", *PARAMETERS, "pred")
     leaf = {k: None if (t := getattr(step, k)) is None else t.detach().to(dtype).requires_grad_() for k in names}
@@ -127,8 +127,8 @@ def answer(case: Problem, dtype: torch.dtype, *, start: float = 0.0) -> dict[str
         gate.retain_grad()
     M, p = vector_routing(
         x, gate, leaf["pred"], leaf["score_weight"], leaf["score_bias"], leaf["use"], leaf["ign"],
-        use_bias=leaf["use_bias"], ign_bias=leaf["ign_bias"], prior=None if step.prior is None else step.prior.to(dtype),
-        mask=step.mask, lengths=step.lengths,
+        use_bias=leaf["use_bias"], ign_bias=leaf["ign_bias"],
+        prior=None if step.prior is None else step.prior.to(dtype), mask=step.mask, lengths=step.lengths,
     )  # fmt: skip
     loss = (M * case.dM.to(dtype)).sum() + (p * case.dp.to(dtype)).sum() + start * gate.sum()
     loss.backward()
@@ -159,8 +159,12 @@ def plain_error(case: Problem, exact: dict[str, Tensor], dtype: torch.dtype, sta
     Reversing an axis changes nothing but the order of sums; one order alone can be exact by luck.
     """
     step, worst = case.step, {name: torch.zeros((), dtype=torch.float64) for name in exact}
-    for which in ("", "B", "m", "d", "md", "Bmd") if step.lengths is not None else ("", "B", "n", "m", "d", "Bm", "nd", "Bnmd"):
-        turned = Step(*(_flip(t, k, which, step.linear) for k, t in zip(Step._fields[:-1], step, strict=False)), step.precision)
+    for which in (
+        ("", "B", "m", "d", "md", "Bmd") if step.lengths is not None else ("", "B", "n", "m", "d", "Bm", "nd", "Bnmd")
+    ):
+        turned = Step(
+            *(_flip(t, k, which, step.linear) for k, t in zip(Step._fields[:-1], step, strict=False)), step.precision
+        )
         dM, dp = _flip(case.dM, "M", which, False), _flip(case.dp, "p", which, False)
         assert dM is not None and dp is not None
         for name, value in answer(Problem(turned, dM, dp), dtype, start=start).items():
@@ -170,9 +174,14 @@ def plain_error(case: Problem, exact: dict[str, Tensor], dtype: torch.dtype, sta
 
 
 def assert_within_budget(
-    found: dict[str, Tensor], case: Problem, *, start: float = 0.0, but: tuple[str, ...] = (), dtype: torch.dtype | None = None
+    found: dict[str, Tensor],
+    case: Problem,
+    *,
+    start: float = 0.0,
+    but: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Every output is within twice plain PyTorch's own error in ``dtype`` (that of x), and one rounding, of the exact answer."""
+    """Every output is within 2 x plain PyTorch's error in ``dtype`` (that of x), and one rounding, of the exact answer."""
     dtype = dtype or case.step.x.dtype
     exact = answer(case, torch.float64, start=start)
     plain = plain_error(case, exact, dtype, start)
@@ -183,5 +192,8 @@ def assert_within_budget(
             assert not value.any(), f"{name} has no gradient here, so it must be zero"
             continue
         size = exact[name].abs().max().cpu()
-        error, budget = (value.double() - exact[name]).abs().max().cpu(), 2 * plain[name] + torch.finfo(dtype).eps * size
+        error, budget = (
+            (value.double() - exact[name]).abs().max().cpu(),
+            2 * plain[name] + torch.finfo(dtype).eps * size,
+        )
         assert error <= budget, f"{name}: off by {error:.3g}, allowed {budget:.3g} (values to {size:.3g})"

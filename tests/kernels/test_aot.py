@@ -1,4 +1,4 @@
-"""Every kernel of ``vector_routing`` compiled for A100, H100/H200 and B200 in the blocks its plan picks for known shapes."""
+"""Every kernel of ``vector_routing`` compiled for sm_80, sm_90 and sm_100 in the blocks its plan picks for known shapes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class Case(NamedTuple):
     dtype: str
     precision: str = "ieee"
     linear: bool = False
+    masked: bool = False  #: with a mask, and lengths
 
 
 CASES = {
     "million-tf32": Case(1, 1_000_000, 100, 1024, "float32", "tf32"),
     "wide-bf16": Case(4, 2000, 1000, 1024, "bfloat16"),
     "head-bf16": Case(50, 4925, 64, 1024, "bfloat16", linear=True),
-    "small-ieee": Case(4, 100, 10, 256, "float32"),
+    "small-ieee": Case(4, 100, 10, 256, "float32", masked=True),
 }
 
 
@@ -50,7 +51,10 @@ def launches(case: Case, first: bool) -> Iterator[Any]:
         x, None if first else empty(B, n), *((empty(rows, d), empty(rows), empty(B)) if first else (None,) * 3),
         None if first else empty(B, m, d), *((None,) * 2 if first else (empty(rows, m), empty(rows, m))),
         empty(*betas), empty(*betas), *((empty(m), empty(m)) if case.linear else (None,) * 2),
-        empty(m) if first else None, None, None, case.precision,
+        empty(m) if first else None,
+        empty(n, m, dtype=torch.bool).expand(B, n, m) if case.masked else None,
+        empty(B, dtype=torch.int64) if case.masked else None,
+        case.precision,
     )  # fmt: skip
     yield from aot.record(lambda: vector_routing.forward(step))
     done = step._replace(gate=empty(B, n))

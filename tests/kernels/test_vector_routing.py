@@ -72,7 +72,9 @@ def test_kinds(kind: str, path: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("parameters", ["same", "float32"])
 def test_half_precision(kind: str, dtype: torch.dtype, parameters: str, path: bool) -> None:
-    case = make(Size(2, 40, 9, 24), dtype=dtype, parameter_dtype=None if parameters == "same" else torch.float32, **KINDS[kind])
+    case = make(
+        Size(2, 40, 9, 24), dtype=dtype, parameter_dtype=None if parameters == "same" else torch.float32, **KINDS[kind]
+    )
     assert_within_budget(run(vector_routing, case), case)
 
 
@@ -86,7 +88,11 @@ def test_float32_with_half_products(kind: str, precision: str, path: bool) -> No
     assert_within_budget(found, case, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-@pytest.mark.parametrize("size", [Size(16, 1, 2, 1), Size(16, 1, 17, 8), Size(2, 65, 17, 8), Size(1, 33, 100, 130), Size(1, 20, 300, 24)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [Size(16, 1, 2, 1), Size(16, 1, 17, 8), Size(2, 65, 17, 8), Size(1, 33, 100, 130), Size(1, 20, 300, 24)],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
 def test_sizes(size: Size, kind: str, path: bool) -> None:
     case = make(size, **KINDS[kind])
@@ -134,7 +140,9 @@ def test_adds_to_what_is_there(kind: str, path: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["next", "next-linear", "first-made", "first-linear-made"])
-@pytest.mark.parametrize(("want_x", "want_rows"), [(False, True), (True, False), (False, False)], ids=["no-x", "no-rows", "neither"])
+@pytest.mark.parametrize(
+    ("want_x", "want_rows"), [(False, True), (True, False), (False, False)], ids=["no-x", "no-rows", "neither"]
+)
 def test_gradients_not_wanted(kind: str, want_x: bool, want_rows: bool, path: bool) -> None:
     case = make(**KINDS[kind])
     absent = (() if want_x else ("dx",)) + (() if want_rows else tuple(f"d{name}" for name in PARAMETERS))
@@ -197,7 +205,11 @@ def test_same_input_same_bits(kind: str, path: bool) -> None:
 def test_chunks(kind: str, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and samples taken in several chunks, split sums and a small machine, give the same."""
     real = vector_routing.plan
-    monkeypatch.setattr(vector_routing, "plan", lambda *a, **k: real(*a, **{**k, "sms": 2})._replace(batch=2, rows=16, splits=2, shared_splits=2))
+    monkeypatch.setattr(
+        vector_routing,
+        "plan",
+        lambda *a, **k: real(*a, **{**k, "sms": 2})._replace(batch=2, rows=16, splits=2, shared_splits=2),
+    )
     case = make(Size(3, 40, 5, 24), lengths=[40, 11, 0], **KINDS[kind])
     assert_within_budget(run(vector_routing, case), case)
     assert_within_budget(run(vector_routing, case, start=2.0), case, start=2.0)
