@@ -50,6 +50,28 @@ struct Rows {
   int64_t dscore_stride;
 };
 
+// The rows from ``start`` on, ``count`` of them.
+template <class T>
+Rows<T> window(Rows<T> a, int64_t start, int64_t count) {
+  a.rows = count;
+  a.phi += start * a.phi_ld;
+  a.L = a.L == nullptr ? nullptr : a.L + start * a.ld;
+  a.use += start * a.beta_stride;
+  a.ign += start * a.ign_stride;
+  a.w = a.w == nullptr ? nullptr : a.w + start * a.score_stride;
+  a.b = a.b == nullptr ? nullptr : a.b + start * a.score_stride;
+  a.mask = a.mask == nullptr ? nullptr : a.mask + start * a.mask_row;
+  a.gate += start;
+  if (a.dgate != nullptr) {
+    a.dgate += start;
+    a.duse += start * a.dbeta_stride;
+    a.dign += start * a.dign_stride;
+    a.dw += start * a.dscore_stride;
+    a.db += start * a.dscore_stride;
+  }
+  return a;
+}
+
 template <class T>
 struct Functions {
   using Row = void (*)(const Rows<T>&);
@@ -248,6 +270,29 @@ void sum_pieces(T* out, const T* parts, int64_t pieces, int64_t count) {
       rows<T>().add_to(out + begin, parts + s * count + begin, end - begin);
     }
   });
+}
+
+// Sums over rows, made in T over groups of this many rows and in double over groups: as close to the exact sum as torch's
+// own cascaded sums are, however many rows there are.
+constexpr int64_t kGroup = 64;
+
+template <class T>
+void drain(double* totals, T* group, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    totals[k] += group[k];
+    group[k] = T(0);
+  }
+}
+
+template <class T>
+void sum_totals(T* out, const double* parts, int64_t pieces, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    double sum = 0;
+    for (int64_t s = 0; s < pieces; ++s) {
+      sum += parts[s * count + k];
+    }
+    out[k] = static_cast<T>(sum);
+  }
 }
 
 template <class F>

@@ -67,9 +67,11 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
   const Buffer<T> stack = operand(q, dM, groups);
   // Sums of a piece: reduced products per sample; then shared rows.
   const int64_t products = B * reduced * m * d;
-  const int64_t shared = 4 * m + (q.makes_gates && q.gate_weight.stride == 0 ? d + 1 : 0);
+  const bool shared_gate = q.makes_gates && q.gate_weight.stride == 0;
+  const int64_t shared = 4 * m + (shared_gate ? d + 1 : 0);
   const bool wants_products = reduced > 0 && (!q.first || g.wants_rows);
-  Buffer<T> product_parts(wants_products ? div.pieces * products : 1), shared_parts(div.pieces * shared, T(0));
+  Buffer<T> product_parts(wants_products ? div.pieces * products : 1);
+  const Buffer<double> shared_parts(div.pieces * shared, 0.0);
   const Buffer<T> zeros(m, T(0));
   const bool shared_scores = !q.first && q.score_weight.stride == 0;
 
@@ -85,8 +87,8 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
     const Stored<T, P> dgate_bias(g.gate_bias, div.tile, 1, g.wants_rows);
     const Stored<T, P> dw(g.score_weight, div.tile, m, g.wants_rows), db(g.score_bias, div.tile, m, g.wants_rows);
     const Stored<T, P> duse(g.use, div.tile, m, g.wants_rows), dign(g.ign, div.tile, m, g.wants_rows);
-    T* shared_piece = shared_parts + s * shared;
-    T* shared_gate = shared_piece + 4 * m;
+    double* shared_piece = shared_parts + s * shared;
+    const Buffer<T> group(shared, T(0));
     std::vector<Accumulated<T>> sums;
     for (int64_t b = 0; b < B && wants_products; ++b) {
       sums.emplace_back(product_parts + s * products + b * reduced * m * d, reduced * m * d);
@@ -119,10 +121,10 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
       a.dbeta_stride = q.linear ? ld : duse.stride();
       a.dign = q.has_ign && !q.linear ? dign.rows(start, all, zero) : static_cast<T*>(dump);
       a.dign_stride = !q.has_ign ? 0 : q.linear ? ld : dign.stride();
-      a.duse_bias = shared_piece;
-      a.dign_bias = shared_piece + m;
-      a.dw = shared_scores ? shared_piece + 2 * m : dw.rows(start, all, zero);
-      a.db = shared_scores ? shared_piece + 3 * m : db.rows(start, all, zero);
+      a.duse_bias = group;
+      a.dign_bias = group + m;
+      a.dw = shared_scores ? group + 2 * m : dw.rows(start, all, zero);
+      a.db = shared_scores ? group + 3 * m : db.rows(start, all, zero);
       a.dscore_stride = shared_scores ? 0 : dw.stride();
       if (q.first && g.fresh && !q.linear) {  // a single iteration: the scores' gradients are zero
         dw.rows(start, all, true);
@@ -156,23 +158,33 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
             a.ign = a.dign = use_block + m;
           }
         }
-        a.rows = count;
         a.gate = gate + b * n + start;
         a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
         a.dp = dp + b * m;
         a.dgate = df;
         const int sink = q.linear ? 2 : (first_writes && b == 0) || !g.wants_rows ? 0 : 1;
-        rows<T>().backward[q.first][q.mask != nullptr][sink](a);
+        const int64_t step = q.linear ? kGroup : count;
+        for (int64_t i = 0; i < count; i += step) {
+          rows<T>().backward[q.first][q.mask != nullptr][sink](window(a, i, std::min(step, count - i)));
+          drain<T>(shared_piece, group, 4 * m);
+        }
         if (wants_products) {
           sums[b].add(make_sums(Matrix<T>(block + m, count, reduced * m, ld).transposed(), x_rows));
         }
         T* dx = dx_rows == nullptr ? nullptr : make_dx(Matrix<T>(block, count, ld, ld), operand_rows);
         if (q.makes_gates) {
-          const bool one = q.gate_weight.stride == 0;
-          rows<T>().gate_gradients(
-              df, a.gate, x, x_stride, gate_weight_rows, q.gate_weight.stride, q.scale[b],
-              !g.wants_rows ? nullptr : one ? shared_gate : dgate_weight_rows, one ? 0 : d,
-              one ? shared_gate + d : dgate_bias_rows, one ? 0 : 1, dx, d, count, d);
+          const int64_t step = shared_gate ? kGroup : count;
+          for (int64_t i = 0; i < count; i += step) {
+            rows<T>().gate_gradients(
+                df + i, a.gate + i, x + i * x_stride, x_stride, gate_weight_rows + i * q.gate_weight.stride,
+                q.gate_weight.stride, q.scale[b],
+                !g.wants_rows ? nullptr : shared_gate ? group + 4 * m : dgate_weight_rows, shared_gate ? 0 : d,
+                shared_gate ? group + 4 * m + d : dgate_bias_rows, shared_gate ? 0 : 1,
+                dx == nullptr ? nullptr : dx + i * d, d, std::min(step, count - i), d);
+            if (shared_gate) {
+              drain<T>(shared_piece + 4 * m, group + 4 * m, d + 1);
+            }
+          }
         }
         if (dx != nullptr) {
           if constexpr (!std::is_same_v<T, X>) {
@@ -198,8 +210,8 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
     }
   });
 
-  Buffer<T> total(std::max(products, shared));
   if (wants_products) {
+    const Buffer<T> total(products);
     sum_pieces<T>(total, product_parts, div.pieces, products);
     const int64_t block = m * d;
     for (int64_t b = 0; b < B; ++b) {
@@ -223,7 +235,8 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
   if (!g.wants_rows) {
     return;
   }
-  sum_pieces<T>(total, shared_parts, div.pieces, shared);
+  const Buffer<T> total(shared);
+  sum_totals<T>(total, shared_parts, div.pieces, shared);
   T* shared_rows[] = {g.use_bias, g.ign_bias, g.shared_score_weight, g.shared_score_bias};
   for (int k = 0; k < 4; ++k) {
     if (shared_rows[k] != nullptr) {

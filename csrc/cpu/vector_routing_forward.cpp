@@ -14,7 +14,8 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
   const int64_t groups = 1 + betas, products = groups - q.first;
   const Division div(B, n, m, d, groups, sizeof(T));
   const Buffer<T> stack = products > 0 ? operand(q, static_cast<const T*>(nullptr), products) : Buffer<T>();
-  Buffer<T> M_parts, p_parts(div.pieces * B * m, T(0));
+  Buffer<T> M_parts;
+  const Buffer<double> p_parts(div.pieces * B * m, 0.0);
   if (div.pieces > 1) {
     M_parts = Buffer<T>(div.pieces * B * m * d);
   }
@@ -23,7 +24,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
   parallel_pieces(div.pieces, [&](int64_t s) {
     const int64_t ld = products * m, piece_stop = std::min((s + 1) * div.rows, n);
     Product<T> make_block, make_M;
-    Buffer<T> own_phi(q.first ? div.tile * m : 0), scratch(3 * m), tile_p(m);
+    Buffer<T> own_phi(q.first ? div.tile * m : 0), scratch(3 * m), group_p(m, T(0));
     Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d), gate_bias(q.gate_bias, div.tile, 1);
     const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
@@ -51,7 +52,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
       a.mask_row = q.mask_row;
       a.mask_col = q.mask_col;
       a.scratch = scratch;
-      a.p = tile_p;
+      a.p = group_p;
       for (int64_t b = 0; b < B; ++b) {
         const int64_t count = q.live(b, start, stop);
         T* f = gate + b * n + start;
@@ -81,12 +82,12 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
             a.ign = q.has_ign ? block + m : static_cast<const T*>(zeros);
           }
         }
-        a.rows = count;
         a.gate = f;
         a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
-        std::fill_n(static_cast<T*>(tile_p), m, T(0));
-        rows<T>().forward[q.first][q.mask != nullptr](a);
-        rows<T>().add_to(p_parts + (s * B + b) * m, tile_p, m);
+        for (int64_t i = 0; i < count; i += kGroup) {
+          rows<T>().forward[q.first][q.mask != nullptr](window(a, i, std::min(kGroup, count - i)));
+          drain<T>(p_parts + (s * B + b) * m, group_p, m);
+        }
         sums[b].add(make_M(Matrix<T>(a.phi, count, m, a.phi_ld).transposed(), x_rows));
       }
     }
@@ -97,7 +98,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
   if (div.pieces > 1) {
     sum_pieces<T>(M, M_parts, div.pieces, B * m * d);
   }
-  sum_pieces<T>(p, p_parts, div.pieces, B * m);
+  sum_totals<T>(p, p_parts, div.pieces, B * m);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_op(

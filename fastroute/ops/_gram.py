@@ -80,7 +80,7 @@ def backward(
         grads.gate[:, rows] = df
         da = df * f * (1 - f)
         sda = da * scale[:, None]
-        dweight += (sda.reshape(1, -1) @ tile.reshape(-1, d)).to(acc)
+        dweight += (sda[..., None] * tile).sum((0, 1))  # cascaded: a product would sum the rows one by one
         dbias += da.sum()
         if grads.x is not None:
             dx = y.mul_(f[..., None]).add_(sda[..., None] * w)

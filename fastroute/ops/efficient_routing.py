@@ -65,9 +65,9 @@ class _Call(NamedTuple):
 
     @property
     def uses_gram(self) -> bool:
-        """With linear betas and no mask, sum_i f_i x_i x_i^T once may cost less than the betas' products T times."""
+        """With linear betas and no mask, the first iteration costs less by sum_i f_i x_i x_i^T when d is small."""
         m, d = self.w.W_F1.shape
-        return self.any_length and self.mask is None and d <= (2 + self.n_iters) * m
+        return self.any_length and self.mask is None and d <= 4 * m
 
     @property
     def is_empty(self) -> bool:
@@ -116,29 +116,21 @@ def _norm_backward(dz: Tensor, y: Tensor) -> Tensor:
 
 
 def _step(call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, *, first: bool) -> Step:
-    """What iteration t gives the backend. With the Gram matrix, only phi's part with R is left to it."""
+    """What iteration t gives the backend."""
     w = call.w
-    use, ign, use_bias, ign_bias = w.beta_use, w.beta_ign, w.bias_use, w.bias_ign
-    betas: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] = (use, ign, use_bias, ign_bias)
-    if call.uses_gram:
-        assert use_bias is not None and ign_bias is not None
-        betas = use + ign, None, use_bias + ign_bias, None
     return Step(
         call.x, gate, w.W_A if first else None, w.B_A if first else None, scale, pred,
-        None if first else w.W_S, None if first else w.B_S, *betas,
+        None if first else w.W_S, None if first else w.B_S, w.beta_use, w.beta_ign, w.bias_use, w.bias_ign,
         w.prior.to(call.acc) if first else None, call.mask, call.lengths, precision_of(call.x, call.precision),
     )  # fmt: skip
 
 
-def _linear_part(call: _Call, first: bool) -> tuple[Tensor, Tensor]:
-    """(v [m, d], e [m]): the part of phi that is linear in x without R, phi_ij = f_i (<x_i, v_j> + e_j) + ..."""
-    w, acc = call.w, call.acc
+def _first_betas(call: _Call) -> tuple[Tensor, Tensor]:
+    """(v [m, d], e [m]): in a first iteration with linear betas, phi_ij = f_i (<x_i, v_j> + e_j)."""
+    w, c = call.w, call.w.prior.to(call.acc)
     assert w.bias_use is not None and w.bias_ign is not None
-    if not first:
-        return -w.beta_ign.to(acc), -w.bias_ign.to(acc)
-    c = w.prior.to(acc)
-    v = c[:, None] * w.beta_use.to(acc) - (1 - c)[:, None] * w.beta_ign.to(acc)
-    return v, c * w.bias_use.to(acc) - (1 - c) * w.bias_ign.to(acc)
+    v = c[:, None] * w.beta_use.to(call.acc) - (1 - c)[:, None] * w.beta_ign.to(call.acc)
+    return v, c * w.bias_use.to(call.acc) - (1 - c) * w.bias_ign.to(call.acc)
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -155,22 +147,18 @@ def _routed(call: _Call, saved: _Saved) -> Tensor:
     d = x.shape[-1]
     kernel = choose(case_of(x, w.W_F1.shape[0]), call.backend)
     scale = input_scale(x, call.lengths)
-    if call.uses_gram:
-        made = gram.forward(x, w.W_A, w.B_A, scale, call.lengths)
-        for kept, found in zip((saved.gate, saved.G, saved.g), made, strict=True):
-            kept.copy_(found)
     for t in range(call.n_iters):
         if t > 0:
             M, p, _ = kernel.forward(_step(call, scale, saved.gate, _predictions(saved.y[t - 1], w)[2], first=False))
-        elif not call.uses_gram:
+        elif call.uses_gram:
+            gate, G, g = gram.forward(x, w.W_A, w.B_A, scale, call.lengths)
+            for kept, made in zip((saved.gate, saved.G, saved.g), (gate, G, g), strict=True):
+                kept.copy_(made)
+            v, e = _first_betas(call)
+            M, p = v @ G + e[:, None] * g[:, None, :d], g[:, :d] @ v.mT + e * g[:, d:]
+        else:
             M, p, gate = kernel.forward(_step(call, scale, None, None, first=True))
             saved.gate.copy_(gate)
-        else:
-            M, p = torch.zeros_like(saved.M[0]), torch.zeros_like(saved.p[0])
-        if call.uses_gram:
-            v, e = _linear_part(call, first=t == 0)
-            M = M + v @ saved.G + e[:, None] * saved.g[:, None, :d]
-            p = p + saved.g[:, :d] @ v.mT + e * saved.g[:, d:]
         saved.M[t] = M
         saved.p[t] = p
         U = M * scale[:, None, None] * w.W_F1.to(call.acc)
@@ -231,7 +219,7 @@ def _differentiate(
     call: _Call, saved: _Saved, dout: Tensor, dx: Tensor | None, dw: Parameters, want_rows: bool
 ) -> None:
     """Last iteration first; dx and the parameters' gradients are filled in place."""
-    w, acc, d = call.w, call.acc, call.x.shape[-1]
+    w, acc = call.w, call.acc
     kernel = choose(case_of(call.x, w.W_F1.shape[0]), call.backend)
     scale = input_scale(call.x, call.lengths)
     for per_output in (dw.W_F1, dw.W_F2, dw.B_F2, dw.W_G1, dw.W_G2, dw.B_G2, dw.prior):
@@ -240,11 +228,6 @@ def _differentiate(
     if want_rows:
         grads.gate_weight, grads.gate_bias, grads.score_weight, grads.score_bias = dw.W_A, dw.B_A, dw.W_S, dw.B_S
         grads.use, grads.ign, grads.use_bias, grads.ign_bias = dw.beta_use, dw.beta_ign, dw.bias_use, dw.bias_ign
-        if call.uses_gram:
-            grads.ign = grads.ign_bias = None
-    dG = torch.zeros_like(saved.G)
-    dg = torch.zeros_like(saved.g)
-    dvs: list[tuple[Tensor, Tensor]] = []
     dy = _norm_backward(dout, saved.y[-1]) if call.normalize else dout
     for t in reversed(range(call.n_iters)):
         first = t == 0
@@ -256,13 +239,6 @@ def _differentiate(
         dw.W_F2.add_(_matmul(U.flatten(0, 1).mT, dy.flatten(0, 1).to(w.W_F2.dtype)))
         dw.W_F1.add_((dU * M).sum(0))
         dM = dU * w.W_F1.to(acc) * scale[:, None, None]
-        if call.uses_gram:
-            v, e = _linear_part(call, first)
-            dG += torch.einsum("ja,bjc->bac", v, dM)
-            dg[:, :d] += torch.einsum("j,bjd->bd", e, dM) + dp @ v
-            dg[:, d] += dp @ e
-            dvs.append((torch.einsum("bjc,bac->ja", dM, saved.G) + dp.mT @ saved.g[:, :d],
-                        torch.einsum("bjd,bd->j", dM, saved.g[:, :d]) + saved.g[:, d] @ dp))  # fmt: skip
         if first:
             break
         z, Q, P = _predictions(saved.y[t - 1], w)
@@ -273,32 +249,33 @@ def _differentiate(
         dQ = dP * w.W_G2.to(acc)
         dw.W_G1.add_(_matmul(z.flatten(0, 1).mT, dQ.flatten(0, 1).to(w.W_G1.dtype)))
         dy = _norm_backward(_matmul(dQ, w.W_G1.mT), saved.y[t - 1])
-    if not call.uses_gram:
+    if call.uses_gram:
+        _differentiate_gram(call, saved, scale, dM, dp, dw, grads)
+    else:
         kernel.backward(_step(call, scale, saved.gate, None, first=True), dM, dp, grads)
-        return
-    if want_rows and grads.fresh:
-        for buffer in (dw.W_S, dw.B_S, dw.beta_use, dw.bias_use):
-            assert buffer is not None
-            buffer.zero_()
-    gram.backward(call.x, saved.gate, w.W_A, scale, call.lengths, dG, dg, grads)
-    if want_rows:
-        _spread(call, dw, dvs)
 
 
-def _spread(call: _Call, dw: Parameters, dvs: list[tuple[Tensor, Tensor]]) -> None:
-    """From the gradients of use + ign (in dw's use) and of each iteration's linear part, those of use and ign."""
-    c = call.w.prior.to(call.acc)
-    assert dw.bias_use is not None and dw.bias_ign is not None
-    dw.beta_ign.copy_(dw.beta_use)
-    dw.bias_ign.copy_(dw.bias_use)
-    for dv, de in dvs[:-1]:
-        dw.beta_ign.sub_(dv)
-        dw.bias_ign.sub_(de)
-    dv, de = dvs[-1]
-    dw.beta_use.addcmul_(c[:, None], dv)
-    dw.bias_use.addcmul_(c, de)
-    dw.beta_ign.addcmul_(c[:, None] - 1, dv)
-    dw.bias_ign.addcmul_(c - 1, de)
+def _differentiate_gram(
+    call: _Call, saved: _Saved, scale: Tensor, dM: Tensor, dp: Tensor, dw: Parameters, grads: Grads
+) -> None:
+    """The first iteration in Gram form, M = G v + e g and p = <g, v> + e f."""
+    d = call.x.shape[-1]
+    v, e = _first_betas(call)
+    if grads.use is not None:
+        c = call.w.prior.to(call.acc)
+        dv = torch.einsum("bjc,bac->ja", dM, saved.G) + dp.mT @ saved.g[:, :d]
+        de = torch.einsum("bjd,bd->j", dM, saved.g[:, :d]) + saved.g[:, d] @ dp
+        assert grads.ign is not None and grads.use_bias is not None and grads.ign_bias is not None
+        if grads.fresh:  # a single iteration
+            for buffer in (dw.W_S, dw.B_S, grads.use, grads.ign, grads.use_bias, grads.ign_bias):
+                buffer.zero_()
+        grads.use.addcmul_(c[:, None], dv)
+        grads.ign.addcmul_(c[:, None] - 1, dv)
+        grads.use_bias.addcmul_(c, de)
+        grads.ign_bias.addcmul_(c - 1, de)
+    dG = torch.einsum("ja,bjc->bac", v, dM)
+    dg = torch.cat([torch.einsum("j,bjd->bd", e, dM) + dp @ v, (dp @ e)[:, None]], 1)
+    gram.backward(call.x, saved.gate, call.w.W_A, scale, call.lengths, dG, dg, grads)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
