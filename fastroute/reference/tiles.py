@@ -203,7 +203,7 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
                 _add(
                     grads.gate_weight,
                     None if one else rows,
-                    torch.einsum("br,brd->" + ("d" if one else "rd"), sda, x),
+                    (sda[..., None] * x).sum((0, 1) if one else 0),
                     True,
                 )
                 _add(grads.gate_bias, None if one else rows, da.sum() if one else da.sum(0), True)
