@@ -55,16 +55,17 @@ class _Call:
         self.operands = int(backward) + int(self.scored) + len(self.betas)
         self.dtype = product_dtype(step.x.dtype, step.precision)
         self.precision = "tf32" if step.precision == "tf32" else "ieee"
-        self.plan: Plan = plan(
-            self.B, self.n, self.m, self.d, step.x.dtype, step.precision,
-            operands=self.operands, backward=backward, made_gate=backward and step.gate_weight is not None,
-            own_rows=want_rows and not step.linear, one_pass=force_one_pass, sms=multiprocessors(step.x.device),
-        )  # fmt: skip
-        self.mask = None if step.mask is None else step.mask.expand(self.B, self.n, self.m).view(torch.uint8)
-        self.mask_strides = (0, 0, 0) if self.mask is None else self.mask.stride()
         self.score_weight, self.score_bias = (
             (_dense(step.score_weight), _dense(step.score_bias)) if self.scored else (None, None)
         )
+        own_rows = not step.linear or _row_stride(self.score_weight) != 0
+        self.plan: Plan = plan(
+            self.B, self.n, self.m, self.d, step.x.dtype, step.precision,
+            operands=self.operands, backward=backward, made_gate=backward and step.gate_weight is not None,
+            own_rows=want_rows and own_rows, one_pass=force_one_pass, sms=multiprocessors(step.x.device),
+        )  # fmt: skip
+        self.mask = None if step.mask is None else step.mask.expand(self.B, self.n, self.m).view(torch.uint8)
+        self.mask_strides = (0, 0, 0) if self.mask is None else self.mask.stride()
         self.use, self.ign = (None, None) if step.linear else (_dense(step.use), _dense(step.ign))
 
     def chunks(self) -> Iterator[tuple[slice, int, int]]:
@@ -100,7 +101,8 @@ class _Call:
             "SCORED": self.scored, "LINEAR": step.linear, "IGN": step.ign is not None,
             "MASKED": self.mask is not None, "ONE_PASS": self.plan.one_pass, "PRECISION": self.precision,
             "SCORE_ROW": _row_stride(self.score_weight),
-            "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth, "warps": tile.warps, "stages": tile.stages,
+            "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth,
+            "warps": tile.warps, "stages": tile.stages,
         }  # fmt: skip
 
     def score(self, samples: slice, first: int, last: int, packed: Tensor, out: Tensor) -> None:

@@ -43,6 +43,7 @@ def problem(
     first: bool = False,
     made: bool = False,
     linear: bool = False,
+    shared_scores: bool | None = None,
     ign: bool = True,
     mask: Tensor | None = None,
     lengths: list[int] | None = None,
@@ -52,9 +53,13 @@ def problem(
     device: str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Random inputs, logits of order 1. ``made``: the iteration makes its gates; ``linear``: rows share parameters."""
+    """Random inputs, logits of order 1. ``made``: the iteration makes its gates; ``linear``: rows share parameters.
+
+    ``shared_scores``: rows share the score parameters, or not, whatever the betas do.
+    """
     B, n, m, d = size
     rows = 1 if linear else n
+    score_rows = rows if shared_scores is None else 1 if shared_scores else n
     generator = torch.Generator().manual_seed(seed)
     stored = parameter_dtype or dtype
 
@@ -73,8 +78,8 @@ def problem(
         gate_bias=normal(rows, scale=0.3, dtype=stored) if made else None,
         scale=torch.full((B,), d**-0.5, device=device) if made else None,
         pred=None if first else normal(B, m, d, scale=d**-0.5),
-        score_weight=None if first else normal(rows, m, dtype=stored),
-        score_bias=None if first else normal(rows, m, dtype=stored),
+        score_weight=None if first else normal(score_rows, m, dtype=stored),
+        score_bias=None if first else normal(score_rows, m, dtype=stored),
         use=normal(*betas, scale=scale, dtype=stored),
         ign=normal(*betas, scale=scale, dtype=stored) if ign else None,
         use_bias=normal(m, scale=0.3, dtype=stored) if linear else None,
@@ -181,7 +186,7 @@ def assert_within_budget(
     but: tuple[str, ...] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Every output is within 2 x plain PyTorch's error in ``dtype`` (that of x), and one rounding, of the exact answer."""
+    """Every output is within 2 x plain torch's error in ``dtype`` (that of x) and one rounding of the exact answer."""
     dtype = dtype or case.step.x.dtype
     exact = answer(case, torch.float64, start=start)
     plain = plain_error(case, exact, dtype, start)

@@ -1,4 +1,4 @@
-"""Every kernel of ``vector_routing`` compiled for sm_80, sm_90 and sm_100 in the blocks its plan picks for known shapes."""
+"""Every kernel of ``vector_routing`` compiled for three architectures in the blocks its plan picks for known shapes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SMALL = Size(2, 33, 5, 24)
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels' launcher allocates holds NaN until something is written there."""
     real = torch.Tensor.new_empty
 
@@ -54,6 +54,8 @@ KINDS = {
     "next-without-ign": {"ign": False},
     "next-linear": {"linear": True},
     "next-linear-without-ign": {"linear": True, "ign": False},
+    "next-linear-own-scores": {"linear": True, "shared_scores": False},
+    "next-shared-scores": {"shared_scores": True},
     "first": {"first": True},
     "first-made": {"first": True, "made": True},
     "first-made-without-ign": {"first": True, "made": True, "ign": False},
