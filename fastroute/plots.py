@@ -1,0 +1,126 @@
+"""Pictures of what a router does. Drawn without pyplot, so they need no display and change no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RIGHT, _WRONG = "#1a1a1a", "#c1121f"
+
+
+def credit(
+    images: Tensor,
+    credit: Tensor,
+    *,
+    labels: Sequence[object] | Tensor | None = None,
+    predictions: Sequence[object] | Tensor | None = None,
+    title: str | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """A row of images, and below each the credit of its parts in one output of a router.
+
+    All maps share their colours: red is net benefit, blue net cost, white none. That is the sign of phi, not of the
+    vote: a strongly coloured part counts, whichever way. Colours end at the 99th percentile of all |credit|. The
+    outline of the image is drawn over its map.
+
+    Args:
+        images: [K, H, W], shown in grey from their lowest to their highest value.
+        credit: [K, h, w], of ``credit_assignment``: per pixel, or per patch, where h divides H and w divides W.
+        labels: K true classes, shown above the images.
+        predictions: K predicted classes, shown above the images, in red where they differ from ``labels``.
+        title: shown above everything.
+        path: a file to write, in the format of its suffix.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'fastroute[plots]'") from error
+
+    pictures, maps = _checked("images", images, "[K, H, W]"), _checked("credit", credit, "[K, h, w]")
+    (K, H, W), (k, h, w) = pictures.shape, maps.shape
+    if k != K:
+        raise ValueError(f"credit: expected {K} maps, one per image, got {k} (credit is {list(maps.shape)})")
+    if H % h or W % w:
+        raise ValueError(
+            f"credit: expected maps [h, w] whose sides divide the images' {H} x {W}, got {h} x {w} "
+            f"(credit is {list(maps.shape)})"
+        )
+    true = _names("labels", labels, K)
+    predicted = _names("predictions", predictions, K)
+
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.0)
+    figure = Figure(figsize=(1.15 * K + 1.0, 2.7 if title is None else 3.0), dpi=150, layout=layout)
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(2, K, squeeze=False)
+    sizes = maps.abs().flatten().sort().values
+    bound = float(sizes[int(0.99 * (len(sizes) - 1))]) or float(sizes[-1]) or 1.0
+    low, high = float(pictures.min()), float(pictures.max())
+    drawn = None
+    for i in range(K):
+        above, below = axes[0, i], axes[1, i]
+        picture, extent = pictures[i].numpy(), (0, W, H, 0)
+        above.imshow(picture, cmap="gray_r", vmin=low, vmax=high, extent=extent, interpolation="nearest")
+        drawn = below.imshow(
+            maps[i].numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, extent=extent, interpolation="nearest"
+        )
+        if H > 1 and W > 1 and high > low:
+            x, y = torch.arange(W) + 0.5, torch.arange(H) + 0.5  # centres of pixels
+            below.contour(
+                x.numpy(), y.numpy(), picture, levels=[(low + high) / 2], colors=_RIGHT, linewidths=0.9, alpha=0.8
+            )
+        heading = [f"true {true[i]}"] if true else []
+        heading += [f"pred. {predicted[i]}"] if predicted else []
+        wrong = bool(true and predicted and true[i] != predicted[i])
+        above.set_title("\n".join(heading), fontsize=9, color=_WRONG if wrong else _RIGHT)
+        for ax in (above, below):
+            ax.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))
+            for spine in ax.spines.values():
+                spine.set(linewidth=0.6, color="#999999")
+    axes[0, 0].set_ylabel("image", fontsize=9)
+    axes[1, 0].set_ylabel("credit", fontsize=9)
+    bar = figure.colorbar(drawn, ax=axes[1, :].tolist(), extend="both", fraction=0.06 / K, aspect=13, pad=0.01)  # type: ignore[arg-type]
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("cost  ·  benefit", fontsize=8)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _checked(name: str, t: Tensor, axes: str) -> Tensor:
+    """As float32 on the CPU."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor {axes}, got {type(t).__name__}")
+    if t.dim() != 3 or 0 in t.shape:
+        raise ValueError(f"{name}: expected {axes}, none of them 0, got {list(t.shape)}")
+    if t.is_complex():
+        raise TypeError(f"{name}: expected real values, got {t.dtype}")
+    t = t.detach().float().cpu()
+    bad = int((~t.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name}: expected finite values, got {bad} that are NaN or infinite")
+    return t
+
+
+def _names(name: str, values: Sequence[object] | Tensor | None, count: int) -> list[str]:
+    if values is None:
+        return []
+    listed = values.tolist() if isinstance(values, Tensor) else list(values)
+    if not isinstance(listed, list) or len(listed) != count:
+        raise ValueError(f"{name}: expected {count} of them, one per image, got {listed}")
+    return [str(value) for value in listed]

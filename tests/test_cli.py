@@ -1,0 +1,129 @@
+"""The command line: what it prints, and what it exits with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastroute
+from fastroute.cli import main
+from fastroute.ops import _backends
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastroute {fastroute.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["doctor", "-h"]])
+def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    assert "usage: python -m fastroute" in capsys.readouterr().out
+
+
+def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert "demo" in said.err and "doctor" in said.err and said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["dance"], "invalid choice: 'dance'"),
+        (["doctor", "now"], "unrecognized arguments: now"),
+        (["demo", "--fast"], "unrecognized arguments: --fast"),
+        (["demo", "tunes"], "invalid choice: 'tunes'"),
+        (["demo", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["demo", "--epochs", "many"], "--epochs: invalid"),
+        (["demo", "--threads", "-1"], "--threads: expected at least 1, got -1"),
+        (["demo", "--device", "abacus"], "invalid choice: 'abacus'"),
+        (["demo", "--out", "picture.jpeg"], "--out: expected a name ending in .png, got picture.jpeg"),
+        (["demo", "--out", "no/such/folder.png"], "--out: expected a file in an existing folder"),
+    ],
+)
+def test_misuse(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--data", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"python -m fastroute demo: {tmp_path}: expected train-images") and said.out == ""
+
+
+def test_demo_without_its_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich" or name == "fastroute.demos.capsules"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["demo"]) == 1
+    assert "pip install 'fastroute[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_demo_on_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--device", "cuda"]) == 1
+    assert "--device cuda: expected a CUDA GPU, found none" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- doctor
+
+
+def doctor(capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["doctor"]) == 0
+    return capsys.readouterr().out
+
+
+def test_doctor_tells_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    said = doctor(capsys)
+    facts = dict(line.split(maxsplit=1) for line in said.split("\n\n")[0].splitlines())
+    assert facts["fastroute"] == fastroute.__version__ and facts["torch"] == torch.__version__
+    assert facts["python"] == sys.version.split()[0] and facts["threads"] == str(torch.get_num_threads())
+    assert {"platform", "triton", "gpu", "extension", "FASTROUTE_BACKEND", "numpy", "OMP_NUM_THREADS"} <= facts.keys()
+    assert said.isascii() and "\x1b" not in said
+
+
+def test_doctor_tells_every_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    said = doctor(capsys)
+    for op, offers in _backends.offered().items():
+        section = next(part for part in said.split("\n\n") if part.startswith(f"{op} on cpu"))
+        rows = dict(line.split(maxsplit=1) for line in section.splitlines()[1:])
+        assert rows.keys() == offers.keys()
+        assert sum(row.startswith("taken: ") for row in rows.values()) == 1
+    columns = {line.index("taken: ") if "taken: " in line else line.index("not: ") for line in section.splitlines()[1:]}
+    assert len(columns) == 1, "aligned"
+
+
+def test_doctor_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        _backends, "extension", lambda: (None, "the C++ extension fastroute._C is not built:\nno compiler")
+    )
+    said = doctor(capsys)
+    lines = said.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("extension"))
+    assert lines[at].endswith("is not built:") and lines[at + 1].strip() == "no compiler"
+    assert "reference  taken: first that can" in said
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("reference", "reference  taken: FASTROUTE_BACKEND=reference"),
+        ("quantum", "none  FASTROUTE_BACKEND: expected one of auto, triton, native, reference, got 'quantum'"),
+    ],
+)
+def test_doctor_under_a_request(
+    request_: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_backends._State, "requested", request_)
+    assert message in doctor(capsys)
+
+
+def test_it_is_a_module_one_can_run() -> None:
+    ran = subprocess.run([sys.executable, "-m", "fastroute", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"fastroute {fastroute.__version__}\n"
