@@ -166,21 +166,28 @@ struct Problem {
   }
 };
 
-// How rows are divided: by shape only.
+// How the work is divided, by shape only: ``row_pieces`` times ``sample_pieces`` pieces run in parallel, each over tiles of
+// rows and, within a tile, over groups of samples small enough to stay in cache and multiplied together.
 struct Division {
-  int64_t pieces, rows, tile;  // rows a piece, rows a tile
+  int64_t row_pieces, rows, tile, sample_pieces, samples, group;
 
-  Division(int64_t B, int64_t n, int64_t m, int64_t d, int64_t groups, size_t itemsize) {
-    const int64_t sums = B * m * d;
-    pieces = std::clamp<int64_t>(n * std::min<int64_t>(B, 8) / 256, 1, 8);
-    pieces = std::min(pieces, std::max<int64_t>(2, (int64_t{1} << 22) / sums));
-    rows = std::max<int64_t>((n + pieces - 1) / pieces, std::min<int64_t>(n, 16));
-    pieces = (n + rows - 1) / rows;
-    const int64_t fits = (int64_t{3} << 19) / static_cast<int64_t>(itemsize) / (d + groups * m) / 16 * 16;
-    const int64_t most = std::clamp<int64_t>(fits, 384, 2048);
+  // groups: blocks of m columns; per_row: what one more piece of samples costs in sums of its own, per input row
+  Division(int64_t B, int64_t n, int64_t m, int64_t d, int64_t groups, int64_t per_row, bool padded, size_t itemsize) {
+    const int64_t spare = (int64_t{2} << 20) / std::max<int64_t>(1, n * per_row);
+    sample_pieces = std::clamp<int64_t>(std::min(B / 4, 1 + spare), 1, 8);
+    samples = (B + sample_pieces - 1) / sample_pieces;
+    sample_pieces = (B + samples - 1) / samples;
+    row_pieces = std::clamp<int64_t>(n * std::min<int64_t>(B, 8) / 256, 1, 8 / sample_pieces);
+    row_pieces = std::min(row_pieces, std::max<int64_t>(2, (int64_t{1} << 22) / (B * m * d)));
+    rows = (n + row_pieces - 1) / row_pieces;
+    row_pieces = (n + rows - 1) / rows;
+    const int64_t cache = (int64_t{3} << 19) / static_cast<int64_t>(itemsize), width = d + groups * m;
+    const int64_t most = std::clamp<int64_t>(cache / width / 16 * 16, 384, 2048);
     const int64_t tiles = (rows + most - 1) / most;
     tile = (rows + tiles - 1) / tiles;
+    group = padded || is_large(tile * m * d) ? 1 : std::clamp<int64_t>(cache / (tile * width), 1, samples);
   }
+  int64_t pieces() const { return row_pieces * sample_pieces; }
 };
 
 template <class T>
@@ -222,43 +229,48 @@ class Loaded {
   Buffer<T> copy_;
 };
 
-template <class T, class X>
-const T* load_x(const X* x, int64_t row_stride, int64_t rows, int64_t d, T* copy, int64_t* stride) {
+// Rows of a group of samples in the dtype of sums: x itself where it is that already.
+template <class T, class X, class P>
+Matrix<const T> load_x(const Problem<T, X, P>& q, int64_t b, int64_t samples, int64_t start, int64_t rows, T* copy) {
+  const X* x = q.x + b * q.x_batch + start * q.x_row;
   if constexpr (std::is_same_v<T, X>) {
-    *stride = row_stride;
-    return x;
+    return Matrix<const T>(x, rows, q.d, q.x_row).batched(samples, q.x_batch);
   } else {
-    for (int64_t i = 0; i < rows; ++i) {
-      convert(copy + i * d, x + i * row_stride, d);
+    for (int64_t k = 0; k < samples * rows; ++k) {
+      convert(copy + k * q.d, x + k / rows * q.x_batch + k % rows * q.x_row, q.d);
     }
-    *stride = d;
-    return copy;
+    return Matrix<const T>(copy, rows, q.d, q.d).batched(samples, rows * q.d);
   }
 }
 
-// Products accumulated over tiles.
+// Products per sample accumulated over tiles, [B, count].
 template <class T>
 class Accumulated {
  public:
-  Accumulated(T* data, int64_t count) : data_(data), count_(count) {}
-  void add(const T* product) {
-    if (begun_) {
-      rows<T>().add_to(data_, product, count_);
-    } else {
-      std::copy_n(product, count_, data_);
-      begun_ = true;
+  Accumulated(T* data, int64_t B, int64_t count) : data_(data), count_(count), begun_(B, false) {}
+  void add(int64_t b0, int64_t samples, const T* products) {
+    for (int64_t b = b0; b < b0 + samples; ++b, products += count_) {
+      if (begun_[b]) {
+        rows<T>().add_to(data_ + b * count_, products, count_);
+      } else {
+        std::copy_n(products, count_, data_ + b * count_);
+        begun_[b] = true;
+      }
     }
   }
-  void finish() {
-    if (!begun_) {
-      std::fill_n(data_, count_, T(0));
+  // A sample without a live row has zeros.
+  void finish(int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) {
+      if (!begun_[b]) {
+        std::fill_n(data_ + b * count_, count_, T(0));
+      }
     }
   }
 
  private:
   T* data_;
   int64_t count_;
-  bool begun_ = false;
+  std::vector<bool> begun_;
 };
 
 // out = sum over pieces, in order.

@@ -16,6 +16,20 @@ struct Gradients {
   T *use_weight, *ign_weight, *use_bias, *ign_bias;
 };
 
+// Fill a buffer, or add to it.
+template <class X, class T>
+void put(X* to, const T* from, int64_t count, bool fresh) {
+  if constexpr (!std::is_same_v<T, X>) {
+    for (int64_t k = 0; k < count; ++k) {
+      to[k] = static_cast<X>(fresh ? from[k] : static_cast<T>(to[k]) + from[k]);
+    }
+  } else if (fresh) {
+    std::copy_n(from, count, to);
+  } else {
+    rows<T>().add_to(to, from, count);
+  }
+}
+
 // A tile of a per-row gradient in the dtype of sums: the gradient itself where it is that already.
 template <class T, class P>
 class Stored {
@@ -44,9 +58,8 @@ class Stored {
   }
   void store(int64_t start, int64_t count, bool fresh) const {
     if constexpr (!std::is_same_v<T, P>) {
-      P* to = p_.data + start * width_;
-      for (int64_t k = 0; p_.data != nullptr && k < count * width_; ++k) {
-        to[k] = static_cast<P>(fresh ? copy_[k] : static_cast<T>(to[k]) + copy_[k]);
+      if (p_.data != nullptr) {
+        put<P, T>(p_.data + start * width_, copy_, count * width_, fresh);
       }
     }
   }
@@ -57,54 +70,88 @@ class Stored {
   Buffer<T> copy_;
 };
 
+// Per-row gradients of samples past the first piece's, [n, m] or [n, d] each, added up at the end.
+template <class T, class P>
+struct PerRow {
+  Parameter<P> gate_weight, gate_bias, score_weight, score_bias, use, ign;
+
+  template <class F>
+  void each(const F& f) {
+    for (Parameter<P>* p : {&gate_weight, &gate_bias, &score_weight, &score_bias, &use, &ign}) {
+      f(*p);
+    }
+  }
+};
+
 template <class T, class X, class P>
 void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp, T* dpred, const Gradients<T, X, P>& g) {
   const int64_t B = q.B, n = q.n, m = q.m, d = q.d;
   const int64_t betas = q.linear ? 1 + q.has_ign : 0;
   const int64_t groups = 1 + !q.first + betas;  // columns of a block, rows of the operand
-  const int64_t reduced = groups - 1;           // of these, summed over rows: dP, and the betas' weights
-  const Division div(B, n, m, d, groups, sizeof(T));
+  const int64_t reduced = !q.first + (g.wants_rows ? betas : 0);  // of these, summed over rows: dP, and the betas' weights
+  PerRow<T, P> own{g.gate_weight, g.gate_bias, g.score_weight, g.score_bias, g.use, g.ign};
+  if (!q.makes_gates) {
+    own.gate_weight = own.gate_bias = {};
+  }
+  if (q.first && !g.fresh) {
+    own.score_weight = own.score_bias = {};
+  }
+  int64_t per_row = 0;
+  own.each([&](const Parameter<P>& p) { per_row += p.data == nullptr ? 0 : p.stride; });
+  const bool same = std::is_same_v<T, P>;
+  const Division div(B, n, m, d, groups, same || per_row == 0 ? per_row : int64_t{1} << 32, q.lengths != nullptr,
+                     sizeof(T));
   const Buffer<T> stack = operand(q, dM, groups);
-  // Sums of a piece: reduced products per sample; then shared rows.
-  const int64_t products = B * reduced * m * d;
-  const bool shared_gate = q.makes_gates && q.gate_weight.stride == 0;
-  const int64_t shared = 4 * m + (shared_gate ? d + 1 : 0);
-  const bool wants_products = reduced > 0 && (!q.first || g.wants_rows);
-  Buffer<T> product_parts(wants_products ? div.pieces * products : 1);
-  const Buffer<double> shared_parts(div.pieces * shared, 0.0);
+  const bool shared_gate = q.makes_gates && q.gate_weight.stride == 0, shared_scores = !q.first && q.score_weight.stride == 0;
+  const int64_t shared = 4 * m + (shared_gate ? d + 1 : 0), weights = g.wants_rows ? betas * m * d : 0;
+  const Buffer<T> dpred_parts = !q.first && div.row_pieces > 1 ? Buffer<T>(div.row_pieces * B * m * d) : Buffer<T>();
+  const Buffer<T> weight_parts(div.pieces() * weights);
+  const Buffer<double> shared_parts(div.pieces() * shared, 0.0);
+  const Buffer<T> row_parts((div.sample_pieces - 1) * n * per_row);
   const Buffer<T> zeros(m, T(0));
-  const bool shared_scores = !q.first && q.score_weight.stride == 0;
 
-  parallel_pieces(div.pieces, [&](int64_t s) {
-    const int64_t ld = groups * m, piece_stop = std::min((s + 1) * div.rows, n);
+  parallel_pieces(div.pieces(), [&](int64_t s) {
+    const int64_t r = s % div.row_pieces, c = s / div.row_pieces;
+    const int64_t first_sample = c * div.samples, last_sample = std::min(first_sample + div.samples, B);
+    const int64_t ld = groups * m, piece_stop = std::min((r + 1) * div.rows, n);
+    const bool fresh = g.fresh || c > 0;  // nothing yet in this piece's per-row gradients
+    PerRow<T, P> to = own;
+    if constexpr (std::is_same_v<T, P>) {
+      if (c > 0) {
+        T* next = row_parts + (c - 1) * n * per_row;
+        to.each([&](Parameter<P>& p) {
+          if (p.data != nullptr) {
+            p.data = next;
+            next += n * p.stride;
+          }
+        });
+      }
+    }
     Product<T> make_block, make_sums, make_dx;
     Buffer<T> scratch(3 * m), dump(2 * m, T(0));
-    Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.tile * d);
+    Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.group * div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d);
     const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
     const Loaded<T, P> use(q.use, div.tile, m), ign(q.ign, div.tile, m);
-    const Stored<T, P> dgate_weight(g.gate_weight, div.tile, d, g.wants_rows);
-    const Stored<T, P> dgate_bias(g.gate_bias, div.tile, 1, g.wants_rows);
-    const Stored<T, P> dw(g.score_weight, div.tile, m, g.wants_rows), db(g.score_bias, div.tile, m, g.wants_rows);
-    const Stored<T, P> duse(g.use, div.tile, m, g.wants_rows), dign(g.ign, div.tile, m, g.wants_rows);
+    const Stored<T, P> dgate_weight(to.gate_weight, div.tile, d, g.wants_rows);
+    const Stored<T, P> dgate_bias(to.gate_bias, div.tile, 1, g.wants_rows);
+    const Stored<T, P> dw(to.score_weight, div.tile, m, g.wants_rows), db(to.score_bias, div.tile, m, g.wants_rows);
+    const Stored<T, P> duse(to.use, div.tile, m, g.wants_rows), dign(to.ign, div.tile, m, g.wants_rows);
     double* shared_piece = shared_parts + s * shared;
     const Buffer<T> group(shared, T(0));
-    std::vector<Accumulated<T>> sums;
-    for (int64_t b = 0; b < B && wants_products; ++b) {
-      sums.emplace_back(product_parts + s * products + b * reduced * m * d, reduced * m * d);
-    }
-    for (int64_t start = s * div.rows; start < piece_stop; start += div.tile) {
+    Accumulated<T> dpred_sums(div.row_pieces > 1 ? dpred_parts + r * B * m * d : dpred, q.first ? 0 : B, m * d);
+    Accumulated<T> weight_sums(weight_parts + s * weights, 1, weights);
+    for (int64_t start = r * div.rows; start < piece_stop; start += div.tile) {
       const int64_t stop = std::min(start + div.tile, piece_stop), all = stop - start;
       // Without padding the first sample writes the tile's parameter gradients; with it, some rows may have no writer.
-      const bool first_writes = std::is_same_v<T, P> && g.fresh && q.lengths == nullptr;
-      const bool zero = g.fresh && !first_writes;
+      const bool first_writes = std::is_same_v<T, P> && fresh && q.lengths == nullptr;
+      const bool zero = fresh && !first_writes;
       const T* gate_weight_rows = gate_weight.rows(start, all);
       T* dgate_weight_rows = g.wants_rows ? dgate_weight.rows(start, all, true) : nullptr;
       T* dgate_bias_rows = dgate_bias.rows(start, all, true);
       Rows<T> a{};
       a.m = m;
-      a.ld = ld;
-      a.phi_ld = ld;
+      a.ld = a.phi_ld = ld;
       a.w = w.rows(start, all);
       a.b = bias.rows(start, all);
       a.score_stride = q.score_weight.stride;
@@ -126,126 +173,134 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
       a.dw = shared_scores ? group + 2 * m : dw.rows(start, all, zero);
       a.db = shared_scores ? group + 3 * m : db.rows(start, all, zero);
       a.dscore_stride = shared_scores ? 0 : dw.stride();
-      if (q.first && g.fresh && !q.linear) {  // a single iteration: the scores' gradients are zero
+      if (q.first && fresh && !q.linear) {  // a single iteration: the scores' gradients are zero
         dw.rows(start, all, true);
         db.rows(start, all, true);
       }
-      for (int64_t b = 0; b < B; ++b) {
-        const int64_t count = q.live(b, start, stop);
-        T* df = g.gate + b * n + start;
-        X* dx_rows = g.x == nullptr ? nullptr : g.x + (b * n + start) * d;
-        if (g.fresh) {
-          std::fill(df + count, df + all, T(0));
+      for (int64_t b0 = first_sample; b0 < last_sample; b0 += div.group) {
+        const int64_t samples = std::min(div.group, last_sample - b0);
+        const int64_t count = q.live(b0, start, stop);  // all rows, unless the group is one sample
+        X* dx_rows = g.x == nullptr ? nullptr : g.x + (b0 * n + start) * d;
+        if (g.fresh && count < all) {
+          std::fill_n(g.gate + b0 * n + start + count, all - count, T(0));
           if (dx_rows != nullptr) {
-            std::fill(dx_rows + count * d, dx_rows + all * d, X(0.0f));
+            std::fill_n(dx_rows + count * d, (all - count) * d, X(0.0f));
           }
         }
         if (count == 0) {
           continue;
         }
-        int64_t x_stride;
-        const T* x = load_x<T>(q.x + b * q.x_batch + start * q.x_row, q.x_row, count, d, x_copy, &x_stride);
-        const Matrix<const T> x_rows(x, count, d, x_stride);
-        const Matrix<const T> operand_rows(stack + b * groups * m * d, groups * m, d, d);
-        T* block = make_block(x_rows, operand_rows.transposed());
-        a.phi = block;
-        a.L = block + m;
+        const Matrix<const T> x = load_x(q, b0, samples, start, count, static_cast<T*>(x_copy));
+        const Matrix<const T> operands =
+            Matrix<const T>(stack + b0 * ld * d, ld, d, d).batched(samples, ld * d);
+        T* block = make_block(x, operands.transposed());
         if (q.linear) {
-          T* use_block = block + (1 + !q.first) * m;
-          add_biases(q, use_block, use_block + m, count, ld);
-          a.use = a.duse = use_block;
-          if (q.has_ign) {
-            a.ign = a.dign = use_block + m;
+          T* betas_from = block + (1 + !q.first) * m;
+          add_biases(q, betas_from, betas_from + m, samples * count, ld);
+        }
+        for (int64_t k = 0; k < samples; ++k) {
+          const int64_t b = b0 + k;
+          a.phi = block + k * count * ld;
+          a.L = a.phi + m;
+          if (q.linear) {
+            a.use = a.duse = a.phi + (1 + !q.first) * m;
+            if (q.has_ign) {
+              a.ign = a.dign = a.duse + m;
+            }
+          }
+          a.gate = gate + b * n + start;
+          a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
+          a.dp = dp + b * m;
+          a.dgate = g.gate + b * n + start;
+          const int sink = q.linear ? 2 : (first_writes && b == first_sample) || !g.wants_rows ? 0 : 1;
+          const int64_t step = q.linear ? kGroup : count;
+          for (int64_t i = 0; i < count; i += step) {
+            rows<T>().backward[q.first][q.mask != nullptr][sink](window(a, i, std::min(step, count - i)));
+            if (q.linear) {
+              drain<T>(shared_piece, group, 4 * m);
+            }
           }
         }
-        a.gate = gate + b * n + start;
-        a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
-        a.dp = dp + b * m;
-        a.dgate = df;
-        const int sink = q.linear ? 2 : (first_writes && b == 0) || !g.wants_rows ? 0 : 1;
-        const int64_t step = q.linear ? kGroup : count;
-        for (int64_t i = 0; i < count; i += step) {
-          rows<T>().backward[q.first][q.mask != nullptr][sink](window(a, i, std::min(step, count - i)));
-          drain<T>(shared_piece, group, 4 * m);
+        const Matrix<T> blocks = Matrix<T>(block, count, ld, ld).batched(samples, count * ld);
+        if (reduced > 0) {
+          const Matrix<T> columns = Matrix<T>(block + m, count, reduced * m, ld).batched(samples, count * ld);
+          const T* sums = make_sums(columns.transposed(), x);
+          for (int64_t k = 0; k < samples; ++k, sums += reduced * m * d) {
+            if (!q.first) {
+              dpred_sums.add(b0 + k, 1, sums);
+            }
+            if (weights > 0) {
+              weight_sums.add(0, 1, sums + (q.first ? 0 : m * d));
+            }
+          }
         }
-        if (wants_products) {
-          sums[b].add(make_sums(Matrix<T>(block + m, count, reduced * m, ld).transposed(), x_rows));
-        }
-        T* dx = dx_rows == nullptr ? nullptr : make_dx(Matrix<T>(block, count, ld, ld), operand_rows);
-        if (q.makes_gates) {
+        T* dx = dx_rows == nullptr ? nullptr : make_dx(blocks, operands);
+        for (int64_t k = 0; k < samples; ++k) {
+          const int64_t b = b0 + k, at = b * n + start;
+          T* dx_sample = dx == nullptr ? nullptr : dx + k * count * d;
           const int64_t step = shared_gate ? kGroup : count;
-          for (int64_t i = 0; i < count; i += step) {
+          for (int64_t i = 0; q.makes_gates && i < count; i += step) {
             rows<T>().gate_gradients(
-                df + i, a.gate + i, x + i * x_stride, x_stride, gate_weight_rows + i * q.gate_weight.stride,
-                q.gate_weight.stride, q.scale[b],
+                g.gate + at + i, gate + at + i, x.data + k * x.batch_stride + i * x.row_stride, x.row_stride,
+                gate_weight_rows + i * q.gate_weight.stride, q.gate_weight.stride, q.scale[b],
                 !g.wants_rows ? nullptr : shared_gate ? group + 4 * m : dgate_weight_rows, shared_gate ? 0 : d,
                 shared_gate ? group + 4 * m + d : dgate_bias_rows, shared_gate ? 0 : 1,
-                dx == nullptr ? nullptr : dx + i * d, d, std::min(step, count - i), d);
+                dx == nullptr ? nullptr : dx_sample + i * d, d, std::min(step, count - i), d);
             if (shared_gate) {
               drain<T>(shared_piece + 4 * m, group + 4 * m, d + 1);
             }
           }
-        }
-        if (dx != nullptr) {
-          if constexpr (!std::is_same_v<T, X>) {
-            for (int64_t k = 0; k < count * d; ++k) {
-              dx_rows[k] = static_cast<X>(g.fresh ? dx[k] : static_cast<T>(dx_rows[k]) + dx[k]);
-            }
-          } else if (g.fresh) {
-            std::copy_n(dx, count * d, dx_rows);
-          } else {
-            rows<T>().add_to(dx_rows, dx, count * d);
+          if (dx != nullptr) {
+            put(dx_rows + k * n * d, dx_sample, count * d, g.fresh);
           }
         }
       }
       dgate_weight.store(start, all, true);
       dgate_bias.store(start, all, true);
-      dw.store(start, all, g.fresh);
-      db.store(start, all, g.fresh);
-      duse.store(start, all, g.fresh);
-      dign.store(start, all, g.fresh);
+      dw.store(start, all, fresh);
+      db.store(start, all, fresh);
+      duse.store(start, all, fresh);
+      dign.store(start, all, fresh);
     }
-    for (auto& sum : sums) {
-      sum.finish();
+    if (!q.first) {
+      dpred_sums.finish(first_sample, last_sample);
     }
+    weight_sums.finish(0, 1);
   });
 
-  if (wants_products) {
-    const Buffer<T> total(products);
-    sum_pieces<T>(total, product_parts, div.pieces, products);
-    const int64_t block = m * d;
-    for (int64_t b = 0; b < B; ++b) {
-      const T* from = total + b * reduced * block;
-      if (!q.first) {
-        std::copy_n(from, block, dpred + b * block);
-        from += block;
-      }
-      for (T* to : {g.use_weight, g.ign_weight}) {
-        if (to != nullptr) {
-          if (g.fresh && b == 0) {
-            std::copy_n(from, block, to);
-          } else {
-            rows<T>().add_to(to, from, block);
-          }
-        }
-        from += block;
-      }
-    }
+  if (!q.first && div.row_pieces > 1) {
+    sum_pieces<T>(dpred, dpred_parts, div.row_pieces, B * m * d);
   }
   if (!g.wants_rows) {
     return;
   }
-  const Buffer<T> total(shared);
-  sum_totals<T>(total, shared_parts, div.pieces, shared);
-  T* shared_rows[] = {g.use_bias, g.ign_bias, g.shared_score_weight, g.shared_score_bias};
-  for (int k = 0; k < 4; ++k) {
-    if (shared_rows[k] != nullptr) {
-      if (g.fresh) {
-        std::copy_n(total + k * m, m, shared_rows[k]);
-      } else {
-        rows<T>().add_to(shared_rows[k], total + k * m, m);
-      }
+  if constexpr (std::is_same_v<T, P>) {
+    const T* next = row_parts;
+    for (int64_t c = 1; c < div.sample_pieces; ++c) {
+      own.each([&](const Parameter<P>& p) {
+        if (p.data != nullptr) {
+          rows<T>().add_to(p.data, next, n * p.stride);
+        }
+        next += p.data == nullptr ? 0 : n * p.stride;
+      });
     }
+  }
+  const Buffer<T> weight_total(weights), total(shared);
+  sum_pieces<T>(weight_total, weight_parts, div.pieces(), weights);
+  sum_totals<T>(total, shared_parts, div.pieces(), shared);
+  const T* from = weight_total;
+  for (T* to : {g.use_weight, g.ign_weight}) {
+    if (to != nullptr && weights > 0) {
+      put(to, from, m * d, g.fresh);
+      from += m * d;
+    }
+  }
+  from = total;
+  for (T* to : {g.use_bias, g.ign_bias, g.shared_score_weight, g.shared_score_bias}) {
+    if (to != nullptr) {
+      put(to, from, m, g.fresh);
+    }
+    from += m;
   }
   if (g.shared_gate_weight != nullptr) {
     std::copy_n(total + 4 * m, d, g.shared_gate_weight);

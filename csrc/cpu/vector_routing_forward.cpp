@@ -12,29 +12,24 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
   const int64_t B = q.B, n = q.n, m = q.m, d = q.d;
   const int64_t betas = q.linear ? 1 + q.has_ign : 0;
   const int64_t groups = 1 + betas, products = groups - q.first;
-  const Division div(B, n, m, d, groups, sizeof(T));
+  const Division div(B, n, m, d, groups, 0, q.lengths != nullptr, sizeof(T));
   const Buffer<T> stack = products > 0 ? operand(q, static_cast<const T*>(nullptr), products) : Buffer<T>();
-  Buffer<T> M_parts;
-  const Buffer<double> p_parts(div.pieces * B * m, 0.0);
-  if (div.pieces > 1) {
-    M_parts = Buffer<T>(div.pieces * B * m * d);
-  }
+  const Buffer<T> M_parts = div.row_pieces > 1 ? Buffer<T>(div.row_pieces * B * m * d) : Buffer<T>();
+  const Buffer<double> p_parts(div.row_pieces * B * m, 0.0);
   const Buffer<T> zeros(m, T(0));
 
-  parallel_pieces(div.pieces, [&](int64_t s) {
-    const int64_t ld = products * m, piece_stop = std::min((s + 1) * div.rows, n);
+  parallel_pieces(div.pieces(), [&](int64_t s) {
+    const int64_t r = s % div.row_pieces, first_sample = s / div.row_pieces * div.samples;
+    const int64_t last_sample = std::min(first_sample + div.samples, B);
+    const int64_t ld = products * m, piece_stop = std::min((r + 1) * div.rows, n);
     Product<T> make_block, make_M;
-    Buffer<T> own_phi(q.first ? div.tile * m : 0), scratch(3 * m), group_p(m, T(0));
-    Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.tile * d);
+    Buffer<T> own_phi(q.first ? div.group * div.tile * m : 0), scratch(3 * m), group_p(m, T(0));
+    Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.group * div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d), gate_bias(q.gate_bias, div.tile, 1);
     const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
     const Loaded<T, P> use(q.use, div.tile, m), ign(q.ign, div.tile, m);
-    T* M_piece = div.pieces > 1 ? M_parts + s * B * m * d : M;
-    std::vector<Accumulated<T>> sums;
-    for (int64_t b = 0; b < B; ++b) {
-      sums.emplace_back(M_piece + b * m * d, m * d);
-    }
-    for (int64_t start = s * div.rows; start < piece_stop; start += div.tile) {
+    Accumulated<T> sums(div.row_pieces > 1 ? M_parts + r * B * m * d : M, B, m * d);
+    for (int64_t start = r * div.rows; start < piece_stop; start += div.tile) {
       const int64_t stop = std::min(start + div.tile, piece_stop), all = stop - start;
       const T *gate_weight_rows = gate_weight.rows(start, all), *gate_bias_rows = gate_bias.rows(start, all);
       Rows<T> a{};
@@ -53,52 +48,56 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
       a.mask_col = q.mask_col;
       a.scratch = scratch;
       a.p = group_p;
-      for (int64_t b = 0; b < B; ++b) {
-        const int64_t count = q.live(b, start, stop);
-        T* f = gate + b * n + start;
-        if (q.makes_gates) {
-          std::fill(f + count, f + all, T(0));
+      for (int64_t b0 = first_sample; b0 < last_sample; b0 += div.group) {
+        const int64_t samples = std::min(div.group, last_sample - b0);
+        const int64_t count = q.live(b0, start, stop);  // all rows, unless the group is one sample
+        if (q.makes_gates && count < all) {
+          std::fill(gate + b0 * n + start + count, gate + b0 * n + stop, T(0));
         }
         if (count == 0) {
           continue;
         }
-        int64_t x_stride;
-        const T* x = load_x<T>(q.x + b * q.x_batch + start * q.x_row, q.x_row, count, d, x_copy, &x_stride);
-        const Matrix<const T> x_rows(x, count, d, x_stride);
-        if (q.makes_gates) {
-          rows<T>().make_gates(f, x, x_stride, gate_weight_rows, q.gate_weight.stride, gate_bias_rows,
-                               q.gate_bias.stride, q.scale[b], count, d);
-        }
-        a.phi = a.L = own_phi;
+        const Matrix<const T> x = load_x(q, b0, samples, start, count, static_cast<T*>(x_copy));
+        T* block = nullptr;
         if (products > 0) {
-          T* block = make_block(x_rows, Matrix<const T>(stack + b * products * m * d, products * m, d, d).transposed());
-          if (!q.first) {
-            a.phi = a.L = block;
-            block += m;
-          }
+          const Matrix<const T> operands(stack + b0 * products * m * d, products * m, d, d);
+          block = make_block(x, operands.batched(samples, products * m * d).transposed());
           if (q.linear) {
-            add_biases(q, block, block + m, count, ld);
-            a.use = block;
-            a.ign = q.has_ign ? block + m : static_cast<const T*>(zeros);
+            T* betas_from = block + (q.first ? 0 : m);
+            add_biases(q, betas_from, betas_from + m, samples * count, ld);
           }
         }
-        a.gate = f;
-        a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
-        for (int64_t i = 0; i < count; i += kGroup) {
-          rows<T>().forward[q.first][q.mask != nullptr](window(a, i, std::min(kGroup, count - i)));
-          drain<T>(p_parts + (s * B + b) * m, group_p, m);
+        T* phi = q.first ? static_cast<T*>(own_phi) : block;
+        for (int64_t k = 0; k < samples; ++k) {
+          const int64_t b = b0 + k;
+          T* f = gate + b * n + start;
+          if (q.makes_gates) {
+            rows<T>().make_gates(f, x.data + k * x.batch_stride, x.row_stride, gate_weight_rows, q.gate_weight.stride,
+                                 gate_bias_rows, q.gate_bias.stride, q.scale[b], count, d);
+          }
+          a.phi = phi + k * count * a.phi_ld;
+          a.L = q.first ? nullptr : a.phi;
+          if (q.linear) {
+            a.use = block + k * count * ld + (q.first ? 0 : m);
+            a.ign = q.has_ign ? a.use + m : static_cast<const T*>(zeros);
+          }
+          a.gate = f;
+          a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
+          for (int64_t i = 0; i < count; i += kGroup) {
+            rows<T>().forward[q.first][q.mask != nullptr](window(a, i, std::min(kGroup, count - i)));
+            drain<T>(p_parts + (r * B + b) * m, group_p, m);
+          }
         }
-        sums[b].add(make_M(Matrix<T>(a.phi, count, m, a.phi_ld).transposed(), x_rows));
+        const Matrix<T> phis = Matrix<T>(phi, count, m, a.phi_ld).batched(samples, count * a.phi_ld);
+        sums.add(b0, samples, make_M(phis.transposed(), x));
       }
     }
-    for (auto& sum : sums) {
-      sum.finish();
-    }
+    sums.finish(first_sample, last_sample);
   });
-  if (div.pieces > 1) {
-    sum_pieces<T>(M, M_parts, div.pieces, B * m * d);
+  if (div.row_pieces > 1) {
+    sum_pieces<T>(M, M_parts, div.row_pieces, B * m * d);
   }
-  sum_totals<T>(p, p_parts, div.pieces, B * m);
+  sum_totals<T>(p, p_parts, div.row_pieces, B * m);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_op(
