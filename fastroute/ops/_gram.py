@@ -15,17 +15,23 @@ from ..reference.tiles import tile_rows
 from ._gemm import products
 
 
-def _chunks(x: Tensor, lengths: Tensor | None, acc: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _chunks(
+    x: Tensor, lengths: Tensor | None, acc: torch.dtype
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor | None]]:
+    """((samples, rows), those rows in acc with dead ones zero, which are live): a tile's worth of each at a time."""
     B, n, d = x.shape
-    size = tile_rows(B, n, 2 * d, acc.itemsize)
-    for start in range(0, n, size if x.device.type == "cpu" else 32 * size):
-        rows = slice(start, start + (size if x.device.type == "cpu" else 32 * size))
-        tile = x[:, rows].to(acc)
-        live = None
-        if lengths is not None:
-            live = torch.arange(start, start + tile.shape[1], device=x.device) < lengths[:, None]
-            tile = tile.masked_fill(~live[..., None], 0.0)
-        yield rows, tile, live
+    scale = 1 if x.device.type == "cpu" else 32
+    size = scale * tile_rows(1, n, 2 * d, acc.itemsize)
+    samples = max(1, size // n)
+    for b in range(0, B, samples):
+        for start in range(0, n, size):
+            at = slice(b, b + samples), slice(start, start + size)
+            tile = x[at].to(acc)
+            live = None
+            if lengths is not None:
+                live = torch.arange(start, start + tile.shape[1], device=x.device) < lengths[at[0], None]
+                tile = tile.masked_fill(~live[..., None], 0.0)
+            yield at, tile, live
 
 
 def forward(
@@ -35,23 +41,24 @@ def forward(
     g = (sum_i f_i x_i, sum_i f_i) [B, d + 1]. ``weight`` is [1, d], ``bias`` [1]."""
     B, n, d = x.shape
     acc = scale.dtype
-    w, b = weight.to(acc), bias.to(acc)
+    w = weight.to(acc)
     gate = x.new_empty((B, n), dtype=acc)
     G = x.new_zeros((B, d, d), dtype=acc)
     g = x.new_zeros((B, d + 1), dtype=acc)
     half = d // 2 if d >= 128 else 0
-    for rows, tile, live in _chunks(x, lengths, acc):
-        f = torch.addcmul(b, (tile @ w.mT)[..., 0], scale[:, None]).sigmoid()
+    for at, tile, live in _chunks(x, lengths, acc):
+        b = at[0]
+        f = torch.addcmul(bias.to(acc), (tile @ w.mT)[..., 0], scale[b, None]).sigmoid()
         if live is not None:
             f = f.masked_fill(~live, 0.0)
-        gate[:, rows] = f
+        gate[at] = f
         weighted = tile * f[..., None]
-        g[:, :d] += weighted.sum(1)
-        g[:, d] += f.sum(1)
+        g[b, :d] += weighted.sum(1)
+        g[b, d] += f.sum(1)
         # G is symmetric: three of its four quarters suffice
-        G[:, :, half:] += products(tile.mT, weighted[..., half:])
+        G[b, :, half:] += products(tile.mT, weighted[..., half:])
         if half:
-            G[:, :half, :half] += products(tile[..., :half].mT, weighted[..., :half])
+            G[b, :half, :half] += products(tile[..., :half].mT, weighted[..., :half])
     if half:
         G[:, half:, :half] = G[:, :half, half:].mT
     return gate, G, g
@@ -67,19 +74,19 @@ def backward(
     sym = dG + dG.mT
     dweight = torch.zeros_like(w)
     dbias = w.new_zeros(1)
-    for rows, tile, live in _chunks(x, lengths, acc):
-        f = gate[:, rows]
+    for at, tile, live in _chunks(x, lengths, acc):
+        f = gate[at]
         if live is not None:
             f = f.masked_fill(~live, 0.0)
-        y = products(tile, sym).add_(dg[:, None, :d])  # sym x + dgbar
-        df = 0.5 * (torch.einsum("brd,brd->br", y, tile) + torch.bmm(tile, dg[:, :d, None])[..., 0]) + dg[:, d:]
+        y = products(tile, sym[at[0]]).add_(dg[at[0], None, :d])  # sym x + dgbar
+        df = 0.5 * (torch.einsum("brd,brd->br", y, tile) + torch.bmm(tile, dg[at[0], :d, None])[..., 0]) + dg[at[0], d:]
         if not grads.fresh:
-            df = df + grads.gate[:, rows]
+            df = df + grads.gate[at]
         if live is not None:
             df = df.masked_fill(~live, 0.0)
-        grads.gate[:, rows] = df
+        grads.gate[at] = df
         da = df * f * (1 - f)
-        sda = da * scale[:, None]
+        sda = da * scale[at[0], None]
         dweight += (sda[..., None] * tile).sum((0, 1))  # cascaded: a product would sum the rows one by one
         dbias += da.sum()
         if grads.x is not None:
@@ -87,9 +94,9 @@ def backward(
             if live is not None:
                 dx = dx.masked_fill(~live[..., None], 0.0)
             if grads.fresh:
-                grads.x[:, rows] = dx.to(grads.x.dtype)
+                grads.x[at] = dx.to(grads.x.dtype)
             else:
-                grads.x[:, rows] += dx.to(grads.x.dtype)
+                grads.x[at] += dx.to(grads.x.dtype)
     if grads.gate_weight is not None and grads.gate_bias is not None:
         grads.gate_weight.copy_(dweight)
         grads.gate_bias.copy_(dbias)
