@@ -316,22 +316,43 @@ void parallel_pieces(int64_t pieces, const F& f) {
   });
 }
 
-// The rows of a sample's product operand: [dM] [P] [use] [ign], those there are.
-template <class T, class X, class P>
-Buffer<T> operand(const Problem<T, X, P>& q, const T* dM, int64_t groups) {
-  const int64_t block = q.m * q.d;
-  Buffer<T> stack(q.B * groups * block);
-  for (int64_t b = 0; b < q.B; ++b) {
-    T* to = stack + b * groups * block;
-    for (const T* from : {dM == nullptr ? nullptr : dM + b * block, q.first ? nullptr : q.pred + b * block,
-                          q.use_weight, q.ign_weight}) {
-      if (from != nullptr) {
-        to = std::copy_n(from, block, to);
+// What multiplies x, per sample [groups m, d]: the rows of [dM] [P] [use] [ign], those there are; and its transpose.
+template <class T>
+struct Operand {
+  int64_t d, groups_m;
+  Buffer<T> rows, columns;
+
+  template <class X, class P>
+  Operand(const Problem<T, X, P>& q, const T* dM, int64_t groups)
+      : d(q.d), groups_m(groups * q.m), rows(q.B * groups_m * d), columns(q.B * groups_m * d) {
+    const int64_t block = q.m * d;
+    torch::stable::parallel_for(0, q.B, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        T *first = rows + b * groups_m * d, *to = first, *turned = columns + b * groups_m * d;
+        for (const T* from : {dM == nullptr ? nullptr : dM + b * block, q.first ? nullptr : q.pred + b * block,
+                              q.use_weight, q.ign_weight}) {
+          if (from != nullptr) {
+            to = std::copy_n(from, block, to);
+          }
+        }
+        for (int64_t j0 = 0; j0 < groups_m; j0 += 16) {
+          for (int64_t c = 0; c < d; ++c) {
+            for (int64_t j = j0; j < std::min(j0 + 16, groups_m); ++j) {
+              turned[c * groups_m + j] = first[j * d + c];
+            }
+          }
+        }
       }
-    }
+    });
   }
-  return stack;
-}
+  // [groups m, d] and [d, groups m] of samples from b on
+  Matrix<const T> by_row(int64_t b, int64_t samples) const {
+    return Matrix<const T>(rows + b * groups_m * d, groups_m, d, d).batched(samples, groups_m * d);
+  }
+  Matrix<const T> by_column(int64_t b, int64_t samples) const {
+    return Matrix<const T>(columns + b * groups_m * d, d, groups_m, groups_m).batched(samples, groups_m * d);
+  }
+};
 
 template <class T, class X, class P>
 void add_biases(const Problem<T, X, P>& q, T* use, T* ign, int64_t count, int64_t ld) {

@@ -101,7 +101,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
   const bool same = std::is_same_v<T, P>;
   const Division div(B, n, m, d, groups, same || per_row == 0 ? per_row : int64_t{1} << 32, q.lengths != nullptr,
                      sizeof(T));
-  const Buffer<T> stack = operand(q, dM, groups);
+  const Operand<T> operand(q, dM, groups);
   const bool shared_gate = q.makes_gates && q.gate_weight.stride == 0, shared_scores = !q.first && q.score_weight.stride == 0;
   const int64_t shared = 4 * m + (shared_gate ? d + 1 : 0), weights = g.wants_rows ? betas * m * d : 0;
   const Buffer<T> dpred_parts = !q.first && div.row_pieces > 1 ? Buffer<T>(div.row_pieces * B * m * d) : Buffer<T>();
@@ -191,9 +191,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
           continue;
         }
         const Matrix<const T> x = load_x(q, b0, samples, start, count, static_cast<T*>(x_copy));
-        const Matrix<const T> operands =
-            Matrix<const T>(stack + b0 * ld * d, ld, d, d).batched(samples, ld * d);
-        T* block = make_block(x, operands.transposed());
+        T* block = make_block(x, operand.by_column(b0, samples));
         if (q.linear) {
           T* betas_from = block + (1 + !q.first) * m;
           add_biases(q, betas_from, betas_from + m, samples * count, ld);
@@ -234,7 +232,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
             }
           }
         }
-        T* dx = dx_rows == nullptr ? nullptr : make_dx(blocks, operands);
+        T* dx = dx_rows == nullptr ? nullptr : make_dx(blocks, operand.by_row(b0, samples));
         for (int64_t k = 0; k < samples; ++k) {
           const int64_t b = b0 + k, at = b * n + start;
           T* dx_sample = dx == nullptr ? nullptr : dx + k * count * d;

@@ -13,7 +13,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
   const int64_t betas = q.linear ? 1 + q.has_ign : 0;
   const int64_t groups = 1 + betas, products = groups - q.first;
   const Division div(B, n, m, d, groups, 0, q.lengths != nullptr, sizeof(T));
-  const Buffer<T> stack = products > 0 ? operand(q, static_cast<const T*>(nullptr), products) : Buffer<T>();
+  const Operand<T> operand(q, nullptr, products);
   const Buffer<T> M_parts = div.row_pieces > 1 ? Buffer<T>(div.row_pieces * B * m * d) : Buffer<T>();
   const Buffer<double> p_parts(div.row_pieces * B * m, 0.0);
   const Buffer<T> zeros(m, T(0));
@@ -60,8 +60,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
         const Matrix<const T> x = load_x(q, b0, samples, start, count, static_cast<T*>(x_copy));
         T* block = nullptr;
         if (products > 0) {
-          const Matrix<const T> operands(stack + b0 * products * m * d, products * m, d, d);
-          block = make_block(x, operands.batched(samples, products * m * d).transposed());
+          block = make_block(x, operand.by_column(b0, samples));
           if (q.linear) {
             T* betas_from = block + (q.first ? 0 : m);
             add_biases(q, betas_from, betas_from + m, samples * count, ld);
