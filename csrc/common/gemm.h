@@ -99,10 +99,10 @@ class Product {
   }
 
  private:
-  // oneDNN adds the terms of a sum one by one; in runs of 512, added up afterwards, it is as accurate as MKL.
+  // oneDNN adds the terms of a sum one by one; in runs of 256, added up afterwards, it is as accurate as MKL.
   template <class A, class B>
   float* by_onednn(const Matrix<A>& a, const Matrix<B>& b) {
-    constexpr int64_t run = 512;
+    constexpr int64_t run = 256;
     for (int64_t k = 0; k < a.cols; k += run) {
       const int64_t terms = std::min(run, a.cols - k);
       const Matrix<A> a_part(a.data + k * a.col_stride, a.rows, terms, a.row_stride, a.col_stride);
