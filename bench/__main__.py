@@ -1,0 +1,82 @@
+"""``python -m bench run`` times every suite and rewrites docs/benchmarks.md; ``report`` only rewrites."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import report
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def suites() -> list[Path]:
+    return sorted(HERE.glob("bench_*.py"))
+
+
+def run(args: argparse.Namespace) -> int:
+    partial = args.quick or bool(args.k)
+    if args.out is None:
+        args.out = Path(tempfile.mkdtemp(prefix="fastroute-bench-")) if partial else RESULTS
+    args.out.mkdir(parents=True, exist_ok=True)
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTROUTE_BACKEND", "FASTROUTE_GEMM")}
+    env |= {"OMP_WAIT_POLICY": "PASSIVE"}  # a suite is a process of its own, so torch is not imported before this
+    status, written = 0, []
+    for suite in suites():
+        name = suite.stem.removeprefix("bench_")
+        path = args.out / f"{name}-{'cuda' if args.gpu else 'cpu'}.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=line",
+            "--show-capture=no",
+            "-p",
+            "no:cacheprovider",
+            str(suite),
+        ]
+        command += ["--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={path}"]
+        command += ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname"]
+        command += ["--bench-gpu"] * args.gpu + ["--bench-quick"] * args.quick + (["-k", args.k] if args.k else [])
+        command += [] if args.gpu else ["--benchmark-timer=time.process_time"]
+        path.unlink(missing_ok=True)
+        code = subprocess.run(command, cwd=HERE.parent, env=env).returncode
+        if code == 5:  # no test selected
+            continue
+        status = status or code
+        if path.exists():
+            written.append(path)
+    for path in written:
+        print(f"\n{path}\n\n{report.tables(path)}")
+    if args.out.resolve() == RESULTS and not partial:
+        report.rewrite(RESULTS)
+        print(f"rewrote {report.PAGE.relative_to(HERE.parent)}")
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="time every suite")
+    runs.add_argument(
+        "--gpu", action="store_true", help="the GPU's rows (with --quick and no GPU: a dry run on the CPU)"
+    )
+    runs.add_argument("--out", type=Path, help="where the JSON goes: bench/results, or a new folder with -k or --quick")
+    runs.add_argument("-k", help="pytest's -k: only these rows; docs/benchmarks.md is left alone")
+    runs.add_argument("--quick", action="store_true", help="small sizes, to see that it works; the docs are left alone")
+    commands.add_parser("report", help="rewrite docs/benchmarks.md from bench/results")
+    args = parser.parse_args()
+    if args.command == "run":
+        return run(args)
+    report.rewrite(RESULTS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

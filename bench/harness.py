@@ -1,0 +1,431 @@
+"""How the suites measure. A suite says what its rows are and how to build each rival; everything else is here.
+
+A *row* is one case in one pass on so many threads, and one pytest-benchmark test. In it, the subject (fastroute as a
+user gets it) and its rivals are timed in turn, round after round, in one process: what disturbs a shared machine
+disturbs all of them. pytest-benchmark's own statistics are the subject's, its rivals run as the ``setup`` of each of
+its rounds, and their figures go into the row's ``extra_info``. A ratio is the median over rounds of (rival / subject),
+both of the same round.
+
+* The time is *process CPU time* on one thread (all threads together on two), which does not count waiting for a core;
+  wall time stands beside it. On a GPU it is the time between two CUDA events, with the L2 cache flushed before.
+* Before anything is timed, every contestant's outputs and gradients are compared with the reference in float64
+  (``Truth``): each may be off by twice what plain PyTorch is off by in that dtype, summing in a few different orders,
+  and one rounding. What of fastroute is beyond that is wrong and has no time: its row keeps the rivals' and its test
+  fails. A rival from outside keeps its time, marked with how many times the budget it is off by: to leave out the
+  strongest rival for its last digits would flatter us.
+* The *floor* is the matrix products of the algorithm alone, no reading of parameters and no row mathematics, by each
+  library that torch carries (torch.mm; oneDNN on tiles of rows). The share of the floor is that of the better one.
+* Memory is the growth of a fresh process's peak resident size beyond the module, its input and their gradients
+  (``child.py``); on a GPU, the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Results = dict[str, Tensor]
+_BEGAN = time.monotonic()
+
+
+class Options(NamedTuple):
+    """What was asked for on the command line."""
+
+    gpu: bool
+    quick: bool
+
+    @property
+    def device(self) -> str:
+        if not self.gpu:
+            return "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        if self.quick:
+            return "cpu"  # a dry run of the GPU's rows
+        raise RuntimeError("--gpu: torch sees no CUDA device (--gpu --quick makes a dry run on the CPU)")
+
+    def is_late(self) -> bool:
+        """On a GPU, compiling the last rivals is not worth being cut off: the whole run has to end in 8 minutes."""
+        return self.gpu and time.monotonic() - _BEGAN > 330
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+
+def _cpu() -> str:
+    facts: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = facts.get("model name", platform.machine())
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """Hardware and versions; nothing that names the computer."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        pass
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+# ---------------------------------------------------------------------------------------------- clocks
+
+
+class Sample(NamedTuple):
+    """One pass: the primary figure (CPU time, or the GPU's time) and wall time, in seconds."""
+
+    time: float
+    wall: float
+
+
+def cpu_sample(run: Callable[[], Any]) -> Sample:
+    wall, cpu = time.perf_counter(), time.process_time()
+    kept = run()
+    sample = Sample(time.process_time() - cpu, time.perf_counter() - wall)
+    del kept
+    return sample
+
+
+@cache
+def _flush() -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # several times any L2 cache
+
+
+def gpu_sample(run: Callable[[], Any]) -> Sample:
+    """Between two events; the flush ahead of the first keeps the GPU busy while the CPU starts the pass."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    _flush().zero_()
+    wall = time.perf_counter()
+    start.record()
+    kept = run()
+    stop.record()
+    stop.synchronize()
+    sample = Sample(start.elapsed_time(stop) / 1e3, time.perf_counter() - wall)
+    del kept
+    return sample
+
+
+def sampler(device: str) -> Callable[[Callable[[], Any]], Sample]:
+    return gpu_sample if device == "cuda" else cpu_sample
+
+
+# ---------------------------------------------------------------------------------------------- contestants
+
+
+class Contestant(Protocol):
+    name: str
+
+    def results(self) -> Results:
+        """What one pass computes, for the gate; also the warm-up."""
+
+    def sample(self) -> Sample:
+        """Time one pass."""
+
+    def close(self) -> None:
+        """Called when the row is done."""
+
+
+@dataclass
+class Here:
+    """A contestant in this process."""
+
+    name: str
+    run: Callable[[], Results]
+    device: str = "cpu"
+    reset: Callable[[], None] = lambda: None  # lets go of what a pass leaves behind (.grad)
+
+    def results(self) -> Results:
+        return self.run()
+
+    def sample(self) -> Sample:
+        return sampler(self.device)(self.run)
+
+    def close(self) -> None:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- the gate
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    """Largest difference, chunk by chunk so as not to double a large tensor."""
+    if value.shape != exact.shape:
+        return float("inf")
+    pairs = zip(value.reshape(-1).split(1 << 26), exact.reshape(-1).split(1 << 26), strict=True)
+    worst = [(v.to(e.dtype) - e).abs().max().item() for v, e in pairs]
+    return max(worst) if all(w == w for w in worst) else float("inf")
+
+
+@dataclass
+class Truth:
+    """The exact results, and how far each may be missed."""
+
+    exact: Results
+    allowed: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, exact: Results, plain: Iterable[Results], dtype: torch.dtype) -> Truth:
+        """``plain``: plain PyTorch in ``dtype``, in a few orders of summing; one order alone can be exact by luck."""
+        worst = dict.fromkeys(exact, 0.0)
+        for found in plain:
+            for name, value in found.items():
+                worst[name] = max(worst[name], _error(value, exact[name]))
+        eps = torch.finfo(dtype).eps
+        return cls(exact, {k: 2 * worst[k] + eps * t.abs().max().item() for k, t in exact.items()})
+
+    def excess(self, found: Results) -> tuple[str, float]:
+        """(which result misses the exact one by most, how many times what it may)."""
+        by = {k: _error(v, self.exact[k]) / self.allowed[k] for k, v in found.items()}
+        name = max(by, key=by.__getitem__)
+        return name, by[name]
+
+
+# ---------------------------------------------------------------------------------------------- the floor
+
+
+class Product(NamedTuple):
+    """``times`` products [a, b] x [b, c]. ``how`` names what lies transposed in memory: "nn", "nt" or "tn"."""
+
+    how: str
+    a: int
+    b: int
+    c: int
+    times: int = 1
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.a * self.b * self.c * self.times
+
+
+def flops(products: Sequence[Product]) -> int:
+    return sum(p.flops for p in products)
+
+
+_TILE = 1024
+
+
+def _onednn(p: Product, A: Tensor, B: Tensor) -> None:
+    linear = torch.ops.mkldnn._linear_pointwise
+    if p.how == "tn":
+        for a, b in zip(A.split(_TILE), B.split(_TILE), strict=True):
+            linear(a.mT, b.mT, None, "none", [], "")
+    else:
+        for a in A.split(_TILE):
+            linear(a, B if p.how == "nt" else B.mT, None, "none", [], "")
+
+
+def floors(products: Sequence[Product], dtype: torch.dtype, device: str) -> list[Here]:
+    """The products alone, by each library; they have nothing to get wrong, so their results are empty."""
+    made: dict[tuple[Any, ...], Tensor] = {}
+
+    def matrix(rows: int, cols: int, use: str) -> Tensor:
+        if (rows, cols, use) not in made:
+            made[rows, cols, use] = torch.randn(rows, cols, device=device).to(dtype)
+        return made[rows, cols, use]
+
+    work = []
+    for p in products:
+        A = matrix(*((p.b, p.a) if p.how == "tn" else (p.a, p.b)), "in")
+        B = matrix(*((p.c, p.b) if p.how == "nt" else (p.b, p.c)), "in")
+        work.append((p, A, B, matrix(p.a, p.c, "out")))
+
+    def mm() -> Results:
+        for p, A, B, out in work:
+            for _ in range(p.times):
+                torch.mm(A.mT if p.how == "tn" else A, B.mT if p.how == "nt" else B, out=out)
+        return {}
+
+    def onednn() -> Results:
+        for p, A, B, _ in work:
+            for _ in range(p.times):
+                _onednn(p, A, B)
+        return {}
+
+    found = [Here("torch.mm", mm, device)]
+    if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        found.append(Here("oneDNN", onednn, device))
+    return found
+
+
+@cache
+def rates(device: str, dtype: torch.dtype, tf32: bool, quick: bool) -> tuple[float, float]:
+    """(bytes/s of a copy, FLOP/s of a large square product), measured now."""
+    size = 256 if quick else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.empty((1 << 20) if quick else (1 << 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    time_of = sampler(device)
+
+    def best(run: Callable[[], Any]) -> float:
+        run()
+        return statistics.median(time_of(run).time for _ in range(9))
+
+    return 2 * source.numel() / best(lambda: target.copy_(source)), 2 * size**3 / best(lambda: a @ b)
+
+
+# ---------------------------------------------------------------------------------------------- the race
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) < 2:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def _figures(samples: Sequence[Sample]) -> dict[str, float]:
+    return {
+        "ms": 1e3 * statistics.median(s.time for s in samples),
+        "wall_ms": 1e3 * statistics.median(s.wall for s in samples),
+        "best_wall_ms": 1e3 * min(s.wall for s in samples),
+    }
+
+
+#: Rows whose subject is wrong: they have no time of its own, so pytest-benchmark does not know them.
+FAULTY: list[dict[str, Any]] = []
+
+
+def race(
+    benchmark: Any,
+    subject: Contestant,
+    rivals: Sequence[Contestant],
+    floor: Sequence[Contestant],
+    truth: Truth,
+    *,
+    quick: bool = False,
+    seconds: float = 8,
+) -> None:
+    """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``."""
+    excess = {one.name: truth.excess(one.results()) for one in (subject, *rivals)}
+    ours = [one.name for one in (subject, *rivals) if one.name.startswith("fastroute")]
+    wrong = {k for k, (_, times) in excess.items() if not times <= 1 and (k in ours or not times < float("inf"))}
+    others = [one for one in (*rivals, *floor) if one.name not in wrong]
+    timed = others if subject.name in wrong else [*others, subject]
+    samples: dict[str, list[Sample]] = {one.name: [] for one in timed}
+
+    gc.collect()
+    began = time.perf_counter()
+    for one in timed:
+        one.sample()
+    count = 2 if quick else min(max(int(seconds / (time.perf_counter() - began)), 5), 50)
+
+    def time_others() -> None:
+        for one in others:
+            samples[one.name].append(one.sample())
+
+    def time_subject() -> None:
+        samples[subject.name].append(subject.sample())
+
+    if subject.name in wrong:
+        for _ in range(count):
+            time_others()
+    else:
+        benchmark.pedantic(time_subject, setup=time_others, rounds=count)
+
+    found: dict[str, Any] = {}
+    for one in (subject, *rivals, *floor):
+        name = one.name
+        found[name] = _figures(samples[name]) if name in samples else {}
+        if name in excess and not excess[name][1] <= 1:
+            found[name]["off"], found[name]["times_the_budget"] = excess[name]
+        if name in samples and subject.name in samples and name != subject.name:
+            pairs = list(zip(samples[name], samples[subject.name], strict=True))
+            found[name]["ratio"] = _quartiles([theirs.time / mine.time for theirs, mine in pairs])
+            found[name]["wall_ratio"] = _quartiles([theirs.wall / mine.wall for theirs, mine in pairs])
+    floor_names = [one.name for one in floor]
+    shares = [found[k]["ratio"][1] for k in floor_names if "ratio" in found[k]]
+    benchmark.extra_info.update(
+        rounds=count,
+        subject=subject.name,
+        rivals={k: v for k, v in found.items() if k not in floor_names},
+        floors={k: v for k, v in found.items() if k in floor_names},
+        share_of_floor=min(shares, default=None),
+        load=[round(v, 1) for v in os.getloadavg()],
+    )
+
+
+def fail_if_wrong(benchmark: Any, row: str) -> None:
+    """Last in a row: one whose subject is wrong is kept, without its time, and its test fails."""
+    info = benchmark.extra_info
+    mine = info["rivals"][info["subject"]]
+    if "ms" not in mine:
+        FAULTY.append({"name": row, "stats": None, "extra_info": info})
+        benchmark.skipped = True
+        raise AssertionError(f"{mine['off']} is off by {mine['times_the_budget']:.2f} times its budget: no time")
+
+
+# ---------------------------------------------------------------------------------------------- a GPU's own
+
+
+def make_room(device: str, needed: float) -> None:
+    """Give back what the last row left in the allocator, and skip a row that this GPU has no memory for."""
+    if device != "cuda":
+        return
+    import pytest
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    have = torch.cuda.get_device_properties(0).total_memory
+    if have < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of GPU memory, this one has {have / 1e9:.0f}")
+
+
+def gpu_peak(one: Here, module_and_input: Sequence[Tensor]) -> float:
+    """Peak allocated GB of one pass in which nothing else is alive but the module and its input."""
+    one.run()  # compiled, workspaces made
+    one.reset()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = one.run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept
+    one.reset()
+    return (peak + sum(t.nbytes for t in module_and_input)) / 1e9
+
+
+def add_roofline(info: dict[str, Any], device: str, dtype: torch.dtype, tf32: bool, quick: bool) -> None:
+    """Each contestant's share of the time that the row's bytes and FLOPs need at the rates measured in this run."""
+    bandwidth, rate = rates(device, dtype, tf32, quick)
+    bytes_ms, flops_ms = info["GB"] * 1e12 / bandwidth, info["GFLOP"] * 1e12 / rate
+    info["roofline"] = {
+        "GB/s": bandwidth / 1e9,
+        "TFLOP/s": rate / 1e12,
+        "ms": max(bytes_ms, flops_ms),
+        "matmul_ms": flops_ms,
+    }
+    for figures in info["rivals"].values():
+        if "ms" in figures:
+            figures["share_of_roofline"] = max(bytes_ms, flops_ms) / figures["ms"]
+            figures["share_of_matmul"] = flops_ms / figures["ms"]

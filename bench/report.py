@@ -1,0 +1,231 @@
+"""docs/benchmarks.md's tables, from bench/results/*.json. Everything outside the markers is written by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+
+Row = dict[str, Any]
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _names(rows: Sequence[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.get(key, {})))
+
+
+def _cell(row: Row, name: str, figure: str, ratio: str) -> str:
+    found = row["rivals"].get(name) or row["floors"].get(name)
+    if found is None:
+        return "–"
+    off = f"{found['off']} {found['times_the_budget']:.1f}× its budget" if "off" in found else ""
+    if figure not in found:
+        return f"**wrong**: {off}"
+    shown = _ms(found[figure]) + (f" ({found[ratio][1]:.2f}×)" if ratio in found else "")
+    return f"{shown} †" if off else shown
+
+
+def _marks(rows: Sequence[Row]) -> list[str]:
+    """What † stands for: the least accurate of each rival that is over the budget and timed all the same."""
+    worst: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        for name, found in row["rivals"].items():
+            if "off" in found and "ms" in found:
+                this = (found["times_the_budget"], f"{found['off']} at {row['case']}, {row['pass']}")
+                worst[name] = max(worst.get(name, this), this)
+    return [
+        f"† {name}: beyond the error budget, at most {times:.1f} times it ({where})."
+        for name, (times, where) in worst.items()
+    ]
+
+
+def _head(row: Row) -> list[str]:
+    return [row["case"], row["pass"]]
+
+
+def _times(rows: Sequence[Row], figure: str, ratio: str, *, floor: bool) -> str:
+    names = _names(rows, "rivals") + (_names(rows, "floors") if floor else [])
+    shown = [f"floor, {n}" if n in _names(rows, "floors") else n for n in names]
+    last = ["share of the floor", "GFLOP", "GB"] if floor else []
+    body = []
+    for row in rows:
+        line = _head(row) + [_cell(row, name, figure, ratio) for name in names]
+        if floor:
+            line += [_percent(row["share_of_floor"]), f"{row['GFLOP']:.3g}", f"{row['GB']:.2g}"]
+        body.append(line)
+    return _table(["case", "pass", *shown, *last], body)
+
+
+def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
+    """(measured, as shown, its unit) of one target."""
+    memory = row.get("memory", {}).get(row["subject"])
+    mine = row["rivals"][row["subject"]]
+    if target in ("max_MB", "max_GB"):
+        return None if memory is None else (memory, f"{memory:.1f}", target[4:])
+    if target == "max_ms":
+        return None if "ms" not in mine else (mine["ms"], _ms(mine["ms"]), "ms")
+    if target == "floor":
+        share = row["share_of_floor"]
+        return None if share is None else (share, _percent(share), "")
+    if target == "matmul":
+        share = mine.get("share_of_matmul")
+        return None if share is None else (share, _percent(share), "")
+    ratio = row["rivals"].get(target, {}).get("ratio")
+    return None if ratio is None else (ratio[1], f"{ratio[1]:.2f}×", "")
+
+
+_TARGETS: dict[str, Callable[[float], tuple[str, str]]] = {
+    "floor": lambda v: ("share of the floor", f"≥ {100 * v:.0f} %"),
+    "matmul": lambda v: ("share of the measured matmul rate", f"≥ {100 * v:.0f} %"),
+    "max_ms": lambda v: ("time", f"≤ {v:g} ms"),
+    "max_MB": lambda v: ("peak resident growth", f"≤ {v:g} MB"),
+    "max_GB": lambda v: ("peak memory", f"≤ {v:g} GB"),
+}
+
+
+def _targets(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        for target, value in row["targets"].items():
+            what, wanted = _TARGETS.get(target, lambda v, t=target: (f"against {t}", f"≥ {v:g}×"))(value)
+            found = _measured(row, target)
+            if found is None:
+                why = "no time: wrong" if "ms" not in row["rivals"][row["subject"]] else "not measured"
+                body.append([*_head(row), what, wanted, why, "**missed**" if "wrong" in why else ""])
+                continue
+            measured, shown, unit = found
+            met = measured <= value if target.startswith("max_") else measured >= value
+            body.append([*_head(row), what, wanted, f"{shown} {unit}".strip(), "met" if met else "**missed**"])
+    return _table(["case", "pass", "what", "target", "measured", ""], body)
+
+
+def _memory(rows: Sequence[Row], unit: str) -> str:
+    names = _names(rows, "memory")
+    shown = {"forward": "forward, graph kept"}
+    body = [
+        [row["case"], shown.get(row["pass"], row["pass"])]
+        + [f"{row['memory'][n]:.1f}" if n in row["memory"] else "–" for n in names]
+        for row in rows
+    ]
+    return _table(["case", "pass", *(f"{n}, {unit}" for n in names)], body)
+
+
+def _mkl(rows: Sequence[Row]) -> str:
+    """What the kernels alone win: products by the library that eager and torch.compile use. Ratios of medians."""
+    body = []
+    for row in rows:
+        rivals, mine = row["rivals"], row["rivals"]["fastroute, MKL"]
+        if "ms" not in mine:
+            continue
+        floor = row["floors"]["torch.mm"]["ms"] / mine["ms"]
+        ratios = [f"{rivals[n]['ms'] / mine['ms']:.2f}×" for n in ("eager", "torch.compile")]
+        body.append([*_head(row), _ms(mine["ms"]), *ratios, _percent(floor)])
+    return _table(
+        ["case", "pass", "fastroute, MKL, ms", "against eager", "against torch.compile", "share of torch.mm's floor"],
+        body,
+    )
+
+
+def _roofline(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        roof, mine = row["roofline"], row["rivals"][row["subject"]]
+        body.append(
+            [
+                *_head(row),
+                f"{row['GB']:.2g}",
+                f"{row['GFLOP']:.3g}",
+                f"{roof['GB/s']:.0f}",
+                f"{roof['TFLOP/s']:.3g}",
+            ]
+            + [
+                _ms(roof["ms"]),
+                _percent(mine.get("share_of_roofline")),
+                _percent(mine.get("share_of_matmul")),
+            ]
+        )
+    head = [
+        "GB",
+        "GFLOP",
+        "copy, GB/s",
+        "matmul, TFLOP/s",
+        "roofline, ms",
+        "share of it",
+        "share of the matmul rate",
+    ]
+    return _table(["case", "pass", *head], body)
+
+
+def tables(path: Path) -> str:
+    """One result file as Markdown."""
+    data = json.loads(path.read_text())
+    rows: list[Row] = [row["extra_info"] for row in data["benchmarks"] if "rivals" in row["extra_info"]]
+    machine = ", ".join(v if k in ("cpu", "gpu") else f"{k} {v}" for k, v in data["machine"].items())
+    loads = sorted(row["load"][0] for row in rows) or [0.0]
+    small = ", small sizes" if data["quick"] else ""
+    parts = [f"{machine}. {data['date']}{small}. Load average while it ran: {loads[0]} to {loads[-1]}."]
+    gpu = any("roofline" in row for row in rows)
+    one = rows if gpu else [row for row in rows if row["threads"] == 1]
+    two = [] if gpu else [row for row in rows if row["threads"] == 2]
+    if any(row["targets"] for row in one):
+        parts += ["**Targets**", _targets(one)]
+    if one:
+        title = ("GPU time" if "gpu" in data["machine"] else "Dry run on the CPU") if gpu else "One thread, CPU time"
+        parts += [f"**{title}, ms** (and how many times fastroute's)", _times(one, "ms", "ratio", floor=True)]
+    if any("fastroute, MKL" in row["rivals"] for row in one):
+        parts += [
+            "**One thread, fastroute with MKL's products**",
+            _mkl([r for r in one if "fastroute, MKL" in r["rivals"]]),
+        ]
+    if two:
+        parts += ["**Two threads, CPU time of both, ms**", _times(two, "ms", "ratio", floor=False)]
+        parts += ["**Two threads, wall time, ms**", _times(two, "wall_ms", "wall_ratio", floor=False)]
+        parts += ["**Two threads, best wall time, ms**", _best(two)]
+    if gpu:
+        parts += ["**Share of the roofline**", _roofline(one)]
+    remembered = [row for row in one if "memory" in row]
+    if remembered:
+        title = "Peak memory" if gpu else "Peak resident growth beyond module, input and gradients"
+        parts += [f"**{title}**", _memory(remembered, "GB" if gpu else "MB")]
+    left_out = [f"{row['case']}, {row['pass']}: {row['left out']}" for row in one if "left out" in row]
+    return "\n\n".join(parts + left_out + _marks(rows))
+
+
+def _best(rows: Sequence[Row]) -> str:
+    names = _names(rows, "rivals")
+    body = [
+        _head(row) + [_ms(row["rivals"][n]["best_wall_ms"]) if "ms" in row["rivals"].get(n, {}) else "–" for n in names]
+        for row in rows
+    ]
+    return _table(["case", "pass", *names], body)
+
+
+def rewrite(results: Path) -> None:
+    """Put each result file's tables between its markers in docs/benchmarks.md."""
+    page = PAGE.read_text()
+    for path in sorted(results.glob("*.json")):
+        if json.loads(path.read_text())["quick"]:
+            raise SystemExit(f"{path.name} is from a --quick run: its sizes are not the tables'")
+        begin, end = f"<!-- begin {path.stem} -->", f"<!-- end {path.stem} -->"
+        between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        old = between.search(page)
+        if old is None:
+            raise SystemExit(f"{PAGE.name} has no place for {path.name}: add the lines {begin} and {end}")
+        page = page.replace(old.group(), f"{begin}\n{tables(path)}\n{end}")
+    PAGE.write_text(page)
