@@ -110,12 +110,12 @@ struct Parameter {
 };
 
 template <class S>
-Parameter<S> parameter(const OptionalTensor& t) {
+Parameter<S> parameter(const OptionalTensor& t, bool one_row) {
   if (!t.has_value()) {
     return {};
   }
   const int64_t width = t->dim() > 1 ? t->size(1) : 1;
-  return {static_cast<S*>(t->data_ptr()), t->size(0) == 1 ? 0 : width};
+  return {static_cast<S*>(t->data_ptr()), one_row ? 0 : width};
 }
 
 struct Inputs {
@@ -123,6 +123,11 @@ struct Inputs {
   const OptionalTensor &gate, &gate_weight, &gate_bias, &scale, &pred, &score_weight, &score_bias;
   const Tensor& use;
   const OptionalTensor &ign, &use_bias, &ign_bias, &prior, &mask, &lengths;
+
+  // One row of parameters serves every input, however many there are.
+  bool one_row(const OptionalTensor& t) const {
+    return t.has_value() && t->size(0) == 1 && (use_bias.has_value() || x.size(1) > 1);
+  }
 };
 
 // What both passes read, resolved to pointers; T is the dtype of sums, X of x, P of parameters with a row per input.
@@ -143,9 +148,9 @@ struct Problem {
         x_batch(in.x.stride(0)), x_row(in.x.stride(1)), first(!in.pred.has_value()), linear(in.use_bias.has_value()),
         has_ign(in.ign.has_value()), makes_gates(in.gate_weight.has_value()), scale(pointer<T>(in.scale)),
         pred(pointer<T>(in.pred)), prior(pointer<T>(in.prior)), use_bias(pointer<T>(in.use_bias)),
-        ign_bias(pointer<T>(in.ign_bias)), gate_weight(parameter<P>(in.gate_weight)),
-        gate_bias(parameter<P>(in.gate_bias)), score_weight(parameter<P>(in.score_weight)),
-        score_bias(parameter<P>(in.score_bias)), mask(pointer<uint8_t>(in.mask)),
+        ign_bias(pointer<T>(in.ign_bias)), gate_weight(parameter<P>(in.gate_weight, in.one_row(in.gate_weight))),
+        gate_bias(parameter<P>(in.gate_bias, in.one_row(in.gate_bias))), score_weight(parameter<P>(in.score_weight, in.one_row(in.score_weight))),
+        score_bias(parameter<P>(in.score_bias, in.one_row(in.score_bias))), mask(pointer<uint8_t>(in.mask)),
         mask_batch(mask != nullptr ? in.mask->stride(0) : 0), mask_row(mask != nullptr ? in.mask->stride(1) : 0),
         mask_col(mask != nullptr ? in.mask->stride(2) : 0), lengths(pointer<int64_t>(in.lengths)) {
     m = linear ? in.use.size(0) : in.use.size(1);
@@ -153,7 +158,7 @@ struct Problem {
     ign_weight = linear && has_ign ? static_cast<const T*>(in.ign->data_ptr()) : nullptr;
     if (!linear) {
       use = {static_cast<P*>(in.use.data_ptr()), m};
-      ign = parameter<P>(in.ign);
+      ign = parameter<P>(in.ign, false);
       ign.stride = has_ign ? m : 0;
     }
     if (first) {

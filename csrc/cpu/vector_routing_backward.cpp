@@ -145,7 +145,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
       const int64_t stop = std::min(start + div.tile, piece_stop), all = stop - start;
       // Without padding the first sample writes the tile's parameter gradients; with it, some rows may have no writer.
       const bool first_writes = std::is_same_v<T, P> && fresh && q.lengths == nullptr;
-      const bool zero = fresh && !first_writes;
+      const bool zero = fresh && !first_writes, zero_scores = zero || (fresh && q.linear);
       const T* gate_weight_rows = gate_weight.rows(start, all);
       T* dgate_weight_rows = g.wants_rows ? dgate_weight.rows(start, all, true) : nullptr;
       T* dgate_bias_rows = dgate_bias.rows(start, all, true);
@@ -170,8 +170,8 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
       a.dign_stride = !q.has_ign ? 0 : q.linear ? ld : dign.stride();
       a.duse_bias = group;
       a.dign_bias = group + m;
-      a.dw = shared_scores ? group + 2 * m : dw.rows(start, all, zero);
-      a.db = shared_scores ? group + 3 * m : db.rows(start, all, zero);
+      a.dw = shared_scores ? group + 2 * m : dw.rows(start, all, zero_scores);
+      a.db = shared_scores ? group + 3 * m : db.rows(start, all, zero_scores);
       a.dscore_stride = shared_scores ? 0 : dw.stride();
       if (q.first && fresh && !q.linear) {  // a single iteration: the scores' gradients are zero
         dw.rows(start, all, true);
@@ -211,10 +211,10 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
           a.dp = dp + b * m;
           a.dgate = g.gate + b * n + start;
           const int sink = q.linear ? 2 : (first_writes && b == first_sample) || !g.wants_rows ? 0 : 1;
-          const int64_t step = q.linear ? kGroup : count;
+          const int64_t step = q.linear || shared_scores ? kGroup : count;
           for (int64_t i = 0; i < count; i += step) {
             rows<T>().backward[q.first][q.mask != nullptr][sink](window(a, i, std::min(step, count - i)));
-            if (q.linear) {
+            if (q.linear || shared_scores) {
               drain<T>(shared_piece, group, 4 * m);
             }
           }
@@ -300,7 +300,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
     }
     from += m;
   }
-  if (g.shared_gate_weight != nullptr) {
+  if (shared_gate && g.shared_gate_weight != nullptr) {
     std::copy_n(total + 4 * m, d, g.shared_gate_weight);
     *g.shared_gate_bias = total[4 * m + d];
   }
@@ -328,20 +328,26 @@ Tensor backward_op(
     g.wants_rows = duse.has_value();
     g.x = pointer<X>(dx);
     g.gate = static_cast<T*>(dgate.data_ptr());
-    if (q.linear) {
+    if (in.one_row(gate_weight)) {
       g.shared_gate_weight = pointer<T>(dgate_weight);
       g.shared_gate_bias = pointer<T>(dgate_bias);
+    } else {
+      g.gate_weight = {pointer<P>(dgate_weight), q.d};
+      g.gate_bias = {pointer<P>(dgate_bias), 1};
+    }
+    if (in.one_row(dscore_weight)) {
       g.shared_score_weight = pointer<T>(dscore_weight);
       g.shared_score_bias = pointer<T>(dscore_bias);
+    } else {
+      g.score_weight = {pointer<P>(dscore_weight), q.m};
+      g.score_bias = {pointer<P>(dscore_bias), q.m};
+    }
+    if (q.linear) {
       g.use_weight = pointer<T>(duse);
       g.ign_weight = pointer<T>(dign);
       g.use_bias = pointer<T>(duse_bias);
       g.ign_bias = pointer<T>(dign_bias);
     } else {
-      g.gate_weight = {pointer<P>(dgate_weight), q.d};
-      g.gate_bias = {pointer<P>(dgate_bias), 1};
-      g.score_weight = {pointer<P>(dscore_weight), q.m};
-      g.score_bias = {pointer<P>(dscore_bias), q.m};
       g.use = {pointer<P>(duse), q.m};
       g.ign = {pointer<P>(dign), q.m};
     }

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
-from ..reference.efficient_routing import Parameters, cast, first_or_next, norm
+from ..reference.efficient_routing import Parameters, cast, first_or_next, input_scale, norm
+from ..reference.vector_routing import row_is_live
 
 
 class EfficientVectorRouting(nn.Module):
@@ -59,6 +60,8 @@ class EfficientVectorRouting(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"n_inp": n_inp, "n_out": n_out, "d_inp": d_inp, "d_out": d_out, "n_iters": n_iters}
+        n_inp, n_out, d_inp, d_out, n_iters = (_checks.integer(name, value) for name, value in sizes.items())
         if n_inp != -1 and n_inp < 1:
             raise ValueError(f"n_inp: expected a positive number of input vectors, or -1 for any number, got {n_inp}")
         if n_out < 2:
@@ -125,8 +128,7 @@ class EfficientVectorRouting(nn.Module):
         )  # fmt: skip
 
     def _check_input(self, x_inp: Tensor) -> None:
-        if not isinstance(x_inp, Tensor):
-            raise TypeError(f"x_inp: expected a tensor, got {type(x_inp).__name__}")
+        _checks.tensor("x_inp", x_inp, "a tensor")
         if x_inp.dim() < 2:
             raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {_checks.shown(x_inp)}")
         _checks.floating("x_inp", x_inp)
@@ -165,6 +167,7 @@ class EfficientVectorRouting(nn.Module):
         self._check_input(x_inp)
         *batch, n, d = x_inp.shape
         if mask is not None:
+            _checks.tensor("mask", mask, "a bool tensor")
             _checks.together(("x_inp", x_inp), {"mask": mask})
             mask = _checks.as_mask(mask, batch, n, self.n_out)
         if lengths is not None:
@@ -182,8 +185,11 @@ class EfficientVectorRouting(nn.Module):
     ) -> dict[str, Tensor | None]:
         """All iterations but the last on the fused op, the last one written out."""
         kwargs = {"mask": mask, "lengths": lengths}
+        autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, w.W_F2.dtype)
+            if autocast:
+                dtype = torch.promote_types(dtype, torch.float32)
             x, w = x.to(dtype), cast(w, dtype)
             before = (
                 efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
@@ -193,7 +199,9 @@ class EfficientVectorRouting(nn.Module):
             last = first_or_next(x, before, w, **kwargs)
             V = None
             if not self.memory_efficient:
-                scaled = x * x.shape[-2] ** -0.5
+                scaled = x * input_scale(x, lengths).to(dtype)[:, None, None]
+                if lengths is not None:
+                    scaled = scaled.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
                 V = (scaled[:, :, None] * w.W_F1) @ w.W_F2 + w.B_F2
         S, R, D_use, D_ign, phi = last.assignment
         return {

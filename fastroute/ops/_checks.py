@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,6 +15,18 @@ from ._backends import is_strict
 def shown(t: Tensor) -> str:
     """A tensor's shape as users write it."""
     return str(list(t.shape))
+
+
+def integer(name: str, value: object) -> int:
+    """An int, or what stands for one (a NumPy integer), but no bool."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    return index(value)
+
+
+def tensor(name: str, t: object, what: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected {what}, got {type(t).__name__}")
 
 
 def floating(name: str, t: Tensor) -> None:
@@ -38,8 +52,10 @@ def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mas
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected a bool tensor (True = ignore), got {mask.dtype}")
     full = (*batch, n, m)
-    fits = mask.dim() <= len(full) and all(
-        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
+    fits = mask.dim() <= len(
+        full
+    ) and all(  # not "in (1, want)", which is False for a size torch.compile keeps symbolic
+        have == 1 or have == want for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
     )
     if not fits:
         raise ValueError(

@@ -22,22 +22,22 @@ library.define(
 )
 
 
+def _row_dtype(step: Step) -> torch.dtype:
+    """The one dtype in which the C++ reads parameters with a row per input: bfloat16 if they and x are, or else the sums'."""
+    rows = (step.use, step.ign, step.gate_weight, step.gate_bias, step.score_weight, step.score_bias)
+    half = not step.linear and {t.dtype for t in (step.x, *rows) if t is not None} == {torch.bfloat16}
+    return torch.bfloat16 if half else step.acc
+
+
 def _plain(step: Step) -> tuple[Tensor | None, ...]:
     """The step as the C++ reads it: rows shared by all inputs in the dtype of sums; all contiguous but x and mask."""
-    acc = step.acc
+    row_dtype = _row_dtype(step)
 
     def shared(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(acc).contiguous()
-
-    per_row = {step.use.dtype} if not step.linear else set()
-    for t in (step.gate_weight, step.gate_bias, step.score_weight, step.score_bias):
-        if t is not None and not step.linear:
-            per_row.add(t.dtype)
-    # one dtype, the sums' or bfloat16, for all parameters with a row per input
-    as_is = not step.linear and (per_row == {acc} or per_row == {torch.bfloat16} == {step.x.dtype})
+        return None if t is None else t.to(step.acc).contiguous()
 
     def rows(t: Tensor | None) -> Tensor | None:
-        return t.contiguous() if t is not None and as_is else shared(t)
+        return None if t is None else t.to(row_dtype).contiguous()
 
     return (
         step.x, shared(step.gate), rows(step.gate_weight), rows(step.gate_bias), shared(step.scale), shared(step.pred),
@@ -52,8 +52,24 @@ def forward(step: Step) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
+    row_dtype, n = _row_dtype(step), step.x.shape[1]
+    lent: list[tuple[Tensor, Tensor]] = []
+
+    def rows(buffer: Tensor | None) -> Tensor | None:
+        """The buffer, or one the C++ can write where parameters with a row per input are kept in different dtypes."""
+        if buffer is None or step.linear or (buffer.shape[0] == 1 and n > 1) or buffer.dtype == row_dtype:
+            return buffer
+        other = torch.empty_like(buffer, dtype=row_dtype) if grads.fresh else buffer.to(row_dtype)
+        lent.append((buffer, other))
+        return other
+
     dpred: Tensor = torch.ops.fastroute._vector_routing_native_backward(
-        *_plain(step), dM.contiguous(), dp.contiguous(), grads.fresh, grads.gate, grads.x, grads.gate_weight,
-        grads.gate_bias, grads.score_weight, grads.score_bias, grads.use, grads.ign, grads.use_bias, grads.ign_bias,
+        *_plain(step), dM.contiguous(), dp.contiguous(), grads.fresh, grads.gate, grads.x,
+        rows(grads.gate_weight) if step.gate_weight is not None else None,
+        rows(grads.gate_bias) if step.gate_weight is not None else None,
+        rows(grads.score_weight), rows(grads.score_bias), rows(grads.use), rows(grads.ign), grads.use_bias,
+        grads.ign_bias,
     )  # fmt: skip
+    for buffer, other in lent:
+        buffer.copy_(other)
     return None if step.pred is None else dpred

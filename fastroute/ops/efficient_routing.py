@@ -137,7 +137,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     call = _Call.of(args)
     saved = _new_saved(call)
     if call.is_empty:
-        return saved.y[0].to(call.out_dtype), *saved
+        return saved.y[0].to(call.out_dtype, copy=True), *saved
     with torch.autocast(call.x.device.type, enabled=False):
         return _routed(call, saved), *saved
 
@@ -290,7 +290,7 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     needs = ctx.needs_input_grad
     nothing = (None,) * 6
     if dout is None:
-        return (None,) * (1 + _N), *nothing  # type: ignore[return-value]
+        return (*[None] * (1 + _N), *nothing)
     inputs, saved = ctx.saved_tensors[: _N + 3], ctx.saved_tensors[_N + 3 :]
     made = torch.ops.fastroute.efficient_routing_backward(
         *inputs, *ctx.options, dout.contiguous(), *saved, needs[0], any(needs[i] for i in _ROWS)

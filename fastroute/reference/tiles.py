@@ -97,7 +97,7 @@ def _row(step: Step, tile: _Tile) -> _Row:
     else:
         ign = _beta(step, tile, step.ign, step.ign_bias)
         benefit = benefit + ign
-        t = benefit * R - ign
+        t = (benefit - ign) * R - ign * (1 - R)
     if tile.open is not None:
         t = t * tile.open
     return _Row(L, z, R, benefit, t, tile.gate * t)

@@ -1,0 +1,48 @@
+"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, its own allocations filled with NaN."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.subprocesses import ROOT, check_python
+
+CXX = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+
+
+def runtime(name: str) -> str | None:
+    """The compiler's shared library of that name, if it has one."""
+    if CXX is None:
+        return None
+    found = subprocess.run(
+        [*CXX.split(), f"-print-file-name={name}"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return found if Path(found).is_absolute() and Path(found).exists() else None
+
+
+LIBRARIES = [runtime("libasan.so"), runtime("libstdc++.so")]
+
+
+@pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(None in LIBRARIES, reason="the compiler has no shared AddressSanitizer")
+def test_native_under_sanitizers(tmp_path: Path) -> None:
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = {**os.environ, "FASTROUTE_SANITIZE": "1", "FASTROUTE_BUILD": "require"}
+    built = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-4000:]
+    (library,) = (tmp_path / "fastroute").glob("_C*.so")
+    printed = check_python(
+        f"from tests.cpp import cases; cases.load({str(library)!r}); cases.run()",
+        {
+            "LD_PRELOAD": " ".join(filter(None, LIBRARIES)),
+            # new[] gives NaN, however much of it; torch's own leaks at exit are not ours to find
+            "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        },
+    )
+    assert printed.splitlines()[-1] == "no findings"

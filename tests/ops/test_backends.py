@@ -1,0 +1,271 @@
+"""Choosing a backend: by name, by environment, by what the machine has; and saying so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastroute
+from fastroute import BackendUnavailable, EfficientVectorRouting, explain, ops, strict, use_backend
+from fastroute.ops import _backends
+from fastroute.ops._backends import Case, Decision, choose, decide, is_strict, missing, offered, requested
+from fastroute.reference import tiles
+from tests.helpers.backends import HERE
+from tests.helpers.routing_cases import Size, vector_case, vector_op
+from tests.helpers.subprocesses import check_python, run_python
+
+NATIVE = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+A_CASE = Case("vector_routing", "cpu", torch.float32, (("B", 2), ("n", 33), ("m", 5), ("d", 12)))
+
+
+class Spy:
+    """Counts a backend's passes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.calls: list[str] = []
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(module, name, self._counted(name, getattr(module, name)))
+
+    def _counted(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def counted(*args: object) -> object:
+            self.calls.append(name)
+            return function(*args)
+
+        return counted
+
+
+@pytest.fixture
+def on_reference(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch, tiles)
+
+
+def leaves() -> dict[str, Tensor | None]:
+    case = vector_case(Size(2, 33, 5, 12))
+    return {k: t.requires_grad_() if t is not None and k in case.wrt else t for k, t in case.inputs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- use_backend
+
+
+def test_the_reference_runs_when_it_is_asked_for(on_reference: Spy) -> None:
+    with use_backend("reference"):
+        vector_op(**leaves())
+    assert on_reference.calls == ["forward"]
+
+
+@NATIVE
+def test_native_is_first_on_a_cpu(on_reference: Spy) -> None:
+    vector_op(**leaves())["M"].sum().backward()
+    assert on_reference.calls == []
+
+
+@NATIVE
+@pytest.mark.parametrize("during_backward", ["native", "auto"])
+def test_backward_runs_where_forward_ran(on_reference: Spy, during_backward: str) -> None:
+    with use_backend("reference"):
+        out = vector_op(**leaves())
+    with use_backend(during_backward):
+        (out["M"].sum() + out["p"].sum()).backward()
+    assert on_reference.calls == ["forward", "backward"]
+    on_reference.calls.clear()
+    with use_backend("native"):
+        out = vector_op(**leaves())
+    with use_backend("reference"):
+        (out["M"].sum() + out["p"].sum()).backward()
+    assert on_reference.calls == []
+
+
+def test_nesting() -> None:
+    assert requested() == "auto"
+    with use_backend("reference"):
+        with use_backend("auto"):
+            assert requested() == "auto"
+        assert requested() == "reference"
+        with pytest.raises(ZeroDivisionError), use_backend("triton"):
+            raise ZeroDivisionError
+        assert requested() == "reference"
+    assert requested() == "auto"
+
+
+def test_an_unknown_name() -> None:
+    with (
+        pytest.raises(ValueError, match="use_backend: expected one of auto, triton, native, reference, got 'cuda'"),
+        use_backend("cuda"),
+    ):
+        pass
+    assert requested() == "auto"
+
+
+def test_as_a_decorator() -> None:
+    @use_backend("reference")
+    def asked() -> str:
+        return requested()
+
+    assert asked() == "reference" and requested() == "auto"
+
+
+def test_a_request_that_cannot_be_met_says_why() -> None:
+    half = vector_case(Size(2, 33, 5, 12), dtype=torch.float16).inputs
+    why = (
+        "C\\+\\+ extension fastroute._C is not built"
+        if missing("native", "cpu")
+        else "take float32, float64 and bfloat16, not float16"
+    )
+    with (
+        use_backend("native"),
+        pytest.raises(
+            BackendUnavailable,
+            match=rf"'native' was asked for but cannot .*vector_routing on cpu, float16, B=2, n=33, m=5, d=12: .*{why}",
+        ),
+    ):
+        vector_op(**half)
+
+
+@pytest.mark.skipif(_backends.interpreting(), reason="Triton's interpreter takes CPU tensors")
+def test_triton_on_a_cpu_says_why() -> None:
+    with (
+        use_backend("triton"),
+        pytest.raises(
+            BackendUnavailable, match=r"triton (kernels need CUDA tensors, these are on cpu|is not installed)"
+        ),
+    ):
+        vector_op(**leaves())
+
+
+def test_auto_falls_back_for_a_dtype_that_native_does_not_take(on_reference: Spy) -> None:
+    vector_op(**vector_case(Size(2, 33, 5, 12), dtype=torch.float16).inputs)
+    assert on_reference.calls == ["forward"]
+
+
+# ----------------------------------------------------------------------------------------------------- environment
+
+
+def test_environment() -> None:
+    code = """
+import torch, fastroute
+print(fastroute.explain(fastroute.EfficientVectorRouting(4, 3, 6, 5), torch.zeros(2, 4, 6))[0].backend)
+"""
+    assert check_python(code, {"FASTROUTE_BACKEND": "reference"}) == "reference\n"
+    assert check_python(code, {"FASTROUTE_BACKEND": None}) == ("native\n" if "native" in HERE else "reference\n")
+
+
+def test_environment_with_an_unknown_name() -> None:
+    ran = run_python(
+        "import torch, fastroute; fastroute.EfficientVectorRouting(4, 3, 6, 5)(torch.zeros(2, 4, 6))",
+        {"FASTROUTE_BACKEND": "fast"},
+    )
+    assert ran.returncode == 1
+    assert "ValueError: FASTROUTE_BACKEND: expected one of auto, triton, native, reference, got 'fast'" in ran.stderr
+
+
+# --------------------------------------------------------------------------------------------------- the machine
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(
+        _backends, "extension", lambda: (None, "the C++ extension fastroute._C is not built: no C++ compiler found")
+    )
+    yield
+
+
+def test_without_the_extension_the_reference_runs(without_extension: None, on_reference: Spy) -> None:
+    vector_op(**leaves())["M"].sum().backward()
+    assert on_reference.calls == ["forward", "backward"]
+    assert choose(A_CASE, "auto") is tiles
+    with use_backend("native"), pytest.raises(BackendUnavailable, match="not built: no C\\+\\+ compiler found"):
+        vector_op(**leaves())
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_has_triton", lambda: False)
+    assert missing("triton", "cuda") == "triton is not installed"
+    assert decide(A_CASE, "auto").rejected["triton"] == "triton is not installed"
+
+
+def test_native_is_for_the_cpu() -> None:
+    assert missing("native", "cuda") == "native kernels exist for CPU tensors only, these are on cuda"
+
+
+def test_every_op_has_a_reference() -> None:
+    assert offered()
+    for op, backends in offered().items():
+        assert "reference" in backends, op
+        for device in ("cpu", "cuda", "mps"):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                assert backends["reference"].refuses(Case(op, device, dtype, A_CASE.sizes)) is None
+
+
+def test_a_choice_is_by_device_dtype_and_shape_only() -> None:
+    """What a choice is made from holds no tensor."""
+    assert set(Case.__dataclass_fields__) == {"op", "device", "dtype", "sizes"}
+    assert decide(A_CASE, "auto") == decide(A_CASE, "auto")
+
+
+# --------------------------------------------------------------------------------------------------------- explain
+
+
+def test_explain_names_every_backend_and_computes_nothing(on_reference: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = EfficientVectorRouting(4, 3, 6, 5)
+    native = Spy(monkeypatch, choose(A_CASE, "native")) if "native" in HERE else None
+    state = torch.get_rng_state()
+    report = explain(module, torch.full((2, 4, 6), float("nan")), lengths=[3, 4])
+    assert on_reference.calls == [] and (native is None or native.calls == [])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report and all(isinstance(d, Decision) for d in report)
+    for decision in report:
+        assert decision.case.op == "vector_routing" and dict(decision.case.sizes) == {"B": 2, "n": 4, "m": 3, "d": 6}
+        assert {decision.backend, *decision.rejected} == {"triton", "native", "reference"}
+        assert all(decision.rejected.values())
+    text = str(report)
+    assert text.splitlines()[0] == f"vector_routing on cpu, float32, B=2, n=4, m=3, d=6: {HERE[-1]}"
+    assert "not triton: triton" in text
+
+
+def test_explain_says_why_the_first_choice_does_not_run() -> None:
+    report = str(
+        explain(EfficientVectorRouting(4, 3, 6, 5, dtype=torch.float16), torch.zeros(2, 4, 6, dtype=torch.float16))
+    )
+    assert ": reference" in report
+    if "native" in HERE:
+        assert "not native: the C++ kernels take float32, float64 and bfloat16, not float16" in report
+
+
+def test_explain_a_function_and_nothing() -> None:
+    inputs = vector_case(Size(2, 33, 5, 12)).inputs
+    found = explain(lambda x: ops.vector_routing(**{**inputs, "x": x})[0], inputs["x"])  # type: ignore[arg-type]
+    assert [d.case.op for d in found] == ["vector_routing"]
+    assert str(explain(torch.relu, torch.zeros(3))) == "no fastroute op was called"
+
+
+def test_explain_under_a_request() -> None:
+    with use_backend("reference"):
+        assert explain(EfficientVectorRouting(4, 3, 6, 5), torch.zeros(2, 4, 6))[0].backend == "reference"
+    with use_backend("native"), pytest.raises(BackendUnavailable):
+        explain(EfficientVectorRouting(4, 3, 6, 5, dtype=torch.float16), torch.zeros(2, 4, 6, dtype=torch.float16))
+
+
+# ---------------------------------------------------------------------------------------------------------- strict
+
+
+def test_strict_is_a_switch_and_a_block() -> None:
+    assert not is_strict()
+    with strict(True):
+        assert is_strict()
+        with strict(False):
+            assert not is_strict()
+        assert is_strict()
+    assert not is_strict()
+    switched = strict(True)
+    assert is_strict()
+    switched.__exit__()
+    assert not is_strict()
+
+
+def test_the_public_names() -> None:
+    assert fastroute.use_backend is use_backend and fastroute.explain is explain and fastroute.strict is strict
+    assert issubclass(fastroute.BackendUnavailable, RuntimeError)
