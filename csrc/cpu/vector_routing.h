@@ -291,7 +291,7 @@ void sum_pieces(T* out, const T* parts, int64_t pieces, int64_t count) {
 
 // Sums over rows, made in T over groups of this many rows and in double over groups: as close to the exact sum as torch's
 // own cascaded sums are, however many rows there are.
-constexpr int64_t kGroup = 64;
+constexpr int64_t kGroup = 16;
 
 template <class T>
 void drain(double* totals, T* group, int64_t count) {

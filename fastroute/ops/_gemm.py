@@ -30,8 +30,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a [..., k] times b [k, m]."""
     if not _onednn_takes(a, b, a.numel() * b.shape[-1]):
         return a @ b
-    # oneDNN adds the terms of a sum one by one; in runs of 256, added up afterwards, it is as accurate as MKL. By a matrix
-    # with gaps between its rows it multiplies a hundred times slower.
+    # oneDNN adds the terms of a sum one by one; in runs of 256, added up afterwards, it is as accurate as MKL.
+    # By a matrix with gaps between its rows it multiplies a hundred times slower.
     made: Tensor | None = None
     for a_part, b_part in zip(a.split(256, -1), b.split(256, -2), strict=True):
         part = torch.ops.mkldnn._linear_pointwise(a_part, b_part.contiguous().mT, None, "none", [], "")

@@ -23,7 +23,7 @@ library.define(
 
 
 def _row_dtype(step: Step) -> torch.dtype:
-    """The one dtype in which the C++ reads parameters with a row per input: bfloat16 if they and x are, or else the sums'."""
+    """How the C++ reads parameters with a row per input: in bfloat16 if they all and x are, else in the sums' dtype."""
     rows = (step.use, step.ign, step.gate_weight, step.gate_bias, step.score_weight, step.score_bias)
     half = not step.linear and {t.dtype for t in (step.x, *rows) if t is not None} == {torch.bfloat16}
     return torch.bfloat16 if half else step.acc

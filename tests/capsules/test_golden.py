@@ -11,7 +11,7 @@ import fastroute
 from fastroute import EfficientVectorRouting, use_backend
 from fastroute.compat import heinsen_routing
 from tests.helpers import golden
-from tests.helpers.backends import each_backend
+from tests.helpers.backends import each_backend, each_float32_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.golden import Golden
@@ -56,7 +56,7 @@ def test_the_literal_reference(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", golden.names("capsules", "evr_*.float32.pt"))
-@each_backend
+@each_float32_backend
 def test_float32(file: str, backend: str) -> None:
     """Upstream's float32 counts as plain PyTorch, with the literal reference in other orders and on other inputs."""
     recorded = Golden.read("capsules", file)

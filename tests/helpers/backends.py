@@ -11,4 +11,8 @@ from fastroute.ops._backends import BACKENDS, missing
 
 HERE = tuple(name for name in reversed(BACKENDS) if name != "triton" and missing(name, "cpu") is None)
 
+#: With Triton, where this process interprets it; its kernels take no float64.
+FLOAT32 = HERE + (("triton",) if missing("triton", "cpu") is None else ())
+
+each_float32_backend = pytest.mark.parametrize("backend", FLOAT32)
 each_backend = pytest.mark.parametrize("backend", HERE)

@@ -1,4 +1,4 @@
-"""``test_vector_routing`` in a process of its own, with Triton's interpreter on."""
+"""What needs Triton's interpreter, in processes of their own: the kernels' tests, and upstream's numbers through them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled here")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets them already")
-@pytest.mark.parametrize("name", ["test_vector_routing.py"])
-def test_interpreted(name: str) -> None:
+@pytest.mark.parametrize(
+    "what",
+    [["tests/kernels/test_vector_routing.py"], ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"]],
+    ids=["kernels", "golden"],
+)
+def test_interpreted(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / name)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *what]
     ran = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-6000:] + ran.stderr[-2000:]
