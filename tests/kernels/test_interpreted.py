@@ -1,4 +1,4 @@
-"""What needs Triton's interpreter, in processes of their own: the kernels' tests, and upstream's numbers through them."""
+"""What needs Triton's interpreter, in processes of their own: the kernels' tests, and upstream's numbers."""
 
 from __future__ import annotations
 
