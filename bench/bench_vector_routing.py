@@ -73,6 +73,7 @@ class Row:
 _LARGE, _MIDDLE, _SMALL = (Case(1, n, 100, 256, 256) for n in (100_000, 20_000, 1_000))
 _ANY = _LARGE._replace(any_length=True)
 _WIDE = Case(2, 2_000, 1_000, 1_024, 1_024)
+_BATCH, _TINY = Case(128, 64, 16, 32, 32), Case(4, 50, 10, 64, 64)
 
 # The targets of a ratio are "at least"; those named max_ are "at most", in MB or ms or GB.
 _CPU = [
@@ -84,6 +85,7 @@ _CPU = [
     Row(_WIDE, "training", {"eager": 1.1, "torch.compile": 1.05}, memory=True),
     Row(_SMALL, "forward", {"eager": 1.0}),
     Row(_SMALL, "training", {"eager": 1.0}),
+    *(Row(case, what) for case in (_BATCH, _TINY) for what in ("forward", "training")),
 ]
 
 _MILLION = Case(1, 1_000_000, 100, 1_024, 1_024, tf32=True)

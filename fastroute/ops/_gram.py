@@ -20,9 +20,8 @@ def _chunks(
 ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor | None]]:
     """((samples, rows), those rows in acc with dead ones zero, which are live): a tile's worth of each at a time."""
     B, n, d = x.shape
-    scale = 1 if x.device.type == "cpu" else 32
-    size = scale * tile_rows(1, n, 2 * d, acc.itemsize)
-    samples = max(1, size // n)
+    size = tile_rows(1, n, 2 * d, acc.itemsize, x.device)
+    samples = max(1, tile_rows(1, B * n, 2 * d, acc.itemsize, x.device) // n)
     for b in range(0, B, samples):
         for start in range(0, n, size):
             at = slice(b, b + samples), slice(start, start + size)
