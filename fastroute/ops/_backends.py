@@ -73,13 +73,19 @@ def offered() -> dict[str, dict[BackendName, Offer]]:
 
 
 @cache
-def extension() -> tuple[ModuleType | None, str]:
-    """(fastroute._C, "") or (None, why it is not here)."""
+def extension() -> tuple[str | None, str]:
+    """(where fastroute._C is, loaded; "") or (None, why it is not here)."""
+    found = importlib.util.find_spec("fastroute._C")
+    if found is None or found.origin is None:
+        why = build_info().get("reason") or "no fastroute._C was installed"
+        return None, f"the C++ extension fastroute._C is not built: {why}"
     try:
-        return importlib.import_module("fastroute._C"), ""
-    except ImportError as error:
-        reason = build_info().get("reason") or str(error)
-        return None, f"the C++ extension fastroute._C is not built: {reason}"
+        torch.ops.load_library(
+            found.origin
+        )  # not an import: it needs no Python headers to have been there at the build
+    except OSError as error:
+        return None, f"the C++ extension fastroute._C does not load: {error}"
+    return found.origin, ""
 
 
 def build_info() -> dict[str, Any]:
@@ -253,7 +259,7 @@ def describe_machine() -> dict[str, str]:
         facts["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
         facts["gpu"] = "none"
-    module, why = extension()
-    facts["extension"] = f"built ({build_info().get('compiler', 'unknown compiler')})" if module else why
+    where, why = extension()
+    facts["extension"] = f"built ({build_info().get('compiler', 'unknown compiler')})" if where else why
     facts["FASTROUTE_BACKEND"] = requested()
     return facts
