@@ -234,6 +234,40 @@ class Loaded {
   Buffer<T> copy_;
 };
 
+// What both passes give the row functions for a tile, whatever the sample.
+template <class T, class P>
+class TileRows {
+ public:
+  template <class X>
+  TileRows(const Problem<T, X, P>& q, int64_t tile)
+      : w_(q.score_weight, tile, q.m), b_(q.score_bias, tile, q.m), use_(q.use, tile, q.m), ign_(q.ign, tile, q.m),
+        scratch_(3 * q.m), zeros_(q.m, T(0)) {}
+
+  // ld: columns of the tile's block, where betas linear in x will be found
+  template <class X>
+  Rows<T> operator()(const Problem<T, X, P>& q, int64_t start, int64_t count, int64_t ld) const {
+    Rows<T> a{};
+    a.m = q.m;
+    a.ld = a.phi_ld = ld;
+    a.w = w_.rows(start, count);
+    a.b = b_.rows(start, count);
+    a.score_stride = q.score_weight.stride;
+    a.use = use_.rows(start, count);
+    a.beta_stride = q.linear ? ld : q.m;
+    a.ign = q.has_ign && !q.linear ? ign_.rows(start, count) : static_cast<const T*>(zeros_);
+    a.ign_stride = q.has_ign ? a.beta_stride : 0;
+    a.prior = q.prior;
+    a.mask_row = q.mask_row;
+    a.mask_col = q.mask_col;
+    a.scratch = scratch_;
+    return a;
+  }
+
+ private:
+  Loaded<T, P> w_, b_, use_, ign_;
+  Buffer<T> scratch_, zeros_;
+};
+
 // Rows of a group of samples in the dtype of sums: x itself where it is that already.
 template <class T, class X, class P>
 Matrix<const T> load_x(const Problem<T, X, P>& q, int64_t b, int64_t samples, int64_t start, int64_t rows, T* copy) {

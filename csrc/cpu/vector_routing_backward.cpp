@@ -5,12 +5,25 @@
 namespace fastroute::vector_routing {
 namespace {
 
+// Gradients with a row per input, [n, m] or [n, d] each.
+template <class P>
+struct PerRow {
+  Parameter<P> gate_weight, gate_bias, score_weight, score_bias, use, ign;
+
+  template <class F>
+  void each(const F& f) {
+    for (Parameter<P>* p : {&gate_weight, &gate_bias, &score_weight, &score_bias, &use, &ign}) {
+      f(*p);
+    }
+  }
+};
+
 template <class T, class X, class P>
 struct Gradients {
   bool fresh, wants_rows;
   X* x;
   T* gate;
-  Parameter<P> gate_weight, gate_bias, score_weight, score_bias, use, ign;  // a row per input
+  PerRow<P> own;
   // shared by all rows: sums over pieces are added to these
   T *shared_gate_weight, *shared_gate_bias, *shared_score_weight, *shared_score_bias;
   T *use_weight, *ign_weight, *use_bias, *ign_bias;
@@ -70,26 +83,13 @@ class Stored {
   Buffer<T> copy_;
 };
 
-// Per-row gradients of samples past the first piece's, [n, m] or [n, d] each, added up at the end.
-template <class T, class P>
-struct PerRow {
-  Parameter<P> gate_weight, gate_bias, score_weight, score_bias, use, ign;
-
-  template <class F>
-  void each(const F& f) {
-    for (Parameter<P>* p : {&gate_weight, &gate_bias, &score_weight, &score_bias, &use, &ign}) {
-      f(*p);
-    }
-  }
-};
-
 template <class T, class X, class P>
 void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp, T* dpred, const Gradients<T, X, P>& g) {
   const int64_t B = q.B, n = q.n, m = q.m, d = q.d;
   const int64_t betas = q.linear ? 1 + q.has_ign : 0;
   const int64_t groups = 1 + !q.first + betas;  // columns of a block, rows of the operand
   const int64_t reduced = !q.first + (g.wants_rows ? betas : 0);  // of these, summed over rows: dP, and the betas' weights
-  PerRow<T, P> own{g.gate_weight, g.gate_bias, g.score_weight, g.score_bias, g.use, g.ign};
+  PerRow<P> own = g.own;
   if (!q.makes_gates) {
     own.gate_weight = own.gate_bias = {};
   }
@@ -108,14 +108,13 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
   const Buffer<T> weight_parts(div.pieces() * weights);
   const Buffer<double> shared_parts(div.pieces() * shared, 0.0);
   const Buffer<T> row_parts((div.sample_pieces - 1) * n * per_row);
-  const Buffer<T> zeros(m, T(0));
 
   parallel_pieces(div.pieces(), [&](int64_t s) {
     const int64_t r = s % div.row_pieces, c = s / div.row_pieces;
     const int64_t first_sample = c * div.samples, last_sample = std::min(first_sample + div.samples, B);
     const int64_t ld = groups * m, piece_stop = std::min((r + 1) * div.rows, n);
     const bool fresh = g.fresh || c > 0;  // nothing yet in this piece's per-row gradients
-    PerRow<T, P> to = own;
+    PerRow<P> to = own;  // of this piece: samples past the first piece's have sums apart, added up at the end
     if constexpr (std::is_same_v<T, P>) {
       if (c > 0) {
         T* next = row_parts + (c - 1) * n * per_row;
@@ -128,11 +127,10 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
       }
     }
     Product<T> make_block, make_sums, make_dx;
-    Buffer<T> scratch(3 * m), dump(2 * m, T(0));
+    Buffer<T> dump(2 * m, T(0));
     Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.group * div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d);
-    const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
-    const Loaded<T, P> use(q.use, div.tile, m), ign(q.ign, div.tile, m);
+    const TileRows<T, P> tile_rows(q, div.tile);
     const Stored<T, P> dgate_weight(to.gate_weight, div.tile, d, g.wants_rows);
     const Stored<T, P> dgate_bias(to.gate_bias, div.tile, 1, g.wants_rows);
     const Stored<T, P> dw(to.score_weight, div.tile, m, g.wants_rows), db(to.score_bias, div.tile, m, g.wants_rows);
@@ -149,20 +147,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
       const T* gate_weight_rows = gate_weight.rows(start, all);
       T* dgate_weight_rows = g.wants_rows ? dgate_weight.rows(start, all, true) : nullptr;
       T* dgate_bias_rows = dgate_bias.rows(start, all, true);
-      Rows<T> a{};
-      a.m = m;
-      a.ld = a.phi_ld = ld;
-      a.w = w.rows(start, all);
-      a.b = bias.rows(start, all);
-      a.score_stride = q.score_weight.stride;
-      a.use = use.rows(start, all);
-      a.beta_stride = q.linear ? ld : m;
-      a.ign = q.has_ign && !q.linear ? ign.rows(start, all) : static_cast<const T*>(zeros);
-      a.ign_stride = !q.has_ign ? 0 : a.beta_stride;
-      a.prior = q.prior;
-      a.mask_row = q.mask_row;
-      a.mask_col = q.mask_col;
-      a.scratch = scratch;
+      Rows<T> a = tile_rows(q, start, all, ld);
       a.add_dgate = !g.fresh;
       a.duse = duse.rows(start, all, zero);
       a.dbeta_stride = q.linear ? ld : duse.stride();
@@ -332,15 +317,15 @@ Tensor backward_op(
       g.shared_gate_weight = pointer<T>(dgate_weight);
       g.shared_gate_bias = pointer<T>(dgate_bias);
     } else {
-      g.gate_weight = {pointer<P>(dgate_weight), q.d};
-      g.gate_bias = {pointer<P>(dgate_bias), 1};
+      g.own.gate_weight = {pointer<P>(dgate_weight), q.d};
+      g.own.gate_bias = {pointer<P>(dgate_bias), 1};
     }
     if (in.one_row(dscore_weight)) {
       g.shared_score_weight = pointer<T>(dscore_weight);
       g.shared_score_bias = pointer<T>(dscore_bias);
     } else {
-      g.score_weight = {pointer<P>(dscore_weight), q.m};
-      g.score_bias = {pointer<P>(dscore_bias), q.m};
+      g.own.score_weight = {pointer<P>(dscore_weight), q.m};
+      g.own.score_bias = {pointer<P>(dscore_bias), q.m};
     }
     if (q.linear) {
       g.use_weight = pointer<T>(duse);
@@ -348,8 +333,8 @@ Tensor backward_op(
       g.use_bias = pointer<T>(duse_bias);
       g.ign_bias = pointer<T>(dign_bias);
     } else {
-      g.use = {pointer<P>(duse), q.m};
-      g.ign = {pointer<P>(dign), q.m};
+      g.own.use = {pointer<P>(duse), q.m};
+      g.own.ign = {pointer<P>(dign), q.m};
     }
     backward(q, static_cast<const T*>(gate.data_ptr()), static_cast<const T*>(dM.data_ptr()),
              static_cast<const T*>(dp.data_ptr()), static_cast<T*>(dpred.data_ptr()), g);

@@ -16,37 +16,22 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
   const Operand<T> operand(q, nullptr, products);
   const Buffer<T> M_parts = div.row_pieces > 1 ? Buffer<T>(div.row_pieces * B * m * d) : Buffer<T>();
   const Buffer<double> p_parts(div.row_pieces * B * m, 0.0);
-  const Buffer<T> zeros(m, T(0));
 
   parallel_pieces(div.pieces(), [&](int64_t s) {
     const int64_t r = s % div.row_pieces, first_sample = s / div.row_pieces * div.samples;
     const int64_t last_sample = std::min(first_sample + div.samples, B);
     const int64_t ld = products * m, piece_stop = std::min((r + 1) * div.rows, n);
     Product<T> make_block, make_M;
-    Buffer<T> own_phi(q.first ? div.group * div.tile * m : 0), scratch(3 * m), group_p(m, T(0));
+    Buffer<T> own_phi(q.first ? div.group * div.tile * m : 0), group_p(m, T(0));
     Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.group * div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d), gate_bias(q.gate_bias, div.tile, 1);
-    const Loaded<T, P> w(q.score_weight, div.tile, m), bias(q.score_bias, div.tile, m);
-    const Loaded<T, P> use(q.use, div.tile, m), ign(q.ign, div.tile, m);
+    const TileRows<T, P> tile_rows(q, div.tile);
     Accumulated<T> sums(div.row_pieces > 1 ? M_parts + r * B * m * d : M, B, m * d);
     for (int64_t start = r * div.rows; start < piece_stop; start += div.tile) {
       const int64_t stop = std::min(start + div.tile, piece_stop), all = stop - start;
       const T *gate_weight_rows = gate_weight.rows(start, all), *gate_bias_rows = gate_bias.rows(start, all);
-      Rows<T> a{};
-      a.m = m;
-      a.ld = ld;
+      Rows<T> a = tile_rows(q, start, all, ld);
       a.phi_ld = q.first ? m : ld;
-      a.w = w.rows(start, all);
-      a.b = bias.rows(start, all);
-      a.score_stride = q.score_weight.stride;
-      a.use = q.linear ? nullptr : use.rows(start, all);
-      a.beta_stride = q.linear ? ld : m;
-      a.ign = q.has_ign && !q.linear ? ign.rows(start, all) : static_cast<const T*>(zeros);
-      a.ign_stride = !q.has_ign ? 0 : a.beta_stride;
-      a.prior = q.prior;
-      a.mask_row = q.mask_row;
-      a.mask_col = q.mask_col;
-      a.scratch = scratch;
       a.p = group_p;
       for (int64_t b0 = first_sample; b0 < last_sample; b0 += div.group) {
         const int64_t samples = std::min(div.group, last_sample - b0);
@@ -78,7 +63,7 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
           a.L = q.first ? nullptr : a.phi;
           if (q.linear) {
             a.use = block + k * count * ld + (q.first ? 0 : m);
-            a.ign = q.has_ign ? a.use + m : static_cast<const T*>(zeros);
+            a.ign = q.has_ign ? a.use + m : a.ign;
           }
           a.gate = f;
           a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
