@@ -1,4 +1,6 @@
 """The contracts: one registered op per file, its checks, its fake, its gradient, and the choice of a backend."""
 
+from . import dispatch as dispatch
 from .efficient_routing import efficient_routing as efficient_routing
+from .policy import policy as policy
 from .vector_routing import vector_routing as vector_routing

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 BackendName = Literal["reference", "native", "triton"]
 BACKENDS: tuple[BackendName, ...] = ("triton", "native", "reference")  #: in the order "auto" tries them
@@ -122,6 +123,13 @@ def missing(backend: BackendName, device: str) -> str | None:
     return None
 
 
+def native_refuses(case: Case) -> str | None:
+    """Why the C++ kernels, which all take the same dtypes, would not take a case."""
+    if case.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"the C++ kernels take float32, float64 and bfloat16, not {str(case.dtype).removeprefix('torch.')}"
+    return None
+
+
 # ---------------------------------------------------------------------------------------------- choosing
 
 
@@ -179,6 +187,23 @@ def record(case: Case) -> None:
     """Called where an op is described but not run (its fake): what ``explain`` collects."""
     if _State.recorder is not None:
         _State.recorder.append(decide(case, requested()))
+
+
+@cache
+def _taken(op: str, device: str, dtype: torch.dtype, request: str, interpreted: bool) -> BackendName:
+    return decide(Case(op, device, dtype, ()), request).backend
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
+    """The backend that ``op`` takes now, for ops whose backends take any sizes."""
+    return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())
+
+
+def note(op: str, t: Tensor, **sizes: int) -> None:
+    """``record``, for ops that are not described by a fake of their own; only while ``explain`` listens."""
+    if _State.recorder is not None:
+        record(Case(op, t.device.type, t.dtype, tuple(sizes.items())))
 
 
 # ---------------------------------------------------------------------------------------------- the public face

@@ -24,6 +24,14 @@ def integer(name: str, value: object) -> int:
     return index(value)
 
 
+def at_least_one(name: str, value: object) -> int:
+    """An int of 1 or more."""
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    return number
+
+
 def tensor(name: str, t: object, what: str) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected {what}, got {type(t).__name__}")

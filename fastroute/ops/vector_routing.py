@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference.step import Grads, Step
 from . import _checks
-from ._backends import Case, choose, offer, record, requested
+from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
 OP = "vector_routing"
@@ -49,12 +49,6 @@ def autocast_precision(device_type: str) -> str:
     return "fp16" if torch.get_autocast_dtype(device_type) == torch.float16 else "bf16"
 
 
-def _native_refuses(case: Case) -> str | None:
-    if case.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        return f"the C++ kernels take float32, float64 and bfloat16, not {str(case.dtype).removeprefix('torch.')}"
-    return None
-
-
 def _triton_refuses(case: Case) -> str | None:
     from ..kernels.vector_routing import unsupported
 
@@ -63,7 +57,7 @@ def _triton_refuses(case: Case) -> str | None:
 
 
 offer(OP, "reference", "fastroute.reference.tiles", lambda case: None)
-offer(OP, "native", "fastroute.ops._native_vector_routing", _native_refuses)
+offer(OP, "native", "fastroute.ops._native_vector_routing", native_refuses)
 offer(OP, "triton", "fastroute.kernels.vector_routing", _triton_refuses)
 
 

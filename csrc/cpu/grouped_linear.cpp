@@ -1,0 +1,366 @@
+// grouped_linear on a CPU: one linear module per row of a plan. The contract is fastroute/reference/dispatch.py.
+//
+// Rows stay where they are: tiles of them reach the kernels as pointers. The work is a list of units, made from the shape
+// and the plan alone; each result is computed within one unit, so threads share the units in any way for the same bits.
+//
+// Axes: N rows, K modules, F features in, O features out.
+
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/empty.h"
+#include "common/gemm.h"
+#include "cpu/grouped_linear.h"
+
+namespace fastroute::grouped_linear {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kTileRows = 96;
+
+// int64 numbers anywhere; without any, the identity.
+class Index {
+ public:
+  Index() = default;
+  explicit Index(const Tensor& t) : data_(static_cast<const int64_t*>(t.data_ptr())), stride_(t.stride(0)) {}
+  explicit Index(const OptionalTensor& t) : Index(t.has_value() ? Index(*t) : Index()) {}
+  int64_t operator[](int64_t i) const { return data_ == nullptr ? i : data_[i * stride_]; }
+
+ private:
+  const int64_t* data_ = nullptr;
+  int64_t stride_ = 1;
+};
+
+template <class S>
+struct Weight {
+  const S* data;
+  int64_t row, col;
+
+  explicit Weight(const Tensor& t)
+      : data(static_cast<const S*>(t.data_ptr())), row(t.stride(0)), col(t.stride(1)) {}
+};
+
+template <class S>
+struct Bias {
+  const S* data;
+  int64_t stride;
+
+  Bias() : data(nullptr), stride(1) {}
+  explicit Bias(const Tensor& t) : data(static_cast<const S*>(t.data_ptr())), stride(t.stride(t.dim() - 1)) {}
+};
+
+template <class P>
+std::vector<P> all(const Tensors& tensors) {
+  return std::vector<P>(tensors.begin(), tensors.end());
+}
+
+// What a weight gives the kernels: rows or columns that are dense, copied where neither is.
+template <class S>
+class Dense {
+ public:
+  Dense(const Weight<S>& w, int64_t O, int64_t F) {
+    is_by_row = w.col == 1 || F == 1;
+    if (is_by_row || w.row == 1 || O == 1) {
+      data = w.data;
+      stride = is_by_row ? w.row : w.col;
+      return;
+    }
+    is_by_row = true;
+    stride = F;
+    copy_.reset(new S[O * F]);
+    for (int64_t o = 0; o < O; ++o) {
+      for (int64_t f = 0; f < F; ++f) {
+        copy_[o * F + f] = w.data[o * w.row + f * w.col];
+      }
+    }
+    data = copy_.get();
+  }
+  const S* data;
+  int64_t stride;
+  bool is_by_row;
+
+ private:
+  std::unique_ptr<S[]> copy_;
+};
+
+template <class S>
+class DenseBias {
+ public:
+  DenseBias(const Bias<S>& b, int64_t O) : data(b.data) {
+    if (b.stride != 1 && O > 1) {
+      copy_.reset(new S[O]);
+      for (int64_t o = 0; o < O; ++o) {
+        copy_[o] = b.data[o * b.stride];
+      }
+      data = copy_.get();
+    }
+  }
+  const S* data;
+
+ private:
+  std::unique_ptr<S[]> copy_;
+};
+
+enum class Kind { kRows, kParameters };
+
+struct Unit {
+  Kind kind;
+  int64_t module, begin, end;
+  int64_t done;  // the cost of all units up to this one
+};
+
+// Units of work, and threads to share them when they are worth it. A cost is about a nanosecond.
+class Units {
+ public:
+  void add(Kind kind, int64_t module, int64_t begin, int64_t end, int64_t cost) {
+    total_ += cost;
+    units_.push_back({kind, module, begin, end, total_});
+  }
+  template <class F>
+  void run(const F& f) const {
+    const int64_t pieces =
+        total_ < kWorthThreads ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), total_ / (kWorthThreads / 4));
+    if (pieces == 1) {
+      std::for_each(units_.begin(), units_.end(), f);
+      return;
+    }
+    torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+      std::for_each(after(total_ * begin / pieces), after(total_ * end / pieces), f);
+    });
+  }
+
+ private:
+  static constexpr int64_t kWorthThreads = 300000;  // waking a thread costs as much as a tenth of this
+  std::vector<Unit>::const_iterator after(int64_t cost) const {
+    return std::lower_bound(units_.begin(), units_.end(), cost, [](const Unit& u, int64_t c) { return u.done <= c; });
+  }
+  std::vector<Unit> units_;
+  int64_t total_ = 0;
+};
+
+// Tiles of the rows of every module that has some.
+void add_row_tiles(Units& units, const Index& offsets, int64_t K, int64_t cost_of_module, int64_t cost_of_row) {
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t start = offsets[k], stop = offsets[k + 1], rows = stop - start;
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t begin = start + rows * t / tiles, end = start + rows * (t + 1) / tiles;
+      units.add(Kind::kRows, k, begin, end, cost_of_module + (end - begin) * cost_of_row);
+    }
+  }
+}
+
+template <class S>
+void zero_rows(S* out, int64_t width, const Index& put, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    std::fill_n(out + put[i] * width, width, S(0));
+  }
+}
+
+// Sorted rows [begin, end) of a matrix, as pointers.
+template <class S>
+class RowPointers {
+ public:
+  RowPointers(S* data, int64_t stride, const Index& at, int64_t begin, int64_t end) {
+    if (end - begin > kTileRows) {
+      many_.reset(new S*[end - begin]);
+    }
+    S** to = many_ ? many_.get() : few_.data();
+    for (int64_t i = begin; i < end; ++i) {
+      *to++ = data + at[i] * stride;
+    }
+  }
+  S* const* get() const { return many_ ? many_.get() : few_.data(); }
+
+ private:
+  std::array<S*, kTileRows> few_;
+  std::unique_ptr<S*[]> many_;
+};
+
+// out[i] = w a[i] + bias, or w^T a[i]
+template <class S>
+void multiply(
+    const RowPointers<S>& out, const RowPointers<const S>& a, int64_t rows, const Dense<S>& w, bool transposed,
+    const S* bias, int64_t O, int64_t F) {
+  const auto kernel = w.is_by_row != transposed ? kernels<S>().dot : kernels<S>().combine;
+  kernel(out.get(), a.get(), rows, w.data, w.stride, bias, transposed ? F : O, transposed ? O : F);
+}
+
+// The cost of a module's weights, and of a row: sixteen multiply-adds a nanosecond.
+template <class S>
+constexpr int64_t weight_cost(int64_t O, int64_t F) {
+  return 50 + O * F * static_cast<int64_t>(sizeof(S)) / 16;
+}
+constexpr int64_t row_cost(int64_t O, int64_t F) {
+  return 4 + O * F / 16;
+}
+
+template <class S>
+void forward(
+    S* y, const Tensor& x, const Index& take, const Index& put, const Index& offsets, const Tensors& weight_tensors,
+    const Tensors& bias_tensors, int64_t O) {
+  const auto weights = all<Weight<S>>(weight_tensors);
+  const auto biases = all<Bias<S>>(bias_tensors);
+  const int64_t N = x.size(0), K = static_cast<int64_t>(std::max(weights.size(), biases.size()));
+  const int64_t F = weights.empty() ? 0 : x.size(1), x_row = x.stride(0);
+  const auto* x_data = weights.empty() ? nullptr : static_cast<const S*>(x.data_ptr());
+  Units units;
+  add_row_tiles(units, offsets, K, weight_cost<S>(O, F), row_cost(O, F));
+  units.run([&](const Unit& u) {
+    const DenseBias<S> bias(biases.empty() ? Bias<S>() : biases[u.module], O);
+    if (weights.empty()) {
+      for (int64_t i = u.begin; i < u.end; ++i) {
+        std::copy_n(bias.data, O, y + put[i] * O);
+      }
+      return;
+    }
+    const RowPointers<S> out(y, O, put, u.begin, u.end);
+    const RowPointers<const S> rows(x_data, x_row, take, u.begin, u.end);
+    multiply(out, rows, u.end - u.begin, Dense<S>(weights[u.module], O, F), false, bias.data, O, F);
+  });
+  zero_rows(y, O, put, offsets[K], N);
+}
+
+// The gradients' memory: null, or no list, where one is not wanted.
+template <class S>
+struct Gradients {
+  S* dx;
+  std::vector<S*> dw, db;
+};
+
+template <class S>
+void backward(
+    const Gradients<S>& to, const Tensor& grad, const Tensor& x, const Index& take, const Index& put,
+    const Index& offsets, const Tensors& weight_tensors, int64_t K) {
+  const auto weights = all<Weight<S>>(weight_tensors);
+  const int64_t N = grad.size(0), O = grad.size(1), F = weights.empty() ? 0 : x.size(1);
+  const auto* g = static_cast<const S*>(grad.data_ptr());
+  const auto* x_data = weights.empty() ? nullptr : static_cast<const S*>(x.data_ptr());
+  const int64_t x_row = x.stride(0);
+  Units units;
+  if (to.dx != nullptr) {
+    add_row_tiles(units, offsets, K, weight_cost<S>(O, F), row_cost(O, F));
+  }
+  if (!to.dw.empty() || !to.db.empty()) {
+    const int64_t width = to.dw.empty() ? 1 : F;
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t rows = offsets[k + 1] - offsets[k];
+      if ((to.dw.empty() || to.dw[k] == nullptr) && (to.db.empty() || to.db[k] == nullptr)) {
+        continue;
+      }
+      const int64_t parts = std::clamp<int64_t>(rows * O * width >> 20, 1, (O + 47) / 48);
+      const int64_t step = (O + parts * kPanel - 1) / (parts * kPanel) * kPanel;
+      for (int64_t o = 0; o < O; o += step) {
+        const int64_t end = std::min(o + step, O);
+        units.add(Kind::kParameters, k, o, end, weight_cost<S>(end - o, width) + rows * row_cost(end - o, width));
+      }
+    }
+  }
+  units.run([&](const Unit& u) {
+    if (u.kind == Kind::kRows) {
+      const RowPointers<S> out(to.dx, F, take, u.begin, u.end);
+      const RowPointers<const S> rows(g, O, put, u.begin, u.end);
+      multiply<S>(out, rows, u.end - u.begin, Dense<S>(weights[u.module], O, F), true, nullptr, O, F);
+      return;
+    }
+    const int64_t start = offsets[u.module], stop = offsets[u.module + 1];
+    const RowPointers<const S> grads(g, O, put, start, stop);
+    if (!to.dw.empty() && to.dw[u.module] != nullptr) {
+      const RowPointers<const S> rows(x_data, x_row, take, start, stop);
+      const std::unique_ptr<typename Sum<S>::type[]> scratch(
+          new typename Sum<S>::type[outer_scratch(stop - start, u.end - u.begin, F)]);
+      kernels<S>().outer(
+          to.dw[u.module], F, grads.get(), rows.get(), stop - start, u.begin, u.end, F, scratch.get());
+    }
+    if (!to.db.empty() && to.db[u.module] != nullptr) {
+      kernels<S>().sum(to.db[u.module], grads.get(), stop - start, u.begin, u.end);
+    }
+  });
+  if (to.dx != nullptr) {
+    zero_rows(to.dx, F, take, offsets[K], N);
+  }
+}
+
+// Calls f with a number of the type that kernels know as `type`.
+template <class F>
+void with_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::BFloat16: return f(uint16_t());
+    default: STD_TORCH_CHECK(false, "grouped_linear: expected float32, float64 or bfloat16");
+  }
+}
+
+void check_shapes(const Tensors& weights, const Tensors& biases, int64_t O, int64_t F) {
+  for (const Tensor& w : weights) {
+    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == O && w.size(1) == F, "grouped_linear: weights of unlike shape");
+  }
+  for (const Tensor& b : biases) {
+    STD_TORCH_CHECK(b.dim() > 0 && b.numel() == O, "grouped_linear: biases of unlike shape");
+  }
+}
+
+Tensor forward_op(
+    const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
+    const Tensors& weights, const Tensors& biases) {
+  const Tensor& like = weights.empty() ? biases.at(0) : weights[0];
+  const int64_t O = weights.empty() ? like.size(like.dim() - 1) : like.size(0);
+  check_shapes(weights, biases, O, weights.empty() ? 0 : x.size(1));
+  const ScalarType type = like.scalar_type();
+  Tensor y = empty_cpu<2>({x.size(0), O}, type);
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    forward(static_cast<S*>(y.data_ptr()), x, Index(take), Index(put), Index(offsets), weights, biases, O);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensors, Tensors> backward_op(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
+    const Tensors& weights, int64_t modules, bool want_x, bool want_weights, bool want_biases, bool keep_empty) {
+  const Index starts(offsets);
+  const bool has_weights = !weights.empty();
+  const int64_t O = grad.size(1), F = has_weights ? x.size(1) : 0;
+  const ScalarType type = grad.scalar_type();
+  want_x = want_x && has_weights;
+  Tensor dx = want_x ? empty_cpu<2>({x.size(0), F}, type) : empty_cpu<1>({0}, x.scalar_type());
+  Tensors dw, db;
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    Gradients<S> to{want_x ? static_cast<S*>(dx.data_ptr()) : nullptr, {}, {}};
+    const auto add = [](Tensors& made, std::vector<S*>& data, Tensor t) {
+      data.push_back(t.numel() > 0 ? static_cast<S*>(t.data_ptr()) : nullptr);
+      made.push_back(std::move(t));
+    };
+    const Tensor nothing = empty_cpu<1>({0}, type);
+    for (int64_t k = 0; k < modules; ++k) {
+      const bool is_made = keep_empty || starts[k] < starts[k + 1];
+      if (want_weights && has_weights) {
+        add(dw, to.dw, is_made ? empty_cpu<2>({O, F}, type) : nothing);
+      }
+      if (want_biases) {  // without weights these are rows of tables
+        add(db, to.db, !is_made ? nothing : has_weights ? empty_cpu<1>({O}, type) : empty_cpu<2>({1, O}, type));
+      }
+    }
+    backward(to, grad, x, Index(take), Index(put), starts, weights, modules);
+  });
+  return {std::move(dx), std::move(dw), std::move(db)};
+}
+
+}  // namespace
+}  // namespace fastroute::grouped_linear
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
+  library.impl("_grouped_linear_native", TORCH_BOX(&fastroute::grouped_linear::forward_op));
+  library.impl("_grouped_linear_native_backward", TORCH_BOX(&fastroute::grouped_linear::backward_op));
+}

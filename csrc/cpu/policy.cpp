@@ -1,0 +1,211 @@
+// policy on a CPU, in tiles of rows. The contract is fastroute/reference/policy.py.
+//
+// Axes: N rows, K choices.
+
+#include "cpu/policy.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "common/empty.h"
+
+namespace fastroute::policy {
+namespace {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kTileNumbers = 4096;   // a tile and its noise stay in a first-level cache
+constexpr int64_t kThreadNumbers = 16384;  // worth waking a thread for
+
+// Calls f with the address of a number of this type.
+template <class F>
+void with_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(static_cast<const float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<const double*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<const BFloat16*>(nullptr));
+    default: STD_TORCH_CHECK(false, "policy: expected float32, float64 or bfloat16");
+  }
+}
+
+// A tensor [N, K] or [N] of any of the dtypes and any strides, read in tiles.
+class Source {
+ public:
+  explicit Source(const Tensor& t)
+      : data_(t.data_ptr()), type_(t.scalar_type()), row_(t.stride(0)), K_(t.dim() > 1 ? t.size(1) : 1),
+        column_(t.dim() > 1 ? t.stride(1) : 1) {}
+
+  template <class T>
+  void read(T* to, int64_t start, int64_t rows) const {
+    with_type(type_, [&](auto* type) {
+      const auto* from = static_cast<decltype(type)>(data_) + start * row_;
+      if (column_ == 1 && row_ == K_) {
+        std::transform(from, from + rows * K_, to, [](auto v) { return static_cast<T>(v); });
+        return;
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t k = 0; k < K_; ++k) {
+          *to++ = static_cast<T>(from[i * row_ + k * column_]);
+        }
+      }
+    });
+  }
+
+ private:
+  const void* data_;
+  ScalarType type_;
+  int64_t row_, K_, column_;
+};
+
+// f(first row, rows, scratch) over tiles of rows; the scratch holds `arrays` tiles.
+template <class T, class F>
+void for_tiles(int64_t N, int64_t K, int64_t arrays, const F& f) {
+  const int64_t tile = std::clamp<int64_t>(kTileNumbers / K, 1, std::max<int64_t>(N, 1));
+  const int64_t tiles = (N + tile - 1) / tile;
+  const auto run = [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> scratch(new T[arrays * tile * K]);
+    for (int64_t t = begin; t < end; ++t) {
+      f(t * tile, std::min(tile, N - t * tile), scratch.get());
+    }
+  };
+  if (N * K < 2 * kThreadNumbers) {
+    run(0, tiles);
+  } else {
+    torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, kThreadNumbers / (tile * K)), run);
+  }
+}
+
+template <class T>
+struct Draw {
+  std::optional<Source> noise, coin;
+  Kind kind;
+  T temperature;
+  double exploration;
+
+  // actions [rows], from scores z (for a softmax already divided by the temperature); noise_tile is overwritten
+  void operator()(int64_t* actions, const int64_t* greedy, const T* z, T* noise_tile, int64_t start, int64_t rows,
+                  int64_t K) const {
+    if (!noise.has_value()) {
+      std::copy_n(greedy, rows, actions);
+      return;
+    }
+    noise->read(noise_tile, start, rows);
+    if (kind == kScore) {
+      policy::rows<T>().argmin(actions, noise_tile, rows, K);
+    } else {
+      if (kind == kSoftmax) {
+        policy::rows<T>().race_softmax(noise_tile, z, rows * K);
+      } else {
+        policy::rows<T>().race_shifted(noise_tile, z, rows, K);
+      }
+      policy::rows<T>().argmax(actions, noise_tile, rows, K);
+    }
+    if (coin.has_value()) {
+      T* coins = noise_tile;  // K >= 1 of them a row
+      coin->read(coins, start, rows);
+      for (int64_t i = 0; i < rows; ++i) {
+        actions[i] = coins[i] < static_cast<T>(exploration) ? actions[i] : greedy[i];
+      }
+    }
+  }
+};
+
+// Copies the forced actions; says whether all are below K.
+bool force(int64_t* actions, const Tensor& forced, int64_t start, int64_t rows, int64_t K) {
+  const int64_t stride = forced.stride(0);
+  const auto* from = static_cast<const int64_t*>(forced.data_ptr()) + start * stride;
+  bool in_range = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    in_range &= from[i * stride] < K;
+    actions[i] = std::min(from[i * stride], K - 1);
+  }
+  return in_range;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_op(
+    const Tensor& scores, const OptionalTensor& noise, const OptionalTensor& coin, const OptionalTensor& forced,
+    int64_t kind, double temperature, double exploration) {
+  const int64_t N = scores.size(0), K = scores.size(1);
+  STD_TORCH_CHECK(K >= 1 && kind >= kSoftmax && kind <= kShifted, "policy: no such kind, or no choice");
+  const bool is_double = scores.scalar_type() == ScalarType::Double;
+  Tensor actions = empty_cpu<1>({N}, ScalarType::Long), greedy = empty_cpu<1>({N}, ScalarType::Long);
+  Tensor value = empty_cpu<1>({N}, is_double ? ScalarType::Double : ScalarType::Float);
+  auto* action = static_cast<int64_t*>(actions.data_ptr());
+  auto* best = static_cast<int64_t*>(greedy.data_ptr());
+  std::atomic<bool> in_range = true;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Source source(scores);
+    Draw<T> draw{{}, {}, static_cast<Kind>(kind), static_cast<T>(temperature), exploration};
+    if (noise.has_value() && !forced.has_value()) {
+      draw.noise.emplace(*noise);
+      if (coin.has_value()) {
+        draw.coin.emplace(*coin);
+      }
+    }
+    auto* values = static_cast<T*>(value.data_ptr());
+    for_tiles<T>(N, K, 2, [&](int64_t start, int64_t rows, T* z) {
+      T* noise_tile = z + rows * K;
+      source.read(z, start, rows);
+      policy::rows<T>().argmax(best + start, z, rows, K);
+      if (kind == kSoftmax) {
+        policy::rows<T>().divide(z, static_cast<T>(temperature), rows * K);
+      }
+      if (!forced.has_value()) {
+        draw(action + start, best + start, z, noise_tile, start, rows, K);
+      } else if (!force(action + start, *forced, start, rows, K)) {
+        in_range = false;
+      }
+      policy::rows<T>().value[kind](values + start, z, action + start, rows, K);
+    });
+  };
+  is_double ? run(double()) : run(float());
+  STD_TORCH_CHECK(in_range, "forced: expected indices below ", K);
+  return {actions, value, greedy};
+}
+
+Tensor backward_op(const Tensor& grad, const Tensor& scores, const Tensor& actions, int64_t kind, double temperature) {
+  const int64_t N = scores.size(0), K = scores.size(1);
+  const ScalarType type = scores.scalar_type();
+  Tensor made = empty_cpu<2>({N, K}, type);
+  const auto* action = static_cast<const int64_t*>(actions.data_ptr());
+  with_type(type, [&](auto* as) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(as)>>;
+    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    const Source source(scores);
+    const auto* g = static_cast<const T*>(grad.data_ptr());
+    auto* out = static_cast<S*>(made.data_ptr());
+    const auto gradient = policy::rows<T>().gradient[kind];
+    if constexpr (std::is_same_v<S, T>) {
+      for_tiles<T>(N, K, 0, [&](int64_t start, int64_t rows, T*) {
+        source.read(out + start * K, start, rows);
+        gradient(out + start * K, g + start, action + start, static_cast<T>(temperature), rows, K);
+      });
+    } else {
+      for_tiles<T>(N, K, 1, [&](int64_t start, int64_t rows, T* z) {
+        source.read(z, start, rows);
+        gradient(z, g + start, action + start, static_cast<T>(temperature), rows, K);
+        std::transform(z, z + rows * K, out + start * K, [](T v) { return static_cast<S>(v); });
+      });
+    }
+  });
+  return made;
+}
+
+}  // namespace
+}  // namespace fastroute::policy
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
+  library.impl("_policy_native", TORCH_BOX(&fastroute::policy::forward_op));
+  library.impl("_policy_native_backward", TORCH_BOX(&fastroute::policy::backward_op));
+}

@@ -1,0 +1,118 @@
+"""A discrete choice per row in plain PyTorch: sampling, and the value of what was chosen.
+
+Axes: N rows, K choices.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: What a row of scores z stands for: logits of a softmax; the values themselves; probabilities up to a shift (WPL).
+KINDS = ("softmax", "score", "shifted")
+SHIFT = 1e-6  #: what the least likely choice of a "shifted" row has before normalising
+CLAMP = torch.finfo(torch.float32).eps  #: probabilities of a "shifted" row are kept this far from 0 and 1 under the log
+
+
+class Choice(NamedTuple):
+    """What was chosen, and what it is worth."""
+
+    actions: Tensor  #: [N] int64
+    value: Tensor  #: [N], log-probability of the action, or its score; zero where a forced action is negative
+    greedy: Tensor  #: [N] int64, the best choice
+
+
+def accumulating(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def shifted(z: Tensor) -> Tensor:
+    """[N, K]: probabilities up to their sum, z - min z + 1e-6."""
+    return z - z.min(-1, keepdim=True).values + SHIFT
+
+
+def values(scores: Tensor, kind: str, temperature: float) -> Tensor:
+    """[N, K]: log-probabilities of all choices, or the scores; differentiable."""
+    z = scores.to(accumulating(scores.dtype))
+    if kind == "softmax":
+        return torch.log_softmax(z / temperature, -1)
+    if kind == "score":
+        return z
+    weight = shifted(z)
+    return (weight / weight.sum(-1, keepdim=True)).clamp(CLAMP, 1 - CLAMP).log()
+
+
+def choose(
+    scores: Tensor,
+    noise: Tensor | None,
+    coin: Tensor | None,
+    forced: Tensor | None,
+    kind: str,
+    temperature: float,
+    exploration: float,
+) -> tuple[Tensor, Tensor]:
+    """(actions, greedy). ``noise`` [N, K] is exponential with mean 1 (None: greedy), ``coin`` [N] uniform in [0, 1).
+
+    A draw is the winner of an exponential race, argmax p_k / E_k, uniform for kind "score"; with a coin, it is taken
+    where coin < exploration and the greedy choice elsewhere. ``forced`` [N] replaces all of that.
+    """
+    greedy = scores.argmax(-1)
+    if forced is not None:
+        return forced, greedy
+    if noise is None:
+        return greedy, greedy
+    z = scores.to(accumulating(scores.dtype))
+    if kind == "softmax":
+        drawn = (z / temperature - noise.log()).argmax(-1)
+    elif kind == "score":
+        drawn = noise.argmin(-1)
+    else:
+        drawn = (shifted(z) / noise).argmax(-1)
+    return drawn if coin is None else torch.where(coin < exploration, drawn, greedy), greedy
+
+
+def at(values: Tensor, actions: Tensor) -> Tensor:
+    """[N]: values [N, K] at actions [N], zero where an action is negative."""
+    picked = values.gather(-1, actions.clamp(min=0)[:, None])[:, 0]
+    return torch.where(actions >= 0, picked, 0)
+
+
+def policy(
+    scores: Tensor,
+    noise: Tensor | None = None,
+    coin: Tensor | None = None,
+    forced: Tensor | None = None,
+    kind: str = "softmax",
+    temperature: float = 1.0,
+    exploration: float = 0.0,
+) -> Choice:
+    """The definition, with autograd."""
+    actions, greedy = choose(scores, noise, coin, forced, kind, temperature, exploration)
+    return Choice(actions, at(values(scores, kind, temperature), actions), greedy)
+
+
+# ----------------------------------------------------------------------------- the op's contract (backend "reference")
+
+forward = policy
+
+
+def backward(grad: Tensor, scores: Tensor, actions: Tensor, kind: str, temperature: float) -> Tensor:
+    """The gradient of scores from that of value; written out, since torch.compile traces no autograd in a backward."""
+    z, K = scores.to(accumulating(scores.dtype)), scores.shape[-1]
+    taken, g = torch.arange(K, device=z.device) == actions[:, None], grad.to(z.dtype)[:, None]
+    if kind == "softmax":
+        made = (taken.to(z.dtype) - torch.softmax(z / temperature, -1)) * (g / temperature)
+    elif kind == "score":
+        made = taken * g
+    else:
+        lowest = z.min(-1, keepdim=True)
+        weight = shifted(z)
+        total, own = weight.sum(-1, keepdim=True), weight.gather(-1, actions.clamp(min=0)[:, None])
+        share = own / total
+        g = torch.where((share >= CLAMP) & (share <= 1 - CLAMP), g, 0)
+        # the lowest score is taken from every weight: from its own, nothing is left
+        of_own = torch.where(actions[:, None] == lowest.indices, 0, g / own)
+        made = (taken * of_own - g / total).scatter_add(-1, lowest.indices, K * g / total - of_own)
+    return torch.where((actions >= 0)[:, None], made, 0).to(scores.dtype)

@@ -1,0 +1,195 @@
+"""Routed networks for the tests: the decision classes, small networks, and replays of upstream's recorded trajectories.
+
+Axes: B samples, K choices, A agents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastroute import networks
+from fastroute.networks import Initialization, Loss, PerTaskAssignment, Selection, Trajectory
+
+F = 6  #: features of every network here, as in the golden files
+
+#: Every class that learns, with how many columns its state has.
+COLUMNS = {
+    "REINFORCE": 1, "REINFORCEBl1": 2, "REINFORCEBl2": 2, "EGreedyREINFORCE": 3, "QLearning": 1, "SARSA": 1,
+    "AdvantageLearning": 2, "BootstrapAdvantageLearning": 2, "SurpriseLearning": 2, "ActorCritic": 2, "AAC": 2,
+    "BootstrapAAC": 2, "EGreedyAAC": 4, "WPL": 2, "GumbelSoftmax": 1, "RELAX": 3,
+}  # fmt: skip
+LEARNING = tuple(COLUMNS)
+
+
+def columns(algo: str, formula: str) -> int:
+    """WPL as intended also keeps the policy's mean value."""
+    return COLUMNS[algo] + (algo == "WPL" and formula == "intended")
+
+
+FORMULAS = ("intended", "upstream")
+
+
+def decision(algo: str, K: int = 4, A: int = 1, **options: Any) -> networks.Decision:
+    made: networks.Decision = getattr(networks, algo)(K, F, num_agents=A, **options)
+    return made
+
+
+def start(x: Tensor, tasks: Any = ()) -> Trajectory:
+    return Initialization()(x, tasks)[1]
+
+
+def linears(K: int, inputs: int = F, outputs: int = F, **options: Any) -> Selection:
+    return Selection(*[nn.Linear(inputs, outputs) for _ in range(K)], **options)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    return {k: None if p.grad is None else p.grad.clone() for k, p in module.named_parameters()}
+
+
+def scatter_tables(module: nn.Module, seed: int = 0) -> None:
+    """Tables start out equal for all choices: give them values of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith("_approx"):
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+
+def play(
+    decisions: Sequence[nn.Module],
+    selections: Sequence[nn.Module],
+    x: Tensor,
+    *,
+    tasks: Any = (),
+    agents: Tensor | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    forced: Sequence[Tensor] | None = None,
+    meta: Any = None,
+) -> tuple[Tensor, Any, list[Tensor]]:
+    """(y, meta, actions): a decision and a selection after the other."""
+    meta = start(x, tasks) if meta is None else meta
+    taken = []
+    for t, (decide, select) in enumerate(zip(decisions, selections, strict=True)):
+        mask = None if masks is None else masks[t]
+        more = {} if forced is None else {"forced_actions": forced[t]}
+        x, meta, a = decide(x, meta, agents, mask, **more)
+        taken.append(a)
+        x, meta, _ = select(x, meta, a, mask)
+    return x, meta, taken
+
+
+def recorded_reward(name: str, K: int) -> Any:
+    """The per-action reward of a golden trajectory."""
+    if name == "none":
+        return None
+    if name == "manual":
+        return networks.ManualReward([0.1 * (i + 1) for i in range(K)], K)
+    cls = {"collab": networks.CollaborationReward, "running": networks.RunningAverageCollaborationReward}[name]
+    return cls(0.3, K, 16, formula="upstream")
+
+
+def moved(value: Any, generator: torch.Generator) -> Any:
+    """Every floating-point number within moved by up to one spacing of float32, at random: what rounding it may do."""
+    if isinstance(value, dict):
+        return {k: moved(v, generator) for k, v in value.items()}
+    if isinstance(value, list):
+        return [moved(v, generator) for v in value]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    step = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1
+    return (value.double() * (1 + torch.finfo(torch.float32).eps * step)).to(value.dtype)
+
+
+def _feed(decide: Any, algo: str, noise: Tensor) -> None:
+    """Give a decision the draws of the recorded run."""
+    if algo == "RELAX":
+        decide._uniform = lambda *shape, like: noise.to(like)
+    else:  # recorded are the Gumbel draws g = -log(-log u)
+        decide._uniform = lambda *shape, like: (-(-noise.double()).exp()).exp().to(like)
+
+
+def _listen(decide: Any, heard: dict[str, Tensor], t: int) -> None:
+    """Note the rewards that a decision's loss is given."""
+    loss = decide.loss
+
+    def listening(e: Any) -> Any:
+        heard.update({f"rewards.{t}": e.r, f"returns.{t}": e.R, f"final_reward.{t}": e.f})
+        return loss(e)
+
+    decide.loss = listening
+
+
+def replay(g: dict[str, Any], dtype: torch.dtype = torch.float32, order: Tensor | None = None) -> dict[str, Any]:
+    """Every number of a golden trajectory, made by ours: outputs, losses, rewards, state columns and all gradients.
+
+    Args:
+        order: play the samples in this order and put the results back: another order of summation.
+    """
+    B = len(g["x"])
+    order = torch.arange(B) if order is None else order
+    back = order.argsort()
+    K, A, algo = g["num_selections"], g["agents"], g["algo"]
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def made(k: int, agents: int) -> networks.Decision:
+        return decision(
+            algo, k, agents, policy_storage_type=g["storage"], detach=g["detach"], formula="upstream",
+            additional_reward_func=recorded_reward(g["reward"], k), dtype=dtype,
+        )  # fmt: skip
+
+    decisions = ([made(A, 1)] if g["dispatch"] else []) + [made(k, A) for k in K]
+    selections = [linears(k).to(dtype) for k in K]
+    for kind, modules in (("decisions", decisions), ("selections", selections)):
+        for module, state in zip(modules, g[kind], strict=True):
+            module.load_state_dict(state, strict=True)
+            module.train(g["train"])
+    for decide, noise in zip(decisions, g["noise"], strict=False):
+        _feed(decide, algo, noise.index_select(noise.dim() - 2, order))
+
+    heard: dict[str, Tensor] = {}
+    for t, decide in enumerate(decisions):
+        _listen(decide, heard, t)
+
+    x = cast(g["x"])[order].requires_grad_()
+    tasks = [g["tasks"][i] for i in order.tolist()]
+    ys, meta, agents = PerTaskAssignment()(x, start(x, tasks))
+    forced = [a[order] for a in g["actions"]]
+    if g["dispatch"]:
+        ys, meta, agents = decisions[0](ys, meta, None, forced_actions=forced.pop(0))
+    mask = None if g["mask3"] is None else torch.tensor(g["mask3"], dtype=torch.bool)[order]
+    ys, meta, _ = play(
+        decisions[-3:],
+        selections,
+        ys,
+        meta=meta,
+        agents=agents if A > 1 else None,
+        masks=(None, None, mask),
+        forced=forced,
+    )
+    final = networks.NegLossReward() if g["final"] == "neg" else networks.CorrectClassifiedReward()
+    loss = Loss(nn.CrossEntropyLoss(), final, normalize_per_action_rewards=g["npar"], formula="upstream")
+    external = g["external_losses"]
+    module_loss, routing_loss = loss(
+        ys, meta, g["y"][order], external_losses=None if external is None else cast(external)[order], reduce=False
+    )
+    total = module_loss.mean() + routing_loss.mean()
+    if total.requires_grad:
+        total.backward()
+    found = {
+        "output": ys.detach()[back], "module_loss": module_loss.detach()[back],
+        "routing_loss": routing_loss.detach()[back], "grad_x": None if x.grad is None else x.grad[back],
+    }  # fmt: skip
+    for kind, modules in (("decisions", decisions), ("selections", selections)):
+        for j, module in enumerate(modules):
+            found |= {f"{kind}.{j}.{k}": grad for k, grad in gradients(module).items()}
+    found |= {k: t[back] for k, t in heard.items()}
+    for t, record in enumerate(meta.records):
+        found[f"states.{t}"] = record.states().detach()[back]
+        found[f"active.{t}"] = torch.ones(B, dtype=torch.bool) if record.active is None else record.active[back]
+    return found
