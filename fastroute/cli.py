@@ -45,14 +45,14 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="learn handwritten digits with a capsule router (about half a minute)",
-        description="Train on real data, report the held-out accuracy, time the model on every backend of this "
-        "machine, and draw what it looked at.",
+        help="learn handwritten digits (about half a minute)",
+        description="Train on real data, report the held-out accuracy and what it takes, and draw what the router did.",
         epilog="Exit status: 0, or 1 if the held-out accuracy stays below 0.95 or the data cannot be read.",
     )
     demo.add_argument(
-        "name", nargs="?", default="capsules", choices=DEMOS, help="; ".join(f"{k}: {v}" for k, v in DEMOS.items())
-    )
+        "name", nargs="?", default="capsules", choices=DEMOS,
+        help="; ".join(f"{k}: {v}" for k, v in DEMOS.items()) + " (default: %(default)s)",
+    )  # fmt: skip
     demo.add_argument(
         "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
     )

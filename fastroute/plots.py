@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .networks import Summary, Trajectory
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RIGHT, _WRONG = "#1a1a1a", "#c1121f"
+_MOST_ANNOTATED = 16  #: rows or columns of cells that have a number in them
+_MOST_TICKS = 32  #: of an axis that have a label
 
 
 def credit(
@@ -45,12 +49,6 @@ def credit(
         ImportError: matplotlib is not installed.
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'fastroute[plots]'") from error
-
     pictures, maps = _checked("images", images, "[K, H, W]"), _checked("credit", credit, "[K, h, w]")
     (K, H, W), (k, h, w) = pictures.shape, maps.shape
     if k != K:
@@ -63,10 +61,7 @@ def credit(
     true = _names("labels", labels, K)
     predicted = _names("predictions", predictions, K)
 
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.0)
-    figure = Figure(figsize=(1.15 * K + 1.0, 2.7 if title is None else 3.0), dpi=150, layout=layout)
-    if title is not None:
-        figure.suptitle(title, fontsize=11)
+    figure = _figure(1.15 * K + 1.0, 2.7, title)
     axes = figure.subplots(2, K, squeeze=False)
     sizes = maps.abs().flatten().sort().values
     bound = float(sizes[int(0.99 * (len(sizes) - 1))]) or float(sizes[-1]) or 1.0
@@ -99,6 +94,84 @@ def credit(
     bar.set_label("cost  ·  benefit", fontsize=8)
     if path is not None:
         figure.savefig(path)
+    return figure
+
+
+def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path: str | Path | None = None) -> Figure:
+    """Which task went through which module: a map per decision, a row per task, a column per module.
+
+    A cell's shade is the share of its task's samples that took the module, so a row sums to one; the number in it is
+    how many they were, where there is room. A task that a decision was not made for has an empty row, and without task
+    labels there is one row for all samples.
+
+    Args:
+        trajectory: of a batch, or its ``summary()``.
+        title: shown above everything.
+        path: a file to write, in the format of its suffix.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(trajectory, (Trajectory, Summary)):
+        raise TypeError(f"trajectory: expected a Trajectory or its summary(), got {type(trajectory).__name__}")
+    summary = trajectory.summary() if isinstance(trajectory, Trajectory) else trajectory
+    if not summary.layers or not summary.samples:
+        raise ValueError(
+            f"trajectory: expected a decision and a sample at least, got {len(summary.layers)} decisions of "
+            f"{summary.samples} samples"
+        )
+    shapes = [tuple(layer.counts.shape) for layer in summary.layers]
+    A, modules = shapes[0][0], [K for _, K in shapes]
+    widths = [min(0.34 * max(K, 4), 8.0) for K in modules]
+    figure = _figure(sum(widths) + 0.35 * len(widths) + 1.4, min(0.3 * max(A, 2), 8.0) + 1.0, title)
+    axes = figure.subplots(1, len(shapes), squeeze=False, width_ratios=widths)[0]
+    drawn = None
+    for t, (ax, layer) in enumerate(zip(axes, summary.layers, strict=True)):
+        counts, K = layer.counts, modules[t]
+        share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+        drawn = ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        if K <= _MOST_ANNOTATED and A <= _MOST_ANNOTATED:
+            for a, k in counts.nonzero().tolist():
+                ink = "white" if share[a, k] > 0.55 else _RIGHT
+                ax.text(k, a, str(int(counts[a, k])), ha="center", va="center", fontsize=7, color=ink)
+        ax.set_title(f"{t}: {layer.name}", fontsize=9, color=_RIGHT)
+        ax.set_xlabel("module", fontsize=8)
+        ax.set_xticks(range(0, K, _stride(K)))
+        ax.set_yticks(range(0, A, _stride(A)) if t == 0 else [])
+        ax.tick_params(labelsize=7, length=0)
+        for spine in ax.spines.values():
+            spine.set(linewidth=0.6, color="#999999")
+    names = ["all" if task is None else str(task) for task in summary.tasks]
+    axes[0].set_yticklabels(names[:: _stride(A)])
+    axes[0].set_ylabel("task", fontsize=8)
+    bar = figure.colorbar(drawn, ax=axes.tolist(), fraction=0.05, pad=0.01)  # type: ignore[arg-type]
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("share of the task's samples", fontsize=8)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _stride(count: int) -> int:
+    """Every which tick has a label."""
+    return -(-count // _MOST_TICKS)
+
+
+def _figure(width: float, height: float, title: str | None) -> Figure:
+    """An empty one, with 0.3 inches more for a title."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'fastroute[plots]'") from error
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.0)
+    figure = Figure(figsize=(width, height if title is None else height + 0.3), dpi=150, layout=layout)
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
     return figure
 
 

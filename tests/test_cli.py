@@ -93,7 +93,7 @@ def test_doctor_tells_every_backend_of_every_op(capsys: pytest.CaptureFixture[st
     for op, offers in _backends.offered().items():
         section = next(part for part in said.split("\n\n") if part.startswith(f"{op} on cpu"))
         rows = dict(line.split(maxsplit=1) for line in section.splitlines()[1:])
-        assert rows.keys() == offers.keys()
+        assert rows.keys() == set(_backends.BACKENDS) >= offers.keys()
         assert sum(row.startswith("taken: ") for row in rows.values()) == 1
     columns = {line.index("taken: ") if "taken: " in line else line.index("not: ") for line in section.splitlines()[1:]}
     assert len(columns) == 1, "aligned"

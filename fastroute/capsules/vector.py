@@ -67,8 +67,7 @@ class EfficientVectorRouting(nn.Module):
         if n_out < 2:
             raise ValueError(f"n_out: expected at least 2 output vectors, got {n_out}")
         for name, value in (("d_inp", d_inp), ("d_out", d_out), ("n_iters", n_iters)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            _checks.at_least_one(name, value)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         self.n_inp, self.n_out, self.d_inp, self.d_out = n_inp, n_out, d_inp, d_out

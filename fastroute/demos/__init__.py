@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .. import data as _data
 
-DEMOS = {"capsules": "learn handwritten digits with a capsule router, time it, draw what it looked at"}
+DEMOS = {
+    "capsules": "learn handwritten digits with a capsule router, time it, draw what it looked at",
+    "networks": "learn handwritten digits as five tasks with a routing network, draw which task took which module",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,20 @@ class Options:
 
 class CannotRun(Exception):
     """What a demo needs is not there; the message says what."""
+
+
+def on_digits(options: Options, body: Callable[[_data.Digits, Options, float], int]) -> int:
+    """``body(digits on the options' device, options, when this began)``, with the options' seed and threads."""
+    began, threads = time.perf_counter(), torch.get_num_threads()
+    device = torch.device(options.device)
+    found = digits(options)
+    torch.set_num_threads(options.threads)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(options.seed)
+            return body(_data.Digits(*(t.to(device) for t in found)), options, began)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def digits(options: Options) -> _data.Digits:

@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 from .. import data, plots
 from ..capsules import EfficientVectorRouting, credit_assignment
 from ..ops._backends import BACKENDS, BackendUnavailable, explain, missing, use_backend
-from . import Options, digits
+from . import Options, on_digits
 
 CLASSES = 10
 ACCURACY_BAR = 0.95  #: on held-out images; below it the demo has failed
@@ -201,16 +201,7 @@ def draw(model: DigitRouter, images: Tensor, labels: Tensor, out: Path) -> None:
 
 def run(options: Options) -> int:
     """0, or 1 if the model has not learnt enough."""
-    began, threads = time.perf_counter(), torch.get_num_threads()
-    device = torch.device(options.device)
-    found = digits(options)
-    torch.set_num_threads(options.threads)
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(options.seed)
-            return _run(data.Digits(*(t.to(device) for t in found)), options, began)
-    finally:
-        torch.set_num_threads(threads)
+    return on_digits(options, _run)
 
 
 def _run(found: data.Digits, options: Options, began: float) -> int:

@@ -1,0 +1,1 @@
+"""Decisions that learn through the draw, or not at all."""

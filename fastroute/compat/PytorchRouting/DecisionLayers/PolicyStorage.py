@@ -1,0 +1,5 @@
+"""Where decisions keep what they know."""
+
+from fastroute.networks.decisions import ApproxPolicyStorage, TabularPolicyStorage
+
+__all__ = ["ApproxPolicyStorage", "TabularPolicyStorage"]

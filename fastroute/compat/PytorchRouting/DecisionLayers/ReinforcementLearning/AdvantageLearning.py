@@ -1,0 +1,17 @@
+"""Advantages and a state value."""
+
+from fastroute import networks
+
+from ..Decision import Decision
+
+
+class AdvantageLearning(Decision, networks.AdvantageLearning):
+    """``fastroute.networks.AdvantageLearning``."""
+
+
+class BootstrapAdvantageLearning(AdvantageLearning, networks.BootstrapAdvantageLearning):
+    """``fastroute.networks.BootstrapAdvantageLearning`` without discounting, with the final reward at the end."""
+
+
+class SurpriseLearning(AdvantageLearning, networks.SurpriseLearning):
+    """``fastroute.networks.SurpriseLearning`` without discounting."""

@@ -1,0 +1,1 @@
+"""Decisions that learn from rewards."""

@@ -1,0 +1,5 @@
+"""One sample's history."""
+
+from fastroute.networks import SampleMetaInformation
+
+__all__ = ["SampleMetaInformation"]

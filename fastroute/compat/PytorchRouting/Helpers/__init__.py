@@ -1,0 +1,1 @@
+"""Parts that the layers are made of."""

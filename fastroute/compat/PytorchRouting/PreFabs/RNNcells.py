@@ -1,0 +1,37 @@
+"""Cells with routed projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastroute import networks
+from fastroute.networks import SampleMetaInformation, Trajectory
+
+from .._upstream import Literal
+
+
+class RoutingRNNCellBase(Literal, networks.RoutingRNNCellBase):
+    """``fastroute.networks.RoutingRNNCellBase`` with upstream's names in ``forward``."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        hidden: Any = None,
+        metas: Trajectory | Sequence[SampleMetaInformation] | None = None,
+        task_actions: Tensor | Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Trajectory]:
+        """x [B, in_features] and the state -> (the new state, metas)."""
+        return super().forward(x, hidden, metas, task_actions, mask, **kwargs)
+
+
+class RoutingLSTMCell(RoutingRNNCellBase, networks.RoutingLSTMCell):  # type: ignore[misc]
+    """``fastroute.networks.RoutingLSTMCell`` in which action 0 stops with a row of zeros."""
+
+
+class RoutingGRUCell(RoutingRNNCellBase, networks.RoutingGRUCell):  # type: ignore[misc]
+    """``fastroute.networks.RoutingGRUCell``; upstream's raises NotImplementedError."""

@@ -1,0 +1,5 @@
+"""Cells with routed projections."""
+
+from .RNNcells import RoutingLSTMCell
+
+__all__ = ["RoutingLSTMCell"]

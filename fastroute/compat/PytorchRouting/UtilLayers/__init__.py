@@ -1,0 +1,5 @@
+"""Containers."""
+
+from .Sequential import Sequential
+
+__all__ = ["Sequential"]

@@ -1,0 +1,29 @@
+"""What makes a class of ``fastroute.networks`` upstream's: its formulas, and its names for a batch and its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastroute.networks import SampleMetaInformation, Trajectory
+
+
+class Literal:
+    """First base of a class with ``formula``: upstream's formulas, faults included, unless told otherwise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formula", "upstream")
+        super().__init__(*args, **kwargs)
+
+
+class Named:
+    """First base of a class that passes the triplet on: its first two are called ``xs`` and ``mxs``."""
+
+    def forward(
+        self, xs: Tensor, mxs: Trajectory | Sequence[SampleMetaInformation], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Trajectory, Tensor]:
+        """xs [B, ...] and its trajectory -> (ys, mxs, actions [B])."""
+        made: tuple[Tensor, Trajectory, Tensor] = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
+        return made

@@ -1,0 +1,81 @@
+"""Routing Networks (Rosenbaum et al. 2018): a learned choice of one module per sample, layer by layer."""
+
+from .decisions import (
+    AAC,
+    REINFORCE,
+    RELAX,
+    SARSA,
+    WPL,
+    ActorCritic,
+    AdvantageLearning,
+    BootstrapAAC,
+    BootstrapAdvantageLearning,
+    Decision,
+    EGreedyAAC,
+    EGreedyREINFORCE,
+    GumbelSoftmax,
+    PassThrough,
+    PerTaskAssignment,
+    QLearning,
+    REINFORCEBl1,
+    REINFORCEBl2,
+    SurpriseLearning,
+)
+from .loss import Loss
+from .mlp import MLP
+from .record import Record
+from .recurrent import RoutingGRUCell, RoutingLSTMCell, RoutingRNNCellBase
+from .rewards import (
+    BaseReward,
+    CollaborationReward,
+    CorrectClassifiedReward,
+    ManualReward,
+    NegLossReward,
+    PerActionBaseReward,
+    RunningAverageCollaborationReward,
+)
+from .selection import Selection
+from .sequential import Initialization, Sequential
+from .summary import Summary
+from .trajectory import SampleMetaInformation, Trajectory
+
+__all__ = [
+    "AAC",
+    "MLP",
+    "REINFORCE",
+    "RELAX",
+    "SARSA",
+    "WPL",
+    "ActorCritic",
+    "AdvantageLearning",
+    "BaseReward",
+    "BootstrapAAC",
+    "BootstrapAdvantageLearning",
+    "CollaborationReward",
+    "CorrectClassifiedReward",
+    "Decision",
+    "EGreedyAAC",
+    "EGreedyREINFORCE",
+    "GumbelSoftmax",
+    "Initialization",
+    "Loss",
+    "ManualReward",
+    "NegLossReward",
+    "PassThrough",
+    "PerActionBaseReward",
+    "PerTaskAssignment",
+    "QLearning",
+    "REINFORCEBl1",
+    "REINFORCEBl2",
+    "Record",
+    "RoutingGRUCell",
+    "RoutingLSTMCell",
+    "RoutingRNNCellBase",
+    "RunningAverageCollaborationReward",
+    "SampleMetaInformation",
+    "Selection",
+    "Sequential",
+    "Summary",
+    "SurpriseLearning",
+    "Trajectory",
+]

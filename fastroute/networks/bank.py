@@ -1,0 +1,364 @@
+"""A list of modules of which every sample takes one: like ones run as one, others by one sort and a slice each.
+
+Axes: B samples, K modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import dispatch
+from ..ops.dispatch import Plan
+from .mlp import MLP
+
+#: What acts on every element (or every sample) alone and has no parameters.
+_FREE: frozenset[type] = frozenset({
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish,
+    nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink,
+    nn.Softshrink, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.MaxPool2d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+})  # fmt: skip
+_NORMS: frozenset[type] = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GroupNorm})
+#: Unfolded images beyond so many bytes go image by image through their own convolution.
+_UNFOLDED_BYTES = 1 << 26
+
+Leaf = nn.Module | Callable[[Tensor], Tensor]
+
+
+def _hooks(m: nn.Module) -> list[dict[int, Any]]:
+    return [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
+
+
+def _leaves(m: nn.Module, into: list[Leaf]) -> bool:
+    """Append what a module does, in order; False if that cannot be told."""
+    kind = type(m)
+    if any(_hooks(m)):
+        return False
+    if kind is nn.Sequential:
+        return all(_leaves(child, into) for child in m._modules.values() if child is not None)
+    if kind is MLP:
+        layers: Any = m._layers
+        for j, layer in enumerate(layers._modules.values()):
+            if j:
+                into.append(m._nonlin)  # type: ignore[arg-type]
+            if not _leaves(layer, into):
+                return False
+        return True
+    if kind is nn.Linear or kind is nn.Conv2d or kind in _NORMS or kind in _FREE:
+        into.append(m)
+        return True
+    return False
+
+
+def _options(m: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in m.__dict__.items() if k[0] != "_"}
+
+
+@dataclass
+class _Stage:
+    """The same step of every module."""
+
+    leaves: list[Any]
+    kind: str = field(init=False)  #: "linear", "conv", "norm" or "free"
+
+    def __post_init__(self) -> None:
+        kind = type(self.leaves[0])
+        self.kind = (
+            "linear" if kind is nn.Linear else "conv" if kind is nn.Conv2d else "norm" if kind in _NORMS else "free"
+        )
+        self._parameters: list[dict[str, Any]] = (
+            [] if self.kind == "free" else [leaf._parameters for leaf in self.leaves]
+        )
+        self._seen: list[int] = []
+
+    def fits(self) -> bool:
+        """Whether all leaves do the same, with parameters of the same shapes."""
+        first = self.leaves[0]
+        kind = type(first)
+        if not isinstance(first, nn.Module):
+            return all(leaf is first for leaf in self.leaves)
+        if any(type(leaf) is not kind for leaf in self.leaves):
+            return False
+        if kind is nn.Linear:
+            weight, bias = first._parameters["weight"], first._parameters["bias"]
+            if weight is None:  # a parametrization
+                return False
+            shape, dtype = weight.shape, weight.dtype
+            for leaf in self.leaves:
+                own = leaf._parameters.get("weight")
+                if own is None or own.shape != shape or own.dtype != dtype:
+                    return False
+                if (leaf._parameters.get("bias") is None) != (bias is None):
+                    return False
+            self._seen = self.weights()
+            return True
+        options = _options(first)
+        if any(_options(leaf) != options for leaf in self.leaves[1:]):
+            return False
+        if kind is nn.Flatten:
+            return bool(first.start_dim >= 1)  # type: ignore[operator]
+        if kind is nn.Conv2d:
+            plain = first.groups == 1 and first.padding_mode == "zeros" and not isinstance(first.padding, str)
+            return bool(plain) and all(set(leaf._parameters) == set(first._parameters) for leaf in self.leaves)
+        return True
+
+    def is_fresh(self) -> bool:
+        """Whether it still fits, supposing that it did."""
+        if type(self.leaves[0]) in _PLAIN:
+            return self.kind != "linear" or self.weights() == self._seen or self.fits()
+        return self.fits()
+
+    def weights(self) -> list[int]:
+        """Who the parameters are."""
+        return [id(d["weight"]) for d in self._parameters]
+
+    def parameters(self, name: str) -> list[Tensor]:
+        found = [d.get(name) for d in self._parameters]
+        return [] if found[0] is None else found  # type: ignore[return-value]
+
+
+#: Modules without options that change what they do.
+_PLAIN: frozenset[type] = frozenset({nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Identity})
+
+
+class Recipe:
+    """What a list of modules has in common, worked out once and looked over at every call.
+
+    Hooks, exchanged modules and parameters, and changed options are seen; a copy starts without one.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+
+    def __deepcopy__(self, memo: Any) -> Recipe:
+        return Recipe()
+
+    def __reduce__(self) -> Any:
+        return Recipe, ()
+
+    def stages(self, modules: Sequence[nn.Module]) -> list[_Stage] | None:
+        """The steps that all modules have in common, or None where they differ or are not known."""
+        if torch.compiler.is_compiling():  # a graph is guarded by what it reads: by the modules, not by a memo
+            return _stages(modules)
+        if self._modules != list(modules) or not self._is_fresh():
+            self._make(modules)
+        return self._stages
+
+    def _is_fresh(self) -> bool:
+        if any(self._hooks) or [m for d in self._children for m in d.values()] != self._child:
+            return False
+        return self._stages is None or all(stage.is_fresh() for stage in self._stages)
+
+    def _make(self, modules: Sequence[nn.Module]) -> None:
+        every = [m for one in modules for m in one.modules()]
+        self._modules = list(modules)
+        self._hooks = [d for m in every for d in _hooks(m)]
+        self._children: list[dict[str, Any]] = [m._modules for m in every if m._modules]
+        self._child = [m for d in self._children for m in d.values()]
+        self._stages = _stages(modules)
+
+
+def _stages(modules: Sequence[nn.Module]) -> list[_Stage] | None:
+    rows: list[list[Leaf]] = []
+    for m in modules:
+        leaves: list[Leaf] = []
+        if not _leaves(m, leaves) or (rows and len(leaves) != len(rows[0])):
+            return None
+        rows.append(leaves)
+    made = [_Stage(list(column)) for column in zip(*rows, strict=True)]
+    return made if made and all(stage.fits() for stage in made) else None
+
+
+class _Flow:
+    """A batch on its way through the stages: in the plan's order or in its own."""
+
+    def __init__(self, x: Tensor, plan: Plan, keep_empty: bool) -> None:
+        self.x, self.plan, self.keep_empty, self.is_sorted = x, plan, keep_empty, False
+
+    def sort(self) -> None:
+        if not self.is_sorted:
+            self.x, self.is_sorted = self.x.index_select(0, self.plan.order), True
+
+    def unsort(self) -> None:
+        if self.is_sorted:
+            self.x, self.is_sorted = torch.zeros_like(self.x).index_copy(0, self.plan.order, self.x), False
+
+    def _rows(self, per_sample: int) -> Plan:
+        """The plan of rows of which every sample has so many, sorted."""
+        if per_sample == 1:
+            return self.plan
+        bounds = None if self.plan.bounds is None else [b * per_sample for b in self.plan.bounds]
+        return self.plan._replace(offsets=self.plan.offsets * per_sample, bounds=bounds)
+
+    def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor], stay_sorted: bool) -> None:
+        shape = self.x.shape
+        if len(shape) == 2:
+            self.x = dispatch.grouped_linear(
+                self.x, self.plan, weights, biases, is_sorted=self.is_sorted, keep_sorted=stay_sorted,
+                keep_empty=self.keep_empty,
+            )  # fmt: skip
+            self.is_sorted = stay_sorted
+            return
+        self.sort()
+        per_sample = shape[1:-1].numel()
+        flat = self.x.reshape(shape[0] * per_sample, shape[-1])
+        made = dispatch.grouped_linear(
+            flat, self._rows(per_sample), weights, biases, is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty
+        )
+        self.x = made.reshape(*shape[:-1], made.shape[-1])
+
+    def conv(self, stage: _Stage) -> bool:
+        m: Any = stage.leaves[0]
+        B, C, H, W = self.x.shape
+        sizes = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]
+        ]
+        patch, pixels = C * m.kernel_size[0] * m.kernel_size[1], sizes[0] * sizes[1]
+        if B * pixels * patch * self.x.element_size() > _UNFOLDED_BYTES:
+            return False
+        self.sort()
+        patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
+        weights = [w.flatten(1) for w in stage.parameters("weight")]
+        made = dispatch.grouped_linear(
+            patches.reshape(B * pixels, patch), self._rows(pixels), weights, stage.parameters("bias"),
+            is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty,
+        )  # fmt: skip
+        self.x = made.reshape(B, pixels, m.out_channels).mT.reshape(B, m.out_channels, *sizes)
+        return True
+
+    def norm(self, stage: _Stage) -> None:
+        m: Any = stage.leaves[0]
+        if isinstance(m, nn.GroupNorm):
+            y = F.group_norm(self.x, m.num_groups, None, None, m.eps)
+            shape = (m.num_channels, *[1] * (y.dim() - 2))
+        else:
+            plain = F.layer_norm if isinstance(m, nn.LayerNorm) else F.rms_norm
+            y = plain(self.x, m.normalized_shape, eps=m.eps)
+            shape = (*[1] * (y.dim() - 1 - len(m.normalized_shape)), *m.normalized_shape)
+        dtype = y.dtype  # whatever autocast lets a norm give on this device
+        for name, combine in (("weight", torch.mul), ("bias", torch.add)):
+            tables = stage.parameters(name)
+            if tables:
+                own = dispatch.grouped_linear(
+                    None, self.plan, (), [t.reshape(1, -1) for t in tables],
+                    is_sorted=self.is_sorted, keep_sorted=self.is_sorted, keep_empty=self.keep_empty,
+                )  # fmt: skip
+                y = combine(y, own.reshape(len(y), *shape))
+        self.x = y.to(dtype)
+
+
+def kept(plan: Plan, rows: int) -> Tensor | None:
+    """[B] bool: the samples that match a module; None where they all do and seeing that costs nothing."""
+    if plan.bounds is not None and plan.bounds[-1] == rows:
+        return None
+    sorted_kept = torch.arange(rows, device=plan.order.device) < plan.offsets[-1]
+    return torch.empty_like(sorted_kept).index_copy(0, plan.order, sorted_kept)
+
+
+def run(
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    keep_empty: bool = False,
+    differentiable_twice: bool = False,
+) -> Tensor:
+    """Sample b through the module that the plan gives it; zeros for samples that match none.
+
+    Modules that do the same with parameters of the same shapes (stacks of Linear, Conv2d, activations, norms, dropout)
+    run together. Others run one by one on contiguous slices, which on a GPU costs one read of the counts by the host.
+
+    Args:
+        modules: K of them.
+        x: [B, ...].
+        plan: of the B samples.
+        recipe: the same one at every call with these modules.
+        keep_empty: see ``ops.dispatch.grouped_linear``.
+        differentiable_twice: only use what has a second derivative.
+    """
+    alike = None if differentiable_twice else recipe.stages(modules)
+    if alike is None:
+        return _slices(modules, x, plan, keep_empty)
+    flow = _Flow(x, plan, keep_empty)
+    last = -1  # the last stage with parameters
+    for i, stage in enumerate(alike):
+        if stage.kind != "free":
+            last = i
+    for i, stage in enumerate(alike):
+        if stage.kind == "linear":
+            flow.linear(stage.parameters("weight"), stage.parameters("bias"), i < last)
+        elif stage.kind == "norm":
+            flow.norm(stage)
+        elif stage.kind == "conv":
+            if flow.x.dim() != 4 or not flow.conv(stage):
+                return _slices(modules, x, plan, keep_empty)
+        else:
+            leaf = stage.leaves[0]
+            if i < last or last < 0:
+                flow.sort()  # also a copy, for modules that work in place
+            flow.x = leaf(flow.x)
+        if i == last:
+            flow.unsort()
+    flow.unsort()
+    if alike[-1].kind != "linear":
+        rows = kept(plan, x.shape[0])
+        if rows is not None:
+            flow.x = torch.where(rows.reshape(-1, *[1] * (flow.x.dim() - 1)), flow.x, 0)
+    return flow.x
+
+
+class _WithZeros(torch.autograd.Function):
+    """The first tensor, with a gradient of zeros for the others."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = others
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.others)
+
+
+def _slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor:
+    y = _by_slices(modules, x, plan)
+    others = [p for m in modules for p in m.parameters()] if keep_empty else []
+    return _WithZeros.apply(y, *others) if others else y
+
+
+def _by_slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan) -> Tensor:
+    bounds = plan.bounds or dispatch.read(plan.offsets)
+    sorted_x = x.index_select(0, plan.order)
+    made: dict[int, Tensor] = {}
+    for k, m in enumerate(modules):
+        if bounds[k] < bounds[k + 1]:
+            made[k] = m(sorted_x[bounds[k] : bounds[k + 1]])
+            if not isinstance(made[k], Tensor) or made[k].dim() == 0 or len(made[k]) != bounds[k + 1] - bounds[k]:
+                raise ValueError(f"module {k}: expected an output with a row per sample, got {_shown(made[k])}")
+    if not made:  # nothing but the shape is asked for
+        like = modules[0](x[:0])
+        return like.new_zeros(len(x), *like.shape[1:])  # type: ignore[no-any-return]
+    first = next(iter(made))
+    for k, y in made.items():
+        if y.shape[1:] != made[first].shape[1:]:
+            raise ValueError(
+                f"modules: expected outputs of one shape, module {first} gives {list(made[first].shape[1:])} "
+                f"per sample, module {k} {list(y.shape[1:])}"
+            )
+    parts = list(made.values())
+    if bounds[-1] < len(x):
+        parts.append(parts[0].new_zeros(len(x) - bounds[-1], *parts[0].shape[1:]))
+    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.zeros_like(y).index_copy(0, plan.order, y)
+
+
+def _shown(y: object) -> str:
+    return str(list(y.shape)) if isinstance(y, Tensor) else type(y).__name__

@@ -1,0 +1,161 @@
+"""Policies with a critic: actor-critic, advantage actor-critic, and the weighted policy learner.
+
+Notation as in ``policy_gradient``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.dispatch import Plan
+from ...reference.policy import shifted, values
+from ..entries import Entries, Need, squared
+from ..record import Column
+from .base import Decided
+from .policy_gradient import REINFORCE, _WithValueNet, chosen, egreedy_columns, log_softmax_column
+
+
+class ActorCritic(REINFORCE):
+    """A policy, and Q as its critic. Loss: -log p_a sg(R - Q_a) + (Q_a - sg(y))^2. State: [log p, Q].
+
+    Intended: y = r + gamma max_k Q'_k, at the last step y = r.
+    Upstream: y = max_k Q'_k - r, and the final reward at the last step, or where K changes after it.
+
+    Args:
+        qvalue_net: Q instead of the default, [B, ...] -> [B, K]; None: a copy of ``policy_net``, if that is given. The
+            other arguments are :class:`Decision`'s.
+    """
+
+    needs: tuple[Need, ...] = (("max", 1),)
+    upstream_needs: tuple[Need, ...] = (("max", 1),)
+
+    def __init__(self, *args: Any, qvalue_net: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if qvalue_net is None:
+            qvalue_net = kwargs.get("policy_net") or kwargs.get("approx_module") or (args[7] if len(args) > 7 else None)
+        self._qvalue_mem = self._storages(self._num_selections, qvalue_net)
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        made = super()._decide(x, plan, forced)
+        critic = chosen(self._ask(self._qvalue_mem, x, plan), made.actions)
+        return Decided(made.actions, [*made.columns, critic], made.exploratory)
+
+    def loss(self, e: Entries) -> Tensor:
+        q = e.at(1)
+        if self.formula == "upstream":
+            y = e.upstream_target(lambda: e.next("max", 1) - e.r)
+        else:
+            y = e.target("max", 1)
+        return -e.at(0) * (e.R - q).detach() + squared(q, y)
+
+
+def expected(z: Tensor, q: Tensor) -> Tensor:
+    """[B], without gradient: sum_k p_k q_k, p = (z - min z + 1e-6) / sum."""
+    with torch.no_grad():
+        weight = shifted(z)
+        made: Tensor = torch.linalg.vecdot(weight, q).div_(weight.sum(1))
+        return made
+
+
+class WPL(ActorCritic):
+    """Weighted Policy Learner (Abdallah and Lesser 2008), the choice of the Routing Networks paper.
+
+    a ~ p = (z - min z + 1e-6) / sum; in eval the most likely one. State: [log p, Q], with p kept 1.2e-7 from 0 and 1
+    under the logarithm, and as intended V = sum_k p_k Q_k. The critic's loss is (Q_a - R)^2, and the actor's:
+    Intended: (p_a - sg(p_a + d w))^2, d = R - V, w = p_a if d < 0 else 1 - p_a: a step along the advantage of the
+    action, the smaller the nearer p_a is to where it leads.
+    Upstream: (log p_a - sg(log p_a m))^2, d = R - Q_a, m = 1 + d if d < 0 else 2 - d: on the logarithm, a negative
+    number, which turns some steps around, and against a critic that, once right, leaves nothing but noise of d.
+    """
+
+    needs: tuple[Need, ...] = ()
+    upstream_needs: tuple[Need, ...] = ()
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        z = self._ask(self._policy, x, plan)
+        choice, explored = self._choose(z, forced, kind="shifted")
+        log_p = Column(lambda: values(z, "shifted", 1.0), choice.value)
+        q = self._ask(self._qvalue_mem, x, plan)
+        columns = [log_p, chosen(q, choice.actions)]
+        if self.formula == "intended":
+            mean = expected(z, q)
+            columns.append(Column(lambda: mean[:, None], mean))
+        return Decided(choice.actions, columns, explored)
+
+    def loss(self, e: Entries) -> Tensor:
+        log_p, q, R = e.at(0), e.at(1), e.R
+        if self.formula == "upstream":
+            d = (R - q).detach()
+            factor = torch.where(d < 0, 1 + d, 2 - d)
+            return squared(log_p, (log_p * factor).detach()) + squared(q, R)
+        d = R - e.at(2)
+        p = log_p.exp()
+        now = p.detach()
+        step = torch.addcmul(d.relu(), d.abs(), now, value=-1)  # d w
+        return squared(p, now + step) + squared(q, R)
+
+
+class AAC(_WithValueNet):
+    """Advantage actor-critic. Loss: -log p_a sg(D) + D^2, D = R - V. State: [log p, V]. a ~ softmax(z).
+
+    Upstream adds the mean of D^2 over the layer's entries to each one, which comes to the same in the batch's mean, but
+    not in a single sample's loss.
+
+    Args:
+        value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
+    """
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
+        choice, explored = self._choose(z, forced)
+        return Decided(choice.actions, [log_softmax_column(z, 1.0, choice.value), Column(v)], explored)
+
+    def _advantage(self, e: Entries) -> Tensor:
+        return e.R - e.first(1)
+
+    def loss(self, e: Entries) -> Tensor:
+        advantage = self._advantage(e)
+        squared = advantage.square()
+        critic = e.mean(squared) if self.formula == "upstream" else squared
+        return -e.at(0) * advantage.detach() + critic
+
+
+class BootstrapAAC(AAC):
+    """:class:`AAC` with D = r + gamma V' - V, at the last step D = r - V.
+
+    Upstream's own code raises for any number of entries but 1 and 5; of ``formula="upstream"`` there is left
+    :class:`AAC`'s mean of D^2.
+    """
+
+    needs = upstream_needs = (("first", 1),)
+
+    def _advantage(self, e: Entries) -> Tensor:
+        return e.target("first", 1) - e.first(1)
+
+
+class EGreedyAAC(_WithValueNet):
+    """:class:`AAC` with the exploration of :class:`EGreedyREINFORCE`. State: [log p, p, mu, V].
+
+    Intended: -log p_a sg(w D) + D^2, w = p_a / mu_a. Upstream: w_i multiplies the sum of all entries' -log p_a D, and
+    the sum of all D^2 is added to each.
+
+    Args:
+        value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
+    """
+
+    _temperature = 1.0
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
+        choice, explored = self._choose(z, forced, with_coin=True)
+        return Decided(choice.actions, [*egreedy_columns(self, z, choice.value), Column(v)], explored)
+
+    def loss(self, e: Entries) -> Tensor:
+        advantage = e.R - e.first(3)
+        w, steps = (e.at(1) / e.at(2)).detach(), -e.at(0) * advantage.detach()
+        if self.formula == "upstream":
+            return w * e.sum(steps) + e.sum(advantage.square())
+        return w * steps + advantage.square()

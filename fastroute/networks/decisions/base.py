@@ -1,0 +1,355 @@
+"""What all decisions share: who decides for which sample, sampling, and the record they leave.
+
+Axes: B samples, K choices (``num_selections``), A agents.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import dispatch, policy
+from ...ops._backends import is_strict
+from ...ops._checks import at_least_one, shown
+from ...ops.dispatch import Plan
+from ...reference.policy import Choice, accumulating
+from ..entries import Entries, Need, from_raw
+from ..record import Column, Record
+from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
+from ..trajectory import SampleMetaInformation, Trajectory
+from .storage import ApproxPolicyStorage, Storages, TabularPolicyStorage, ask
+
+Triplet = tuple[Tensor, Trajectory, Tensor]
+
+
+@dataclass
+class Decided:
+    """What a class decided: actions [B], its state columns, what explored, and the batch if it changes it."""
+
+    actions: Tensor
+    columns: Sequence[Column]
+    exploratory: Tensor | Callable[[], Tensor] | None = None
+    y: Tensor | None = None
+
+
+class Decision(nn.Module):
+    """Chooses one of K modules per sample, and learns to.
+
+    Args:
+        num_selections: K.
+        in_features: of the input, for ``policy_storage_type="approx"`` without ``policy_net``; an int, or a tuple whose
+            product is taken.
+        num_agents: A. With more than one, ``forward`` needs ``agents``: each sample's agent decides for it.
+        exploration: how often value-based and epsilon-greedy classes explore, 0 to 1.
+        policy_storage_type: "approx" (0): a network on the input; "tabular" (1): a row per agent, whatever the input.
+        detach: keep the policies' gradients out of the input.
+        approx_hidden_dims: widths of hidden layers in the "approx" networks.
+        policy_net: a network [B, ...] -> [B, K] instead of those, copied per agent. Also ``approx_module``.
+        additional_reward_func: a per-action reward object; None: no such reward. Also ``additional_reward_class`` with
+            ``additional_reward_args`` (a dict or a tuple).
+        set_pg_temp: let ``set_exploration`` set the temperature of policy-gradient classes.
+        formula: "intended", or "upstream" for the formulas of Pytorch-Routing 0.4.1 as they stand, where they are
+            faulty: see each class.
+        generator: of the random numbers; None: PyTorch's own.
+
+    Parameters: ``_policy.{agent}._approx...``, as upstream. All classes take these arguments.
+    """
+
+    #: what a loss reads of the next state: of this class as intended, and as upstream has it
+    needs: tuple[Need, ...] = ()
+    upstream_needs: tuple[Need, ...] = ()
+
+    def __init__(
+        self,
+        num_selections: int,
+        in_features: int | Sequence[int] | None = None,
+        num_agents: int = 1,
+        exploration: float = 0.1,
+        policy_storage_type: str | int = "approx",
+        detach: bool = True,
+        approx_hidden_dims: Sequence[int] = (),
+        policy_net: nn.Module | None = None,
+        additional_reward_func: Any = None,
+        set_pg_temp: bool = False,
+        *,
+        formula: Formula = "intended",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **readme: Any,
+    ) -> None:
+        super().__init__()
+        self._num_selections = at_least_one("num_selections", num_selections)
+        self._num_agents = at_least_one("num_agents", num_agents)
+        policy_net, reward = _readme_spellings(type(self).__name__, readme, policy_net, additional_reward_func)
+        self.formula = check_formula(formula)
+        self.generator = generator
+        self._in_features, self._detach, self._set_pg_temp = in_features, bool(detach), bool(set_pg_temp)
+        self._hidden_dims = (
+            (approx_hidden_dims,) if isinstance(approx_hidden_dims, int) else tuple(approx_hidden_dims or ())
+        )
+        self._storage_type = _storage_type(policy_storage_type)
+        self._factory = {"device": device, "dtype": dtype}
+        self._exploration = self._check_exploration(exploration)
+        reward = PerActionBaseReward() if reward is None else reward
+        self.additional_reward_func = check_reward(reward, self._num_selections)
+        self._policy = self._storages(self._num_selections, policy_net)
+
+    def extra_repr(self) -> str:
+        return f"num_selections={self._num_selections}, num_agents={self._num_agents}, formula={self.formula!r}"
+
+    # -------------------------------------------------------------------------------------------------- construction
+
+    def _storages(self, outputs: int, net: nn.Module | None) -> Storages:
+        """A storage per agent: the user's network, or what ``policy_storage_type`` says."""
+        if net is None and self._storage_type == "tabular":
+            tables = (TabularPolicyStorage(outputs, **self._factory) for _ in range(self._num_agents))  # type: ignore[arg-type]
+            return Storages(tables, outputs)
+        nets = (
+            ApproxPolicyStorage(net, self._in_features, outputs, self._hidden_dims, self._detach, **self._factory)  # type: ignore[arg-type]
+            for _ in range(self._num_agents)
+        )
+        return Storages(nets, outputs)
+
+    @staticmethod
+    def _check_exploration(value: float) -> float:
+        if not 0 <= value <= 1:
+            raise ValueError(f"exploration: expected a number from 0 to 1, got {value}")
+        return float(value)
+
+    def set_exploration(self, exploration: float) -> None:
+        """Explore so often, 0 to 1; classes that have a temperature instead say what they do."""
+        self._exploration = self._check_exploration(exploration)
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        batch: Tensor,
+        meta: Trajectory | Sequence[SampleMetaInformation],
+        agents: Tensor | Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        update_target: Tensor | None = None,
+        *,
+        forced_actions: Tensor | None = None,
+        prior_actions: Tensor | Sequence[int] | None = None,
+    ) -> Triplet:
+        """Decide for every sample.
+
+        Args:
+            batch: [B, ...], what the policies look at.
+            meta: the batch's trajectory, in which the decision is recorded.
+            agents: [B] integers: the agent that decides for each sample, for instance the actions of an earlier
+                decision. Not looked at with one agent. Also ``prior_actions``.
+            mask: [B] bool (or 0 and 1): samples that are False are not decided for; their action is 0 and nothing is
+                recorded of them.
+            update_target: [B, ...]: what masked-out samples' rows come from, instead of ``batch``.
+            forced_actions: [B] integers: take these actions, instead of choosing (replay, teacher forcing, off-policy).
+
+        Returns:
+            (y, meta, actions [B] int64). y is the batch itself, except from GumbelSoftmax.
+
+        Raises:
+            ValueError, TypeError, IndexError: naming the argument. On a GPU, an agent or a forced action out of range
+            is no error but drops the sample (action -1, which a Selection turns into zeros), unless ``strict``.
+        """
+        B = batch.shape[0]
+        meta = Trajectory.of(meta, B)
+        active = as_mask(mask, B, batch.device)
+        whose = self._agents_of(agents if agents is not None else prior_actions, B, batch.device)
+        plan = self._plan(whose, active, B, batch.device)
+        forced = None
+        if forced_actions is not None:
+            forced = self._forced(forced_actions, B, batch.device)
+        made = self._decide(batch, plan, forced)
+        y = batch if made.y is None else made.y
+        actions = made.actions
+        if active is not None:
+            actions = torch.where(active, actions, 0)
+            rows = active.reshape(-1, *[1] * (batch.dim() - 1))
+            if update_target is not None:
+                y = torch.where(rows, y, update_target)
+            elif made.y is not None:
+                y = torch.where(rows, y, batch)
+        record = Record(
+            self,
+            actions,
+            self._num_selections,
+            made.columns,
+            agents=whose,
+            active=active,
+            exploratory=made.exploratory,
+            reward=self.additional_reward_func,
+        )
+        meta.record(record)
+        if not is_silent(self.additional_reward_func) and (self.training or self.formula == "upstream"):
+            register(self.additional_reward_func, record.states, actions, active)
+        return y, meta, actions
+
+    def _agents_of(self, agents: Any, B: int, device: torch.device) -> Tensor | None:
+        if self._num_agents == 1:
+            return None
+        if agents is None or len(agents) == 0 != B:
+            raise ValueError(
+                f"agents: expected the agent of each sample, [{B}] below {self._num_agents}, got none; "
+                "pass task labels or an earlier decision's actions"
+            )
+        return as_indices(agents, B, device, "agents")
+
+    def _plan(self, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device) -> Plan | None:
+        if agents is None and active is None:
+            return None
+        if agents is None:
+            agents = torch.zeros(B, dtype=torch.int64, device=device)
+        if active is not None:
+            agents = torch.where(active, agents, -1)
+        plan = dispatch.plan(agents, self._num_agents, "agents")
+        if active is None and plan.bounds is not None and plan.bounds[-1] < B:
+            raise IndexError(f"agents: expected indices of 0 or more, got {B - plan.bounds[-1]} that are negative")
+        return plan
+
+    def _forced(self, forced: Any, B: int, device: torch.device) -> Tensor:
+        forced = as_indices(forced, B, device, "forced_actions")
+        K = self._num_selections
+        looks = (device.type == "cpu" or is_strict()) and not torch.compiler.is_compiling() and type(forced) is Tensor
+        if looks and B:
+            lowest, highest = int(forced.min()), int(forced.max())
+            if lowest < 0 or highest >= K:
+                raise IndexError(f"forced_actions: expected indices from 0 to {K - 1}, got {lowest} to {highest}")
+        return forced if device.type == "cpu" else torch.where((forced >= 0) & (forced < K), forced, -1)
+
+    # ----------------------------------------------------------------------------------------- what subclasses fill in
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        raise NotImplementedError(f"{type(self).__name__} decides nothing: it defines no _decide")
+
+    def loss(self, e: Entries) -> Tensor | None:
+        """[N]: the loss of each entry, or None for no loss."""
+        raise NotImplementedError(f"{type(self).__name__} defines no loss")
+
+    @property
+    def lookahead(self) -> tuple[Need, ...]:
+        """What the loss reads of the next state."""
+        return self.upstream_needs if self.formula == "upstream" else self.needs
+
+    def loss_func(
+        self,
+        is_terminal: Tensor,
+        state: Tensor,
+        next_state: Tensor,
+        action: Tensor,
+        next_action: Tensor,
+        reward: Tensor,
+        cum_return: Tensor,
+        final_reward: Tensor,
+    ) -> Tensor:
+        """The loss as upstream's functions are called: states [N, K, 5], everything else [N] -> [N]."""
+        raw = (is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward)
+        made = self.loss(from_raw(self.lookahead, *raw))
+        return torch.zeros_like(cum_return) if made is None else made
+
+    # --------------------------------------------------------------------------------------------------------- sampling
+
+    def _uniform(self, *shape: int, like: Tensor) -> Tensor:
+        return torch.rand(shape, dtype=accumulating(like.dtype), device=like.device, generator=self.generator)
+
+    def _exponential(self, *shape: int, like: Tensor) -> Tensor:
+        # an infinite one, where the uniform is 0, never wins; exponential_ is four times slower on a CPU
+        return self._uniform(*shape, like=like).log_().neg_()
+
+    def _choose(
+        self,
+        scores: Tensor,
+        forced: Tensor | None,
+        *,
+        kind: str = "softmax",
+        temperature: float = 1.0,
+        with_coin: bool = False,
+    ) -> tuple[Choice, Tensor | Callable[[], Tensor] | None]:
+        """A choice, and what of it explored. With a coin it explores where the coin falls below ``exploration``."""
+        noise = coin = None
+        B, K = scores.shape
+        upstream = self.formula == "upstream"
+        if self.training and forced is None:
+            noise = self._exponential(B, K, like=scores)
+        if with_coin and forced is None and (self.training or upstream):
+            coin = self._uniform(B, like=scores)
+        made = policy(
+            scores, noise=noise, coin=coin if noise is not None else None, forced=forced, kind=kind,
+            temperature=temperature, exploration=self._exploration,
+        )  # fmt: skip
+        exploration = self._exploration
+        if kind == "score":
+            explored = None if coin is None else (lambda: coin < exploration)
+        else:  # upstream's flag says the opposite
+            explored = lambda: (made.actions == made.greedy) == upstream  # noqa: E731
+        return made, explored
+
+    def _ask(self, storages: Storages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False) -> Tensor:
+        made = ask(storages, x, plan, differentiable_twice=differentiable_twice)
+        if made.dim() != 2 or made.shape[1] != storages.outputs:
+            names = {"_policy": "policy_net", "_value_mem": "value_net", "_qvalue_mem": "qvalue_net"}
+            name = next(names[n] for n in names if getattr(self, n, None) is storages)
+            raise ValueError(f"{name}: expected outputs [{x.shape[0]}, {storages.outputs}], got {shown(made)}")
+        return made
+
+
+def as_indices(indices: Any, B: int, device: torch.device, name: str) -> Tensor:
+    """[B] int64 from a tensor or a list of integers."""
+    if not isinstance(indices, Tensor):
+        indices = torch.as_tensor(indices, device=device)
+    return dispatch.as_actions(indices, B, device, name)
+
+
+def as_mask(mask: Any, B: int, device: torch.device) -> Tensor | None:
+    """[B] bool from what users give as a mask."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        mask = torch.as_tensor(mask, device=device)
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask: expected bool (or 0 and 1), got {mask.dtype}")
+    if mask.numel() != B or mask.dim() > 2:
+        raise ValueError(f"mask: expected one per sample, shape [{B}], got {shown(mask)}")
+    flat: Tensor = mask.reshape(-1).to(device, torch.bool)
+    return flat
+
+
+def _storage_type(value: str | int) -> str:
+    if value in ("approx", 0) and value is not False:
+        return "approx"
+    if value in ("tabular", 1) and value is not True:
+        return "tabular"
+    raise ValueError(f"policy_storage_type: expected 'approx' (0) or 'tabular' (1), got {value!r}")
+
+
+_SPELLINGS = ("additional_reward_class", "additional_reward_args", "approx_module")
+
+
+def _readme_spellings(
+    name: str, given: dict[str, Any], policy_net: nn.Module | None, reward: Any
+) -> tuple[nn.Module | None, Any]:
+    """The argument names of upstream's READMEs, and an error for any other."""
+    for key in given:
+        if key not in _SPELLINGS:
+            known = [*Decision.__init__.__code__.co_varnames[1:15], "value_net", "qvalue_net", *_SPELLINGS]
+            near = difflib.get_close_matches(key, known, 1)
+            raise TypeError(f"{name}: unexpected keyword {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if given.get("approx_module") is not None:
+        if policy_net is not None:
+            raise TypeError(f"{name}: expected policy_net or approx_module, got both")
+        policy_net = given["approx_module"]
+    if given.get("additional_reward_class") is not None:
+        if reward is not None:
+            raise TypeError(f"{name}: expected additional_reward_func or additional_reward_class, got both")
+        args = given.get("additional_reward_args") or {}
+        reward = given["additional_reward_class"]
+        reward = reward(**args) if isinstance(args, dict) else reward(*args)
+    elif given.get("additional_reward_args"):
+        raise TypeError(f"{name}: additional_reward_args: expected additional_reward_class with it, got none")
+    return policy_net, reward

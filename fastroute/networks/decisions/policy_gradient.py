@@ -1,0 +1,155 @@
+"""Policy gradients: REINFORCE (Williams 1992), with baselines, and off-policy with epsilon-greedy exploration.
+
+Notation of the losses, per entry: p the policy, a the action taken, R the discounted sum of rewards from the entry on,
+r its own reward, sg(.) no gradient, ' the sample's next decision, K choices. See ``entries.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import policy
+from ...ops.dispatch import Plan
+from ...reference.policy import values
+from ..entries import Entries, squared
+from ..record import Column
+from .base import Decided, Decision
+
+
+def log_softmax_column(z: Tensor, temperature: float, at: Tensor | None) -> Column:
+    """log p, whose full [B, K] is only made when looked at."""
+    return Column(lambda: values(z, "softmax", temperature), at)
+
+
+def chosen(scores: Tensor, actions: Tensor) -> Column:
+    """Scores [B, K] as a column, their entries at the actions by the op: fewer operators than a gather."""
+    return Column(scores, policy(scores, forced=actions, kind="score").value)
+
+
+class REINFORCE(Decision):
+    """REINFORCE: a ~ softmax(z / temperature), in eval the most likely one.
+
+    Loss: -log p_a sg(R). State: [log p].
+
+    ``set_exploration(e)`` sets temperature = 0.1 + 9.9 e if ``set_pg_temp``, and else does nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._temperature = 1.0
+
+    def set_exploration(self, exploration: float) -> None:
+        """Set the temperature to 0.1 + 9.9 exploration, if the decision was made with ``set_pg_temp``."""
+        self._check_exploration(exploration)
+        if self._set_pg_temp:
+            self._temperature = 0.1 + 9.9 * float(exploration)
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        z = self._ask(self._policy, x, plan)
+        choice, explored = self._choose(z, forced, temperature=self._temperature)
+        return Decided(choice.actions, [log_softmax_column(z, self._temperature, choice.value)], explored)
+
+    def loss(self, e: Entries) -> Tensor:
+        return -e.at(0) * e.R
+
+
+class _WithValueNet(Decision):
+    """Decisions with a second network, ``_value_mem``."""
+
+    _value_outputs: int | None = 1  #: None: K
+
+    def __init__(self, *args: Any, value_net: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._value_mem = self._storages(self._value_outputs or self._num_selections, value_net)
+
+
+class REINFORCEBl1(_WithValueNet):
+    """REINFORCE with a learned baseline; a ~ softmax(z).
+
+    Loss: -log p_a sg(R - b) + (V_a - sg(y))^2, V a network with K outputs. State: [log p, V].
+    Intended: b = sum_k p_k V_k, the expected value, and y = r + gamma max_k V'_k, at the last step y = r.
+    Upstream: b = V_0, whatever the action; y = max_k V'_k - r, at the last step the final reward.
+
+    Args:
+        value_net: V instead of the default, [B, ...] -> [B, K]; the other arguments are :class:`Decision`'s.
+    """
+
+    _value_outputs = None
+    needs = upstream_needs = (("max", 1),)
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
+        choice, explored = self._choose(z, forced)
+        return Decided(choice.actions, [log_softmax_column(z, 1.0, choice.value), chosen(v, choice.actions)], explored)
+
+    def _return(self, e: Entries) -> Tensor:
+        return e.R
+
+    def loss(self, e: Entries) -> Tensor:
+        if self.formula == "upstream":
+            baseline = e.first(1)
+            y = e.upstream_target(lambda: e.next("max", 1) - e.r)
+        else:
+            baseline = (e.full(0).exp() * e.full(1)).sum(1)
+            y = e.target("max", 1)
+        actor = -e.at(0) * (self._return(e) - baseline).detach()
+        return actor + squared(e.at(1), y)
+
+
+class REINFORCEBl2(REINFORCEBl1):
+    """:class:`REINFORCEBl1` with the return weighted by how unlikely the action was, R / (K p_a), in the advantage."""
+
+    def _return(self, e: Entries) -> Tensor:
+        return e.R / (e.choices * e.at(0).detach().exp())
+
+
+def behaviour(log_p: Tensor, exploration: float, upstream: bool) -> Tensor:
+    """mu [B, K]: how likely each action was, when a coin chose between a draw from p and the greedy action."""
+    log_p = log_p.detach()
+    p, top = log_p.exp(), log_p.max(1, keepdim=True)
+    greedy = torch.zeros_like(p).scatter(1, top.indices, 1.0)
+    if not upstream:
+        return exploration * p + (1 - exploration) * greedy
+    others = p / (1 - top.values) * (exploration / max(p.shape[1] - 1, 1))
+    return torch.where(greedy > 0, 1 - exploration, others)
+
+
+def egreedy_columns(decision: Any, z: Tensor, log_p_a: Tensor) -> list[Column]:
+    """[log p, p, mu]; in eval mu is p."""
+    log_p = log_softmax_column(z, decision._temperature, log_p_a)
+    p = Column(lambda: log_p.full.exp())
+    if not decision.training:
+        return [log_p, p, p]
+    exploration, upstream = decision._exploration, decision.formula == "upstream"
+    return [log_p, p, Column(lambda: behaviour(log_p.full, exploration, upstream))]
+
+
+class EGreedyREINFORCE(REINFORCE):
+    """REINFORCE with epsilon-greedy exploration, corrected by importance weights; in eval the greedy action.
+
+    In training an action is drawn from p with probability ``exploration`` and is greedy otherwise.
+    Loss: -log p_a sg(w R), w = p_a / mu_a. State: [log p, p, mu].
+    Intended: mu = exploration p + (1 - exploration) onehot(greedy).
+    Upstream: mu_k = p_k / (1 - log p_max) exploration / (K - 1) for others than the greedy action, whose mu is
+    1 - exploration; and w_i multiplies the sum of all entries' -log p_a R, not entry i's. Its ``set_exploration(e)``
+    takes min(1, 3 e), the intended one e.
+    """
+
+    def set_exploration(self, exploration: float) -> None:
+        """Explore so often, 0 to 1 (upstream: three times as often)."""
+        value = self._check_exploration(exploration)
+        self._exploration = min(1.0, 3 * value) if self.formula == "upstream" else value
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        z = self._ask(self._policy, x, plan)
+        choice, explored = self._choose(z, forced, temperature=self._temperature, with_coin=True)
+        return Decided(choice.actions, egreedy_columns(self, z, choice.value), explored)
+
+    def loss(self, e: Entries) -> Tensor:
+        w = (e.at(1) / e.at(2)).detach()
+        if self.formula == "upstream":
+            return w * e.sum(-e.at(0) * e.R)
+        return -e.at(0) * (w * e.R)

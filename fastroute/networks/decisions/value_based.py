@@ -1,0 +1,102 @@
+"""Action values learned by temporal differences: Q-learning (Watkins 1989), SARSA, and advantages.
+
+Exploration is epsilon-greedy with uniform draws; in eval the best action is taken. Notation as in ``policy_gradient``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...ops.dispatch import Plan
+from ..entries import Entries, squared
+from ..record import Column
+from .base import Decided, Decision
+from .policy_gradient import _WithValueNet
+
+
+class QLearning(Decision):
+    """Q-learning. Loss: (q_a - sg(y))^2. State: [q].
+
+    Intended: y = r + gamma max_k q'_k, at the last step y = r (which there includes the final reward).
+    Upstream: y = max_k q'_k - r, and the final reward alone at the last step, or where K changes after it.
+    """
+
+    needs = upstream_needs = (("max", 0),)
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        q = self._ask(self._policy, x, plan)
+        choice, explored = self._choose(q, forced, kind="score", with_coin=True)
+        return Decided(choice.actions, [Column(q, choice.value)], explored)
+
+    def _upstream_target(self, e: Entries) -> Tensor:
+        return e.upstream_target(lambda: e.next("max", 0) - e.r)
+
+    def loss(self, e: Entries) -> Tensor:
+        (how, i), *_ = self.needs
+        y = self._upstream_target(e) if self.formula == "upstream" else e.target(how, i)
+        return squared(e.at(0), y)
+
+
+class SARSA(QLearning):
+    """SARSA: :class:`QLearning` with the value of the action taken next.
+
+    Intended: y = r + gamma q'_{a'}. Upstream: y = q_{a'}, of the current state, without r.
+    """
+
+    needs = (("at", 0),)
+    upstream_needs = (("action", 0),)
+
+    def _upstream_target(self, e: Entries) -> Tensor:
+        def ahead() -> Tensor:
+            q = e.full(0).detach()
+            return q.gather(1, e.next("action", 0).clamp(max=q.shape[1] - 1)[:, None])[:, 0]
+
+        return e.upstream_target(ahead)
+
+
+class AdvantageLearning(_WithValueNet):
+    """Advantages and a state value. Loss: (V - R)^2 + (A_a - sg(R - V))^2. State: [A, V].
+
+    Args:
+        value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
+    """
+
+    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        advantage, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
+        choice, explored = self._choose(advantage, forced, kind="score", with_coin=True)
+        return Decided(choice.actions, [Column(advantage, choice.value), Column(v)], explored)
+
+    def _target(self, e: Entries) -> Tensor:
+        return e.R
+
+    def loss(self, e: Entries) -> Tensor:
+        v, y = e.first(1), self._target(e)
+        return squared(v, y) + squared(e.at(0), y - v.detach())
+
+
+class BootstrapAdvantageLearning(AdvantageLearning):
+    """:class:`AdvantageLearning` with R replaced by y.
+
+    Intended: y = r + gamma V', at the last step y = r. Upstream: y = V' + r, at the last step the final reward.
+    """
+
+    needs = upstream_needs = (("first", 1),)
+
+    def _target(self, e: Entries) -> Tensor:
+        if self.formula == "upstream":
+            return e.upstream_target(lambda: e.next("first", 1) + e.r)
+        return e.target("first", 1)
+
+
+class SurpriseLearning(AdvantageLearning):
+    """:class:`AdvantageLearning` with R replaced by y = gamma V' - r, at the last step the final reward.
+
+    The sign of r is what tells it from :class:`BootstrapAdvantageLearning`, so it is kept in both formulas.
+    """
+
+    needs = upstream_needs = (("first", 1),)
+
+    def _target(self, e: Entries) -> Tensor:
+        if self.formula == "upstream":
+            return e.upstream_target(lambda: e.next("first", 1) - e.r)
+        return e.last_or(e.f, lambda: e.gamma * e.next("first", 1) - e.r)

@@ -1,0 +1,238 @@
+"""The loss of a routed network: the modules', and what the decisions learn from it.
+
+Axes: B samples, T decisions recorded for the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .entries import Entries, Need, Step, reduce
+from .record import Record
+from .rewards import Formula, check_formula, final_rewards, per_action_rewards
+from .trajectory import SampleMetaInformation, Trajectory
+
+_Samples = Trajectory | Sequence[SampleMetaInformation]
+
+
+class Loss(nn.Module):
+    """The modules' loss, and the decisions' loss on the rewards that follow from it.
+
+    Args:
+        pytorch_loss_func: a loss module, or a function of (ysest, ystrue) with a ``reduction`` argument or with one
+            loss per sample as its result.
+        routing_reward_func: of a sample's final reward f, see ``rewards``; a function is called for one sample with
+            (loss [1], yest [1, ...], ytrue [1, ...]).
+        discounting: gamma, of rewards and of what comes next. (Upstream takes no notice of it: ``formula="upstream"``.)
+        clear: clear the per-action rewards' memory after each call.
+        normalize_per_action_rewards: multiply them by \\|f\\|.
+        formula: "intended" or "upstream". The decisions have formulas of their own.
+
+    A decision's reward is r_t = (its per-action reward + what was added) / T_b, the last one's that plus f, T_b being
+    how many decisions were recorded for the sample; R_t = sum_s gamma^(s - t) r_s. A sample's routing loss is the sum
+    over its decisions of what each class defines. A sample without a decision has routing loss 0.
+    """
+
+    def __init__(
+        self,
+        pytorch_loss_func: Any,
+        routing_reward_func: Any,
+        discounting: float = 1.0,
+        clear: bool = False,
+        normalize_per_action_rewards: bool = True,
+        *,
+        formula: Formula = "intended",
+    ) -> None:
+        super().__init__()
+        if inspect.isclass(pytorch_loss_func) or inspect.isclass(routing_reward_func):
+            raise TypeError("Loss: expected objects, got a class; write CrossEntropyLoss(), NegLossReward()")
+        if not callable(pytorch_loss_func):
+            raise TypeError(f"pytorch_loss_func: expected a loss module or a function, got {pytorch_loss_func!r}")
+        if not callable(routing_reward_func):
+            raise TypeError(f"routing_reward_func: expected a reward object or a function, got {routing_reward_func!r}")
+        if not 0 <= discounting <= 1:
+            raise ValueError(f"discounting: expected a number from 0 to 1, got {discounting}")
+        self.pytorch_loss_func, self._per_sample = pytorch_loss_func, _per_sample(pytorch_loss_func)
+        self.routing_reward_func = routing_reward_func
+        self.discounting, self.clear = float(discounting), bool(clear)
+        self.normalize_per_action_rewards = bool(normalize_per_action_rewards)
+        self.formula = check_formula(formula)
+
+    def forward(
+        self,
+        ysest: Tensor,
+        mys: _Samples | Tensor,
+        ystrue: Tensor | _Samples | None = None,
+        external_losses: Tensor | None = None,
+        reduce: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """(module_loss, routing_loss), both means over the batch.
+
+        Args:
+            ysest: [B, ...], the network's outputs.
+            mys: their trajectory. The READMEs' order (ysest, ystrue, mys) is understood as well.
+            ystrue: [B, ...], the targets. May be None with ``external_losses``.
+            external_losses: [B, ...], losses made elsewhere; those of a sample are summed.
+            reduce: False for the vectors [B] instead of their means.
+
+        Of an empty batch both are 0. A NaN in one sample's loss is in the means; with ``reduce=False`` it is in that
+        sample alone (upstream's formulas that mix samples excepted).
+        """
+        if isinstance(mys, Tensor) or _is_meta(ystrue):
+            mys, ystrue = ystrue, mys  # type: ignore[assignment]
+        if not _is_meta(mys):
+            raise TypeError(f"mys: expected a Trajectory or a list of its samples, got {type(mys).__name__}")
+        meta = Trajectory.of(mys)  # type: ignore[arg-type]
+        B = len(meta)
+        if ysest.shape[0] != B:
+            raise ValueError(f"ysest: expected one row per sample of the trajectory, {B}, got {list(ysest.shape)}")
+        truth: Tensor | None = ystrue  # type: ignore[assignment]
+        losses = self._losses(ysest, truth, external_losses, B)
+        routing = self._routing(meta, losses, ysest, truth)
+        if self.clear:
+            for reward in {id(r.reward): r.reward for r in meta.records if r.reward is not None}.values():
+                reward.clear()
+        if not reduce:
+            return losses, routing
+        return (losses.mean(), routing.mean()) if B else (losses.sum(), routing.sum())
+
+    # ------------------------------------------------------------------------------------------------ modules' losses
+
+    def _losses(self, ysest: Tensor, ystrue: Tensor | None, external: Tensor | None, B: int) -> Tensor:
+        if external is not None:
+            if external.shape[:1] != (B,):
+                raise ValueError(f"external_losses: expected one row per sample, {B}, got {list(external.shape)}")
+            return external.flatten(1).sum(1) if external.dim() > 1 else external
+        if ystrue is None:
+            raise ValueError("ystrue: expected the targets (or external_losses), got None")
+        if ystrue.shape[:1] != (B,):
+            raise ValueError(f"ystrue: expected one row per sample, {B}, got {list(ystrue.shape)}")
+        made: Tensor = self._per_sample(ysest, ystrue)
+        if made.shape[:1] != (B,):
+            raise ValueError(
+                f"pytorch_loss_func: expected one loss per sample, {B}, got shape {list(made.shape)}; give a loss "
+                "module, or a function that takes reduction='none'"
+            )
+        return made.flatten(1).sum(1) if made.dim() > 1 else made
+
+    # ---------------------------------------------------------------------------------------------- decisions' losses
+
+    def _routing(self, meta: Trajectory, losses: Tensor, ysest: Tensor, ystrue: Tensor | None) -> Tensor:
+        f = final_rewards(self.routing_reward_func, losses, ysest, ystrue)
+        meta.check_foreign()
+        meta.finish(f)
+        records = meta.records
+        if not records:
+            return torch.zeros_like(losses.detach())
+        total: Tensor | None = None
+        steps = self._steps(meta, records, f)
+        gamma = self._gamma
+        layers: dict[int, list[int]] = {}
+        for t, record in enumerate(records):
+            layers.setdefault(id(record.decision), []).append(t)
+        for of_layer in layers.values():
+            entries = Entries([records[t] for t in of_layer], [steps[t] for t in of_layer], gamma)
+            made = records[of_layer[0]].decision.loss(entries)
+            if made is None:
+                continue
+            active = entries.active
+            if active is not None:
+                made = torch.where(active, made, 0)
+            if len(of_layer) > 1:
+                made = made.reshape(len(of_layer), len(meta)).sum(0)
+            total = made if total is None else total + made
+        return torch.zeros_like(losses.detach()) if total is None else total
+
+    @property
+    def _gamma(self) -> float:
+        return 1.0 if self.formula == "upstream" else self.discounting
+
+    def _steps(self, meta: Trajectory, records: list[Record], f: Tensor) -> list[Step]:
+        rewards = [self._own_reward(meta, t, record, f) for t, record in enumerate(records)]
+        masked = any(r.active is not None for r in records)
+        if any(reward is not None for reward in rewards):
+            counts: Tensor | int = meta.active.sum(0).clamp(min=1) if masked else len(records)
+            scale = (f.abs() if self.normalize_per_action_rewards else torch.ones_like(f)) / counts
+            rewards = [None if reward is None else reward * scale for reward in rewards]
+        needs = set().union(*(r.decision.lookahead for r in records))
+        return self._masked(records, rewards, f, needs) if masked else self._full(records, rewards, f, needs)
+
+    @staticmethod
+    def _own_reward(meta: Trajectory, t: int, record: Record, f: Tensor) -> Tensor | None:
+        own = per_action_rewards(record.reward, record.states, record.actions, record.active, f)
+        added = meta.added_rewards(t, f)
+        if own is None or added is None:
+            return added if own is None else own
+        return own + added
+
+    def _full(self, records: list[Record], rewards: list[Tensor | None], f: Tensor, needs: set[Need]) -> list[Step]:
+        """Every sample has every decision."""
+        gamma, last = self._gamma, len(records) - 1
+        steps: list[Step] = []
+        ahead: dict[Need, Tensor] = {}
+        R, zero = f, torch.zeros_like(f) if any(own is None for own in rewards[:-1]) else f
+        for t in reversed(range(len(records))):
+            record, own = records[t], rewards[t]
+            if t == last:
+                r = f if own is None else own + f
+                R = r
+            else:
+                r = zero if own is None else own
+                R = R if gamma == 1 else R * gamma
+                R = R if own is None else R + own
+            cut = t == last or records[t + 1].choices != record.choices
+            steps.append(Step(r, R, f, t == last, cut, ahead))
+            if t:
+                ahead = {need: reduce(record, need, f.dtype) for need in needs}
+        return steps[::-1]
+
+    def _masked(self, records: list[Record], rewards: list[Tensor | None], f: Tensor, needs: set[Need]) -> list[Step]:
+        """A sample's next decision is the next one it was active in."""
+        gamma = self._gamma
+        steps: list[Step] = []
+        more = torch.zeros_like(f, dtype=torch.bool)
+        choices = torch.zeros_like(records[0].actions)
+        R = torch.zeros_like(f)
+        ahead: dict[Need, Tensor] = {}
+        for t in reversed(range(len(records))):
+            record = records[t]
+            active = torch.ones_like(more) if record.active is None else record.active
+            r = torch.where(more, 0, f)
+            if (own := rewards[t]) is not None:
+                r = r + own
+            R_here = r + gamma * R
+            steps.append(Step(r, R_here, f, ~more, ~more | (choices != record.choices), dict(ahead)))
+            R = torch.where(active, R_here, R)
+            for need in needs:
+                here = reduce(record, need, f.dtype)
+                ahead[need] = torch.where(active, here, ahead.get(need, torch.zeros_like(here)))
+            choices = torch.where(active, record.choices, choices)
+            more = more | active
+        return steps[::-1]
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Trajectory) or (
+        isinstance(value, (list, tuple)) and all(isinstance(v, SampleMetaInformation) for v in value)
+    )
+
+
+def _per_sample(function: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function without its reduction over the batch; the user's object stays as it is."""
+    if isinstance(function, nn.Module):
+        if hasattr(function, "reduction"):
+            function = copy.copy(function)
+            function.reduction = "none"  # type: ignore[assignment]
+        return function  # type: ignore[no-any-return]
+    try:
+        takes = "reduction" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        takes = False
+    return functools.partial(function, reduction="none") if takes else function  # type: ignore[no-any-return]

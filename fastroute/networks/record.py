@@ -1,0 +1,139 @@
+"""What one decision layer did with a batch.
+
+Axes: B samples, K choices of a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATE_COLUMNS = 5  #: upstream pads every state to so many columns
+
+
+class Column:
+    """One quantity per choice, [B, K] or [B, 1], of which a loss mostly reads the entry at the action.
+
+    ``full`` is the tensor or a function that makes it when somebody looks; ``at`` is the entry at the action, where the
+    decision has it anyway.
+    """
+
+    __slots__ = ("_at", "_full", "_memo")
+
+    def __init__(self, full: Tensor | Callable[[], Tensor], at: Tensor | None = None) -> None:
+        self._full, self._at = full, at
+        self._memo: dict[str, Tensor] = {}
+
+    @property
+    def full(self) -> Tensor:
+        """[B, K], or [B, 1] for a quantity that all choices share."""
+        if not isinstance(self._full, Tensor):
+            with torch.enable_grad():  # whoever looks first may do so without: others want its gradient
+                self._full = self._full()
+        return self._full
+
+    def at(self, actions: Tensor) -> Tensor:
+        """[B]: the entries at the actions of the record."""
+        if self._at is None:
+            full = self.full
+            self._at = full.squeeze(1) if full.shape[1] == 1 else full.gather(1, actions.unsqueeze(1)).squeeze(1)
+        return self._at
+
+    def reduced(self, how: str) -> Tensor:
+        """[B], without gradient: the "max" over choices, or the "first" choice's."""
+        if how not in self._memo:
+            full = self.full.detach()
+            self._memo[how] = full[:, 0] if how == "first" or full.shape[1] == 1 else full.max(1).values
+        return self._memo[how]
+
+    def take(self, rows: Tensor) -> Column:
+        """The samples ``rows`` of it."""
+        at = None if self._at is None else self._at[rows]
+        return Column(lambda: self.full[rows], at)
+
+    def spread(self, rows: Tensor, size: int) -> Column:
+        """In a batch of ``size``, at ``rows``; zeros elsewhere."""
+        at = None if self._at is None else spread(self._at, rows, size)
+        return Column(lambda: spread(self.full, rows, size), at)
+
+
+def spread(t: Tensor, rows: Tensor, size: int, fill: float = 0) -> Tensor:
+    return t.new_full((size, *t.shape[1:]), fill).index_copy(0, rows, t)
+
+
+class Record:
+    """What one decision layer did with a batch: one row of a :class:`Trajectory`.
+
+    Attributes:
+        decision: the layer.
+        actions: [B] int64.
+        choices: K.
+        agents: [B] int64, or None where the layer has one agent.
+        active: [B] bool, or None: the samples it decided for; None means all.
+        exploratory: [B] bool, or a function that makes it.
+        columns: the layer's state, see its class; entries of inactive samples mean nothing.
+        reward: its per-action reward function.
+    """
+
+    def __init__(
+        self,
+        decision: Any,
+        actions: Tensor,
+        choices: int,
+        columns: Sequence[Column],
+        *,
+        agents: Tensor | None = None,
+        active: Tensor | None = None,
+        exploratory: Tensor | Callable[[], Tensor] | None = None,
+        reward: Any = None,
+    ) -> None:
+        self.decision, self.actions, self.choices, self.columns = decision, actions, choices, tuple(columns)
+        self.agents, self.active, self.reward = agents, active, reward
+        self._exploratory = exploratory
+
+    @property
+    def exploratory(self) -> Tensor:
+        """[B] bool: where the action was one of exploration."""
+        if self._exploratory is None:
+            self._exploratory = torch.zeros_like(self.actions, dtype=torch.bool)
+        if not isinstance(self._exploratory, Tensor):
+            self._exploratory = self._exploratory()
+        return self._exploratory
+
+    def states(self) -> Tensor:
+        """[B, K, 5]: the columns side by side, zero-padded as upstream has them, with their gradients."""
+        like = self.columns[0].full if self.columns else self.actions.new_zeros(1, 1, dtype=torch.float32)
+        shape = (self.actions.shape[0], self.choices)
+        made = [c.full.expand(shape).to(like.dtype) for c in self.columns]
+        made += [like.new_zeros(shape)] * (STATE_COLUMNS - len(made))
+        return torch.stack(made, -1)
+
+    def take(self, rows: Tensor) -> Record:
+        """Of the samples ``rows`` only."""
+        return Record(
+            self.decision,
+            self.actions[rows],
+            self.choices,
+            [c.take(rows) for c in self.columns],
+            agents=None if self.agents is None else self.agents[rows],
+            active=None if self.active is None else self.active[rows],
+            exploratory=lambda: self.exploratory[rows],
+            reward=self.reward,
+        )
+
+    def spread(self, rows: Tensor, size: int) -> Record:
+        """As a record of a larger batch, in which the other samples are inactive."""
+        active = torch.ones_like(self.actions, dtype=torch.bool) if self.active is None else self.active
+        return Record(
+            self.decision,
+            spread(self.actions, rows, size),
+            self.choices,
+            [c.spread(rows, size) for c in self.columns],
+            agents=None if self.agents is None else spread(self.agents, rows, size),
+            active=spread(active, rows, size),
+            exploratory=lambda: spread(self.exploratory, rows, size),
+            reward=self.reward,
+        )

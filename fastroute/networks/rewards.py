@@ -1,0 +1,361 @@
+"""Rewards: of a sample's final loss, and of single actions.
+
+Axes: B samples of one decision, C choices. All rewards are without gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dispatch
+
+Formula = Literal["intended", "upstream"]
+
+
+def check_formula(formula: str) -> Formula:
+    if formula not in ("intended", "upstream"):
+        raise ValueError(f"formula: expected 'intended' or 'upstream', got {formula!r}")
+    return formula  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------------- final rewards
+
+
+class BaseReward(nn.Module):
+    """A final reward. Subclasses define ``forward`` for one sample, and ``rewards`` where a batch can be done at once.
+
+    Args:
+        scale: multiplies the reward. (Upstream stores it and never uses it: ``formula="upstream"``.)
+    """
+
+    def __init__(self, scale: float = 1.0, *, formula: Formula = "intended") -> None:
+        super().__init__()
+        self.scale = scale
+        self.formula = check_formula(formula)
+
+    def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
+        """One sample: loss [1], yest [1, ...], ytrue [1, ...] -> its reward [1]. To be defined in a subclass."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward(loss, yest, ytrue)")
+
+    def scaled(self, reward: Tensor) -> Tensor:
+        """The reward times ``scale``."""
+        return reward if self.scale == 1.0 or self.formula == "upstream" else reward * self.scale
+
+
+class NegLossReward(BaseReward):
+    """Minus the loss."""
+
+    def rewards(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
+        """[B] losses -> [B]."""
+        return self.scaled(-loss.detach())
+
+    def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None = None) -> Tensor:
+        """Of one sample or many: the loss, any shape, and what it came from, which is not looked at."""
+        return self.rewards(loss, yest, ytrue)
+
+
+class CorrectClassifiedReward(BaseReward):
+    """+1 where the prediction is right, -1 where it is not.
+
+    The prediction is the argmax of [B, C] scores, or the class index itself where there is one number per sample;
+    the truth is a class index, or one-hot.
+    """
+
+    def rewards(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
+        """yest [B, C] or [B], ytrue [B], [B, 1] or one-hot [B, C] -> [B]."""
+        if ytrue is None:
+            raise ValueError("ystrue: CorrectClassifiedReward needs the true classes, got none")
+        B = loss.shape[0]
+        yest, ytrue = (t.detach().reshape(B, t.shape[1:].numel()) for t in (yest, ytrue))
+        classes = yest.shape[1]
+        guess = yest.argmax(1) if classes > 1 else yest[:, 0]
+        truth = ytrue.argmax(1) if ytrue.shape[1] == classes and classes > 1 else ytrue[:, 0]
+        if ytrue.shape[1] not in (1, classes):
+            raise ValueError(f"ystrue: expected class indices [B] or one-hot [B, {classes}], got {list(ytrue.shape)}")
+        right = guess == truth
+        return self.scaled(torch.where(right, 1.0, -1.0).to(loss.dtype))
+
+    def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
+        """Of one sample or many: loss [B], yest [B, C] or [B], ytrue [B] or one-hot [B, C] -> [B]."""
+        return self.rewards(loss.reshape(-1), yest, ytrue)
+
+
+def _one(reward: Any) -> Tensor:
+    made = torch.as_tensor(reward)
+    if made.numel() != 1:
+        raise ValueError(f"routing_reward_func: expected one reward for a sample, got shape {list(made.shape)}")
+    return made.reshape(())
+
+
+def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
+    """[B] final rewards by a reward object or a user's function of a sample (loss [1], yest [1, ...], ytrue [1, ...]).
+
+    A function is run over the batch by ``torch.vmap``, or, if that cannot, sample by sample.
+    """
+    losses = losses.detach()
+    with torch.no_grad():
+        if hasattr(function, "rewards"):
+            made: Tensor = function.rewards(losses, yest, ytrue)
+        else:
+            truth = torch.zeros_like(losses) if ytrue is None else ytrue.detach()
+            args = losses[:, None], yest.detach()[:, None], truth[:, None]
+            try:
+                made = torch.vmap(lambda *sample: _one(function(*sample)))(*args)
+            except Exception:  # whatever vmap cannot do with a user's function; its own error comes again from the loop
+                each = [_one(function(*sample)) for sample in zip(*args, strict=True)]
+                made = torch.stack(each) if each else losses
+    if made.numel() != losses.shape[0]:
+        raise ValueError(f"routing_reward_func: expected {losses.shape[0]} rewards, got {list(made.shape)}")
+    as_it_is = made.dim() == 1 and made.dtype == losses.dtype and not made.requires_grad
+    return made if as_it_is else made.detach().reshape(-1).to(losses.dtype)
+
+
+# ----------------------------------------------------------------------------------------------- per-action rewards
+
+
+class PerActionBaseReward:
+    """No reward, and the interface of those that give one.
+
+    A subclass defines ``rewards`` (and ``register_all``) on a batch, or upstream's ``get_reward`` (and ``register``) on
+    one sample: whichever it has is used, the latter in a loop.
+
+    Args:
+        history_window: how many of the last actions are kept (``history``), where a subclass wants them.
+    """
+
+    keeps_history = False  #: whether ``register_all`` has to keep the last actions
+
+    def __init__(self, history_window: int = 256) -> None:
+        if history_window < 1:
+            raise ValueError(f"history_window: expected at least 1, got {history_window}")
+        self.history_window = history_window
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was registered."""
+        self._ring: Tensor | None = None
+
+    @property
+    def history(self) -> Tensor:
+        """[history_window] int64: the last actions, the latest last; -1 before there were so many."""
+        return torch.full((self.history_window,), -1) if self._ring is None else self._ring
+
+    def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
+        """Note a batch's actions [B], those of active samples [B]; ``dists()`` are their states [B, K, 5]."""
+        if self.keeps_history:
+            ring = self.history.to(actions.device)
+            if active is not None:
+                actions = torch.where(active, actions, -1)
+            ring = torch.cat([ring, actions])
+            if active is not None:  # what is not there comes first, without reading how much that is
+                ring = ring[(ring >= 0).to(torch.int8).argsort(stable=True)]
+            self._ring = ring[-self.history_window :]
+
+    def register(self, dist: Tensor, action: Tensor) -> None:
+        """Note one sample's action."""
+        self.register_all(lambda: dist, torch.as_tensor(action).reshape(1))
+
+    def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
+        """[B] rewards of actions [B] in the dtype of ``like``, or None for zeros."""
+        return None
+
+    def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
+        """[1]: the reward of one action."""
+        action = torch.as_tensor(action).reshape(1)
+        like = torch.zeros(1, device=action.device)
+        made = self.rewards(lambda: dist, action, like)
+        return like if made is None else made
+
+    def check(self, choices: int) -> None:
+        """Told the number of choices of a decision that uses it."""
+
+
+class _PerActionCounting(PerActionBaseReward):
+    """The arguments of the two collaboration rewards."""
+
+    def __init__(
+        self,
+        reward_ratio: float = 0.1,
+        num_actions: int | None = None,
+        history_len: int = 256,
+        *,
+        formula: Formula = "intended",
+    ) -> None:
+        if num_actions is not None and num_actions < 1:
+            raise ValueError(f"num_actions: expected at least 1, got {num_actions}")
+        self.reward_ratio, self.num_actions, self.history_len = reward_ratio, num_actions, history_len
+        self.formula = check_formula(formula)
+        super().__init__(history_len)
+
+    def check(self, choices: int) -> None:
+        if self.num_actions is None:
+            self.num_actions = choices
+        elif self.num_actions < choices:
+            raise ValueError(f"num_actions: expected at least the decision's {choices} choices, got {self.num_actions}")
+
+    def _num_actions(self) -> int:
+        if self.num_actions is None:
+            raise ValueError("num_actions: expected the number of actions, got None and no decision to tell it")
+        return self.num_actions
+
+
+class CollaborationReward(_PerActionCounting):
+    """How often an action was taken lately, times ``reward_ratio``: agents that agree are rewarded.
+
+    Args:
+        reward_ratio: the reward of an action that everybody takes. Upstream multiplies by it twice
+            (``formula="upstream"``).
+        num_actions: how many actions there are; None: as many as the decision that uses it has.
+        history_len: how many of the last registered actions are counted.
+    """
+
+    keeps_history = True
+
+    def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
+        """[B]: the share of each action among those registered."""
+        ring = self.history.to(actions.device)
+        made = dispatch.plan(ring, self._num_actions())  # to sort them is to count them
+        ratio = self.reward_ratio**2 if self.formula == "upstream" else self.reward_ratio
+        if made.bounds is not None:
+            each = ratio / max(made.bounds[-1], 1)
+            shares = torch.tensor([each * (b - a) for a, b in pairwise(made.bounds)], dtype=like.dtype)
+        else:
+            offsets = made.offsets.to(like.dtype)
+            shares = offsets.diff() * (ratio / offsets[-1:].clamp(min=1))
+        return shares.index_select(0, actions)
+
+
+class RunningAverageCollaborationReward(_PerActionCounting):
+    """As :class:`CollaborationReward`, with shares that fade: after each sample e <- k e + (1 - k) onehot(action).
+
+    k = 10^(-1 / history_len); e sums to one from the first sample on. The samples of a batch count in their order. A
+    batch of n is taken in at once: e <- k^n e + sum_i (1 - k) k^(n - i) onehot(a_i), and the very first sample ever has
+    weight k^(n - 1).
+    """
+
+    def clear(self) -> None:
+        """Forget what was registered."""
+        super().clear()
+        self._average: Tensor | None = None
+
+    def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
+        """Note a batch's actions [B], those of active samples [B]."""
+        C, k = self._num_actions(), 10 ** (-1 / self.history_len)
+        here = torch.ones_like(actions) if active is None else active.to(torch.int64)
+        after = here.flip(0).cumsum(0).flip(0) - here  # active samples after this one
+        if self._average is None:
+            self._average = torch.zeros(C, dtype=torch.float64, device=actions.device)
+        e = self._average.to(actions.device)
+        weight = torch.where(here > 0, (1 - k) * k ** after.double(), 0.0)
+        never = e.sum() == 0
+        first = here.bool() & (here.cumsum(0) == 1)
+        weight = torch.where(never & first, k ** after.double(), weight)
+        self._average = (e * k ** here.sum().double()).index_add(0, actions.clamp(0, C - 1), weight)
+
+    def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
+        """[B]: the faded share of each action, times ``reward_ratio``."""
+        if self._average is None:
+            return None
+        return (self._average.to(actions.device)[actions] * self.reward_ratio).to(like.dtype)
+
+
+class ManualReward(PerActionBaseReward):
+    """A table: action -> reward.
+
+    Args:
+        rewards: one number per action.
+        num_actions: how many there are; has to be the length of ``rewards`` if given.
+    """
+
+    def __init__(self, rewards: Sequence[float] | Tensor, num_actions: int | None = None) -> None:
+        super().__init__()
+        self.table = torch.as_tensor(rewards, dtype=torch.float32).reshape(-1)
+        if num_actions is not None and num_actions != len(self.table):
+            raise ValueError(f"rewards: expected num_actions = {num_actions} of them, got {len(self.table)}")
+
+    def check(self, choices: int) -> None:
+        """ValueError if there are fewer rewards than choices."""
+        if len(self.table) < choices:
+            raise ValueError(f"rewards: expected one per choice, {choices}, got {len(self.table)}")
+
+    def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
+        """[B]: the table's entries."""
+        self.table = self.table.to(actions.device)
+        return self.table[actions].to(like.dtype)
+
+
+def _in_bulk(reward: Any, bulk: str, single: str) -> bool:
+    """Whether to call its method for batches, not the one for a sample: unless it only has the latter."""
+    base, own = PerActionBaseReward, type(reward)
+    if not isinstance(reward, base):
+        return False
+    return getattr(own, bulk) is not getattr(base, bulk) or getattr(own, single) is getattr(base, single)
+
+
+def is_silent(reward: Any) -> bool:
+    """Whether it gives nothing and notes nothing."""
+    return reward is None or type(reward) is PerActionBaseReward
+
+
+def check_reward(reward: Any, choices: int) -> Any:
+    """A per-action reward object, or one with upstream's three methods."""
+    if inspect.isclass(reward):
+        raise TypeError(
+            f"additional_reward_func: expected an object, got the class {reward.__name__}; write {reward.__name__}(...)"
+        )
+    if not isinstance(reward, PerActionBaseReward):
+        lacking = [name for name in ("register", "clear", "get_reward") if not hasattr(reward, name)]
+        if lacking:
+            raise TypeError(
+                f"additional_reward_func: expected register, clear and get_reward, {reward!r} lacks {lacking}"
+            )
+    else:
+        reward.check(choices)
+    return reward
+
+
+def register(reward: Any, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None) -> None:
+    """Tell a per-action reward what a batch did."""
+    if is_silent(reward) or isinstance(actions, torch._subclasses.FakeTensor):  # explain, export: nothing happened
+        return
+    if _in_bulk(reward, "register_all", "register"):
+        reward.register_all(dists, actions, active)
+        return
+    states = dists().detach()
+    for b in range(len(actions)):
+        if active is None or active[b]:
+            reward.register(states[b : b + 1], actions[b])
+
+
+def per_action_rewards(
+    reward: Any, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """[B] per-action rewards in the dtype of ``like``, or None where all are zero."""
+    if is_silent(reward):
+        return None
+    with torch.no_grad():
+        if _in_bulk(reward, "rewards", "get_reward"):
+            made: Tensor | None = reward.rewards(dists, actions, like)
+            return made
+        states, total = dists().detach(), torch.zeros_like(like)
+        for b in range(len(actions)):
+            if active is None or active[b]:
+                total[b] = torch.as_tensor(reward.get_reward(states[b : b + 1], actions[b])).sum()
+        return total
+
+
+__all__ = [
+    "BaseReward",
+    "CollaborationReward",
+    "CorrectClassifiedReward",
+    "ManualReward",
+    "NegLossReward",
+    "PerActionBaseReward",
+    "RunningAverageCollaborationReward",
+]

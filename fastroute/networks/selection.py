@@ -1,0 +1,127 @@
+"""Apply to every sample the module that its action names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dispatch
+from . import bank
+from .decisions.base import as_mask
+from .trajectory import SampleMetaInformation, Trajectory
+
+
+class Selection(nn.Module):
+    """K modules, of which every sample goes through the one that its action names.
+
+    Modules that do the same with parameters of the same shapes run together, see ``bank.run``; each keeps its own
+    parameters, under ``_submodules.{k}``.
+
+    Args:
+        modules: K of them, whose outputs have one shape. A single one is applied to all samples, whatever their action.
+        name: stored only.
+        store_module_pointers: note in every sample's step the module it took, as ``selected_modules``.
+        dropped: what comes of samples whose action names no module (negative, or masked out): "zero" rows without
+            gradient, as upstream, or "identity": the input row.
+        unused_grad: of a module that no sample took: "none" leaves its gradients None, so that optimizers skip it, as
+            upstream; "zeros" makes them zeros. On a GPU and under torch.compile, where counting would wait, they are
+            zeros in any case.
+    """
+
+    def __init__(
+        self,
+        *modules: nn.Module,
+        name: str = "",
+        store_module_pointers: bool = False,
+        dropped: Literal["zero", "identity"] = "zero",
+        unused_grad: Literal["none", "zeros"] = "none",
+    ) -> None:
+        super().__init__()
+        if len(modules) == 1 and isinstance(modules[0], (list, tuple, nn.ModuleList)):
+            modules = tuple(modules[0])
+        if not modules or not all(isinstance(m, nn.Module) for m in modules):
+            raise TypeError(f"Selection: expected one or more modules, got {[type(m).__name__ for m in modules]}")
+        if dropped not in ("zero", "identity"):
+            raise ValueError(f"dropped: expected 'zero' or 'identity', got {dropped!r}")
+        if unused_grad not in ("none", "zeros"):
+            raise ValueError(f"unused_grad: expected 'none' or 'zeros', got {unused_grad!r}")
+        self._submodules = nn.ModuleList(modules)
+        self._recipe = bank.Recipe()
+        self.name, self.store_module_pointers = name, bool(store_module_pointers)
+        self.dropped, self.unused_grad = dropped, unused_grad
+        self._log: set[int] | None = None
+        self.last_selection_freeze: list[int] | None = None
+
+    def extra_repr(self) -> str:
+        return f"dropped={self.dropped!r}, unused_grad={self.unused_grad!r}"
+
+    def forward(
+        self,
+        batch: Tensor,
+        meta: Trajectory | Sequence[SampleMetaInformation],
+        actions: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Trajectory, Tensor | None]:
+        """Apply the modules.
+
+        Args:
+            batch: [B, ...].
+            meta: the batch's trajectory; passed on.
+            actions: [B] or [B, 1] integers, of a decision. May be None with a single module.
+            mask: [B] bool; samples that are False are dropped.
+
+        Returns:
+            (y [B, ...], meta, actions). dtype and shape are those of the modules' outputs.
+
+        Raises:
+            IndexError: an action of K or more; on a GPU such samples are dropped instead, unless ``strict``.
+            ValueError, TypeError: naming the argument; outputs of different shapes.
+        """
+        B, K = batch.shape[0], len(self._submodules)
+        meta = Trajectory.of(meta, B)
+        if self.store_module_pointers:
+            meta.point_to(self._submodules)
+        if K == 1:
+            y = self._submodules[0](batch)
+            if self._log is not None:
+                self._log.add(0)
+            return y, meta, actions
+        if actions is None:
+            raise ValueError(f"actions: expected one per sample to choose among {K} modules by, got None")
+        chosen = dispatch.as_actions(actions, B, batch.device)
+        active = as_mask(mask, B, batch.device)
+        if active is not None:
+            chosen = torch.where(active, chosen, -1)
+        if self._log is not None:
+            self._log.update(a for a in dispatch.read(chosen) if 0 <= a < K)
+        plan = dispatch.plan(chosen, K)
+        y = bank.run(list(self._submodules), batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros")
+        if self.dropped == "identity":
+            kept = bank.kept(plan, B)
+            if kept is not None:
+                if y.shape != batch.shape:
+                    raise ValueError(
+                        f"dropped='identity': expected modules that keep the shape {list(batch.shape)}, "
+                        f"these give {list(y.shape)}"
+                    )
+                y = torch.where(kept.reshape(-1, *[1] * (y.dim() - 1)), y, batch.to(y.dtype))
+        return y, meta, actions
+
+    def start_logging_selections(self) -> None:
+        """Note from now on which modules are taken. (On a GPU this waits for the device in every forward.)"""
+        self._log = set()
+
+    def stop_logging_and_get_selections(self, add_to_old: bool = False) -> list[int]:
+        """The distinct modules taken since ``start_logging_selections``, also kept as ``last_selection_freeze``.
+
+        Args:
+            add_to_old: together with those of the last time.
+        """
+        found = set() if self._log is None else self._log
+        if add_to_old:
+            found = found | set(self.last_selection_freeze or ())
+        self._log, self.last_selection_freeze = None, sorted(found)
+        return list(self.last_selection_freeze)

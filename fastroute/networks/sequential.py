@@ -1,0 +1,79 @@
+"""The first and the outermost of a routed network's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .decisions.base import Decision
+from .decisions.fixed import PassThrough, PerTaskAssignment
+from .selection import Selection
+from .trajectory import Trajectory
+
+#: What passes the triplet (batch, meta, actions) on.
+_ROUTING = (Decision, PerTaskAssignment, PassThrough, Selection)
+
+
+class Initialization(nn.Module):
+    """Begins a batch's trajectory."""
+
+    def forward(self, xs: Tensor, tasks: Sequence[Any] | Tensor = ()) -> tuple[Tensor, Trajectory, None]:
+        """(xs, its trajectory, None: no actions yet).
+
+        Args:
+            xs: [B, ...], passed on as it is.
+            tasks: B labels, or none. Integers, where they are to choose agents or modules.
+
+        Raises:
+            ValueError: labels of another length.
+        """
+        size = xs.shape[0] if isinstance(xs, Tensor) else len(xs)
+        if isinstance(tasks, Tensor) and tasks.dim() == 2 and tasks.shape[1] == 1:
+            tasks = tasks[:, 0]
+        if tasks is not None and len(tasks) not in (0, size):
+            raise ValueError(f"tasks: expected one label per sample, {size}, got {len(tasks)}")
+        return xs, Trajectory(size, tasks if tasks is not None and len(tasks) else None), None
+
+
+class Sequential(nn.Module):
+    """``nn.Sequential`` for routed networks, beginning with an :class:`Initialization`.
+
+    Decisions and selections pass the triplet on, other modules see the batch alone. A decision with several agents is
+    dispatched by the actions of the one before it, or, being the first, by the task labels.
+
+    Args:
+        modules: in order; or one OrderedDict of them, by name.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.add_module("0", Initialization())
+        if len(modules) == 1 and isinstance(modules[0], dict):
+            named = modules[0].items()
+        else:
+            named = {str(i): m for i, m in enumerate(modules, 1)}.items()
+        for name, m in named:
+            if not isinstance(m, nn.Module):
+                raise TypeError(f"Sequential: expected modules, got {type(m).__name__} as number {name}")
+            self.add_module(name, m)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, i: int) -> nn.Module:
+        return list(self.children())[i]
+
+    def forward(self, x: Tensor, tasks: Sequence[Any] | Tensor = ()) -> tuple[Tensor, Trajectory]:
+        """[B, ...] and B labels -> (y, the trajectory)."""
+        first, *rest = self.children()
+        ys, meta, actions = first(x, tasks)
+        for m in rest:
+            if isinstance(m, Decision) and actions is None and m._num_agents > 1 and meta.tasks is not None:
+                actions = meta.task_indices(x.device)
+            if isinstance(m, _ROUTING):
+                ys, meta, actions = m(ys, meta, actions)
+            else:
+                ys = m(ys)
+        return ys, meta

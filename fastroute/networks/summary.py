@@ -1,0 +1,104 @@
+"""What the router did: a report of a trajectory.
+
+Axes: T decisions, A tasks (or agents, or none: one row), K modules.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .trajectory import Trajectory
+
+COLLAPSE = 0.95  #: a layer that sends so much of several tasks' samples to one module has collapsed
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One decision."""
+
+    name: str
+    counts: Tensor  #: [A, K] int64, how often each task took each module
+    entropy: float  #: of the modules' shares, in bits: 0 (one module) to log2 K
+    task_entropy: float  #: the same within a task, the mean over tasks weighted by samples
+    used: int  #: modules that were taken
+    collapsed: bool  #: several modules, and one takes nearly everything
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A batch's routing; prints as a table."""
+
+    layers: list[LayerSummary]
+    tasks: list[Any]  #: the labels of the counts' rows
+    samples: int
+    routes: int  #: distinct sequences of actions
+
+    @property
+    def collapsed(self) -> list[int]:
+        """The layers that collapsed."""
+        return [t for t, layer in enumerate(self.layers) if layer.collapsed]
+
+    def __str__(self) -> str:
+        lines = [f"{self.samples} samples, {len(self.tasks)} tasks, {self.routes} distinct routes"]
+        for t, layer in enumerate(self.layers):
+            A, K = layer.counts.shape
+            lines.append(
+                f"decision {t} ({layer.name}): {layer.used} of {K} modules, entropy {layer.entropy:.2f} of "
+                f"{math.log2(K) if K > 1 else 0:.2f} bits, within a task {layer.task_entropy:.2f}"
+            )
+            width = max(5, len(str(int(layer.counts.max()))) + 1 if layer.counts.numel() else 5)
+            lines.append(" " * 12 + "".join(f"{k:>{width}}" for k in range(K)))
+            for a in range(A):
+                label = f"task {self.tasks[a]}"[:12]
+                lines.append(f"{label:<12}" + "".join(f"{int(n) or '.':>{width}}" for n in layer.counts[a]))
+        for t in self.collapsed:
+            lines.append(
+                f"warning: decision {t} sends {COLLAPSE:.0%} or more of its samples to one module. More exploration, a "
+                "smaller learning rate for decisions, or a collaboration reward may keep the others alive."
+            )
+        return "\n".join(lines)
+
+
+def _entropy(counts: Tensor) -> Tensor:
+    share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    made: Tensor = torch.special.entr(share).sum(-1) / math.log(2)
+    return made
+
+
+def summarize(trajectory: Trajectory) -> Summary:
+    """See :meth:`Trajectory.summary`."""
+    labels = trajectory.tasks
+    keys = [int(x) if isinstance(x, Tensor) else x for x in labels] if labels is not None else [None] * len(trajectory)
+    try:
+        tasks = sorted(set(keys))  # type: ignore[type-var]
+    except TypeError:
+        tasks = list(dict.fromkeys(keys))
+    row = torch.tensor([tasks.index(k) for k in keys], dtype=torch.int64)
+    layers = []
+    for record in trajectory.records:
+        actions = record.actions.detach().to("cpu")
+        active = torch.ones_like(actions, dtype=torch.bool) if record.active is None else record.active.to("cpu")
+        active = active & (actions >= 0)
+        A, K = max(len(tasks), 1), record.choices
+        counts = torch.bincount((row * K + actions)[active], minlength=A * K).reshape(A, K)
+        total, within = counts.sum(0), counts.sum(1)
+        used = int((total > 0).sum())
+        share = float(total.max()) / max(float(total.sum()), 1.0)
+        layers.append(
+            LayerSummary(
+                type(record.decision).__name__,
+                counts,
+                float(_entropy(total)),
+                float((_entropy(counts) * within).sum() / within.sum().clamp(min=1)),
+                used,
+                K > 1 and int((within > 0).sum()) > 1 and share >= COLLAPSE,
+            )
+        )
+    actions = trajectory.actions.to("cpu")
+    routes = len({tuple(map(int, route)) for route in actions.T}) if len(actions) else 0
+    return Summary(layers, tasks, len(trajectory), routes)

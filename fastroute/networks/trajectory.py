@@ -1,0 +1,414 @@
+"""The record of a batch's routing decisions: tensors for the batch, views of single samples made on demand.
+
+Axes: B samples, T decisions, K choices of a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+
+import torch
+from torch import Tensor
+
+from ..ops._checks import shown
+from .record import Record, spread
+
+if TYPE_CHECKING:
+    from .summary import Summary
+
+
+class _Batch:
+    """What all views of one batch share."""
+
+    def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None) -> None:
+        self.size, self.tasks = size, tasks
+        self.records: list[Record] = []
+        self.samples: dict[int, SampleMetaInformation] = {}
+        #: what a user put into a recorded step of a sample: (record, sample) -> name -> value
+        self.extras: dict[tuple[int, int], dict[str, Any]] = {}
+        #: steps that a user began: sample -> (how many records came before, the step)
+        self.foreign: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        #: rewards added to a whole step: record -> [size]
+        self.added: dict[int, Tensor] = {}
+        self.pointers: dict[int, Any] = {}  # record -> the Selection whose modules its actions chose
+        self.final_reward: Tensor | None = None
+        self._task_tensor: Tensor | None = None
+
+    def task_tensor(self, device: torch.device) -> Tensor:
+        if self.tasks is None:
+            raise ValueError("tasks: expected task labels, got none (pass tasks= to Initialization)")
+        if self._task_tensor is None or self._task_tensor.device != device:
+            tasks = self.tasks
+            try:
+                made = tasks if isinstance(tasks, Tensor) else torch.as_tensor([int(t) for t in tasks])
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"tasks: expected integers to choose agents or modules by, got {tasks!r}") from error
+            self._task_tensor = made.reshape(-1).to(device, torch.int64)
+        return self._task_tensor
+
+    def is_active(self, record: int, sample: int) -> bool:
+        active = self.records[record].active
+        return active is None or bool(active[sample])
+
+
+class SampleMetaInformation:
+    """One sample's history: its task, and a dict per decision made for it.
+
+    What a :class:`Trajectory` gives for ``trajectory[b]``. The dicts are made when looked at, from the batch's tensors:
+    ``actions`` (0-d int64), ``is_exploratory`` (0-d uint8), ``states`` ([1, K, 5], with its gradient), ``loss_funcs``,
+    ``reward_func``, and what was appended.
+
+    Args:
+        task: the label.
+    """
+
+    def __init__(self, task: Any = None) -> None:
+        batch = _Batch(1, [task])
+        batch.samples[0] = self
+        self._batch, self._index, self._is_final = batch, 0, False
+
+    @classmethod
+    def _of(cls, batch: _Batch, index: int) -> SampleMetaInformation:
+        if index not in batch.samples:
+            made = cls.__new__(cls)
+            made._batch, made._index, made._is_final = batch, index, False
+            batch.samples[index] = made
+        return batch.samples[index]
+
+    @property
+    def task(self) -> Any:
+        """The label given to ``Initialization``, None if there was none."""
+        tasks = self._batch.tasks
+        return None if tasks is None else tasks[self._index]
+
+    @task.setter
+    def task(self, value: Any) -> None:
+        batch = self._batch
+        tasks = [None] * batch.size if batch.tasks is None else list(batch.tasks)
+        tasks[self._index] = value
+        batch.tasks, batch._task_tensor = tasks, None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """A dict per decision, first one first. To add to them use :meth:`append`."""
+        return [step for _, step in self._steps()]
+
+    def _steps(self) -> list[tuple[int, dict[str, Any]]]:
+        batch, b = self._batch, self._index
+        foreign = list(batch.foreign.get(b, ()))
+        made: list[tuple[int, dict[str, Any]]] = []
+        for t, record in enumerate(batch.records):
+            while foreign and foreign[0][0] <= t:
+                made.append((-1, foreign.pop(0)[1]))
+            if not batch.is_active(t, b):
+                continue
+            step = {
+                "actions": record.actions[b],
+                "is_exploratory": record.exploratory[b].to(torch.uint8),
+                "states": record.take(torch.tensor([b], device=record.actions.device)).states(),
+                "loss_funcs": record.decision.loss_func,
+                "reward_func": record.reward,
+            }
+            if t in batch.pointers:
+                step["selected_modules"] = batch.pointers[t][int(record.actions[b])]
+            if t in batch.added:
+                step["add_rewards"] = batch.added[t][b]
+            step.update(batch.extras.get((t, b), {}))
+            made.append((t, step))
+        return made + [(-1, step) for _, step in foreign]
+
+    def append(self, attr_name: str, obj: Any, new_step: bool = False) -> None:
+        """Write ``obj`` under a name into the sample's last step, or into a new one.
+
+        ``add_rewards`` (a number or a tensor with one) is added to that step's reward by ``Loss``.
+
+        Raises:
+            ValueError: there is no step to write into.
+        """
+        batch, b = self._batch, self._index
+        foreign = batch.foreign.setdefault(b, [])
+        if new_step:
+            foreign.append((len(batch.records), {attr_name: obj}))
+            return
+        last = next((t for t in reversed(range(len(batch.records))) if batch.is_active(t, b)), -1)
+        if foreign and foreign[-1][0] > last:
+            foreign[-1][1][attr_name] = obj
+        elif last < 0:
+            raise ValueError(f"append({attr_name!r}): no decision was made for this sample yet; pass new_step=True")
+        else:
+            batch.extras.setdefault((last, b), {})[attr_name] = obj
+
+    def finalize(self) -> None:
+        """Make every name of the steps an attribute: a list with one entry per step, None where a step lacks it."""
+        self._is_final = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        final = self._batch.final_reward
+        if name == "final_reward" and final is not None:
+            return final[self._index]
+        if self._is_final or final is not None:
+            steps = self.steps
+            if any(name in step for step in steps):
+                return [step.get(name) for step in steps]
+            if name == "add_rewards":
+                return [0.0] * len(steps)
+            names = ", ".join(sorted({key for step in steps for key in step}))
+            raise AttributeError(f"no step of this sample has {name!r}; they have: {names or 'nothing'}")
+        raise AttributeError(f"{name!r}: steps become attributes after finalize()")
+
+    def __repr__(self) -> str:
+        return f"SampleMetaInformation(task={self.task!r}, steps={len(self.steps)})"
+
+
+class Trajectory(Sequence[SampleMetaInformation]):
+    """The batch's decisions, as tensors; it can also be used as a list of :class:`SampleMetaInformation`.
+
+    ``Initialization`` makes one per forward pass, decisions write a :class:`Record` each, ``Loss`` reads them. Slices
+    and index lists are views: a decision that is given one writes into the whole batch's record.
+
+    Args:
+        size: B.
+        tasks: B labels, or None.
+
+    Attributes:
+        records: one per decision, first one first.
+        actions, agents: [T, B] int64; -1 where a sample was not decided for.
+        active, exploratory: [T, B] bool.
+    """
+
+    def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None = None) -> None:
+        if tasks is not None and len(tasks) != size:
+            raise ValueError(f"tasks: expected one label per sample, {size}, got {len(tasks)}")
+        self._batch, self._rows = _Batch(size, tasks), None
+
+    _batch: _Batch
+    _rows: list[int] | None
+
+    @classmethod
+    def _view(cls, batch: _Batch, rows: list[int] | None) -> Trajectory:
+        made = cls.__new__(cls)
+        made._batch, made._rows = batch, rows
+        return made
+
+    @classmethod
+    def of(cls, samples: Trajectory | Sequence[SampleMetaInformation], size: int | None = None) -> Trajectory:
+        """A trajectory from a list of samples, as upstream's functions take them; of a batch of ``size``, if given."""
+        made = samples if isinstance(samples, Trajectory) else cls._of_list(samples)
+        if size is not None and len(made) != size:
+            raise ValueError(f"meta: expected one entry per sample, {size}, got {len(made)}")
+        return made
+
+    @classmethod
+    def _of_list(cls, samples: Sequence[SampleMetaInformation]) -> Trajectory:
+        if not isinstance(samples, Sequence) or not all(isinstance(s, SampleMetaInformation) for s in samples):
+            raise TypeError(f"meta: expected a Trajectory or a list of its samples, got {type(samples).__name__}")
+        batches = list(dict.fromkeys(s._batch for s in samples))
+        if len(batches) == 1 and (batches[0].size > 1 or len(samples) == 1):
+            return cls._view(batches[0], [s._index for s in samples])
+        return _joined([cls._view(s._batch, [s._index]) for s in samples])
+
+    # ------------------------------------------------------------------------------------------ a list of samples
+
+    def __len__(self) -> int:
+        return self._batch.size if self._rows is None else len(self._rows)
+
+    def _row(self, i: int) -> int:
+        size = len(self)
+        if not -size <= i < size:
+            raise IndexError(f"meta: expected an index below {size}, got {i}")
+        i %= size
+        return i if self._rows is None else self._rows[i]
+
+    @overload
+    def __getitem__(self, key: int) -> SampleMetaInformation: ...
+    @overload
+    def __getitem__(self, key: slice | Sequence[int] | Tensor) -> Trajectory: ...
+    def __getitem__(self, key: Any) -> SampleMetaInformation | Trajectory:
+        if isinstance(key, SupportsIndex) and not (isinstance(key, Tensor) and key.dim() > 0):
+            return SampleMetaInformation._of(self._batch, self._row(key.__index__()))
+        if isinstance(key, slice):
+            picked: list[int] = list(range(*key.indices(len(self))))
+        else:
+            index = torch.as_tensor(key)
+            if index.dtype == torch.bool:
+                index = torch.arange(len(index))[index.to("cpu")]
+            picked = index_list(index)
+        return Trajectory._view(self._batch, [self._row(i) for i in picked])
+
+    def __iter__(self) -> Iterator[SampleMetaInformation]:
+        return (self[i] for i in range(len(self)))
+
+    def __add__(self, other: Trajectory | Sequence[SampleMetaInformation]) -> Trajectory:
+        return _joined([self, Trajectory.of(other)])
+
+    def __radd__(self, other: Sequence[SampleMetaInformation]) -> Trajectory:
+        return _joined([Trajectory.of(other), self]) if len(other) else self
+
+    def __repr__(self) -> str:
+        return f"Trajectory(B={len(self)}, T={len(self._batch.records)})"
+
+    # ------------------------------------------------------------------------------------------ tensors of the batch
+
+    @property
+    def tasks(self) -> Sequence[Any] | Tensor | None:
+        """The labels given to ``Initialization``."""
+        tasks = self._batch.tasks
+        return tasks if tasks is None or self._rows is None else [tasks[i] for i in self._rows]
+
+    def task_indices(self, device: torch.device) -> Tensor:
+        """[B] int64: the labels as indices. ValueError without labels, TypeError where one is no integer."""
+        made = self._batch.task_tensor(device)
+        return made if self._rows is None else made[self._index(device)]
+
+    def _index(self, device: torch.device) -> Tensor:
+        return torch.tensor(self._rows, device=device, dtype=torch.int64)
+
+    @property
+    def records(self) -> list[Record]:
+        if self._rows is None:
+            return self._batch.records
+        return [r.take(self._index(r.actions.device)) for r in self._batch.records]
+
+    def _stacked(self, of: Callable[[Record], Tensor], fill: float | None = None) -> Tensor:
+        made = []
+        for r in self.records:
+            t = of(r)
+            made.append(t if fill is None or r.active is None else torch.where(r.active, t, fill))
+        return torch.stack(made) if made else torch.empty(0, len(self), dtype=torch.int64)
+
+    @property
+    def actions(self) -> Tensor:
+        return self._stacked(lambda r: r.actions, -1)
+
+    @property
+    def agents(self) -> Tensor:
+        return self._stacked(lambda r: torch.zeros_like(r.actions) if r.agents is None else r.agents, -1)
+
+    @property
+    def active(self) -> Tensor:
+        return self._stacked(
+            lambda r: torch.ones_like(r.actions, dtype=torch.bool) if r.active is None else r.active
+        ).bool()
+
+    @property
+    def exploratory(self) -> Tensor:
+        return self._stacked(lambda r: r.exploratory).bool()
+
+    @property
+    def final_reward(self) -> Tensor | None:
+        """[B], once ``Loss`` has read the trajectory."""
+        final = self._batch.final_reward
+        return final if final is None or self._rows is None else final[self._index(final.device)]
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def record(self, record: Record) -> None:
+        """Add a decision. Its tensors are those of this view's samples."""
+        if record.actions.shape != (len(self),):
+            raise ValueError(f"record: expected actions of shape [{len(self)}], got {shown(record.actions)}")
+        if self._rows is not None:
+            record = record.spread(self._index(record.actions.device), self._batch.size)
+        self._batch.records.append(record)
+
+    def add_rewards(self, rewards: Tensor) -> None:
+        """Add to the last decision's reward, for all samples: [B]; ``append("add_rewards", ...)`` in bulk."""
+        if not self._batch.records:
+            raise ValueError("add_rewards: no decision was made yet")
+        if tuple(rewards.shape) != (len(self),):
+            raise ValueError(f"rewards: expected shape [{len(self)}], got {shown(rewards)}")
+        t = len(self._batch.records) - 1
+        rewards = rewards.detach()
+        if self._rows is not None:
+            rewards = spread(rewards, self._index(rewards.device), self._batch.size)
+        have = self._batch.added.get(t)
+        self._batch.added[t] = rewards if have is None else have + rewards
+
+    def added_rewards(self, step: int, like: Tensor) -> Tensor | None:
+        """[B]: what was added to the reward of a step, by :meth:`add_rewards` and by samples' ``append``; or None."""
+        batch = self._batch
+        total = batch.added.get(step)
+        sparse = {b: e["add_rewards"] for (t, b), e in batch.extras.items() if t == step and "add_rewards" in e}
+        if sparse:
+            amounts = torch.stack(
+                [torch.as_tensor(v, dtype=like.dtype, device=like.device).detach().sum() for v in sparse.values()]
+            )
+            rows = torch.tensor(list(sparse), device=like.device)
+            # a sample's own entry stands for the whole step, as its dict shows it
+            total = like.new_zeros(batch.size) if total is None else total.to(like)
+            total = total.index_copy(0, rows, amounts)
+        return total if total is None or self._rows is None else total[self._index(total.device)]
+
+    def check_foreign(self) -> None:
+        """ValueError if a sample has steps that no decision made: nothing says what they should learn."""
+        if not self._batch.foreign:  # before the size is looked at, which torch.compile would take for a constant
+            return
+        for b in range(self._batch.size) if self._rows is None else self._rows:
+            for _, step in self._batch.foreign.get(b, ()):
+                raise ValueError(
+                    f"meta: sample {b} has a step that no decision recorded (with {', '.join(step)}); "
+                    "append to a decision's step instead"
+                )
+
+    def finish(self, final_reward: Tensor) -> None:
+        """Note the final rewards [B], from when on samples' steps are attributes."""
+        if self._rows is not None:
+            final_reward = spread(final_reward, self._index(final_reward.device), self._batch.size)
+        self._batch.final_reward = final_reward
+
+    def point_to(self, modules: Any) -> None:
+        """Have the last step of every sample name the module that its action chose (``selected_modules``)."""
+        if self._batch.records:
+            self._batch.pointers[len(self._batch.records) - 1] = modules
+
+    def summary(self) -> Summary:
+        """Per layer: how often each task took each module, entropy, distinct routes, and a warning of collapse."""
+        from .summary import summarize
+
+        return summarize(self)
+
+
+def index_list(index: Tensor) -> list[int]:
+    """The numbers of a small index that a user wrote."""
+    return [int(i) for i in index.reshape(-1)]
+
+
+def _joined(parts: Sequence[Trajectory]) -> Trajectory:
+    """One trajectory with the samples of several: a view if they are of one batch, else a new batch."""
+    parts = [p for p in parts if len(p)] or list(parts[:1])
+    batches = list(dict.fromkeys(p._batch for p in parts))
+    if not parts:
+        return Trajectory(0)
+    if len(batches) == 1:
+        rows = [row for p in parts for row in (range(len(p)) if p._rows is None else p._rows)]
+        return Trajectory._view(batches[0], rows)
+    size = sum(map(len, parts))
+    tasks = None if all(p.tasks is None for p in parts) else [s.task for p in parts for s in p]
+    made = Trajectory(size, tasks)
+    batch, start = made._batch, 0
+    for part in parts:
+        own_rows = range(start, start + len(part))
+        offset = len(batch.records)
+        for t, record in enumerate(part.records):
+            device = record.actions.device
+            batch.records.append(record.spread(torch.arange(own_rows.start, own_rows.stop, device=device), size))
+            if t in part._batch.pointers:
+                batch.pointers[offset + t] = part._batch.pointers[t]
+        for new, sample in zip(own_rows, part, strict=True):
+            old = sample._index
+            for (t, b), extra in part._batch.extras.items():
+                if b == old:
+                    batch.extras[offset + t, new] = extra
+            if old in part._batch.foreign:
+                batch.foreign[new] = [(offset + t, step) for t, step in part._batch.foreign[old]]
+            if part._batch.size == 1:  # made by the user, who keeps the sample: it follows the new batch
+                batch.samples[new] = sample
+        for t, added in part._batch.added.items():
+            own = added if part._rows is None else added[part._index(added.device)]
+            batch.added[offset + t] = spread(own, torch.arange(own_rows.start, own_rows.stop, device=own.device), size)
+        start = own_rows.stop
+    for new, sample in batch.samples.items():
+        sample._batch, sample._index = batch, new
+    return made

@@ -1,0 +1,511 @@
+"""Pytorch-Routing's module tree: every name in its place, its numbers, and where it is not fastroute.networks."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastroute
+from fastroute import networks
+from fastroute.compat import PytorchRouting
+from fastroute.compat.PytorchRouting.CoreLayers import Initialization, Loss, Selection
+from fastroute.compat.PytorchRouting.DecisionLayers import (
+    REINFORCE,
+    EGreedyREINFORCE,
+    GumbelSoftmax,
+    PerTaskAssignment,
+    QLearning,
+)
+from fastroute.compat.PytorchRouting.DecisionLayers.Others.GumbelSoftmax import GumbelSoftmaxSampling
+from fastroute.compat.PytorchRouting.DecisionLayers.Others.PassThrough import PassThrough
+from fastroute.compat.PytorchRouting.Helpers.RLSample import RLSample
+from fastroute.compat.PytorchRouting.Helpers.TorchHelpers import FakeFlatModuleList, Identity
+from fastroute.compat.PytorchRouting.PreFabs import RoutingLSTMCell
+from fastroute.compat.PytorchRouting.PreFabs.RNNcells import RoutingGRUCell
+from fastroute.compat.PytorchRouting.RewardFunctions.Final import CorrectClassifiedReward, NegLossReward
+from fastroute.compat.PytorchRouting.RewardFunctions.PerAction import (
+    CollaborationReward,
+    ManualReward,
+    RunningAverageCollaborationReward,
+)
+from fastroute.compat.PytorchRouting.UtilLayers import Sequential
+from tests.helpers import golden
+from tests.helpers.budget import assert_within_budget
+from tests.helpers.networks import COLUMNS, F, gradients
+
+B, K = 8, 4
+
+#: Where upstream has each name. A folder's own names are those that its package gives at once.
+TREE = {
+    "CoreLayers": "Initialization Loss Selection",
+    "CoreLayers.Initialization": "Initialization",
+    "CoreLayers.Loss": "Loss",
+    "CoreLayers.Selection": "Selection",
+    "DecisionLayers": "REINFORCE EGreedyREINFORCE REINFORCEBl1 REINFORCEBl2 QLearning AdvantageLearning SARSA "
+    "ActorCritic AAC BootstrapAAC EGreedyAAC WPL GumbelSoftmax PerTaskAssignment RELAX Decision",
+    "DecisionLayers.Decision": "Decision",
+    "DecisionLayers.PolicyStorage": "ApproxPolicyStorage TabularPolicyStorage",
+    "DecisionLayers.ReinforcementLearning.REINFORCE": "REINFORCE REINFORCEBl1 REINFORCEBl2 EGreedyREINFORCE",
+    "DecisionLayers.ReinforcementLearning.QLearning": "QLearning",
+    "DecisionLayers.ReinforcementLearning.SARSA": "SARSA",
+    "DecisionLayers.ReinforcementLearning.ActorCritic": "ActorCritic",
+    "DecisionLayers.ReinforcementLearning.AAC": "AAC BootstrapAAC EGreedyAAC",
+    "DecisionLayers.ReinforcementLearning.AdvantageLearning": "AdvantageLearning BootstrapAdvantageLearning "
+    "SurpriseLearning",
+    "DecisionLayers.ReinforcementLearning.WPL": "WPL",
+    "DecisionLayers.Others.GumbelSoftmax": "GumbelSoftmax GumbelSoftmaxSampling",
+    "DecisionLayers.Others.PassThrough": "PassThrough",
+    "DecisionLayers.Others.PerTaskAssignment": "PerTaskAssignment",
+    "DecisionLayers.Others.RELAX": "RELAX",
+    "RewardFunctions.Final": "NegLossReward CorrectClassifiedReward",
+    "RewardFunctions.Final.BaseReward": "BaseReward",
+    "RewardFunctions.PerAction": "CollaborationReward RunningAverageCollaborationReward ManualReward",
+    "RewardFunctions.PerAction.PerActionBaseReward": "PerActionBaseReward",
+    "UtilLayers": "Sequential",
+    "PreFabs": "RoutingLSTMCell",
+    "PreFabs.RNNcells": "RoutingRNNCellBase RoutingGRUCell RoutingLSTMCell",
+    "Helpers.MLP": "MLP",
+    "Helpers.RLSample": "RLSample",
+    "Helpers.SampleMetaInformation": "SampleMetaInformation",
+    "Helpers.TorchHelpers": "FakeFlatModuleList Identity",
+}
+NAMES = [(path, name) for path, names in TREE.items() for name in names.split()]
+#: What fastroute.networks has no counterpart of.
+OWN = {
+    "GumbelSoftmaxSampling",
+    "RLSample",
+    "FakeFlatModuleList",
+    "Identity",
+    *TREE["DecisionLayers.PolicyStorage"].split(),
+}
+#: Upstream's subclasses, where they are not children of Decision.
+PARENTS = {
+    "EGreedyREINFORCE": "REINFORCE", "ActorCritic": "REINFORCE", "WPL": "ActorCritic", "REINFORCEBl2": "REINFORCEBl1",
+    "SARSA": "QLearning", "BootstrapAdvantageLearning": "AdvantageLearning", "SurpriseLearning": "AdvantageLearning",
+    "BootstrapAAC": "AAC", "EGreedyAAC": "AAC",
+}  # fmt: skip
+
+
+def at(path: str) -> Any:
+    return importlib.import_module(f"fastroute.compat.PytorchRouting.{path}")
+
+
+def found(name: str) -> Any:
+    return next(getattr(at(path), name) for path, n in NAMES if n == name)
+
+
+def decision(algo: str, *args: Any, **options: Any) -> Any:
+    return found(algo)(*(args or (K, F)), **options)
+
+
+def linears(count: int, inputs: int = F, outputs: int = F) -> Selection:
+    return Selection(*[nn.Linear(inputs, outputs) for _ in range(count)])
+
+
+def load(file: str) -> Any:
+    return golden.load("networks", file)
+
+
+def to(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {k: to(v, dtype) for k, v in value.items()}
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.fixture
+def reference() -> Iterator[None]:
+    """Upstream is plain PyTorch, so it is plain PyTorch that says how far rounding may take it; kernels are closer."""
+    with fastroute.use_backend("reference"):
+        yield
+
+
+def orders(size: int) -> list[Tensor]:
+    """Orders of summation."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randperm(size, generator=generator) for _ in range(6)]
+
+
+def compare(theirs: dict[str, Tensor | None], exact: dict[str, Any], ours: list[dict[str, Any]]) -> None:
+    """Upstream's float32 numbers, within the budget that ours, in several orders of summation, set."""
+    for name, t in theirs.items():
+        made = [o[name] for o in ours]
+        assert all((t is None) == (m is None) for m in (exact[name], *made)), name
+        if t is None:
+            continue
+        assert all(t.shape == m.shape and t.dtype == m.dtype for m in made), name
+        if t.is_floating_point():
+            assert_within_budget(t, exact[name], made, name)
+        else:
+            assert all(torch.equal(t, m) for m in made), name
+
+
+def permuted(state: dict[str, Tensor], order: Tensor, first: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The state dict of a network whose input features, which these modules see, come in another order."""
+
+    def own(key: str, t: Tensor) -> Tensor:
+        return t[:, order] if key.startswith(first) and t.dim() == 2 and t.shape[1] == len(order) else t
+
+    return {k: own(k, t) for k, t in state.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- the tree
+
+
+@pytest.mark.parametrize(("path", "name"), NAMES)
+def test_names(path: str, name: str) -> None:
+    cls = getattr(at(path), name)
+    assert cls.__name__ == name and cls.__doc__
+    assert cls is found(name)
+    if name not in OWN:
+        assert issubclass(cls, getattr(networks, name))
+
+
+@pytest.mark.parametrize(
+    "folder", ["CoreLayers", "DecisionLayers", "RewardFunctions", "UtilLayers", "PreFabs", "Helpers"]
+)
+def test_folders(folder: str) -> None:
+    assert getattr(PytorchRouting, folder) is at(folder)
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_classes_inherit_as_upstreams(name: str) -> None:
+    cls, base = found(name), found(PARENTS.get(name, "Decision"))
+    assert issubclass(cls, base) and issubclass(cls, getattr(networks, name))
+    for attribute in dir(getattr(networks, name)):
+        if not attribute.startswith("__") and attribute != "forward" and not attribute.startswith("_abc"):
+            assert getattr(cls, attribute) == getattr(getattr(networks, name), attribute), attribute
+
+
+def takes_a_formula(name: str) -> bool:
+    cls = getattr(networks, name, None)
+    if cls is None or name in ("PerTaskAssignment", "PassThrough"):
+        return False
+    return any("formula" in inspect.signature(c.__init__).parameters for c in cls.__mro__ if c is not object)
+
+
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "Loss": (nn.MSELoss(), NegLossReward()), "RoutingLSTMCell": (F, F, K, 1, REINFORCE),
+    "RoutingGRUCell": (F, F, K, 1, REINFORCE), "RoutingRNNCellBase": (), "Decision": (K, F),
+    "NegLossReward": (), "CorrectClassifiedReward": (), "BaseReward": (), "CollaborationReward": (),
+    "RunningAverageCollaborationReward": (), **dict.fromkeys(COLUMNS, (K, F)),
+}  # fmt: skip
+
+
+def test_all_that_have_a_formula_are_known() -> None:
+    assert {name for _, name in NAMES if takes_a_formula(name)} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name != "RoutingRNNCellBase"])
+def test_upstreams_formula_is_the_default(name: str) -> None:
+    arguments = ARGUMENTS[name]
+    assert found(name)(*arguments).formula == "upstream"
+    assert found(name)(*arguments, formula="intended").formula == "intended"
+    assert getattr(networks, name)(*arguments).formula == "intended"
+
+
+@pytest.mark.parametrize("name", [*COLUMNS, "RoutingLSTMCell", "RoutingGRUCell"])
+def test_state_dicts_load_both_ways(name: str) -> None:
+    here, there = (get(*ARGUMENTS[name]) for get in (found(name), getattr(networks, name)))
+    assert list(here.state_dict()) == list(there.state_dict())
+    here.load_state_dict(there.state_dict(), strict=True)
+    there.load_state_dict(here.state_dict(), strict=True)
+
+
+def test_the_walk_throughs() -> None:
+    """Both generations of names, as the docstring has them, learn."""
+    assert PytorchRouting.__doc__ is not None
+    for name in (
+        "prior_actions",
+        "additional_reward_func",
+        "additional_reward_class",
+        "approx_module",
+        "loss(yest, y, meta)",
+    ):
+        assert name in PytorchRouting.__doc__
+    failed, attempted = doctest.testmod(PytorchRouting)
+    assert attempted > 20 and not failed
+
+
+# --------------------------------------------------------------------------------------------------- upstream's numbers
+
+
+@pytest.mark.parametrize("file", golden.names("networks", "eval_*.pt"))
+def test_decisions_in_eval(file: str, reference: None) -> None:
+    def run(dtype: torch.dtype, order: Tensor) -> dict[str, Any]:
+        g = to(load(file), dtype)
+        made = decision(
+            g["algo"], K, F, 3, policy_storage_type=g["storage"], approx_hidden_dims=tuple(g["hidden"]), dtype=dtype
+        )
+        made.load_state_dict(permuted(g["state_dict"], order), strict=True)
+        made.eval()
+        xs, mxs, _ = Initialization()(g["x"][:, order])
+        ys, mxs, actions = made(xs=xs, mxs=mxs, prior_actions=g["prior_actions"], mask=None, update_target=None)
+        states = torch.cat([sample.steps[0]["states"] for sample in mxs]).detach()
+        assert states.shape == (B, K, 5)
+        columns = 1 if g["algo"] == "RELAX" else COLUMNS[g["algo"]]  # RELAX has z alone in eval
+        return {"ys": ys[:, order.argsort()], "actions": actions, "states": states[:, :, :columns]}
+
+    g, exact = load(file), run(torch.float64, torch.arange(F))
+    g["states"] = g["states"][:, :, : exact["states"].shape[2]]
+    compare({k: g[k] for k in exact}, exact, [run(torch.float32, order) for order in orders(F)])
+
+
+@pytest.mark.parametrize("file", golden.names("networks", "selection_*.pt"))
+def test_selections(file: str, reference: None) -> None:
+    def run(dtype: torch.dtype, order: Tensor) -> dict[str, Any]:
+        g = to(load(file), dtype)
+        state = g["state_dict"]
+        count = 1 + max(int(k.split(".")[1]) for k in state)
+        module = linears(count, 6, 5)
+        if "_submodules.0.0.weight" in state:
+            module = Selection(*[nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten()) for _ in range(count)])
+        module.to(dtype).load_state_dict(state, strict=True)
+        mask = g.get("mask")
+        if mask is not None:
+            mask = mask[order].to(torch.uint8)
+        x = g["x"][order].requires_grad_()
+        y, _, _ = module(xs=x, mxs=Initialization()(x)[1], actions=g["actions"][order], mask=mask)
+        y.backward(g["grad_y"][order])
+        assert x.grad is not None
+        back = order.argsort()
+        return {"y": y.detach()[back], "grad_x": x.grad[back], **gradients(module)}
+
+    g, exact = load(file), run(torch.float64, torch.arange(B))
+    theirs = {"y": g["y"], "grad_x": g["grad_x"], **g["grads"]}
+    compare(theirs, exact, [run(torch.float32, order) for order in orders(B)])
+
+
+def test_per_action_rewards() -> None:
+    g = load("per_action_rewards.pt")
+    rewards: dict[str, Any] = {
+        "collab": CollaborationReward(g["ratio"], 4, g["history"]),
+        "running": RunningAverageCollaborationReward(g["ratio"], 4, g["history"]),
+        "manual": ManualReward(g["manual"], 4),
+    }
+    for name, table in g["reward_of_each_action_after_each_register"].items():
+        for action, expected in zip(g["actions"], table, strict=True):
+            rewards[name].register(torch.zeros(1, 4, 5), action)
+            gained = torch.cat([rewards[name].get_reward(torch.zeros(1, 4, 5), torch.tensor(a)) for a in range(4)])
+            # at most ``history`` additions in float32 by upstream, of numbers below one
+            error = float((gained - expected).abs().max())
+            assert error <= math.sqrt(g["history"]) * torch.finfo(torch.float32).eps * float(expected.abs().max()), name
+
+
+def test_final_rewards() -> None:
+    g = load("final_rewards.pt")
+    for name, reward in (("neg", NegLossReward(2.0)), ("correct", CorrectClassifiedReward(2.0))):
+        samples = zip(g["loss"][:, None], g["yest"][:, None], g["ytrue"][:, None], strict=True)
+        assert torch.equal(torch.cat([reward(*sample) for sample in samples]), g[name])
+
+
+def test_sequential_action_dispatch(reference: None) -> None:
+    g = load("sequential_action_dispatch.pt")
+
+    def run(dtype: torch.dtype, order: Tensor) -> dict[str, Any]:
+        net = Sequential(REINFORCE(4, 6), linears(4), nn.ReLU(), REINFORCE(4, 6, num_agents=4), linears(4))
+        net.to(dtype).eval().load_state_dict(permuted(to(g["state_dict"], dtype), order, ("1.", "2.")), strict=True)
+        y, meta = net(to(g["x"], dtype)[:, order])
+        assert [[int(step["actions"]) for step in sample.steps] for sample in meta] == g["actions"]
+        return {"y": y.detach()}
+
+    compare({"y": g["y"]}, run(torch.float64, torch.arange(F)), [run(torch.float32, order) for order in orders(F)])
+
+
+@pytest.mark.parametrize("file", golden.names("networks", "lstm_*.pt"))
+def test_lstm_cells(file: str, reference: None) -> None:
+    g = load(file)
+    _, depth, routed = file.removesuffix(".pt").split("_")
+
+    def run(dtype: torch.dtype, order: Tensor) -> dict[str, Any]:
+        cell = RoutingLSTMCell(6, 6, 4, int(depth[1]), REINFORCE, "i" in routed, "h" in routed).to(dtype).eval()
+        cell.load_state_dict(permuted(to(g["state_dict"], dtype), order), strict=True)
+        x, h, c = (to(g[k], dtype) for k in ("x", "h0", "c0"))
+        x, h = x[:, order], h[:, order]  # both are seen by the first layers alone
+        (h, c), metas = cell(x, (h, c), metas=Initialization()(x)[1], task_actions=None, mask=None)
+        assert [[int(step["actions"]) for step in sample.steps] for sample in metas] == g["actions"]
+        return {"h1": h.detach(), "c1": c.detach()}
+
+    theirs = {"h1": g["h1"], "c1": g["c1"]}
+    compare(theirs, run(torch.float64, torch.arange(F)), [run(torch.float32, order) for order in orders(F)])
+
+
+# ---------------------------------------------------------------------------------------------------- upstream's quirks
+
+
+def begin(tasks: Any = ()) -> tuple[Tensor, Any]:
+    x = torch.randn(B, F, generator=torch.Generator().manual_seed(0))
+    return x, Initialization()(x, tasks)[1]
+
+
+@pytest.mark.parametrize("nobody", [[], (), torch.tensor([], dtype=torch.int64)], ids=["list", "tuple", "tensor"])
+def test_no_prior_actions_mean_agent_0(nobody: Any) -> None:
+    decide = REINFORCE(K, F, num_agents=3).eval()
+    x, mxs = begin()
+    _, mxs, actions = decide(x, mxs, nobody)
+    assert not mxs.agents.any()
+    assert torch.equal(actions, decide(x, begin()[1], [0] * B)[2])
+    with pytest.raises(ValueError, match="agents: expected the agent of each sample"):
+        decide(x, begin()[1], None)
+    with pytest.raises(ValueError, match="agents: expected the agent of each sample"):
+        networks.REINFORCE(K, F, num_agents=3)(x, begin()[1], [])
+
+
+@pytest.mark.parametrize("algo", COLUMNS)
+def test_masks_of_bytes(algo: str) -> None:
+    decide = decision(algo, K, F, num_agents=2)
+    x, mxs = begin()
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1, 0], dtype=torch.uint8)
+    ys, mxs, actions = decide(xs=x, mxs=mxs, prior_actions=torch.arange(B) % 2, mask=mask, update_target=x + 1)
+    assert [len(sample.steps) for sample in mxs] == mask.tolist()
+    assert not actions[mask == 0].any() and torch.equal(ys[mask == 0], (x + 1)[mask == 0])
+    z, _, _ = linears(K)(ys, mxs, actions, mask)
+    assert not z[mask == 0].any()
+
+
+def routed(gamma: float, reward: Any = None, final: Any = None) -> tuple[float, float]:
+    torch.manual_seed(0)
+    x, mxs = begin()
+    ys: Any = x
+    for _ in range(3):
+        ys, mxs, actions = REINFORCE(K, F, additional_reward_func=reward)(ys, mxs)
+        ys, mxs, actions = linears(K)(ys, mxs, actions)
+    made = Loss(nn.CrossEntropyLoss(), final or NegLossReward(), gamma)(ys, mxs, torch.arange(B) % F)
+    return float(made[0].detach()), float(made[1].detach())
+
+
+def test_discounting_is_not_looked_at() -> None:
+    assert routed(0.5) == routed(1.0)
+
+
+def test_scale_is_not_looked_at() -> None:
+    assert routed(1.0, final=NegLossReward(scale=3.0)) == routed(1.0)
+    assert NegLossReward(scale=3.0, formula="intended")(*torch.ones(3, 1)) == -3
+
+
+def test_the_collaboration_ratio_counts_twice() -> None:
+    for formula, expected in (({}, 0.09), ({"formula": "intended"}, 0.3)):
+        reward = CollaborationReward(0.3, K, **formula)
+        reward.register(torch.zeros(1, K, 5), torch.tensor(2))
+        assert float(reward.get_reward(torch.zeros(1, K, 5), torch.tensor(2))) == pytest.approx(expected)
+
+
+def test_exploration_of_egreedy_triples() -> None:
+    decide = EGreedyREINFORCE(K, F, exploration=0.2)
+    assert decide._exploration == 0.2
+    for given, expected in ((0.2, 0.6), (0.5, 1.0)):
+        decide.set_exploration(given)
+        assert decide._exploration == pytest.approx(expected)
+
+
+def test_exploration_is_flagged_upside_down() -> None:
+    decide = REINFORCE(K, F).eval()
+    _, mxs, _ = decide(*begin())
+    assert mxs.exploratory.all()
+
+
+@pytest.mark.parametrize("cls", [PerTaskAssignment, PassThrough])
+def test_fixed_decisions(cls: Any) -> None:
+    decide = cls(K, F, 3, anything=1)  # upstream's do not look either
+    tasks = [b % 3 for b in range(B)]
+    x, mxs = begin(tasks)
+    ys, after, actions = decide(x, mxs, None, None)
+    assert ys is x and after is mxs
+    assert actions.tolist() == (tasks if cls is PerTaskAssignment else [0] * B)
+    assert torch.equal(decide(xs=x, mxs=mxs)[2], actions)
+    assert Loss(nn.CrossEntropyLoss(), NegLossReward())(ys, mxs, torch.arange(B) % F)[1] == 0
+
+
+def test_positional_arguments() -> None:
+    """In upstream's order."""
+    net = nn.Linear(F, K)
+    reward = ManualReward([0.1] * K, K)
+    decide = QLearning(K, F, 2, 0.3, "approx", False, (5,), net, reward, True)
+    assert decide._num_agents == 2 and decide._exploration == 0.3 and not decide._detach
+    assert torch.equal(decide._policy[1]._approx.weight, net.weight) and decide._policy[1]._approx is not net
+    assert decide.additional_reward_func is reward
+    assert decide(*begin(), [0, 1] * 4)[2].shape == (B,)
+    xs, mxs = begin()
+    ys, mxs, _ = linears(K)(*decide(xs, mxs, torch.arange(B) % 2, None, None))
+    losses = Loss(nn.CrossEntropyLoss(), CorrectClassifiedReward(), 1.0, True, False)(
+        ys, mxs, torch.arange(B) % F, None, False
+    )
+    assert all(part.shape == (B,) for part in losses)
+
+
+def test_the_readmes_spellings() -> None:
+    net = nn.Linear(F, K)
+    decide = REINFORCE(
+        K, F, approx_module=net, additional_reward_class=CollaborationReward,
+        additional_reward_args={"reward_ratio": 0.5, "num_actions": K},
+    )  # fmt: skip
+    assert torch.equal(decide._policy[0]._approx.weight, net.weight)
+    assert decide.additional_reward_func.formula == "upstream"
+    loss = Loss(nn.CrossEntropyLoss(), NegLossReward())
+    x, mxs = begin()
+    ys, mxs, _ = decide(x, mxs, [])
+    truth = torch.arange(B) % F
+    assert loss(ys, truth, mxs) == loss(ys, mxs, truth) == loss(ys, list(mxs), truth)
+
+
+def test_unknown_keywords() -> None:
+    """Upstream swallows them."""
+    with pytest.raises(TypeError, match="REINFORCE: unexpected keyword 'num_agent'; did you mean 'num_agents'"):
+        REINFORCE(K, F, num_agent=2)
+
+
+def test_two_single_agents_in_a_row() -> None:
+    """Upstream takes the first one's actions for agents, and crashes."""
+    net = Sequential(GumbelSoftmax(K, F), linears(K), nn.ReLU(), GumbelSoftmax(K, F), linears(K))
+    y, meta = net(begin()[0])
+    assert y.shape == (B, F) and len(meta[0].steps) == 2
+
+
+def test_gru_cells_run() -> None:
+    cell = RoutingGRUCell(F, F, K, 2, REINFORCE, True, True)
+    h, metas = cell(torch.randn(B, F), None, metas=None, task_actions=None, mask=torch.ones(B, dtype=torch.uint8))
+    assert h.shape == (B, F) and len(metas[0].steps) == 4
+    assert all(d.formula == "upstream" for d in cell.modules() if isinstance(d, networks.Decision))
+
+
+# -------------------------------------------------------------------------------------------------------- small helpers
+
+
+def test_gumbel_softmax_sampling() -> None:
+    torch.manual_seed(0)
+    sampling = GumbelSoftmaxSampling(0.5)
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(4000, 3).clone().requires_grad_()
+    drawn = sampling(logits)
+    # the share of each choice is within four standard errors of its probability
+    p = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
+    assert ((drawn.detach().mean(0) - p).abs() < 4 * (p * (1 - p) / 4000).sqrt()).all()
+    drawn[:, 0].sum().backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0
+    assert sampling.eval()(logits)[:, 2].eq(1).all()
+    with pytest.raises(ValueError, match="temperature: expected a number above 0, got 0"):
+        GumbelSoftmaxSampling(0)
+
+
+def test_a_list_of_one_module() -> None:
+    shared = nn.Linear(2, 2)
+    many = FakeFlatModuleList(shared)
+    assert many[0] is many[7] is shared and list(many) == [shared] and len(many) == 1
+    assert len(list(many.parameters())) == 2
+
+
+def test_identity() -> None:
+    x, mxs = begin()
+    y, _, _ = Selection(Identity(), nn.Linear(F, F))(x, mxs, torch.tensor([0, 1] * 4))
+    assert torch.equal(y[::2], x[::2])
+
+
+def test_rl_samples() -> None:
+    sample = RLSample(True, action=torch.tensor(1), reward=0.5)
+    assert sample.is_terminal and sample.reward == 0.5 and sample.next_state is None
