@@ -307,12 +307,10 @@ def moved(case: Case, what: str) -> int:
 @pytest.fixture
 def settings(row: Row, options: Options) -> Iterator[Case]:
     """The row's threads and precision, and its sizes in this options."""
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    if not options.gpu:
-        torch.set_num_threads(row.threads)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = row.case.tf32
-    yield row.case.smaller() if options.quick else row.case
-    torch.set_num_threads(threads)
+    with harness.threads(row.threads, options):
+        yield row.case.smaller() if options.quick else row.case
     torch.backends.cuda.matmul.allow_tf32 = tf32
 
 

@@ -22,11 +22,13 @@ both of the same round.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -58,6 +60,16 @@ class Options(NamedTuple):
     def is_late(self) -> bool:
         """On a GPU, compiling the last rivals is not worth being cut off: the whole run has to end in 8 minutes."""
         return self.gpu and time.monotonic() - _BEGAN > 330
+
+
+@contextmanager
+def threads(count: int, options: Options) -> Iterator[None]:
+    """A row's threads, on a CPU."""
+    before = torch.get_num_threads()
+    if not options.gpu:
+        torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -172,6 +184,60 @@ class Here:
 
     def close(self) -> None:
         pass
+
+
+@dataclass
+class Step:
+    """A contestant whose timed pass is not the one that is checked (it draws at random, the other is told what to do).
+
+    Neither what comes before a pass nor the garbage collector is in its time.
+    """
+
+    name: str
+    check: Callable[[], Results]
+    run: Callable[[], Any]
+    before: Callable[[], Any] = lambda: None  # lets go of what the last pass left behind (.grad)
+    device: str = "cpu"
+    every: int = 1  # timed in one round of so many
+
+    def results(self) -> Results:
+        return self.check()
+
+    def sample(self) -> Sample:
+        self.before()
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            return sampler(self.device)(self.run)
+        finally:
+            if was_on:
+                gc.enable()
+
+    def close(self) -> None:
+        pass
+
+
+#: Questions about a tensor's place in the graph, which seen.events() leaves out too.
+_NO_OPERATORS = ("aten::is_leaf", "aten::output_nr", "aten::_version")
+
+
+def operators(one: Step) -> dict[str, int]:
+    """How many operators of PyTorch and of fastroute one warm pass calls: in all, and those not called by another."""
+    one.sample()
+    one.before()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        one.run()
+    # events() makes a tree of them first, which takes half a minute where there are 100,000
+    found = [
+        (event.start_thread_id(), event.start_ns(), -event.end_ns())
+        for event in seen.profiler.kineto_results.events()
+        if event.name().startswith(("aten::", "fastroute::")) and event.name() not in _NO_OPERATORS
+    ]
+    direct, thread, until = 0, -1, 0
+    for whose, start, minus_end in sorted(found):  # one that calls others begins before them
+        if whose != thread or start >= until:
+            direct, thread, until = direct + 1, whose, -minus_end
+    return {"all": len(found), "direct": direct}
 
 
 # ---------------------------------------------------------------------------------------------- the gate
@@ -323,8 +389,12 @@ def race(
     *,
     quick: bool = False,
     seconds: float = 8,
+    most: int = 50,
 ) -> None:
-    """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``."""
+    """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``.
+
+    There are 5 to ``most`` rounds. A contestant with ``every`` (see :class:`Step`) is only in some of them.
+    """
     excess = {one.name: truth.excess(one.results()) for one in (subject, *rivals)}
     ours = [one.name for one in (subject, *rivals) if one.name.startswith("fastroute")]
     wrong = {k for k, (_, times) in excess.items() if not times <= 1 and (k in ours or not times < float("inf"))}
@@ -332,15 +402,21 @@ def race(
     timed = others if subject.name in wrong else [*others, subject]
     samples: dict[str, list[Sample]] = {one.name: [] for one in timed}
 
+    every = {one.name: getattr(one, "every", 1) for one in timed}
     gc.collect()
-    began = time.perf_counter()
+    round_s = 0.0
     for one in timed:
+        began = time.perf_counter()
         one.sample()
-    count = 2 if quick else min(max(int(seconds / (time.perf_counter() - began)), 5), 50)
+        round_s += (time.perf_counter() - began) / every[one.name]
+    count = 2 if quick else min(max(int(seconds / round_s), 5), most)
+    turns = itertools.count()
 
     def time_others() -> None:
+        turn = next(turns)
         for one in others:
-            samples[one.name].append(one.sample())
+            if turn % every[one.name] == 0:
+                samples[one.name].append(one.sample())
 
     def time_subject() -> None:
         samples[subject.name].append(subject.sample())
@@ -358,7 +434,7 @@ def race(
         if name in excess and not excess[name][1] <= 1:
             found[name]["off"], found[name]["times_the_budget"] = excess[name]
         if name in samples and subject.name in samples and name != subject.name:
-            pairs = list(zip(samples[name], samples[subject.name], strict=True))
+            pairs = list(zip(samples[name], samples[subject.name][:: every[name]], strict=True))
             found[name]["ratio"] = _quartiles([theirs.time / mine.time for theirs, mine in pairs])
             found[name]["wall_ratio"] = _quartiles([theirs.wall / mine.wall for theirs, mine in pairs])
     floor_names = [one.name for one in floor]

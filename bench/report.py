@@ -78,6 +78,13 @@ def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
     mine = row["rivals"][row["subject"]]
     if target in ("max_MB", "max_GB"):
         return None if memory is None else (memory, f"{memory:.1f}", target[4:])
+    if target == "max_wall_ms":
+        if "wall_ms" not in mine:
+            return None
+        return mine["wall_ms"], f"{_ms(mine['wall_ms'])} ms (best {_ms(mine['best_wall_ms'])})", ""
+    if target == "max_operators":
+        count = row.get("operators", {}).get(row["subject"])
+        return None if count is None else (count["all"], str(count["all"]), "")
     if target == "max_ms":
         return None if "ms" not in mine else (mine["ms"], _ms(mine["ms"]), "ms")
     if target == "floor":
@@ -94,6 +101,8 @@ _TARGETS: dict[str, Callable[[float], tuple[str, str]]] = {
     "floor": lambda v: ("share of torch.mm's floor", f"≥ {100 * v:.0f} %"),
     "matmul": lambda v: ("share of the measured matmul rate", f"≥ {100 * v:.0f} %"),
     "max_ms": lambda v: ("time", f"≤ {v:g} ms"),
+    "max_wall_ms": lambda v: ("wall time, two threads", f"≤ {v:g} ms"),
+    "max_operators": lambda v: ("operators", f"≤ {v:g}"),
     "max_MB": lambda v: ("peak resident growth", f"≤ {v:g} MB"),
     "max_GB": lambda v: ("peak memory", f"≤ {v:g} GB"),
 }
@@ -113,6 +122,47 @@ def _targets(rows: Sequence[Row]) -> str:
             met = measured <= value if target.startswith("max_") else measured >= value
             body.append([*_head(row), what, wanted, f"{shown} {unit}".strip(), "met" if met else "**missed**"])
     return _table(["case", "pass", "what", "target", "measured", ""], body)
+
+
+def _operators(rows: Sequence[Row]) -> str:
+    """In all, and those not called by another operator."""
+    names = _names(rows, "operators")
+    has_upstream = any("upstream" in row for row in rows)
+    body = []
+    for row in rows:
+        counts = [row["operators"].get(name) for name in names]
+        line = [row["case"], *("–" if c is None else f"{c['all']} ({c['direct']})" for c in counts)]
+        if has_upstream:
+            theirs = row.get("upstream", {})
+            line += [str(theirs.get("operators") or "–"), _ms(theirs["ms"]) if "ms" in theirs else "–"]
+        body.append(line)
+    head = ["case", *names, *["upstream, elsewhere", "upstream's ms, elsewhere"] * has_upstream]
+    return _table(head, body)
+
+
+def _across(rows: Sequence[Row]) -> str:
+    """A row's time over another's, of each contestant: ratios of medians."""
+    body = []
+    names = _names([row for row in rows if "against" in row], "rivals")
+    for row in rows:
+        asked = row.get("against", {})
+        same = [r for r in rows if (r["case"], r["threads"]) == (asked.get("case"), row["threads"])]
+        for other in same:
+            figure = "ms" if row["threads"] == 1 else "wall_ms"
+            times = [(row["rivals"].get(n, {}).get(figure), other["rivals"].get(n, {}).get(figure)) for n in names]
+            ratios = [mine / theirs if mine and theirs else None for mine, theirs in times]
+            own, most = ratios[names.index(row["subject"])], asked["at_most"]
+            verdict = "" if most is None else "no time" if own is None else "met" if own <= most else "**missed**"
+            body.append(
+                [
+                    asked["what"],
+                    "one thread, CPU time" if row["threads"] == 1 else "two threads, wall time",
+                    "–" if most is None else f"≤ {most:g}×",
+                    *("–" if ratio is None else f"{ratio:.2f}×" for ratio in ratios),
+                    verdict,
+                ]
+            )
+    return _table(["what", "figure", "target", *names, ""], body)
 
 
 def _memory(rows: Sequence[Row], unit: str) -> str:
@@ -183,8 +233,14 @@ def tables(path: Path) -> str:
     gpu = any("roofline" in row for row in rows)
     one = rows if gpu else [row for row in rows if row["threads"] == 1]
     two = [] if gpu else [row for row in rows if row["threads"] == 2]
-    if any(row["targets"] for row in one):
-        parts += ["**Targets**", _targets(one)]
+    if any(row["targets"] for row in rows):
+        parts += ["**Targets**", _targets([*one, *two])]
+    if any("against" in row for row in rows):
+        parts += ["**One size against another**", _across(rows)]
+    counted = two or [row for row in one if "operators" in row]
+    if any("operators" in row for row in counted):
+        parts += ["**Operators of one step**, in all (and not counting those that another one calls)"]
+        parts += [_operators([row for row in counted if "operators" in row])]
     if one:
         title = ("GPU time" if "gpu" in data["machine"] else "Dry run on the CPU") if gpu else "One thread, CPU time"
         parts += [f"**{title}, ms** (and how many times fastroute's)", _times(one, "ms", "ratio", floor=True)]
