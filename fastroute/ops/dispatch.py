@@ -134,6 +134,15 @@ class _GroupedLinear(torch.autograd.Function):
         return (dx if wants[0] else None, *[None] * 8, *(g for grads in per_module for g in grads))
 
 
+def _rows(x: Tensor, plan: Plan, weights: Sequence[Tensor], any_number: bool) -> Tensor:
+    """x, if it is what the modules take, with dense rows."""
+    if x.dim() != 2 or x.shape[1] != weights[0].shape[-1]:
+        raise ValueError(f"x: expected [N, {weights[0].shape[-1]}], as the modules take, got {shown(x)}")
+    if not any_number and x.shape[0] != plan.order.shape[0]:
+        raise ValueError(f"x: expected the plan's {plan.order.shape[0]} rows, got {shown(x)}")
+    return x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
+
+
 def grouped_linear(
     x: Tensor | None,
     plan: Plan,
@@ -149,8 +158,8 @@ def grouped_linear(
     Rows that the plan drops are zero, and so is their gradient. With no ``weights``, y_b = b_k: a row of a table.
 
     Args:
-        x: [N, F] float32, float64, bfloat16 (or, on the reference backend, any floating dtype), any row stride; None
-            without weights.
+        x: [N, F] float32, float64, bfloat16 (or, on the reference backend, any floating dtype), any row stride. Not
+            looked at without weights, and may be None then.
         plan: of the N rows, from :func:`plan`.
         weights: K tensors [O, F] in x's dtype, or none; each stays a parameter of its own.
         biases: K tensors [O], or none; without weights K tensors [1, O].
@@ -166,31 +175,22 @@ def grouped_linear(
         ValueError, TypeError: x is not of the plan's rows, or not of the modules' width or dtype.
     """
     parameters = (*weights, *biases)
-    if x is None:
-        if weights:
-            raise ValueError("x: expected a tensor [N, F] to multiply, got None")
-    elif x.dim() != 2 or (weights and x.shape[1] != weights[0].shape[-1]):
-        width = weights[0].shape[-1] if weights else "any"
-        raise ValueError(f"x: expected [N, {width}], as the modules take, got {shown(x)}")
-    if not (is_sorted and keep_sorted) and x.shape[0] != plan.order.shape[0]:
-        raise ValueError(f"x: expected the plan's {plan.order.shape[0]} rows, got {shown(x)}")
-    device = x.device.type
-    if (
-        weights
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and x.dtype != torch.float64
-    ):
-        dtype = torch.get_autocast_dtype(device)
-        x, parameters = x.to(dtype), tuple(p.to(dtype) for p in parameters)
-    dtype = x.dtype if weights else parameters[0].dtype
+    if not weights:
+        x = None
+    elif x is None:
+        raise ValueError("x: expected a tensor [N, F] to multiply, got None")
+    else:
+        x = _rows(x, plan, weights, any_number=is_sorted and keep_sorted)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            x, parameters = x.to(dtype), tuple(p.to(dtype) for p in parameters)
+    dtype = parameters[0].dtype if x is None else x.dtype
     for p in parameters:
         if p.dtype != dtype:
             raise TypeError(f"x: expected the modules' dtype {p.dtype}, got {dtype}")
-    if x.dim() == 2 and x.shape[1] > 1 and x.stride(1) != 1:
-        x = x.contiguous()
-    K = len(weights or biases)
-    native = _is_native(parameters[0], N=x.shape[0], K=K, F=x.shape[-1], O=parameters[0].shape[0 if weights else -1])
+    K, (N, F) = len(weights or biases), (plan.order.shape[0], 0) if x is None else x.shape
+    native = _is_native(parameters[0], N=N, K=K, F=F, O=parameters[0].shape[0 if weights else -1])
     made: Tensor = _apply(
         _GroupedLinear,
         x,
