@@ -77,7 +77,9 @@ inline bool is_large(int64_t multiply_adds) {
 // a b^T by oneDNN, in memory of its own; undefined where torch has no oneDNN.
 Tensor onednn_linear(const Tensor& a, const Tensor& b);
 
-// Dense products into memory that is kept from one call to the next.
+// Dense products into memory that is kept from one call to the next. Long sums are made in runs, added up afterwards: so
+// they do not depend on how a library divides them, which MKL decides by the number of threads it might have, and what
+// oneDNN adds term by term is as accurate as MKL's.
 template <class T>
 class Product {
  public:
@@ -86,45 +88,68 @@ class Product {
     if constexpr (std::is_same_v<T, float>) {
       // oneDNN multiplies by a matrix with gaps between its rows a hundred times slower
       if (a.batch == 1 && is_large(a.rows * b.cols * a.cols) && b.is_row_major() && prefers_onednn()) {
-        return by_onednn(a, b);
+        in_runs(256, a, b, [&](const auto& a_part, const auto& b_part, bool is_first) {
+          Tensor made = onednn_linear(a_part.tensor(), b_part.transposed().tensor());
+          if (is_first) {
+            made_ = std::move(made);
+          } else {
+            add(static_cast<float*>(made_.data_ptr()), static_cast<const float*>(made.data_ptr()), a.rows * b.cols);
+          }
+        });
+        return static_cast<float*>(made_.data_ptr());
       }
     }
-    const int64_t size = a.rows * b.cols, needed = a.batch * size;
-    if (needed > capacity_) {
-      capacity_ = needed;
-      own_.reset(new T[capacity_]);
-    }
-    mm(Matrix<T>(own_.get(), a.rows, b.cols, b.cols).batched(a.batch, size), a, b);
-    return own_.get();
+    const int64_t size = a.rows * b.cols;
+    T* out = own_.at_least(a.batch * size);
+    in_runs(kMklRun, a, b, [&](const auto& a_part, const auto& b_part, bool is_first) {
+      T* to = is_first ? out : more_.at_least(a.batch * size);
+      mm(Matrix<T>(to, a.rows, b.cols, b.cols).batched(a.batch, size), a_part, b_part);
+      if (!is_first) {
+        add(out, to, a.batch * size);
+      }
+    });
+    return out;
   }
 
  private:
-  // oneDNN adds the terms of a sum one by one; in runs of 256, added up afterwards, it is as accurate as MKL.
-  template <class A, class B>
-  float* by_onednn(const Matrix<A>& a, const Matrix<B>& b) {
-    constexpr int64_t run = 256;
-    for (int64_t k = 0; k < a.cols; k += run) {
+  static constexpr int64_t kMklRun = 512;
+
+  // f(columns of a, as many rows of b, whether they are the first)
+  template <class A, class B, class F>
+  static void in_runs(int64_t run, const Matrix<A>& a, const Matrix<B>& b, const F& f) {
+    for (int64_t k = 0; k == 0 || k < a.cols; k += run) {
       const int64_t terms = std::min(run, a.cols - k);
       const Matrix<A> a_part(a.data + k * a.col_stride, a.rows, terms, a.row_stride, a.col_stride);
-      const Matrix<B> b_part(b.data + k * b.row_stride, terms, b.cols, b.row_stride);
-      Tensor part = onednn_linear(a_part.tensor(), b_part.transposed().tensor());
-      if (k == 0) {
-        made_ = std::move(part);
-        continue;
-      }
-      float* to = static_cast<float*>(made_.data_ptr());
-      const float* from = static_cast<const float*>(part.data_ptr());
-#pragma omp simd
-      for (int64_t i = 0; i < a.rows * b.cols; ++i) {
-        to[i] += from[i];
-      }
+      const Matrix<B> b_part(b.data + k * b.row_stride, terms, b.cols, b.row_stride, b.col_stride);
+      f(a_part.batched(a.batch, a.batch_stride), b_part.batched(b.batch, b.batch_stride), k == 0);
     }
-    return static_cast<float*>(made_.data_ptr());
   }
 
+  static void add(T* to, const T* from, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] += from[i];
+    }
+  }
+
+  // Memory that grows.
+  class Growing {
+   public:
+    T* at_least(int64_t count) {
+      if (count > capacity_) {
+        capacity_ = count;
+        data_.reset(new T[count]);
+      }
+      return data_.get();
+    }
+
+   private:
+    std::unique_ptr<T[]> data_;
+    int64_t capacity_ = 0;
+  };
+
   Tensor made_;
-  std::unique_ptr<T[]> own_;
-  int64_t capacity_ = 0;
+  Growing own_, more_;
 };
 
 }  // namespace fastroute
