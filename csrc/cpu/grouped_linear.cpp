@@ -5,6 +5,8 @@
 //
 // Axes: N rows, K modules, F features in, O features out.
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
@@ -15,14 +17,12 @@
 #include <vector>
 
 #include "common/empty.h"
-#include "common/gemm.h"
+#include "cpu/activation.h"
 #include "cpu/grouped_linear.h"
 
 namespace fastroute::grouped_linear {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kTileRows = 96;
@@ -44,23 +44,40 @@ template <class S>
 struct Weight {
   const S* data;
   int64_t row, col;
-
-  explicit Weight(const Tensor& t)
-      : data(static_cast<const S*>(t.data_ptr())), row(t.stride(0)), col(t.stride(1)) {}
 };
 
 template <class S>
 struct Bias {
-  const S* data;
-  int64_t stride;
-
-  Bias() : data(nullptr), stride(1) {}
-  explicit Bias(const Tensor& t) : data(static_cast<const S*>(t.data_ptr())), stride(t.stride(t.dim() - 1)) {}
+  const S* data = nullptr;
+  int64_t stride = 1;
 };
 
-template <class P>
-std::vector<P> all(const Tensors& tensors) {
-  return std::vector<P>(tensors.begin(), tensors.end());
+// One for each module, of K tensors [O, F] or one [K, O, F].
+template <class S>
+std::vector<Weight<S>> weights_of(const Tensors& tensors) {
+  std::vector<Weight<S>> made;
+  for (const Tensor& t : tensors) {
+    const auto* data = static_cast<const S*>(t.data_ptr());
+    const bool is_stacked = t.dim() == 3;
+    for (int64_t k = 0; k < (is_stacked ? t.size(0) : 1); ++k) {
+      made.push_back({data + (is_stacked ? k * t.stride(0) : 0), t.stride(t.dim() - 2), t.stride(t.dim() - 1)});
+    }
+  }
+  return made;
+}
+
+// One for each module, of K tensors [O] or [1, O] or one [K, O].
+template <class S>
+std::vector<Bias<S>> biases_of(const Tensors& tensors) {
+  std::vector<Bias<S>> made;
+  for (const Tensor& t : tensors) {
+    const auto* data = static_cast<const S*>(t.data_ptr());
+    const int64_t modules = t.dim() == 2 ? t.size(0) : 1;
+    for (int64_t k = 0; k < modules; ++k) {
+      made.push_back({data + (t.dim() == 2 ? k * t.stride(0) : 0), t.stride(t.dim() - 1)});
+    }
+  }
+  return made;
 }
 
 // What a weight gives the kernels: rows or columns that are dense, copied where neither is.
@@ -204,15 +221,15 @@ constexpr int64_t row_cost(int64_t O, int64_t F) {
   return 4 + O * F / 16;
 }
 
+// y, and what the activation is applied to if `before` is not null
 template <class S>
 void forward(
-    S* y, const Tensor& x, const Index& take, const Index& put, const Index& offsets, const Tensors& weight_tensors,
-    const Tensors& bias_tensors, int64_t O) {
-  const auto weights = all<Weight<S>>(weight_tensors);
-  const auto biases = all<Bias<S>>(bias_tensors);
-  const int64_t N = x.size(0), K = static_cast<int64_t>(std::max(weights.size(), biases.size()));
+    S* y, S* before, const Tensor& x, const Index& take, const Index& put, const Index& offsets, int64_t N,
+    const std::vector<Weight<S>>& weights, const std::vector<Bias<S>>& biases, int64_t O, int64_t kind) {
+  const int64_t K = static_cast<int64_t>(std::max(weights.size(), biases.size()));
   const int64_t F = weights.empty() ? 0 : x.size(1), x_row = x.stride(0);
   const auto* x_data = weights.empty() ? nullptr : static_cast<const S*>(x.data_ptr());
+  const auto activate = activation::functions<S>().apply[kind];
   Units units;
   add_row_tiles(units, offsets, K, weight_cost<S>(O, F), row_cost(O, F));
   units.run([&](const Unit& u) {
@@ -226,8 +243,40 @@ void forward(
     const RowPointers<S> out(y, O, put, u.begin, u.end);
     const RowPointers<const S> rows(x_data, x_row, take, u.begin, u.end);
     multiply(out, rows, u.end - u.begin, Dense<S>(weights[u.module], O, F), false, bias.data, O, F);
+    if (kind == activation::kNone) {
+      return;
+    }
+    for (int64_t i = u.begin; i < u.end; ++i) {
+      S* row = y + put[i] * O;
+      if (before != nullptr) {
+        std::copy_n(row, O, before + put[i] * O);
+      }
+      activate(row, O);
+    }
   });
   zero_rows(y, O, put, offsets[K], N);
+  if (before != nullptr) {
+    zero_rows(before, O, put, offsets[K], N);
+  }
+}
+
+// Sorted rows of the gradient before the activation.
+template <class S>
+std::unique_ptr<S[]> sloped(
+    const S* grad, const S* kept, const Index& put, int64_t rows, int64_t O, int64_t kind) {
+  std::unique_ptr<S[]> made(new S[rows * O]);
+  const auto slope = activation::functions<S>().slope[kind];
+  Units units;
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int64_t end = std::min(i + kTileRows, rows);
+    units.add(Kind::kRows, 0, i, end, (end - i) * row_cost(O, kind == activation::kSilu ? 32 : 8));
+  }
+  units.run([&](const Unit& u) {
+    for (int64_t i = u.begin; i < u.end; ++i) {
+      slope(made.get() + i * O, grad + put[i] * O, kept + put[i] * O, O);
+    }
+  });
+  return made;
 }
 
 // The gradients' memory: null, or no list, where one is not wanted.
@@ -239,11 +288,9 @@ struct Gradients {
 
 template <class S>
 void backward(
-    const Gradients<S>& to, const Tensor& grad, const Tensor& x, const Index& take, const Index& put,
-    const Index& offsets, const Tensors& weight_tensors, int64_t K) {
-  const auto weights = all<Weight<S>>(weight_tensors);
-  const int64_t N = grad.size(0), O = grad.size(1), F = weights.empty() ? 0 : x.size(1);
-  const auto* g = static_cast<const S*>(grad.data_ptr());
+    const Gradients<S>& to, const S* g, int64_t N, int64_t O, const Tensor& x, const Index& take, const Index& spread,
+    const Index& put, const Index& offsets, const std::vector<Weight<S>>& weights, int64_t K) {
+  const int64_t F = weights.empty() ? 0 : x.size(1);
   const auto* x_data = weights.empty() ? nullptr : static_cast<const S*>(x.data_ptr());
   const int64_t x_row = x.stride(0);
   Units units;
@@ -267,7 +314,7 @@ void backward(
   }
   units.run([&](const Unit& u) {
     if (u.kind == Kind::kRows) {
-      const RowPointers<S> out(to.dx, F, take, u.begin, u.end);
+      const RowPointers<S> out(to.dx, F, spread, u.begin, u.end);
       const RowPointers<const S> rows(g, O, put, u.begin, u.end);
       multiply<S>(out, rows, u.end - u.begin, Dense<S>(weights[u.module], O, F), true, nullptr, O, F);
       return;
@@ -286,7 +333,7 @@ void backward(
     }
   });
   if (to.dx != nullptr) {
-    zero_rows(to.dx, F, take, offsets[K], N);
+    zero_rows(to.dx, F, spread, offsets[K], N);
   }
 }
 
@@ -301,39 +348,58 @@ void with_type(ScalarType type, const F& f) {
   }
 }
 
+// K weights [O, F] and biases of O numbers, or one of each, stacked.
 void check_shapes(const Tensors& weights, const Tensors& biases, int64_t O, int64_t F) {
   for (const Tensor& w : weights) {
-    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == O && w.size(1) == F, "grouped_linear: weights of unlike shape");
+    const bool is_stacked = w.dim() == 3 && weights.size() == 1;
+    STD_TORCH_CHECK(
+        (w.dim() == 2 || is_stacked) && w.size(w.dim() - 2) == O && w.size(w.dim() - 1) == F,
+        "grouped_linear: weights of unlike shape");
   }
   for (const Tensor& b : biases) {
-    STD_TORCH_CHECK(b.dim() > 0 && b.numel() == O, "grouped_linear: biases of unlike shape");
+    STD_TORCH_CHECK(
+        b.dim() > 0 && b.size(b.dim() - 1) == O && (b.dim() == 1 || b.size(0) == 1 || biases.size() == 1),
+        "grouped_linear: biases of unlike shape");
   }
 }
 
-Tensor forward_op(
+}  // namespace
+
+std::tuple<Tensor, Tensor> forward_op(
     const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
-    const Tensors& weights, const Tensors& biases) {
+    const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
   const Tensor& like = weights.empty() ? biases.at(0) : weights[0];
-  const int64_t O = weights.empty() ? like.size(like.dim() - 1) : like.size(0);
+  const int64_t O = like.size(like.dim() - (weights.empty() ? 1 : 2)), N = take.has_value() ? take->size(0) : x.size(0);
   check_shapes(weights, biases, O, weights.empty() ? 0 : x.size(1));
+  STD_TORCH_CHECK(kind >= 0 && kind < activation::kKinds, "grouped_linear: no such activation here");
   const ScalarType type = like.scalar_type();
-  Tensor y = empty_cpu<2>({x.size(0), O}, type);
+  Tensor y = empty_cpu<2>({N, O}, type), before = keep ? empty_cpu<2>({N, O}, type) : empty_cpu<1>({0}, type);
   with_type(type, [&](auto s) {
     using S = decltype(s);
-    forward(static_cast<S*>(y.data_ptr()), x, Index(take), Index(put), Index(offsets), weights, biases, O);
+    const auto w = weights_of<S>(weights);
+    const auto b = biases_of<S>(biases);
+    STD_TORCH_CHECK(
+        w.empty() || b.empty() || w.size() == b.size(), "grouped_linear: as many biases as weights, or none");
+    STD_TORCH_CHECK(
+        static_cast<int64_t>(std::max(w.size(), b.size())) < offsets.size(0), "grouped_linear: a plan of fewer modules");
+    forward<S>(
+        static_cast<S*>(y.data_ptr()), keep ? static_cast<S*>(before.data_ptr()) : nullptr, x, Index(take), Index(put),
+        Index(offsets), N, w, b, O, kind);
   });
-  return y;
+  return {std::move(y), std::move(before)};
 }
 
 std::tuple<Tensor, Tensors, Tensors> backward_op(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
-    const Tensors& weights, int64_t modules, bool want_x, bool want_weights, bool want_biases, bool keep_empty) {
+    const Tensor& grad, const Tensor& x, const OptionalTensor& take, const OptionalTensor& spread,
+    const OptionalTensor& put, const Tensor& offsets, const Tensors& weights, int64_t modules, bool want_x,
+    bool want_weights, bool want_biases, int64_t kind, const OptionalTensor& kept, bool stacked, bool keep_empty) {
   const Index starts(offsets);
   const bool has_weights = !weights.empty();
-  const int64_t O = grad.size(1), F = has_weights ? x.size(1) : 0;
+  const int64_t N = grad.size(0), O = grad.size(1), F = has_weights ? x.size(1) : 0;
   const ScalarType type = grad.scalar_type();
   want_x = want_x && has_weights;
-  Tensor dx = want_x ? empty_cpu<2>({x.size(0), F}, type) : empty_cpu<1>({0}, x.scalar_type());
+  want_weights = want_weights && has_weights;
+  Tensor dx = want_x ? empty_cpu<2>({N, F}, type) : empty_cpu<1>({0}, type);
   Tensors dw, db;
   with_type(type, [&](auto s) {
     using S = decltype(s);
@@ -342,22 +408,42 @@ std::tuple<Tensor, Tensors, Tensors> backward_op(
       data.push_back(t.numel() > 0 ? static_cast<S*>(t.data_ptr()) : nullptr);
       made.push_back(std::move(t));
     };
+    const auto add_stacked = [&](Tensors& made, std::vector<S*>& data, Tensor t) {
+      for (int64_t k = 0; k < modules; ++k) {
+        data.push_back(t.numel() > 0 ? static_cast<S*>(t.data_ptr()) + k * (t.numel() / modules) : nullptr);
+      }
+      made.push_back(std::move(t));
+    };
+    if (stacked) {
+      if (want_weights) {
+        add_stacked(dw, to.dw, empty_cpu<3>({modules, O, F}, type));
+      }
+      if (want_biases) {
+        add_stacked(db, to.db, empty_cpu<2>({modules, O}, type));
+      }
+    }
     const Tensor nothing = empty_cpu<1>({0}, type);
-    for (int64_t k = 0; k < modules; ++k) {
+    for (int64_t k = 0; k < modules && !stacked; ++k) {
       const bool is_made = keep_empty || starts[k] < starts[k + 1];
-      if (want_weights && has_weights) {
+      if (want_weights) {
         add(dw, to.dw, is_made ? empty_cpu<2>({O, F}, type) : nothing);
       }
       if (want_biases) {  // without weights these are rows of tables
         add(db, to.db, !is_made ? nothing : has_weights ? empty_cpu<1>({O}, type) : empty_cpu<2>({1, O}, type));
       }
     }
-    backward(to, grad, x, Index(take), Index(put), starts, weights, modules);
+    const auto* g = static_cast<const S*>(grad.data_ptr());
+    const auto w = weights_of<S>(weights);
+    if (kind == activation::kNone || !kept.has_value()) {
+      backward<S>(to, g, N, O, x, Index(take), Index(spread), Index(put), starts, w, modules);
+    } else {
+      const auto before = sloped<S>(g, static_cast<const S*>(kept->data_ptr()), Index(put), starts[modules], O, kind);
+      backward<S>(to, before.get(), N, O, x, Index(take), Index(spread), Index(), starts, w, modules);
+    }
   });
   return {std::move(dx), std::move(dw), std::move(db)};
 }
 
-}  // namespace
 }  // namespace fastroute::grouped_linear
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {

@@ -1,13 +1,31 @@
-// Matrix products over rows that lie anywhere: what grouped_linear.cpp needs of grouped_linear_kernels.inc.
+// grouped_linear for other ops, and matrix products over rows that lie anywhere: what it needs of its kernels.
 //
 // A matrix is an array of pointers to its rows, or one pointer and a stride. S is the type in memory, uint16_t for
 // bfloat16; sums are float or double. The order of every sum depends on the widths alone, so that rows and columns may
 // be divided into tiles in any way and give the same bits.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
 
 namespace fastroute::grouped_linear {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// The contract is fastroute/reference/grouped_linear.py; `kind` is an activation's number.
+std::tuple<Tensor, Tensor> forward_op(
+    const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
+    const Tensors& weights, const Tensors& biases, int64_t kind, bool keep);
+std::tuple<Tensor, Tensors, Tensors> backward_op(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& take, const OptionalTensor& spread,
+    const OptionalTensor& put, const Tensor& offsets, const Tensors& weights, int64_t modules, bool want_x,
+    bool want_weights, bool want_biases, int64_t kind, const OptionalTensor& kept, bool stacked, bool keep_empty);
 
 // The type that sums of S are made in.
 template <class S>

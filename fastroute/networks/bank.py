@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import dispatch
+from ..ops import dispatch, grouped_linear
 from ..ops.dispatch import Plan
 from .mlp import MLP
 
@@ -199,7 +199,7 @@ class _Flow:
     def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor], stay_sorted: bool) -> None:
         shape = self.x.shape
         if len(shape) == 2:
-            self.x = dispatch.grouped_linear(
+            self.x = grouped_linear(
                 self.x, self.plan, weights, biases, is_sorted=self.is_sorted, keep_sorted=stay_sorted,
                 keep_empty=self.keep_empty,
             )  # fmt: skip
@@ -208,7 +208,7 @@ class _Flow:
         self.sort()
         per_sample = shape[1:-1].numel()
         flat = self.x.reshape(shape[0] * per_sample, shape[-1])
-        made = dispatch.grouped_linear(
+        made = grouped_linear(
             flat, self._rows(per_sample), weights, biases, is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty
         )
         self.x = made.reshape(*shape[:-1], made.shape[-1])
@@ -226,7 +226,7 @@ class _Flow:
         self.sort()
         patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
         weights = [w.flatten(1) for w in stage.parameters("weight")]
-        made = dispatch.grouped_linear(
+        made = grouped_linear(
             patches.reshape(B * pixels, patch), self._rows(pixels), weights, stage.parameters("bias"),
             is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty,
         )  # fmt: skip
@@ -246,7 +246,7 @@ class _Flow:
         for name, combine in (("weight", torch.mul), ("bias", torch.add)):
             tables = stage.parameters(name)
             if tables:
-                own = dispatch.grouped_linear(
+                own = grouped_linear(
                     None, self.plan, (), [t.reshape(1, -1) for t in tables],
                     is_sorted=self.is_sorted, keep_sorted=self.is_sorted, keep_empty=self.keep_empty,
                 )  # fmt: skip
@@ -281,7 +281,7 @@ def run(
         x: [B, ...].
         plan: of the B samples.
         recipe: the same one at every call with these modules.
-        keep_empty: see ``ops.dispatch.grouped_linear``.
+        keep_empty: see ``ops.grouped_linear``.
         differentiable_twice: only use what has a second derivative.
     """
     alike = None if differentiable_twice else recipe.stages(modules)

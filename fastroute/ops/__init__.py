@@ -2,5 +2,6 @@
 
 from . import dispatch as dispatch
 from .efficient_routing import efficient_routing as efficient_routing
+from .grouped_linear import grouped_linear as grouped_linear
 from .policy import policy as policy
 from .vector_routing import vector_routing as vector_routing

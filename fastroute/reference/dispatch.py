@@ -1,34 +1,29 @@
-"""Dispatch by action in plain PyTorch: which rows go to which module, and linear modules over those rows.
+"""Dispatch by action in plain PyTorch: which entries go to which module.
 
-Axes: B samples, N rows (B, or B times the rows of one sample), K modules, F features in, O features out.
+Axes: B samples, k modules that each takes, N = B k entries (entry n is of sample n // k), K modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: Where counts stay on the device, weights are gathered row by row, no more than so many bytes at a time.
-GATHERED_BYTES = 1 << 28
-#: One batched product, with zeros where modules have fewer rows than others, may multiply so many times too much.
-WASTE = 4
-
 
 class Plan(NamedTuple):
-    """Samples sorted by module, in their own order within one; those that match no module come last."""
+    """Entries sorted by module, in their own order within one; those that match no module come last."""
 
-    order: Tensor  #: [B] int64, the sorted samples
+    order: Tensor  #: [N] int64, the sorted entries
     offsets: Tensor  #: [K + 1] int64, module k has order[offsets[k]:offsets[k + 1]]
     beyond: Tensor  #: [1] int64, how many actions were K or more: those are dropped like negative ones
     bounds: list[int] | None = None  #: the offsets as numbers, where reading them costs nothing
+    samples: Tensor | None = None  #: [N] int64, the sample of each sorted entry; None where that is ``order``
+    per_sample: int = 1  #: k
 
 
 def plan(actions: Tensor, modules: int) -> Plan:
-    """actions [B] int64 -> their plan."""
+    """actions [N] int64 -> their plan."""
     key = torch.where((actions >= 0) & (actions < modules), actions, modules)
     order = key.argsort(stable=True)
     bounds = torch.arange(modules + 1, device=actions.device)
@@ -47,178 +42,6 @@ def read(offsets: Tensor) -> list[int]:
     return offsets.tolist()  # type: ignore[no-any-return]
 
 
-def grouped_linear(x: Tensor, actions: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """y_b = W_k x_b + b_k with k = actions_b, zero where there is no such module: the definition, with autograd.
-
-    ``weights`` are K tensors [O, F] and ``biases`` K tensors [O], or none; or biases alone, K rows [1, O] of tables.
-    """
-    parameters = weights or biases
-    y = parameters[0].new_zeros(x.shape[0], _width(weights, biases))
-    for k in range(len(parameters)):
-        rows = (actions == k)[:, None]
-        made = x @ weights[k].mT if weights else torch.zeros_like(y)
-        y = torch.where(rows, made + biases[k] if biases else made, y)
-    return y
-
-
-# ------------------------------------------------------------------- the op's contract, on a plan (backend "reference")
-
-
 def module_of_row(offsets: Tensor, rows: int) -> Tensor:
     """[N] int64: the module of every sorted row, K for dropped ones."""
     return torch.searchsorted(offsets[1:], torch.arange(rows, device=offsets.device), right=True)
-
-
-def _width(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> int:
-    return weights[0].shape[0] if weights else biases[0].shape[-1]
-
-
-def forward(
-    x: Tensor,
-    take: Tensor | None,
-    put: Tensor | None,
-    offsets: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-) -> Tensor:
-    """Sorted row i reads x[take[i]] and writes y[put[i]] (None: i itself); rows past offsets[K] write zeros."""
-    sorted_x = x if take is None else x.index_select(0, take)
-    bounds = on_host(offsets)
-    if not weights:
-        y = _tables(biases, offsets, x.shape[0])
-    elif bounds is None:
-        y = _gathered(sorted_x, offsets, weights, biases)
-    elif (slots := _Slots.of(offsets, bounds)) is not None:
-        w, in_slots = torch.stack(tuple(weights)), slots.fill(sorted_x)
-        made = (
-            torch.baddbmm(torch.stack(tuple(biases))[:, None], in_slots, w.mT) if biases else torch.bmm(in_slots, w.mT)
-        )
-        y = slots.read(made, x.shape[0])
-    else:
-        y = x.new_zeros(x.shape[0], _width(weights, biases))
-        for k, (start, stop) in enumerate(pairwise(bounds)):
-            rows = y[start:stop]
-            if start == stop:
-                continue
-            if biases:
-                torch.addmm(biases[k], sorted_x[start:stop], weights[k].mT, out=rows)
-            else:
-                torch.mm(sorted_x[start:stop], weights[k].mT, out=rows)
-    return y if put is None else torch.empty_like(y).index_copy_(0, put, y)
-
-
-class _Slots:
-    """Sorted rows in [K, C] slots, C the most rows that a module has: one batched product instead of K small ones."""
-
-    def __init__(self, at: Tensor, modules: int, capacity: int) -> None:
-        self.at, self.modules, self.capacity = at, modules, capacity
-
-    @classmethod
-    def of(cls, offsets: Tensor, bounds: list[int]) -> _Slots | None:
-        """None where too many slots would stay empty."""
-        K, capacity = len(bounds) - 1, max(b - a for a, b in pairwise(bounds))
-        if not 0 < K * capacity <= WASTE * bounds[-1]:
-            return None
-        ids = module_of_row(offsets, bounds[-1])
-        first = offsets.index_select(0, ids)
-        return cls(ids * capacity + torch.arange(bounds[-1], device=offsets.device) - first, K, capacity)
-
-    def fill(self, rows: Tensor) -> Tensor:
-        """[N, F] -> [K, C, F], zeros in empty slots."""
-        made = rows.new_zeros(self.modules * self.capacity, rows.shape[1])
-        made.index_copy_(0, self.at, rows[: len(self.at)])
-        return made.view(self.modules, self.capacity, -1)
-
-    def read(self, slots: Tensor, rows: int) -> Tensor:
-        """[K, C, O] -> [N, O], zeros in dropped rows."""
-        kept = slots.flatten(0, 1).index_select(0, self.at)
-        return kept if len(kept) == rows else torch.cat([kept, kept.new_zeros(rows - len(kept), kept.shape[1])])
-
-
-def _gathered(x: Tensor, offsets: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Without reading a count: every row multiplies its own copy of its module's weights, some rows at a time."""
-    K, N = len(weights), x.shape[0]
-    ids = module_of_row(offsets, N)
-    kept, ids = (ids < K)[:, None], ids.clamp(max=K - 1)
-    stacked = torch.stack(tuple(weights))
-    chunk = max(1, GATHERED_BYTES // max(1, stacked[0].numel() * stacked.element_size()))
-    parts = [
-        torch.bmm(stacked[i], part[:, :, None])[:, :, 0]
-        for part, i in zip(x.split(chunk), ids.split(chunk), strict=True)
-    ]
-    y = torch.cat(parts)
-    if biases:
-        y = y + torch.stack(tuple(biases))[ids]
-    return torch.where(kept, y, 0)
-
-
-def _tables(biases: Sequence[Tensor], offsets: Tensor, rows: int) -> Tensor:
-    """Every row its table's, zeros past offsets[K]."""
-    tables = torch.cat([b.reshape(1, -1) for b in biases])
-    ids = module_of_row(offsets, rows)
-    return torch.where((ids < len(biases))[:, None], tables[ids.clamp(max=len(biases) - 1)], 0)
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    take: Tensor | None,
-    put: Tensor | None,
-    offsets: Tensor,
-    weights: Sequence[Tensor],
-    modules: int,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradients of x, of every weight and of every bias, as wanted; zeros for modules without rows."""
-    g = grad if put is None else grad.index_select(0, put)
-    sorted_x = x if take is None or not wants[1] else x.index_select(0, take)
-    bounds = on_host(offsets)
-    slots = _Slots.of(offsets, bounds) if bounds is not None else None
-    if bounds is None:
-        dx, dw, db = _backward_gathered(g, sorted_x, offsets, weights, modules, wants)
-    elif slots is not None:
-        dx, dw, db = _backward_in_slots(g, sorted_x, slots, weights, wants)
-    else:
-        dx, dw, db = _backward_by_module(g, sorted_x, bounds, weights, wants)
-    if not weights:
-        db = [b[None] for b in db]
-    if dx is None:
-        return x.new_empty(0), dw, db
-    return dx if take is None else torch.empty_like(dx).index_copy_(0, take, dx), dw, db
-
-
-_Gradients = tuple[Tensor | None, list[Tensor], list[Tensor]]
-
-
-def _backward_gathered(
-    g: Tensor, x: Tensor, offsets: Tensor, weights: Sequence[Tensor], modules: int, wants: tuple[bool, bool, bool]
-) -> _Gradients:
-    """One product a module over all rows: dense, but nothing is read back and the order of sums is fixed."""
-    ids = module_of_row(offsets, g.shape[0])
-    member = (ids[None, :] == torch.arange(modules, device=ids.device)[:, None]).to(g.dtype)
-    dx = forward(g, None, None, offsets, [w.mT for w in weights], ()) if wants[0] and weights else None
-    dw = [(g * m[:, None]).mT @ x for m in member] if wants[1] else []
-    return dx, dw, list(member @ g) if wants[2] else []
-
-
-def _backward_in_slots(
-    g: Tensor, x: Tensor, slots: _Slots, weights: Sequence[Tensor], wants: tuple[bool, bool, bool]
-) -> _Gradients:
-    in_slots = slots.fill(g)
-    dx = slots.read(torch.bmm(in_slots, torch.stack(tuple(weights))), len(g)) if wants[0] and weights else None
-    dw = list(torch.bmm(in_slots.mT, slots.fill(x))) if wants[1] else []
-    return dx, dw, list(in_slots.sum(1)) if wants[2] else []
-
-
-def _backward_by_module(
-    g: Tensor, x: Tensor, bounds: list[int], weights: Sequence[Tensor], wants: tuple[bool, bool, bool]
-) -> _Gradients:
-    dx = None
-    spans = list(pairwise(bounds))
-    if wants[0] and weights:
-        dx = g.new_zeros(len(g), weights[0].shape[1])
-        for k, (start, stop) in enumerate(spans):
-            if start < stop:
-                torch.mm(g[start:stop], weights[k], out=dx[start:stop])
-    dw = [g[a:b].mT @ x[a:b] for a, b in spans] if wants[1] else []
-    return dx, dw, [g[a:b].sum(0) for a, b in spans] if wants[2] else []

@@ -7,9 +7,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-import fastroute.ops._native_dispatch
+import fastroute.ops._compiled_dispatch
 import fastroute.ops._native_policy  # noqa: F401
 from fastroute.reference import dispatch as reference_dispatch
+from fastroute.reference import grouped_linear as reference_linear
 from fastroute.reference import policy as reference_policy
 from tests.helpers.layouts import LAYOUTS, Fenced
 from tests.helpers.opcheck import assert_same
@@ -64,16 +65,24 @@ def grouped_linears() -> None:
                 continue
             W, b = weights * has_weights, biases * has_biases
             what = f"{size} {dtype} {layout} {has_weights} {has_biases}"
-            y = OPS._grouped_linear_native(x, take, put, offsets, W, b)
-            same(y, reference_dispatch.forward(x, take, put, offsets, W, b), what)
-            wants = has_weights, has_weights, has_biases
-            dx, dw, db = OPS._grouped_linear_native_backward(grad, x, take, put, offsets, W, K, *wants)
-            expected_dx, *expected = reference_dispatch.backward(grad, x, take, put, offsets, W, K, wants)
-            if has_weights:
-                same(dx, expected_dx, what)
-            for found, wanted in zip((*dw, *db), (*expected[0], *expected[1]), strict=True):
-                same(found.reshape(wanted.shape), wanted, what)
-            OPS._grouped_linear_native_backward(grad, x, take, put, offsets, W, K, *wants, False)
+            for name, keep in (
+                (("none", False), ("sigmoid", False), ("silu", True)) if has_weights else (("none", False),)
+            ):
+                kind = list(reference_linear.ACTIVATIONS).index(name)
+                y, before = OPS._grouped_linear_native(x, take, put, offsets, W, b, kind, keep)
+                expected_y, expected_before = reference_linear.forward(x, take, put, offsets, W, b, name, keep)
+                same(y, expected_y, what)
+                same(before, expected_before, what)
+                kept = None if name == "none" else before if keep else y
+                wants = has_weights, has_weights, has_biases
+                given = grad, x, take, take, put, offsets, W, K, *wants
+                dx, dw, db = OPS._grouped_linear_native_backward(*given, kind, kept, False, True)
+                expected_dx, *expected = reference_linear.backward(*given[:-3], wants, name, kept)
+                if has_weights:
+                    same(dx, expected_dx, what)
+                for found, wanted in zip((*dw, *db), (*expected[0], *expected[1]), strict=True):
+                    same(found.reshape(wanted.shape), wanted, what)
+                OPS._grouped_linear_native_backward(*given, kind, kept, False, False)
         assert all(f.intact() for f in fences)
 
 

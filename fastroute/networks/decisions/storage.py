@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import dispatch
+from ...ops import dispatch, grouped_linear
 from ...ops.dispatch import Plan
 from .. import bank
 from ..mlp import MLP
@@ -92,7 +92,7 @@ def ask(storages: Storages, x: Tensor, plan: Plan | None, *, differentiable_twic
                 0, plan.order, dispatch.module_of_row(plan.offsets, len(plan.order))
             )
             return torch.cat([*tables, torch.zeros_like(tables[0])])[whose]
-        return dispatch.grouped_linear(None, plan, (), tables)
+        return grouped_linear(None, plan, (), tables)
     return bank.run(
         [s._modules["_approx"] for s in agents],
         first.inputs(x),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastroute import use_backend
+from fastroute.ops import grouped_linear
 from fastroute.ops._backends import missing
-from fastroute.ops.dispatch import grouped_linear, plan
+from fastroute.ops.dispatch import plan
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same
@@ -140,9 +141,9 @@ def test_modules_without_rows_cost_nothing() -> None:
     weights = [torch.randn(5, 4) for _ in range(4)]
     with use_backend("native"):
         order, offsets, *_ = plan(actions, 4)
-        given = grad, x, order, order, offsets, weights, 4, True, True, True
+        given = grad, x, order, order, order, offsets, weights, 4, True, True, True, 0, None, False
         dx, dw, db = torch.ops.fastroute._grouped_linear_native_backward(*given, False)
-        all_dx, all_dw, all_db = torch.ops.fastroute._grouped_linear_native_backward(*given)
+        all_dx, all_dw, all_db = torch.ops.fastroute._grouped_linear_native_backward(*given, True)
     assert torch.equal(dx, all_dx)
     for k in range(4):
         if k in (1, 3):
