@@ -42,7 +42,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 def _indices(
     order: Tensor, samples: Tensor | None, takes: bool, puts: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Where sorted rows read x, write its gradient, and write y: see the reference. One tensor may be several of them."""
+    """Where sorted rows read x, write its gradient, and write y (see the reference): some of it may be one tensor."""
     return (order if samples is None else samples) if takes else None, order if takes else None, order if puts else None
 
 
