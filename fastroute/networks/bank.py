@@ -5,6 +5,7 @@ Axes: B samples, K modules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,6 +185,11 @@ class Recipe:
         self._stages = _stages(modules)
 
 
+def are_alike(modules: Sequence[nn.Module]) -> bool:
+    """Whether they do the same with parameters of the same shapes, so that they can run together."""
+    return _stages(modules) is not None
+
+
 def _stages(modules: Sequence[nn.Module]) -> list[_Stage] | None:
     rows: list[list[Leaf]] = []
     for m in modules:
@@ -244,6 +250,7 @@ class _Flow:
         self.x = made.reshape(*shape[:-1], made.shape[-1])
 
     def conv(self, stage: _Stage) -> bool:
+        """By the patches that it sees, one product for all modules; False where those would take too much memory."""
         m: Any = stage.leaves[0]
         B, C, H, W = self.x.shape
         sizes = [
@@ -255,7 +262,7 @@ class _Flow:
             return False
         self.sort()
         patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
-        weights = [w.flatten(1) for w in stage.parameters("weight")]
+        weights = [w.flatten(-3) for w in stage.parameters("weight")]
         made = grouped_linear(
             patches.reshape(B * pixels, patch), self._rows(pixels), weights, stage.parameters("bias"),
             activation=stage.activation, is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty,
@@ -277,7 +284,7 @@ class _Flow:
             tables = stage.parameters(name)
             if tables:
                 own = grouped_linear(
-                    None, self.plan, (), [t.reshape(1, -1) for t in tables],
+                    None, self.plan, (), [t.reshape(-1, math.prod(shape)) for t in tables],
                     is_sorted=self.is_sorted, keep_sorted=self.is_sorted, keep_empty=self.keep_empty,
                 )  # fmt: skip
                 y = combine(y, own.reshape(len(y), *shape))
