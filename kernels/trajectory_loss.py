@@ -1,0 +1,178 @@
+"""The Triton backend of ``trajectory_loss``: one program per block of samples, written out for every decision.
+
+Everything a program reads is one matrix in float32, whose rows are the tensors of the decisions, and one of masks. Which
+row is whose is known when a kernel is compiled; a list of small numbers comes as one integer, 8 bits each.
+Axes: B samples, T decisions, C differentiable columns, N rows of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastroute.reference.trajectory_loss import FIELDS, KINDS
+
+from . import launch as start
+from .launch import cdiv
+
+BLOCK = 128
+WARPS = 4
+
+_REINFORCE = tl.constexpr(KINDS.index("REINFORCE"))
+_BL1 = tl.constexpr(KINDS.index("REINFORCEBl1"))
+_BL2 = tl.constexpr(KINDS.index("REINFORCEBl2"))
+_EGREEDY_REINFORCE = tl.constexpr(KINDS.index("EGreedyREINFORCE"))
+_Q = tl.constexpr(KINDS.index("QLearning"))
+_SARSA = tl.constexpr(KINDS.index("SARSA"))
+_AAC = tl.constexpr(KINDS.index("AAC"))
+_BOOTSTRAP_AAC = tl.constexpr(KINDS.index("BootstrapAAC"))
+_EGREEDY_AAC = tl.constexpr(KINDS.index("EGreedyAAC"))
+_ADVANTAGE = tl.constexpr(KINDS.index("AdvantageLearning"))
+_BOOTSTRAP_ADVANTAGE = tl.constexpr(KINDS.index("BootstrapAdvantageLearning"))
+_SURPRISE = tl.constexpr(KINDS.index("SurpriseLearning"))
+_WPL = tl.constexpr(KINDS.index("WPL"))
+_SILENT = tl.constexpr(KINDS.index("GumbelSoftmax"))
+
+
+@triton.jit
+def row(rows, number, at, on, B):
+    """A row of a matrix [N, B], at some samples."""
+    return tl.load(rows + tl.cast(number, tl.int64) * B + at, mask=on, other=0)
+
+
+@triton.jit
+def forward_kernel(
+    rows, masks, loss, slopes, gamma, B,
+    T: tl.constexpr, CHOICES: tl.constexpr, KIND: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, AUX: tl.constexpr, OWN: tl.constexpr,
+    LOOK: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss [B] and slopes [C, B] from rows [N, B] (row 0 is f) and masks [M, B]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    on = at < B
+    f = row(rows, 0, at, on, B)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    count = zero
+    for t in tl.static_range(T):
+        A: tl.constexpr = (ACTIVE >> (8 * t)) & 255
+        if A == 0:
+            count += 1.0
+        else:
+            count += row(masks, A - 1, at, on, B).to(tl.float32)
+    scale = zero + 1.0
+    if NORMALIZE:
+        scale = tl.abs(f)
+    scale = scale / tl.maximum(count, 1.0)
+    more = at < 0
+    R = zero
+    ahead = zero
+    total = zero
+    for back in tl.static_range(T):
+        t: tl.constexpr = T - 1 - back
+        kind: tl.constexpr = (KIND >> (8 * t)) & 255
+        c0: tl.constexpr = (S0 >> (8 * t)) & 255
+        c1: tl.constexpr = (S1 >> (8 * t)) & 255
+        aid: tl.constexpr = (AUX >> (8 * t)) & 255
+        mine: tl.constexpr = (OWN >> (8 * t)) & 255
+        seen: tl.constexpr = (LOOK >> (8 * t)) & 255
+        A: tl.constexpr = (ACTIVE >> (8 * t)) & 255
+        K: tl.constexpr = (CHOICES >> (32 * t)) & 0xFFFFFFFF
+        active = on
+        if A != 0:
+            active = row(masks, A - 1, at, on, B) != 0
+        r = tl.where(more, 0.0, f)
+        if mine != 0:
+            r += row(rows, mine, at, on, B) * scale
+        R_t = r + gamma * R
+        y = tl.where(more, r + gamma * ahead, r)
+        if kind == _SURPRISE:
+            y = tl.where(more, gamma * ahead - r, f)
+        if kind != _SILENT:
+            s0 = row(rows, c0, at, on, B)
+            s1 = zero
+            aux = zero
+            if c1 != 0:
+                s1 = row(rows, c1, at, on, B)
+            if aid != 0:
+                aux = row(rows, aid, at, on, B)
+            goal = y
+            if kind == _AAC or kind == _EGREEDY_AAC or kind == _ADVANTAGE or kind == _WPL:
+                goal = R_t
+            if kind == _Q or kind == _SARSA:
+                made = (s0 - y) * (s0 - y)
+                d0 = 2.0 * (s0 - y)
+            elif kind == _ADVANTAGE or kind == _BOOTSTRAP_ADVANTAGE or kind == _SURPRISE:
+                off = s0 - (goal - s1)
+                made = off * off
+                d0 = 2.0 * off
+            elif kind == _WPL:
+                p = tl.exp(s0)
+                d = R_t - aux
+                step = tl.where(d < 0, d * p, d * (1.0 - p))
+                off = p - (p + step)
+                made = off * off
+                d0 = -2.0 * step * p
+            else:
+                advantage = R_t
+                if kind == _BL1:
+                    advantage = R_t - aux
+                elif kind == _BL2:
+                    advantage = R_t / (K * tl.exp(s0)) - aux
+                elif kind == _EGREEDY_REINFORCE:
+                    advantage = aux * R_t
+                elif kind == _EGREEDY_AAC:
+                    advantage = aux * (R_t - s1)
+                elif kind == _BOOTSTRAP_AAC:
+                    advantage = y - s1
+                elif kind != _REINFORCE:
+                    advantage = R_t - s1
+                made = -s0 * advantage
+                d0 = -advantage
+            if c1 != 0:
+                made += (s1 - goal) * (s1 - goal)
+            total += tl.where(active, made, 0.0)
+            if WANT:
+                tl.store(slopes + tl.cast(c0 - 1, tl.int64) * B + at, tl.where(active, d0, 0.0), mask=on)
+                if c1 != 0:
+                    d1 = 2.0 * (s1 - goal)
+                    tl.store(slopes + tl.cast(c1 - 1, tl.int64) * B + at, tl.where(active, d1, 0.0), mask=on)
+        expects = zero
+        if seen != 0:
+            expects = row(rows, seen, at, on, B)
+        R = tl.where(active, R_t, R)
+        ahead = tl.where(active, expects, ahead)
+        more = more | active
+    tl.store(loss + at, total, mask=on)
+
+
+def _packed(numbers: Iterable[int], bits: int = 8) -> int:
+    return sum(number << (bits * t) for t, number in enumerate(numbers))
+
+
+def forward(
+    f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
+    gamma: float, normalize: bool, want_slopes: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``fastroute.reference.trajectory_loss.forward``, in float32."""
+    B, C = f.shape[0], len(columns) if want_slopes else 0
+    loss, slopes = f.new_empty(B, dtype=torch.float32), f.new_empty(C, B, dtype=torch.float32)
+    if B == 0:
+        return loss, slopes
+    rows = torch.stack([f, *columns, *others]).to(torch.float32)
+    flags = torch.stack(list(masks)).view(torch.uint8) if masks else None
+    kind, choices, s0, s1, aux, own, look, active = (layout[i::FIELDS] for i in range(FIELDS))
+    bl2 = KINDS.index("REINFORCEBl2")
+    start.launch(
+        forward_kernel, (cdiv(B, BLOCK),), rows, flags, loss, slopes, gamma, B,
+        T=len(kind), CHOICES=_packed((K if k == bl2 else 0 for k, K in zip(kind, choices, strict=True)), 32),
+        KIND=_packed(kind), S0=_packed(i + 1 for i in s0), S1=_packed(i + 1 for i in s1),
+        AUX=_packed(i + 1 + len(columns) if i >= 0 else 0 for i in aux),
+        OWN=_packed(i + 1 + len(columns) if i >= 0 else 0 for i in own),
+        LOOK=_packed(i + 1 + len(columns) if i >= 0 else 0 for i in look),
+        ACTIVE=_packed(i + 1 for i in active), NORMALIZE=normalize, WANT=want_slopes, BLOCK=BLOCK,
+        warps=WARPS, stages=1,
+    )  # fmt: skip
+    return loss, slopes
