@@ -1,7 +1,7 @@
 """The Triton backend of ``trajectory_loss``: one program per block of samples, written out for every decision.
 
-Everything a program reads is one matrix in float32, whose rows are the tensors of the decisions, and one of masks. Which
-row is whose is known when a kernel is compiled; a list of small numbers comes as one integer, 8 bits each.
+Everything a program reads is one matrix in float32, whose rows are the tensors of the decisions, and one of masks.
+Which row is whose is known when a kernel is compiled; a list of small numbers comes as one integer, 8 bits each.
 Axes: B samples, T decisions, C differentiable columns, N rows of numbers.
 """
 
@@ -26,16 +26,21 @@ _REINFORCE = tl.constexpr(KINDS.index("REINFORCE"))
 _BL1 = tl.constexpr(KINDS.index("REINFORCEBl1"))
 _BL2 = tl.constexpr(KINDS.index("REINFORCEBl2"))
 _EGREEDY_REINFORCE = tl.constexpr(KINDS.index("EGreedyREINFORCE"))
-_Q = tl.constexpr(KINDS.index("QLearning"))
-_SARSA = tl.constexpr(KINDS.index("SARSA"))
-_AAC = tl.constexpr(KINDS.index("AAC"))
 _BOOTSTRAP_AAC = tl.constexpr(KINDS.index("BootstrapAAC"))
 _EGREEDY_AAC = tl.constexpr(KINDS.index("EGreedyAAC"))
-_ADVANTAGE = tl.constexpr(KINDS.index("AdvantageLearning"))
-_BOOTSTRAP_ADVANTAGE = tl.constexpr(KINDS.index("BootstrapAdvantageLearning"))
 _SURPRISE = tl.constexpr(KINDS.index("SurpriseLearning"))
 _WPL = tl.constexpr(KINDS.index("WPL"))
 _SILENT = tl.constexpr(KINDS.index("GumbelSoftmax"))
+
+
+def _set(*names: str) -> tl.constexpr:
+    return tl.constexpr(sum(1 << KINDS.index(name) for name in names))
+
+
+# sets of kinds, a bit each
+VALUES = _set("QLearning", "SARSA")
+ADVANTAGES = _set("AdvantageLearning", "BootstrapAdvantageLearning", "SurpriseLearning")
+RETURNS = _set("AAC", "EGreedyAAC", "AdvantageLearning", "WPL")  # whose critic learns R, not y
 
 
 @triton.jit
@@ -47,8 +52,9 @@ def row(rows, number, at, on, B):
 @triton.jit
 def forward_kernel(
     rows, masks, loss, slopes, gamma, B,
-    T: tl.constexpr, CHOICES: tl.constexpr, KIND: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, AUX: tl.constexpr, OWN: tl.constexpr,
-    LOOK: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, CHOICES: tl.constexpr, KIND: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    AUX: tl.constexpr, OWN: tl.constexpr, LOOK: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    WANT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss [B] and slopes [C, B] from rows [N, B] (row 0 is f) and masks [M, B]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -99,12 +105,12 @@ def forward_kernel(
             if aid != 0:
                 aux = row(rows, aid, at, on, B)
             goal = y
-            if kind == _AAC or kind == _EGREEDY_AAC or kind == _ADVANTAGE or kind == _WPL:
+            if RETURNS & (1 << kind):
                 goal = R_t
-            if kind == _Q or kind == _SARSA:
+            if VALUES & (1 << kind):
                 made = (s0 - y) * (s0 - y)
                 d0 = 2.0 * (s0 - y)
-            elif kind == _ADVANTAGE or kind == _BOOTSTRAP_ADVANTAGE or kind == _SURPRISE:
+            elif ADVANTAGES & (1 << kind):
                 off = s0 - (goal - s1)
                 made = off * off
                 d0 = 2.0 * off

@@ -150,9 +150,8 @@ def trajectory_loss(
         if kind == "REINFORCEBl2" and choices is None:
             raise ValueError("choices: REINFORCEBl2 needs K, the number of choices, got None")
     columns, others, masks, layout = laid_out(Decisions(kinds, choices or [0] * T, *rows))
-    promoted = [t.dtype for t in (*columns, *(t for row in rows[2:4] for t in row if t is not None))]
-    dtype = functools.reduce(torch.promote_types, promoted, f.dtype)
-    widest = functools.reduce(torch.promote_types, [t.dtype for t in others], dtype)
+    dtype = _promoted(f, *columns, *(t for row in rows[2:4] for t in row if t is not None))
+    widest = _promoted(f, *columns, *others)
     note(OP, f, B=B, T=T)
     backend = _backend(f.device.type, widest, T)
     gamma, normalize = float(gamma), bool(normalize)
@@ -163,6 +162,11 @@ def trajectory_loss(
         return made_
     loss, _ = _forward(backend, f, columns, others, masks, layout, gamma, normalize, False)
     return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    first, *others = {t.dtype for t in tensors}
+    return functools.reduce(torch.promote_types, others, first)
 
 
 def _checked(name: str, t: Tensor | None, wanted: bool, f: Tensor, B: int, needed_by: str) -> Tensor | None:
