@@ -75,15 +75,22 @@ class Numbers {
   int64_t stride_ = 1;
 };
 
-// Whether a decision was made for a sample; without a mask, for all.
+// Whether a decision was made for a sample, 0 or 1; without a mask, for all. Numbers, for then loops are of one type.
 class Mask {
  public:
   Mask() = default;
   explicit Mask(const Tensor& t) : data_(static_cast<const bool*>(t.data_ptr())), stride_(t.stride(0)) {}
 
-  void read(bool* to, int64_t start, int64_t count) const {
+  bool given() const { return data_ != nullptr; }
+
+  template <class T>
+  void read(T* to, int64_t start, int64_t count) const {
+    if (data_ == nullptr) {
+      std::fill_n(to, count, T(1));
+      return;
+    }
     for (int64_t i = 0; i < count; ++i) {
-      to[i] = data_ == nullptr || data_[(start + i) * stride_];
+      to[i] = data_[(start + i) * stride_];
     }
   }
 
@@ -142,8 +149,19 @@ template <class T>
 struct Tile {
   T f[kTile], scale[kTile], R[kTile], ahead[kTile], y[kTile], here[kTile];
   T buffer[5][kTile], unwanted[2][kTile];
-  bool more[kTile], active[kTile];
+  T more[kTile], active[kTile];  // 0 or 1: whether the sample has a later decision, and this one
+  T zeros[kTile] = {};
 };
+
+// to = where ? yes : no; any of them may be the same
+template <class T>
+void keep(T* to, const T* where, const T* yes, const T* no, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const T a = yes[i], b = no[i];
+    to[i] = where[i] != 0 ? a : b;
+  }
+}
 
 template <class T>
 class Pass {
@@ -161,11 +179,15 @@ class Pass {
       d.active.read(w.active, start, count);
       reward(w, d, start, count);
       learn(w, d, total, start, count);
+      if (t == 0) {
+        return;
+      }
       const T* look = d.look.read(w.buffer[4], start, count);
+      keep(w.R, w.active, w.here, w.R, count);
+      keep(w.ahead, w.active, look, w.ahead, count);
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
-        w.R[i] = w.active[i] ? w.here[i] : w.R[i];
-        w.ahead[i] = w.active[i] ? look[i] : w.ahead[i];
-        w.more[i] |= w.active[i];
+        w.more[i] = w.more[i] > w.active[i] ? w.more[i] : w.active[i];
       }
     }
   }
@@ -178,38 +200,47 @@ class Pass {
     }
     std::fill_n(w.R, count, T(0));
     std::fill_n(w.ahead, count, T(0));
-    std::fill_n(w.more, count, false);
+    std::fill_n(w.more, count, T(0));
     T* made = w.scale;
     std::fill_n(made, count, T(0));
+    T by_all = 0;
     for (const Decision& d : all_) {
+      if (!d.active.given()) {
+        by_all += 1;
+        continue;
+      }
       d.active.read(w.active, start, count);
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         made[i] += w.active[i];
       }
     }
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      w.scale[i] = (normalize_ ? std::abs(w.f[i]) : T(1)) / std::max(made[i], T(1));
+      const T decisions = made[i] + by_all;
+      w.scale[i] = (normalize_ ? std::abs(w.f[i]) : T(1)) / (decisions < 1 ? T(1) : decisions);
     }
   }
 
   // R and y of the decision
   void reward(Tile<T>& w, const Decision& d, int64_t start, int64_t count) const {
     T* r = w.buffer[0];
-    for (int64_t i = 0; i < count; ++i) {
-      r[i] = w.more[i] ? T(0) : w.f[i];
-    }
+    keep(r, w.more, w.zeros, w.f, count);
     if (d.own.given()) {
       const T* own = d.own.read(w.buffer[1], start, count);
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         r[i] += own[i] * w.scale[i];
       }
     }
     const bool surprise = d.kind == kSurprise;
+    const T sign = surprise ? T(-1) : T(1);
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const T next = gamma_ * w.ahead[i];
       w.here[i] = r[i] + gamma_ * w.R[i];
-      w.y[i] = surprise ? (w.more[i] ? next - r[i] : w.f[i]) : (w.more[i] ? r[i] + next : r[i]);
+      w.y[i] = gamma_ * w.ahead[i] + sign * r[i];
     }
+    keep(w.y, w.more, w.y, surprise ? w.f : r, count);
   }
 
   void learn(Tile<T>& w, const Decision& d, T* total, int64_t start, int64_t count) const {
@@ -262,11 +293,22 @@ class Pass {
     const T* aux = d.aux.read(w.buffer[2], start, count);
     T* d0 = slopes_ == nullptr || d.c0 < 0 ? w.unwanted[0] : slopes_ + d.c0 * B_ + start;
     T* d1 = slopes_ == nullptr || d.c1 < 0 ? w.unwanted[1] : slopes_ + d.c1 * B_ + start;
+    T* loss = w.buffer[3];
+#pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const Made<T> made = of(s0[i], s1[i], aux[i], w.here[i], w.y[i]);
-      total[i] += w.active[i] ? made.loss : T(0);
-      d0[i] = w.active[i] ? made.d0 : T(0);
-      d1[i] = w.active[i] ? made.d1 : T(0);
+      loss[i] = made.loss;
+      d0[i] = made.d0;
+      d1[i] = made.d1;
+    }
+    if (d.active.given()) {
+      for (T* made : {loss, d0, d1}) {
+        keep(made, w.active, made, w.zeros, count);
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      total[i] += loss[i];
     }
   }
 

@@ -17,14 +17,15 @@ from ..reference import trajectory_loss as reference
 from ..reference.trajectory_loss import AIDED as AIDED
 from ..reference.trajectory_loss import BOOTSTRAPPING as BOOTSTRAPPING
 from ..reference.trajectory_loss import CRITICS as CRITICS
+from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
-from ..reference.trajectory_loss import Decisions, Rows, laid_out
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
 from ._backends import BackendName, Case, decide, interpreting, note, offer, requested
-from ._checks import floating, shape, shown, together
+from ._checks import floating, shown
 
 OP = "trajectory_loss"
+_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 MAX_DECISIONS = 32  #: of the Triton kernel, which is written out for each of them
 
 
@@ -135,56 +136,82 @@ def trajectory_loss(
     floating("f", f)
     if f.dim() != 1:
         raise ValueError(f"f: expected the final rewards [B], got {shown(f)}")
-    T, B, f = len(kinds), f.shape[0], f.detach() if f.requires_grad else f
-    lists = {"s0": s0, "s1": s1, "aux": aux, "own": own, "look": look, "active": active}
-    for name, made in (*lists.items(), *(() if choices is None else (("choices", choices),))):
-        if len(made) != T:
+    T = len(kinds)
+    named = {"s0": s0, "s1": s1, "aux": aux, "own": own, "look": look, "active": active, "choices": choices}
+    for name, made in named.items():
+        if made is not None and len(made) != T:
             raise ValueError(f"{name}: expected one entry per decision, {T}, got {len(made)}")
-    rows: list[list[Tensor | None]] = [list(made) for made in lists.values()]
-    for t, kind in enumerate(kinds):
-        if kind not in KINDS:
-            raise ValueError(f"kinds: expected names among {', '.join(KINDS)}, got {kind!r}")
-        read = (kind != SILENT, kind in CRITICS, kind in AIDED, True, t > 0, True)
-        for name, row, wanted in zip(lists, rows, read, strict=True):
-            row[t] = _checked(f"{name}[{t}]", row[t], wanted, f, B, kind if name in ("s0", "s1", "aux") else "")
-        if kind == "REINFORCEBl2" and choices is None:
-            raise ValueError("choices: REINFORCEBl2 needs K, the number of choices, got None")
-    columns, others, masks, layout = laid_out(Decisions(kinds, choices or [0] * T, *rows))
-    dtype = _promoted(f, *columns, *(t for row in rows[2:4] for t in row if t is not None))
+    f = f.detach() if f.requires_grad else f
+    columns, others, masks, layout = laid_out(kinds, s0, s1, aux, own, look, active, f, choices)
     widest = _promoted(f, *columns, *others)
-    note(OP, f, B=B, T=T)
+    # what comes next is read in whatever dtype, and makes nobody's
+    dtype = widest if widest == f.dtype else _promoted(f, *columns, *(others[i] for i in _wide(layout)))
+    note(OP, f, B=f.shape[0], T=T)
     backend = _backend(f.device.type, widest, T)
-    gamma, normalize = float(gamma), bool(normalize)
     if torch.is_grad_enabled() and any(t.requires_grad for t in columns):
-        made_: Tensor = _TrajectoryLoss.apply(
-            f, layout, gamma, normalize, backend, dtype, len(columns), len(others), *columns, *others, *masks
-        )
-        return made_
-    loss, _ = _forward(backend, f, columns, others, masks, layout, gamma, normalize, False)
+        learning: Tensor = _TrajectoryLoss.apply(
+            f, layout, float(gamma), bool(normalize), backend, dtype, len(columns), len(others),
+            *columns, *others, *masks,
+        )  # fmt: skip
+        return learning
+    loss, _ = _forward(backend, f, columns, others, masks, layout, float(gamma), bool(normalize), False)
     return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def laid_out(
+    kinds: Sequence[str], s0: Rows, s1: Rows, aux: Rows, own: Rows, look: Rows, active: Rows, f: Tensor,
+    choices: Sequence[int] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:  # fmt: skip
+    """(columns, others, masks, layout): the tensors that are read, and where each decision's are; checked."""
+    columns: list[Tensor] = []
+    others: list[Tensor] = []
+    masks: list[Tensor] = []
+    layout: list[int] = []
+    shape, device = f.shape, f.device
+
+    def place(name: str, t: int, x: Tensor | None, into: list[Tensor], needed: bool = False) -> int:
+        if x is None:
+            if needed:
+                raise ValueError(f"{name}[{t}]: {kinds[t]} needs it, got None")
+            return -1
+        if x.shape != shape:
+            raise ValueError(f"{name}[{t}]: expected shape {list(shape)} (B), got {shown(x)}")
+        if x.device != device:
+            raise ValueError(f"{name}[{t}]: expected a tensor on {device} like f, got one on {x.device}")
+        if into is masks:
+            if x.dtype != torch.bool:
+                raise TypeError(f"{name}[{t}]: expected bool, got {x.dtype}")
+        elif not x.is_floating_point():
+            if name != "own":
+                floating(f"{name}[{t}]", x)
+            x = x.to(f.dtype)
+        into.append(x.detach() if x.requires_grad and into is others else x)
+        return len(into) - 1
+
+    for t, kind in enumerate(kinds):
+        number = _NUMBERS.get(kind)
+        if number is None:
+            raise ValueError(f"kinds: expected names among {', '.join(KINDS)}, got {kind!r}")
+        if choices is None and kind == "REINFORCEBl2":
+            raise ValueError("choices: REINFORCEBl2 needs K, the number of choices, got None")
+        layout += (
+            number,
+            0 if choices is None else choices[t],
+            place("s0", t, s0[t], columns, True) if kind != SILENT else -1,
+            place("s1", t, s1[t], columns, True) if kind in CRITICS else -1,
+            place("aux", t, aux[t], others, True) if kind in AIDED else -1,
+            place("own", t, own[t], others),
+            place("look", t, look[t], others) if t else -1,  # nobody is before the first
+            place("active", t, active[t], masks),
+        )
+    return columns, others, masks, layout
+
+
+def _wide(layout: Sequence[int]) -> list[int]:
+    """Which of the others count for the result's dtype: aux and own."""
+    return [i for i in (*layout[4::FIELDS], *layout[5::FIELDS]) if i >= 0]
 
 
 def _promoted(*tensors: Tensor) -> torch.dtype:
     first, *others = {t.dtype for t in tensors}
     return functools.reduce(torch.promote_types, others, first)
-
-
-def _checked(name: str, t: Tensor | None, wanted: bool, f: Tensor, B: int, needed_by: str) -> Tensor | None:
-    """The tensor if it is read, without gradient unless it is a column; needed ones must be there."""
-    if not wanted:
-        return None
-    if t is None:
-        if needed_by:
-            raise ValueError(f"{name}: {needed_by} needs it, got None")
-        return None
-    shape(name, t, (B,), "B")
-    together(("f", f), {name: t})
-    if name.startswith("active"):
-        if t.dtype != torch.bool:
-            raise TypeError(f"{name}: expected bool, got {t.dtype}")
-        return t
-    if not t.is_floating_point():
-        if not name.startswith("own"):
-            floating(name, t)
-        t = t.to(f.dtype)
-    return t.detach() if t.requires_grad and name[:2] not in ("s0", "s1") else t

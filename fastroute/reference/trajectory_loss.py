@@ -182,33 +182,15 @@ def trajectory_loss(
 
 # ----------------------------------------------------------------------------- the op's contract (backend "reference")
 
-FIELDS = 8  #: numbers per decision in a layout: kind, choices, and where s0, s1, aux, own, look and active are
-
-
-def laid_out(d: Decisions) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """(columns, others, masks, layout): three lists without gaps, and where a decision's tensors are in them.
-
-    s0 and s1 are columns, active a mask; -1 is None.
-    """
-    lists: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    layout: list[int] = []
-
-    def place(t: Tensor | None, which: int) -> int:
-        if t is None:
-            return -1
-        lists[which].append(t)
-        return len(lists[which]) - 1
-
-    for kind, choices, s0, s1, aux, own, look, active in zip(*d, strict=True):
-        layout += [KINDS.index(kind), choices, place(s0, 0), place(s1, 0)]
-        layout += [place(aux, 1), place(own, 1), place(look, 1), place(active, 2)]
-    return *lists, layout
+#: Numbers per decision in a layout: kind, choices, and where s0, s1 are among the columns, aux, own and look among the
+#: others, active among the masks; -1 for None.
+FIELDS = 8
 
 
 def taken_apart(
     columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int]
 ) -> Decisions:
-    """The decisions that were laid out."""
+    """The decisions of a layout: the op takes three lists without gaps."""
     rows = [layout[i : i + FIELDS] for i in range(0, len(layout), FIELDS)]
     sources = (columns, columns, others, others, others, masks)
     tensors = [[None if row[2 + i] < 0 else s[row[2 + i]] for row in rows] for i, s in enumerate(sources)]
