@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from fastroute.reference.trajectory_loss import FIELDS, KINDS
 
 from . import launch as start
-from .launch import cdiv
+from .launch import _INTERPRETED, cdiv
 
 BLOCK = 128
 WARPS = 4
@@ -50,107 +51,120 @@ def row(rows, number, at, on, B):
 
 
 @triton.jit
+def exp(x):
+    """e^x to a rounding or two, as in PyTorch; tl.exp first rounds a product with log2(e)."""
+    if _INTERPRETED:  # it has no libdevice
+        made = tl.exp(x)
+    else:
+        made = libdevice.exp(x)
+    return made
+
+
+@triton.jit
+def decision(
+    rows, masks, slopes, at, on, B, f, scale, gamma, R, ahead, more,
+    KIND: tl.constexpr, K: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, AUX: tl.constexpr, OWN: tl.constexpr,
+    LOOK: tl.constexpr, ACTIVE: tl.constexpr, WANT: tl.constexpr,
+):  # fmt: skip
+    """One decision's loss and slopes; (loss, R, ahead, more), the last three for the decision before it."""
+    zero = tl.zeros_like(f)
+    active = on
+    if ACTIVE != 0:
+        active = row(masks, ACTIVE - 1, at, on, B) != 0
+    r = tl.where(more, 0.0, f)
+    if OWN != 0:
+        r += row(rows, OWN, at, on, B) * scale
+    R_t = r + gamma * R
+    y = tl.where(more, r + gamma * ahead, r)
+    if KIND == _SURPRISE:
+        y = tl.where(more, gamma * ahead - r, f)
+    loss = zero
+    if KIND != _SILENT:
+        s0 = row(rows, S0, at, on, B)
+        s1 = zero
+        aux = zero
+        if S1 != 0:
+            s1 = row(rows, S1, at, on, B)
+        if AUX != 0:
+            aux = row(rows, AUX, at, on, B)
+        goal = y
+        if RETURNS & (1 << KIND):
+            goal = R_t
+        if VALUES & (1 << KIND):
+            loss = (s0 - y) * (s0 - y)
+            d0 = 2.0 * (s0 - y)
+        elif ADVANTAGES & (1 << KIND):
+            off = s0 - (goal - s1)
+            loss = off * off
+            d0 = 2.0 * off
+        elif KIND == _WPL:
+            p = exp(s0)
+            d = R_t - aux
+            step = tl.where(d < 0, d * p, d * (1.0 - p))
+            off = p - (p + step)
+            loss = off * off
+            d0 = -2.0 * step * p
+        else:
+            advantage = R_t
+            if KIND == _BL1:
+                advantage = R_t - aux
+            elif KIND == _BL2:
+                advantage = R_t / (K * exp(s0)) - aux
+            elif KIND == _EGREEDY_REINFORCE:
+                advantage = aux * R_t
+            elif KIND == _EGREEDY_AAC:
+                advantage = aux * (R_t - s1)
+            elif KIND == _BOOTSTRAP_AAC:
+                advantage = y - s1
+            elif KIND != _REINFORCE:
+                advantage = R_t - s1
+            loss = -s0 * advantage
+            d0 = -advantage
+        if S1 != 0:
+            loss += (s1 - goal) * (s1 - goal)
+        loss = tl.where(active, loss, 0.0)
+        if WANT:
+            tl.store(slopes + tl.cast(S0 - 1, tl.int64) * B + at, tl.where(active, d0, 0.0), mask=on)
+            if S1 != 0:
+                d1 = 2.0 * (s1 - goal)
+                tl.store(slopes + tl.cast(S1 - 1, tl.int64) * B + at, tl.where(active, d1, 0.0), mask=on)
+    seen = zero
+    if LOOK != 0:
+        seen = row(rows, LOOK, at, on, B)
+    return loss, tl.where(active, R_t, R), tl.where(active, seen, ahead), more | active
+
+
+@triton.jit
 def forward_kernel(
     rows, masks, loss, slopes, gamma, B,
     T: tl.constexpr, CHOICES: tl.constexpr, KIND: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     AUX: tl.constexpr, OWN: tl.constexpr, LOOK: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZE: tl.constexpr,
     WANT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss [B] and slopes [C, B] from rows [N, B] (row 0 is f) and masks [M, B]."""
+    """loss [B] and slopes [C, B] from rows [N, B], row 0 being f, and masks [M, B]. Of ACTIVE to S0, 0 is none."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     on = at < B
     f = row(rows, 0, at, on, B)
-    zero = tl.zeros((BLOCK,), tl.float32)
-    count = zero
+    count = tl.zeros_like(f)
     for t in tl.static_range(T):
-        A: tl.constexpr = (ACTIVE >> (8 * t)) & 255
-        if A == 0:
+        if (ACTIVE >> (8 * t)) & 255 == 0:
             count += 1.0
         else:
-            count += row(masks, A - 1, at, on, B).to(tl.float32)
-    scale = zero + 1.0
+            count += row(masks, ((ACTIVE >> (8 * t)) & 255) - 1, at, on, B).to(tl.float32)
+    scale = 1.0 / tl.maximum(count, 1.0)
     if NORMALIZE:
-        scale = tl.abs(f)
-    scale = scale / tl.maximum(count, 1.0)
+        scale = tl.abs(f) / tl.maximum(count, 1.0)
     more = at < 0
-    R = zero
-    ahead = zero
-    total = zero
-    for back in tl.static_range(T):
-        t: tl.constexpr = T - 1 - back
-        kind: tl.constexpr = (KIND >> (8 * t)) & 255
-        c0: tl.constexpr = (S0 >> (8 * t)) & 255
-        c1: tl.constexpr = (S1 >> (8 * t)) & 255
-        aid: tl.constexpr = (AUX >> (8 * t)) & 255
-        mine: tl.constexpr = (OWN >> (8 * t)) & 255
-        seen: tl.constexpr = (LOOK >> (8 * t)) & 255
-        A: tl.constexpr = (ACTIVE >> (8 * t)) & 255
-        K: tl.constexpr = (CHOICES >> (32 * t)) & 0xFFFFFFFF
-        active = on
-        if A != 0:
-            active = row(masks, A - 1, at, on, B) != 0
-        r = tl.where(more, 0.0, f)
-        if mine != 0:
-            r += row(rows, mine, at, on, B) * scale
-        R_t = r + gamma * R
-        y = tl.where(more, r + gamma * ahead, r)
-        if kind == _SURPRISE:
-            y = tl.where(more, gamma * ahead - r, f)
-        if kind != _SILENT:
-            s0 = row(rows, c0, at, on, B)
-            s1 = zero
-            aux = zero
-            if c1 != 0:
-                s1 = row(rows, c1, at, on, B)
-            if aid != 0:
-                aux = row(rows, aid, at, on, B)
-            goal = y
-            if RETURNS & (1 << kind):
-                goal = R_t
-            if VALUES & (1 << kind):
-                made = (s0 - y) * (s0 - y)
-                d0 = 2.0 * (s0 - y)
-            elif ADVANTAGES & (1 << kind):
-                off = s0 - (goal - s1)
-                made = off * off
-                d0 = 2.0 * off
-            elif kind == _WPL:
-                p = tl.exp(s0)
-                d = R_t - aux
-                step = tl.where(d < 0, d * p, d * (1.0 - p))
-                off = p - (p + step)
-                made = off * off
-                d0 = -2.0 * step * p
-            else:
-                advantage = R_t
-                if kind == _BL1:
-                    advantage = R_t - aux
-                elif kind == _BL2:
-                    advantage = R_t / (K * tl.exp(s0)) - aux
-                elif kind == _EGREEDY_REINFORCE:
-                    advantage = aux * R_t
-                elif kind == _EGREEDY_AAC:
-                    advantage = aux * (R_t - s1)
-                elif kind == _BOOTSTRAP_AAC:
-                    advantage = y - s1
-                elif kind != _REINFORCE:
-                    advantage = R_t - s1
-                made = -s0 * advantage
-                d0 = -advantage
-            if c1 != 0:
-                made += (s1 - goal) * (s1 - goal)
-            total += tl.where(active, made, 0.0)
-            if WANT:
-                tl.store(slopes + tl.cast(c0 - 1, tl.int64) * B + at, tl.where(active, d0, 0.0), mask=on)
-                if c1 != 0:
-                    d1 = 2.0 * (s1 - goal)
-                    tl.store(slopes + tl.cast(c1 - 1, tl.int64) * B + at, tl.where(active, d1, 0.0), mask=on)
-        expects = zero
-        if seen != 0:
-            expects = row(rows, seen, at, on, B)
-        R = tl.where(active, R_t, R)
-        ahead = tl.where(active, expects, ahead)
-        more = more | active
+    R = tl.zeros_like(f)
+    ahead = tl.zeros_like(f)
+    total = tl.zeros_like(f)
+    for t in tl.static_range(T - 1, -1, -1):
+        made, R, ahead, more = decision(
+            rows, masks, slopes, at, on, B, f, scale, gamma, R, ahead, more,
+            (KIND >> (8 * t)) & 255, (CHOICES >> (32 * t)) & 0xFFFFFFFF, (S0 >> (8 * t)) & 255, (S1 >> (8 * t)) & 255,
+            (AUX >> (8 * t)) & 255, (OWN >> (8 * t)) & 255, (LOOK >> (8 * t)) & 255, (ACTIVE >> (8 * t)) & 255, WANT,
+        )  # fmt: skip
+        total += made
     tl.store(loss + at, total, mask=on)
 
 
@@ -165,8 +179,8 @@ def forward(
     """As ``fastroute.reference.trajectory_loss.forward``, in float32."""
     B, C = f.shape[0], len(columns) if want_slopes else 0
     loss, slopes = f.new_empty(B, dtype=torch.float32), f.new_empty(C, B, dtype=torch.float32)
-    if B == 0:
-        return loss, slopes
+    if B == 0 or not layout:
+        return loss.zero_(), slopes
     rows = torch.stack([f, *columns, *others]).to(torch.float32)
     flags = torch.stack(list(masks)).view(torch.uint8) if masks else None
     kind, choices, s0, s1, aux, own, look, active = (layout[i::FIELDS] for i in range(FIELDS))
