@@ -1,7 +1,7 @@
-"""The Triton backend of ``trajectory_loss``: one program per block of samples, written out for every decision.
+"""The Triton backend of ``trajectory_loss``: one program per block of samples, written out for each decision.
 
 Everything a program reads is one matrix in float32, whose rows are the tensors of the decisions, and one of masks.
-Which row is whose is known when a kernel is compiled; a list of small numbers comes as one integer, 8 bits each.
+Which row is whose is known when a kernel is compiled; a list of small numbers comes as one integer, 16 bits each.
 Axes: B samples, T decisions, C differentiable columns, N rows of numbers.
 """
 
@@ -22,6 +22,7 @@ from .launch import _INTERPRETED, cdiv
 
 BLOCK = 128
 WARPS = 4
+CHUNK = 8  #: decisions that a kernel is written out for; longer trajectories take several
 
 _REINFORCE = tl.constexpr(KINDS.index("REINFORCE"))
 _BL1 = tl.constexpr(KINDS.index("REINFORCEBl1"))
@@ -136,39 +137,51 @@ def decision(
 
 @triton.jit
 def forward_kernel(
-    rows, masks, loss, slopes, gamma, B,
+    rows, masks, state, loss, slopes, gamma, B, M, unmasked,
     T: tl.constexpr, CHOICES: tl.constexpr, KIND: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     AUX: tl.constexpr, OWN: tl.constexpr, LOOK: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZE: tl.constexpr,
-    WANT: tl.constexpr, BLOCK: tl.constexpr,
+    WANT: tl.constexpr, RESUME: tl.constexpr, PAUSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss [B] and slopes [C, B] from rows [N, B], row 0 being f, and masks [M, B]. Of ACTIVE to S0, 0 is none."""
+    """loss [B] and slopes [C, B] from rows [N, B], row 0 being f, and masks [M, B]. In the lists of rows 0 is none.
+
+    T decisions, the last one first. What later ones left for them is in state [3, B] (and in loss) if this is to
+    RESUME, and they leave it there for earlier ones if this is to PAUSE.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     on = at < B
     f = row(rows, 0, at, on, B)
-    count = tl.zeros_like(f)
-    for t in tl.static_range(T):
-        if (ACTIVE >> (8 * t)) & 255 == 0:
-            count += 1.0
-        else:
-            count += row(masks, ((ACTIVE >> (8 * t)) & 255) - 1, at, on, B).to(tl.float32)
+    count = tl.zeros_like(f) + unmasked
+    if masks is not None:
+        for m in range(M):
+            count += row(masks, m, at, on, B).to(tl.float32)
     scale = 1.0 / tl.maximum(count, 1.0)
     if NORMALIZE:
         scale = tl.abs(f) / tl.maximum(count, 1.0)
-    more = at < 0
     R = tl.zeros_like(f)
     ahead = tl.zeros_like(f)
     total = tl.zeros_like(f)
+    more = at < 0
+    if RESUME:
+        R = row(state, 0, at, on, B)
+        ahead = row(state, 1, at, on, B)
+        more = row(state, 2, at, on, B) != 0
+        total = row(loss, 0, at, on, B)
     for t in tl.static_range(T - 1, -1, -1):
         made, R, ahead, more = decision(
             rows, masks, slopes, at, on, B, f, scale, gamma, R, ahead, more,
-            (KIND >> (8 * t)) & 255, (CHOICES >> (32 * t)) & 0xFFFFFFFF, (S0 >> (8 * t)) & 255, (S1 >> (8 * t)) & 255,
-            (AUX >> (8 * t)) & 255, (OWN >> (8 * t)) & 255, (LOOK >> (8 * t)) & 255, (ACTIVE >> (8 * t)) & 255, WANT,
+            (KIND >> (16 * t)) & 0xFFFF, (CHOICES >> (32 * t)) & 0xFFFFFFFF, (S0 >> (16 * t)) & 0xFFFF,
+            (S1 >> (16 * t)) & 0xFFFF, (AUX >> (16 * t)) & 0xFFFF, (OWN >> (16 * t)) & 0xFFFF,
+            (LOOK >> (16 * t)) & 0xFFFF, (ACTIVE >> (16 * t)) & 0xFFFF, WANT,
         )  # fmt: skip
         total += made
     tl.store(loss + at, total, mask=on)
+    if PAUSE:
+        tl.store(state + at, R, mask=on)
+        tl.store(state + tl.cast(B, tl.int64) + at, ahead, mask=on)
+        tl.store(state + tl.cast(B, tl.int64) * 2 + at, more.to(tl.float32), mask=on)
 
 
-def _packed(numbers: Iterable[int], bits: int = 8) -> int:
+def _packed(numbers: Iterable[int], bits: int = 16) -> int:
     return sum(number << (bits * t) for t, number in enumerate(numbers))
 
 
@@ -177,22 +190,34 @@ def forward(
     gamma: float, normalize: bool, want_slopes: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``fastroute.reference.trajectory_loss.forward``, in float32."""
-    B, C = f.shape[0], len(columns) if want_slopes else 0
+    B, C, T = f.shape[0], len(columns) if want_slopes else 0, len(layout) // FIELDS
     loss, slopes = f.new_empty(B, dtype=torch.float32), f.new_empty(C, B, dtype=torch.float32)
-    if B == 0 or not layout:
+    if B == 0 or T == 0:
         return loss.zero_(), slopes
     rows = torch.stack([f, *columns, *others]).to(torch.float32)
     flags = torch.stack(list(masks)).view(torch.uint8) if masks else None
-    kind, choices, s0, s1, aux, own, look, active = (layout[i::FIELDS] for i in range(FIELDS))
-    bl2 = KINDS.index("REINFORCEBl2")
-    start.launch(
-        forward_kernel, (cdiv(B, BLOCK),), rows, flags, loss, slopes, gamma, B,
-        T=len(kind), CHOICES=_packed((K if k == bl2 else 0 for k, K in zip(kind, choices, strict=True)), 32),
-        KIND=_packed(kind), S0=_packed(i + 1 for i in s0), S1=_packed(i + 1 for i in s1),
-        AUX=_packed(i + 1 + len(columns) if i >= 0 else 0 for i in aux),
-        OWN=_packed(i + 1 + len(columns) if i >= 0 else 0 for i in own),
-        LOOK=_packed(i + 1 + len(columns) if i >= 0 else 0 for i in look),
-        ACTIVE=_packed(i + 1 for i in active), NORMALIZE=normalize, WANT=want_slopes, BLOCK=BLOCK,
-        warps=WARPS, stages=1,
-    )  # fmt: skip
+    state = f.new_empty(3, B, dtype=torch.float32) if T > CHUNK else None
+    for end in range(T, 0, -CHUNK):
+        begin = max(0, end - CHUNK)
+        start.launch(
+            forward_kernel, (cdiv(B, BLOCK),), rows, flags, state, loss, slopes, gamma, B, len(masks),
+            T - len(masks), **_constants(layout[begin * FIELDS : end * FIELDS], len(columns)), NORMALIZE=normalize,
+            WANT=want_slopes, RESUME=end < T, PAUSE=begin > 0, BLOCK=BLOCK, warps=WARPS, stages=1,
+        )  # fmt: skip
     return loss, slopes
+
+
+def _constants(layout: Sequence[int], columns: int) -> dict[str, int]:
+    """What the kernel is compiled for: the kinds of some decisions, and which rows are theirs."""
+    kind, choices, s0, s1, aux, own, look, active = (layout[i::FIELDS] for i in range(FIELDS))
+    bl2, after = KINDS.index("REINFORCEBl2"), columns + 1
+    return {
+        "T": len(kind),
+        "CHOICES": _packed((K if k == bl2 else 0 for k, K in zip(kind, choices, strict=True)), 32),
+        "KIND": _packed(kind),
+        **{name: _packed(i + 1 for i in which) for name, which in (("S0", s0), ("S1", s1), ("ACTIVE", active))},
+        **{
+            name: _packed(i + after if i >= 0 else 0 for i in which)
+            for name, which in (("AUX", aux), ("OWN", own), ("LOOK", look))
+        },
+    }

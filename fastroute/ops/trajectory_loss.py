@@ -21,12 +21,11 @@ from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
-from ._backends import BackendName, Case, decide, interpreting, note, offer, requested
+from ._backends import Case, note, offer, taken
 from ._checks import floating, shown
 
 OP = "trajectory_loss"
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
-MAX_DECISIONS = 32  #: of the Triton kernel, which is written out for each of them
 
 
 def _native_refuses(case: Case) -> str | None:
@@ -37,24 +36,12 @@ def _native_refuses(case: Case) -> str | None:
 def _triton_refuses(case: Case) -> str | None:
     if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the triton kernel takes float32, bfloat16 and float16, not {str(case.dtype).removeprefix('torch.')}"
-    if (T := dict(case.sizes).get("T", 1)) > MAX_DECISIONS:
-        return f"the triton kernel is written out for each decision: at most {MAX_DECISIONS}, not {T}"
     return None
 
 
 offer(OP, "native", "fastroute.ops._native_trajectory_loss", _native_refuses)
 offer(OP, "reference", "fastroute.reference.trajectory_loss", lambda case: None)
 offer(OP, "triton", "fastroute.kernels.trajectory_loss", _triton_refuses)
-
-
-@functools.cache
-def _decided(device: str, dtype: torch.dtype, T: int, request: str, interpreted: bool) -> BackendName:
-    return decide(Case(OP, device, dtype, (("T", T),)), request).backend
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _backend(device: str, dtype: torch.dtype, T: int) -> BackendName:
-    return _decided(device, dtype, T, requested(), interpreting())
 
 
 def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
@@ -147,7 +134,7 @@ def trajectory_loss(
     # what comes next is read in whatever dtype, and makes nobody's
     dtype = widest if widest == f.dtype else _promoted(f, *columns, *(others[i] for i in _wide(layout)))
     note(OP, f, B=f.shape[0], T=T)
-    backend = _backend(f.device.type, widest, T)
+    backend = taken(OP, f.device.type, widest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in columns):
         learning: Tensor = _TrajectoryLoss.apply(
             f, layout, float(gamma), bool(normalize), backend, dtype, len(columns), len(others),

@@ -28,7 +28,6 @@ def cases() -> dict[str, Case]:
         "one": Case(("REINFORCE",)),
         "wpl": Case(("WPL",) * 3, own=True),
         "all": Case(KINDS, masked=True, own=True),
-        "most": Case((*KINDS, *KINDS, "WPL", "AAC"), masked=True, own=True),
         "without slopes": Case(("REINFORCEBl2", "GumbelSoftmax", "EGreedyAAC"), want_slopes=False),
     }
 

@@ -257,15 +257,15 @@ def test_explain() -> None:
             (backend, "trajectory_loss", (("B", 6), ("T", 2)))]  # fmt: skip
 
 
-def test_triton_takes_so_many_decisions() -> None:
+def test_what_backends_take() -> None:
     from fastroute.ops._backends import Case as Call
-    from fastroute.ops.trajectory_loss import MAX_DECISIONS, _triton_refuses
+    from fastroute.ops.trajectory_loss import _native_refuses, _triton_refuses
 
-    def refuses(dtype: torch.dtype, T: int) -> str | None:
-        return _triton_refuses(Call("trajectory_loss", "cuda", dtype, (("T", T),)))
-
-    assert refuses(F32, MAX_DECISIONS) is None and refuses(BF16, 1) is None
-    assert "at most 32, not 33" in str(refuses(F32, 33)) and "not float64" in str(refuses(F64, 1))
+    for dtype in (F32, BF16, F16):
+        assert _triton_refuses(Call("trajectory_loss", "cuda", dtype, ())) is None
+        assert _native_refuses(Call("trajectory_loss", "cpu", dtype, ())) is None
+    assert "not float64" in str(_triton_refuses(Call("trajectory_loss", "cuda", F64, ())))
+    assert "not torch.float8" in str(_native_refuses(Call("trajectory_loss", "cpu", torch.float8_e5m2, ())))
 
 
 @needs_native
