@@ -44,6 +44,10 @@ offer(OP, "reference", "fastroute.reference.trajectory_loss", lambda case: None)
 offer(OP, "triton", "fastroute.kernels.trajectory_loss", _triton_refuses)
 
 
+#: backend, how many columns and others, the result's dtype, layout, gamma, normalize
+_Call = tuple[str, int, int, torch.dtype, Sequence[int], float, bool]
+
+
 def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
     if backend == "native":
         made: tuple[Tensor, Tensor] = torch.ops.fastroute._trajectory_loss_native(*args)
@@ -56,10 +60,9 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
 
 class _TrajectoryLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, f: Tensor, layout: Sequence[int], gamma: float, normalize: bool, backend: str, dtype: torch.dtype,
-        columns: int, others: int, *tensors: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, f: Tensor, call: _Call, *tensors: Tensor) -> Tensor:
+        # the constants are one argument, for autograd looks at each
+        backend, columns, others, dtype, layout, gamma, normalize = call
         learning, rest = tensors[:columns], tensors[columns:]
         made, slopes = _forward(backend, f, learning, rest[:others], rest[others:], layout, gamma, normalize, True)
         ctx.save_for_backward(slopes)
@@ -76,7 +79,7 @@ class _TrajectoryLoss(torch.autograd.Function):
         else:
             made = reference.backward(grad, slopes)
         back = [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
-        return (*[None] * 8, *back, *[None] * ctx.rest)
+        return (None, None, *back, *[None] * ctx.rest)
 
 
 def trajectory_loss(
@@ -124,10 +127,18 @@ def trajectory_loss(
     if f.dim() != 1:
         raise ValueError(f"f: expected the final rewards [B], got {shown(f)}")
     T = len(kinds)
-    named = {"s0": s0, "s1": s1, "aux": aux, "own": own, "look": look, "active": active, "choices": choices}
-    for name, made in named.items():
-        if made is not None and len(made) != T:
-            raise ValueError(f"{name}: expected one entry per decision, {T}, got {len(made)}")
+    if not len(s0) == len(s1) == len(aux) == len(own) == len(look) == len(active) == T == len(choices or kinds):
+        named = {
+            "s0": s0,
+            "s1": s1,
+            "aux": aux,
+            "own": own,
+            "look": look,
+            "active": active,
+            "choices": choices or kinds,
+        }
+        name = next(name for name, made in named.items() if len(made) != T)
+        raise ValueError(f"{name}: expected one entry per decision, {T}, got {len(named[name])}")
     f = f.detach() if f.requires_grad else f
     columns, others, masks, layout = laid_out(kinds, s0, s1, aux, own, look, active, f, choices)
     widest = _promoted(f, *columns, *others)
@@ -136,10 +147,8 @@ def trajectory_loss(
     note(OP, f, B=f.shape[0], T=T)
     backend = taken(OP, f.device.type, widest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in columns):
-        learning: Tensor = _TrajectoryLoss.apply(
-            f, layout, float(gamma), bool(normalize), backend, dtype, len(columns), len(others),
-            *columns, *others, *masks,
-        )  # fmt: skip
+        call = backend, len(columns), len(others), dtype, layout, float(gamma), bool(normalize)
+        learning: Tensor = _TrajectoryLoss.apply(f, call, *columns, *others, *masks)
         return learning
     loss, _ = _forward(backend, f, columns, others, masks, layout, float(gamma), bool(normalize), False)
     return loss if loss.dtype == dtype else loss.to(dtype)
@@ -187,9 +196,9 @@ def laid_out(
             place("s0", t, s0[t], columns, True) if kind != SILENT else -1,
             place("s1", t, s1[t], columns, True) if kind in CRITICS else -1,
             place("aux", t, aux[t], others, True) if kind in AIDED else -1,
-            place("own", t, own[t], others),
-            place("look", t, look[t], others) if t else -1,  # nobody is before the first
-            place("active", t, active[t], masks),
+            -1 if own[t] is None else place("own", t, own[t], others),
+            -1 if look[t] is None or not t else place("look", t, look[t], others),  # nobody is before the first
+            -1 if active[t] is None else place("active", t, active[t], masks),
         )
     return columns, others, masks, layout
 

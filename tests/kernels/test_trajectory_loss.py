@@ -12,6 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastroute import ops, use_backend
 from fastroute.kernels import trajectory_loss as kernels
@@ -92,6 +94,24 @@ def test_agrees_with_the_reference_in_its_layout() -> None:
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(slopes, rows)
     opcheck(torch.ops.fastroute._trajectory_loss_triton.default, (*args, True), grad=False)
+
+
+def test_compile() -> None:
+    """One graph for any batch size; the op is one node of it."""
+    torch._dynamo.reset()
+    kinds = ("WPL", "REINFORCEBl2", "QLearning", SILENT)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(**inputs: Tensor | None) -> dict[str, Tensor | None]:
+        return {"loss": ops.trajectory_loss(**arguments(kinds, inputs), gamma=0.7)}
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    with use_backend("triton"):
+        for B in (16, 7, 33):
+            case = on_device(loss_case(kinds, B, masked=True))
+            found, expected = (evaluate(fn, case) for fn in (compiled, call))
+            assert all(torch.equal(t, expected[name]) for name, t in found.items())  # type: ignore[arg-type]
+            assert counter.frame_count == 1
 
 
 def test_float64_goes_elsewhere() -> None:

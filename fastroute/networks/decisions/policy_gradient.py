@@ -90,9 +90,8 @@ class REINFORCEBl1(_WithValueNet):
 
     def auxiliary(self, record: Record) -> Tensor:
         """[B]: the baseline, sum_k p_k V_k."""
-        with torch.no_grad():
-            log_p, v = (column.full for column in record.columns)
-            return (log_p.exp() * v).sum(1)
+        log_p, v = (column.full.detach() for column in record.columns)
+        return (log_p.exp() * v).sum(1)
 
     def _return(self, e: Entries) -> Tensor:
         return e.R
@@ -140,8 +139,8 @@ def egreedy_columns(decision: Any, z: Tensor, log_p_a: Tensor) -> list[Column]:
 
 def importance(record: Record) -> Tensor:
     """w = p_a / mu_a [B], without gradient, of what :func:`egreedy_columns` recorded."""
-    with torch.no_grad():
-        return record.columns[1].at(record.actions) / record.columns[2].at(record.actions)
+    _, p, mu, *_ = record.columns
+    return (p.at(record.actions) / mu.at(record.actions)).detach()
 
 
 class EGreedyREINFORCE(REINFORCE):
