@@ -4,4 +4,5 @@ from . import dispatch as dispatch
 from .efficient_routing import efficient_routing as efficient_routing
 from .grouped_linear import grouped_linear as grouped_linear
 from .policy import policy as policy
+from .trajectory_loss import trajectory_loss as trajectory_loss
 from .vector_routing import vector_routing as vector_routing
