@@ -100,7 +100,8 @@ def trajectory_loss(
 
     A decision's reward is r_t = own_t / T_b (times \\|f\\| if ``normalize``), the sample's last one's that plus f, T_b
     being how many of the decisions were made for the sample; R_t = r_t + gamma R_{t'}, y_t = r_t + gamma look_{t'} and
-    at the last one r_t, t' the sample's next decision. docs/networks.md has the formulas.
+    at the last one r_t, t' the sample's next decision (SurpriseLearning's y_t: gamma look_{t'} - r_t, and f at the last
+    one). docs/networks.md has the formulas.
 
     Args:
         kinds: T names of ``KINDS``.
@@ -127,18 +128,10 @@ def trajectory_loss(
     if f.dim() != 1:
         raise ValueError(f"f: expected the final rewards [B], got {shown(f)}")
     T = len(kinds)
-    if not len(s0) == len(s1) == len(aux) == len(own) == len(look) == len(active) == T == len(choices or kinds):
-        named = {
-            "s0": s0,
-            "s1": s1,
-            "aux": aux,
-            "own": own,
-            "look": look,
-            "active": active,
-            "choices": choices or kinds,
-        }
-        name = next(name for name, made in named.items() if len(made) != T)
-        raise ValueError(f"{name}: expected one entry per decision, {T}, got {len(named[name])}")
+    lists = (s0, s1, aux, own, look, active, kinds if choices is None else choices)
+    for name, made in zip(("s0", "s1", "aux", "own", "look", "active", "choices"), lists, strict=True):
+        if len(made) != T:
+            raise ValueError(f"{name}: expected one entry per decision, {T}, got {len(made)}")
     f = f.detach() if f.requires_grad else f
     columns, others, masks, layout = laid_out(kinds, s0, s1, aux, own, look, active, f, choices)
     widest = _promoted(f, *columns, *others)

@@ -298,6 +298,7 @@ def given(**changed: Any) -> dict[str, Any]:
         ({"f": torch.zeros(())}, ValueError, r"f: expected the final rewards \[B\], got \[\]"),
         ({"kinds": ["AAC"]}, ValueError, "s0: expected one entry per decision, 1, got 2"),
         ({"choices": [3]}, ValueError, "choices: expected one entry per decision, 2, got 1"),
+        ({"choices": []}, ValueError, "choices: expected one entry per decision, 2, got 0"),
         ({"kinds": ["AAC", "RELAX"]}, ValueError, "kinds: expected names among REINFORCE, .*, got 'RELAX'"),
         ({"kinds": ["AAC", "REINFORCEBl2"], "choices": None}, ValueError, "choices: REINFORCEBl2 needs K"),
         ({"s0": [torch.zeros(4), None]}, ValueError, r"s0\[1\]: WPL needs it, got None"),
