@@ -1,0 +1,175 @@
+"""The Triton backend of ``grouped_linear``: launches its kernels, forward and backward.
+
+The kernels are in ``grouped_linear_products``, what follows a product in ``grouped_linear_activation``;
+``grouped_linear_plan`` chooses blocks, ``grouped_linear_parameters`` finds the modules' parameters.
+Axes: N rows, K modules, F features in, O features out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from . import launch as start
+from .grouped_linear_parameters import gathered
+from .grouped_linear_plan import row_tiles, rows_tile, search, sums_tile
+from .grouped_linear_products import reduce_kernel, rows_kernel, sums_kernel
+from .launch import DTYPES, cdiv, multiprocessors
+
+__all__ = ["backward", "forward", "unsupported"]
+
+#: Row tiles that go through the columns together.
+GROUP = 8
+
+
+def unsupported(
+    device_type: str, dtype: torch.dtype, N: int = 0, K: int = 1, F: int = 1, O: int = 1, **_: int
+) -> str | None:
+    """Why this backend cannot take a case, or None if it can."""
+    if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
+    if dtype not in DTYPES:
+        return f"the triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if max(N, K, F, O) >= 2**31 - 2**16:
+        return f"the triton kernels count rows, modules and features in 32 bits: N={N}, K={K}, F={F}, O={O}"
+    return None
+
+
+def _on(t: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def _stacked(tensors: Sequence[Tensor], dims: int) -> bool:
+    return len(tensors) == 1 and tensors[0].dim() == dims
+
+
+def _rows(
+    x: Tensor | None, take: Tensor | None, kept: Tensor | None, slope: int, weights: Sequence[Tensor], turned: bool,
+    biases: Sequence[Tensor], put: Tensor | None, offsets: Tensor, y: Tensor, before: Tensor | None, activation: int,
+    precision: str,
+) -> None:  # fmt: skip
+    """``rows_kernel`` into y [N, OUT]; ``turned``: the modules' matrices are [IN, OUT]."""
+    N, OUT = y.shape
+    K = offsets.shape[0] - 1
+    if y.numel() == 0:
+        return
+    IN, W, w_strides, w_pointers, w_aligned = 1, None, (0, 0, 0), False, False
+    if weights:
+        assert x is not None
+        IN = x.shape[1]
+        shape = (IN, OUT) if turned else (OUT, IN)
+        W, w_strides, w_pointers, w_aligned = gathered(weights, shape, _stacked(weights, 3))
+        if turned:
+            w_strides = (w_strides[0], w_strides[2], w_strides[1])
+    b, b_strides, b_pointers = None, (0, 0), False
+    if biases:
+        b, b_strides, b_pointers, _ = _of_biases(biases, K, OUT, tables=not weights)
+    tile = rows_tile(N, K, IN, OUT, y.dtype, precision, multiprocessors(y.device))
+    tiles = row_tiles(N, K, tile.rows)
+    start.launch(
+        rows_kernel, (tiles * cdiv(OUT, tile.columns),),
+        x if weights else None, x.stride(0) if weights and x is not None else 0,
+        kept if slope else None, OUT if kept is None else kept.stride(0), take, W, *w_strides, b, *b_strides,
+        offsets, put, y, before, N, K, tiles,
+        IN=IN, OUT=OUT, W_POINTERS=w_pointers, W_ALIGNED=w_aligned, B_POINTERS=b_pointers,
+        ACTIVATION=activation, SLOPE=slope, PRECISION=precision, SEARCH=search(K), GROUP=GROUP,
+        BLOCK_N=tile.rows, BLOCK_OUT=tile.columns, BLOCK_IN=tile.depth, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+
+
+def _of_biases(
+    biases: Sequence[Tensor], K: int, O: int, *, tables: bool
+) -> tuple[Tensor, tuple[int, ...], bool, bool]:
+    """K biases [O], or tables [1, O], or all of them in one [K, O]."""
+    if len(biases) == 1 and biases[0].shape == (K, O):
+        return biases[0], biases[0].stride(), False, False
+    made = gathered(biases, (1, O) if tables else (O,), False)
+    return made.tensor, (made.strides[0], made.strides[-1]), made.pointers, made.aligned
+
+
+def forward(
+    x: Tensor, take: Tensor | None, put: Tensor | None, offsets: Tensor, weights: Sequence[Tensor],
+    biases: Sequence[Tensor], activation: int = 0, keep: bool = False, precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``reference.grouped_linear.forward``, with the activation's number; precision of float32: "ieee" or "tf32"."""
+    like = (weights or biases)[0]
+    N = x.shape[0] if take is None else take.shape[0]
+    y = like.new_empty(N, like.shape[-2 if weights else -1])
+    before = torch.empty_like(y) if keep else like.new_empty(0)
+    with _on(y):
+        _rows(
+            _dense_rows(x) if weights else None, _dense(take), None, 0, weights, False, biases, _dense(put),
+            offsets.contiguous(), y, before if keep else None, activation, precision,
+        )  # fmt: skip
+    return y, before
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def backward(
+    grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None, offsets: Tensor,
+    weights: Sequence[Tensor], modules: int, wants: tuple[bool, bool, bool], activation: int = 0,
+    kept: Tensor | None = None, stacked: bool = False, precision: str = "ieee",
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """As ``reference.grouped_linear.backward``. Separate parameters' gradients are views of one tensor."""
+    N, O = grad.shape
+    grad, take, spread, put, offsets = _dense_rows(grad), _dense(take), _dense(spread), _dense(put), offsets.contiguous()
+    kept = None if kept is None else _dense_rows(kept)
+    slope = 0 if kept is None else activation
+    F = x.shape[1] if weights else 0
+    dx = grad.new_empty((N, F) if wants[0] else (0,))
+    dw = grad.new_empty(modules, O, F) if wants[1] else None
+    db = grad.new_empty(modules, O) if wants[2] else None
+    with _on(grad):
+        if wants[0]:
+            _rows(grad, put, kept, slope, weights, True, (), spread, offsets, dx, None, 0, precision)
+        if dw is not None or db is not None:
+            source = _dense_rows(x) if wants[1] else None
+            _sums(grad, kept, slope, put, source, take, offsets, dw, db, precision)
+    if stacked:
+        return dx, [] if dw is None else [dw], [] if db is None else [db]
+    apart = [] if db is None else list((db if weights else db[:, None]).unbind())
+    return dx, [] if dw is None else list(dw.unbind()), apart
+
+
+def _sums(
+    grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None, x: Tensor | None, take: Tensor | None,
+    offsets: Tensor, dw: Tensor | None, db: Tensor | None, precision: str,
+) -> None:  # fmt: skip
+    """``sums_kernel`` into dw [K, O, F] and db [K, O], those that are wanted."""
+    N, O = grad.shape
+    K, F = offsets.shape[0] - 1, 0 if dw is None else dw.shape[2]
+    if K * O * (F if db is None else 1) == 0:
+        return
+    tile, piece, pieces = sums_tile(N, K, F, O, grad.dtype, precision, multiprocessors(grad.device))
+    elements, width = O * F, O * F + (0 if db is None else O)
+    into, dw_stride, db_stride = (dw, db), O * F, O
+    partial = None
+    if piece:
+        partial = grad.new_empty(pieces, width, dtype=torch.float32)
+        into = (None if dw is None else partial, None if db is None else partial[:, elements:])
+        dw_stride = db_stride = width
+    tiles = cdiv(O, tile.rows) * (cdiv(F, tile.columns) + (db is not None))
+    start.launch(
+        sums_kernel, (pieces * tiles,),
+        grad, grad.stride(0), kept if slope else None, O if kept is None else kept.stride(0), put,
+        x, 0 if x is None else x.stride(0), take, offsets, into[0], dw_stride, into[1], db_stride, K,
+        IN=max(F, 1), OUT=O, PIECE=piece, SLOPE=slope, PRECISION=precision, SEARCH=search(K),
+        BLOCK_OUT=tile.rows, BLOCK_IN=tile.columns, BLOCK_N=tile.depth, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    if partial is not None:
+        block = 1024
+        start.launch(
+            reduce_kernel, (K, cdiv(width, block)), partial, width, offsets, dw, db, elements,
+            OUT=O, PIECE=piece, BLOCK=block, warps=4, stages=2,
+        )  # fmt: skip
