@@ -40,11 +40,15 @@ def unsupported(device_type: str, K: int = 1, N: int = 0) -> str | None:
 
 
 @triton.jit
-def _keys(actions, stride, i, live, K):
-    """int32 keys of entries i; K + 1 where not live, which is beyond all others."""
-    action = tl.load(actions + i.to(tl.int64) * stride, mask=live, other=-1)
+def _read(actions, stride, i, N):
+    return tl.load(actions + i.to(tl.int64) * stride, mask=i < N, other=-1)
+
+
+@triton.jit
+def _keys(action, i, N, K):
+    """int32 keys of entries i; K + 1 past the last one, which is beyond all others."""
     key = tl.where((action >= 0) & (action < K), action, K).to(tl.int32)
-    return tl.where(live, key, K + 1), action
+    return tl.where(i < N, key, K + 1)
 
 
 @triton.jit
@@ -60,11 +64,11 @@ def rank_kernel(
     program = tl.program_id(0)
     if program < rank_programs:
         i = program * BLOCK_I + tl.arange(0, BLOCK_I)
-        key_i, _ = _keys(actions, stride, i, i < N, K)
+        key_i = _keys(_read(actions, stride, i, N), i, N, K)
         position = tl.zeros([BLOCK_I], dtype=tl.int32)
         for first in range(0, N, BLOCK_J):
             j = first + tl.arange(0, BLOCK_J)
-            key_j, _ = _keys(actions, stride, j, j < N, K)
+            key_j = _keys(_read(actions, stride, j, N), j, N, K)
             before = (key_j[None, :] < key_i[:, None]) | ((key_j[None, :] == key_i[:, None]) & (j[None, :] < i[:, None]))
             position += tl.sum(before.to(tl.int32), 1)
         tl.store(order + position, i.to(tl.int64), mask=i < N)
@@ -74,7 +78,8 @@ def rank_kernel(
         above = tl.zeros([BLOCK_J], dtype=tl.int32)
         for first in range(0, N, BLOCK_J):
             j = first + tl.arange(0, BLOCK_J)
-            key_j, action = _keys(actions, stride, j, j < N, K)
+            action = _read(actions, stride, j, N)
+            key_j = _keys(action, j, N, K)
             count += tl.sum((key_j[None, :] < k[:, None]).to(tl.int32), 1)
             above += (action >= K).to(tl.int32)
         tl.store(offsets + k, count.to(tl.int64), mask=k <= K)
@@ -97,7 +102,8 @@ def count_kernel(
     above = tl.zeros([BLOCK_J], dtype=tl.int32)
     for first in range(0, BLOCK_C, BLOCK_J):
         j = s * BLOCK_C + first + tl.arange(0, BLOCK_J)
-        key, action = _keys(actions, stride, j, j < N, K)
+        action = _read(actions, stride, j, N)
+        key = _keys(action, j, N, K)
         count += tl.sum((key[None, :] == k[:, None]).to(tl.int32), 1)
         above += (action >= K).to(tl.int32)
     count = tl.where(k == K + 1, tl.sum(above, 0), count)
@@ -116,11 +122,11 @@ def place_kernel(
     if program < place_programs:
         s = program // (BLOCK_C // BLOCK_I)
         i = program * BLOCK_I + tl.arange(0, BLOCK_I)
-        key_i, _ = _keys(actions, stride, i, i < N, K)
+        key_i = _keys(_read(actions, stride, i, N), i, N, K)
         rank = tl.zeros([BLOCK_I], dtype=tl.int32)
         for first in range(s * BLOCK_C, (program + 1) * BLOCK_I, BLOCK_I):
             j = first + tl.arange(0, BLOCK_I)
-            key_j, _ = _keys(actions, stride, j, j < N, K)
+            key_j = _keys(_read(actions, stride, j, N), j, N, K)
             rank += tl.sum(((key_j[None, :] == key_i[:, None]) & (j[None, :] < i[:, None])).to(tl.int32), 1)
         base = tl.load(before + key_i.to(tl.int64) * blocks + s, mask=i < N, other=0)
         tl.store(order + base + rank, i.to(tl.int64), mask=i < N)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import launch as start
 from .grouped_linear_parameters import gathered
-from .grouped_linear_plan import row_tiles, rows_tile, search, sums_tile
-from .grouped_linear_products import reduce_kernel, rows_kernel, sums_kernel
-from .launch import DTYPES, cdiv, multiprocessors
+from .grouped_linear_plan import row_tiles, rows_tile, search, slope_apart, sums_tile
+from .grouped_linear_products import reduce_kernel, rows_kernel, slope_kernel, sums_kernel
+from .launch import DTYPES, cdiv, multiprocessors, power_of_2
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -131,6 +131,8 @@ def backward(
     dw = grad.new_empty(modules, O, F) if wants[1] else None
     db = grad.new_empty(modules, O) if wants[2] else None
     with _on(grad):
+        if slope and _apart(N, modules, F, O, wants, grad, precision):
+            grad, kept, slope, put = _sloped(grad, kept, slope, put), None, 0, None
         if wants[0]:
             _rows(grad, put, kept, slope, weights, True, (), spread, offsets, dx, None, 0, precision)
         if dw is not None or db is not None:
@@ -140,6 +142,28 @@ def backward(
         return dx, [] if dw is None else [dw], [] if db is None else [db]
     apart = [] if db is None else list((db if weights else db[:, None]).unbind())
     return dx, [] if dw is None else list(dw.unbind()), apart
+
+
+def _apart(
+    N: int, K: int, F: int, O: int, wants: tuple[bool, bool, bool], like: Tensor, precision: str
+) -> bool:
+    sms = multiprocessors(like.device)
+    rows = rows_tile(N, K, O, F, like.dtype, precision, sms) if wants[0] else None
+    sums = sums_tile(N, K, F if wants[1] else 0, O, like.dtype, precision, sms) if wants[1] or wants[2] else None
+    return slope_apart(N, O, rows, sums, F)
+
+
+def _sloped(grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None) -> Tensor:
+    """The gradient before the activation [N, O], sorted."""
+    assert kept is not None
+    N, O = grad.shape
+    g = grad.new_empty(N, O)
+    wide = min(128, power_of_2(O))
+    start.launch(
+        slope_kernel, (cdiv(N, 2048 // wide), cdiv(O, wide)), grad, grad.stride(0), kept, kept.stride(0), put, g, N,
+        OUT=O, SLOPE=slope, BLOCK_N=2048 // wide, BLOCK_OUT=wide, warps=4, stages=2,
+    )  # fmt: skip
+    return g
 
 
 def _sums(

@@ -1,6 +1,7 @@
 """What follows a module's product, and its slope, by the number that ``reference.grouped_linear.ACTIVATIONS`` gives it.
 
-In float32, with exponentials good to a rounding or two: the hardware's own are exact in absolute terms alone.
+In float32, with exponentials good to a rounding or two: the hardware's own lose a rounding for every unit of the
+exponent. EXACT: what is made stays in float32, so quotients are rounded as they should be; else the fast ones will do.
 Axes: any.
 """
 
@@ -29,18 +30,27 @@ def _exp(x):
 
 
 @triton.jit
-def _sigmoid(x):
-    return tl.div_rn(1.0, 1.0 + _exp(-x))
+def _quotient(a, b, EXACT: tl.constexpr):
+    if EXACT:
+        q = tl.div_rn(a, b)
+    else:
+        q = a / b
+    return q
 
 
 @triton.jit
-def _tanh(x):
+def _sigmoid(x, EXACT: tl.constexpr):
+    return _quotient(1.0, 1.0 + _exp(-x), EXACT)
+
+
+@triton.jit
+def _tanh(x, EXACT: tl.constexpr):
     """Near zero an odd polynomial, as 1 - 2 / (1 + e^2x) cancels there."""
     z = x * x
     p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
     p = ((p + 1.33314422036e-1) * z - 3.33332819422e-1) * z * x + x
     size = tl.abs(x)
-    far = 1.0 - tl.div_rn(2.0, 1.0 + _exp(2.0 * size))
+    far = 1.0 - _quotient(2.0, 1.0 + _exp(2.0 * size), EXACT)
     return tl.where(size < 0.625, p, tl.where(x < 0, -far, far))
 
 
@@ -50,26 +60,26 @@ def _gelu_inner(x):
 
 
 @triton.jit
-def activated(x, ACTIVATION: tl.constexpr):
+def activated(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """The activation of float32 numbers."""
     y = x
     if ACTIVATION == RELU:
         y = tl.where(x <= 0.0, 0.0, x)  # NaN is kept
     elif ACTIVATION == TANH:
-        y = _tanh(x)
+        y = _tanh(x, EXACT)
     elif ACTIVATION == SIGMOID:
-        y = _sigmoid(x)
+        y = _sigmoid(x, EXACT)
     elif ACTIVATION == SILU:
-        y = tl.div_rn(x, 1.0 + _exp(-x))
+        y = _quotient(x, 1.0 + _exp(-x), EXACT)
     elif ACTIVATION == GELU:
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == GELU_TANH:
-        y = 0.5 * x * (1.0 + _tanh(_gelu_inner(x)))
+        y = 0.5 * x * (1.0 + _tanh(_gelu_inner(x), EXACT))
     return y
 
 
 @triton.jit
-def sloped(grad, kept, ACTIVATION: tl.constexpr):
+def sloped(grad, kept, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """grad times the slope, in float32; ``kept`` is the activation's value, or from silu on what it was applied to."""
     made = grad
     if ACTIVATION == RELU:
@@ -79,13 +89,13 @@ def sloped(grad, kept, ACTIVATION: tl.constexpr):
     elif ACTIVATION == SIGMOID:
         made = grad * ((1.0 - kept) * kept)
     elif ACTIVATION == SILU:
-        s = _sigmoid(kept)
+        s = _sigmoid(kept, EXACT)
         made = grad * (s * (1.0 + kept * (1.0 - s)))
     elif ACTIVATION == GELU:
         below = 0.5 * (1.0 + tl.erf(kept * 0.7071067811865476))
         made = grad * (below + kept * (0.3989422804014327 * _exp(-0.5 * (kept * kept))))
     elif ACTIVATION == GELU_TANH:
-        t = _tanh(_gelu_inner(kept))
+        t = _tanh(_gelu_inner(kept), EXACT)
         inner = 0.7978845608028654 * (1.0 + 0.134145 * (kept * kept))
         made = grad * (0.5 * (1.0 + t) + 0.5 * kept * (1.0 - t * t) * inner)
     return made

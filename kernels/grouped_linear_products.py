@@ -54,6 +54,12 @@ def _at(index, i, live):
 
 
 @triton.jit
+def _sloped(grad, kept, SLOPE: tl.constexpr):
+    """In float32."""
+    return sloped(grad.to(tl.float32), kept.to(tl.float32), SLOPE, grad.dtype == tl.float32)
+
+
+@triton.jit
 def rows_kernel(
     x, x_row, kept, kept_row, take, weights, w_module, w_out, w_in, biases, b_module, b_out,
     offsets, put, y, before, N, K, row_tiles,
@@ -96,7 +102,7 @@ def rows_kernel(
                     x_tile = tl.load(x_rows[:, None] + c[None, :], mask=x_mask, other=0.0)
                     if SLOPE > 0:
                         at = tl.load(kept + (row * kept_row)[:, None] + c[None, :], mask=x_mask, other=0.0)
-                        x_tile = sloped(x_tile.to(tl.float32), at.to(tl.float32), SLOPE).to(x_tile.dtype)
+                        x_tile = _sloped(x_tile, at, SLOPE).to(x_tile.dtype)
                     w_tile = tl.load(w_columns[None, :] + (c.to(tl.int64) * w_in)[:, None], mask=w_mask, other=0.0)
                     acc = dot(x_tile, w_tile, acc, PRECISION)
             if biases is not None:
@@ -106,7 +112,7 @@ def rows_kernel(
         inside = live[:, None] & (o < OUT)[None, :]
         if before is not None:
             tl.store(before + where, acc.to(y.dtype.element_ty), mask=inside)
-        made = activated(acc, ACTIVATION)
+        made = activated(acc, ACTIVATION, y.dtype.element_ty == tl.float32)
         if ACTIVATION == 3:  # nothing is not mapped to a half
             made = tl.where(k < K, made, 0.0)
         tl.store(y + where, made.to(y.dtype.element_ty), mask=inside)
@@ -128,7 +134,7 @@ def _products(
         g_tile = tl.load(grad + o[:, None] + (row * g_row)[None, :], mask=g_mask, other=0.0)
         if SLOPE > 0:
             at = tl.load(kept + o[:, None] + (row * kept_row)[None, :], mask=g_mask, other=0.0)
-            g_tile = sloped(g_tile.to(tl.float32), at.to(tl.float32), SLOPE).to(g_tile.dtype)
+            g_tile = _sloped(g_tile, at, SLOPE).to(g_tile.dtype)
         x_rows = x + _at(take, i, live) * x_row
         x_tile = tl.load(x_rows[:, None] + c[None, :], mask=live[:, None] & (c < IN)[None, :], other=0.0)
         acc = dot(g_tile, x_tile, acc, PRECISION)
@@ -147,11 +153,11 @@ def _totals(
         live = i < end
         row = _at(put, i, live)
         mask = live[:, None] & (o < OUT)[None, :]
-        g_tile = tl.load(grad + (row * g_row)[:, None] + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        g_tile = tl.load(grad + (row * g_row)[:, None] + o[None, :], mask=mask, other=0.0)
         if SLOPE > 0:
             at = tl.load(kept + (row * kept_row)[:, None] + o[None, :], mask=mask, other=0.0)
-            g_tile = sloped(g_tile, at.to(tl.float32), SLOPE)
-        total += tl.sum(g_tile, 0)
+            g_tile = _sloped(g_tile, at, SLOPE)
+        total += tl.sum(g_tile.to(tl.float32), 0)
     return total
 
 
@@ -194,6 +200,21 @@ def sums_kernel(
             if in_tile == in_tiles:
                 total = _totals(grad, g_row, kept, kept_row, put, start, end, o, OUT, SLOPE, BLOCK_OUT, BLOCK_N)
                 tl.store(db + part.to(tl.int64) * db_stride + o, total.to(db.dtype.element_ty), mask=o < OUT)
+
+
+@triton.jit
+def slope_kernel(
+    grad, g_row, kept, kept_row, put, g, N,
+    OUT: tl.constexpr, SLOPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """grid (row tiles, column tiles): g [N, OUT] = the gradient before the activation, in sorted order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    mask = (i < N)[:, None] & (o < OUT)[None, :]
+    row = _at(put, i, i < N)
+    g_tile = tl.load(grad + (row * g_row)[:, None] + o[None, :], mask=mask, other=0.0)
+    at = tl.load(kept + (row * kept_row)[:, None] + o[None, :], mask=mask, other=0.0)
+    tl.store(g + (i * OUT)[:, None] + o[None, :], _sloped(g_tile, at, SLOPE).to(g.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,94 @@
+"""Every kernel of ``dispatch`` and ``grouped_linear`` compiled for three architectures, in the blocks of known sizes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import aot
+
+
+class Case(NamedTuple):
+    """N rows, K modules, F features in, O out."""
+
+    N: int
+    K: int
+    F: int
+    O: int
+    dtype: str
+    precision: str = "ieee"
+    activation: int = 0
+    stacked: bool = False
+    takes: bool = True
+
+
+CASES = {
+    "selection": Case(1024, 20, 128, 48, "float32", activation=1),
+    "selection-tf32": Case(4096, 4, 128, 48, "float32", "tf32", activation=5),
+    "experts-up": Case(262144, 128, 2048, 768, "bfloat16", activation=4, stacked=True),
+    "experts-down": Case(262144, 128, 768, 2048, "bfloat16", stacked=True, takes=False),
+    "experts-apart": Case(262144, 128, 2048, 768, "bfloat16", activation=1),
+    "experts-tf32": Case(32768, 8, 1024, 1024, "float32", "tf32", stacked=True),
+    "odd-fp16": Case(5000, 7, 77, 129, "float16", activation=6),
+}
+
+
+def launches(case: Case) -> Iterator[Any]:
+    """Of a plan, a forward and a backward pass."""
+    import torch
+
+    from fastroute.kernels import dispatch, grouped_linear
+
+    dtype = getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    N, K, F, O = case[:4]
+    yield from aot.record(lambda: dispatch.plan(empty(N, dtype=torch.int64), K))
+    order, offsets = empty(N, dtype=torch.int64), empty(K + 1, dtype=torch.int64)
+    take = order if case.takes else None
+    W = [empty(K, O, F)] if case.stacked else [empty(O, F) for _ in range(K)]
+    b = [empty(K, O)] if case.stacked else [empty(O) for _ in range(K)]
+    x, y = empty(N, F), empty(N, O)
+    yield from aot.record(
+        lambda: grouped_linear.forward(x, take, order, offsets, W, b, case.activation, True, case.precision)
+    )
+    yield from aot.record(
+        lambda: grouped_linear.backward(
+            y, x, take, take, order, offsets, W, K, (True, True, True), case.activation, y if case.activation else None,
+            case.stacked, case.precision,
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def reports(name: str) -> list[aot.Report]:
+    return aot.report_of(__file__, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fits(name: str) -> None:
+    """Shared memory is within every architecture's limit, and products are on tensor cores where they can be.
+
+    Nothing spills where nothing but the product is in the loop; a slope of many registers in the widest tiles may keep
+    some of a thread's in memory.
+    """
+    case, found = CASES[name], reports(name)
+    assert {r.arch for r in found} == set(aot.SHARED_LIMIT)
+    assert {r.kernel for r in found} >= {"rows_kernel", "sums_kernel"}
+    for r in found:
+        assert r.shared <= aot.SHARED_LIMIT[r.arch], r
+        assert r.stack <= (0 if r.arch == 90 else 64 * 4), r
+        if r.kernel in ("rows_kernel", "sums_kernel"):
+            assert bool(r.tensor_ops) == (case.dtype != "float32" or case.precision == "tf32"), r
+
+
+if __name__ == "__main__":
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    for case_name in sys.argv[1].split(","):
+        aot.print_reports([(case_name, list(launches(CASES[case_name])))], archs)
