@@ -69,7 +69,9 @@ def rank_kernel(
         for first in range(0, N, BLOCK_J):
             j = first + tl.arange(0, BLOCK_J)
             key_j = _keys(_read(actions, stride, j, N), j, N, K)
-            before = (key_j[None, :] < key_i[:, None]) | ((key_j[None, :] == key_i[:, None]) & (j[None, :] < i[:, None]))
+            before = (key_j[None, :] < key_i[:, None]) | (
+                (key_j[None, :] == key_i[:, None]) & (j[None, :] < i[:, None])
+            )
             position += tl.sum(before.to(tl.int32), 1)
         tl.store(order + position, i.to(tl.int64), mask=i < N)
     else:
@@ -161,7 +163,8 @@ def _ranked(actions: Tensor, K: int, order: Tensor, offsets: Tensor, beyond: Ten
     columns = min(128 if rows == 16 else 64, power_of_2(N))
     programs = cdiv(N, rows)
     start.launch(
-        rank_kernel, (programs + cdiv(K + 1, keys),), actions, actions.stride(0), order, offsets, beyond, N, K, programs,
+        rank_kernel, (programs + cdiv(K + 1, keys),),
+        actions, actions.stride(0), order, offsets, beyond, N, K, programs,
         BLOCK_I=rows, BLOCK_K=keys, BLOCK_J=columns, warps=4, stages=2,
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ def _rows(
         assert x is not None
         IN = x.shape[1]
         shape = (IN, OUT) if turned else (OUT, IN)
-        W, w_strides, w_pointers, w_aligned = gathered(weights, shape, _stacked(weights, 3))
+        W, w_strides, w_pointers, w_aligned = gathered(weights, K, shape, _stacked(weights, 3))
         if turned:
             w_strides = (w_strides[0], w_strides[2], w_strides[1])
     b, b_strides, b_pointers = None, (0, 0), False
@@ -85,13 +85,11 @@ def _rows(
     )  # fmt: skip
 
 
-def _of_biases(
-    biases: Sequence[Tensor], K: int, O: int, *, tables: bool
-) -> tuple[Tensor, tuple[int, ...], bool, bool]:
+def _of_biases(biases: Sequence[Tensor], K: int, O: int, *, tables: bool) -> tuple[Tensor, tuple[int, ...], bool, bool]:
     """K biases [O], or tables [1, O], or all of them in one [K, O]."""
     if len(biases) == 1 and biases[0].shape == (K, O):
         return biases[0], biases[0].stride(), False, False
-    made = gathered(biases, (1, O) if tables else (O,), False)
+    made = gathered(biases, K, (1, O) if tables else (O,), False)
     return made.tensor, (made.strides[0], made.strides[-1]), made.pointers, made.aligned
 
 
@@ -123,7 +121,13 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """As ``reference.grouped_linear.backward``. Separate parameters' gradients are views of one tensor."""
     N, O = grad.shape
-    grad, take, spread, put, offsets = _dense_rows(grad), _dense(take), _dense(spread), _dense(put), offsets.contiguous()
+    grad, take, spread, put, offsets = (
+        _dense_rows(grad),
+        _dense(take),
+        _dense(spread),
+        _dense(put),
+        offsets.contiguous(),
+    )
     kept = None if kept is None else _dense_rows(kept)
     slope = 0 if kept is None else activation
     F = x.shape[1] if weights else 0
@@ -144,9 +148,7 @@ def backward(
     return dx, [] if dw is None else list(dw.unbind()), apart
 
 
-def _apart(
-    N: int, K: int, F: int, O: int, wants: tuple[bool, bool, bool], like: Tensor, precision: str
-) -> bool:
+def _apart(N: int, K: int, F: int, O: int, wants: tuple[bool, bool, bool], like: Tensor, precision: str) -> bool:
     sms = multiprocessors(like.device)
     rows = rows_tile(N, K, O, F, like.dtype, precision, sms) if wants[0] else None
     sums = sums_tile(N, K, F if wants[1] else 0, O, like.dtype, precision, sms) if wants[1] or wants[2] else None

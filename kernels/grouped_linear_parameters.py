@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,7 @@ class Parameters(NamedTuple):
 
 class _Table(NamedTuple):
     addresses: Tensor  # [K] int64 on the device
-    host: Tensor  # what was copied there, until nobody can still be copying
-    ready: torch.cuda.Event | None
+    streams: set[int]  # that the allocator knows to read it
 
 
 _Key = tuple[torch.device, tuple[int, ...]]
@@ -43,60 +43,69 @@ def forget() -> None:
     _tables.clear()
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+@cache
+def _copier(device: torch.device) -> torch.cuda.Stream:
+    """A stream of its own for copying tables: the host waits for the copy, and for nothing that was queued before."""
+    return torch.cuda.Stream(device)
 
 
 def _made(device: torch.device, addresses: tuple[int, ...]) -> _Table:
     if device.type != "cuda":
-        table = torch.tensor(addresses, dtype=torch.int64, device=device)
-        return _Table(table, table, None)
+        return _Table(torch.tensor(addresses, dtype=torch.int64, device=device), set())
     host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
-    table = host.to(device, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record(torch.cuda.current_stream(device))
-    return _Table(table, host, ready)
+    with torch.cuda.stream(_copier(device)):
+        table = host.to(device, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+    copied.synchronize()  # some microseconds, once: after that any stream may read it
+    return _Table(table, set())
+
+
+def _read_by_current_stream(table: _Table) -> None:
+    """Its memory is not given to others while this stream may still read it."""
+    stream = torch.cuda.current_stream(table.addresses.device)
+    if stream.cuda_stream not in table.streams:
+        table.addresses.record_stream(stream)
+        table.streams.add(stream.cuda_stream)
 
 
 def _table(device: torch.device, addresses: tuple[int, ...]) -> Tensor | None:
     """The table, or None where making one would write it into a graph that others do not run."""
     key = device, addresses
-    found = _in_graphs.get(key) or _tables.get(key)
-    capturing = _capturing(device)
+    if found := _in_graphs.get(key):
+        return found.addresses
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    found = _tables.get(key)
+    if capturing:
+        if found is not None:
+            _in_graphs[key] = _tables.pop(key)
+        return None if found is None else found.addresses
     if found is None:
-        if capturing:
-            return None
         found = _tables[key] = _made(device, addresses)
         if len(_tables) > KEPT:
             _tables.popitem(last=False)
-        return found.addresses
-    if found.ready is not None:  # copied a moment ago, maybe on another stream
-        if capturing:
-            return None
-        if found.ready.query():
-            found = found._replace(ready=None)
-        else:
-            torch.cuda.current_stream(device).wait_event(found.ready)
-    if capturing:
-        _tables.pop(key, None)
-        _in_graphs[key] = found
-    elif key in _tables:
-        _tables[key] = found
+    else:
         _tables.move_to_end(key)
+    if device.type == "cuda":
+        _read_by_current_stream(found)
     return found.addresses
 
 
-def gathered(tensors: Sequence[Tensor], shape: tuple[int, ...], stacked: bool) -> Parameters:
-    """All modules' parameters of ``shape``, each its own tensor, or ``stacked`` in the first.
+def gathered(tensors: Sequence[Tensor], modules: int, shape: tuple[int, ...], stacked: bool) -> Parameters:
+    """All modules' parameters of ``shape``, each its own tensor, or ``stacked`` in one.
 
     Separate ones are read where they are, if their strides agree; otherwise a copy of them all is made.
 
     Raises:
-        ValueError: they are not of that shape, or not all on one device in one dtype.
+        ValueError: they are not so many, not of that shape, or not all on one device in one dtype.
     """
     first = tensors[0]
     if stacked:
+        if first.shape != (modules, *shape):
+            raise ValueError(f"parameters: expected {[modules, *shape]}, got {list(first.shape)}")
         return Parameters(first, first.stride(), False, False)
+    if len(tensors) != modules:
+        raise ValueError(f"parameters: expected those of {modules} modules, got {len(tensors)}")
     strides, agree, aligned = first.stride(), True, True
     addresses = []
     for t in tensors:
@@ -106,10 +115,10 @@ def gathered(tensors: Sequence[Tensor], shape: tuple[int, ...], stacked: bool) -
         address = t.data_ptr() if t.device.type != "meta" else 0
         aligned = aligned and address % 16 == 0
         addresses.append(address)
-    table = _table(first.device, tuple(addresses)) if agree and len(tensors) > 1 else None
     if any(t.device != first.device or t.dtype != first.dtype for t in tensors):
         raise ValueError(f"parameters: expected every module's on {first.device} in {first.dtype}")
+    table = _table(first.device, tuple(addresses)) if agree and modules > 1 else None
     if table is not None:
         return Parameters(table, (0, *strides), True, aligned)
-    copy = torch.stack(tuple(tensors)) if len(tensors) > 1 else first[None]
+    copy = torch.stack(tuple(tensors)) if modules > 1 else first[None]
     return Parameters(copy, copy.stride(), False, False)

@@ -44,9 +44,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(
-    rows: int, columns: int, depth: int, copies: int, itemsize: int, cores: bool, words: bool, sms: int
-) -> Tile:
+def _tile(rows: int, columns: int, depth: int, copies: int, itemsize: int, cores: bool, words: bool, sms: int) -> Tile:
     """Of a product of [rows, depth] by [depth, columns], so many times; ``words``: rows lie at multiples of 4 bytes."""
     step = min(64 if itemsize == 2 and words else 32, power_of_2(depth))
     for high, wide in _TENSOR_CORE_TILES if cores else _PLAIN_TILES:

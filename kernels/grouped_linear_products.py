@@ -187,7 +187,7 @@ def sums_kernel(
     if PIECE > 0:
         end = tl.minimum(end, start + PIECE)
     if (PIECE == 0) | (start < end):
-        if dw is not None:
+        if dw is not None:  # noqa: SIM102 (decided as it is compiled)
             if in_tile < in_tiles:
                 c = in_tile * BLOCK_IN + tl.arange(0, BLOCK_IN)
                 acc = _products(
@@ -196,7 +196,7 @@ def sums_kernel(
                 )  # fmt: skip
                 out = (dw + part.to(tl.int64) * dw_stride + o.to(tl.int64) * IN)[:, None] + c[None, :]
                 tl.store(out, acc.to(dw.dtype.element_ty), mask=(o < OUT)[:, None] & (c < IN)[None, :])
-        if db is not None:
+        if db is not None:  # noqa: SIM102
             if in_tile == in_tiles:
                 total = _totals(grad, g_row, kept, kept_row, put, start, end, o, OUT, SLOPE, BLOCK_OUT, BLOCK_N)
                 tl.store(db + part.to(tl.int64) * db_stride + o, total.to(db.dtype.element_ty), mask=o < OUT)

@@ -178,7 +178,11 @@ def decide(case: Case, request: str) -> Decision:
     rejected: dict[BackendName, str] = {}
     for name in BACKENDS:
         proposal = _offers[case.op].get(name)
-        why = f"{case.op} has no {name} implementation" if proposal is None else missing(name, case.device, proposal.devices)
+        why = (
+            f"{case.op} has no {name} implementation"
+            if proposal is None
+            else missing(name, case.device, proposal.devices)
+        )
         if why is None and proposal is not None:
             why = proposal.refuses(case)
         if why is None and request == "auto" and name == "triton" and case.device == "cpu":
