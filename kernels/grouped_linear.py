@@ -117,9 +117,9 @@ def _dense(t: Tensor | None) -> Tensor | None:
 def backward(
     grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None, offsets: Tensor,
     weights: Sequence[Tensor], modules: int, wants: tuple[bool, bool, bool], activation: int = 0,
-    kept: Tensor | None = None, stacked: bool = False, precision: str = "ieee",
+    kept: Tensor | None = None, precision: str = "ieee",
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """As ``reference.grouped_linear.backward``. Separate parameters' gradients are views of one tensor."""
+    """As ``reference.grouped_linear.backward`` of stacked parameters, whether or not they are."""
     N, O = grad.shape
     grad, take, spread, put, offsets = (
         _dense_rows(grad),
@@ -142,10 +142,7 @@ def backward(
         if dw is not None or db is not None:
             source = _dense_rows(x) if wants[1] else None
             _sums(grad, kept, slope, put, source, take, offsets, dw, db, precision)
-    if stacked:
-        return dx, [] if dw is None else [dw], [] if db is None else [db]
-    apart = [] if db is None else list((db if weights else db[:, None]).unbind())
-    return dx, [] if dw is None else list(dw.unbind()), apart
+    return dx, [] if dw is None else [dw], [] if db is None else [db]
 
 
 def _apart(N: int, K: int, F: int, O: int, wants: tuple[bool, bool, bool], like: Tensor, precision: str) -> bool:

@@ -71,7 +71,7 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     made: tuple[Tensor, list[Tensor], list[Tensor]] = _products().backward(
         grad, x, take, spread, put, offsets, weights, modules, (want_x, want_weights, want_biases), activation, kept,
-        stacked, precision_of(grad, ""),
+        precision_of(grad, ""),
     )  # fmt: skip
     return made
 

@@ -95,6 +95,8 @@ class _GroupedLinear(torch.autograd.Function):
                 stacked, stacked or bounds is None,
             )  # fmt: skip
         dx, dw, db = made
+        if backend == "triton" and not stacked:  # all modules' in one tensor: theirs are views of it
+            dw, db = [g for t in dw for g in t], [g for t in db for g in (t if n_weights else t[:, None])]
         if wants[0] and takes and samples is not None:
             dx = dx.view(*source.shape[:1], -1, *source.shape[1:]).sum(1)
         nothing: list[Any] = [None] * (1 if stacked else K)

@@ -59,7 +59,7 @@ def launches(case: Case) -> Iterator[Any]:
     yield from aot.record(
         lambda: grouped_linear.backward(
             y, x, take, take, order, offsets, W, K, (True, True, True), case.activation, y if case.activation else None,
-            case.stacked, case.precision,
+            case.precision,
         )
     )  # fmt: skip
 

@@ -368,12 +368,20 @@ def test_opcheck() -> None:
     ops = torch.ops.fastroute
     opcheck(ops._dispatch_plan_triton.default, (actions, 3), grad=False)
     order, offsets, _ = ops._dispatch_plan_triton(actions, 3)
-    for weights, biases in ((True, True), (True, False), (False, True)):
-        W = [torch.randn(3, 3, 4, device=DEVICE)] if weights else []
-        b = [torch.randn(3, 3, device=DEVICE)] if biases else []
-        opcheck(ops._grouped_linear_triton.default, (x, order, order, offsets, W, b, 0, False), grad=False)
+    for weights, biases, stacked in (
+        (True, True, True),
+        (True, True, False),
+        (True, False, False),
+        (False, True, False),
+    ):
+        W, b = torch.randn(3, 3, 4, device=DEVICE), torch.randn(3, 3, device=DEVICE)
+        W_ = ([W] if stacked else [w.clone() for w in W]) if weights else []
+        b_ = ([b] if stacked else [t.clone() if weights else t.clone()[None] for t in b]) if biases else []
+        kind = 4 if weights else 0
+        opcheck(ops._grouped_linear_triton.default, (x, order, order, offsets, W_, b_, kind, kind > 0), grad=False)
         grad = torch.randn(len(x), 3, device=DEVICE)
-        given = grad, x, order, order, order, offsets, W, 3, weights, weights, biases, 0, None, True, True
+        kept = grad if kind else None
+        given = grad, x, order, order, order, offsets, W_, 3, weights, weights, biases, kind, kept, stacked, True
         opcheck(ops._grouped_linear_triton_backward.default, given, grad=False)
 
 
