@@ -51,7 +51,7 @@ def _keys(action, i, N, K):
     return tl.where(i < N, key, K + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "rank_programs"])
 def rank_kernel(
     actions, stride, order, offsets, beyond, N, K, rank_programs,
     BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -65,14 +65,16 @@ def rank_kernel(
     if program < rank_programs:
         i = program * BLOCK_I + tl.arange(0, BLOCK_I)
         key_i = _keys(_read(actions, stride, i, N), i, N, K)
+        own = program * BLOCK_I // BLOCK_J * BLOCK_J  # the BLOCK_J entries that these are among
         position = tl.zeros([BLOCK_I], dtype=tl.int32)
         for first in range(0, N, BLOCK_J):
             j = first + tl.arange(0, BLOCK_J)
             key_j = _keys(_read(actions, stride, j, N), j, N, K)
-            before = (key_j[None, :] < key_i[:, None]) | (
-                (key_j[None, :] == key_i[:, None]) & (j[None, :] < i[:, None])
-            )
-            position += tl.sum(before.to(tl.int32), 1)
+            bound = key_i + (first < own).to(tl.int32)  # of equal keys, earlier entries come first
+            position += tl.sum((key_j[None, :] < bound[:, None]).to(tl.int32), 1)
+        j = own + tl.arange(0, BLOCK_J)
+        key_j = _keys(_read(actions, stride, j, N), j, N, K)
+        position += tl.sum(((key_j[None, :] == key_i[:, None]) & (j[None, :] < i[:, None])).to(tl.int32), 1)
         tl.store(order + position, i.to(tl.int64), mask=i < N)
     else:
         k = (program - rank_programs) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -89,7 +91,7 @@ def rank_kernel(
             tl.store(beyond, tl.sum(above, 0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "blocks"])
 def count_kernel(
     actions, stride, counts, N, K, blocks,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -114,7 +116,7 @@ def count_kernel(
         tl.store(counts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "blocks", "place_programs"])
 def place_kernel(
     actions, stride, before, order, offsets, beyond, N, K, blocks, place_programs,
     BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -158,9 +160,9 @@ def plan(actions: Tensor, modules: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _ranked(actions: Tensor, K: int, order: Tensor, offsets: Tensor, beyond: Tensor) -> None:
     N = actions.shape[0]
-    rows = 16 if N <= 2048 else 64
+    rows = 16 if N <= 2048 else 32
     keys = 16 if K < 1024 else 64
-    columns = min(128 if rows == 16 else 64, power_of_2(N))
+    columns = min(128, power_of_2(N, at_least=32))
     programs = cdiv(N, rows)
     start.launch(
         rank_kernel, (programs + cdiv(K + 1, keys),),

@@ -59,7 +59,7 @@ def _sloped(grad, kept, SLOPE: tl.constexpr):
     return sloped(grad.to(tl.float32), kept.to(tl.float32), SLOPE, grad.dtype == tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "row_tiles"])  # not a kernel for every batch size
 def rows_kernel(
     x, x_row, kept, kept_row, take, weights, w_module, w_out, w_in, biases, b_module, b_out,
     offsets, put, y, before, N, K, row_tiles,
@@ -161,7 +161,7 @@ def _totals(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def sums_kernel(
     grad, g_row, kept, kept_row, put, x, x_row, take, offsets, dw, dw_stride, db, db_stride, K,
     IN: tl.constexpr, OUT: tl.constexpr, PIECE: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -202,7 +202,7 @@ def sums_kernel(
                 tl.store(db + part.to(tl.int64) * db_stride + o, total.to(db.dtype.element_ty), mask=o < OUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def slope_kernel(
     grad, g_row, kept, kept_row, put, g, N,
     OUT: tl.constexpr, SLOPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
