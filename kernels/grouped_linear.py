@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launch as start
 from .grouped_linear_parameters import gathered
-from .grouped_linear_plan import row_tiles, rows_tile, search, slope_apart, sums_tile
-from .grouped_linear_products import reduce_kernel, rows_kernel, slope_kernel, sums_kernel
+from .grouped_linear_plan import Tile, row_tiles, rows_tile, search, slope_apart, sums_tile
+from .grouped_linear_products import gradients_kernel, reduce_kernel, rows_kernel, slope_kernel, sums_kernel
 from .launch import DTYPES, cdiv, multiprocessors, power_of_2
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -51,16 +52,30 @@ def _stacked(tensors: Sequence[Tensor], dims: int) -> bool:
     return len(tensors) == 1 and tensors[0].dim() == dims
 
 
+class _Call(NamedTuple):
+    """A launch that may yet become part of another."""
+
+    programs: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    tile: Tile
+
+
+def _launch(kernel: Any, call: _Call) -> None:
+    tile = call.tile
+    start.launch(kernel, (call.programs,), *call.args, **call.constants, warps=tile.warps, stages=tile.stages)
+
+
 def _rows(
     x: Tensor | None, take: Tensor | None, kept: Tensor | None, slope: int, weights: Sequence[Tensor], turned: bool,
     biases: Sequence[Tensor], put: Tensor | None, offsets: Tensor, y: Tensor, before: Tensor | None, activation: int,
     precision: str,
-) -> None:  # fmt: skip
+) -> _Call | None:  # fmt: skip
     """``rows_kernel`` into y [N, OUT]; ``turned``: the modules' matrices are [IN, OUT]."""
     N, OUT = y.shape
     K = offsets.shape[0] - 1
     if y.numel() == 0:
-        return
+        return None
     IN, W, w_strides, w_pointers, w_aligned = 1, None, (0, 0, 0), False, False
     if weights:
         assert x is not None
@@ -74,15 +89,17 @@ def _rows(
         b, b_strides, b_pointers, _ = _of_biases(biases, K, OUT, tables=not weights)
     tile = rows_tile(N, K, IN, OUT, y.dtype, precision, multiprocessors(y.device))
     tiles = row_tiles(N, K, tile.rows)
-    start.launch(
-        rows_kernel, (tiles * cdiv(OUT, tile.columns),),
+    args = (
         x if weights else None, x.stride(0) if weights and x is not None else 0,
         kept if slope else None, OUT if kept is None else kept.stride(0), take, W, *w_strides, b, *b_strides,
         offsets, put, y, before, N, K, tiles,
-        IN=IN, OUT=OUT, W_POINTERS=w_pointers, W_ALIGNED=w_aligned, B_POINTERS=b_pointers,
-        ACTIVATION=activation, SLOPE=slope, PRECISION=precision, SEARCH=search(K), GROUP=GROUP,
-        BLOCK_N=tile.rows, BLOCK_OUT=tile.columns, BLOCK_IN=tile.depth, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
+    constants = {
+        "IN": IN, "OUT": OUT, "W_POINTERS": w_pointers, "W_ALIGNED": w_aligned, "B_POINTERS": b_pointers,
+        "ACTIVATION": activation, "SLOPE": slope, "PRECISION": precision, "SEARCH": search(K), "GROUP": GROUP,
+        "BLOCK_N": tile.rows, "BLOCK_OUT": tile.columns, "BLOCK_IN": tile.depth,
+    }  # fmt: skip
+    return _Call(tiles * cdiv(OUT, tile.columns), args, constants, tile)
 
 
 def _of_biases(biases: Sequence[Tensor], K: int, O: int, *, tables: bool) -> tuple[Tensor, tuple[int, ...], bool, bool]:
@@ -103,10 +120,12 @@ def forward(
     y = like.new_empty(N, like.shape[-2 if weights else -1])
     before = torch.empty_like(y) if keep else like.new_empty(0)
     with _on(y):
-        _rows(
+        call = _rows(
             _dense_rows(x) if weights else None, _dense(take), None, 0, weights, False, biases, _dense(put),
             offsets.contiguous(), y, before if keep else None, activation, precision,
         )  # fmt: skip
+        if call is not None:
+            _launch(rows_kernel, call)
     return y, before
 
 
@@ -121,13 +140,8 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """As ``reference.grouped_linear.backward`` of stacked parameters, whether or not they are."""
     N, O = grad.shape
-    grad, take, spread, put, offsets = (
-        _dense_rows(grad),
-        _dense(take),
-        _dense(spread),
-        _dense(put),
-        offsets.contiguous(),
-    )
+    take, spread, put = _dense(take), _dense(spread), _dense(put)
+    grad, offsets = _dense_rows(grad), offsets.contiguous()
     kept = None if kept is None else _dense_rows(kept)
     slope = 0 if kept is None else activation
     F = x.shape[1] if weights else 0
@@ -137,11 +151,21 @@ def backward(
     with _on(grad):
         if slope and _apart(N, modules, F, O, wants, grad, precision):
             grad, kept, slope, put = _sloped(grad, kept, slope, put), None, 0, None
+        rows, sums = None, None
         if wants[0]:
-            _rows(grad, put, kept, slope, weights, True, (), spread, offsets, dx, None, 0, precision)
+            rows = _rows(grad, put, kept, slope, weights, True, (), spread, offsets, dx, None, 0, precision)
         if dw is not None or db is not None:
             source = _dense_rows(x) if wants[1] else None
-            _sums(grad, kept, slope, put, source, take, offsets, dw, db, precision)
+            sums = _Sums.of(grad, kept, slope, put, source, take, offsets, dw, db, precision)
+        if rows and sums and wants[1] and together(rows.tile, sums.call.tile, rows.programs + sums.call.programs, grad):
+            _both(rows, sums.call)
+        else:
+            if rows:
+                _launch(rows_kernel, rows)
+            if sums:
+                _launch(sums_kernel, sums.call)
+        if sums:
+            sums.finish(offsets, dw, db)
     return dx, [] if dw is None else [dw], [] if db is None else [db]
 
 
@@ -165,34 +189,64 @@ def _sloped(grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None) -
     return g
 
 
-def _sums(
-    grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None, x: Tensor | None, take: Tensor | None,
-    offsets: Tensor, dw: Tensor | None, db: Tensor | None, precision: str,
-) -> None:  # fmt: skip
-    """``sums_kernel`` into dw [K, O, F] and db [K, O], those that are wanted."""
-    N, O = grad.shape
-    K, F = offsets.shape[0] - 1, 0 if dw is None else dw.shape[2]
-    if K * O * (F if db is None else 1) == 0:
-        return
-    tile, piece, pieces = sums_tile(N, K, F, O, grad.dtype, precision, multiprocessors(grad.device))
-    elements, width = O * F, O * F + (0 if db is None else O)
-    into, dw_stride, db_stride = (dw, db), O * F, O
-    partial = None
-    if piece:
-        partial = grad.new_empty(pieces, width, dtype=torch.float32)
-        into = (None if dw is None else partial, None if db is None else partial[:, elements:])
-        dw_stride = db_stride = width
-    tiles = cdiv(O, tile.rows) * (cdiv(F, tile.columns) + (db is not None))
-    start.launch(
-        sums_kernel, (pieces * tiles,),
-        grad, grad.stride(0), kept if slope else None, O if kept is None else kept.stride(0), put,
-        x, 0 if x is None else x.stride(0), take, offsets, into[0], dw_stride, into[1], db_stride, K,
-        IN=max(F, 1), OUT=O, PIECE=piece, SLOPE=slope, PRECISION=precision, SEARCH=search(K),
-        BLOCK_OUT=tile.rows, BLOCK_IN=tile.columns, BLOCK_N=tile.depth, warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
-    if partial is not None:
-        block = 1024
+def together(rows: Tile, sums: Tile, programs: int, like: Tensor) -> bool:
+    """Whether gradients of x and of parameters are one launch: where all programs are small, and run nearly at once."""
+    return rows.warps == sums.warps == 4 and programs <= 8 * multiprocessors(like.device)
+
+
+def _both(rows: _Call, sums: _Call) -> None:
+    constants = {
+        **{name: rows.constants[name] for name in ("W_POINTERS", "W_ALIGNED", "SLOPE", "PRECISION", "SEARCH", "GROUP")},
+        "F": rows.constants["OUT"], "O": rows.constants["IN"], "PIECE": sums.constants["PIECE"],
+        "ROWS_N": rows.tile.rows, "ROWS_F": rows.tile.columns, "ROWS_O": rows.tile.depth,
+        "SUMS_O": sums.tile.rows, "SUMS_F": sums.tile.columns, "SUMS_N": sums.tile.depth,
+    }  # fmt: skip
+    _, _, _, _, _, x, x_row, take, _, dw, dw_stride, db, db_stride, _ = sums.args
+    args = (*rows.args, rows.programs, x, x_row, take, dw, dw_stride, db, db_stride)
+    _launch(gradients_kernel, _Call(rows.programs + sums.programs, args, constants, rows.tile))
+
+
+class _Sums(NamedTuple):
+    """``sums_kernel`` into dw [K, O, F] and db [K, O], those that are wanted, or into pieces of them."""
+
+    call: _Call
+    partial: Tensor | None
+
+    @classmethod
+    def of(
+        cls, grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None, x: Tensor | None, take: Tensor | None,
+        offsets: Tensor, dw: Tensor | None, db: Tensor | None, precision: str,
+    ) -> _Sums | None:  # fmt: skip
+        N, O = grad.shape
+        K, F = offsets.shape[0] - 1, 0 if dw is None else dw.shape[2]
+        dw = dw if F else None
+        if K * O == 0 or (dw is None and db is None):
+            return None
+        tile, piece, pieces = sums_tile(N, K, F, O, grad.dtype, precision, multiprocessors(grad.device))
+        into, dw_stride, db_stride, partial = (dw, db), O * F, O, None
+        if piece:
+            dw_stride = db_stride = O * F + (0 if db is None else O)
+            partial = grad.new_empty(pieces, dw_stride, dtype=torch.float32)
+            into = (None if dw is None else partial, None if db is None else partial[:, O * F :])
+        args = (
+            grad, grad.stride(0), kept if slope else None, O if kept is None else kept.stride(0), put,
+            x if F else None, x.stride(0) if x is not None and F else 0, take,
+            offsets, into[0], dw_stride, into[1], db_stride, K,
+        )  # fmt: skip
+        constants = {
+            "IN": max(F, 1), "OUT": O, "PIECE": piece, "SLOPE": slope, "PRECISION": precision, "SEARCH": search(K),
+            "BLOCK_OUT": tile.rows, "BLOCK_IN": tile.columns, "BLOCK_N": tile.depth,
+        }  # fmt: skip
+        tiles = cdiv(O, tile.rows) * (cdiv(F, tile.columns) + (db is not None))
+        return cls(_Call(pieces * tiles, args, constants, tile), partial)
+
+    def finish(self, offsets: Tensor, dw: Tensor | None, db: Tensor | None) -> None:
+        """Add up the pieces."""
+        if self.partial is None:
+            return
+        width, O, block = self.partial.shape[1], self.call.constants["OUT"], 1024
         start.launch(
-            reduce_kernel, (K, cdiv(width, block)), partial, width, offsets, dw, db, elements,
-            OUT=O, PIECE=piece, BLOCK=block, warps=4, stages=2,
+            reduce_kernel, (offsets.shape[0] - 1, cdiv(width, block)), self.partial, width, offsets,
+            dw if dw is not None and dw.numel() else None, db, width - (0 if db is None else O),
+            OUT=O, PIECE=self.call.constants["PIECE"], BLOCK=block, warps=4, stages=2,
         )  # fmt: skip

@@ -19,6 +19,7 @@ Counts stay on the device, so tiles are chosen as if rows were spread evenly, N 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ def _cores(dtype: torch.dtype, precision: str) -> bool:
     return dtype != torch.float32 or precision == "tf32"
 
 
+@lru_cache(4096)
 def rows_tile(N: int, K: int, IN: int, OUT: int, dtype: torch.dtype, precision: str = "ieee", sms: int = SMS) -> Tile:
     """Of ``rows_kernel``: (rows of a module, OUT, IN)."""
     words = IN * dtype.itemsize % 4 == 0 and OUT * dtype.itemsize % 4 == 0
@@ -75,6 +77,7 @@ class Sums(NamedTuple):
     pieces: int  #: how many of them there may be, or K
 
 
+@lru_cache(4096)
 def sums_tile(N: int, K: int, IN: int, OUT: int, dtype: torch.dtype, precision: str = "ieee", sms: int = SMS) -> Sums:
     """Of ``sums_kernel``; IN is 0 where biases alone are summed."""
     words = IN * dtype.itemsize % 4 == 0 and OUT * dtype.itemsize % 4 == 0

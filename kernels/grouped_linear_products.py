@@ -59,21 +59,16 @@ def _sloped(grad, kept, SLOPE: tl.constexpr):
     return sloped(grad.to(tl.float32), kept.to(tl.float32), SLOPE, grad.dtype == tl.float32)
 
 
-@triton.jit(do_not_specialize=["N", "K", "row_tiles"])  # not a kernel for every batch size
-def rows_kernel(
-    x, x_row, kept, kept_row, take, weights, w_module, w_out, w_in, biases, b_module, b_out,
+@triton.jit
+def _rows(
+    program, x, x_row, kept, kept_row, take, weights, w_module, w_out, w_in, biases, b_module, b_out,
     offsets, put, y, before, N, K, row_tiles,
     IN: tl.constexpr, OUT: tl.constexpr, W_POINTERS: tl.constexpr, W_ALIGNED: tl.constexpr, B_POINTERS: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles * column tiles): y [N, OUT] dense, every row of it; no ``weights``: the biases alone.
-
-    GROUP row tiles go through the columns together, and share the module's weights in L2. ``before``: where to keep
-    what the activation is applied to. SLOPE: x is a gradient, to be multiplied by the slope at ``kept``.
-    """
+    """One tile of ``rows_kernel``."""
     column_tiles: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    program = tl.program_id(0)
     group = program // (GROUP * column_tiles)
     high = tl.minimum(row_tiles - group * GROUP, GROUP)
     within = program - group * (GROUP * column_tiles)
@@ -161,23 +156,19 @@ def _totals(
     return total
 
 
-@triton.jit(do_not_specialize=["K"])
-def sums_kernel(
-    grad, g_row, kept, kept_row, put, x, x_row, take, offsets, dw, dw_stride, db, db_stride, K,
+@triton.jit
+def _sums(
+    program, grad, g_row, kept, kept_row, put, x, x_row, take, offsets, dw, dw_stride, db, db_stride, K,
     IN: tl.constexpr, OUT: tl.constexpr, PIECE: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
     SEARCH: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grid (modules or pieces * out tiles * (in tiles + 1)): dw [., OUT, IN] and db [., OUT] of each.
-
-    PIECE rows of a module are summed by one program (0: all of them). The last of the in tiles is the bias's; a
-    gradient that is not wanted is None. Tiles of one module are neighbours, and share its rows in L2.
-    """
+    """One tile of ``sums_kernel``."""
     in_tiles: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN if dw is not None else 0
     out_tiles: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
     tiles: tl.constexpr = out_tiles * (in_tiles + (1 if db is not None else 0))
-    part = tl.program_id(0) // tiles
-    o = tl.program_id(0) % out_tiles * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    in_tile = tl.program_id(0) % tiles // out_tiles
+    part = program // tiles
+    o = program % out_tiles * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    in_tile = program % tiles // out_tiles
     if PIECE > 0:
         k, start = _tile_of(part, offsets, K, PIECE, SEARCH)
     else:
@@ -200,6 +191,68 @@ def sums_kernel(
             if in_tile == in_tiles:
                 total = _totals(grad, g_row, kept, kept_row, put, start, end, o, OUT, SLOPE, BLOCK_OUT, BLOCK_N)
                 tl.store(db + part.to(tl.int64) * db_stride + o, total.to(db.dtype.element_ty), mask=o < OUT)
+
+
+@triton.jit(do_not_specialize=["N", "K", "row_tiles"])  # not a kernel for every batch size
+def rows_kernel(
+    x, x_row, kept, kept_row, take, weights, w_module, w_out, w_in, biases, b_module, b_out,
+    offsets, put, y, before, N, K, row_tiles,
+    IN: tl.constexpr, OUT: tl.constexpr, W_POINTERS: tl.constexpr, W_ALIGNED: tl.constexpr, B_POINTERS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """grid (row tiles * column tiles): y [N, OUT] dense, every row of it; no ``weights``: the biases alone.
+
+    GROUP row tiles go through the columns together, and share the module's weights in L2. ``before``: where to keep
+    what the activation is applied to. SLOPE: x is a gradient, to be multiplied by the slope at ``kept``.
+    """
+    _rows(
+        tl.program_id(0), x, x_row, kept, kept_row, take, weights, w_module, w_out, w_in, biases, b_module, b_out,
+        offsets, put, y, before, N, K, row_tiles, IN, OUT, W_POINTERS, W_ALIGNED, B_POINTERS,
+        ACTIVATION, SLOPE, PRECISION, SEARCH, GROUP, BLOCK_N, BLOCK_OUT, BLOCK_IN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["K"])
+def sums_kernel(
+    grad, g_row, kept, kept_row, put, x, x_row, take, offsets, dw, dw_stride, db, db_stride, K,
+    IN: tl.constexpr, OUT: tl.constexpr, PIECE: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
+    SEARCH: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grid (modules or pieces * out tiles * (in tiles + 1)): dw [., OUT, IN] and db [., OUT] of each.
+
+    PIECE rows of a module are summed by one program (0: all of them). The last of the in tiles is the bias's; a
+    gradient that is not wanted is None. Tiles of one module are neighbours, and share its rows in L2.
+    """
+    _sums(
+        tl.program_id(0), grad, g_row, kept, kept_row, put, x, x_row, take, offsets, dw, dw_stride, db, db_stride, K,
+        IN, OUT, PIECE, SLOPE, PRECISION, SEARCH, BLOCK_OUT, BLOCK_IN, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "K", "row_tiles", "row_programs"])
+def gradients_kernel(
+    grad, g_row, kept, kept_row, put, weights, w_module, w_out, w_in, biases, b_module, b_out,
+    offsets, spread, dx, before, N, K, row_tiles, row_programs,
+    x, x_row, take, dw, dw_stride, db, db_stride,
+    F: tl.constexpr, O: tl.constexpr, W_POINTERS: tl.constexpr, W_ALIGNED: tl.constexpr,
+    PIECE: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS_N: tl.constexpr, ROWS_F: tl.constexpr, ROWS_O: tl.constexpr,
+    SUMS_O: tl.constexpr, SUMS_F: tl.constexpr, SUMS_N: tl.constexpr,
+):  # fmt: skip
+    """grid (row_programs + those of ``sums_kernel``): both in one launch, where launches are what costs."""
+    program = tl.program_id(0)
+    if program < row_programs:
+        _rows(
+            program, grad, g_row, kept, kept_row, put, weights, w_module, w_out, w_in, biases, b_module, b_out,
+            offsets, spread, dx, before, N, K, row_tiles, O, F, W_POINTERS, W_ALIGNED, False,
+            0, SLOPE, PRECISION, SEARCH, GROUP, ROWS_N, ROWS_F, ROWS_O,
+        )  # fmt: skip
+    else:
+        _sums(
+            program - row_programs, grad, g_row, kept, kept_row, put, x, x_row, take, offsets, dw, dw_stride,
+            db, db_stride, K, F, O, PIECE, SLOPE, PRECISION, SEARCH, SUMS_O, SUMS_F, SUMS_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])

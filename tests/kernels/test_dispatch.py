@@ -228,7 +228,7 @@ def test_several_modules_a_sample(k: int, is_sorted: bool, keep_sorted: bool) ->
     check(there(op("triton", **options)), truth("tanh"), several, dtype=F32, permute="fo", count=2)
 
 
-@pytest.mark.parametrize("F, O", [(1, 1), (1, 17), (33, 1), (64, 48), (7, 130)])
+@pytest.mark.parametrize("F, O", [(0, 3), (1, 1), (1, 17), (33, 1), (64, 48), (7, 130)])
 def test_widths(F: int, O: int) -> None:
     checked([linear_case(SOME, F, O, seed=seed) for seed in range(3)], count=1)
 
@@ -255,11 +255,21 @@ def test_sums_in_pieces(histogram: str, biases: bool, monkeypatch: pytest.Monkey
     checked(linear_case(HISTOGRAMS[histogram], biases=biases), count=1)
 
 
+@pytest.mark.parametrize("biases", [True, False])
+def test_gradients_in_one_launch(biases: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of two launches."""
+    case, made = linear_case(HISTOGRAMS["uneven"], 20, 33, biases=biases), []
+    for answer in (True, False):
+        monkeypatch.setattr(products, "together", lambda *of, answer=answer: answer)
+        made.append(evaluate(there(op("triton", activation="relu")), case))
+    assert all(t is not None and torch.equal(t, made[1][name]) for name, t in made[0].items())  # type: ignore[arg-type]
+
+
 def test_wanted_alone() -> None:
     """Each gradient alone is that of all together."""
     case = linear_case(SOME)
     whole = evaluate(there(op("triton")), case)
-    for wrt in (("x",), ("W1",), ("b4",), ("x", "b1")):
+    for wrt in (("x",), ("W1",), ("b4",), ("x", "b1"), ("x", "W2")):
         for name, t in evaluate(there(op("triton")), Case(case.inputs, case.cotangents, case.axes, wrt)).items():
             expected = whole[name]
             assert t is not None and expected is not None and torch.equal(t, expected)
