@@ -78,7 +78,7 @@ def test_fits(name: str) -> None:
     """
     case, found = CASES[name], reports(name)
     assert {r.arch for r in found} == set(aot.SHARED_LIMIT)
-    backward = {"gradients_kernel"} if name == "selection" else {"sums_kernel"}
+    backward = {"sums_kernel"} if name.startswith("experts") else {"gradients_kernel"}
     assert {r.kernel for r in found} >= {"rows_kernel"} | backward
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
