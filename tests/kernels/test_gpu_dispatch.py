@@ -198,8 +198,8 @@ def test_captures_in_a_graph_without_synchronising(size: tuple[int, int, int, in
 def test_captures_without_a_table() -> None:
     """Parameters that no call has seen before: a copy of them is made in the graph."""
     p = problem(500, 6, 64, 32)
-    run(problem(500, 6, 64, 32, seed=2))  # compiles the kernels, with a table and, capturing, without one
-    run(p, stacked=True)
+    run(problem(500, 6, 64, 32, seed=2))  # some tables, of other parameters
+    run(p, stacked=True)  # compiles the kernels that read one tensor
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
