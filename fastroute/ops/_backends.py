@@ -47,6 +47,7 @@ class Offer:
 
     module: str
     refuses: Callable[[Case], str | None]
+    devices: tuple[str, ...] = ("cpu",)  #: of what C++ implements; Triton's are the same for every op
 
 
 _offers: dict[str, dict[BackendName, Offer]] = {}
@@ -60,9 +61,16 @@ class _State:
     recorder: list[Decision] | None = None
 
 
-def offer(op: str, backend: BackendName, module: str, refuses: Callable[[Case], str | None]) -> None:
-    """Say that ``backend`` implements ``op`` in ``module``."""
-    _offers.setdefault(op, {})[backend] = Offer(module, refuses)
+def offer(
+    op: str,
+    backend: BackendName,
+    module: str,
+    refuses: Callable[[Case], str | None],
+    *,
+    devices: tuple[str, ...] = ("cpu",),
+) -> None:
+    """Say that ``backend`` implements ``op`` in ``module``; C++ on ``devices``."""
+    _offers.setdefault(op, {})[backend] = Offer(module, refuses, devices)
 
 
 def offered() -> dict[str, dict[BackendName, Offer]]:
@@ -109,12 +117,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def missing(backend: BackendName, device: str) -> str | None:
-    """Why this machine does not have ``backend`` for tensors on ``device`` ("cpu", "cuda"), or None."""
+def missing(backend: BackendName, device: str, devices: tuple[str, ...] = ("cpu",)) -> str | None:
+    """Why this machine does not have ``backend`` for tensors on ``device`` ("cpu", "cuda"), or None.
+
+    ``devices``: where the op in question has native kernels.
+    """
     if backend == "native":
-        if device != "cpu":
-            return f"native kernels exist for CPU tensors only, these are on {device}"
-        return extension()[1] or None
+        if device not in devices:
+            where = " and ".join(name.upper() for name in devices)
+            return f"native kernels exist for {where} tensors only, these are on {device}"
+        if (why := extension()[1]) or device == "cpu":
+            return why or None
+        info = build_info()
+        return None if info.get("cuda") else f"the C++ extension has no CUDA part: {info.get('cuda_reason')}"
     if backend == "triton":
         if not _has_triton():
             return "triton is not installed"
@@ -163,7 +178,11 @@ def decide(case: Case, request: str) -> Decision:
     rejected: dict[BackendName, str] = {}
     for name in BACKENDS:
         proposal = _offers[case.op].get(name)
-        why = f"{case.op} has no {name} implementation" if proposal is None else missing(name, case.device)
+        why = (
+            f"{case.op} has no {name} implementation"
+            if proposal is None
+            else missing(name, case.device, proposal.devices)
+        )
         if why is None and proposal is not None:
             why = proposal.refuses(case)
         if why is None and request == "auto" and name == "triton" and case.device == "cpu":

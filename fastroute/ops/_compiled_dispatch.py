@@ -49,6 +49,18 @@ def _backward(
     return dx, dw, [grad.new_empty((O,) if weights else (1, O)) for _ in range(modules)]
 
 
+def _backward_stacked(
+    grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None, offsets: Tensor,
+    weights: Sequence[Tensor], modules: int, want_x: bool, want_weights: bool, want_biases: bool, activation: int,
+    kept: Tensor | None, stacked: bool, keep_empty: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """Triton's, which makes all modules' gradients in one tensor, be they stacked or not."""
+    rows, O = x.shape[0] if take is None else take.shape[0], grad.shape[1]
+    dx = grad.new_empty((rows, x.shape[1]) if want_x else (0,))
+    dw = [grad.new_empty(modules, O, x.shape[1])] if want_weights else []
+    return dx, dw, [grad.new_empty(modules, O)] if want_biases else []
+
+
 for _backend in ("native", "triton"):
     library.define(f"_dispatch_plan_{_backend}(Tensor actions, int modules) -> (Tensor, Tensor, Tensor)")
     library.define(
@@ -63,6 +75,6 @@ for _backend in ("native", "triton"):
     for _name, _fake in (
         (f"_dispatch_plan_{_backend}", _plan),
         (f"_grouped_linear_{_backend}", _forward),
-        (f"_grouped_linear_{_backend}_backward", _backward),
+        (f"_grouped_linear_{_backend}_backward", _backward if _backend == "native" else _backward_stacked),
     ):
         torch.library.register_fake(f"fastroute::{_name}", _fake, lib=library)

@@ -14,10 +14,25 @@ from ..reference.dispatch import module_of_row as module_of_row
 from ..reference.dispatch import on_host as on_host
 from ..reference.dispatch import read as read
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
-from ._backends import is_strict, note, offer, taken
+from ._backends import Case, decide, is_strict, note, offer, requested, taken
 from ._checks import shown, tensor
+from ._triton_dispatch import dispatch_refuses
 
-offer("dispatch", "native", "fastroute.ops._compiled_dispatch", lambda case: None)
+#: Entries that the CUDA C++ plan takes: one block of threads makes it (csrc/cuda/dispatch.cu).
+NATIVE_ENTRIES = 16384
+#: Modules whose counts fit that block's shared memory.
+NATIVE_MODULES = 6142
+
+
+def _native_refuses(case: Case) -> str | None:
+    sizes = dict(case.sizes)
+    if case.device == "cuda" and (sizes.get("N", 0) > NATIVE_ENTRIES or sizes.get("K", 0) > NATIVE_MODULES):
+        return f"the CUDA C++ plan takes up to {NATIVE_ENTRIES} entries and {NATIVE_MODULES} modules"
+    return None
+
+
+offer("dispatch", "native", "fastroute.ops._compiled_dispatch", _native_refuses, devices=("cpu", "cuda"))
+offer("dispatch", "triton", "fastroute.ops._triton_dispatch", dispatch_refuses)
 offer("dispatch", "reference", "fastroute.reference.dispatch", lambda case: None)
 
 
@@ -54,6 +69,9 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
     flat = actions if actions.dim() == 1 else actions.reshape(-1)
     note("dispatch", flat, N=flat.shape[0], K=modules)
     backend = taken("dispatch", flat.device.type, flat.dtype)
+    if backend == "native" and flat.device.type == "cuda":  # which depends on sizes
+        sizes = (("N", flat.shape[0]), ("K", modules))
+        backend = decide(Case("dispatch", "cuda", flat.dtype, sizes), requested()).backend
     if backend == "reference":
         made = reference.plan(flat, modules)
     else:

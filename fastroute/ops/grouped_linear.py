@@ -18,6 +18,7 @@ from ..reference.grouped_linear import ACTIVATIONS, TOLD_BY_VALUE
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
 from ._backends import native_refuses, note, offer, taken
 from ._checks import shown
+from ._triton_dispatch import grouped_linear_refuses
 from .dispatch import Plan
 
 OP = "grouped_linear"
@@ -26,6 +27,7 @@ _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
 
 offer(OP, "native", "fastroute.ops._compiled_dispatch", native_refuses)
+offer(OP, "triton", "fastroute.ops._triton_dispatch", grouped_linear_refuses)
 offer(OP, "reference", "fastroute.reference.grouped_linear", lambda case: None)
 
 
@@ -93,6 +95,8 @@ class _GroupedLinear(torch.autograd.Function):
                 stacked, stacked or bounds is None,
             )  # fmt: skip
         dx, dw, db = made
+        if backend == "triton" and not stacked:  # all modules' in one tensor: theirs are views of it
+            dw, db = [g for t in dw for g in t], [g for t in db for g in (t if n_weights else t[:, None])]
         if wants[0] and takes and samples is not None:
             dx = dx.view(*source.shape[:1], -1, *source.shape[1:]).sum(1)
         nothing: list[Any] = [None] * (1 if stacked else K)
