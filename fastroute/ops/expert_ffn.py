@@ -90,26 +90,24 @@ def _backward(
     want_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The hidden layer is computed again; the experts' outputs are not needed: <g, W h> = <W^T g, h>."""
-    nothing = x.new_empty(0)
+    made: list[Tensor] = [x.new_empty(0) for _ in range(4)]
     with torch.autocast(x.device.type, enabled=False):
         samples, w = _rows(order, offsets, weights, k, x.dtype)
         u = _product(backend, x, samples, None, offsets, w_in)
         g = dy.index_select(0, samples)
-        h = reference.hidden(u, w, activation, gated) if want_out else u[:, : w_out.shape[2]].contiguous()
+        h = reference.hidden(u, w, activation, gated) if want_out else u[:, : w_out.shape[2]]
         inside = want_x or want_weights or want_in
-        t, dw_out = _product_backward(backend, g, h, None, None, offsets, w_out, inside, want_out)
+        t, made[3] = _product_backward(backend, g, h, None, None, offsets, w_out, inside, want_out)
         del g, h
-        if not inside:
-            return nothing, nothing, nothing, dw_out
-        du, dw = reference.hidden_backward(t, u, w, activation, gated, want_weights)
-        del t, u
-        dx, dw_in = nothing, nothing
-        if want_x or want_in:
-            dx, dw_in = _product_backward(backend, du, x, samples, order, offsets, w_in, want_x, want_in)
-        d_weights = nothing
-        if dw is not None and weights is not None:
-            d_weights = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
-        return _summed(dx, k) if want_x else nothing, d_weights, dw_in, dw_out
+        if inside:
+            du, dw = reference.hidden_backward(t, u, w, activation, gated, want_weights)
+            del t, u
+            if dw is not None and weights is not None:
+                made[1] = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
+            if want_x or want_in:
+                dx, made[2] = _product_backward(backend, du, x, samples, order, offsets, w_in, want_x, want_in)
+                made[0] = _summed(dx, k) if want_x else made[0]
+    return made[0], made[1], made[2], made[3]
 
 
 def _backward_fake(
