@@ -66,9 +66,9 @@ class TopKGating(nn.Module):
             et al. 2024, arXiv 2408.15664). b is no part of the weights.
         generator: of the jitter; None: PyTorch's own.
 
-    Losses and weights are in the trajectory (``meta.mixtures``); ``Loss`` adds the losses to the routing loss, elsewhere
-    ``meta.aux_loss`` is to be added to one's own. Parameters: ``router.weight`` [K, F], ``router.bias`` [K]; buffers with
-    ``bias_balancing``: ``selection_bias`` [K] and, not saved, ``counts`` [K].
+    Losses and weights are in the trajectory (``meta.mixtures``); ``Loss`` adds the losses to the routing loss, and
+    elsewhere ``meta.aux_loss`` is to be added to one's own. Parameters: ``router.weight`` [K, F], ``router.bias`` [K];
+    buffers with ``bias_balancing``: ``selection_bias`` [K] and, not saved, ``counts`` [K].
     """
 
     selection_bias: Tensor | None

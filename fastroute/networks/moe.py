@@ -5,7 +5,7 @@ Axes: N tokens, D features (``d_model``), H hidden ones (``d_hidden``), E expert
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,6 @@ class MoE(nn.Module):
             f"activation={self.activation!r}, gated={self.gated}{shared}"
         )
 
-    @overload
-    def forward(self, x: Tensor, mask: Tensor | None = ..., *, return_aux: Literal[False] = ...) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, mask: Tensor | None = ..., *, return_aux: Literal[True]) -> tuple[Tensor, Aux]: ...
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_aux: bool = False
     ) -> Tensor | tuple[Tensor, Aux]:

@@ -86,7 +86,8 @@ def summarize(trajectory: Trajectory) -> Summary:
     layers = []
     routes: list[Tensor] = []
     for record in _in_order(trajectory):
-        actions = record.actions.detach().to("cpu").reshape(len(trajectory), -1)  # [B, 1], or a mixture's [B, k]
+        actions = record.actions.detach().to("cpu")
+        actions = actions[:, None] if actions.dim() == 1 else actions  # a mixture's are [B, k]
         active = torch.ones(len(actions), dtype=torch.bool) if record.active is None else record.active.to("cpu")
         routes.append(torch.where(active[:, None], actions, -1).sort(1).values)
         valid = active[:, None] & (actions >= 0)
