@@ -216,7 +216,7 @@ class _Flow:
             self._spread()
             return
         self.sort()
-        per_sample = shape[1:-1].numel()
+        per_sample, shape = shape[1:-1].numel(), self.x.shape
         flat = self.x.reshape(shape[0] * per_sample, shape[-1])
         made = grouped_linear(
             flat, self._rows(per_sample), weights, biases, is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty
@@ -225,7 +225,7 @@ class _Flow:
 
     def conv(self, stage: _Stage) -> bool:
         m: Any = stage.leaves[0]
-        B, C, H, W = self.x.shape
+        B, (C, H, W) = self.plan.order.shape[0], self.x.shape[1:]  # of entries, which are samples where k is 1
         sizes = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
             for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ class _GroupedLinear(torch.autograd.Function):
                 stacked, stacked or bounds is None,
             )  # fmt: skip
         dx, dw, db = made
-        if wants[0] and takes and samples is not None:
+        if wants[0] and takes and samples is not None and source.shape[0]:  # of no rows there is no sum to make
             dx = dx.view(*source.shape[:1], -1, *source.shape[1:]).sum(1)
         nothing: list[Any] = [None] * (1 if stacked else K)
         per_module = [dw if wants[1] else nothing] * (n_weights > 0) + [db if wants[2] else nothing] * has_biases
