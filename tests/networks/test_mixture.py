@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 F64 = torch.float64
 #: [12, 3], nobody takes module 1; sample 2 has none, sample 3 one twice.
 ACTIONS = torch.tensor([
-    [2, 0, 3], [0, -1, 2], [-1, -4, -1], [3, 3, 0], [2, 2, 2], [-1, 0, -1], [3, 0, 2], [0, 2, 3], [-2, 3, 3], [2, -1, 0],
-    [0, 0, 3], [3, 2, 0],
+    [2, 0, 3], [0, -1, 2], [-1, -4, -1], [3, 3, 0], [2, 2, 2], [-1, 0, -1],
+    [3, 0, 2], [0, 2, 3], [-2, 3, 3], [2, -1, 0], [0, 0, 3], [3, 2, 0],
 ])  # fmt: skip
 B, k = ACTIONS.shape
 

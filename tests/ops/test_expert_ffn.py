@@ -1,7 +1,7 @@
 """``expert_ffn`` on every backend, in float64 and on budget; what it keeps for backward.
 
-Axes: B (b) samples, k experts that each takes, K (e) experts, D (d) features in, H hidden ones, U (u) rows of w_in, P (p)
-features out.
+Axes: B (b) samples, k experts that each takes, K (e) experts, D (d) features in, H (h) hidden ones, u rows of w_in,
+P (p) features out.
 """
 
 from __future__ import annotations
@@ -340,22 +340,23 @@ def test_bad_input() -> None:
     a, x, w, w_in, w_out = case.inputs.values()
     assert a is not None and x is not None and w is not None and w_in is not None and w_out is not None
     plan = dispatch.plan(a, 5)
-    wrong: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
-        (ValueError, r"activation: expected one of none, relu.*'swish'", (x, plan, w, w_in, w_out), {"activation": "swish"}),
-        (TypeError, "x: expected a floating-point tensor", (x.long(), plan, w, w_in, w_out), {}),
-        (ValueError, r"x: expected \[B, 9\], as the experts take, got \[7, 8\]", (x[:, 1:], plan, w, w_in, w_out), {}),
-        (ValueError, r"x: expected the plan's 7 rows, got \[6, 9\]", (x[1:], plan, w, w_in, w_out), {}),
-        (ValueError, r"weights: expected one per entry, \[7, 2\], got \[7, 1\]", (x, plan, w[:, :1], w_in, w_out), {}),
-        (TypeError, "weights: expected a floating-point tensor", (x, plan, w.long(), w_in, w_out), {}),
-        (ValueError, r"w_in, w_out: expected \[K, 2H, D\]", (x, plan, w, w_in[0], w_out), {}),
-        (ValueError, r"w_in: expected \[K, 2H, D\] for gated experts, got \[5, 11, 9\]", (x, plan, w, w_in[:, 1:], w_out), {}),
-        (ValueError, r"w_out: expected \[5, P, 12\], as w_in is \[5, 12, 9\], got \[5, 8, 6\]", (x, plan, w, w_in, w_out), {"gated": False}),
-        (ValueError, r"w_out: expected \[5, P, 6\]", (x, plan, w, w_in, w_out[1:]), {}),
-        (ValueError, "plan: expected one of 5 experts, as w_in has, got one of 6", (x, dispatch.plan(a, 6), w, w_in, w_out), {}),
-        (TypeError, r"w_out: expected x's dtype torch.float32, got torch.float64", (x, plan, w, w_in, w_out.double()), {}),
-    ]  # fmt: skip
-    for error, message, args, options in wrong:
+    fine: dict[str, Any] = {"x": x, "plan": plan, "weights": w, "w_in": w_in, "w_out": w_out}
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, r"activation: expected one of none, relu.*'swish'", {"activation": "swish"}),
+        (TypeError, "x: expected a floating-point tensor", {"x": x.long()}),
+        (ValueError, r"x: expected \[B, 9\], as the experts take, got \[7, 8\]", {"x": x[:, 1:]}),
+        (ValueError, r"x: expected the plan's 7 rows, got \[6, 9\]", {"x": x[1:]}),
+        (ValueError, r"weights: expected one per entry, \[7, 2\], got \[7, 1\]", {"weights": w[:, :1]}),
+        (TypeError, "weights: expected a floating-point tensor", {"weights": w.long()}),
+        (ValueError, r"w_in, w_out: expected \[K, 2H, D\]", {"w_in": w_in[0]}),
+        (ValueError, r"w_in: expected \[K, 2H, D\] for gated experts, got \[5, 11, 9\]", {"w_in": w_in[:, 1:]}),
+        (ValueError, r"w_out: expected \[5, P, 12\], as w_in is \[5, 12, 9\], got \[5, 8, 6\]", {"gated": False}),
+        (ValueError, r"w_out: expected \[5, P, 6\]", {"w_out": w_out[1:]}),
+        (ValueError, "plan: expected one of 5 experts, as w_in has, got one of 6", {"plan": dispatch.plan(a, 6)}),
+        (TypeError, r"w_out: expected x's dtype torch.float32, got torch.float64", {"w_out": w_out.double()}),
+    ]
+    for error, message, changed in wrong:
         with pytest.raises(error, match=message):
-            expert_ffn(*args, **options)
+            expert_ffn(**{**fine, **changed})
     with pytest.raises(IndexError, match="actions: expected indices below 3, got 6 of 14 out of range"):
         dispatch.plan(a, 3)
