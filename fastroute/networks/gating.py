@@ -118,6 +118,12 @@ class TopKGating(nn.Module):
         counts = torch.zeros(K, dtype=torch.int64, device=device) if balances else None
         self.register_buffer("counts", counts, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> TopKGating:
+        super()._apply(fn, recurse)
+        if self.selection_bias is not None:  # half precision would not feel its small steps
+            self.selection_bias = self.selection_bias.float()
+        return self
+
     def extra_repr(self) -> str:
         shown = [f"num_selections={self._num_selections}", f"k={self.k}", f"scores={self.scores!r}"]
         for name, default in (("normalize", True), ("jitter", 0), ("capacity", None), ("bias_balancing", 0)):
@@ -257,7 +263,8 @@ class TopKGating(nn.Module):
     def rebalance(self, group: Any = None) -> None:
         """Move the selection bias against the load since the last time: b_k += u sign(mean count - count of k).
 
-        Once per optimizer step. Nothing without ``bias_balancing``.
+        Once per optimizer step. Nothing without ``bias_balancing``. (DistributedDataParallel copies the first process's
+        buffers to the others at each forward pass: with gradient accumulation give it ``broadcast_buffers=False``.)
 
         Args:
             group: of torch.distributed processes whose counts are summed; None: the default group, if there is one.

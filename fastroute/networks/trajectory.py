@@ -360,7 +360,8 @@ class Trajectory(Sequence[SampleMetaInformation]):
         for own, weights in reversed(self._batch.mixed):
             if own is actions:
                 return weights
-        if self._batch.mixtures and actions.shape[1] > 1:
+        k = actions.shape[1]  # [B, 1] may be a decision's
+        if any(k > 1 or mixture.actions.shape[1] == 1 for mixture in self._batch.mixtures):
             raise ValueError(
                 "weights: expected those of these actions, which are not a gating's own; pass weights= (ones for a "
                 "plain sum)"

@@ -268,6 +268,9 @@ def test_the_router_is_float32() -> None:
     whole.load_state_dict(half.state_dict())
     assert torch.equal(half.route(x).weights, whole.route(x.float()).weights)
     assert half.route(x.double()).weights.dtype == F64
+    moved = gating(bias_balancing=1e-3).bfloat16()
+    assert moved.selection_bias is not None and moved.selection_bias.dtype == F32
+    assert moved.router.weight.dtype == torch.bfloat16
 
 
 # ----------------------------------------------------------------------------------------------- forced, trajectories

@@ -302,6 +302,9 @@ def test_weights_come_from_the_gating() -> None:
     plain = actions[:, 0]
     assert torch.equal(selection(x, meta, plain)[0], selection(x, start(x), plain)[0])
     assert torch.equal(selection(x, meta, plain[:, None])[0], selection(x, start(x), plain)[0])
+    _, meta, actions = TopKGating(K, F, 1)(x, start(x))
+    with pytest.raises(ValueError, match="weights: expected those of these actions"):
+        selection(x, meta, actions.clone())
 
 
 def test_several_gatings_of_one_batch() -> None:
