@@ -73,7 +73,8 @@ def _forward(
     with torch.autocast(x.device.type, enabled=False):
         samples, w = _rows(order, offsets, weights, k, x.dtype)
         u = _product(backend, x, samples, None, offsets, w_in)
-        h = reference.hidden(u, w, activation, gated)
+        h = reference.Hidden(u, activation, gated).weighted(w)
+        del u
         return _summed(_product(backend, h, None, order, offsets, w_out), k)
 
 
@@ -95,18 +96,20 @@ def _backward(
         samples, w = _rows(order, offsets, weights, k, x.dtype)
         u = _product(backend, x, samples, None, offsets, w_in)
         g = dy.index_select(0, samples)
-        h = reference.hidden(u, w, activation, gated) if want_out else u[:, : w_out.shape[2]]
+        hidden = reference.Hidden(u, activation, gated)
+        h = hidden.weighted(w) if want_out else u[:, : w_out.shape[2]]  # of which then only the width is looked at
         inside = want_x or want_weights or want_in
         t, made[3] = _product_backward(backend, g, h, None, None, offsets, w_out, inside, want_out)
-        del g, h
-        if inside:
-            du, dw = reference.hidden_backward(t, u, w, activation, gated, want_weights)
-            del t, u
-            if dw is not None and weights is not None:
-                made[1] = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
-            if want_x or want_in:
-                dx, made[2] = _product_backward(backend, du, x, samples, order, offsets, w_in, want_x, want_in)
-                made[0] = _summed(dx, k) if want_x else made[0]
+        del g, h, u
+        t = t.to(hidden.a.dtype)
+        if want_weights and weights is not None:
+            dw = hidden.weights_backward(t)
+            made[1] = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
+        if want_x or want_in:
+            du = hidden.backward(t, w)
+            del t, hidden
+            dx, made[2] = _product_backward(backend, du, x, samples, order, offsets, w_in, want_x, want_in)
+            made[0] = _summed(dx, k) if want_x else made[0]
     return made[0], made[1], made[2], made[3]
 
 

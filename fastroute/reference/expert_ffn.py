@@ -39,32 +39,30 @@ def expert_ffn(
     return y
 
 
-def _parts(u: Tensor, activation: str, gated: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What is activated, its activation, and what that is multiplied by; in the dtype that sums are made in."""
-    u = u.to(accumulating(u.dtype))
-    g, v = u.chunk(2, -1) if gated else (u, None)
-    return g, ACTIVATIONS[activation](g), v
+class Hidden:
+    """h(u) for the sorted entries' u [N, 2H] or [N, H], in float32 for half precision."""
 
+    def __init__(self, u: Tensor, activation: str, gated: bool) -> None:
+        self.dtype, self.activation = u.dtype, activation
+        u = u.to(accumulating(u.dtype))
+        self.g: Tensor
+        self.v: Tensor | None
+        self.g, self.v = u.chunk(2, -1) if gated else (u, None)
+        self.a = ACTIVATIONS[activation](self.g)
+        self.h = self.a if self.v is None else self.a * self.v
 
-def hidden(u: Tensor, w: Tensor | None, activation: str, gated: bool) -> Tensor:
-    """[N, H]: w_n h(u_n), rounded once. w [N] as in ``accumulating`` dtype."""
-    _, a, v = _parts(u, activation, gated)
-    h = a if v is None else a * v
-    return (h if w is None else h * w[:, None]).to(u.dtype)
+    def weighted(self, w: Tensor | None) -> Tensor:
+        """[N, H]: w_n h_n, rounded once. w [N] in ``accumulating`` dtype."""
+        return (self.h if w is None else self.h * w[:, None]).to(self.dtype)
 
+    def backward(self, t: Tensor, w: Tensor | None) -> Tensor:
+        """The gradient of u, from t [N, H], that of what was weighted: dh = w t."""
+        dh = t if w is None else t * w[:, None]
+        kept = self.a if self.activation in TOLD_BY_VALUE else self.g
+        if self.v is None:
+            return slope(dh, kept, self.activation).to(self.dtype)
+        return torch.cat([slope(dh * self.v, kept, self.activation), dh * self.a], 1).to(self.dtype)
 
-def hidden_backward(
-    t: Tensor, u: Tensor, w: Tensor | None, activation: str, gated: bool, want_w: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of u and of w, from t [N, H], what comes back to h before w: d(w h) = t, so dw = <t, h>, dh = w t."""
-    g, a, v = _parts(u, activation, gated)
-    t = t.to(a.dtype)
-    dw = None
-    if want_w:
-        h = a if v is None else a * v
-        dw = (t * h).sum(1)
-    dh = t if w is None else t * w[:, None]
-    kept = a if activation in TOLD_BY_VALUE else g
-    if v is None:
-        return slope(dh, kept, activation).to(u.dtype), dw
-    return torch.cat([slope(dh * v, kept, activation), dh * a], 1).to(u.dtype), dw
+    def weights_backward(self, t: Tensor) -> Tensor:
+        """[N], the gradient of w: <t, h>."""
+        return (t * self.h).sum(1)
