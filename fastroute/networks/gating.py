@@ -255,7 +255,7 @@ class TopKGating(nn.Module):
         if self.z_loss:
             made["z"] = self.z_loss * z.logsumexp(1).square()
         if active is not None:
-            scale = len(active) / active.sum().clamp(min=1)
+            scale = active.shape[0] / active.sum().clamp(min=1)
             made = {name: torch.where(active, loss, 0) * scale for name, loss in made.items()}
         return made
 

@@ -118,7 +118,7 @@ class MoE(nn.Module):
             raise ValueError(f"x: expected [..., {D}], got {shown(x)}")
         if mask is not None and mask.shape != lead:
             raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
-        flat = x.reshape(lead.numel(), D)
+        flat = x.reshape(-1, D)
         routed = self.gate.route(flat, None if mask is None else mask.reshape(-1))
         plan = dispatch.plan(routed.actions, self.num_experts)
         options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}

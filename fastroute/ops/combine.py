@@ -70,6 +70,5 @@ def combine(z: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
     for name, t in (("weights", weights), ("valid", valid)):
         if t is not None and t.shape != z.shape[:2]:
             raise ValueError(f"{name}: expected one per entry, {list(z.shape[:2])}, got {shown(t)}")
-    rest = z.shape[2:]
-    made: Tensor = _Combine.apply(z.reshape(*z.shape[:2], rest.numel()), weights, valid)
-    return made.reshape(z.shape[0], *rest)
+    made: Tensor = _Combine.apply(z[:, :, None] if z.dim() == 2 else z.flatten(2), weights, valid)
+    return made.reshape(z.shape[0], *z.shape[2:])

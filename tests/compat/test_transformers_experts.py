@@ -15,7 +15,7 @@ from fastroute.compat import transformers_experts
 from fastroute.ops import expert_ffn as expert_ffn_op
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget
-from tests.helpers.opcheck import assert_same
+from tests.helpers.opcheck import assert_same, check_compiled
 
 try:
     import transformers
@@ -154,6 +154,15 @@ def test_other_processes_experts_add_nothing() -> None:
         module._is_expert_parallel = False
         with pytest.raises(IndexError, match="top_k_index: expected indices below 5"):
             run(module, "fastroute", x, index, w)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_compile(name: str) -> None:
+    module, x, index, w = made(name)
+    module.config._experts_implementation = "fastroute"
+    calls = [(t.clone().requires_grad_(), i, v.clone().requires_grad_()) for t, i, v in (
+        (x, index, w), (x[:4], index[:4], w[:4]), (x.repeat(2, 1), index.repeat(2, 1), w.repeat(2, 1)))]  # fmt: skip
+    check_compiled(module, calls, parameters=list(module.parameters()), backend="eager")
 
 
 def test_half_precision_and_autocast() -> None:

@@ -23,7 +23,7 @@ from fastroute.reference.grouped_linear import ACTIVATIONS
 from tests.helpers import strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import assert_within_budget
-from tests.helpers.opcheck import assert_same, check_compiled
+from tests.helpers.opcheck import assert_same, check_compiled, check_exported
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -282,6 +282,14 @@ def test_compile(backend: str) -> None:
     with use_backend(backend):
         calls = [(tokens(2, size, seed=size).requires_grad_(),) for size in (7, 5, 13)]  # not 8, which is D
         check_compiled(call, calls, parameters=list(moe.parameters()), backend="eager")
+
+
+@each_backend
+def test_export(backend: str) -> None:
+    moe = layer(dtype=F32, shared_experts=1, capacity=2.0).eval()
+    example, *others = [tokens(N, dtype=F32, seed=N) for N in (7, 2, 33)]
+    with use_backend(backend):
+        check_exported(moe, example, others, {0: torch.export.Dim("tokens", min=2, max=4096)})
 
 
 def test_checkpointing() -> None:
