@@ -208,8 +208,8 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def of(cls, samples: Trajectory | Sequence[SampleMetaInformation], size: int | None = None) -> Trajectory:
         """A trajectory from a list of samples, as upstream's functions take them; of a batch of ``size``, if given."""
         made = samples if isinstance(samples, Trajectory) else cls._of_list(samples)
-        if size is not None and len(made) != size:
-            raise ValueError(f"meta: expected one entry per sample, {size}, got {len(made)}")
+        if size is not None and made.size != size:
+            raise ValueError(f"meta: expected one entry per sample, {size}, got {made.size}")
         return made
 
     @classmethod
@@ -224,6 +224,11 @@ class Trajectory(Sequence[SampleMetaInformation]):
     # ------------------------------------------------------------------------------------------ a list of samples
 
     def __len__(self) -> int:
+        return self.size
+
+    @property
+    def size(self) -> int:
+        """B; as ``len``, of which torch.export makes a constant."""
         return self._batch.size if self._rows is None else len(self._rows)
 
     def _row(self, i: int) -> int:
@@ -298,7 +303,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def aux_loss(self) -> Tensor:
         """The gatings' balance and z-losses, to be added to the loss where no ``Loss`` does it; 0 without."""
         losses = self.aux_losses()
-        return torch.zeros(()) if losses is None else losses.mean() if len(self) else losses.sum()
+        return torch.zeros(()) if losses is None else losses.mean() if self.size else losses.sum()
 
     def _stacked(self, of: Callable[[Record], Tensor], fill: float | None = None) -> Tensor:
         made = []
@@ -335,16 +340,16 @@ class Trajectory(Sequence[SampleMetaInformation]):
 
     def record(self, record: Record) -> None:
         """Add a decision. Its tensors are those of this view's samples."""
-        if record.actions.shape != (len(self),):
-            raise ValueError(f"record: expected actions of shape [{len(self)}], got {shown(record.actions)}")
+        if record.actions.shape != (self.size,):
+            raise ValueError(f"record: expected actions of shape [{self.size}], got {shown(record.actions)}")
         if self._rows is not None:
             record = record.spread(self._index(record.actions.device), self._batch.size)
         self._batch.records.append(record)
 
     def mix(self, mixture: Mixture) -> None:
         """Add what a gating did. Its tensors are those of this view's samples."""
-        if mixture.actions.dim() != 2 or mixture.actions.shape[0] != len(self):
-            raise ValueError(f"mix: expected actions of shape [{len(self)}, k], got {shown(mixture.actions)}")
+        if mixture.actions.dim() != 2 or mixture.actions.shape[0] != self.size:
+            raise ValueError(f"mix: expected actions of shape [{self.size}, k], got {shown(mixture.actions)}")
         self._batch.mixed.append((mixture.actions, mixture.weights))
         mixture.after = len(self._batch.records)
         if self._rows is not None:

@@ -18,7 +18,7 @@ from fastroute.networks import Initialization, Selection, Sequential, TopKGating
 from tests.helpers import strategies
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, gradients, linears, start
-from tests.helpers.opcheck import assert_same, check_compiled
+from tests.helpers.opcheck import assert_same, check_compiled, check_exported
 from tests.networks.test_selection import STACKS, K, made
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -282,6 +282,34 @@ def test_compile(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ with a gating
+
+
+class Gated(nn.Module):
+    """A gating and a mixture by it; samples whose first feature is negative take no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.select = TopKGating(K, F, 2, capacity=1.5), linears(K)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, meta, actions = self.gate(*Initialization()(x)[:2], mask=x[:, 0] > 0)
+        y, meta, _ = self.select(y, meta, actions)
+        return y, meta.aux_loss
+
+
+@each_backend
+def test_export(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    example, *others = [torch.randn(size, F, generator=generator) for size in (7, 2, 33)]
+
+    class Rounded(Gated):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, loss = super().forward(x.double())
+            return y.float(), loss.float()  # sums in another order agree once rounded
+
+    with use_backend(backend):
+        check_exported(Rounded().double(), example, others, {0: torch.export.Dim("batch", min=2, max=4096)})
 
 
 def test_weights_come_from_the_gating() -> None:
