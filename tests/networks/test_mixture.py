@@ -247,6 +247,23 @@ def by_autocast(selection: Selection, x: Tensor) -> Tensor:
     return y
 
 
+@each_backend
+def test_the_input_is_not_copied(backend: str) -> None:
+    """Like modules read it through the plan: kept for backward are x once and the entries' outputs."""
+    selection, x = linears(K, outputs=3), torch.randn(B, F, requires_grad=True)
+    own, saved = {p.data_ptr() for p in selection.parameters()}, {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.is_floating_point() and t.data_ptr() not in own:
+            saved[t.data_ptr()] = t.numel()
+        return t
+
+    w = torch.rand(B, k)
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        selection(x, start(x), ACTIONS, weights=w)
+    assert sorted(saved.values()) == sorted([x.numel(), w.numel(), B * k * 3])
+
+
 def test_logging_and_pointers() -> None:
     selection = linears(K, store_module_pointers=True)
     x = torch.randn(B, F)
