@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.trajectory_loss import SILENT
 from .record import Column, Record
 
 #: What a loss may ask of the next state: a column reduced, or at the next action, or that action itself.
@@ -40,6 +42,48 @@ def reduce(record: Record, need: Need, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(record.actions, dtype=dtype)  # upstream's padding
     column = record.columns[i]
     return (column.at(record.actions).detach() if how == "at" else column.reduced(how)).to(dtype)
+
+
+class Rows(NamedTuple):
+    """What ``ops.trajectory_loss`` reads of T records."""
+
+    s0: list[Tensor | None]
+    s1: list[Tensor | None]
+    aux: list[Tensor | None]
+    look: list[Tensor | None]
+
+
+def known_losses(records: Sequence[Record]) -> list[str] | None:
+    """The names by which ``ops.trajectory_loss`` knows the losses of these records; None if it knows not all.
+
+    It knows those of the classes as intended. And it is told one number of what comes next, so that where a mask makes
+    several earlier decisions look at the same one, they have to look at the same of it.
+    """
+    for record in records:
+        decision = record.decision
+        if getattr(decision, "algorithm", None) is None or decision.formula != "intended" or "loss" in vars(decision):
+            return None
+    masked = any(record.active is not None for record in records)
+    if masked and len({need for record in records for need in record.decision.needs}) > 1:
+        return None
+    return [record.decision.algorithm for record in records]
+
+
+def rows_of(records: Sequence[Record], dtype: torch.dtype) -> Rows:
+    """The columns and other numbers, all [B], that the classes' losses are made of."""
+    masked = any(record.active is not None for record in records)
+    shared = next((record.decision.needs for record in records if record.decision.needs), ())
+    rows = Rows([], [], [], [])
+    needs: tuple[Need, ...] = ()  # of the decision before
+    for record in records:
+        decision, columns, actions = record.decision, record.columns, record.actions
+        silent = decision.algorithm == SILENT
+        rows.s0.append(None if silent else columns[0].at(actions))
+        rows.s1.append(None if decision.critic is None else columns[decision.critic].at(actions))
+        rows.aux.append(decision.auxiliary(record))
+        rows.look.append(reduce(record, needs[0], dtype) if needs else None)
+        needs = shared if masked else decision.needs
+    return rows
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .entries import Entries, Need, Step, reduce
+from ..ops.trajectory_loss import SILENT, trajectory_loss
+from .entries import Entries, Need, Step, known_losses, reduce, rows_of
 from .record import Record
 from .rewards import Formula, check_formula, final_rewards, per_action_rewards
 from .trajectory import SampleMetaInformation, Trajectory
@@ -133,6 +134,26 @@ class Loss(nn.Module):
         records = meta.records
         if not records:
             return torch.zeros_like(losses.detach())
+        if self.formula == "intended" and (kinds := known_losses(records)) is not None:
+            made = self._in_one(kinds, meta, records, f)
+        else:
+            made = self._by_layer(meta, records, f)
+        return torch.zeros_like(losses.detach()) if made is None else made
+
+    def _in_one(self, kinds: list[str], meta: Trajectory, records: list[Record], f: Tensor) -> Tensor | None:
+        """One op for all decisions, of classes that it knows."""
+        if all(kind == SILENT for kind in kinds):
+            return None
+        rows = rows_of(records, f.dtype)
+        own = [self._own_reward(meta, t, record, f) for t, record in enumerate(records)]
+        own = [reward if reward is None or reward.shape == f.shape else reward.expand(f.shape) for reward in own]
+        return trajectory_loss(
+            kinds, rows.s0, rows.s1, rows.aux, own, rows.look, [r.active for r in records], f, self.discounting,
+            self.normalize_per_action_rewards, choices=[r.choices for r in records],
+        )  # fmt: skip
+
+    def _by_layer(self, meta: Trajectory, records: list[Record], f: Tensor) -> Tensor | None:
+        """Every layer's own ``loss``."""
         total: Tensor | None = None
         steps = self._steps(meta, records, f)
         gamma = self._gamma
@@ -150,7 +171,7 @@ class Loss(nn.Module):
             if len(of_layer) > 1:
                 made = made.reshape(len(of_layer), len(meta)).sum(0)
             total = made if total is None else total + made
-        return torch.zeros_like(losses.detach()) if total is None else total
+        return total
 
     @property
     def _gamma(self) -> float:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ...ops.dispatch import Plan
 from ...reference.policy import shifted, values
 from ..entries import Entries, Need, squared
-from ..record import Column
+from ..record import Column, Record
 from .base import Decided
-from .policy_gradient import REINFORCE, _WithValueNet, chosen, egreedy_columns, log_softmax_column
+from .policy_gradient import REINFORCE, _WithValueNet, chosen, egreedy_columns, importance, log_softmax_column
 
 
 class ActorCritic(REINFORCE):
@@ -31,6 +31,7 @@ class ActorCritic(REINFORCE):
 
     needs: tuple[Need, ...] = (("max", 1),)
     upstream_needs: tuple[Need, ...] = (("max", 1),)
+    algorithm, critic = "ActorCritic", 1
 
     def __init__(self, *args: Any, qvalue_net: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,6 +74,7 @@ class WPL(ActorCritic):
 
     needs: tuple[Need, ...] = ()
     upstream_needs: tuple[Need, ...] = ()
+    algorithm = "WPL"
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z = self._ask(self._policy, x, plan)
@@ -84,6 +86,10 @@ class WPL(ActorCritic):
             mean = expected(z, q)
             columns.append(Column(lambda: mean[:, None], mean))
         return Decided(choice.actions, columns, explored)
+
+    def auxiliary(self, record: Record) -> Tensor:
+        """[B]: the policy's mean value."""
+        return record.columns[2].at(record.actions)
 
     def loss(self, e: Entries) -> Tensor:
         log_p, q, R = e.at(0), e.at(1), e.R
@@ -108,6 +114,8 @@ class AAC(_WithValueNet):
         value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
     """
 
+    algorithm, critic = "AAC", 1
+
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
         choice, explored = self._choose(z, forced)
@@ -131,6 +139,7 @@ class BootstrapAAC(AAC):
     """
 
     needs = upstream_needs = (("first", 1),)
+    algorithm = "BootstrapAAC"
 
     def _advantage(self, e: Entries) -> Tensor:
         return e.target("first", 1) - e.first(1)
@@ -146,12 +155,17 @@ class EGreedyAAC(_WithValueNet):
         value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
     """
 
+    algorithm, critic = "EGreedyAAC", 3
     _temperature = 1.0
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
         choice, explored = self._choose(z, forced, with_coin=True)
         return Decided(choice.actions, [*egreedy_columns(self, z, choice.value), Column(v)], explored)
+
+    def auxiliary(self, record: Record) -> Tensor:
+        """[B]: the importance weight, w."""
+        return importance(record)
 
     def loss(self, e: Entries) -> Tensor:
         advantage = e.R - e.first(3)

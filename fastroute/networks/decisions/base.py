@@ -26,6 +26,9 @@ from .storage import ApproxPolicyStorage, Storages, TabularPolicyStorage, ask
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
+#: Whoever defines one of these has another loss than the class inherited from.
+_MAKES_A_LOSS = ("loss", "needs", "lookahead", "loss_func", "_return", "_advantage", "_target")
+
 
 @dataclass
 class Decided:
@@ -63,6 +66,16 @@ class Decision(nn.Module):
     #: what a loss reads of the next state: of this class as intended, and as upstream has it
     needs: tuple[Need, ...] = ()
     upstream_needs: tuple[Need, ...] = ()
+
+    #: the name by which ``ops.trajectory_loss`` knows the intended loss of this very class; None: it does not
+    algorithm: str | None = None
+    critic: int | None = None  #: the state column, besides the first, that the loss moves
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        known = next(c for c in cls.__mro__ if "algorithm" in c.__dict__)
+        if any(getattr(cls, n) is not getattr(known, n) for n in _MAKES_A_LOSS if hasattr(known, n)):
+            cls.algorithm = None  # a subclass with a loss of its own
 
     def __init__(
         self,
@@ -231,6 +244,10 @@ class Decision(nn.Module):
     def loss(self, e: Entries) -> Tensor | None:
         """[N]: the loss of each entry, or None for no loss."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
+
+    def auxiliary(self, record: Record) -> Tensor | None:
+        """[B], without gradient: what else the intended loss reads of a record."""
+        return None
 
     @property
     def lookahead(self) -> tuple[Need, ...]:

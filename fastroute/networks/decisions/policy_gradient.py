@@ -15,7 +15,7 @@ from ...ops import policy
 from ...ops.dispatch import Plan
 from ...reference.policy import values
 from ..entries import Entries, squared
-from ..record import Column
+from ..record import Column, Record
 from .base import Decided, Decision
 
 
@@ -36,6 +36,8 @@ class REINFORCE(Decision):
 
     ``set_exploration(e)`` sets temperature = 0.1 + 9.9 e if ``set_pg_temp``, and else does nothing.
     """
+
+    algorithm = "REINFORCE"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,11 +81,17 @@ class REINFORCEBl1(_WithValueNet):
 
     _value_outputs = None
     needs = upstream_needs = (("max", 1),)
+    algorithm, critic = "REINFORCEBl1", 1
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
         choice, explored = self._choose(z, forced)
         return Decided(choice.actions, [log_softmax_column(z, 1.0, choice.value), chosen(v, choice.actions)], explored)
+
+    def auxiliary(self, record: Record) -> Tensor:
+        """[B]: the baseline, sum_k p_k V_k."""
+        log_p, v = (column.full.detach() for column in record.columns)
+        return (log_p.exp() * v).sum(1)
 
     def _return(self, e: Entries) -> Tensor:
         return e.R
@@ -101,6 +109,8 @@ class REINFORCEBl1(_WithValueNet):
 
 class REINFORCEBl2(REINFORCEBl1):
     """:class:`REINFORCEBl1` with the return weighted by how unlikely the action was, R / (K p_a), in the advantage."""
+
+    algorithm = "REINFORCEBl2"
 
     def _return(self, e: Entries) -> Tensor:
         return e.R / (e.choices * e.at(0).detach().exp())
@@ -127,6 +137,12 @@ def egreedy_columns(decision: Any, z: Tensor, log_p_a: Tensor) -> list[Column]:
     return [log_p, p, Column(lambda: behaviour(log_p.full, exploration, upstream))]
 
 
+def importance(record: Record) -> Tensor:
+    """w = p_a / mu_a [B], without gradient, of what :func:`egreedy_columns` recorded."""
+    _, p, mu, *_ = record.columns
+    return (p.at(record.actions) / mu.at(record.actions)).detach()
+
+
 class EGreedyREINFORCE(REINFORCE):
     """REINFORCE with epsilon-greedy exploration, corrected by importance weights; in eval the greedy action.
 
@@ -138,6 +154,8 @@ class EGreedyREINFORCE(REINFORCE):
     takes min(1, 3 e), the intended one e.
     """
 
+    algorithm = "EGreedyREINFORCE"
+
     def set_exploration(self, exploration: float) -> None:
         """Explore so often, 0 to 1 (upstream: three times as often)."""
         value = self._check_exploration(exploration)
@@ -147,6 +165,10 @@ class EGreedyREINFORCE(REINFORCE):
         z = self._ask(self._policy, x, plan)
         choice, explored = self._choose(z, forced, temperature=self._temperature, with_coin=True)
         return Decided(choice.actions, egreedy_columns(self, z, choice.value), explored)
+
+    def auxiliary(self, record: Record) -> Tensor:
+        """[B]: the importance weight, w."""
+        return importance(record)
 
     def loss(self, e: Entries) -> Tensor:
         w = (e.at(1) / e.at(2)).detach()

@@ -31,6 +31,8 @@ class GumbelSoftmax(Decision):
     ``exploration`` e, in the constructor and in ``set_exploration``, sets temperature = 0.1 + 9.9 e.
     """
 
+    algorithm = "GumbelSoftmax"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_exploration(self._exploration)

@@ -22,6 +22,7 @@ class QLearning(Decision):
     """
 
     needs = upstream_needs = (("max", 0),)
+    algorithm = "QLearning"
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         q = self._ask(self._policy, x, plan)
@@ -45,6 +46,7 @@ class SARSA(QLearning):
 
     needs = (("at", 0),)
     upstream_needs = (("action", 0),)
+    algorithm = "SARSA"
 
     def _upstream_target(self, e: Entries) -> Tensor:
         def ahead() -> Tensor:
@@ -60,6 +62,8 @@ class AdvantageLearning(_WithValueNet):
     Args:
         value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
     """
+
+    algorithm, critic = "AdvantageLearning", 1
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         advantage, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
@@ -81,6 +85,7 @@ class BootstrapAdvantageLearning(AdvantageLearning):
     """
 
     needs = upstream_needs = (("first", 1),)
+    algorithm = "BootstrapAdvantageLearning"
 
     def _target(self, e: Entries) -> Tensor:
         if self.formula == "upstream":
@@ -95,6 +100,7 @@ class SurpriseLearning(AdvantageLearning):
     """
 
     needs = upstream_needs = (("first", 1),)
+    algorithm = "SurpriseLearning"
 
     def _target(self, e: Entries) -> Tensor:
         if self.formula == "upstream":

@@ -1,0 +1,47 @@
+"""``trajectory_loss``'s ``native`` and ``triton`` backends: the schemas and fakes of csrc/cpu and kernels/ for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference.trajectory_loss import sums
+from ._registry import define, library
+
+#: f [B], then what ``reference.trajectory_loss.laid_out`` makes -> (loss [B], slopes [C, B])
+SCHEMA = (
+    "(Tensor f, Tensor[] columns, Tensor[] others, Tensor[] masks, int[] layout, float gamma, bool normalize, "
+    "bool want_slopes) -> (Tensor, Tensor)"
+)
+
+
+def _fake(
+    f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
+    gamma: float, normalize: bool, want_slopes: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, dtype = f.shape[0], sums(f, *columns, *others)
+    return f.new_empty(B, dtype=dtype), f.new_empty(len(columns) if want_slopes else 0, B, dtype=dtype)
+
+
+def _in_triton(
+    f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
+    gamma: float, normalize: bool, want_slopes: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from ..kernels import trajectory_loss as kernels
+
+    made: tuple[Tensor, Tensor] = kernels.forward(f, columns, others, masks, layout, gamma, normalize, want_slopes)
+    return made
+
+
+define("_trajectory_loss_triton", SCHEMA, _in_triton, _fake)
+
+library.define("_trajectory_loss_native" + SCHEMA)
+library.define("_trajectory_loss_native_backward(Tensor grad, Tensor slopes) -> Tensor[]")
+torch.library.register_fake("fastroute::_trajectory_loss_native", _fake, lib=library)
+
+
+@torch.library.register_fake("fastroute::_trajectory_loss_native_backward", lib=library)
+def _(grad: Tensor, slopes: Tensor) -> list[Tensor]:
+    return [torch.empty_like(slope) for slope in slopes.unbind()]

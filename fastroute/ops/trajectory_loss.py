@@ -1,0 +1,206 @@
+"""``trajectory_loss``: what all decisions of a batch learn from its rewards, as one op and one gradient.
+
+Axes: B samples, T decisions, C differentiable columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..reference import trajectory_loss as reference
+from ..reference.trajectory_loss import AIDED as AIDED
+from ..reference.trajectory_loss import BOOTSTRAPPING as BOOTSTRAPPING
+from ..reference.trajectory_loss import CRITICS as CRITICS
+from ..reference.trajectory_loss import FIELDS, Rows
+from ..reference.trajectory_loss import KINDS as KINDS
+from ..reference.trajectory_loss import SILENT as SILENT
+from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
+from ._backends import Case, note, offer, taken
+from ._checks import floating, shown
+
+OP = "trajectory_loss"
+_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+
+
+def _native_refuses(case: Case) -> str | None:
+    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return None if case.dtype in known else f"the C++ takes float32, float64, bfloat16 and float16, not {case.dtype}"
+
+
+def _triton_refuses(case: Case) -> str | None:
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the triton kernel takes float32, bfloat16 and float16, not {str(case.dtype).removeprefix('torch.')}"
+    return None
+
+
+offer(OP, "native", "fastroute.ops._native_trajectory_loss", _native_refuses)
+offer(OP, "reference", "fastroute.reference.trajectory_loss", lambda case: None)
+offer(OP, "triton", "fastroute.kernels.trajectory_loss", _triton_refuses)
+
+
+#: backend, how many columns and others, the result's dtype, layout, gamma, normalize
+_Call = tuple[str, int, int, torch.dtype, Sequence[int], float, bool]
+
+
+def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+    if backend == "native":
+        made: tuple[Tensor, Tensor] = torch.ops.fastroute._trajectory_loss_native(*args)
+    elif backend == "triton":
+        made = torch.ops.fastroute._trajectory_loss_triton(*args)
+    else:
+        made = reference.forward(*args)
+    return made
+
+
+class _TrajectoryLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, call: _Call, *tensors: Tensor) -> Tensor:
+        # the constants are one argument, for autograd looks at each
+        backend, columns, others, dtype, layout, gamma, normalize = call
+        learning, rest = tensors[:columns], tensors[columns:]
+        made, slopes = _forward(backend, f, learning, rest[:others], rest[others:], layout, gamma, normalize, True)
+        ctx.save_for_backward(slopes)
+        ctx.native, ctx.dtypes, ctx.rest = backend == "native", [t.dtype for t in learning], len(rest)
+        return made if made.dtype == dtype else made.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (slopes,) = ctx.saved_tensors
+        grad = grad if grad.dtype == slopes.dtype else grad.to(slopes.dtype)
+        if ctx.native:
+            made = torch.ops.fastroute._trajectory_loss_native_backward(grad, slopes)
+        else:
+            made = reference.backward(grad, slopes)
+        back = [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
+        return (None, None, *back, *[None] * ctx.rest)
+
+
+def trajectory_loss(
+    kinds: Sequence[str],
+    s0: Rows,
+    s1: Rows,
+    aux: Rows,
+    own: Rows,
+    look: Rows,
+    active: Rows,
+    f: Tensor,
+    gamma: float = 1.0,
+    normalize: bool = True,
+    *,
+    choices: Sequence[int] | None = None,
+) -> Tensor:
+    """The routing loss of every sample: the sum, over its decisions, of what their classes define.
+
+    A decision's reward is r_t = own_t / T_b (times \\|f\\| if ``normalize``), the sample's last one's that plus f, T_b
+    being how many of the decisions were made for the sample; R_t = r_t + gamma R_{t'}, y_t = r_t + gamma look_{t'} and
+    at the last one r_t, t' the sample's next decision (SurpriseLearning's y_t: gamma look_{t'} - r_t, and f at the last
+    one). docs/networks.md has the formulas.
+
+    Args:
+        kinds: T names of ``KINDS``.
+        s0: T tensors [B], at the action taken: log p_a, q_a or A_a. Differentiable.
+        s1: T tensors [B], what the critic says: V_a, Q_a or V; read where the kind is in ``CRITICS``. Differentiable.
+        aux: T tensors [B], read where the kind is in ``AIDED``: the baseline sum_k p_k V_k of REINFORCEBl1 and 2,
+            w = p_a / mu_a of EGreedy*, the mean value sum_k p_k Q_k of WPL.
+        own: T tensors [B] or None: the decision's own reward, as it was given.
+        look: T tensors [B] or None (0): what the sample's preceding decision is to expect of this one.
+        active: T tensors [B] bool or None (all): the samples that the decision was made for.
+        f: [B], the final rewards.
+        gamma: the discount.
+        choices: K of each decision; REINFORCEBl2 reads it.
+
+    Everything is computed in float32, or in float64 where one of the tensors is.
+
+    Returns:
+        [B], in the dtype that f, s0, s1, aux and own promote to.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    floating("f", f)
+    if f.dim() != 1:
+        raise ValueError(f"f: expected the final rewards [B], got {shown(f)}")
+    T = len(kinds)
+    lists = (s0, s1, aux, own, look, active, kinds if choices is None else choices)
+    for name, made in zip(("s0", "s1", "aux", "own", "look", "active", "choices"), lists, strict=True):
+        if len(made) != T:
+            raise ValueError(f"{name}: expected one entry per decision, {T}, got {len(made)}")
+    f = f.detach() if f.requires_grad else f
+    columns, others, masks, layout = laid_out(kinds, s0, s1, aux, own, look, active, f, choices)
+    widest = _promoted(f, *columns, *others)
+    # what comes next is read in whatever dtype, and makes nobody's
+    dtype = widest if widest == f.dtype else _promoted(f, *columns, *(others[i] for i in _wide(layout)))
+    note(OP, f, B=f.shape[0], T=T)
+    backend = taken(OP, f.device.type, widest)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in columns):
+        call = backend, len(columns), len(others), dtype, layout, float(gamma), bool(normalize)
+        learning: Tensor = _TrajectoryLoss.apply(f, call, *columns, *others, *masks)
+        return learning
+    loss, _ = _forward(backend, f, columns, others, masks, layout, float(gamma), bool(normalize), False)
+    return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def laid_out(
+    kinds: Sequence[str], s0: Rows, s1: Rows, aux: Rows, own: Rows, look: Rows, active: Rows, f: Tensor,
+    choices: Sequence[int] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:  # fmt: skip
+    """(columns, others, masks, layout): the tensors that are read, and where each decision's are; checked."""
+    columns: list[Tensor] = []
+    others: list[Tensor] = []
+    masks: list[Tensor] = []
+    layout: list[int] = []
+    shape, device = f.shape, f.device
+
+    def place(name: str, t: int, x: Tensor | None, into: list[Tensor], needed: bool = False) -> int:
+        if x is None:
+            if needed:
+                raise ValueError(f"{name}[{t}]: {kinds[t]} needs it, got None")
+            return -1
+        if x.shape != shape:
+            raise ValueError(f"{name}[{t}]: expected shape {list(shape)} (B), got {shown(x)}")
+        if x.device != device:
+            raise ValueError(f"{name}[{t}]: expected a tensor on {device} like f, got one on {x.device}")
+        if into is masks:
+            if x.dtype != torch.bool:
+                raise TypeError(f"{name}[{t}]: expected bool, got {x.dtype}")
+        elif not x.is_floating_point():
+            if name != "own":
+                floating(f"{name}[{t}]", x)
+            x = x.to(f.dtype)
+        into.append(x.detach() if x.requires_grad and into is others else x)
+        return len(into) - 1
+
+    for t, kind in enumerate(kinds):
+        number = _NUMBERS.get(kind)
+        if number is None:
+            raise ValueError(f"kinds: expected names among {', '.join(KINDS)}, got {kind!r}")
+        if choices is None and kind == "REINFORCEBl2":
+            raise ValueError("choices: REINFORCEBl2 needs K, the number of choices, got None")
+        layout += (
+            number,
+            0 if choices is None else choices[t],
+            place("s0", t, s0[t], columns, True) if kind != SILENT else -1,
+            place("s1", t, s1[t], columns, True) if kind in CRITICS else -1,
+            place("aux", t, aux[t], others, True) if kind in AIDED else -1,
+            -1 if own[t] is None else place("own", t, own[t], others),
+            -1 if look[t] is None or not t else place("look", t, look[t], others),  # nobody is before the first
+            -1 if active[t] is None else place("active", t, active[t], masks),
+        )
+    return columns, others, masks, layout
+
+
+def _wide(layout: Sequence[int]) -> list[int]:
+    """Which of the others count for the result's dtype: aux and own."""
+    return [i for i in (*layout[4::FIELDS], *layout[5::FIELDS]) if i >= 0]
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    first, *others = {t.dtype for t in tensors}
+    return functools.reduce(torch.promote_types, others, first)

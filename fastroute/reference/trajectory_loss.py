@@ -1,0 +1,222 @@
+"""The routing loss of a trajectory in plain PyTorch: what every decision of a batch learns from the rewards.
+
+Axes: B samples, T decisions, C differentiable columns. Names as in docs/networks.md: R the discounted sum of rewards
+from a decision on, y what it bootstraps, K choices; a decision's first column is log p_a, q_a or A_a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: The classes whose loss is known, each in its intended form. The last one has none, but counts as a decision.
+KINDS = (
+    "REINFORCE", "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "QLearning", "SARSA", "ActorCritic", "AAC",
+    "BootstrapAAC", "EGreedyAAC", "AdvantageLearning", "BootstrapAdvantageLearning", "SurpriseLearning", "WPL",
+    "GumbelSoftmax",
+)  # fmt: skip
+SILENT = "GumbelSoftmax"
+#: Those with a second column, which learns too: the critic's.
+CRITICS = frozenset(KINDS) - {"REINFORCE", "EGreedyREINFORCE", "QLearning", "SARSA", SILENT}
+#: Those that read an auxiliary number: the baseline, w = p_a / mu_a, or the policy's mean value.
+AIDED = frozenset({"REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "EGreedyAAC", "WPL"})
+#: Those whose target is made of what the sample's next decision expects.
+BOOTSTRAPPING = frozenset({
+    "REINFORCEBl1", "REINFORCEBl2", "QLearning", "SARSA", "ActorCritic", "BootstrapAAC", "BootstrapAdvantageLearning",
+    "SurpriseLearning",
+})  # fmt: skip
+
+Rows = Sequence[Tensor | None]
+
+
+class Decisions(NamedTuple):
+    """T decisions; every tensor is [B]. ``ops.trajectory_loss`` says what they are."""
+
+    kinds: Sequence[str]
+    choices: Sequence[int]
+    s0: Rows
+    s1: Rows
+    aux: Rows
+    own: Rows
+    look: Rows
+    active: Rows
+
+
+class Entry(NamedTuple):
+    """What one decision's loss is made of."""
+
+    kind: str
+    choices: int
+    s0: Tensor
+    s1: Tensor | None
+    aux: Tensor | None
+    R: Tensor
+    y: Tensor
+
+
+def targets(d: Decisions, f: Tensor, gamma: float, normalize: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(t, R_t, y_t) of every decision, the last one first, in the dtype of ``f``."""
+    counts = f.new_zeros(())
+    for active in d.active:
+        counts = counts + (1 if active is None else active.to(f.dtype))
+    scale = (f.abs() if normalize else torch.ones_like(f)) / counts.clamp(min=1)
+    more = torch.zeros_like(f, dtype=torch.bool)  # whether the sample has a later decision
+    R = ahead = torch.zeros_like(f)
+    for t in reversed(range(len(d.kinds))):
+        own, look, active = d.own[t], d.look[t], d.active[t]
+        r = torch.where(more, 0, f)
+        if own is not None:
+            r = r + own.to(f.dtype) * scale
+        R_t = r + gamma * R
+        if d.kinds[t] == "SurpriseLearning":
+            y = torch.where(more, gamma * ahead - r, f)
+        else:
+            y = torch.where(more, r + gamma * ahead, r)
+        yield t, R_t, y
+        seen = torch.zeros_like(f) if look is None else look.to(f.dtype)
+        if active is None:
+            R, ahead, more = R_t, seen, torch.ones_like(more)
+        else:
+            R, ahead, more = torch.where(active, R_t, R), torch.where(active, seen, ahead), more | active
+
+
+def entries(d: Decisions, f: Tensor, gamma: float, normalize: bool) -> Iterator[tuple[int, Entry]]:
+    """What every decision with a loss learns from, in the dtype of ``f``, the last one first."""
+
+    def widened(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(f.dtype)
+
+    for t, R, y in targets(d, f, gamma, normalize):
+        kind = d.kinds[t]
+        if kind != SILENT and (s0 := widened(d.s0[t])) is not None:
+            s1 = widened(d.s1[t]) if kind in CRITICS else None
+            yield t, Entry(kind, d.choices[t], s0, s1, widened(d.aux[t]), R, y)
+
+
+def advantage(e: Entry) -> Tensor:
+    """What multiplies -log p_a in the classes that have a policy (WPL's step apart); without gradient."""
+    R, aux = e.R, e.aux
+    s1 = None if e.s1 is None else e.s1.detach()
+    if e.kind == "REINFORCE":
+        return R
+    if e.kind == "EGreedyREINFORCE":
+        return aux * R  # type: ignore[operator]
+    if e.kind == "REINFORCEBl1":
+        return R - aux  # type: ignore[operator]
+    if e.kind == "REINFORCEBl2":
+        return R / (e.choices * e.s0.detach().exp()) - aux  # type: ignore[operator]
+    if e.kind == "EGreedyAAC":
+        return aux * (R - s1)  # type: ignore[operator]
+    return (e.y if e.kind == "BootstrapAAC" else R) - s1  # type: ignore[operator]
+
+
+def step_of(e: Entry) -> Tensor:
+    """WPL's d w: how far p_a should move, the less the nearer it is to where it goes; without gradient."""
+    p, d = e.s0.detach().exp(), e.R - e.aux  # type: ignore[operator]
+    return torch.where(d < 0, d * p, d * (1 - p))
+
+
+def critics_target(e: Entry) -> Tensor:
+    """What the second column learns."""
+    return e.R if e.kind in ("AAC", "EGreedyAAC", "AdvantageLearning", "WPL") else e.y
+
+
+def loss_of(e: Entry) -> Tensor:
+    """[B]: the loss of one decision, with autograd."""
+    if e.kind in ("QLearning", "SARSA"):
+        return (e.s0 - e.y).square()
+    critic = None if e.s1 is None else (e.s1 - critics_target(e)).square()
+    if e.kind == "WPL":
+        p = e.s0.exp()
+        actor = (p - (p.detach() + step_of(e))).square()
+    elif e.kind.endswith("Learning"):
+        actor = (e.s0 - (critics_target(e) - e.s1.detach())).square()  # type: ignore[union-attr]
+    else:
+        actor = -e.s0 * advantage(e)
+    return actor if critic is None else actor + critic
+
+
+def slopes_of(e: Entry) -> tuple[Tensor, Tensor | None]:
+    """The derivatives of ``loss_of`` by both columns."""
+    if e.kind in ("QLearning", "SARSA"):
+        return 2 * (e.s0 - e.y), None
+    critic = None if e.s1 is None else 2 * (e.s1 - critics_target(e))
+    if e.kind == "WPL":
+        return -2 * step_of(e) * e.s0.exp(), critic
+    if e.kind.endswith("Learning"):
+        return 2 * (e.s0 - (critics_target(e) - e.s1)), critic  # type: ignore[operator]
+    return -advantage(e), critic
+
+
+def sums(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if one of the tensors is, else float32: in what everything is computed."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def trajectory_loss(
+    kinds: Sequence[str],
+    s0: Rows,
+    s1: Rows,
+    aux: Rows,
+    own: Rows,
+    look: Rows,
+    active: Rows,
+    f: Tensor,
+    gamma: float = 1.0,
+    normalize: bool = True,
+    *,
+    choices: Sequence[int],
+) -> Tensor:
+    """[B]: the definition, with autograd, in float32 or float64."""
+    d = Decisions(kinds, choices, s0, s1, aux, own, look, active)
+    f = f.to(sums(f, *s0, *s1, *aux, *own, *look))
+    total = torch.zeros_like(f)
+    for t, e in entries(d, f, gamma, normalize):
+        on = active[t]
+        total = total + (loss_of(e) if on is None else torch.where(on, loss_of(e), 0))
+    return total
+
+
+# ----------------------------------------------------------------------------- the op's contract (backend "reference")
+
+#: Numbers per decision in a layout: kind, choices, and where s0, s1 are among the columns, aux, own and look among the
+#: others, active among the masks; -1 for None.
+FIELDS = 8
+
+
+def taken_apart(
+    columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int]
+) -> Decisions:
+    """The decisions of a layout: the op takes three lists without gaps."""
+    rows = [layout[i : i + FIELDS] for i in range(0, len(layout), FIELDS)]
+    sources = (columns, columns, others, others, others, masks)
+    tensors = [[None if row[2 + i] < 0 else s[row[2 + i]] for row in rows] for i, s in enumerate(sources)]
+    return Decisions([KINDS[row[0]] for row in rows], [row[1] for row in rows], *tensors)
+
+
+def forward(
+    f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
+    gamma: float, normalize: bool, want_slopes: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss [B], slopes [C, B]): slopes[c] is the derivative of a sample's loss by its number in column c."""
+    d = taken_apart(columns, others, masks, layout)
+    f = f.to(sums(f, *columns, *others))
+    total, slopes = torch.zeros_like(f), [f.new_zeros(0)] * len(columns)
+    for t, e in entries(d, f, gamma, normalize):
+        on = d.active[t]
+        of_both = slopes_of(e) if want_slopes else (None, None)
+        made = [m if m is None or on is None else torch.where(on, m, 0) for m in (loss_of(e), *of_both)]
+        total = total + made[0]
+        for where, slope in zip(layout[FIELDS * t + 2 : FIELDS * t + 4], made[1:], strict=True):
+            if slope is not None:
+                slopes[where] = slope
+    return total, torch.stack(slopes) if want_slopes and slopes else f.new_empty(0, f.shape[0])
+
+
+def backward(grad: Tensor, slopes: Tensor) -> Sequence[Tensor]:
+    """Per column [B], its gradient from that of the loss."""
+    made: Sequence[Tensor] = (slopes * grad).unbind()
+    return made

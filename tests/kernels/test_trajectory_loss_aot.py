@@ -1,0 +1,69 @@
+"""The kernel of ``trajectory_loss`` compiled for three architectures: every class, many decisions, masks, no slopes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import aot
+
+
+class Case(NamedTuple):
+    """A trajectory, in the words of ``forward``."""
+
+    kinds: tuple[str, ...]
+    masked: bool = False
+    own: bool = False
+    want_slopes: bool = True
+
+
+def cases() -> dict[str, Case]:
+    from fastroute.reference.trajectory_loss import KINDS
+
+    return {
+        "one": Case(("REINFORCE",)),
+        "wpl": Case(("WPL",) * 3, own=True),
+        "all": Case(KINDS, masked=True, own=True),
+        "without slopes": Case(("REINFORCEBl2", "GumbelSoftmax", "EGreedyAAC"), want_slopes=False),
+    }
+
+
+def launches(case: Case) -> Iterator[Any]:
+    import torch
+
+    from fastroute.kernels import trajectory_loss
+    from fastroute.ops.trajectory_loss import laid_out
+
+    T, B = len(case.kinds), 1000
+    x, mask = torch.empty(B, device="meta"), torch.empty(B, dtype=torch.bool, device="meta")
+    rows = [x] * T
+    args = laid_out(
+        case.kinds, rows, rows, rows, rows if case.own else [None] * T, rows, [mask if case.masked else None] * T, x,
+        range(2, T + 2),
+    )  # fmt: skip
+    yield from aot.record(lambda: trajectory_loss.forward(x, *args, 0.9, True, case.want_slopes))
+
+
+@functools.cache
+def reports() -> list[aot.Report]:
+    return aot.report_of(__file__)
+
+
+def test_fits() -> None:
+    """Numbers stay in registers, whatever there is to compute."""
+    found = reports()
+    assert {(r.case, r.arch) for r in found} == {(name, arch) for name in cases() for arch in aot.SHARED_LIMIT}
+    for r in found:
+        assert r.kernel == "forward_kernel" and tuple(r.grid) == (8,), r
+        assert r.stack == 0 and r.shared == 0, r
+
+
+pytest.importorskip("triton")
+
+if __name__ == "__main__":
+    archs = [int(a) for a in sys.argv[1:]] or list(aot.SHARED_LIMIT)
+    aot.print_reports(((name, list(launches(case))) for name, case in cases().items()), archs)
