@@ -21,9 +21,11 @@ from .decisions import (
     REINFORCEBl2,
     SurpriseLearning,
 )
+from .gating import TopKGating, rebalance
 from .loss import Loss
 from .mlp import MLP
-from .record import Record
+from .moe import MoE
+from .record import Mixture, Record
 from .recurrent import RoutingGRUCell, RoutingLSTMCell, RoutingRNNCellBase
 from .rewards import (
     BaseReward,
@@ -60,6 +62,8 @@ __all__ = [
     "Initialization",
     "Loss",
     "ManualReward",
+    "Mixture",
+    "MoE",
     "NegLossReward",
     "PassThrough",
     "PerActionBaseReward",
@@ -77,5 +81,7 @@ __all__ = [
     "Sequential",
     "Summary",
     "SurpriseLearning",
+    "TopKGating",
     "Trajectory",
+    "rebalance",
 ]

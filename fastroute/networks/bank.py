@@ -210,14 +210,23 @@ def _stages(modules: Sequence[nn.Module]) -> list[_Stage] | None:
 
 
 class _Flow:
-    """A batch on its way through the stages: in the plan's order or in its own."""
+    """A batch on its way through the stages: in the plan's order or in its own.
+
+    A row is a sample before the first stage, and one of the plan's entries after it.
+    """
 
     def __init__(self, x: Tensor, plan: Plan, keep_empty: bool) -> None:
         self.x, self.plan, self.keep_empty, self.is_sorted = x, plan, keep_empty, False
 
     def sort(self) -> None:
         if not self.is_sorted:
-            self.x, self.is_sorted = self.x.index_select(0, self.plan.order), True
+            self.x, self.is_sorted = self.x.index_select(0, _samples(self.plan)), True
+            self._spread()
+
+    def _spread(self) -> None:
+        """Rows are entries from now on."""
+        if self.plan.samples is not None:
+            self.plan = self.plan._replace(samples=None, per_sample=1)
 
     def unsort(self) -> None:
         if self.is_sorted:
@@ -239,9 +248,10 @@ class _Flow:
                 keep_sorted=stay_sorted, keep_empty=self.keep_empty,
             )  # fmt: skip
             self.is_sorted = stay_sorted
+            self._spread()
             return
         self.sort()
-        per_sample = shape[1:-1].numel()
+        per_sample, shape = shape[1:-1].numel(), self.x.shape
         flat = self.x.reshape(shape[0] * per_sample, shape[-1])
         made = grouped_linear(
             flat, self._rows(per_sample), weights, biases, activation=stage.activation, is_sorted=True,
@@ -252,7 +262,7 @@ class _Flow:
     def conv(self, stage: _Stage) -> bool:
         """By the patches that it sees, one product for all modules; False where those would take too much memory."""
         m: Any = stage.leaves[0]
-        B, C, H, W = self.x.shape
+        B, (C, H, W) = self.plan.order.shape[0], self.x.shape[1:]  # of entries, which are samples where k is 1
         sizes = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
             for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]
@@ -271,6 +281,8 @@ class _Flow:
         return True
 
     def norm(self, stage: _Stage) -> None:
+        if self.plan.samples is not None:
+            self.sort()
         m: Any = stage.leaves[0]
         if isinstance(m, nn.GroupNorm):
             y = F.group_norm(self.x, m.num_groups, None, None, m.eps)
@@ -291,8 +303,13 @@ class _Flow:
         self.x = y.to(dtype)
 
 
+def _samples(plan: Plan) -> Tensor:
+    """[N]: what the sorted rows read."""
+    return plan.order if plan.samples is None else plan.samples
+
+
 def kept(plan: Plan, rows: int) -> Tensor | None:
-    """[B] bool: the samples that match a module; None where they all do and seeing that costs nothing."""
+    """[rows] bool: the entries that match a module; None where they all do and seeing that costs nothing."""
     if plan.bounds is not None and plan.bounds[-1] == rows:
         return None
     sorted_kept = torch.arange(rows, device=plan.order.device) < plan.offsets[-1]
@@ -308,7 +325,7 @@ def run(
     keep_empty: bool = False,
     differentiable_twice: bool = False,
 ) -> Tensor:
-    """Sample b through the module that the plan gives it; zeros for samples that match none.
+    """Every entry's sample through the module that the plan gives it; zeros for entries that match none.
 
     Modules that do the same with parameters of the same shapes (stacks of Linear, Conv2d, activations, norms, dropout)
     run together. Others run one by one on contiguous slices, which on a GPU costs one read of the counts by the host.
@@ -316,10 +333,13 @@ def run(
     Args:
         modules: K of them.
         x: [B, ...].
-        plan: of the B samples.
+        plan: of the B samples, N = B k entries.
         recipe: the same one at every call with these modules.
         keep_empty: see ``ops.grouped_linear``.
         differentiable_twice: only use what has a second derivative.
+
+    Returns:
+        [N, ...], entry n of sample n // k.
     """
     alike = None if differentiable_twice else recipe.stages(modules)
     if alike is None:
@@ -346,7 +366,7 @@ def run(
             flow.unsort()
     flow.unsort()
     if alike[-1].kind != "linear":
-        rows = kept(plan, x.shape[0])
+        rows = kept(plan, flow.x.shape[0])
         if rows is not None:
             flow.x = torch.where(rows.reshape(-1, *[1] * (flow.x.dim() - 1)), flow.x, 0)
     return flow.x
@@ -373,7 +393,7 @@ def _slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan, keep_empty: boo
 
 def _by_slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan) -> Tensor:
     bounds = plan.bounds or dispatch.read(plan.offsets)
-    sorted_x = x.index_select(0, plan.order)
+    sorted_x, N = x.index_select(0, _samples(plan)), plan.order.shape[0]
     made: dict[int, Tensor] = {}
     for k, m in enumerate(modules):
         if bounds[k] < bounds[k + 1]:
@@ -382,7 +402,7 @@ def _by_slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan) -> Tensor:
                 raise ValueError(f"module {k}: expected an output with a row per sample, got {_shown(made[k])}")
     if not made:  # nothing but the shape is asked for
         like = modules[0](x[:0])
-        return like.new_zeros(len(x), *like.shape[1:])  # type: ignore[no-any-return]
+        return like.new_zeros(N, *like.shape[1:])  # type: ignore[no-any-return]
     first = next(iter(made))
     for k, y in made.items():
         if y.shape[1:] != made[first].shape[1:]:
@@ -391,8 +411,8 @@ def _by_slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan) -> Tensor:
                 f"per sample, module {k} {list(y.shape[1:])}"
             )
     parts = list(made.values())
-    if bounds[-1] < len(x):
-        parts.append(parts[0].new_zeros(len(x) - bounds[-1], *parts[0].shape[1:]))
+    if bounds[-1] < N:
+        parts.append(parts[0].new_zeros(N - bounds[-1], *parts[0].shape[1:]))
     y = torch.cat(parts) if len(parts) > 1 else parts[0]
     return torch.zeros_like(y).index_copy(0, plan.order, y)
 

@@ -97,6 +97,8 @@ class Loss(nn.Module):
         truth: Tensor | None = ystrue  # type: ignore[assignment]
         losses = self._losses(ysest, truth, external_losses, B)
         routing = self._routing(meta, losses, ysest, truth)
+        if (aux := meta.aux_losses()) is not None:  # what top-k gatings ask for
+            routing = routing + aux
         if self.clear:
             for reward in {id(r.reward): r.reward for r in meta.records if r.reward is not None}.values():
                 reward.clear()

@@ -5,7 +5,7 @@ Axes: B samples, K choices of a decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,3 +137,48 @@ class Record:
             exploratory=lambda: spread(self.exploratory, rows, size),
             reward=self.reward,
         )
+
+
+class Mixture:
+    """What one top-k gating did with a batch: a row of :attr:`Trajectory.mixtures`.
+
+    Attributes:
+        decision: the layer.
+        actions: [B, k] int64, -1 for no module.
+        weights: [B, k] float32 or float64, with their gradient; 0 where the action is -1.
+        choices: K.
+        losses: by name ("balance", "z"), [B] each, with their gradient; the mean over the batch is the loss.
+        active: [B] bool, or None: the samples it decided for; None means all.
+        after: how many decisions had been recorded before it.
+    """
+
+    def __init__(
+        self,
+        decision: Any,
+        actions: Tensor,
+        weights: Tensor,
+        choices: int,
+        losses: Mapping[str, Tensor],
+        *,
+        active: Tensor | None = None,
+        after: int = 0,
+    ) -> None:
+        self.decision, self.actions, self.weights, self.choices = decision, actions, weights, choices
+        self.losses, self.active, self.after = dict(losses), active, after
+
+    def _with(self, of: Callable[[Tensor, float], Tensor], active: Tensor | None) -> Mixture:
+        return Mixture(
+            self.decision, of(self.actions, -1), of(self.weights, 0), self.choices,
+            {name: of(loss, 0) for name, loss in self.losses.items()}, active=active, after=self.after,
+        )  # fmt: skip
+
+    def take(self, rows: Tensor) -> Mixture:
+        """Of the samples ``rows`` only."""
+        return self._with(lambda t, fill: t[rows], None if self.active is None else self.active[rows])
+
+    def spread(self, rows: Tensor, size: int) -> Mixture:
+        """As one of a larger batch, in which the other samples are inactive; the batch's mean loss stays."""
+        here = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if self.active is None else self.active
+        made = self._with(lambda t, fill: spread(t, rows, size, fill), spread(here, rows, size))
+        made.losses = {name: loss * (size / max(len(rows), 1)) for name, loss in made.losses.items()}
+        return made

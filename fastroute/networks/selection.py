@@ -1,4 +1,7 @@
-"""Apply to every sample the module that its action names."""
+"""Apply to every sample the module that its action names, or a weighted sum of several.
+
+Axes: B samples, k modules that each takes, N = B k entries, K modules.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch
+from ..ops import combine, dispatch
+from ..ops._checks import floating, shown, tensor
 from . import bank
 from .decisions.base import as_mask
 from .trajectory import SampleMetaInformation, Trajectory
 
 
 class Selection(nn.Module):
-    """K modules, of which every sample goes through the one that its action names.
+    """K modules, of which every sample goes through the one that its action names, or through k of them.
+
+    With actions [B, k] it is a mixture: y_b = sum_j w_bj module_a(x_b) over the sample's actions a = a_bj.
 
     Modules that do the same with parameters of the same shapes run together, see ``bank.run``; each keeps its own
     parameters, under ``_submodules.{k}``.
@@ -24,8 +30,8 @@ class Selection(nn.Module):
         modules: K of them, whose outputs have one shape. A single one is applied to all samples, whatever their action.
         name: stored only.
         store_module_pointers: note in every sample's step the module it took, as ``selected_modules``.
-        dropped: what comes of samples whose action names no module (negative, or masked out): "zero" rows without
-            gradient, as upstream, or "identity": the input row.
+        dropped: what comes of samples of whose actions none names a module (negative, or masked out): "zero" rows
+            without gradient, as upstream, or "identity": the input row.
         unused_grad: of a module that no sample took: "none" leaves its gradients None, so that optimizers skip it, as
             upstream; "zeros" makes them zeros. On a GPU and under torch.compile, where counting would wait, they are
             zeros in any case.
@@ -64,27 +70,39 @@ class Selection(nn.Module):
         meta: Trajectory | Sequence[SampleMetaInformation],
         actions: Tensor | None,
         mask: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Trajectory, Tensor | None]:
         """Apply the modules.
 
         Args:
             batch: [B, ...].
             meta: the batch's trajectory; passed on.
-            actions: [B] or [B, 1] integers, of a decision. May be None with a single module.
+            actions: [B] or [B, 1] integers, of a decision, or [B, k]. May be None with a single module.
             mask: [B] bool; samples that are False are dropped.
+            weights: floating, of actions' shape: makes [B] and [B, 1] a mixture as well. None: those that a
+                ``TopKGating`` gave with these very actions; without a gating ones. Actions that name no module add
+                nothing, whatever their weight; the same module twice adds twice.
 
         Returns:
-            (y [B, ...], meta, actions). dtype and shape are those of the modules' outputs.
+            (y [B, ...], meta, actions). dtype and shape are those of the modules' outputs; a mixture is summed in
+            float32 for half precision.
 
         Raises:
             IndexError: an action of K or more; on a GPU such samples are dropped instead, unless ``strict``.
-            ValueError, TypeError: naming the argument; outputs of different shapes.
+            ValueError, TypeError: naming the argument; outputs of different shapes; actions [B, k] that are not those
+                of the trajectory's gating, without weights.
         """
         B, K = batch.shape[0], len(self._submodules)
         meta = Trajectory.of(meta, B)
         if self.store_module_pointers:
             meta.point_to(self._submodules)
-        if K == 1:
+        if actions is not None and isinstance(actions, Tensor) and (weights is not None or actions.dim() == 2):
+            if weights is None:
+                weights = meta.weights_of(actions)
+            if weights is not None or actions.shape[1] != 1:
+                return self._mixture(batch, actions, weights, mask), meta, actions
+        if K == 1 and weights is None:
             y = self._submodules[0](batch)
             if self._log is not None:
                 self._log.add(0)
@@ -95,20 +113,51 @@ class Selection(nn.Module):
         active = as_mask(mask, B, batch.device)
         if active is not None:
             chosen = torch.where(active, chosen, -1)
+        y, plan = self._run(batch, chosen)
+        if self.dropped == "identity":
+            y = self._passed(y, batch, bank.kept(plan, B))
+        return y, meta, actions
+
+    def _mixture(self, batch: Tensor, actions: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+        B, K = batch.shape[0], len(self._submodules)
+        if weights is not None:
+            tensor("weights", weights, "a floating-point tensor of actions' shape")
+            floating("weights", weights)
+            if weights.shape != actions.shape:
+                raise ValueError(f"weights: expected one per action, {shown(actions)}, got {shown(weights)}")
+            weights = weights[:, None] if weights.dim() == 1 else weights
+        chosen = dispatch.as_entries(actions[:, None] if actions.dim() == 1 else actions, B, batch.device)
+        k = chosen.shape[1]
+        active = as_mask(mask, B, batch.device)
+        if active is not None:
+            chosen = torch.where(active[:, None], chosen, -1)
+        y, plan = self._run(batch, chosen)
+        all_kept = plan.bounds is not None and plan.bounds[-1] == B * k
+        valid = None if all_kept else (chosen >= 0) & (chosen < K)
+        if weights is None:
+            weights = torch.ones(B, k, device=y.device)
+        y = combine(y.reshape(B, k, *y.shape[1:]), weights.to(y.device), valid)
+        return y if self.dropped == "zero" else self._passed(y, batch, None if valid is None else valid.any(1))
+
+    def _run(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:
+        """chosen [B] or [B, k] -> (what its module gives for every entry [N, ...], the plan)."""
+        K = len(self._submodules)
         if self._log is not None:
-            self._log.update(a for a in dispatch.read(chosen) if 0 <= a < K)
+            self._log.update(a for a in dispatch.read(chosen.reshape(-1)) if 0 <= a < K)
         plan = dispatch.plan(chosen, K)
         y = bank.run(list(self._submodules), batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros")
-        if self.dropped == "identity":
-            kept = bank.kept(plan, B)
-            if kept is not None:
-                if y.shape != batch.shape:
-                    raise ValueError(
-                        f"dropped='identity': expected modules that keep the shape {list(batch.shape)}, "
-                        f"these give {list(y.shape)}"
-                    )
-                y = torch.where(kept.reshape(-1, *[1] * (y.dim() - 1)), y, batch.to(y.dtype))
-        return y, meta, actions
+        return y, plan
+
+    def _passed(self, y: Tensor, batch: Tensor, kept: Tensor | None) -> Tensor:
+        """The input where nothing was applied."""
+        if kept is None:
+            return y
+        if y.shape != batch.shape:
+            raise ValueError(
+                f"dropped='identity': expected modules that keep the shape {list(batch.shape)}, "
+                f"these give {list(y.shape)}"
+            )
+        return torch.where(kept.reshape(-1, *[1] * (y.dim() - 1)), y, batch.to(y.dtype))
 
     def start_logging_selections(self) -> None:
         """Note from now on which modules are taken. (On a GPU this waits for the device in every forward.)"""

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from .decisions.base import Decision
 from .decisions.fixed import PassThrough, PerTaskAssignment
+from .gating import TopKGating
 from .selection import Selection
 from .trajectory import Trajectory
 
 #: What passes the triplet (batch, meta, actions) on.
-_ROUTING = (Decision, PerTaskAssignment, PassThrough, Selection)
+_ROUTING = (Decision, PerTaskAssignment, PassThrough, TopKGating, Selection)
 
 
 class Initialization(nn.Module):

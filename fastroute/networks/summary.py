@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .record import Mixture, Record
 from .trajectory import Trajectory
 
 COLLAPSE = 0.95  #: a layer that sends so much of several tasks' samples to one module has collapsed
@@ -22,11 +23,12 @@ class LayerSummary:
     """One decision."""
 
     name: str
-    counts: Tensor  #: [A, K] int64, how often each task took each module
+    counts: Tensor  #: [A, K] int64, how often each task took each module (of a mixture: entries)
     entropy: float  #: of the modules' shares, in bits: 0 (one module) to log2 K
     task_entropy: float  #: the same within a task, the mean over tasks weighted by samples
     used: int  #: modules that were taken
-    collapsed: bool  #: several modules, and one takes nearly everything
+    collapsed: bool  #: several modules, and one (of a mixture: k) of them takes nearly everything
+    per_sample: int = 1  #: k, the modules that a sample takes
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Summary:
     layers: list[LayerSummary]
     tasks: list[Any]  #: the labels of the counts' rows
     samples: int
-    routes: int  #: distinct sequences of actions
+    routes: int  #: distinct sequences of actions (of a mixture: of sets of them)
 
     @property
     def collapsed(self) -> list[int]:
@@ -57,9 +59,11 @@ class Summary:
                 label = f"task {self.tasks[a]}"[:12]
                 lines.append(f"{label:<12}" + "".join(f"{int(n) or '.':>{width}}" for n in layer.counts[a]))
         for t in self.collapsed:
+            one = "one module. More exploration, a smaller learning rate for decisions, or a collaboration reward"
+            if (k := self.layers[t].per_sample) > 1:
+                one = f"{k} modules. A larger balance loss, or bias_balancing,"
             lines.append(
-                f"warning: decision {t} sends {COLLAPSE:.0%} or more of its samples to one module. More exploration, a "
-                "smaller learning rate for decisions, or a collaboration reward may keep the others alive."
+                f"warning: decision {t} sends {COLLAPSE:.0%} or more of its samples to {one} may keep the others alive."
             )
         return "\n".join(lines)
 
@@ -80,15 +84,19 @@ def summarize(trajectory: Trajectory) -> Summary:
         tasks = list(dict.fromkeys(keys))
     row = torch.tensor([tasks.index(k) for k in keys], dtype=torch.int64)
     layers = []
-    for record in trajectory.records:
+    routes: list[Tensor] = []
+    for record in _in_order(trajectory):
         actions = record.actions.detach().to("cpu")
-        active = torch.ones_like(actions, dtype=torch.bool) if record.active is None else record.active.to("cpu")
-        active = active & (actions >= 0)
+        actions = actions[:, None] if actions.dim() == 1 else actions  # a mixture's are [B, k]
+        active = torch.ones(len(actions), dtype=torch.bool) if record.active is None else record.active.to("cpu")
+        routes.append(torch.where(active[:, None], actions, -1).sort(1).values)
+        valid = active[:, None] & (actions >= 0)
         A, K = max(len(tasks), 1), record.choices
-        counts = torch.bincount((row * K + actions)[active], minlength=A * K).reshape(A, K)
+        counts = torch.bincount((row[:, None] * K + actions)[valid], minlength=A * K).reshape(A, K)
         total, within = counts.sum(0), counts.sum(1)
         used = int((total > 0).sum())
-        share = float(total.max()) / max(float(total.sum()), 1.0)
+        k = actions.shape[1]
+        share = float(total.topk(min(k, K)).values.sum()) / max(float(total.sum()), 1.0)
         layers.append(
             LayerSummary(
                 type(record.decision).__name__,
@@ -96,9 +104,17 @@ def summarize(trajectory: Trajectory) -> Summary:
                 float(_entropy(total)),
                 float((_entropy(counts) * within).sum() / within.sum().clamp(min=1)),
                 used,
-                K > 1 and int((within > 0).sum()) > 1 and share >= COLLAPSE,
+                k < K and int((within > 0).sum()) > 1 and share >= COLLAPSE,
+                k,
             )
         )
-    actions = trajectory.actions.to("cpu")
-    routes = len({tuple(map(int, route)) for route in actions.T}) if len(actions) else 0
-    return Summary(layers, tasks, len(trajectory), routes)
+    distinct = len({tuple(map(int, route)) for route in torch.cat(routes, 1)}) if routes else 0
+    return Summary(layers, tasks, len(trajectory), distinct)
+
+
+def _in_order(trajectory: Trajectory) -> list[Record | Mixture]:
+    """Decisions and gatings as they were made."""
+    made: list[Record | Mixture] = list(trajectory.records)
+    for mixture in reversed(trajectory.mixtures):
+        made.insert(mixture.after, mixture)
+    return made

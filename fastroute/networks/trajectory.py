@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops._checks import shown
-from .record import Record, spread
+from .record import Mixture, Record, spread
 
 if TYPE_CHECKING:
     from .summary import Summary
@@ -24,6 +24,8 @@ class _Batch:
     def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None) -> None:
         self.size, self.tasks = size, tasks
         self.records: list[Record] = []
+        self.mixtures: list[Mixture] = []
+        self.mixed: list[tuple[Tensor, Tensor]] = []  # their actions and weights, as the layers gave them
         self.samples: dict[int, SampleMetaInformation] = {}
         #: what a user put into a recorded step of a sample: (record, sample) -> name -> value
         self.extras: dict[tuple[int, int], dict[str, Any]] = {}
@@ -118,6 +120,13 @@ class SampleMetaInformation:
             made.append((t, step))
         return made + [(-1, step) for _, step in foreign]
 
+    @property
+    def mixtures(self) -> list[dict[str, Any]]:
+        """A dict per top-k gating, first one first: ``actions`` and ``weights``, [k] each. No steps: no reward."""
+        b = self._index
+        here = [m for m in self._batch.mixtures if m.active is None or bool(m.active[b])]
+        return [{"actions": m.actions[b], "weights": m.weights[b]} for m in here]
+
     def append(self, attr_name: str, obj: Any, new_step: bool = False) -> None:
         """Write ``obj`` under a name into the sample's last step, or into a new one.
 
@@ -175,6 +184,8 @@ class Trajectory(Sequence[SampleMetaInformation]):
 
     Attributes:
         records: one per decision, first one first.
+        mixtures: one per top-k gating, first one first. Their actions [B, k] are apart from those of decisions: a
+            gating learns by its weights' gradient, has no reward, and is no step.
         actions, agents: [T, B] int64; -1 where a sample was not decided for.
         active, exploratory: [T, B] bool.
     """
@@ -197,8 +208,8 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def of(cls, samples: Trajectory | Sequence[SampleMetaInformation], size: int | None = None) -> Trajectory:
         """A trajectory from a list of samples, as upstream's functions take them; of a batch of ``size``, if given."""
         made = samples if isinstance(samples, Trajectory) else cls._of_list(samples)
-        if size is not None and len(made) != size:
-            raise ValueError(f"meta: expected one entry per sample, {size}, got {len(made)}")
+        if size is not None and made.size != size:
+            raise ValueError(f"meta: expected one entry per sample, {size}, got {made.size}")
         return made
 
     @classmethod
@@ -213,6 +224,11 @@ class Trajectory(Sequence[SampleMetaInformation]):
     # ------------------------------------------------------------------------------------------ a list of samples
 
     def __len__(self) -> int:
+        return self.size
+
+    @property
+    def size(self) -> int:
+        """B; as ``len``, of which torch.export makes a constant."""
         return self._batch.size if self._rows is None else len(self._rows)
 
     def _row(self, i: int) -> int:
@@ -272,6 +288,23 @@ class Trajectory(Sequence[SampleMetaInformation]):
             return self._batch.records
         return [r.take(self._index(r.actions.device)) for r in self._batch.records]
 
+    @property
+    def mixtures(self) -> list[Mixture]:
+        if self._rows is None:
+            return self._batch.mixtures
+        return [m.take(self._index(m.actions.device)) for m in self._batch.mixtures]
+
+    def aux_losses(self) -> Tensor | None:
+        """[B]: the gatings' balance and z-losses of each sample, whose mean is theirs over the batch; None without."""
+        losses = [loss for m in self.mixtures for loss in m.losses.values()]
+        return torch.stack(losses).sum(0) if losses else None
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """The gatings' balance and z-losses, to be added to the loss where no ``Loss`` does it; 0 without."""
+        losses = self.aux_losses()
+        return torch.zeros(()) if losses is None else losses.mean() if self.size else losses.sum()
+
     def _stacked(self, of: Callable[[Record], Tensor], fill: float | None = None) -> Tensor:
         made = []
         for r in self.records:
@@ -307,11 +340,38 @@ class Trajectory(Sequence[SampleMetaInformation]):
 
     def record(self, record: Record) -> None:
         """Add a decision. Its tensors are those of this view's samples."""
-        if record.actions.shape != (len(self),):
-            raise ValueError(f"record: expected actions of shape [{len(self)}], got {shown(record.actions)}")
+        if record.actions.shape != (self.size,):
+            raise ValueError(f"record: expected actions of shape [{self.size}], got {shown(record.actions)}")
         if self._rows is not None:
             record = record.spread(self._index(record.actions.device), self._batch.size)
         self._batch.records.append(record)
+
+    def mix(self, mixture: Mixture) -> None:
+        """Add what a gating did. Its tensors are those of this view's samples."""
+        if mixture.actions.dim() != 2 or mixture.actions.shape[0] != self.size:
+            raise ValueError(f"mix: expected actions of shape [{self.size}, k], got {shown(mixture.actions)}")
+        self._batch.mixed.append((mixture.actions, mixture.weights))
+        mixture.after = len(self._batch.records)
+        if self._rows is not None:
+            mixture = mixture.spread(self._index(mixture.actions.device), self._batch.size)
+        self._batch.mixtures.append(mixture)
+
+    def weights_of(self, actions: Tensor) -> Tensor | None:
+        """[B, k]: the weights that a gating gave with these very actions; None if there was no gating.
+
+        Raises:
+            ValueError: they are other actions, whose weights nobody knows.
+        """
+        for own, weights in reversed(self._batch.mixed):
+            if own is actions:
+                return weights
+        k = actions.shape[1]  # [B, 1] may be a decision's
+        if any(k > 1 or mixture.actions.shape[1] == 1 for mixture in self._batch.mixtures):
+            raise ValueError(
+                "weights: expected those of these actions, which are not a gating's own; pass weights= (ones for a "
+                "plain sum)"
+            )
+        return None
 
     def add_rewards(self, rewards: Tensor) -> None:
         """Add to the last decision's reward, for all samples: [B]; ``append("add_rewards", ...)`` in bulk."""
@@ -396,6 +456,10 @@ def _joined(parts: Sequence[Trajectory]) -> Trajectory:
             batch.records.append(record.spread(torch.arange(own_rows.start, own_rows.stop, device=device), size))
             if t in part._batch.pointers:
                 batch.pointers[offset + t] = part._batch.pointers[t]
+        for mixture in part.mixtures:
+            device = mixture.actions.device
+            batch.mixtures.append(mixture.spread(torch.arange(own_rows.start, own_rows.stop, device=device), size))
+            batch.mixtures[-1].after += offset
         for new, sample in zip(own_rows, part, strict=True):
             old = sample._index
             for (t, b), extra in part._batch.extras.items():

@@ -1,7 +1,9 @@
 """The contracts: one registered op per file, its checks, its fake, its gradient, and the choice of a backend."""
 
 from . import dispatch as dispatch
+from .combine import combine as combine
 from .efficient_routing import efficient_routing as efficient_routing
+from .expert_ffn import expert_ffn as expert_ffn
 from .grouped_linear import grouped_linear as grouped_linear
 from .policy import policy as policy
 from .trajectory_loss import trajectory_loss as trajectory_loss

@@ -38,13 +38,29 @@ offer("dispatch", "reference", "fastroute.reference.dispatch", lambda case: None
 
 def as_actions(actions: Tensor, rows: int, device: torch.device, name: str = "actions") -> Tensor:
     """[B] int64 on the device from what users give as one index per sample ([B] or [B, 1], any integer dtype)."""
-    tensor(name, actions, "an integer tensor [B]")
-    if actions.dtype.is_floating_point or actions.dtype.is_complex or actions.dtype == torch.bool:
-        raise TypeError(f"{name}: expected an integer tensor [B], got {actions.dtype}")
+    _integers(actions, name, "[B]")
     if actions.dim() == 2 and actions.shape[1] == 1:
         actions = actions[:, 0]
     if actions.dim() != 1 or actions.shape[0] != rows:
         raise ValueError(f"{name}: expected one per sample, shape [{rows}] or [{rows}, 1], got {shown(actions)}")
+    return _indices(actions, device)
+
+
+def as_entries(actions: Tensor, rows: int, device: torch.device, name: str = "actions") -> Tensor:
+    """[B, k] int64 on the device from what users give as k indices per sample."""
+    _integers(actions, name, "[B, k]")
+    if actions.dim() != 2 or actions.shape[0] != rows or actions.shape[1] < 1:
+        raise ValueError(f"{name}: expected k per sample, shape [{rows}, k], k at least 1, got {shown(actions)}")
+    return _indices(actions, device)
+
+
+def _integers(actions: Tensor, name: str, shape: str) -> None:
+    tensor(name, actions, f"an integer tensor {shape}")
+    if actions.dtype.is_floating_point or actions.dtype.is_complex or actions.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor {shape}, got {actions.dtype}")
+
+
+def _indices(actions: Tensor, device: torch.device) -> Tensor:
     as_they_are = actions.dtype == torch.int64 and actions.device == device
     return actions if as_they_are else actions.to(device, torch.int64)
 

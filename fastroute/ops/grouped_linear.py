@@ -97,7 +97,7 @@ class _GroupedLinear(torch.autograd.Function):
         dx, dw, db = made
         if backend == "triton" and not stacked:  # all modules' in one tensor: theirs are views of it
             dw, db = [g for t in dw for g in t], [g for t in db for g in (t if n_weights else t[:, None])]
-        if wants[0] and takes and samples is not None:
+        if wants[0] and takes and samples is not None and source.shape[0]:  # of no rows there is no sum to make
             dx = dx.view(*source.shape[:1], -1, *source.shape[1:]).sum(1)
         nothing: list[Any] = [None] * (1 if stacked else K)
         per_module = [dw if wants[1] else nothing] * (n_weights > 0) + [db if wants[2] else nothing] * has_biases

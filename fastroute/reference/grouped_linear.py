@@ -235,12 +235,21 @@ _Gradients = tuple[Tensor | None, list[Tensor], list[Tensor]]
 def _backward_gathered(
     g: Tensor, x: Tensor, offsets: Tensor, weights: Sequence[Tensor], modules: int, wants: tuple[bool, bool, bool]
 ) -> _Gradients:
-    """One product a module over all rows: dense, but nothing is read back and the order of sums is fixed."""
+    """One product a module over all rows: dense, but nothing is read back and the order of sums is fixed.
+
+    Other modules' rows are selected away, not multiplied by zero: what is not a number there stays there.
+    """
     ids = module_of_row(offsets, g.shape[0])
-    member = (ids[None, :] == torch.arange(modules, device=ids.device)[:, None]).to(g.dtype)
     dx = forward(g, None, None, offsets, [w.mT for w in weights], ())[0] if wants[0] and weights else None
-    dw = [(g * m[:, None]).mT @ x for m in member] if wants[1] else []
-    return dx, dw, list(member @ g) if wants[2] else []
+    dw, db = [], []
+    for k in range(modules):
+        own = (ids == k)[:, None]
+        of_module = torch.where(own, g, 0)
+        if wants[1]:
+            dw.append(of_module.mT @ torch.where(own, x, 0))
+        if wants[2]:
+            db.append(of_module.sum(0))
+    return dx, dw, db
 
 
 def _backward_in_slots(

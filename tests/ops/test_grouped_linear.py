@@ -413,3 +413,23 @@ def test_explain() -> None:
             made = fastroute.explain(layer, torch.randn(6, 4))
         assert {d.backend for d in made} == {backend} and {d.case.op for d in made} == {"dispatch", "grouped_linear"}
         assert "K=3" in str(made) and "N=6" in str(made)
+
+
+@each_backend
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_not_a_number_stays_with_its_module(backend: str, compiled: bool) -> None:
+    """Nor does a row that the plan drops reach any gradient. Compiled, no count is read."""
+    W, b = torch.randn(3, 4, 5, dtype=F64), torch.randn(3, 4, dtype=F64)
+    x, actions = torch.randn(6, 5, dtype=F64), torch.tensor([0, 1, 2, 1, -1, 0])
+    x[3], x[4] = torch.nan, torch.inf
+
+    def call(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+        return grouped_linear(x, dispatch.plan(actions, 3), W, b)
+
+    leaves = [t.requires_grad_() for t in (x, W, b)]
+    with use_backend(backend):
+        y = (torch.compile(call, backend="aot_eager") if compiled else call)(*leaves)
+        dx, dW, _ = torch.autograd.grad(torch.where(y.isnan(), 0, y).square().sum(), leaves)
+    assert y.isnan().any(1).tolist() == [False, False, False, True, False, False]
+    assert dW.isnan().flatten(1).any(1).tolist() == [False, True, False]
+    assert not dx[4].any() and dx.isfinite().all()

@@ -1,0 +1,295 @@
+"""Top-k gating: a decision for k modules per sample, with weights through which it learns.
+
+Axes: B samples, k modules that each takes, N = B k entries, K modules, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import dispatch
+from ..ops._backends import is_strict
+from ..ops._checks import at_least_one, floating, shown, tensor
+from ..reference.policy import accumulating
+from .decisions.base import Triplet, as_mask
+from .record import Mixture
+from .trajectory import SampleMetaInformation, Trajectory
+
+Scores = Literal["softmax", "sigmoid"]
+
+
+class Routed(NamedTuple):
+    """What a gating decided for a batch."""
+
+    actions: Tensor  #: [B, k] int64, -1 for no module
+    weights: Tensor  #: [B, k] float32 or float64, 0 where the action is -1
+    losses: dict[str, Tensor]  #: by name, [B], scaled; the mean over the batch is the loss
+    counts: Tensor  #: [K] int64: entries of each module, before any was dropped for capacity
+
+    @property
+    def loss(self) -> Tensor:
+        """All losses of the batch in one number."""
+        losses = [t.mean() if t.numel() else t.sum() for t in self.losses.values()]
+        return torch.stack(losses).sum() if losses else self.weights.new_zeros(())
+
+
+class TopKGating(nn.Module):
+    """Chooses k of K modules per sample, the ones with the highest scores, and weights them by their scores.
+
+    Shazeer et al. 2017 (arXiv 1701.06538). With z = W x the logits and s their softmax or sigmoid, the weights are
+    w_j = s_a for the chosen a, divided by their sum if ``normalize``. (With k = 1 that is 1, and only the losses teach
+    the router: Switch Transformers take k = 1 with ``normalize=False``.) Everything here is computed in float32, or
+    float64, under autocast too.
+
+    Args:
+        num_selections: K.
+        in_features: of a sample, an int or a tuple whose product is taken.
+        k: modules per sample, 1 to K.
+        scores: "softmax" over modules, or "sigmoid" of each (DeepSeek-AI 2024, arXiv 2412.19437).
+        normalize: divide the weights of a sample by their sum.
+        bias: of the router's linear layer.
+        jitter: eps; in training the router sees its input times a uniform number from 1 - eps to 1 + eps (Fedus et al.
+            2021).
+        capacity: c; of a module's entries the first ceil(c N / K) are kept, all first choices before all second ones,
+            in the order of samples; others are dropped (action -1). None: all are kept.
+        balance_loss: alpha of the loss alpha K sum_k f_k P_k, f_k the share of entries of module k and P_k the mean of
+            its score, normalised (Fedus, Zoph and Shazeer 2021, arXiv 2101.03961); alpha where both are even.
+        z_loss: beta of the loss beta (log sum_k exp z_k)^2, mean over samples (Zoph et al. 2022, arXiv 2202.08906).
+        bias_balancing: u; modules are chosen by s + b, and :func:`rebalance` moves b_k by u towards an even load (Wang
+            et al. 2024, arXiv 2408.15664). b is no part of the weights.
+        generator: of the jitter; None: PyTorch's own.
+
+    Losses and weights are in the trajectory (``meta.mixtures``); ``Loss`` adds the losses to the routing loss, and
+    elsewhere ``meta.aux_loss`` is to be added to one's own. Parameters: ``router.weight`` [K, F], ``router.bias`` [K];
+    buffers with ``bias_balancing``: ``selection_bias`` [K] and, not saved, ``counts`` [K].
+    """
+
+    selection_bias: Tensor | None
+    counts: Tensor | None
+
+    def __init__(
+        self,
+        num_selections: int,
+        in_features: int | Sequence[int],
+        k: int = 2,
+        *,
+        scores: Scores = "softmax",
+        normalize: bool = True,
+        bias: bool = False,
+        jitter: float = 0.0,
+        capacity: float | None = None,
+        balance_loss: float = 0.01,
+        z_loss: float = 0.0,
+        bias_balancing: float = 0.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        K = self._num_selections = at_least_one("num_selections", num_selections)
+        widths = tuple(in_features) if isinstance(in_features, Sequence) else (in_features,)
+        self._in_features = math.prod(at_least_one("in_features", width) for width in widths)
+        self.k = at_least_one("k", k)
+        if self.k > K:
+            raise ValueError(f"k: expected at most num_selections, {K}, got {k}")
+        if scores not in ("softmax", "sigmoid"):
+            raise ValueError(f"scores: expected 'softmax' or 'sigmoid', got {scores!r}")
+        self.scores, self.normalize = scores, bool(normalize)
+        self.jitter = _at_least_zero("jitter", jitter)
+        if self.jitter >= 1:
+            raise ValueError(f"jitter: expected a number below 1, got {jitter}")
+        if capacity is not None and not capacity > 0:
+            raise ValueError(f"capacity: expected a number above 0 or None, got {capacity}")
+        self.capacity = None if capacity is None else float(capacity)
+        self.balance_loss, self.z_loss = _at_least_zero("balance_loss", balance_loss), _at_least_zero("z_loss", z_loss)
+        self.bias_balancing = _at_least_zero("bias_balancing", bias_balancing)
+        self.generator = generator
+        self.router = nn.Linear(self._in_features, K, bias=bool(bias), device=device, dtype=dtype)
+        balances = self.bias_balancing > 0
+        made = torch.zeros(K, dtype=torch.float32, device=device) if balances else None
+        self.register_buffer("selection_bias", made)
+        counts = torch.zeros(K, dtype=torch.int64, device=device) if balances else None
+        self.register_buffer("counts", counts, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TopKGating:
+        super()._apply(fn, recurse)
+        if self.selection_bias is not None:  # half precision would not feel its small steps
+            self.selection_bias = self.selection_bias.float()
+        return self
+
+    def extra_repr(self) -> str:
+        shown = [f"num_selections={self._num_selections}", f"k={self.k}", f"scores={self.scores!r}"]
+        for name, default in (("normalize", True), ("jitter", 0), ("capacity", None), ("bias_balancing", 0)):
+            if getattr(self, name) != default:
+                shown.append(f"{name}={getattr(self, name)}")
+        return ", ".join([*shown, f"balance_loss={self.balance_loss}", f"z_loss={self.z_loss}"])
+
+    def set_exploration(self, exploration: float) -> None:
+        """Nothing to set: see ``jitter``."""
+
+    def forward(
+        self,
+        batch: Tensor,
+        meta: Trajectory | Sequence[SampleMetaInformation],
+        agents: Tensor | Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        *,
+        forced_actions: Tensor | None = None,
+    ) -> Triplet:
+        """Decide for every sample.
+
+        Args:
+            batch: [B, ...] floating, what the router looks at.
+            meta: the batch's trajectory, in which actions, weights and losses are recorded.
+            agents: not looked at, there is one router.
+            mask: [B] bool; samples that are False take no module (actions -1) and no part in losses and counts.
+            forced_actions: [B, k] integers: take these, weighted by their scores; -1 for no module. Their capacity is
+                not looked at. ``normalize`` divides by the sum over the modules that there are.
+
+        Returns:
+            (batch, meta, actions [B, k] int64), the best module first. ``Selection`` finds the weights of these very
+            actions in ``meta``.
+
+        Raises:
+            ValueError, TypeError, IndexError: naming the argument.
+        """
+        meta = Trajectory.of(meta, batch.shape[0])
+        made = self.route(batch, mask, forced_actions)
+        active = as_mask(mask, batch.shape[0], batch.device)
+        meta.mix(Mixture(self, made.actions, made.weights, self._num_selections, made.losses, active=active))
+        return batch, meta, made.actions
+
+    def route(self, x: Tensor, mask: Tensor | None = None, forced_actions: Tensor | None = None) -> Routed:
+        """The decision alone, for x [B, ...]; the arguments are ``forward``'s."""
+        tensor("batch", x, "a tensor [B, ...]")
+        floating("batch", x)
+        B = x.shape[0]
+        flat = x.flatten(1) if x.dim() > 1 else x[:, None]
+        if flat.shape[1] != self._in_features:
+            raise ValueError(f"batch: expected {self._in_features} features a sample, got {shown(x)}")
+        active = as_mask(mask, B, x.device)
+        forced = None if forced_actions is None else self._forced(forced_actions, B, x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            z = self._logits(flat, active)
+            scores = z.softmax(1) if self.scores == "softmax" else z.sigmoid()
+            actions = self._choose(z, scores) if forced is None else forced
+            counts, kept = self._kept(actions, active, forced is None)
+            weights = self._weights(z, scores, actions, actions >= 0)
+            losses = self._losses(z, scores, counts, active)
+        if self.counts is not None and self.training:
+            with torch.no_grad():
+                self.counts.add_(counts)
+        if kept is not None:
+            actions, weights = torch.where(kept, actions, -1), torch.where(kept, weights, 0)
+        return Routed(actions, weights, losses, counts)
+
+    def _forced(self, forced: Tensor, B: int, device: torch.device) -> Tensor:
+        forced = dispatch.as_entries(forced, B, device, "forced_actions")
+        K = self._num_selections
+        if forced.shape[1] != self.k:
+            raise ValueError(f"forced_actions: expected {self.k} per sample, [{B}, {self.k}], got {shown(forced)}")
+        looks = (device.type == "cpu" or is_strict()) and not torch.compiler.is_compiling() and type(forced) is Tensor
+        if looks and B and int(forced.max()) >= K:
+            raise IndexError(f"forced_actions: expected indices below {K}, got {int(forced.max())}")
+        return torch.where((forced >= 0) & (forced < K), forced, -1)
+
+    def _logits(self, x: Tensor, active: Tensor | None) -> Tensor:
+        weight, bias = self.router.weight, self.router.bias
+        to = torch.promote_types(accumulating(x.dtype), accumulating(weight.dtype))
+        x = x.to(to)
+        if active is not None:  # what is masked out may be anything, and its gradient would be too
+            x = torch.where(active[:, None], x, 0)
+        if self.jitter and self.training:
+            noise = torch.rand(x.shape, dtype=to, device=x.device, generator=self.generator)
+            x = x * (1 + self.jitter * (2 * noise - 1))
+        return F.linear(x, weight.to(to), None if bias is None else bias.to(to))
+
+    def _choose(self, z: Tensor, scores: Tensor) -> Tensor:
+        by = z.detach() if self.selection_bias is None else scores.detach() + self.selection_bias
+        return by.topk(self.k, dim=1).indices
+
+    def _kept(self, actions: Tensor, active: Tensor | None, bounded: bool) -> tuple[Tensor, Tensor | None]:
+        """Entries of each module [K], and which of all entries have one [B, k] (None: all)."""
+        (B, k), K = actions.shape, self._num_selections
+        valid = None if bounded and active is None else actions >= 0
+        if valid is not None and active is not None:
+            valid = valid & active[:, None]
+        taken = actions if valid is None else torch.where(valid, actions, K)
+        ones = torch.ones_like(taken).reshape(-1)
+        counts = ones.new_zeros(K + 1).index_add_(0, taken.reshape(-1), ones)[:K]
+        if self.capacity is None or not bounded:
+            return counts, valid
+        share = Fraction(self.capacity).limit_denominator(1 << 20)
+        limit = -(-B * k * share.numerator // (share.denominator * K))
+        plan = dispatch.plan(torch.where(taken < K, taken, -1).mT.reshape(-1), K)  # first choices first
+        rank = torch.arange(B * k, device=actions.device)
+        modules = dispatch.module_of_row(plan.offsets, B * k)
+        fits = (modules < K) & (rank - plan.offsets.index_select(0, modules) < limit)
+        return counts, torch.empty_like(fits).index_copy_(0, plan.order, fits).view(k, B).mT
+
+    def _weights(self, z: Tensor, scores: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
+        at = actions.clamp(min=0)
+        if not self.normalize:
+            picked = scores.gather(1, at)
+        elif self.scores == "softmax":  # of the picked alone: the same, without their sum's rounding
+            picked = torch.where(valid, z.gather(1, at), torch.finfo(z.dtype).min).softmax(1)
+        else:
+            picked = torch.where(valid, scores.gather(1, at), 0)
+            picked = picked / picked.sum(1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+        return torch.where(valid, picked, 0)
+
+    def _losses(self, z: Tensor, scores: Tensor, counts: Tensor, active: Tensor | None) -> dict[str, Tensor]:
+        """Of every sample, times B over the active ones: the mean over the batch is that over them."""
+        made = {}
+        if self.balance_loss:
+            share = counts.to(z.dtype) / counts.sum().clamp(min=1)
+            p = scores if self.scores == "softmax" else scores / scores.sum(1, keepdim=True).clamp(min=1e-20)
+            made["balance"] = self.balance_loss * self._num_selections * (p @ share)
+        if self.z_loss:
+            made["z"] = self.z_loss * z.logsumexp(1).square()
+        if active is not None:
+            scale = active.shape[0] / active.sum().clamp(min=1)
+            made = {name: torch.where(active, loss, 0) * scale for name, loss in made.items()}
+        return made
+
+    @torch.no_grad()
+    def rebalance(self, group: Any = None) -> None:
+        """Move the selection bias against the load since the last time: b_k += u sign(mean count - count of k).
+
+        Once per optimizer step. Nothing without ``bias_balancing``. (DistributedDataParallel copies the first process's
+        buffers to the others at each forward pass: with gradient accumulation give it ``broadcast_buffers=False``.)
+
+        Args:
+            group: of torch.distributed processes whose counts are summed; None: the default group, if there is one.
+        """
+        if self.counts is None or self.selection_bias is None:
+            return
+        counts = self.counts
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts, group=group)
+        load = counts.to(self.selection_bias.dtype)
+        self.selection_bias.add_(self.bias_balancing * torch.sign(load.mean() - load))
+        counts.zero_()
+
+
+def rebalance(model: nn.Module, group: Any = None) -> None:
+    """``TopKGating.rebalance`` for every gating of a model, once per optimizer step.
+
+    ``optimizer.register_step_post_hook(lambda *_: rebalance(model))`` does it.
+    """
+    for m in model.modules():
+        if isinstance(m, TopKGating):
+            m.rebalance(group)
+
+
+def _at_least_zero(name: str, value: float) -> float:
+    if not value >= 0:
+        raise ValueError(f"{name}: expected a number of 0 or more, got {value}")
+    return float(value)

@@ -1,0 +1,139 @@
+"""A mixture-of-experts layer: top-k gating and feed-forward experts, as one module.
+
+Axes: N tokens, D features (``d_model``), H hidden ones (``d_hidden``), E experts, k of them for a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import dispatch, expert_ffn
+from ..ops._checks import at_least_one, floating, integer, shown, tensor
+from ..reference.grouped_linear import ACTIVATIONS
+from .gating import TopKGating
+
+
+class Aux(NamedTuple):
+    """What a mixture did beside its output."""
+
+    loss: Tensor  #: the balance loss and the z-loss, scaled, in one number: to be added to the loss
+    actions: Tensor  #: [..., k] int64: the experts of each token, -1 for dropped ones
+    weights: Tensor  #: [..., k]: theirs, with their gradient
+    counts: Tensor  #: [E] int64: tokens that chose each expert
+
+
+class MoE(nn.Module):
+    """y = sum_j w_j W_down,a (act(W_gate,a x) * W_up,a x) over the token's k experts a, plus what all tokens share.
+
+    Shazeer et al. 2017 (arXiv 1701.06538) with gated experts (Shazeer 2020, arXiv 2002.05202); shared experts as in
+    DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066). The experts are one op, ``ops.expert_ffn``, whose activation memory
+    is that of its input: it does not grow with k or ``d_hidden``, the hidden layer is computed again in backward.
+
+    Args:
+        d_model, d_hidden, num_experts, k: D, H, E, k.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid" or "none".
+        gated: False for experts W_down act(W_up x).
+        shared_experts: as many experts that every token takes, unweighted, in one feed-forward network of
+            ``shared_experts * d_hidden`` hidden features.
+        gating: ``TopKGating``'s options: scores, normalize, bias, jitter, capacity, balance_loss, z_loss,
+            bias_balancing, generator.
+
+    Parameters: ``w_gate_up`` [E, 2H, D] (the gates' rows first; [E, H, D] if not gated), ``w_down`` [E, D, H], all
+    experts' in one tensor, so that every one has a gradient, zeros where nobody came; ``gate.router.weight`` [E, D];
+    ``shared_gate_up`` and ``shared_down`` without the first axis.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        shared_experts: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **gating: Any,
+    ) -> None:
+        super().__init__()
+        D, H = at_least_one("d_model", d_model), at_least_one("d_hidden", d_hidden)
+        E, S = at_least_one("num_experts", num_experts), integer("shared_experts", shared_experts)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if S < 0:
+            raise ValueError(f"shared_experts: expected 0 or more, got {S}")
+        self.d_model, self.d_hidden, self.num_experts, self.shared_experts = D, H, E, S
+        self.activation, self.gated = activation, bool(gated)
+        own: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate = TopKGating(E, D, k, **gating, **own)
+        rows = 2 if self.gated else 1
+        self.w_gate_up = nn.Parameter(torch.empty(E, rows * H, D, **own))
+        self.w_down = nn.Parameter(torch.empty(E, D, H, **own))
+        self.shared_gate_up = nn.Parameter(torch.empty(rows * S * H, D, **own)) if S else None
+        self.shared_down = nn.Parameter(torch.empty(D, S * H, **own)) if S else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform up to 1 / sqrt(features in), as ``nn.Linear``."""
+        self.gate.router.reset_parameters()
+        for w in (self.w_gate_up, self.w_down, self.shared_gate_up, self.shared_down):
+            if w is not None:
+                nn.init.uniform_(w, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)
+
+    def extra_repr(self) -> str:
+        shared = f", shared_experts={self.shared_experts}" if self.shared_experts else ""
+        return (
+            f"d_model={self.d_model}, d_hidden={self.d_hidden}, num_experts={self.num_experts}, "
+            f"activation={self.activation!r}, gated={self.gated}{shared}"
+        )
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_aux: bool = False
+    ) -> Tensor | tuple[Tensor, Aux]:
+        """Every token through its experts.
+
+        Args:
+            x: [..., D] floating, in the experts' dtype (any, under autocast).
+            mask: [...] bool; tokens that are False give zeros and take no part in losses and counts.
+            return_aux: return (y, :class:`Aux`). Nothing is kept on the module, so that it can be called several times,
+                compiled and checkpointed; without this the losses are not to be had.
+
+        Returns:
+            y [..., D] in x's dtype (autocast's, under autocast). Tokens whose experts are all dropped give zeros (or
+            the shared experts' output).
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        tensor("x", x, "a tensor [..., d_model]")
+        floating("x", x)
+        D, lead = self.d_model, x.shape[:-1]
+        if x.dim() < 1 or x.shape[-1] != D:
+            raise ValueError(f"x: expected [..., {D}], got {shown(x)}")
+        if mask is not None and mask.shape != lead:
+            raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
+        flat = x.reshape(-1, D)
+        routed = self.gate.route(flat, None if mask is None else mask.reshape(-1))
+        plan = dispatch.plan(routed.actions, self.num_experts)
+        options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
+        y = expert_ffn(flat, plan, routed.weights, self.w_gate_up, self.w_down, **options)
+        if self.shared_gate_up is not None and self.shared_down is not None:
+            y = y + self._shared(flat, mask, self.shared_gate_up, self.shared_down)
+        y = y.reshape(*lead, D)
+        if not return_aux:
+            return y
+        k = self.gate.k
+        return y, Aux(routed.loss, routed.actions.view(*lead, k), routed.weights.view(*lead, k), routed.counts)
+
+    def _shared(self, x: Tensor, mask: Tensor | None, w_in: Tensor, w_out: Tensor) -> Tensor:
+        u = F.linear(x, w_in)
+        g, v = u.chunk(2, -1) if self.gated else (u, None)
+        h = ACTIVATIONS[self.activation](g)
+        y = F.linear(h if v is None else h * v, w_out)
+        return y if mask is None else torch.where(mask.reshape(-1, 1), y, 0)

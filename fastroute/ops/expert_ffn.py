@@ -1,0 +1,231 @@
+"""``expert_ffn``: every sample through k feed-forward experts and a weighted sum of what they give, as one op.
+
+Shazeer et al. (2017), arXiv 1701.06538, equation 1, with the gated experts of Shazeer (2020), arXiv 2002.05202.
+Axes: B samples, k experts that each takes, N = B k entries, K experts, D features in, H hidden ones, P features out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import expert_ffn as reference
+from ..reference import grouped_linear as linear
+from ..reference.grouped_linear import ACTIVATIONS
+from ..reference.policy import accumulating
+from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled products
+from . import grouped_linear as _grouped_linear  # noqa: F401  (says which backends there are)
+from ._backends import note, taken
+from ._checks import floating, shown
+from ._registry import define, no_second_derivative
+from .dispatch import Plan
+
+OP = "expert_ffn"
+_INPUTS = (
+    "Tensor x, Tensor order, Tensor offsets, Tensor? weights, Tensor w_in, Tensor w_out, int per_sample, "
+    "str activation, bool gated, str backend"
+)
+
+
+def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, offsets: Tensor, w: Tensor) -> Tensor:
+    """One linear module per sorted row: see ``reference.grouped_linear.forward``."""
+    if backend == "reference":
+        return linear.forward(x, take, put, offsets, [w], ())[0]
+    made = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}")(x, take, put, offsets, [w], [], 0, False)
+    return made[0]  # type: ignore[no-any-return]
+
+
+def _product_backward(
+    backend: str, grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, offsets: Tensor, w: Tensor,
+    want_x: bool, want_w: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of x (a row for each reading of it) and of w, for sorted rows of ``grad``."""
+    K = w.shape[0]
+    if backend == "reference":
+        wants = want_x, want_w, False
+        dx, dw, _ = linear.backward(grad, x, take, spread, None, offsets, [w], K, wants, stacked=True)
+    else:
+        op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}_backward")
+        dx, dw, _ = op(grad, x, take, spread, None, offsets, [w], K, want_x, want_w, False, 0, None, True, True)
+    return dx, dw[0] if want_w else w.new_empty(0)
+
+
+def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Of the sorted entries: their samples, and their weights, zero for those that are dropped whatever is there."""
+    samples = order if k == 1 else torch.div(order, k, rounding_mode="floor")
+    if weights is None:
+        return samples, None
+    w = weights.reshape(-1).index_select(0, order).to(accumulating(dtype))
+    return samples, torch.where(torch.arange(len(order), device=order.device) < offsets[-1], w, 0)
+
+
+def _summed(entries: Tensor, k: int) -> Tensor:
+    """[N, ...] -> [B, ...], in float32 for half precision."""
+    return entries if k == 1 else entries.view(-1 if len(entries) else 0, k, entries.shape[1]).sum(1)
+
+
+def _forward(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    with torch.autocast(x.device.type, enabled=False):
+        samples, w = _rows(order, offsets, weights, k, x.dtype)
+        u = _product(backend, x, samples, None, offsets, w_in)
+        h = reference.Hidden(u, activation, gated).weighted(w)
+        del u
+        return _summed(_product(backend, h, None, order, offsets, w_out), k)
+
+
+def _forward_fake(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], w_out.shape[1])
+
+
+def _backward(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str, dy: Tensor, want_x: bool, want_weights: bool, want_in: bool,
+    want_out: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The hidden layer is computed again; the experts' outputs are not needed: <g, W h> = <W^T g, h>."""
+    made: list[Tensor] = [x.new_empty(0) for _ in range(4)]
+    with torch.autocast(x.device.type, enabled=False):
+        samples, w = _rows(order, offsets, weights, k, x.dtype)
+        u = _product(backend, x, samples, None, offsets, w_in)
+        g = dy.index_select(0, samples)
+        hidden = reference.Hidden(u, activation, gated)
+        h = hidden.weighted(w) if want_out else u[:, : w_out.shape[2]]  # of which then only the width is looked at
+        inside = want_x or want_weights or want_in
+        t, made[3] = _product_backward(backend, g, h, None, None, offsets, w_out, inside, want_out)
+        del g, h, u
+        t = t.to(hidden.a.dtype)
+        if want_weights and weights is not None:
+            dw = hidden.weights_backward(t)
+            made[1] = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
+        if want_x or want_in:
+            du = hidden.backward(t, w)
+            del t, hidden
+            dx, made[2] = _product_backward(backend, du, x, samples, order, offsets, w_in, want_x, want_in)
+            made[0] = _summed(dx, k) if want_x else made[0]
+    return made[0], made[1], made[2], made[3]
+
+
+def _backward_fake(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str, dy: Tensor, want_x: bool, want_weights: bool, want_in: bool,
+    want_out: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(t: Tensor | None, wanted: bool) -> Tensor:
+        return t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
+
+    return like(x, want_x), like(weights, want_weights), like(w_in, want_in), like(w_out, want_out)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    if dy is None:
+        return (None,) * 10
+    inputs = ctx.saved_tensors
+    wants = needs[0], needs[3] and inputs[3] is not None, needs[4], needs[5]
+    made = torch.ops.fastroute.expert_ffn_backward(*inputs, *ctx.options, dy.contiguous(), *wants)
+    dx, d_weights, d_in, d_out = (g if want else None for g, want in zip(made, wants, strict=True))
+    return dx, None, None, d_weights, d_in, d_out, *(None,) * 4
+
+
+define(
+    "expert_ffn_backward",
+    f"({_INPUTS}, Tensor dy, bool want_x, bool want_weights, bool want_in, bool want_out) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    autograd=no_second_derivative(OP),
+)
+define(OP, f"({_INPUTS}) -> Tensor", _forward, _forward_fake, autograd=(_gradient, _setup))
+
+
+def _check(x: Tensor, plan: Plan, weights: Tensor | None, w_in: Tensor, w_out: Tensor, gated: bool) -> None:
+    for name, t in (("x", x), ("w_in", w_in), ("w_out", w_out)):
+        floating(name, t)
+    N, k = plan.order.shape[0], plan.per_sample
+    if w_in.dim() != 3 or w_out.dim() != 3:
+        raise ValueError(
+            f"w_in, w_out: expected [K, {'2H' if gated else 'H'}, D] and [K, P, H], got {shown(w_in)}, {shown(w_out)}"
+        )
+    K, inner, D = w_in.shape
+    H, odd = divmod(inner, 2) if gated else (inner, 0)
+    if odd:
+        raise ValueError(f"w_in: expected [K, 2H, D] for gated experts, got {shown(w_in)}")
+    if w_out.shape[0] != K or w_out.shape[2] != H:
+        raise ValueError(f"w_out: expected [{K}, P, {H}], as w_in is {shown(w_in)}, got {shown(w_out)}")
+    if plan.offsets.shape[0] != K + 1:
+        raise ValueError(f"plan: expected one of {K} experts, as w_in has, got one of {plan.offsets.shape[0] - 1}")
+    if x.dim() != 2 or x.shape[1] != D:
+        raise ValueError(f"x: expected [B, {D}], as the experts take, got {shown(x)}")
+    if x.shape[0] * k != N:
+        raise ValueError(f"x: expected the plan's {N // k} rows, got {shown(x)}")
+    if weights is not None:
+        floating("weights", weights)
+        if weights.shape != (x.shape[0], k):
+            raise ValueError(f"weights: expected one per entry, [{x.shape[0]}, {k}], got {shown(weights)}")
+
+
+def expert_ffn(
+    x: Tensor,
+    plan: Plan,
+    weights: Tensor | None,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    """y_b = sum_j w_bj W_out,a h(W_in,a x_b) over sample b's entries j, a the expert that the plan gives the entry.
+
+    h(u) = act(g) * v with [g, v] = u if ``gated``, else act(u). Entries that the plan drops add nothing, whatever their
+    weight is. Kept for backward are the arguments and nothing else, so that activation memory does not grow with k but
+    for the plan's indices and the weights; the hidden layer is computed a second time there.
+
+    Args:
+        x: [B, D] float32, float64, bfloat16 (or, on the reference backend, any floating dtype).
+        plan: from ``dispatch.plan(actions, K)``, actions [B] or [B, k].
+        weights: [B, k], any floating dtype; None: ones.
+        w_in: [K, 2H, D], the gate's rows before the other ones; or [K, H, D] if not ``gated``. In x's dtype.
+        w_out: [K, P, H], in x's dtype.
+        activation: "none", "relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
+
+    Returns:
+        y [B, P] in x's dtype (autocast's, under autocast). Half precision is rounded after each of the two products and
+        after the activation; sums over features and over k are made in float32. There is no second derivative.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check(x, plan, weights, w_in, w_out, gated)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+    for name, t in (("w_in", w_in), ("w_out", w_out)):
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    N = plan.order.shape[0]
+    for w in (w_in, w_out):
+        note("grouped_linear", x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])
+    backend = taken("grouped_linear", device, x.dtype)
+    made: Tensor = torch.ops.fastroute.expert_ffn(
+        x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated, backend
+    )
+    return made
