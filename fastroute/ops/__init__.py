@@ -1,6 +1,7 @@
 """The contracts: one registered op per file, its checks, its fake, its gradient, and the choice of a backend."""
 
 from . import dispatch as dispatch
+from .agent_policy import agent_policy as agent_policy
 from .efficient_routing import efficient_routing as efficient_routing
 from .grouped_linear import grouped_linear as grouped_linear
 from .policy import policy as policy
