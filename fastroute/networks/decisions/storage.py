@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...ops import dispatch, grouped_linear
 from ...ops.dispatch import Plan
@@ -100,3 +101,48 @@ def ask(storages: Storages, x: Tensor, plan: Plan | None, *, differentiable_twic
         storages.recipe,
         differentiable_twice=differentiable_twice,
     )
+
+
+class Head(NamedTuple):
+    """The last layer of every agent, for an op that does not need its answer made first, and what it is given."""
+
+    x: Tensor | None
+    weights: list[Tensor]
+    biases: list[Tensor]
+
+
+def head(storages: Storages, x: Tensor, plan: Plan | None) -> Head | None:
+    """The agents' tables, or their last Linear after everything before it; None where :func:`ask` has to answer."""
+    agents: list[Any] = list(storages)
+    first = agents[0]
+    if plan is None and (type(first) not in (ApproxPolicyStorage, TabularPolicyStorage) or is_observed(first)):
+        return None
+    if isinstance(first, TabularPolicyStorage):
+        tables = [s._parameters.get("_approx") for s in agents]
+        return None if any(t is None for t in tables) or not _fits(tables, x) else Head(None, [], tables)  # type: ignore[arg-type]
+    found = bank.up_to_the_last([s._modules["_approx"] for s in agents], first.inputs(x), plan, storages.recipe)
+    if found is None or not _fits(found[1], x):
+        return None
+    given, weights, biases = found
+    K, F = weights[0].shape
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if K != storages.outputs or given.dim() != 2 or given.shape[1] != F or not (autocast or given.dtype == weights[0].dtype):
+        return None
+    if plan is None and given.shape[0] * K * F > _LARGE:
+        return None
+    return Head(given, weights, biases)
+
+
+#: A product of one agent with more multiply-adds is the library's.
+_LARGE = 1 << 26
+
+
+def _fits(parameters: Sequence[Any], x: Tensor) -> bool:
+    """Whether they are plain tensors where x is."""
+    first = parameters[0]
+    return first.device == x.device and (type(first) is nn.Parameter or not is_traceable_wrapper_subclass(first))
+
+
+def is_observed(m: nn.Module) -> bool:
+    """Whether somebody looks at a module being called, or has exchanged what a call does."""
+    return any(bank._hooks(m)) or "forward" in m.__dict__
