@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,28 @@ def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
     if target == "matmul":
         share = mine.get("share_of_matmul")
         return None if share is None else (share, _percent(share), "")
+    if target == "best rival":
+        best = _best_rival(row)
+        return None if best is None else (best[0], f"{best[0]:.2f}× ({best[1]})", "")
     ratio = row["rivals"].get(target, {}).get("ratio")
     return None if ratio is None else (ratio[1], f"{ratio[1]:.2f}×", "")
+
+
+def _best_rival(row: Row) -> tuple[float, str] | None:
+    """The lowest (rival / fastroute) there is, of what is not fastroute, and whose it is."""
+    found = [
+        (r["ratio"][1], name)
+        for name, r in row["rivals"].items()
+        if "ratio" in r and not name.startswith(row["subject"])
+    ]
+    return min(found) if found and "ms" in row["rivals"][row["subject"]] else None
+
+
+def _together(rows: Sequence[Row]) -> str:
+    """Over all sizes, against the best rival at each."""
+    best = [found for row in rows if "best rival" in row["targets"] and (found := _best_rival(row))]
+    mean = statistics.geometric_mean(ratio for ratio, _ in best)
+    return f"Geometric mean over these {len(best)} sizes, against the best rival at each: **{mean:.2f}×**."
 
 
 _TARGETS: dict[str, Callable[[float], tuple[str, str]]] = {
@@ -235,6 +256,8 @@ def tables(path: Path) -> str:
     two = [] if gpu else [row for row in rows if row["threads"] == 2]
     if any(row["targets"] for row in rows):
         parts += ["**Targets**", _targets([*one, *two])]
+    if any("best rival" in row["targets"] for row in rows):
+        parts += [_together(one)]
     if any("against" in row for row in rows):
         parts += ["**One size against another**", _across(rows)]
     counted = two or [row for row in one if "operators" in row]

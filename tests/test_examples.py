@@ -115,3 +115,12 @@ def test_they_are_scripts(name: str) -> None:
         [sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, check=True
     )
     assert "--threads" in ran.stdout
+
+
+def test_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU, one compiled graph of the same step."""
+    made = example("cuda_graph").main(["--batch", "32", "--modules", "3", "--tasks", "2", "--backend", "aot_eager"])
+    assert made == 0
+    printed = capsys.readouterr().out
+    assert "graph: " in printed and "draws are fresh" in printed
+    assert float(printed.split(" % of the samples")[0].split()[-1]) > 0

@@ -5,6 +5,7 @@ Axes: B samples, K modules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,18 @@ _NORMS: frozenset[type] = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GroupNorm})
 _UNFOLDED_BYTES = 1 << 26
 
 Leaf = nn.Module | Callable[[Tensor], Tensor]
+_ACTIVATIONS: dict[Any, str] = {
+    nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu",
+    F.relu: "relu", F.tanh: "tanh", F.sigmoid: "sigmoid", F.silu: "silu",
+    torch.relu: "relu", torch.tanh: "tanh", torch.sigmoid: "sigmoid",
+}  # fmt: skip
+
+
+def _activation(leaf: Any) -> str | None:
+    """What ``grouped_linear`` calls it, if it can make it along with the product."""
+    if type(leaf) is nn.GELU:
+        return "gelu" if leaf.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(type(leaf) if isinstance(leaf, nn.Module) else leaf)
 
 
 def _hooks(m: nn.Module) -> list[dict[int, Any]]:
@@ -66,6 +79,7 @@ class _Stage:
 
     leaves: list[Any]
     kind: str = field(init=False)  #: "linear", "conv", "norm" or "free"
+    then: _Stage | None = None  #: an activation that is made along with it
 
     def __post_init__(self) -> None:
         kind = type(self.leaves[0])
@@ -108,8 +122,15 @@ class _Stage:
             return bool(plain) and all(set(leaf._parameters) == set(first._parameters) for leaf in self.leaves)
         return True
 
+    @property
+    def activation(self) -> str:
+        """What follows it, in the words of ``grouped_linear``."""
+        return "none" if self.then is None else _activation(self.then.leaves[0]) or "none"
+
     def is_fresh(self) -> bool:
         """Whether it still fits, supposing that it did."""
+        if self.then is not None and not self.then.is_fresh():
+            return False
         if type(self.leaves[0]) in _PLAIN:
             return self.kind != "linear" or self.weights() == self._seen or self.fits()
         return self.fits()
@@ -164,6 +185,11 @@ class Recipe:
         self._stages = _stages(modules)
 
 
+def are_alike(modules: Sequence[nn.Module]) -> bool:
+    """Whether they do the same with parameters of the same shapes, so that they can run together."""
+    return _stages(modules) is not None
+
+
 def _stages(modules: Sequence[nn.Module]) -> list[_Stage] | None:
     rows: list[list[Leaf]] = []
     for m in modules:
@@ -171,8 +197,16 @@ def _stages(modules: Sequence[nn.Module]) -> list[_Stage] | None:
         if not _leaves(m, leaves) or (rows and len(leaves) != len(rows[0])):
             return None
         rows.append(leaves)
-    made = [_Stage(list(column)) for column in zip(*rows, strict=True)]
-    return made if made and all(stage.fits() for stage in made) else None
+    made: list[_Stage] = []
+    for column in zip(*rows, strict=True):
+        stage = _Stage(list(column))
+        if not stage.fits():
+            return None
+        if made and made[-1].kind in ("linear", "conv") and made[-1].then is None and _activation(column[0]):
+            made[-1].then = stage
+        else:
+            made.append(stage)
+    return made or None
 
 
 class _Flow:
@@ -196,12 +230,13 @@ class _Flow:
         bounds = None if self.plan.bounds is None else [b * per_sample for b in self.plan.bounds]
         return self.plan._replace(offsets=self.plan.offsets * per_sample, bounds=bounds)
 
-    def linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor], stay_sorted: bool) -> None:
+    def linear(self, stage: _Stage, stay_sorted: bool) -> None:
         shape = self.x.shape
+        weights, biases = stage.parameters("weight"), stage.parameters("bias")
         if len(shape) == 2:
             self.x = grouped_linear(
-                self.x, self.plan, weights, biases, is_sorted=self.is_sorted, keep_sorted=stay_sorted,
-                keep_empty=self.keep_empty,
+                self.x, self.plan, weights, biases, activation=stage.activation, is_sorted=self.is_sorted,
+                keep_sorted=stay_sorted, keep_empty=self.keep_empty,
             )  # fmt: skip
             self.is_sorted = stay_sorted
             return
@@ -209,11 +244,13 @@ class _Flow:
         per_sample = shape[1:-1].numel()
         flat = self.x.reshape(shape[0] * per_sample, shape[-1])
         made = grouped_linear(
-            flat, self._rows(per_sample), weights, biases, is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty
-        )
+            flat, self._rows(per_sample), weights, biases, activation=stage.activation, is_sorted=True,
+            keep_sorted=True, keep_empty=self.keep_empty,
+        )  # fmt: skip
         self.x = made.reshape(*shape[:-1], made.shape[-1])
 
     def conv(self, stage: _Stage) -> bool:
+        """By the patches that it sees, one product for all modules; False where those would take too much memory."""
         m: Any = stage.leaves[0]
         B, C, H, W = self.x.shape
         sizes = [
@@ -225,10 +262,10 @@ class _Flow:
             return False
         self.sort()
         patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
-        weights = [w.flatten(1) for w in stage.parameters("weight")]
+        weights = [w.flatten(-3) for w in stage.parameters("weight")]
         made = grouped_linear(
             patches.reshape(B * pixels, patch), self._rows(pixels), weights, stage.parameters("bias"),
-            is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty,
+            activation=stage.activation, is_sorted=True, keep_sorted=True, keep_empty=self.keep_empty,
         )  # fmt: skip
         self.x = made.reshape(B, pixels, m.out_channels).mT.reshape(B, m.out_channels, *sizes)
         return True
@@ -247,7 +284,7 @@ class _Flow:
             tables = stage.parameters(name)
             if tables:
                 own = grouped_linear(
-                    None, self.plan, (), [t.reshape(1, -1) for t in tables],
+                    None, self.plan, (), [t.reshape(-1, math.prod(shape)) for t in tables],
                     is_sorted=self.is_sorted, keep_sorted=self.is_sorted, keep_empty=self.keep_empty,
                 )  # fmt: skip
                 y = combine(y, own.reshape(len(y), *shape))

@@ -1,0 +1,146 @@
+"""Modules whose parameters are stacked: the same numbers as a list of them, the same checkpoints, fewer parameters."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastroute.networks import MLP, bank
+from fastroute.networks.stack import Stack
+from fastroute.ops import dispatch
+from tests.helpers.networks import F
+from tests.helpers.opcheck import assert_same
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(F, F),
+    "no bias": lambda: nn.Linear(F, F, bias=False),
+    "deep": lambda: nn.Sequential(
+        nn.Linear(F, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.0), nn.Linear(8, F), nn.Tanh()
+    ),
+    "norms": lambda: nn.Sequential(nn.RMSNorm(F), nn.Linear(F, 8), nn.GroupNorm(2, 8), nn.Linear(8, F), nn.Sigmoid()),
+    "mlp": lambda: MLP(F, F, (5,)),
+}
+K = 4
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def modules(kind: str) -> nn.ModuleList:
+    torch.manual_seed(0)
+    made = nn.ModuleList(KINDS[kind]() for _ in range(K)).double()
+    with torch.no_grad():
+        for p in made.parameters():  # norms start out alike
+            p.add_(torch.randn_like(p))
+    return made
+
+
+def run(over: nn.ModuleList | Stack, x: Tensor, actions: Tensor) -> Tensor:
+    each = [over.pattern] if isinstance(over, Stack) else list(over)
+    return bank.run(each, x, dispatch.plan(actions, K), bank.Recipe(), keep_empty=True)
+
+
+@each_kind
+def test_same_numbers(kind: str) -> None:
+    listed = modules(kind)
+    stack = Stack(listed)
+    x = torch.randn(30, F, dtype=torch.float64)
+    actions = torch.randint(-1, K - 1, (30,))  # nobody takes the last one
+    results = []
+    for over in (listed, stack):
+        leaf = x.clone().requires_grad_()
+        y = run(over, leaf, actions)
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad])
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert got is not None and expected is not None
+        assert_same(got, expected)
+    for name, p in stack.pattern.named_parameters():
+        own = [m.get_parameter(name) for m in listed]
+        assert p.grad is not None
+        assert_same(p.grad, torch.stack([torch.zeros_like(q) if q.grad is None else q.grad for q in own]))
+        assert not p.grad[-1].any()
+
+
+@each_kind
+def test_checkpoints_of_a_list(kind: str) -> None:
+    listed = modules(kind)
+    holder, other = nn.Module(), nn.Module()
+    holder.layers, other.layers = Stack(listed), Stack(modules(kind))
+    plain = nn.Module()
+    plain.layers = listed
+    saved = holder.state_dict()
+    assert list(saved) == list(plain.state_dict())
+    assert all(torch.equal(t, saved[k]) for k, t in plain.state_dict().items())
+    with torch.no_grad():
+        for p in listed.parameters():
+            p.mul_(2)
+    for assign in (False, True):
+        file = io.BytesIO()
+        torch.save(plain.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True), strict=True, assign=assign)
+        assert all(torch.equal(t, other.state_dict()[k]) for k, t in plain.state_dict().items())
+    back = nn.Module()
+    back.layers = modules(kind)
+    back.load_state_dict(other.state_dict(), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), listed.parameters(), strict=True))
+
+
+def test_what_does_not_fit_a_checkpoint_is_named() -> None:
+    holder = nn.Module()
+    holder.layers = Stack(modules("linear"))
+    good = holder.state_dict()
+    for change, telling in (
+        ({"layers.2.weight": None}, r"Missing key.*layers\.2\.weight"),
+        ({"layers.9.weight": torch.zeros(F, F)}, r"Unexpected key.*layers\.9\.weight"),
+        (
+            {"layers.1.bias": torch.zeros(3)},
+            r"size mismatch for layers\.1\.bias: expected \[6\], the checkpoint has \[3\]",
+        ),
+    ):
+        wrong = {k: t for k, t in {**good, **change}.items() if t is not None}
+        with pytest.raises(RuntimeError, match=telling):
+            holder.load_state_dict(wrong)
+    incomplete = {k: t + 1 for k, t in good.items() if k != "layers.0.bias"}
+    before = holder.layers.pattern.bias.clone()
+    found = holder.load_state_dict(incomplete, strict=False)
+    assert found.missing_keys == ["layers.0.bias"] and not found.unexpected_keys
+    assert torch.equal(holder.layers.pattern.bias, before)
+
+
+def test_one_parameter_each() -> None:
+    stack = Stack(modules("mlp"))
+    assert [tuple(p.shape) for p in stack.parameters()] == [(K, 5, F), (K, 5), (K, F, 5), (K, F)]
+    assert all(p.is_leaf and p.is_contiguous() for p in stack.parameters())
+    assert all(p.dtype == torch.float32 for p in copy.deepcopy(stack).float().parameters())
+
+
+def test_single_modules_and_copies() -> None:
+    listed = modules("deep")
+    stack = copy.deepcopy(Stack(listed))
+    x = torch.randn(5, F, dtype=torch.float64)
+    assert len(stack) == K and len(list(stack)) == K
+    for k in range(-1, K):
+        assert torch.equal(stack[k](x), listed[k](x))
+    assert list(stack.state_dict()) == [f"{k}.{name}" for k in range(K) for name in dict(listed[0].named_parameters())]
+    with pytest.raises(IndexError, match=r"^index: expected one below 4, got 4"):
+        stack[4]
+    with pytest.raises(TypeError, match="run by Selection"):
+        stack(x)
+
+
+@pytest.mark.parametrize("unlike", [
+    [nn.Linear(3, 4), nn.Linear(3, 5)],
+    [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU())],
+    [nn.BatchNorm1d(3), nn.BatchNorm1d(3)],
+    [nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)],
+    [nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)],
+    [],
+])  # fmt: skip
+def test_what_cannot_be_stacked(unlike: list[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"^stacked: expected "):
+        Stack(unlike)
