@@ -357,14 +357,15 @@ def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> T
 
 
 def up_to_the_last(
-    modules: Sequence[nn.Module], x: Tensor, plan: Plan | None, recipe: Recipe
-) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
-    """Everything but a last Linear, for an op that has it in itself: (what that is given, its weights, its biases).
+    modules: Sequence[nn.Module], x: Tensor, plan: Plan | None, recipe: Recipe, *, alone: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor], bool] | None:
+    """Everything but a last Linear, for an op that has it in itself.
 
-    None where the modules differ, or end in something else. ``plan`` None: the first module for all samples.
+    Returns (what that is given, its weights, its biases, whether that is x itself), or None where the modules differ, or end in something else, or (``alone``) are more than it. ``plan`` None: the first
+    module for all samples.
     """
     alike = recipe.stages(modules)
-    if alike is None or alike[-1].kind != "linear" or alike[-1].then is not None:
+    if alike is None or alike[-1].kind != "linear" or alike[-1].then is not None or (alone and len(alike) > 1):
         return None
     head, before = alike[-1], alike[:-1]
     made: Tensor | None = x
@@ -374,7 +375,7 @@ def up_to_the_last(
         for stage in before:
             made = stage.leaves[0](made)
             made = made if stage.then is None else stage.then.leaves[0](made)
-    return None if made is None else (made, head.parameters("weight"), head.parameters("bias"))
+    return None if made is None else (made, head.parameters("weight"), head.parameters("bias"), not before)
 
 
 class _WithZeros(torch.autograd.Function):

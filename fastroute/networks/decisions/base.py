@@ -23,7 +23,7 @@ from ..entries import Entries, Need, from_raw
 from ..record import Column, Record
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
 from ..trajectory import SampleMetaInformation, Trajectory
-from .storage import ApproxPolicyStorage, Storages, TabularPolicyStorage, ask, head
+from .storage import ApproxPolicyStorage, Storages, TabularPolicyStorage, ask, heads
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
@@ -275,12 +275,9 @@ class Decision(nn.Module):
 
         With a coin it explores where the coin falls below ``exploration``. ``expected``: also the critic's mean.
         """
-        own = head(self._policy, x, plan)
+        own, judge = heads(self._policy, critic, x, plan)
         z = self._ask(self._policy, x, plan) if own is None else None
-        judge, q = None, None
-        if critic is not None:
-            judge = None if own is None else head(critic, x, plan)
-            q = self._ask(critic, x, plan) if judge is None else None
+        q = self._ask(critic, x, plan) if critic is not None and judge is None else None
         like = z if z is not None else (own.weights or own.biases)[0]  # type: ignore[union-attr]
         uniform = coin = None
         upstream = self.formula == "upstream"
