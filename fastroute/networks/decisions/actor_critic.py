@@ -70,8 +70,8 @@ class WPL(ActorCritic):
         intended = self.formula == "intended"
         made, explored = self._answer(x, plan, forced, self._qvalue_mem, kind="shifted", expected=intended)
         columns = [Column(lambda: values(made.scores, "shifted", 1.0), made.value), critic_column(made)]
-        if made.expected is not None:
-            columns.append(Column(made.expected[:, None], made.expected))
+        if (mean := made.expected) is not None:
+            columns.append(Column(lambda: mean[:, None], mean))
         return Decided(made.actions, columns, explored)
 
     def loss(self, e: Entries) -> Tensor:
