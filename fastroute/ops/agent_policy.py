@@ -60,6 +60,20 @@ class _Options(NamedTuple):
         return [values[:a], values[a : a + b], values[a + b : a + b + c], values[a + b + c :]]
 
 
+def _stacked(tensors: Tensors, dims: int) -> Tensors:
+    """The tensors of all agents as one with so many axes."""
+    if not tensors or is_stacked(tensors, dims):
+        return tensors
+    return [torch.cat(tuple(tensors)) if tensors[0].dim() == dims else torch.stack(tuple(tensors))]
+
+
+def _of_each(stacked: list[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """That again as tensors of such shapes."""
+    if not stacked or len(shapes) == 1:
+        return [t.reshape(shapes[0]) for t in stacked]
+    return [t.reshape(shape) for t, shape in zip(stacked[0].unbind(), shapes, strict=True)]
+
+
 class _AgentPolicy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,11 +88,14 @@ class _AgentPolicy(torch.autograd.Function):
                 if made[i] is forced or (i and made[0] is made[2]):
                     made[i] = made[i].clone()
         else:
+            if options.backend == "triton":  # its kernels take all agents' layers in one tensor of each kind
+                nets = [_stacked(of, 3 - i % 2) for i, of in enumerate(nets)]
             op = getattr(torch.ops.fastroute, f"_agent_policy_{options.backend}")
             made = op(x, order, offsets, *nets, uniform, coin, forced, KINDS.index(options.kind), *rest)
         ctx.mark_non_differentiable(made[0], made[2], *made[6:])
         ctx.set_materialize_grads(False)
         ctx.options, ctx.critic_width = options, made[4].shape[1] if len(made) > 4 else 0
+        ctx.weights, ctx.shapes = len(nets[0]), [p.shape for p in parameters]
         ctx.save_for_backward(x, order, offsets, made[3], made[0], *nets[0], *nets[2])
         return tuple(made)
 
@@ -89,7 +106,7 @@ class _AgentPolicy(torch.autograd.Function):
         grad_value, grad_scores = grads[1], grads[3]
         grad_critic, grad_at = grads[4:6] if len(grads) > 4 else (None, None)
         x, order, offsets, scores, actions, *saved = ctx.saved_tensors
-        weights, critic_weights = saved[: o.counts[0]], saved[o.counts[0] :]
+        weights, critic_weights = saved[: ctx.weights], saved[ctx.weights :]
         needs = ctx.needs_input_grad
         wants = [any(of) for of in o.split(needs[7:])]
         if o.backend == "reference":
@@ -100,11 +117,14 @@ class _AgentPolicy(torch.autograd.Function):
             )  # fmt: skip
         else:
             op = getattr(torch.ops.fastroute, f"_agent_policy_{o.backend}_backward")
+            stacked = (True, True) if o.backend == "triton" else (o.stacked, o.critic_stacked)
             dense = [None if g is None else g.contiguous() for g in (grad_value, grad_scores, grad_critic, grad_at)]
             dx, *made = op(
                 *dense, scores, actions, x, order, offsets, weights, critic_weights, o.agents, ctx.critic_width,
-                KINDS.index(o.kind), o.temperature, needs[0], *wants, o.stacked, o.critic_stacked, o.bounds is None,
+                KINDS.index(o.kind), o.temperature, needs[0], *wants, *stacked, o.bounds is None,
             )  # fmt: skip
+            if o.backend == "triton":
+                made = [_of_each(got, like) for got, like in zip(made, o.split(ctx.shapes), strict=True)]
         found: list[Any] = []
         for i, (got, inputs) in enumerate(zip(made, o.split(needs[7:]), strict=True)):
             each: list[Any] = list(got) if got else [None] * len(inputs)

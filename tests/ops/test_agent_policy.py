@@ -398,6 +398,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
 
 @pytest.mark.parametrize("backend, kind", [*((b, "softmax") for b in HERE), (HERE[-1], "shifted")])
 def test_compile(backend: str, kind: str) -> None:
+    """Without looking at counts, on the reference in another order of sums."""
     generator = torch.Generator().manual_seed(0)
     weights, biases = parameters_of(3, 4, 5, F64)
     critic, _ = parameters_of(3, 4, 5, F64)
@@ -412,10 +413,10 @@ def test_compile(backend: str, kind: str) -> None:
             x, dispatch.plan(agents, 3), weights, biases, critic_weights=critic, uniform=uniform, kind=kind,
             keep_empty=True,
         )  # fmt: skip
-        return tuple(t for t in made if t is not None)
+        return tuple(results(made).values())
 
     with use_backend(backend):
-        check_compiled(call, calls, parameters=[*weights, *biases])
+        check_compiled(call, calls, parameters=[*weights, *biases], backend="eager")
 
 
 class Greedy(nn.Module):
