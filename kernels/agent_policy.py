@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import launch
 from .launch import cdiv, dot, multiprocessors, power_of_2
-from .policy import decide, entry, row_block, score_gradient, weights_of
+from .policy import decide, entry, rounded, row_block, score_gradient, weights_of
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def agent_forward_kernel(
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """grid (a bound on the row tiles): everything of ``agent_policy``'s forward pass."""
-    agent, b, place, live = tile_of(offsets, order, rows, tl.program_id(0), A, A_PAD, BLOCK_N)
+    agent, b, _, live = tile_of(offsets, order, rows, tl.program_id(0), A, A_PAD, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     real = (k < K)[None, :]
     keep = live[:, None] & real
@@ -81,7 +81,7 @@ def agent_forward_kernel(
     known = tl.minimum(agent, A - 1)
     z = layer(tl.zeros([BLOCK_N, BLOCK_K], tl.float32), x, x_row, b, live, weight, bias, known, k, real, F, K, BLOCK_F,
               PRECISION)  # fmt: skip
-    z = tl.where(has, z, 0.0).to(scores.dtype.element_ty)
+    z = rounded(tl.where(has, z, 0.0), scores.dtype.element_ty)
     tl.store(scores + b[:, None] * K + k[None, :], z, mask=keep)
     z = z.to(tl.float32)
     a, v, best = decide(
@@ -96,7 +96,7 @@ def agent_forward_kernel(
         c = tl.arange(0, BLOCK_C)
         q = layer(tl.zeros([BLOCK_N, BLOCK_C], tl.float32), x, x_row, b, live, critic_weight, critic_bias, known, c,
                   (c < C)[None, :], F, C, BLOCK_F, PRECISION)  # fmt: skip
-        q = tl.where(has, q, 0.0).to(critic.dtype.element_ty)
+        q = rounded(tl.where(has, q, 0.0), critic.dtype.element_ty)
         tl.store(critic + b[:, None] * C + c[None, :], q, mask=live[:, None] & (c < C)[None, :])
         q = q.to(tl.float32)
         at = a
@@ -150,7 +150,7 @@ def critic_gradients_of(
 @triton.jit
 def transposed_product(acc, g, x_tile, PRECISION: tl.constexpr):
     """acc + g^T x: [k, f]."""
-    return dot(tl.trans(g.to(x_tile.dtype)), x_tile, acc, PRECISION)
+    return dot(tl.trans(rounded(g, x_tile.dtype)), x_tile, acc, PRECISION)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def agent_parameters_kernel(
     HAS_POLICY: tl.constexpr, HAS_CRITIC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """grid (agents * column tiles, splits): gradients [splits, A, ...] of layers and biases, in a fixed order of sums."""
+    """grid (agents * column tiles, splits): gradients [splits, A, ...] of layers and biases, always summed alike."""
     column_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F if F > 0 else 1
     agent = tl.program_id(0) // column_tiles
     column = tl.program_id(0) % column_tiles
@@ -198,17 +198,16 @@ def agent_parameters_kernel(
                 q_acc = transposed_product(q_acc, h, x_tile, PRECISION)
     place = (split * A + agent).to(tl.int64)
     if dw is not None:
-        tl.store(
-            dw + place * (K * F) + k[:, None] * F + f[None, :], w_acc, mask=(k < K)[:, None] & (f < F)[None, :]
-        )
+        tl.store(dw + place * (K * F) + k[:, None] * F + f[None, :], w_acc, mask=(k < K)[:, None] & (f < F)[None, :])
     if critic_dw is not None:
         tl.store(
             critic_dw + place * (C * F) + c[:, None] * F + f[None, :], q_acc, mask=(c < C)[:, None] & (f < F)[None, :]
         )
-    if db is not None:
-        tl.store(db + place * K + k, w_sum, mask=(k < K) & (column == 0))
-    if critic_db is not None:
-        tl.store(critic_db + place * C + c, q_sum, mask=(c < C) & (column == 0))
+    if column == 0:
+        if db is not None:
+            tl.store(db + place * K + k, w_sum, mask=k < K)
+        if critic_db is not None:
+            tl.store(critic_db + place * C + c, q_sum, mask=c < C)
 
 
 @triton.jit
@@ -223,7 +222,7 @@ def agent_input_kernel(
     agent, b, place, live = tile_of(offsets, order, rows, tl.program_id(0), A, A_PAD, BLOCK_N)
     if agent > A:
         return
-    keep_agent = live & (agent < A)
+    keep_agent = live & (place < tl.where(agent < A, rows, 0))  # the mask of a scalar that the interpreter takes
     known = tl.minimum(agent, A - 1).to(tl.int64)
     k, c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_C)
     if HAS_POLICY:
@@ -235,15 +234,17 @@ def agent_input_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
         if HAS_POLICY:
             w_tile = tl.load(
-                weight + known * (K * F) + k[:, None] * F + f[None, :], mask=(k < K)[:, None] & (f < F)[None, :], other=0.0
+                weight + known * (K * F) + k[:, None] * F + f[None, :],
+                mask=(k < K)[:, None] & (f < F)[None, :],
+                other=0.0,
             )
-            acc = dot(g.to(w_tile.dtype), w_tile, acc, PRECISION)
+            acc = dot(rounded(g, w_tile.dtype), w_tile, acc, PRECISION)
         if HAS_CRITIC:
             w_tile = tl.load(
                 critic_weight + known * (C * F) + c[:, None] * F + f[None, :],
                 mask=(c < C)[:, None] & (f < F)[None, :], other=0.0,
             )  # fmt: skip
-            acc = dot(h.to(w_tile.dtype), w_tile, acc, PRECISION)
+            acc = dot(rounded(h, w_tile.dtype), w_tile, acc, PRECISION)
         tl.store(dx + b[:, None] * F + f[None, :], acc, mask=live[:, None] & (f < F)[None, :])
 
 
@@ -310,7 +311,7 @@ def backward(
     weight: Tensor | None, critic_weight: Tensor | None, agents: int, critic_width: int, kind: int, temperature: float,
     want_x: bool, wants: tuple[bool, bool, bool, bool], precision: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """The gradient of x, and those of weights, biases, critic's weights and critic's biases, [A, ...] each, as wanted."""
+    """The gradient of x, and those of weights, biases and the critic's two, [A, ...] each, as wanted."""
     of_policy = grad_value is not None or grad_scores is not None
     of_critic = grad_critic is not None or grad_critic_at is not None
     given = x if weight is not None or critic_weight is not None else None

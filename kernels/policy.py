@@ -11,13 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .launch import cdiv, power_of_2
+from .launch import _INTERPRETED, cdiv, power_of_2
 
 SHIFT = tl.constexpr(1e-6)  # of fastroute.reference.policy
 CLAMP = tl.constexpr(1.1920928955078125e-07)
 SOFTMAX = tl.constexpr(0)  # indices into KINDS
 SCORE = tl.constexpr(1)
 SHIFTED = tl.constexpr(2)
+
+
+@triton.jit
+def rounded(v, TYPE: tl.constexpr):
+    """float32 to the nearest number of a type."""
+    if _INTERPRETED and tl.bfloat16 == TYPE:  # it would cut off the last bits
+        bits = v.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    return v.to(TYPE)
 
 
 @triton.jit

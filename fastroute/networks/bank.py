@@ -361,8 +361,14 @@ def up_to_the_last(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], bool] | None:
     """Everything but a last Linear, for an op that has it in itself.
 
-    Returns (what that is given, its weights, its biases, whether that is x itself), or None where the modules differ, or end in something else, or (``alone``) are more than it. ``plan`` None: the first
-    module for all samples.
+    Args:
+        modules, x, recipe: as of :func:`run`.
+        plan: of the samples; None: the first module has them all.
+        alone: only where the Linear is all there is.
+
+    Returns:
+        (what it is given, its weights, its biases, whether it is given x itself); None where the modules differ, or end
+        in something else.
     """
     alike = recipe.stages(modules)
     if alike is None or alike[-1].kind != "linear" or alike[-1].then is not None or (alone and len(alike) > 1):

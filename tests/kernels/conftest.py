@@ -11,5 +11,7 @@ import os
 import torch
 
 collect_ignore = (
-    [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_vector_routing.py", "test_policy.py"]
+    []
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    else ["test_vector_routing.py", "test_policy.py"]
 )

@@ -139,7 +139,7 @@ def _head(storages: Storages, x: Tensor, plan: Plan | None, *, alone: bool = Fal
         return None
     given, weights, biases, is_direct = found
     K, F = weights[0].shape
-    if K != storages.outputs or given.dim() != 2 or given.shape[1] != F:
+    if storages.outputs != K or given.dim() != 2 or given.shape[1] != F:
         return None
     if given.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
         return None
