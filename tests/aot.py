@@ -73,6 +73,8 @@ def _specialised(value: Any) -> tuple[str, Any, list[list[Any]]]:
         return "constexpr", None, []
     if isinstance(value, torch.Tensor):
         return "*" + names[value.dtype], None, [["tt.divisibility", 16]]
+    if isinstance(value, float):
+        return "fp32", None, []
     if value == 1:
         return "constexpr", 1, []
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), None, ([["tt.divisibility", 16]] if value % 16 == 0 else [])

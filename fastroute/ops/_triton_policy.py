@@ -17,13 +17,15 @@ Tensors = Sequence[Tensor]
 def _policy(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import policy
 
-    return policy.forward(*args)
+    made: tuple[Tensor, Tensor, Tensor] = policy.forward(*args)
+    return made
 
 
 def _policy_backward(*args: Any) -> Tensor:
     from ..kernels import policy
 
-    return policy.backward(*args)
+    made: Tensor = policy.backward(*args)
+    return made
 
 
 def _only(tensors: Tensors) -> Tensor | None:
@@ -39,7 +41,8 @@ def _agent_policy(
 
     nets = map(_only, (weights, biases, critic_weights, critic_biases))
     like = (*weights, *biases)[0]
-    return agent_policy.forward(x, order, offsets, *nets, *rest, precision_of(like, ""))  # type: ignore[call-arg]
+    made: list[Tensor] = agent_policy.forward(x, order, offsets, *nets, *rest, precision_of(like, ""))
+    return made
 
 
 def _agent_policy_backward(

@@ -83,7 +83,7 @@ class _AgentPolicy(torch.autograd.Function):
         nets = options.split(parameters)
         rest = options.temperature, options.exploration, options.expected
         if options.backend == "reference":
-            made = reference.forward(x, order, offsets, *nets, uniform, coin, forced, options.kind, *rest)  # type: ignore[arg-type]
+            made = reference.forward(x, order, offsets, *nets, uniform, coin, forced, options.kind, *rest)  # type: ignore[call-arg, arg-type]
             for i in (0, 2):  # an autograd function's output is no input, and each is its own
                 if made[i] is forced or (i and made[0] is made[2]):
                     made[i] = made[i].clone()

@@ -154,7 +154,11 @@ def backward(
     critic_stacked: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of x, weights, biases, and the critic's: of the last two pairs as wanted, and if there is any."""
-    dx, dw, db, critic_dw, critic_db = None, [], [], [], []
+    dx: Tensor | None = None
+    dw: list[Tensor] = []
+    db: list[Tensor] = []
+    critic_dw: list[Tensor] = []
+    critic_db: list[Tensor] = []
     if grad_value is not None or grad_scores is not None:
         g = grad_scores
         if grad_value is not None:

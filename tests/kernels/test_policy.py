@@ -19,7 +19,7 @@ from fastroute.ops._backends import BackendUnavailable
 from fastroute.ops.policy import CHOICES, KINDS
 from tests.helpers.agent_policy_cases import case_of, each_kind, each_net, lists, op, some_agents, truth
 from tests.helpers.budget import assert_within_budget, check
-from tests.helpers.cases import evaluate
+from tests.helpers.cases import Case, evaluate
 from tests.helpers.dispatch_cases import actions_of, each_histogram
 from tests.helpers.poison import poisoned_memory
 
@@ -53,19 +53,34 @@ def run_policy(backend: str, scores: Tensor, grad: Tensor, **options: Any) -> li
 
 @pytest.mark.parametrize("way", WAYS)
 @each_kind
-@each_dtype
-def test_policy(kind: str, way: str, dtype: torch.dtype) -> None:
-    for N, K in ((70, 5), (9, 1), (3, 200)):
-        scores, grad = (3 * torch.randn(N, K, device=DEVICE)).to(dtype), torch.randn(N, device=DEVICE)
+def test_choices(kind: str, way: str) -> None:
+    for N, K in ((70, 5), (9, 1), (5, 200)):
+        scores, grad = 3 * torch.randn(N, K, device=DEVICE), torch.randn(N, device=DEVICE)
         options = {"kind": kind, "temperature": 0.7, **some_choices(way, N, K)}
-        found = run_policy("triton", scores, grad, **options)
-        plain = run_policy("reference", scores, grad, **options)
-        assert torch.equal(found[1], plain[1]) and int((found[0] != plain[0]).sum()) <= N // 50
-        same = {"kind": kind, "temperature": 0.7, "forced": found[0]}
-        plain = run_policy("reference", scores, grad, **same)
-        exact = run_policy("reference", scores.double(), grad.double(), **same)
-        assert_within_budget(found[2], exact[2], plain[2], f"value {N} {K}")
-        assert_within_budget(found[3], exact[3], plain[3], f"gradient {N} {K}")
+        found, plain = (run_policy(backend, scores, grad, **options) for backend in ("triton", "reference"))
+        different = int((found[0] != plain[0]).sum())  # two races so close that rounding decides them
+        assert torch.equal(found[1], plain[1]) and different <= N // 50
+
+
+@each_kind
+@each_dtype
+def test_values(kind: str, dtype: torch.dtype) -> None:
+    def op(backend: str) -> Any:
+        def call(scores: Tensor, forced: Tensor) -> dict[str, Tensor]:
+            with use_backend(backend):
+                return {"value": ops.policy(scores, forced=forced, kind=kind, temperature=0.7).value}
+
+        return call
+
+    for N, K in ((40, 5), (20, 200)):
+        cases = []
+        for _ in range(4):
+            scores, forced = (3 * torch.randn(N, K, device=DEVICE)).to(dtype), torch.randint(-1, K, (N,), device=DEVICE)
+            axes = {"scores": "nk", "forced": "n", "value": "n"}
+            cases.append(
+                Case({"scores": scores, "forced": forced}, {"value": torch.randn(N, device=DEVICE)}, axes, ("scores",))
+            )
+        check(op("triton"), op("reference"), cases, dtype=dtype, permute="", count=1)
 
 
 @each_kind
@@ -87,12 +102,12 @@ def test_extreme_scores(kind: str) -> None:
 
 
 def check_op(
-    net: str, kind: str, dtype: torch.dtype, agents: Sequence[Tensor], A: int, F: int, K: int, **options: bool
-) -> None:
+    net: str, kind: str, dtype: torch.dtype, agents: Sequence[Tensor], A: int, F: int, K: int, *, orders: int = 1, **options: bool
+) -> None:  # fmt: skip
     """Cases of the same kind, an ``agents`` each."""
     cases = [case_of(a, A, F, K, net, dtype, seed, DEVICE) for seed, a in enumerate(agents)]
     how = {"kind": kind, "temperature": 0.7}
-    check(op("triton", **how, **options), truth(**how), cases, dtype=dtype, permute="", count=1)
+    check(op("triton", **how, **options), truth(**how), cases, dtype=dtype, permute="n", count=orders)
 
 
 @each_net
@@ -117,7 +132,7 @@ def test_histograms(histogram: list[int]) -> None:
 
 @each_net
 def test_one_agent_without_a_plan(net: str) -> None:
-    check_op(net, "softmax", F32, [torch.zeros(90, dtype=torch.int64)] * 2, 1, 70, 9, no_plan=True)
+    check_op(net, "softmax", F32, [torch.zeros(70, dtype=torch.int64)] * 3, 1, 70, 9, no_plan=True, orders=2)
 
 
 @pytest.mark.parametrize("size", [(40, 5, 100, 40), (130, 2, 33, 100), (5, 3, 3, 1), (20, 2, 130, 256)], ids=str)

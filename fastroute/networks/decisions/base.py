@@ -294,7 +294,9 @@ class Decision(nn.Module):
             made = AgentChoice(*alone, z)  # type: ignore[arg-type]
         else:
             given = own.x if own.x is not None else judge.x if judge is not None and judge.x is not None else x
-            critics = {} if judge is None else {"critic_weights": judge.weights, "critic_biases": judge.biases}
+            critics: dict[str, Any] = (
+                {} if judge is None else {"critic_weights": judge.weights, "critic_biases": judge.biases}
+            )
             made = agent_policy(
                 given, plan, own.weights, own.biases, **critics, **how, expected=expected and judge is not None
             )
