@@ -26,21 +26,25 @@ def tile_of(offsets, order, rows, tile, A: tl.constexpr, A_PAD: tl.constexpr, BL
     Every agent's rows begin a tile. Past the last tile there is no row.
     """
     if offsets is None:
+        agent = tile * 0
         place = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        return tile * 0, place, place, place < rows
-    a = tl.arange(0, A_PAD)
-    start = tl.load(offsets + a, mask=a <= A, other=0)
-    stop = tl.load(offsets + a + 1, mask=a < A, other=0)
-    stop = tl.where(a == A, rows, stop)
-    tiles = tl.where(a <= A, (stop - start + BLOCK_N - 1) // BLOCK_N, 0)
-    ends = tl.cumsum(tiles, 0)
-    agent = tl.sum((ends <= tile).to(tl.int32), 0)
-    mine = a == agent
-    first = tl.sum(tl.where(mine, start + (tile - (ends - tiles)) * BLOCK_N, 0), 0)
-    last = tl.sum(tl.where(mine, stop, 0), 0)
-    place = first + tl.arange(0, BLOCK_N)
-    live = place < last
-    return agent, tl.load(order + place, mask=live, other=0), place, live
+        live = place < rows
+        b = place
+    else:
+        a = tl.arange(0, A_PAD)
+        start = tl.load(offsets + a, mask=a <= A, other=0)
+        stop = tl.load(offsets + a + 1, mask=a < A, other=0)
+        stop = tl.where(a == A, rows, stop)
+        tiles = tl.where(a <= A, (stop - start + BLOCK_N - 1) // BLOCK_N, 0)
+        ends = tl.cumsum(tiles, 0)
+        agent = tl.sum((ends <= tile).to(tl.int32), 0)
+        mine = a == agent
+        first = tl.sum(tl.where(mine, start + (tile - (ends - tiles)) * BLOCK_N, 0), 0)
+        last = tl.sum(tl.where(mine, stop, 0), 0)
+        place = first + tl.arange(0, BLOCK_N)
+        live = place < last
+        b = tl.load(order + place, mask=live, other=0)
+    return agent, b, place, live
 
 
 @triton.jit
@@ -254,14 +258,20 @@ _PARTIAL = 1 << 24  #: numbers of partial sums over rows
 class _Sizes:
     """What launches of one call share."""
 
-    def __init__(self, scores: Tensor, x: Tensor | None, offsets: Tensor | None, agents: int, width: int) -> None:
+    def __init__(
+        self, scores: Tensor, x: Tensor | None, offsets: Tensor | None, agents: int, width: int, precision: str
+    ) -> None:  # fmt: skip
         self.N, self.K = scores.shape
         self.F = 0 if x is None else x.shape[1]
         self.A, self.C = agents, width
         widest = max(self.K, width)
         self.block = row_block(widest, cdiv(self.N, agents))
         self.tiles = cdiv(self.N, self.block) + (0 if offsets is None else agents + 1)
-        self.columns = min(power_of_2(max(self.F, 1)), 64 if widest <= 64 else 32)
+        on_tensor_cores = scores.dtype != torch.float32 or precision != "ieee"
+        self.columns = min(power_of_2(max(self.F, 1)), 64 if on_tensor_cores and widest <= 64 else 32)
+        #: rows that gradients of parameters add at a time: without tensor cores a product is unrolled over them
+        self.depth = self.block if on_tensor_cores else 16
+        self.warps = 4 if widest <= 64 else 8
         self.constants: dict[str, Any] = {
             "A": agents, "F": self.F, "K": self.K, "C": width, "BLOCK_N": self.block, "BLOCK_K": power_of_2(self.K),
             "BLOCK_C": power_of_2(max(width, 1)), "BLOCK_F": self.columns,
@@ -293,14 +303,14 @@ def forward(
     outputs = made + [None] * (7 - len(made))  # type: ignore[operator]
     uniform, coin, forced = (None if t is None else t.contiguous() for t in (uniform, coin, forced))
     given = x if weight is not None or critic_weight is not None else None
-    sizes = _Sizes(made[3], given, offsets, A, C)
+    sizes = _Sizes(made[3], given, offsets, A, C, precision)
     if N:
         launch.launch(
             agent_forward_kernel, (sizes.tiles,),
             given, order, offsets, weight, bias, critic_weight, critic_bias, uniform, coin, forced, *outputs,
             N, 0 if given is None else given.stride(0), 0 if uniform is None else uniform.stride(0), temperature,
             exploration,
-            A_PAD=power_of_2(A + 1), KIND=kind, PRECISION=precision, warps=4, stages=2, **sizes.constants,
+            A_PAD=power_of_2(A + 1), KIND=kind, PRECISION=precision, warps=sizes.warps, stages=2, **sizes.constants,
         )  # fmt: skip
     return made
 
@@ -315,7 +325,7 @@ def backward(
     of_policy = grad_value is not None or grad_scores is not None
     of_critic = grad_critic is not None or grad_critic_at is not None
     given = x if weight is not None or critic_weight is not None else None
-    sizes = _Sizes(scores, given, offsets, agents, critic_width)
+    sizes = _Sizes(scores, given, offsets, agents, critic_width, precision)
     A, N = agents, sizes.N
     flows = (of_policy and weight is not None, of_policy, of_critic and critic_weight is not None, of_critic)
     shapes = ((sizes.K, sizes.F), (sizes.K,), (critic_width, sizes.F), (critic_width,))
@@ -336,7 +346,7 @@ def backward(
         launch.launch(
             agent_parameters_kernel, (programs, splits),
             *grads, scores, actions, given, order, offsets, *parts, N, x_row, temperature, splits,
-            warps=4, stages=2, **common,
+            warps=sizes.warps, stages=2, **(common | {"BLOCK_N": sizes.depth}),
         )  # fmt: skip
         made = [None if p is None else p[0] if splits == 1 else p.sum(0).to(scores.dtype) for p in parts]
     if not (want_x and given is not None and (flows[0] or flows[2])):
@@ -347,6 +357,6 @@ def backward(
         launch.launch(
             agent_input_kernel, (sizes.tiles,),
             *grads, scores, actions, order, offsets, weight, critic_weight, dx, N, temperature,
-            A_PAD=power_of_2(A + 1), warps=4, stages=2, **common,
+            A_PAD=power_of_2(A + 1), warps=sizes.warps, stages=2, **common,
         )  # fmt: skip
     return dx, made

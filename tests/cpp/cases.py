@@ -13,6 +13,7 @@ import fastroute.ops._native_vector_routing as native
 from fastroute import use_backend
 from fastroute.ops import _backends
 from fastroute.reference.step import Grads, Step
+from tests.cpp.agent_policy_cases import agent_policies
 from tests.cpp.dispatch_cases import grouped_linears, plans, policies
 from tests.helpers.cases import evaluate
 from tests.helpers.layouts import LAYOUTS, Fenced
@@ -112,7 +113,7 @@ def layouts() -> None:
 
 def run() -> None:
     with use_backend("native"), poisoned_memory():
-        for part in (one_iteration, fenced, all_iterations, layouts, plans, grouped_linears, policies):
+        for part in (one_iteration, fenced, all_iterations, layouts, plans, grouped_linears, policies, agent_policies):
             part()
             print(part.__name__, flush=True)
     print("no findings")

@@ -102,7 +102,8 @@ def test_extreme_scores(kind: str) -> None:
 
 
 def check_op(
-    net: str, kind: str, dtype: torch.dtype, agents: Sequence[Tensor], A: int, F: int, K: int, *, orders: int = 1, **options: bool
+    net: str, kind: str, dtype: torch.dtype, agents: Sequence[Tensor], A: int, F: int, K: int, *, orders: int = 1,
+    **options: bool,
 ) -> None:  # fmt: skip
     """Cases of the same kind, an ``agents`` each."""
     cases = [case_of(a, A, F, K, net, dtype, seed, DEVICE) for seed, a in enumerate(agents)]
