@@ -21,10 +21,8 @@ namespace {
 
 using BFloat16 = torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kTileNumbers = 4096;   // a tile and its noise stay in a first-level cache
+constexpr int64_t kTileNumbers = 4096;   // a tile and its draws stay in a first-level cache
 constexpr int64_t kThreadNumbers = 16384;  // worth waking a thread for
 
 // Calls f with the address of a number of this type.
@@ -87,31 +85,27 @@ void for_tiles(int64_t N, int64_t K, int64_t arrays, const F& f) {
 
 template <class T>
 struct Draw {
-  std::optional<Source> noise, coin;
+  std::optional<Source> uniform, coin;
   Kind kind;
   T temperature;
   double exploration;
 
-  // actions [rows], from scores z (for a softmax already divided by the temperature); noise_tile is overwritten
-  void operator()(int64_t* actions, const int64_t* greedy, const T* z, T* noise_tile, int64_t start, int64_t rows,
+  // actions [rows], from scores z (for a softmax already divided by the temperature); race is overwritten
+  void operator()(int64_t* actions, const int64_t* greedy, const T* z, T* race, int64_t start, int64_t rows,
                   int64_t K) const {
-    if (!noise.has_value()) {
+    if (!uniform.has_value()) {
       std::copy_n(greedy, rows, actions);
       return;
     }
-    noise->read(noise_tile, start, rows);
-    if (kind == kScore) {
-      policy::rows<T>().argmin(actions, noise_tile, rows, K);
-    } else {
-      if (kind == kSoftmax) {
-        policy::rows<T>().race_softmax(noise_tile, z, rows * K);
-      } else {
-        policy::rows<T>().race_shifted(noise_tile, z, rows, K);
-      }
-      policy::rows<T>().argmax(actions, noise_tile, rows, K);
+    uniform->read(race, start, rows);
+    if (kind == kSoftmax) {
+      policy::rows<T>().race_softmax(race, z, rows * K);
+    } else if (kind == kShifted) {
+      policy::rows<T>().race_shifted(race, z, rows, K);
     }
+    policy::rows<T>().argmax(actions, race, rows, K);
     if (coin.has_value()) {
-      T* coins = noise_tile;  // K >= 1 of them a row
+      T* coins = race;  // K >= 1 of them a row
       coin->read(coins, start, rows);
       for (int64_t i = 0; i < rows; ++i) {
         actions[i] = coins[i] < static_cast<T>(exploration) ? actions[i] : greedy[i];
@@ -132,8 +126,10 @@ bool force(int64_t* actions, const Tensor& forced, int64_t start, int64_t rows, 
   return in_range;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> forward_op(
-    const Tensor& scores, const OptionalTensor& noise, const OptionalTensor& coin, const OptionalTensor& forced,
+    const Tensor& scores, const OptionalTensor& uniform, const OptionalTensor& coin, const OptionalTensor& forced,
     int64_t kind, double temperature, double exploration) {
   const int64_t N = scores.size(0), K = scores.size(1);
   STD_TORCH_CHECK(K >= 1 && kind >= kSoftmax && kind <= kShifted, "policy: no such kind, or no choice");
@@ -147,22 +143,22 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
     using T = decltype(zero);
     const Source source(scores);
     Draw<T> draw{{}, {}, static_cast<Kind>(kind), static_cast<T>(temperature), exploration};
-    if (noise.has_value() && !forced.has_value()) {
-      draw.noise.emplace(*noise);
+    if (uniform.has_value() && !forced.has_value()) {
+      draw.uniform.emplace(*uniform);
       if (coin.has_value()) {
         draw.coin.emplace(*coin);
       }
     }
     auto* values = static_cast<T*>(value.data_ptr());
     for_tiles<T>(N, K, 2, [&](int64_t start, int64_t rows, T* z) {
-      T* noise_tile = z + rows * K;
+      T* race = z + rows * K;
       source.read(z, start, rows);
       policy::rows<T>().argmax(best + start, z, rows, K);
       if (kind == kSoftmax) {
         policy::rows<T>().divide(z, static_cast<T>(temperature), rows * K);
       }
       if (!forced.has_value()) {
-        draw(action + start, best + start, z, noise_tile, start, rows, K);
+        draw(action + start, best + start, z, race, start, rows, K);
       } else if (!force(action + start, *forced, start, rows, K)) {
         in_range = false;
       }
@@ -174,7 +170,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
   return {actions, value, greedy};
 }
 
-Tensor backward_op(const Tensor& grad, const Tensor& scores, const Tensor& actions, int64_t kind, double temperature) {
+Tensor gradient(
+    const OptionalTensor& grad, const OptionalTensor& also, const Tensor& scores, const Tensor& actions, int64_t kind,
+    double temperature) {
   const int64_t N = scores.size(0), K = scores.size(1);
   const ScalarType type = scores.scalar_type();
   Tensor made = empty_cpu<2>({N, K}, type);
@@ -183,23 +181,37 @@ Tensor backward_op(const Tensor& grad, const Tensor& scores, const Tensor& actio
     using S = std::remove_const_t<std::remove_pointer_t<decltype(as)>>;
     using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
     const Source source(scores);
-    const auto* g = static_cast<const T*>(grad.data_ptr());
+    const auto* g = grad.has_value() ? static_cast<const T*>(grad->data_ptr()) : nullptr;
+    const auto* more = also.has_value() ? static_cast<const S*>(also->data_ptr()) : nullptr;
     auto* out = static_cast<S*>(made.data_ptr());
-    const auto gradient = policy::rows<T>().gradient[kind];
+    const auto make = [&](T* z, int64_t start, int64_t rows) {
+      if (g == nullptr) {
+        std::fill_n(z, rows * K, T(0));
+      } else {
+        source.read(z, start, rows);
+        policy::rows<T>().gradient[kind](z, g + start, action + start, static_cast<T>(temperature), rows, K);
+      }
+      if (more != nullptr) {
+        const S* from = more + start * K;
+        std::transform(z, z + rows * K, from, z, [](T v, S w) { return v + static_cast<T>(w); });
+      }
+    };
     if constexpr (std::is_same_v<S, T>) {
-      for_tiles<T>(N, K, 0, [&](int64_t start, int64_t rows, T*) {
-        source.read(out + start * K, start, rows);
-        gradient(out + start * K, g + start, action + start, static_cast<T>(temperature), rows, K);
-      });
+      for_tiles<T>(N, K, 0, [&](int64_t start, int64_t rows, T*) { make(out + start * K, start, rows); });
     } else {
       for_tiles<T>(N, K, 1, [&](int64_t start, int64_t rows, T* z) {
-        source.read(z, start, rows);
-        gradient(z, g + start, action + start, static_cast<T>(temperature), rows, K);
+        make(z, start, rows);
         std::transform(z, z + rows * K, out + start * K, [](T v) { return static_cast<S>(v); });
       });
     }
   });
   return made;
+}
+
+namespace {
+
+Tensor backward_op(const Tensor& grad, const Tensor& scores, const Tensor& actions, int64_t kind, double temperature) {
+  return gradient(grad, {}, scores, actions, kind, temperature);
 }
 
 }  // namespace

@@ -342,8 +342,12 @@ def run(
         [N, ...], entry n of sample n // k.
     """
     alike = None if differentiable_twice else recipe.stages(modules)
-    if alike is None:
-        return _slices(modules, x, plan, keep_empty)
+    made = None if alike is None else _together(alike, x, plan, keep_empty)
+    return _slices(modules, x, plan, keep_empty) if made is None else made
+
+
+def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor | None:
+    """The stages, one after the other; None where one of them would rather not."""
     flow = _Flow(x, plan, keep_empty)
     last = -1  # the last stage with parameters
     for i, stage in enumerate(alike):
@@ -356,7 +360,7 @@ def run(
             flow.norm(stage)
         elif stage.kind == "conv":
             if flow.x.dim() != 4 or not flow.conv(stage):
-                return _slices(modules, x, plan, keep_empty)
+                return None
         else:
             leaf = stage.leaves[0]
             if i < last or last < 0:
@@ -370,6 +374,34 @@ def run(
         if rows is not None:
             flow.x = torch.where(rows.reshape(-1, *[1] * (flow.x.dim() - 1)), flow.x, 0)
     return flow.x
+
+
+def up_to_the_last(
+    modules: Sequence[nn.Module], x: Tensor, plan: Plan | None, recipe: Recipe, *, alone: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor], bool] | None:
+    """Everything but a last Linear, for an op that has it in itself.
+
+    Args:
+        modules, x, recipe: as of :func:`run`.
+        plan: of the samples; None: the first module has them all.
+        alone: only where the Linear is all there is.
+
+    Returns:
+        (what it is given, its weights, its biases, whether it is given x itself); None where the modules differ, or end
+        in something else.
+    """
+    alike = recipe.stages(modules)
+    if alike is None or alike[-1].kind != "linear" or alike[-1].then is not None or (alone and len(alike) > 1):
+        return None
+    head, before = alike[-1], alike[:-1]
+    made: Tensor | None = x
+    if before and plan is not None:
+        made = _together(before, x, plan, False)
+    elif plan is None:
+        for stage in before:
+            made = stage.leaves[0](made)
+            made = made if stage.then is None else stage.then.leaves[0](made)
+    return None if made is None else (made, head.parameters("weight"), head.parameters("bias"), not before)
 
 
 class _WithZeros(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The contracts: one registered op per file, its checks, its fake, its gradient, and the choice of a backend."""
 
 from . import dispatch as dispatch
+from .agent_policy import agent_policy as agent_policy
 from .combine import combine as combine
 from .efficient_routing import efficient_routing as efficient_routing
 from .expert_ffn import expert_ffn as expert_ffn

@@ -14,35 +14,55 @@ from torch.autograd.function import once_differentiable
 from ..reference import policy as reference
 from ..reference.policy import KINDS as KINDS
 from ..reference.policy import Choice as Choice
-from . import _native_policy as _native_policy  # defines the native ops
-from ._backends import native_refuses, note, offer, taken
+from . import _compiled_policy as _compiled_policy  # defines the compiled ops
+from . import _triton_policy as _triton_policy  # implements some of them
+from ._backends import BackendName, Case, decide, native_refuses, note, offer, requested, taken
 from ._checks import floating, shape
 
-offer("policy", "native", "fastroute.ops._native_policy", native_refuses)
+OP = "policy"  #: also of ``agent_policy``
+CHOICES = 256  #: the most that the Triton kernels take: a row of scores lies in registers
+
+
+def _triton_refuses(case: Case) -> str | None:
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels take float32, bfloat16 and float16, not {str(case.dtype).removeprefix('torch.')}"
+    K = dict(case.sizes).get("K", 1)
+    return f"the Triton kernels take up to {CHOICES} choices, not {K}" if K > CHOICES else None
+
+
+def backend_for(like: Tensor, K: int) -> BackendName:
+    """The backend for K choices."""
+    device = like.device.type
+    found: BackendName = taken(OP, device, like.dtype)
+    if found == "triton" and K > CHOICES:
+        return decide(Case(OP, device, like.dtype, (("K", K),)), requested()).backend
+    return found
+
+
+offer("policy", "triton", "fastroute.ops._triton_policy", _triton_refuses)
+offer("policy", "native", "fastroute.ops._compiled_policy", native_refuses)
 offer("policy", "reference", "fastroute.reference.policy", lambda case: None)
 
 
 class _Policy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, noise: Tensor | None, coin: Tensor | None, forced: Tensor | None, kind: str,
-        temperature: float, exploration: float, native: bool,
+        ctx: Any, scores: Tensor, uniform: Tensor | None, coin: Tensor | None, forced: Tensor | None, kind: str,
+        temperature: float, exploration: float, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if native:
-            made = torch.ops.fastroute._policy_native(
-                scores, noise, coin, forced, KINDS.index(kind), temperature, exploration
-            )
+        if backend == "reference":
+            actions, value, greedy = reference.forward(scores, uniform, coin, forced, kind, temperature, exploration)
+            if forced is not None:
+                actions = actions.clone()  # an autograd function's output is no input
+            if actions is greedy:
+                greedy = greedy.clone()
         else:
-            made = reference.forward(scores, noise, coin, forced, kind, temperature, exploration)
-        actions, value, greedy = made
-        if not native and forced is not None:
-            actions = actions.clone()  # an autograd function's output is no input
-        if not native and actions is greedy:
-            greedy = greedy.clone()
+            op = getattr(torch.ops.fastroute, f"_policy_{backend}")
+            actions, value, greedy = op(scores, uniform, coin, forced, KINDS.index(kind), temperature, exploration)
         ctx.mark_non_differentiable(actions, greedy)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scores, actions)
-        ctx.options = kind, temperature, native
+        ctx.options = kind, temperature, backend
         return actions, value, greedy
 
     @staticmethod
@@ -50,21 +70,20 @@ class _Policy(torch.autograd.Function):
     def backward(ctx: Any, _: None, grad: Tensor | None, __: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 8
-        kind, temperature, native = ctx.options
+        kind, temperature, backend = ctx.options
         scores, actions = ctx.saved_tensors
-        if native:
-            made = torch.ops.fastroute._policy_native_backward(
-                grad.contiguous(), scores, actions, KINDS.index(kind), temperature
-            )
-        else:
+        if backend == "reference":
             made = reference.backward(grad, scores, actions, kind, temperature)
+        else:
+            op = getattr(torch.ops.fastroute, f"_policy_{backend}_backward")
+            made = op(grad.contiguous(), scores, actions, KINDS.index(kind), temperature)
         return (made, *[None] * 7)
 
 
 def policy(
     scores: Tensor,
     *,
-    noise: Tensor | None = None,
+    uniform: Tensor | None = None,
     coin: Tensor | None = None,
     forced: Tensor | None = None,
     kind: str = "softmax",
@@ -75,11 +94,12 @@ def policy(
 
     kind "softmax": p = softmax(z / temperature), value log p_a. "score": value z_a, and a draw is uniform. "shifted":
     p = (z - min z + 1e-6) / sum, value log p_a with p kept 1.2e-7 from 0 and 1 (Weighted Policy Learner).
-    A draw is the winner of an exponential race, argmax_k p_k / E_k (the Gumbel-max trick).
+    A draw is the winner of an exponential race, argmax_k p_k / E_k with E = -log u (the Gumbel-max trick).
 
     Args:
         scores: z, [N, K], K >= 1, floating; half precision is computed in float32.
-        noise: E, [N, K], exponential with mean 1, in float32 (float64 for such scores). None: the greedy choice.
+        uniform: u, [N, K], uniform in [0, 1) as of ``torch.rand``, in float32 (float64 for such scores): u = 0 never
+            wins. None: the greedy choice.
         coin: [N], uniform in [0, 1): where coin < exploration the draw is taken, elsewhere the greedy choice.
         forced: [N] int64, taken instead of all that. A row where it is negative has value zero and no gradient.
 
@@ -92,12 +112,12 @@ def policy(
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     N, K = scores.shape
-    for name, t, want in (("noise", noise, (N, K)), ("coin", coin, (N,)), ("forced", forced, (N,))):
+    for name, t, want in (("uniform", uniform, (N, K)), ("coin", coin, (N,)), ("forced", forced, (N,))):
         if t is not None:
             shape(name, t, want, "N, K" if len(want) == 2 else "N")
-    note("policy", scores, N=N, K=K)
-    native = taken("policy", scores.device.type, scores.dtype) == "native"
-    if native and not scores.is_contiguous():
+    note(OP, scores, N=N, K=K)
+    backend = backend_for(scores, K)
+    if backend != "reference" and not scores.is_contiguous():
         scores = scores.contiguous()
-    made = _Policy.apply(scores, noise, coin, forced, kind, float(temperature), float(exploration), native)
+    made = _Policy.apply(scores, uniform, coin, forced, kind, float(temperature), float(exploration), backend)
     return Choice(*made)

@@ -46,30 +46,31 @@ def values(scores: Tensor, kind: str, temperature: float) -> Tensor:
 
 def choose(
     scores: Tensor,
-    noise: Tensor | None,
+    uniform: Tensor | None,
     coin: Tensor | None,
     forced: Tensor | None,
     kind: str,
     temperature: float,
     exploration: float,
 ) -> tuple[Tensor, Tensor]:
-    """(actions, greedy). ``noise`` [N, K] is exponential with mean 1 (None: greedy), ``coin`` [N] uniform in [0, 1).
+    """(actions, greedy). ``uniform`` u [N, K] is uniform in [0, 1) (None: greedy), and ``coin`` [N] too.
 
-    A draw is the winner of an exponential race, argmax p_k / E_k, uniform for kind "score"; with a coin, it is taken
-    where coin < exploration and the greedy choice elsewhere. ``forced`` [N] replaces all of that.
+    A draw is the winner of an exponential race, argmax p_k / E_k with E = -log u, so that u = 0 never wins; for kind
+    "score", where p is uniform, that is the largest u. With a coin, it is taken where coin < exploration and the greedy
+    choice elsewhere. ``forced`` [N] replaces all of that.
     """
     greedy = scores.argmax(-1)
     if forced is not None:
         return forced, greedy
-    if noise is None:
+    if uniform is None:
         return greedy, greedy
     z = scores.to(accumulating(scores.dtype))
     if kind == "softmax":
-        drawn = (z / temperature - noise.log()).argmax(-1)
+        drawn = (z / temperature - (-uniform.log()).log()).argmax(-1)
     elif kind == "score":
-        drawn = noise.argmin(-1)
+        drawn = uniform.argmax(-1)
     else:
-        drawn = (shifted(z) / noise).argmax(-1)
+        drawn = (shifted(z) / -uniform.log()).argmax(-1)
     return drawn if coin is None else torch.where(coin < exploration, drawn, greedy), greedy
 
 
@@ -81,7 +82,7 @@ def at(values: Tensor, actions: Tensor) -> Tensor:
 
 def policy(
     scores: Tensor,
-    noise: Tensor | None = None,
+    uniform: Tensor | None = None,
     coin: Tensor | None = None,
     forced: Tensor | None = None,
     kind: str = "softmax",
@@ -89,7 +90,7 @@ def policy(
     exploration: float = 0.0,
 ) -> Choice:
     """The definition, with autograd."""
-    actions, greedy = choose(scores, noise, coin, forced, kind, temperature, exploration)
+    actions, greedy = choose(scores, uniform, coin, forced, kind, temperature, exploration)
     return Choice(actions, at(values(scores, kind, temperature), actions), greedy)
 
 

@@ -13,6 +13,7 @@ import fastroute.ops._native_vector_routing as native
 from fastroute import use_backend
 from fastroute.ops import _backends
 from fastroute.reference.step import Grads, Step
+from tests.cpp.agent_policy_cases import agent_policies
 from tests.cpp.dispatch_cases import grouped_linears, plans, policies
 from tests.cpp.loss_cases import trajectory_losses
 from tests.helpers.cases import evaluate
@@ -113,8 +114,8 @@ def layouts() -> None:
 
 def run() -> None:
     with use_backend("native"), poisoned_memory():
-        parts = (one_iteration, fenced, all_iterations, layouts, plans, grouped_linears, policies, trajectory_losses)
-        for part in parts:
+        dispatched = plans, grouped_linears, policies, agent_policies, trajectory_losses
+        for part in (one_iteration, fenced, all_iterations, layouts, *dispatched):
             part()
             print(part.__name__, flush=True)
     print("no findings")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastroute.ops._compiled_dispatch
-import fastroute.ops._native_policy  # noqa: F401
+import fastroute.ops._compiled_policy  # noqa: F401
 from fastroute.reference import dispatch as reference_dispatch
 from fastroute.reference import grouped_linear as reference_linear
 from fastroute.reference import policy as reference_policy
@@ -90,14 +90,14 @@ def policies() -> None:
     for (N, K), dtype, kind in product(CHOICES, (F32, F64, BF16), range(3)):
         sums = F64 if dtype == F64 else F32
         scores = Fenced(torch.randn(N, K).to(dtype))
-        noise, coin = Fenced(torch.empty(N, K, dtype=sums).exponential_()), Fenced(torch.rand(N, dtype=sums))
+        uniform, coin = Fenced(torch.rand(N, K, dtype=sums)), Fenced(torch.rand(N, dtype=sums))
         forced, grad = Fenced(torch.randint(-1, K, (N,))), Fenced(torch.randn(N, dtype=sums))
         name = reference_policy.KINDS[kind]
         for choices in (
             (None, None, None),
-            (noise.tensor, None, None),
-            (noise.tensor, coin.tensor, None),
-            (noise.tensor, coin.tensor, forced.tensor),
+            (uniform.tensor, None, None),
+            (uniform.tensor, coin.tensor, None),
+            (uniform.tensor, coin.tensor, forced.tensor),
         ):
             actions, value, greedy = OPS._policy_native(scores.tensor, *choices, kind, 0.7, 0.4)
             expected = reference_policy.forward(scores.tensor, *choices, name, 0.7, 0.4)
@@ -106,9 +106,9 @@ def policies() -> None:
             same(value, expected.value, f"{name} {N} {K}")
             gradient = OPS._policy_native_backward(grad.tensor, scores.tensor, actions, kind, 0.7)
             same(gradient, reference_policy.backward(grad.tensor, scores.tensor, actions, name, 0.7), f"{name} {N} {K}")
-        assert all(f.intact() for f in (scores, noise, coin, forced, grad))
+        assert all(f.intact() for f in (scores, uniform, coin, forced, grad))
     extreme = torch.tensor([[torch.nan, 0.0], [torch.inf, 1.0], [-torch.inf, -torch.inf], [3e38, -3e38]])
     for kind in range(3):
-        actions, _, _ = OPS._policy_native(extreme, torch.ones(4, 2), None, None, kind, 1.0, 0.0)
+        actions, _, _ = OPS._policy_native(extreme, torch.full((4, 2), 0.5), None, None, kind, 1.0, 0.0)
         assert ((actions >= 0) & (actions < 2)).all()
         OPS._policy_native_backward(torch.ones(4), extreme, actions, kind, 1.0)

@@ -20,10 +20,11 @@ HERE = Path(__file__).resolve().parent
     [
         ["tests/kernels/test_vector_routing.py"],
         ["tests/kernels/test_dispatch.py"],
+        ["tests/kernels/test_policy.py"],
         ["tests/kernels/test_trajectory_loss.py"],
         ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
     ],
-    ids=["kernels", "dispatch", "trajectory_loss", "golden"],
+    ids=["kernels", "dispatch", "policy", "trajectory_loss", "golden"],
 )
 def test_interpreted(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])

@@ -34,8 +34,8 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 
-def exponential(N: int, K: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.empty(N, K, dtype=dtype).exponential_(generator=torch.Generator().manual_seed(seed))
+def draws(N: int, K: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.rand(N, K, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def value_case(N: int, K: int, dtype: torch.dtype = F32, seed: int = 0, scale: float = 2.0) -> Case:
@@ -108,7 +108,7 @@ def test_choices(backend: str, data: st.DataObject) -> None:
     scores = torch.randn(N, K, generator=generator, dtype=F64)
     options: dict[str, Any] = {"kind": kind, "temperature": data.draw(st.sampled_from([0.1, 1.0, 3.0]))}
     if data.draw(st.booleans()):
-        options["noise"] = exponential(N, K, seed, F64)
+        options["uniform"] = draws(N, K, seed, F64)
     if data.draw(st.booleans()):
         options["coin"] = torch.rand(N, generator=generator, dtype=F64)
         options["exploration"] = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
@@ -122,8 +122,8 @@ def test_choices(backend: str, data: st.DataObject) -> None:
         p = {"softmax": (z / options["temperature"]).softmax(0), "score": torch.ones(K) / K,
              "shifted": (z - z.min() + 1e-6) / (z - z.min() + 1e-6).sum()}[kind]  # fmt: skip
         expected = best
-        if "noise" in options and ("coin" not in options or float(options["coin"][b]) < options["exploration"]):
-            expected = int((p / options["noise"][b]).argmax())
+        if "uniform" in options and ("coin" not in options or float(options["coin"][b]) < options["exploration"]):
+            expected = int((p / -options["uniform"][b].log()).argmax())
         if "forced" in options:
             expected = int(options["forced"][b])
         assert int(made.actions[b]) == expected and int(made.greedy[b]) == best
@@ -135,7 +135,7 @@ def test_choices(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
-def test_a_coin_without_noise_is_greedy(backend: str) -> None:
+def test_a_coin_without_uniform_is_greedy(backend: str) -> None:
     scores = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     made = chosen(backend, scores, coin=torch.zeros(30), exploration=1.0)
     assert torch.equal(made.actions, scores.argmax(1))
@@ -147,7 +147,7 @@ def test_ties(backend: str, kind: str) -> None:
     """The first of equals, in the greedy choice and in the race."""
     scores = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 5.0]])
     assert chosen(backend, scores, kind=kind).actions.tolist() == [1, 0, 3]
-    made = chosen(backend, scores, kind=kind, noise=torch.ones(3, 4))
+    made = chosen(backend, scores, kind=kind, uniform=torch.full((3, 4), 0.5))
     assert made.actions.tolist() == ([0, 0, 0] if kind == "score" else [1, 0, 3]) and made.greedy.tolist() == [1, 0, 3]
 
 
@@ -156,12 +156,12 @@ def test_ties(backend: str, kind: str) -> None:
 @each_dtype
 def test_what_is_not_a_number_stays_in_its_row(backend: str, kind: str, dtype: torch.dtype) -> None:
     scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    noise = exponential(6, 4, dtype=torch.promote_types(dtype, F32))
-    clean, clean_grad = _with_gradient(backend, scores, kind, noise)
+    uniform = draws(6, 4, dtype=torch.promote_types(dtype, F32))
+    clean, clean_grad = _with_gradient(backend, scores, kind, uniform)
     for spoiled in (math.nan, math.inf, -math.inf):
         bad = scores.clone()
         bad[2, 1] = spoiled
-        made, grad = _with_gradient(backend, bad, kind, noise)
+        made, grad = _with_gradient(backend, bad, kind, uniform)
         others = torch.arange(6) != 2
         for got, expected in ((made.actions, clean.actions), (made.value, clean.value), (made.greedy, clean.greedy),
                               (grad, clean_grad)):  # fmt: skip
@@ -171,9 +171,9 @@ def test_what_is_not_a_number_stays_in_its_row(backend: str, kind: str, dtype: t
             assert int(made.greedy[2]) == int(bad.argmax(1)[2])
 
 
-def _with_gradient(backend: str, scores: Tensor, kind: str, noise: Tensor) -> tuple[Any, Tensor]:
+def _with_gradient(backend: str, scores: Tensor, kind: str, uniform: Tensor) -> tuple[Any, Tensor]:
     leaf = scores.clone().requires_grad_()
-    made = chosen(backend, leaf, kind=kind, noise=noise)
+    made = chosen(backend, leaf, kind=kind, uniform=uniform)
     made.value.sum().backward()
     assert leaf.grad is not None
     return made, leaf.grad
@@ -183,10 +183,10 @@ def _with_gradient(backend: str, scores: Tensor, kind: str, noise: Tensor) -> tu
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @each_kind
 def test_layouts(backend: str, layout: Callable[[Tensor], Tensor], kind: str) -> None:
-    scores, noise, coin = torch.randn(9, 5), exponential(9, 5), torch.rand(9)
+    scores, uniform, coin = torch.randn(9, 5), draws(9, 5), torch.rand(9)
     options = {"kind": kind, "exploration": 0.5, "temperature": 0.5}
-    expected = chosen(backend, scores, noise=noise, coin=coin, **options)
-    made = chosen(backend, layout(scores), noise=layout(noise), coin=layout(coin), **options)
+    expected = chosen(backend, scores, uniform=uniform, coin=coin, **options)
+    made = chosen(backend, layout(scores), uniform=layout(uniform), coin=layout(coin), **options)
     assert all(map(torch.equal, made, expected))
     forced = layout(torch.arange(9) % 6 - 1)
     a, b = (chosen(backend, s, forced=f, **options) for s, f in ((scores, forced.clone()), (layout(scores), forced)))
@@ -206,7 +206,7 @@ def test_large_scores(backend: str) -> None:
     """log p does not overflow, and a hopeless choice is hopeless, not NaN."""
     made = chosen(backend, torch.tensor([[1e4, -1e4, 0.0]]), forced=torch.tensor([1]))
     assert float(made.value) == -2e4
-    made = chosen(backend, torch.full((1, 3), -3e38), noise=exponential(1, 3))
+    made = chosen(backend, torch.full((1, 3), -3e38), uniform=draws(1, 3))
     assert float(made.value) == pytest.approx(-math.log(3))
 
 
@@ -220,7 +220,7 @@ def test_draws_have_their_probabilities(backend: str, kind: str, temperature: fl
     """A chi-square test of 40,000 draws; a right sampler fails it once in a million seeds."""
     z = torch.tensor([0.3, -1.0, 1.2, 0.0, 0.9])
     N = 40_000
-    made = chosen(backend, z.expand(N, 5), kind=kind, temperature=temperature, noise=exponential(N, 5, seed=3))
+    made = chosen(backend, z.expand(N, 5), kind=kind, temperature=temperature, uniform=draws(N, 5, seed=3))
     p = {"softmax": (z.double() / temperature).softmax(0), "score": torch.full((5,), 0.2, dtype=F64),
          "shifted": (z - z.min() + 1e-6).double() / (z - z.min() + 1e-6).double().sum()}[kind]  # fmt: skip
     counts, expected = torch.bincount(made.actions, minlength=5).double(), N * p
@@ -235,7 +235,7 @@ def test_coins_have_their_frequency(backend: str) -> None:
     N, exploration = 20_000, 0.3
     coin = torch.rand(N, generator=torch.Generator().manual_seed(0))
     scores = torch.tensor([0.0, 1.0, 0.5, 0.2]).expand(N, 4)
-    made = chosen(backend, scores, kind="score", noise=exponential(N, 4), coin=coin, exploration=exploration)
+    made = chosen(backend, scores, kind="score", uniform=draws(N, 4), coin=coin, exploration=exploration)
     counts = torch.bincount(made.actions, minlength=4)
     explored = [int(counts[k]) for k in (0, 2, 3)]
     for count in explored:  # each with chance exploration / 4
@@ -251,9 +251,9 @@ def test_coins_have_their_frequency(backend: str) -> None:
 def test_opcheck(dtype: torch.dtype, kind: str) -> None:
     native = torch.ops.fastroute._policy_native.default
     acc = torch.promote_types(dtype, F32)
-    scores, noise, coin = torch.randn(6, 4).to(dtype), exponential(6, 4, dtype=acc), torch.rand(6, dtype=acc)
+    scores, uniform, coin = torch.randn(6, 4).to(dtype), draws(6, 4, dtype=acc), torch.rand(6, dtype=acc)
     forced = torch.tensor([0, 3, -1, 1, 2, 2])
-    for rest in ((None, None, None), (noise, None, None), (noise, coin, None), (None, None, forced)):
+    for rest in ((None, None, None), (uniform, None, None), (uniform, coin, None), (None, None, forced)):
         opcheck(native, (scores, *rest, KINDS.index(kind), 0.5, 0.3), grad=False)
     grad = torch.randn(6, dtype=acc)
     backward = torch.ops.fastroute._policy_native_backward.default
@@ -264,13 +264,13 @@ def test_opcheck(dtype: torch.dtype, kind: str) -> None:
 def test_compile(backend: str, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     calls = [
-        (torch.randn(B, 4, generator=generator, dtype=F64).requires_grad_(), exponential(B, 4, B, F64),
+        (torch.randn(B, 4, generator=generator, dtype=F64).requires_grad_(), draws(B, 4, B, F64),
          torch.rand(B, generator=generator, dtype=F64))
         for B in (16, 7, 33)
     ]  # fmt: skip
 
-    def call(scores: Tensor, noise: Tensor, coin: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ops.policy(scores, noise=noise, coin=coin, kind=kind, temperature=0.5, exploration=0.3))
+    def call(scores: Tensor, uniform: Tensor, coin: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.policy(scores, uniform=uniform, coin=coin, kind=kind, temperature=0.5, exploration=0.3))
 
     with use_backend(backend):
         check_compiled(call, calls)
@@ -317,7 +317,7 @@ def test_explain() -> None:
         ({"scores": torch.zeros(3)}, ValueError, r"scores: .*\[N, K\].*got \[3\]"),
         ({"scores": torch.zeros(3, 0)}, ValueError, r"scores: .*got \[3, 0\]"),
         ({"kind": "linear"}, ValueError, "kind: expected one of softmax, score, shifted, got 'linear'"),
-        ({"noise": torch.ones(2, 4)}, ValueError, r"noise: expected shape \[2, 3\] .*got \[2, 4\]"),
+        ({"uniform": torch.ones(2, 4)}, ValueError, r"uniform: expected shape \[2, 3\] .*got \[2, 4\]"),
         ({"coin": torch.ones(2, 1)}, ValueError, r"coin: expected shape \[2\]"),
         ({"forced": torch.zeros(3, dtype=torch.int64)}, ValueError, r"forced: expected shape \[2\]"),
     ],

@@ -27,8 +27,8 @@ def _same_numbers_every_time() -> None:
 def some_choices(way: str, N: int, K: int, dtype: torch.dtype) -> dict[str, Tensor]:
     if way == "forced":
         return {"forced": torch.randint(-1, K, (N,))}
-    noise = {"noise": torch.empty(N, K, dtype=dtype).exponential_()} if way != "greedy" else {}
-    return noise | ({"coin": torch.rand(N, dtype=dtype)} if way == "coin" else {})
+    uniform = {"uniform": torch.rand(N, K, dtype=dtype)} if way != "greedy" else {}
+    return uniform | ({"coin": torch.rand(N, dtype=dtype)} if way == "coin" else {})
 
 
 def run(backend: str, scores: Tensor, kind: str, grad: Tensor, **choices: Tensor) -> list[Tensor]:
@@ -59,8 +59,8 @@ def test_same_as_plain_pytorch(size: tuple[int, int], kind: str, way: str) -> No
 @pytest.mark.parametrize("size", [*SIZES[2:6], (50, 9000)], ids=str)
 def test_within_budget(size: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
     scores, grad = (3 * torch.randn(size)).to(dtype), torch.randn(size[0])
-    noise = some_choices("draw", *size, torch.float32)
-    found, plain = (run(name, scores, kind, grad, **noise) for name in ("native", "reference"))
+    uniform = some_choices("draw", *size, torch.float32)
+    found, plain = (run(name, scores, kind, grad, **uniform) for name in ("native", "reference"))
     different = found[0] != plain[0]  # two races so close that rounding decides them
     assert int(different.sum()) <= 1e-3 * size[0]
     forced = {"forced": found[0]}
@@ -79,8 +79,8 @@ def test_extreme_scores(kind: str) -> None:
     scores[2, 3] = torch.nan
     scores[3] = torch.tensor([1e-45, 0.0, 3e37, -3e37, 1.0])
     scores[4] = torch.tensor([-100.0, -200.0, 0.0, -87.5, -1000.0])
-    noise, grad = torch.empty(8, 5).exponential_(), torch.randn(8)
-    for choices in ({}, {"noise": noise}, {"forced": torch.tensor([0, 2, 1, 4, 3, -1, 2, 0])}):
+    uniform, grad = torch.rand(8, 5), torch.randn(8)
+    for choices in ({}, {"uniform": uniform}, {"forced": torch.tensor([0, 2, 1, 4, 3, -1, 2, 0])}):
         found, expected = (run(name, scores, kind, grad, **choices) for name in ("native", "reference"))
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
         torch.testing.assert_close(found[2], expected[2], equal_nan=True)
@@ -107,12 +107,12 @@ def test_forced_out_of_range() -> None:
 
 def test_same_bits_on_any_number_of_threads() -> None:
     scores, grad, before = torch.randn(5000, 20), torch.randn(5000), torch.get_num_threads()
-    noise = torch.empty(5000, 20).exponential_()
+    uniform = torch.rand(5000, 20)
     try:
         made = []
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            made.append(run("native", scores, "softmax", grad, noise=noise))
+            made.append(run("native", scores, "softmax", grad, uniform=uniform))
     finally:
         torch.set_num_threads(before)
     for other in made[1:]:

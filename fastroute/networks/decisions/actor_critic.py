@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.dispatch import Plan
-from ...reference.policy import shifted, values
+from ...reference.policy import values
 from ..entries import Entries, Need, squared
 from ..record import Column, Record
 from .base import Decided
-from .policy_gradient import REINFORCE, _WithValueNet, chosen, egreedy_columns, importance, log_softmax_column
+from .policy_gradient import REINFORCE, _WithValueNet, critic_column, egreedy_columns, importance, log_softmax_column
 
 
 class ActorCritic(REINFORCE):
@@ -40,9 +40,9 @@ class ActorCritic(REINFORCE):
         self._qvalue_mem = self._storages(self._num_selections, qvalue_net)
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        made = super()._decide(x, plan, forced)
-        critic = chosen(self._ask(self._qvalue_mem, x, plan), made.actions)
-        return Decided(made.actions, [*made.columns, critic], made.exploratory)
+        made, explored = self._answer(x, plan, forced, self._qvalue_mem, temperature=self._temperature)
+        log_p = log_softmax_column(made.scores, self._temperature, made.value)
+        return Decided(made.actions, [log_p, critic_column(made)], explored)
 
     def loss(self, e: Entries) -> Tensor:
         q = e.at(1)
@@ -51,14 +51,6 @@ class ActorCritic(REINFORCE):
         else:
             y = e.target("max", 1)
         return -e.at(0) * (e.R - q).detach() + squared(q, y)
-
-
-def expected(z: Tensor, q: Tensor) -> Tensor:
-    """[B], without gradient: sum_k p_k q_k, p = (z - min z + 1e-6) / sum."""
-    with torch.no_grad():
-        weight = shifted(z)
-        made: Tensor = torch.linalg.vecdot(weight, q).div_(weight.sum(1))
-        return made
 
 
 class WPL(ActorCritic):
@@ -77,15 +69,12 @@ class WPL(ActorCritic):
     algorithm = "WPL"
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        z = self._ask(self._policy, x, plan)
-        choice, explored = self._choose(z, forced, kind="shifted")
-        log_p = Column(lambda: values(z, "shifted", 1.0), choice.value)
-        q = self._ask(self._qvalue_mem, x, plan)
-        columns = [log_p, chosen(q, choice.actions)]
-        if self.formula == "intended":
-            mean = expected(z, q)
+        intended = self.formula == "intended"
+        made, explored = self._answer(x, plan, forced, self._qvalue_mem, kind="shifted", expected=intended)
+        columns = [Column(lambda: values(made.scores, "shifted", 1.0), made.value), critic_column(made)]
+        if (mean := made.expected) is not None:
             columns.append(Column(lambda: mean[:, None], mean))
-        return Decided(choice.actions, columns, explored)
+        return Decided(made.actions, columns, explored)
 
     def auxiliary(self, record: Record) -> Tensor:
         """[B]: the policy's mean value."""
@@ -117,9 +106,8 @@ class AAC(_WithValueNet):
     algorithm, critic = "AAC", 1
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
-        choice, explored = self._choose(z, forced)
-        return Decided(choice.actions, [log_softmax_column(z, 1.0, choice.value), Column(v)], explored)
+        made, explored = self._answer(x, plan, forced, self._value_mem)
+        return Decided(made.actions, [log_softmax_column(made.scores, 1.0, made.value), critic_column(made)], explored)
 
     def _advantage(self, e: Entries) -> Tensor:
         return e.R - e.first(1)
@@ -159,9 +147,9 @@ class EGreedyAAC(_WithValueNet):
     _temperature = 1.0
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
-        choice, explored = self._choose(z, forced, with_coin=True)
-        return Decided(choice.actions, [*egreedy_columns(self, z, choice.value), Column(v)], explored)
+        made, explored = self._answer(x, plan, forced, self._value_mem, with_coin=True)
+        columns = [*egreedy_columns(self, made.scores, made.value), critic_column(made)]
+        return Decided(made.actions, columns, explored)
 
     def auxiliary(self, record: Record) -> Tensor:
         """[B]: the importance weight, w."""

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import dispatch, policy
+from ...ops import agent_policy, dispatch, policy
 from ...ops._backends import is_strict
 from ...ops._checks import at_least_one, shown
+from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
-from ...reference.policy import Choice, accumulating
+from ...reference.policy import accumulating, shifted
 from ..entries import Entries, Need, from_raw
 from ..record import Column, Record
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
 from ..trajectory import SampleMetaInformation, Trajectory
-from .storage import ApproxPolicyStorage, Storages, TabularPolicyStorage, ask
+from .storage import ApproxPolicyStorage, Storages, TabularPolicyStorage, ask, heads
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
@@ -275,31 +276,50 @@ class Decision(nn.Module):
     def _uniform(self, *shape: int, like: Tensor) -> Tensor:
         return torch.rand(shape, dtype=accumulating(like.dtype), device=like.device, generator=self.generator)
 
-    def _exponential(self, *shape: int, like: Tensor) -> Tensor:
-        # an infinite one, where the uniform is 0, never wins; exponential_ is four times slower on a CPU
-        return self._uniform(*shape, like=like).log_().neg_()
-
-    def _choose(
+    def _answer(
         self,
-        scores: Tensor,
+        x: Tensor,
+        plan: Plan | None,
         forced: Tensor | None,
+        critic: Storages | None = None,
         *,
         kind: str = "softmax",
         temperature: float = 1.0,
         with_coin: bool = False,
-    ) -> tuple[Choice, Tensor | Callable[[], Tensor] | None]:
-        """A choice, and what of it explored. With a coin it explores where the coin falls below ``exploration``."""
-        noise = coin = None
-        B, K = scores.shape
+        expected: bool = False,
+    ) -> tuple[AgentChoice, Tensor | Callable[[], Tensor] | None]:
+        """What every sample's agent chooses by its policy, what its critic says to that, and what of it explored.
+
+        With a coin it explores where the coin falls below ``exploration``. ``expected``: also the critic's mean.
+        """
+        own, judge = heads(self._policy, critic, x, plan)
+        z = self._ask(self._policy, x, plan) if own is None else None
+        q = self._ask(critic, x, plan) if critic is not None and judge is None else None
+        like = z if z is not None else (own.weights or own.biases)[0]  # type: ignore[union-attr]
+        uniform = coin = None
         upstream = self.formula == "upstream"
         if self.training and forced is None:
-            noise = self._exponential(B, K, like=scores)
+            uniform = self._uniform(x.shape[0], self._num_selections, like=like)
         if with_coin and forced is None and (self.training or upstream):
-            coin = self._uniform(B, like=scores)
-        made = policy(
-            scores, noise=noise, coin=coin if noise is not None else None, forced=forced, kind=kind,
-            temperature=temperature, exploration=self._exploration,
-        )  # fmt: skip
+            coin = self._uniform(x.shape[0], like=like)
+        how: dict[str, Any] = {
+            "uniform": uniform, "coin": coin if uniform is not None else None, "forced": forced, "kind": kind,
+            "temperature": temperature, "exploration": self._exploration,
+        }  # fmt: skip
+        if own is None:
+            alone = policy(z, **how)  # type: ignore[arg-type]
+            made = AgentChoice(*alone, z)  # type: ignore[arg-type]
+        else:
+            given = own.x if own.x is not None else judge.x if judge is not None and judge.x is not None else x
+            critics: dict[str, Any] = (
+                {} if judge is None else {"critic_weights": judge.weights, "critic_biases": judge.biases}
+            )
+            made = agent_policy(
+                given, plan, own.weights, own.biases, **critics, **how, expected=expected and judge is not None
+            )
+        if q is not None:
+            at = q[:, 0] if q.shape[1] == 1 else policy(q, forced=made.actions, kind="score").value
+            made = made._replace(critic=q, critic_at=at, expected=mean(made.scores, q) if expected else None)
         exploration = self._exploration
         if kind == "score":
             explored = None if coin is None else (lambda: coin < exploration)
@@ -313,6 +333,14 @@ class Decision(nn.Module):
             names = {"_policy": "policy_net", "_value_mem": "value_net", "_qvalue_mem": "qvalue_net"}
             name = next(names[n] for n in names if getattr(self, n, None) is storages)
             raise ValueError(f"{name}: expected outputs [{x.shape[0]}, {storages.outputs}], got {shown(made)}")
+        return made
+
+
+def mean(z: Tensor, q: Tensor) -> Tensor:
+    """[B], without gradient: sum_k p_k q_k, p = (z - min z + 1e-6) / sum."""
+    with torch.no_grad():
+        weight = shifted(z)
+        made: Tensor = torch.linalg.vecdot(weight, q.to(weight.dtype)).div_(weight.sum(1))
         return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import policy
+from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
 from ...reference.policy import values
 from ..entries import Entries, squared
@@ -24,9 +24,9 @@ def log_softmax_column(z: Tensor, temperature: float, at: Tensor | None) -> Colu
     return Column(lambda: values(z, "softmax", temperature), at)
 
 
-def chosen(scores: Tensor, actions: Tensor) -> Column:
-    """Scores [B, K] as a column, their entries at the actions by the op: fewer operators than a gather."""
-    return Column(scores, policy(scores, forced=actions, kind="score").value)
+def critic_column(made: AgentChoice) -> Column:
+    """What the critic says to all choices, and to the one that was taken."""
+    return Column(made.critic, made.critic_at)  # type: ignore[arg-type]
 
 
 class REINFORCE(Decision):
@@ -50,9 +50,8 @@ class REINFORCE(Decision):
             self._temperature = 0.1 + 9.9 * float(exploration)
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        z = self._ask(self._policy, x, plan)
-        choice, explored = self._choose(z, forced, temperature=self._temperature)
-        return Decided(choice.actions, [log_softmax_column(z, self._temperature, choice.value)], explored)
+        made, explored = self._answer(x, plan, forced, temperature=self._temperature)
+        return Decided(made.actions, [log_softmax_column(made.scores, self._temperature, made.value)], explored)
 
     def loss(self, e: Entries) -> Tensor:
         return -e.at(0) * e.R
@@ -84,9 +83,8 @@ class REINFORCEBl1(_WithValueNet):
     algorithm, critic = "REINFORCEBl1", 1
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        z, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
-        choice, explored = self._choose(z, forced)
-        return Decided(choice.actions, [log_softmax_column(z, 1.0, choice.value), chosen(v, choice.actions)], explored)
+        made, explored = self._answer(x, plan, forced, self._value_mem)
+        return Decided(made.actions, [log_softmax_column(made.scores, 1.0, made.value), critic_column(made)], explored)
 
     def auxiliary(self, record: Record) -> Tensor:
         """[B]: the baseline, sum_k p_k V_k."""
@@ -162,9 +160,8 @@ class EGreedyREINFORCE(REINFORCE):
         self._exploration = min(1.0, 3 * value) if self.formula == "upstream" else value
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        z = self._ask(self._policy, x, plan)
-        choice, explored = self._choose(z, forced, temperature=self._temperature, with_coin=True)
-        return Decided(choice.actions, egreedy_columns(self, z, choice.value), explored)
+        made, explored = self._answer(x, plan, forced, temperature=self._temperature, with_coin=True)
+        return Decided(made.actions, egreedy_columns(self, made.scores, made.value), explored)
 
     def auxiliary(self, record: Record) -> Tensor:
         """[B]: the importance weight, w."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...ops import dispatch, grouped_linear
 from ...ops.dispatch import Plan
@@ -100,3 +101,63 @@ def ask(storages: Storages, x: Tensor, plan: Plan | None, *, differentiable_twic
         storages.recipe,
         differentiable_twice=differentiable_twice,
     )
+
+
+class Head(NamedTuple):
+    """The last layer of every agent, for an op that does not need its answer made first, and what it is given."""
+
+    x: Tensor | None  #: None: tables
+    weights: list[Tensor]
+    biases: list[Tensor]
+    sees: tuple[bool, bool] = (False, False)  #: whether it is given the batch itself, and detached
+
+
+def heads(
+    storages: Storages, critics: Storages | None, x: Tensor, plan: Plan | None
+) -> tuple[Head | None, Head | None]:
+    """The last layers of a policy and of its critic, to be given one input; None where :func:`ask` has to answer."""
+    own = _head(storages, x, plan)
+    if own is None or critics is None:
+        return own, None
+    judge = _head(critics, x, plan, alone=own.x is not None)
+    if own.x is None or judge is None or judge.x is None or (own.sees[0] and own.sees == judge.sees):
+        return own, judge
+    return own, None
+
+
+def _head(storages: Storages, x: Tensor, plan: Plan | None, *, alone: bool = False) -> Head | None:
+    agents: list[Any] = list(storages)
+    first = agents[0]
+    if plan is None and (type(first) not in (ApproxPolicyStorage, TabularPolicyStorage) or is_observed(first)):
+        return None
+    if isinstance(first, TabularPolicyStorage):
+        tables = [s._parameters.get("_approx") for s in agents]
+        return None if any(t is None for t in tables) or not _fits(tables, x) else Head(None, [], tables)  # type: ignore[arg-type]
+    modules = [s._modules["_approx"] for s in agents]
+    found = bank.up_to_the_last(modules, first.inputs(x), plan, storages.recipe, alone=alone)  # type: ignore[arg-type]
+    if found is None or not _fits(found[1], x):
+        return None
+    given, weights, biases, is_direct = found
+    K, F = weights[0].shape
+    if storages.outputs != K or given.dim() != 2 or given.shape[1] != F:
+        return None
+    if given.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        return None
+    if plan is None and given.shape[0] * K * F > _LARGE:
+        return None
+    return Head(given, weights, biases, (is_direct, first._detach))
+
+
+#: A product of one agent with more multiply-adds is the library's.
+_LARGE = 1 << 26
+
+
+def _fits(parameters: Sequence[Any], x: Tensor) -> bool:
+    """Whether they are plain tensors where x is."""
+    first = parameters[0]
+    return first.device == x.device and (type(first) is nn.Parameter or not is_traceable_wrapper_subclass(first))
+
+
+def is_observed(m: nn.Module) -> bool:
+    """Whether somebody looks at a storage being called, or has exchanged what a call of it or of its parts does."""
+    return any(bank._hooks(m)) or any("forward" in part.__dict__ for part in m.modules())

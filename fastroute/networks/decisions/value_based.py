@@ -11,7 +11,7 @@ from ...ops.dispatch import Plan
 from ..entries import Entries, squared
 from ..record import Column
 from .base import Decided, Decision
-from .policy_gradient import _WithValueNet
+from .policy_gradient import _WithValueNet, critic_column
 
 
 class QLearning(Decision):
@@ -25,9 +25,8 @@ class QLearning(Decision):
     algorithm = "QLearning"
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        q = self._ask(self._policy, x, plan)
-        choice, explored = self._choose(q, forced, kind="score", with_coin=True)
-        return Decided(choice.actions, [Column(q, choice.value)], explored)
+        made, explored = self._answer(x, plan, forced, kind="score", with_coin=True)
+        return Decided(made.actions, [Column(made.scores, made.value)], explored)
 
     def _upstream_target(self, e: Entries) -> Tensor:
         return e.upstream_target(lambda: e.next("max", 0) - e.r)
@@ -66,9 +65,8 @@ class AdvantageLearning(_WithValueNet):
     algorithm, critic = "AdvantageLearning", 1
 
     def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        advantage, v = self._ask(self._policy, x, plan), self._ask(self._value_mem, x, plan)
-        choice, explored = self._choose(advantage, forced, kind="score", with_coin=True)
-        return Decided(choice.actions, [Column(advantage, choice.value), Column(v)], explored)
+        made, explored = self._answer(x, plan, forced, self._value_mem, kind="score", with_coin=True)
+        return Decided(made.actions, [Column(made.scores, made.value), critic_column(made)], explored)
 
     def _target(self, e: Entries) -> Tensor:
         return e.R

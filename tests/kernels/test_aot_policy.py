@@ -1,0 +1,100 @@
+"""Every kernel of ``policy`` and ``agent_policy`` compiled for three architectures, in the blocks of known shapes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import aot
+
+
+class Case(NamedTuple):
+    """Rows, agents, features in, choices and outputs of the critic; which kind and type."""
+
+    N: int
+    A: int
+    F: int
+    K: int
+    C: int
+    kind: int
+    dtype: str
+    tables: bool = False
+    planned: bool = True
+    all_forms: bool = True  #: also forced choices, and fewer gradients
+
+
+CASES = {
+    "routed": Case(1024, 20, 128, 20, 1, 0, "float32", all_forms=False),
+    "wide-bf16": Case(65536, 4, 1024, 100, 100, 0, "bfloat16"),
+    "most-choices-fp16": Case(4096, 8, 512, 256, 256, 2, "float16"),
+    "tables": Case(1024, 20, 1, 20, 20, 2, "float32", tables=True),
+    "one-agent-values": Case(4096, 1, 64, 10, 1, 1, "float32", planned=False),
+}
+
+
+def launches(case: Case) -> Iterator[Any]:
+    """Of a draw with a coin (or a forced choice), and of every gradient."""
+    import torch
+
+    from fastroute.kernels import agent_policy, policy
+
+    N, A, F, K, C = case[:5]
+    dtype = getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    sums, whole = torch.float32, torch.int64
+    uniform, coin, actions = empty(N, K, dtype=sums), empty(N, dtype=sums), empty(N, dtype=whole)
+    scores = empty(N, K)
+    choices = ((uniform, coin, None), (None, None, actions))[: 1 + case.all_forms]
+    for choice in choices:
+        yield from aot.record(lambda choice=choice: policy.forward(scores, *choice, case.kind, 0.7, 0.3))
+    yield from aot.record(lambda: policy.backward(coin, scores, actions, case.kind, 0.7))
+    order, offsets = (empty(N, dtype=whole), empty(A + 1, dtype=whole)) if case.planned else (None, None)
+    x = None if case.tables else empty(N, F)
+    weight, critic_weight = (None, None) if case.tables else (empty(A, K, F), empty(A, C, F))
+    nets = weight, empty(A, K), critic_weight, empty(A, C)
+    has_mean = C == K and case.kind != 1
+    for choice in choices:
+        given = x, order, offsets, *nets, *choice, case.kind, 0.7, 0.3, has_mean, "ieee"
+        yield from aot.record(lambda given=given: agent_policy.forward(*given))
+    grads = coin, scores, empty(N, C), coin
+    rest = A, C, case.kind, 0.7, True, (not case.tables, True, not case.tables, True), "ieee"
+    for only in (grads, (coin, None, None, coin))[: 1 + case.all_forms]:
+        given = *only, scores, actions, x, order, offsets, weight, critic_weight, *rest
+        yield from aot.record(lambda given=given: agent_policy.backward(*given))
+
+
+@functools.cache
+def reports(name: str) -> list[aot.Report]:
+    return aot.report_of(__file__, name)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "routed" else pytest.mark.slow) for name in CASES]
+)
+def test_fits(name: str) -> None:
+    """Shared memory is within every architecture's limit.
+
+    Nothing spills on sm_90 but the widest tiles; those, and others elsewhere, keep up to 96 registers in memory.
+    """
+    found = reports(name)
+    assert {r.arch for r in found} == set(aot.SHARED_LIMIT)
+    kernels = {"forward_kernel", "backward_kernel", "agent_forward_kernel", "agent_parameters_kernel"}
+    assert {r.kernel for r in found} >= kernels | (set() if "tables" in name else {"agent_input_kernel"})
+    for r in found:
+        assert r.shared <= aot.SHARED_LIMIT[r.arch], r
+        assert r.stack <= (0 if r.arch == 90 and CASES[name].K <= 128 else 96 * 4), r
+        if r.kernel.startswith("agent") and "16" in name:
+            assert r.tensor_ops, r
+
+
+if __name__ == "__main__":
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    for case_name in sys.argv[1].split(","):
+        aot.print_reports([(case_name, list(launches(CASES[case_name])))], archs)
