@@ -404,7 +404,7 @@ def batch_norm(
     if split is not None:
         launch.launch(
             sums_kernel, (cdiv(C, way.block_c), split.splits), split.partial, x, x, *which, affine, way.B, C, way.S, T,
-            task_stride, split.units, *way.of(0), *way.of(0), warps=4, stages=2, EACH=each, BACKWARD=False, RELU=relu,
+            task_stride, split.units, *way.of(0), *way.of(0), warps=8, stages=2, EACH=each, BACKWARD=False, RELU=relu,
             **tile,
         )  # fmt: skip
     _statistics(x, way, split, affine, mean, scale, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -436,7 +436,7 @@ def batch_norm_backward(
     tile = {"WIDE": way.wide, "BLOCK_C": way.block_c, "BLOCK_S": way.block_s}
     launch.launch(
         sums_kernel, (cdiv(C, way.block_c), split.splits), split.partial, g, x, *which, affine, way.B, C, way.S, T,
-        task_stride, split.units, *way.of(1), *way.of(0), warps=4, stages=2, EACH=each, BACKWARD=True, RELU=relu,
+        task_stride, split.units, *way.of(1), *way.of(0), warps=8, stages=2, EACH=each, BACKWARD=True, RELU=relu,
         **tile,
     )  # fmt: skip
     launch.launch(

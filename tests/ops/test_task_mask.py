@@ -231,7 +231,7 @@ def case_of(shape: tuple[int, ...], task: int | Tensor, seed: int = 0) -> Case:
 
 
 @each_backend
-@each_kind
+@pytest.mark.parametrize("kind", ["int", "each"])
 @each_relu
 @each_place
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, cropped])
