@@ -10,8 +10,6 @@ import os
 
 import torch
 
-collect_ignore = (
-    []
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    else ["test_vector_routing.py", "test_trajectory_loss.py", "test_dispatch.py", "test_policy.py"]
-)
+_runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+_kernels = ("vector_routing", "dispatch", "policy", "trajectory_loss", "task_mask")
+collect_ignore = [] if _runs else [f"test_{name}.py" for name in _kernels]
