@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -151,9 +151,9 @@ def set_task(model: nn.Module, task: Task) -> None:
 
 
 @cache
-def _kind(cls: Hashable) -> Literal["aware", "other"] | None:
+def _kind(cls: type) -> Literal["aware", "other"] | None:
     """Whether modules of a class are TaskAware, or have a ``set_active_task`` without being it."""
-    if isinstance(cls, type) and issubclass(cls, TaskAware):
+    if issubclass(cls, TaskAware):
         return "aware"
     return "other" if hasattr(cls, "set_active_task") else None
 
@@ -170,7 +170,8 @@ def _aware(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
         module = stack.pop()
         if module is None:
             continue
-        if (kind := _kind(type(module))) is not None:
+        cls: Any = type(module)
+        if (kind := _kind(cls)) is not None:
             found[kind].append(module)
         if (children := module._modules) and module not in seen:
             seen.add(module)
