@@ -52,6 +52,11 @@ def on_device(task: Task, device: torch.device) -> Tensor:
     return torch.full((), task, dtype=torch.int64, device=device)
 
 
+def traced() -> bool:
+    """Whether torch.compile or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 class TaskAware(nn.Module):
     """A module that works on one of ``task_count`` tasks, told in ``forward`` or beforehand by ``set_active_task``.
 
@@ -134,7 +139,7 @@ def set_task(model: nn.Module, task: Task) -> None:
         IndexError, TypeError, ValueError: no task of some part, of which all then keep the task they had; nothing in
             the model works on tasks.
     """
-    aware, others = _aware(model)
+    aware, others = aware_parts(model)
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
     counts = {module.task_count for module in aware}
@@ -158,7 +163,7 @@ def _kind(cls: type) -> Literal["aware", "other"] | None:
     return "other" if hasattr(cls, "set_active_task") else None
 
 
-def _aware(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
+def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
     """The parts that are TaskAware, and others with a ``set_active_task``.
 
     ``model.modules()`` would find them, but takes longer than everything else in a switch of tasks.
