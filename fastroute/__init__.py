@@ -1,4 +1,4 @@
-"""Routing layers for PyTorch: capsules, routing networks and task routing on fused kernels, with plain-PyTorch references."""
+"""Routing layers for PyTorch: capsule routing and routing networks on fused kernels, with plain-PyTorch references."""
 
 from . import networks as networks
 from . import ops as ops
