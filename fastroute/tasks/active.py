@@ -142,9 +142,8 @@ def set_task(model: nn.Module, task: Task) -> None:
     aware, others = aware_parts(model)
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
-    counts = {module.task_count for module in aware}
-    for count in counts:
-        checked = task_index(task, count)
+    if aware:
+        checked = task_index(task, min([module.task_count for module in aware]))
     where: dict[torch.device, Tensor] = {}
     for module in aware:
         device = module._active_id.device  # the module's, found faster
