@@ -142,7 +142,7 @@ def test_models(options: dict[str, Any], error: type[Exception], message: str) -
 
 
 def test_features() -> None:
-    with pytest.raises(ValueError, match="features: expected a module with an nn.Conv2d in it, got none"):
+    with pytest.raises(ValueError, match=r"features: expected a module with an nn.Conv2d in it, got none"):
         VGG(nn.Flatten())
     for layers, message in (([8, "m"], "\"M\", got 'm' at 1"), ([8, 0], "cfg: expected at least 1, got 0")):
         with pytest.raises(ValueError, match=f"cfg: .*{message}" if "at 1" in message else message):
@@ -158,7 +158,7 @@ def test_features() -> None:
 
     model = VGG(Own(), 5)
     with pytest.raises(
-        TypeError, match="task: expected routers in nn.Sequentials, .*inside a Own; set the task before"
+        TypeError, match=r"task: expected routers in nn.Sequentials, .*inside a Own; set the task before"
     ):
         model(images(), 3)
     model.set_active_task(3)
@@ -169,7 +169,7 @@ def test_heads() -> None:
     model = small_vgg()
     model.classifier_2 = nn.Sequential(nn.Dropout(), nn.Linear(48, 2))
     assert model(images(), 2).shape == (6, 2)
-    with pytest.raises(TypeError, match="classifier_2: expected one nn.Linear"):
+    with pytest.raises(TypeError, match=r"classifier_2: expected one nn.Linear"):
         model(images(), torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
@@ -186,7 +186,7 @@ def test_pretrained_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="pretrained"):
         vgg11(tmp_path)
     missing.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="pretrained: expected a state dict .*cannot read"):
+    with pytest.raises(ValueError, match=r"pretrained: expected a state dict .*cannot read"):
         vgg11(missing)
 
 

@@ -164,7 +164,7 @@ def test_masking_is_deleting() -> None:
     for task in range(T):
         live = layer.get_unit_mapping()[task].bool()
         slim = nn.functional.linear(x[:, live], head.weight[:, live], head.bias)
-        assert_same(head(layer(x, task)), slim)
+        assert_same(head(layer(x, task)).detach(), slim.detach())
         (dw,) = torch.autograd.grad(head(layer(x, task)).sum(), head.weight)
         assert (dw[:, ~live] == 0).all() and (dw[:, live] != 0).all()
 
@@ -233,10 +233,10 @@ def test_checkpoints_both_ways() -> None:
     upstream = nn.Module()
     upstream._unit_mapping = nn.Parameter(torch.zeros(T, 8))
     upstream.load_state_dict(state, strict=True)
-    for given in (state, upstream.state_dict(), dict(upstream.named_parameters()), upstream.state_dict(keep_vars=True)):
+    for found in (state, upstream.state_dict(), dict(upstream.named_parameters()), upstream.state_dict(keep_vars=True)):
         for assign in (False, True):
             target = router(seed=2)
-            target.load_state_dict(given, strict=True, assign=assign)
+            target.load_state_dict(found, strict=True, assign=assign)
             assert torch.equal(target.get_unit_mapping(), source.get_unit_mapping())
             assert list(target.state_dict()) == ["_unit_mapping"] and not list(target.parameters())
 
