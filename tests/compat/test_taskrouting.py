@@ -76,7 +76,7 @@ def test_sigma_as_a_slice(sigma: int, off: int) -> None:
 
 
 def test_sigma_is_an_int() -> None:
-    with pytest.raises(TypeError, match="sigma: expected an int, got 0.5"):
+    with pytest.raises(TypeError, match=r"sigma: expected an int, got 0\.5"):
         TaskRouter(8, 4, 0.5)  # type: ignore[arg-type]
 
 
