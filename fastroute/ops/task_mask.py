@@ -16,10 +16,20 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import task_mask as reference
 from . import _native_task_mask as _native_task_mask  # defines the compiled ops
-from ._backends import is_strict, native_refuses, note, offer, taken
+from ._backends import Case, is_strict, native_refuses, note, offer, taken
 from ._checks import floating, integer, shape, shown, tensor, together
 
 OP = "task_mask"
+
+
+def _triton_refuses(case: Case) -> str | None:
+    from ..kernels.task_mask import unsupported
+
+    why: str | None = unsupported(case.device, case.dtype)
+    return why
+
+
+offer(OP, "triton", "fastroute.kernels.task_mask", _triton_refuses)
 offer(OP, "native", "fastroute.ops._native_task_mask", native_refuses)
 offer(OP, "reference", "fastroute.reference.task_mask", lambda case: None)
 
