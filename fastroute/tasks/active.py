@@ -1,0 +1,178 @@
+"""Which task a module works on: one for all samples or one for each, changed without compiling anything again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks
+
+#: A task for all samples, or [B] one for each.
+Task = int | Tensor
+
+
+def task_index(task: object, task_count: int, name: str = "task") -> Task:
+    """An int from 0 to T - 1 or an integer tensor, 0-d or [B], from what users give.
+
+    Raises:
+        TypeError: neither, or a fraction.
+        IndexError: an int out of range. (Values of tensors are looked at where they are used.)
+        ValueError: a tensor of more axes, or on the meta device.
+    """
+    if isinstance(task, Tensor):
+        if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an int or an integer tensor, 0-d or [B], got {task.dtype}")
+        if task.dim() > 1:
+            raise ValueError(f"{name}: expected an int or an integer tensor, 0-d or [B], got {_checks.shown(task)}")
+        return task
+    if isinstance(task, torch.SymInt):  # under torch.compile an int argument may be any
+        return task  # type: ignore[return-value]
+    try:
+        index = task if type(task) is int else _checks.integer(name, task)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected an int or an integer tensor, 0-d or [B] (one per sample), got {task!r}"
+        ) from None
+    if not 0 <= index < task_count:
+        raise IndexError(f"{name}: expected a task from 0 to {task_count - 1}, got {index}")
+    return index
+
+
+def on_device(task: Task, device: torch.device) -> Tensor:
+    """The task as an int64 tensor on a device, 0-d for an int."""
+    if isinstance(task, Tensor):
+        return task.to(device, torch.int64)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # a graph may save it for a backward pass
+            return on_device(task, device)
+    return torch.full((), task, dtype=torch.int64, device=device)
+
+
+class TaskAware(nn.Module):
+    """A module that works on one of ``task_count`` tasks, told in ``forward`` or beforehand by ``set_active_task``.
+
+    The active task is kept twice: as users gave it, which is what eager code reads, and as a tensor, which is what
+    traced code reads, so that no graph depends on its value. The tensor is replaced rather than written to, since a
+    backward pass may still need the old one, and is no buffer, since DistributedDataParallel would copy rank 0's to
+    all ranks, which may be at different tasks.
+    """
+
+    task_count: int
+    _active: Task
+    _active_id: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_follow_device)
+
+    def _device(self) -> torch.device:
+        """Where the task is needed."""
+        raise NotImplementedError
+
+    def _hold(self, task: Task, on: Tensor | None = None) -> None:
+        """Make a checked task the active one; ``on`` is the same on this module's device, if there is one already."""
+        if on is None:
+            on = on_device(task, self._device())
+        object.__setattr__(self, "_active", task)  # nn.Module's own looks for parameters of the name first
+        object.__setattr__(self, "_active_id", on)
+
+    @property
+    def active_task(self) -> Task:
+        """The task used when ``forward`` is given none, as it was set."""
+        return self._active
+
+    @active_task.setter
+    def active_task(self, task: Task) -> None:
+        self.set_active_task(task)
+
+    def set_active_task(self, active_task: Task) -> Task:
+        """Work on a task (an int, or an integer tensor, 0-d or [B]: one per sample) from now on; returns it.
+
+        Raises:
+            IndexError, TypeError, ValueError: no task of this module.
+        """
+        task = task_index(active_task, self.task_count, "active_task")
+        self._hold(task)
+        return task
+
+    def _task(self, task: Task | None) -> Task:
+        """The task to work on: the given one, checked, or the active one."""
+        if task is not None:
+            return task_index(task, self.task_count)
+        if torch.compiler.is_compiling():
+            return self._active_id
+        return self._active if not isinstance(self._active, Tensor) else self._active_id
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        _follow_device(self)
+        return self
+
+
+def _follow_device(module: nn.Module, *_: object) -> None:
+    """The active task's tensor is to be where the module is."""
+    assert isinstance(module, TaskAware)
+    device = module._device()
+    if module._active_id.device != device:
+        module._hold(module._active)
+
+
+def set_task(model: nn.Module, task: Task) -> None:
+    """Make ``task`` the active one in every part of a model that works on tasks. Nothing is compiled again.
+
+    ``model.apply`` of a function that calls ``set_active_task`` on whatever has an ``active_task`` does so, too.
+
+    Args:
+        model: any module with a :class:`TaskRouter` or a :class:`VGG` in it (or that is one).
+        task: an int; or an integer tensor, 0-d or [B]: one per sample of the batches to come.
+
+    Raises:
+        IndexError, TypeError, ValueError: no task of some part, of which all then keep the task they had; nothing in
+            the model works on tasks.
+    """
+    aware, others = _aware(model)
+    if not aware and not others:
+        raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
+    counts = {module.task_count for module in aware}
+    for count in counts:
+        checked = task_index(task, count)
+    where: dict[torch.device, Tensor] = {}
+    for module in aware:
+        device = module._active_id.device  # the module's, found faster
+        if device not in where:
+            where[device] = on_device(checked, device)
+        module._hold(checked, where[device])
+    for other in others:
+        other.set_active_task(task)
+
+
+@cache
+def _kind(cls: Hashable) -> Literal["aware", "other"] | None:
+    """Whether modules of a class are TaskAware, or have a ``set_active_task`` without being it."""
+    if isinstance(cls, type) and issubclass(cls, TaskAware):
+        return "aware"
+    return "other" if hasattr(cls, "set_active_task") else None
+
+
+def _aware(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
+    """The parts that are TaskAware, and others with a ``set_active_task``.
+
+    ``model.modules()`` would find them, but takes longer than everything else in a switch of tasks.
+    """
+    found: dict[str, list[Any]] = {"aware": [], "other": []}
+    seen: set[nn.Module] = set()
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None:
+            continue
+        if (kind := _kind(type(module))) is not None:
+            found[kind].append(module)
+        if (children := module._modules) and module not in seen:
+            seen.add(module)
+            stack.extend(children.values())
+    return found["aware"], found["other"]

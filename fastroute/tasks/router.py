@@ -1,0 +1,153 @@
+"""``TaskRouter``, Strezoski et al. (2019), "Many Task Learning With Task Routing"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks, task_mask
+from . import masks
+from .active import Task, TaskAware
+
+
+class TaskRouter(TaskAware):
+    r"""Lets through the units of the task at hand and zeroes the others: y[b, c] = m[t_b, c] x[b, c].
+
+    Every task has a fixed random subset of the units, drawn at construction; tasks share a unit where their subsets
+    meet. The masks are a buffer ``_unit_mapping``, so they are saved, loaded and moved, and never trained.
+
+    Args:
+        unit_count: C, the size of axis 1.
+        task_count: T.
+        sigma: an int: how many units each task does without (more than C: it keeps none); a float from 0.0 to 1.0:
+            that fraction of them, ``int(unit_count * sigma)`` units. Beware that 1 is one unit and 1.0 all of them.
+        name: stored only.
+        generator: draw the masks from it; by default they come from NumPy's global generator as upstream's do, so that
+            ``numpy.random.seed`` gives upstream's masks. Nothing is drawn if no unit is off.
+        no_orphans: every unit is used by some task. A unit that no task drew takes the place, in one task, of a unit
+            that several tasks use: the place that was drawn most narrowly.
+        balanced: units are used equally often, within one: each task keeps the units that the tasks before it used
+            least, drawing among equals.
+        inplace: write zeros into x where units are off, and return it: a part of a pass over memory instead of a whole
+            one. As with any in-place operation x must not be needed by others; autograd checks that.
+        device, dtype: of the masks; float32 by default. Any floating dtype holds them.
+
+    The state dict is upstream's. As there, it has no ``_unit_mapping`` when no unit is off (``sigma`` 0, or a fraction
+    that comes to none): then old checkpoints load strictly here and new ones there.
+
+    ``use_routing = False`` turns the layer off.
+
+    Raises:
+        ValueError, TypeError: naming the argument; ``no_orphans`` without room for all units.
+    """
+
+    _unit_mapping: Tensor
+
+    def __init__(
+        self,
+        unit_count: int,
+        task_count: int,
+        sigma: int | float,
+        name: str = "TaskRouter",
+        *,
+        generator: torch.Generator | None = None,
+        no_orphans: bool = False,
+        balanced: bool = False,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.unit_count = _checks.at_least_one("unit_count", unit_count)
+        self.task_count = _checks.at_least_one("task_count", task_count)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        self.sigma, self.name = sigma, name
+        self.use_routing, self.inplace = True, bool(inplace)
+        off = self._units_off(sigma)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype or torch.float32}
+        if off == 0:
+            self._register(torch.ones(self.task_count, self.unit_count, **factory), persistent=False)
+        else:
+            kept = masks.draw(
+                self.unit_count, self.task_count, off, generator, no_orphans=no_orphans, balanced=balanced
+            )
+            self._register(torch.tensor(kept, **factory), persistent=True)
+        self._hold(0)
+
+    def _units_off(self, sigma: int | float) -> int:
+        return masks.units_off(self.unit_count, sigma)
+
+    def _register(self, mapping: Tensor, persistent: bool) -> None:
+        self.register_buffer("_unit_mapping", mapping, persistent=persistent)
+
+    def _device(self) -> torch.device:
+        return self._unit_mapping.device
+
+    def extra_repr(self) -> str:
+        return (
+            f"unit_count={self.unit_count}, task_count={self.task_count}, sigma={self.sigma}, "
+            f"name={self.name!r}, inplace={self.inplace}"
+        )
+
+    def get_unit_mapping(self) -> Tensor:
+        """[T, C]: 1 where task t uses unit c, else 0."""
+        return self._unit_mapping
+
+    def forward(self, x: Tensor, task: Task | None = None) -> Tensor:
+        """Mask x.
+
+        Args:
+            x: [B, C, ...], any floating dtype and memory format.
+            task: an int or a 0-d integer tensor: the task of all samples; or [B] integers: each sample's own. By
+                default the active task. (Under torch.compile give a tensor: a graph is made again for other ints.)
+
+        Returns:
+            [B, C, ...] in x's dtype and memory format: x with zeros in place of the units that are off, whatever they
+            were, also infinities; x itself if ``inplace``. The gradient is zero there too.
+
+        Raises:
+            ValueError, TypeError: naming the argument; x that is no [B, C, ...], not one task per sample.
+            IndexError: a task out of range. On a GPU the tasks of a tensor are looked at under ``fastroute.strict``
+                only: a sample without a task is all zeros.
+        """
+        if not self.use_routing:
+            return x
+        if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[1] != self.unit_count):
+            raise ValueError(f"x: expected [B, {self.unit_count}, ...] (unit_count units), got {_checks.shown(x)}")
+        return task_mask(x, self._unit_mapping, self._task(task), inplace=self.inplace)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        key = prefix + "_unit_mapping"
+        if isinstance(given := state_dict.get(key), Tensor):
+            why = self._refuses(given)
+            if why is not None:
+                error_msgs.append(f"{key}: {why}")
+                state_dict = {k: v for k, v in state_dict.items() if k != key}
+            elif isinstance(given, nn.Parameter) and not isinstance(self._unit_mapping, nn.Parameter):
+                state_dict[key] = given.detach()  # upstream's: ``assign=True`` would make the buffer a parameter
+        loaded: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, loaded, unexpected_keys, error_msgs
+        )  # fmt: skip
+        missing_keys.extend(k for k in loaded if k != key or not isinstance(given, Tensor))
+
+    def _refuses(self, given: Tensor) -> str | None:
+        """Why a checkpoint's masks cannot be this router's."""
+        if given.shape != self._unit_mapping.shape:
+            return (
+                f"expected masks [{self.task_count}, {self.unit_count}] (tasks, units), got {_checks.shown(given)} "
+                f"from the checkpoint"
+            )
+        known = type(given) in (Tensor, nn.Parameter) and given.device.type != "meta"
+        if known and not bool(((given == 0) | (given == 1)).all()):
+            return (
+                "expected masks of zeros and ones, got other numbers from the checkpoint (has an optimizer decayed "
+                "them? (masks != 0) gives them back)"
+            )
+        return None
