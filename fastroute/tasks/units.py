@@ -47,7 +47,7 @@ def _renew(router: TaskRouter, mapping: Tensor) -> None:
         kept = mapping != 0
         counts = kept.sum(1)
         most, fewest = max(int(counts.max()), 1), int(counts.min())
-        order = kept.to(torch.int8).argsort(1, descending=True, stable=True)
+        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         if "_live" not in router._buffers:
             router.register_load_state_dict_post_hook(_loaded)
         router.register_buffer("_live", order[:, :most].contiguous(), persistent=False)
