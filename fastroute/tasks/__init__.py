@@ -2,5 +2,6 @@
 
 from .active import set_task
 from .router import TaskRouter
+from .vgg import VGG, vgg11, vgg11_bn
 
-__all__ = ["TaskRouter", "set_task"]
+__all__ = ["VGG", "TaskRouter", "set_task", "vgg11", "vgg11_bn"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -50,6 +50,11 @@ def on_device(task: Task, device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # a graph may save it for a backward pass
             return on_device(task, device)
     return torch.full((), task, dtype=torch.int64, device=device)
+
+
+def traced() -> bool:
+    """Whether torch.compile or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class TaskAware(nn.Module):
@@ -134,7 +139,7 @@ def set_task(model: nn.Module, task: Task) -> None:
         IndexError, TypeError, ValueError: no task of some part, of which all then keep the task they had; nothing in
             the model works on tasks.
     """
-    aware, others = _aware(model)
+    aware, others = aware_parts(model)
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
     counts = {module.task_count for module in aware}
@@ -151,14 +156,14 @@ def set_task(model: nn.Module, task: Task) -> None:
 
 
 @cache
-def _kind(cls: Hashable) -> Literal["aware", "other"] | None:
+def _kind(cls: type) -> Literal["aware", "other"] | None:
     """Whether modules of a class are TaskAware, or have a ``set_active_task`` without being it."""
-    if isinstance(cls, type) and issubclass(cls, TaskAware):
+    if issubclass(cls, TaskAware):
         return "aware"
     return "other" if hasattr(cls, "set_active_task") else None
 
 
-def _aware(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
+def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
     """The parts that are TaskAware, and others with a ``set_active_task``.
 
     ``model.modules()`` would find them, but takes longer than everything else in a switch of tasks.
@@ -170,7 +175,8 @@ def _aware(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
         module = stack.pop()
         if module is None:
             continue
-        if (kind := _kind(type(module))) is not None:
+        cls: Any = type(module)
+        if (kind := _kind(cls)) is not None:
             found[kind].append(module)
         if (children := module._modules) and module not in seen:
             seen.add(module)

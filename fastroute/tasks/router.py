@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks, task_mask
 from . import masks
-from .active import Task, TaskAware
+from .active import Task, TaskAware, traced
 
 
 class TaskRouter(TaskAware):
@@ -66,19 +66,22 @@ class TaskRouter(TaskAware):
             raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         self.sigma, self.name = sigma, name
         self.use_routing, self.inplace = True, bool(inplace)
-        off = self._units_off(sigma)
+        off, drawn = self._plan(sigma)
         factory: dict[str, Any] = {"device": device, "dtype": dtype or torch.float32}
-        if off == 0:
-            self._register(torch.ones(self.task_count, self.unit_count, **factory), persistent=False)
-        else:
+        if drawn:
             kept = masks.draw(
                 self.unit_count, self.task_count, off, generator, no_orphans=no_orphans, balanced=balanced
             )
-            self._register(torch.tensor(kept, **factory), persistent=True)
+            mapping = torch.tensor(kept, **factory)
+        else:
+            mapping = torch.ones(self.task_count, self.unit_count, **factory)
+        self._register(mapping, persistent=drawn)
         self._hold(0)
 
-    def _units_off(self, sigma: int | float) -> int:
-        return masks.units_off(self.unit_count, sigma)
+    def _plan(self, sigma: int | float) -> tuple[int, bool]:
+        """How many units are off, and whether masks are drawn and saved."""
+        off = masks.units_off(self.unit_count, sigma)
+        return off, off > 0
 
     def _register(self, mapping: Tensor, persistent: bool) -> None:
         self.register_buffer("_unit_mapping", mapping, persistent=persistent)
@@ -117,7 +120,8 @@ class TaskRouter(TaskAware):
             return x
         if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[1] != self.unit_count):
             raise ValueError(f"x: expected [B, {self.unit_count}, ...] (unit_count units), got {_checks.shown(x)}")
-        return task_mask(x, self._unit_mapping, self._task(task), inplace=self.inplace)
+        inplace = self.inplace and (torch.compiler.is_compiling() or not traced())  # under vmap x may be fewer than y
+        return task_mask(x, self._unit_mapping, self._task(task), inplace=inplace)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -131,11 +135,9 @@ class TaskRouter(TaskAware):
                 state_dict = {k: v for k, v in state_dict.items() if k != key}
             elif isinstance(given, nn.Parameter) and not isinstance(self._unit_mapping, nn.Parameter):
                 state_dict[key] = given.detach()  # upstream's: ``assign=True`` would make the buffer a parameter
-        loaded: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, loaded, unexpected_keys, error_msgs
-        )  # fmt: skip
-        missing_keys.extend(k for k in loaded if k != key or not isinstance(given, Tensor))
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys.extend(k for k in missing if k != key or not isinstance(given, Tensor))
 
     def _refuses(self, given: Tensor) -> str | None:
         """Why a checkpoint's masks cannot be this router's."""

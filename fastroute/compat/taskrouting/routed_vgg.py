@@ -1,0 +1,49 @@
+"""The routed VGG.
+
+Upstream's cannot run: its heads take twice as many inputs as there are. These fit. Nothing is downloaded:
+``pretrained`` is the path of torchvision's file. ``vgg11_bn`` has no batch norm, as upstream's, so that checkpoints
+fit; that of ``fastroute.tasks`` has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastroute import tasks
+from fastroute.tasks import vgg
+from fastroute.tasks.active import Task, TaskAware
+from fastroute.tasks.vgg import cfg
+
+from .taskrouting import TaskRouter
+
+__all__ = ["VGG", "vgg11", "vgg11_bn"]
+
+
+class VGG(tasks.VGG):
+    """``fastroute.tasks.VGG``, whose ``set_active_task`` is for the heads alone, as upstream's.
+
+    ``model.apply`` of a function that sets it everywhere, or ``fastroute.set_task``, reaches the routers, too.
+    """
+
+    def set_active_task(self, active_task: Task) -> Task:
+        """Work with a task's head from now on; returns it."""
+        return TaskAware.set_active_task(self, active_task)
+
+
+def make_layers(cfg: Iterable[int | str], task_count: int, sigma: float, batch_norm: bool = False) -> nn.Sequential:
+    """Layers of a configuration, with a router before every ReLU; ``sigma`` is the fraction of units off."""
+    return vgg.layers(cfg, batch_norm, lambda width, name: TaskRouter(width, task_count, int(width * sigma), name))
+
+
+def vgg11(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
+    """VGG-11, without batch norm."""
+    return vgg.build(VGG, "vgg11", lambda: make_layers(cfg["A"], task_count, sigma), pretrained, task_count, kwargs)
+
+
+def vgg11_bn(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
+    """The same, as upstream's."""
+    return vgg11(pretrained, task_count, sigma, **kwargs)

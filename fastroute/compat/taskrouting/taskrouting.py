@@ -1,0 +1,66 @@
+"""The task routing layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastroute import tasks
+from fastroute.ops import _checks, task_mask
+from fastroute.tasks.active import Task, on_device
+
+__all__ = ["TaskRouter"]
+
+
+class TaskRouter(tasks.TaskRouter):
+    """``fastroute.tasks.TaskRouter`` with upstream's ways.
+
+    * ``sigma`` is an int, the number of units off; a negative one counts from the other end: -2 leaves two on.
+    * ``_unit_mapping`` is a Parameter, so that a list of parameters, and an optimizer's state dict, are upstream's. It
+      never has a gradient. (DistributedDataParallel objects to that: use ``fastroute.tasks`` there.)
+    * ``forward`` writes into the caller's tensor behind autograd's back and returns it. The gradient is that of the
+      identity: right if a ReLU follows, wrong for units that are off if anything else does.
+    * ``set_active_task`` takes anything; a fraction is cut off. Only ``forward`` says IndexError.
+    """
+
+    def __init__(self, unit_count: int, task_count: int, sigma: int, name: str = "TaskRouter", **options: Any) -> None:
+        super().__init__(unit_count, task_count, sigma, name, **options)
+        if sigma == 0:
+            self.use_knockout = False
+
+    def _plan(self, sigma: int | float) -> tuple[int, bool]:
+        units = _checks.integer("sigma", sigma)
+        return min(units, self.unit_count) if units >= 0 else max(self.unit_count + units, 0), units != 0
+
+    def _register(self, mapping: Tensor, persistent: bool) -> None:
+        if persistent:
+            self._unit_mapping = nn.Parameter(mapping)
+        else:
+            super()._register(mapping, persistent)
+
+    def set_active_task(self, active_task: Any) -> Any:
+        """Stores the task and returns it."""
+        whole = active_task.long() if isinstance(active_task, Tensor) else int(active_task)
+        self._hold(active_task, on_device(whole, self._device()))
+        return active_task
+
+    def forward(self, input: Tensor, task: Task | None = None) -> Tensor:
+        """``input`` itself, with zeros where units are off.
+
+        Args:
+            input: [B, C, ...]; its memory is written to.
+            task: as in ``fastroute.tasks``; by default the active one.
+
+        Raises:
+            IndexError: a task out of range; ValueError, TypeError: naming the argument.
+        """
+        if not self.use_routing:
+            return input
+        if task is None:
+            task = self._active_id  # read in a graph: it then depends on no number
+            if not torch.compiler.is_compiling() and not isinstance(self._active, Tensor):
+                task = int(self._active)
+        task_mask(input.data, self._unit_mapping, task, inplace=True)
+        return input

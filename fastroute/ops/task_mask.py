@@ -1,0 +1,341 @@
+"""``task_mask``: a fixed binary mask of channels for every task, alone or fused with what surrounds it.
+
+Strezoski, van Noord, Worring (2019), "Many Task Learning With Task Routing". Axes: B samples, C channels (axis 1), T
+tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from ..reference import task_mask as reference
+from ._backends import is_strict, note, offer, taken
+from ._checks import floating, integer, shape, shown, tensor, together
+
+OP = "task_mask"
+offer(OP, "reference", "fastroute.reference.task_mask", lambda case: None)
+
+
+def _run(backend: str, name: str, *args: Any) -> Any:
+    """``reference.name``, or the registered op that does the same."""
+    if backend == "reference":
+        return getattr(reference, name)(*args)
+    return getattr(torch.ops.fastroute, f"_task_mask_{name}_{backend}")(*args)
+
+
+def _flat(t: Tensor | None, axis: int | None, N: int) -> Tensor | None:
+    """[B, ...] with a batch axis somewhere (or none: the same N times) as [N B, ...]."""
+    if t is None:
+        return None
+    t = t.movedim(axis, 0) if axis is not None else t.expand(N, *t.shape)
+    return t.reshape(-1, *t.shape[2:])
+
+
+def _flat_tasks(tasks: Tensor | None, axis: int | None, N: int, B: int) -> Tensor | None:
+    """The tasks of N batches of B samples, one after the other."""
+    if tasks is None or (axis is None and tasks.dim() == 0):
+        return tasks
+    tasks = tasks.movedim(axis, 0) if axis is not None else tasks.expand(N, B)
+    return (tasks if tasks.dim() == 2 else tasks[:, None].expand(N, B)).reshape(-1)
+
+
+class _Gate(torch.autograd.Function):
+    """Linear in g, and its own gradient."""
+
+    @staticmethod
+    def forward(
+        g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int, backend: str
+    ) -> Tensor:  # fmt: skip
+        return _run(backend, "gate", g, y, mapping, tasks, task)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, y, mapping, tasks, *ctx.options = inputs
+        ctx.save_for_backward(y, mapping, tasks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _gate(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, axes: Sequence[Any], g: Tensor, y: Any, mapping: Tensor, tasks: Any, *rest: Any) -> Any:
+        return _batched(_Gate, info.batch_size, axes, (g, y), mapping, tasks, *rest)
+
+
+class _Rectify(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, backend: str) -> Tensor:
+        return _run(backend, "rectify", x, mapping, tasks, task)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mapping, tasks, *ctx.options = inputs
+        ctx.save_for_backward(output, mapping, tasks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _gate(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, axes: Sequence[Any], x: Tensor, mapping: Tensor, tasks: Any, *rest: Any) -> Any:
+        return _batched(_Rectify, info.batch_size, axes, (x,), mapping, tasks, *rest)
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, relu: bool, backend: str
+    ) -> Tensor:
+        _run(backend, "mask_", x, mapping, tasks, task, relu)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x if relu else None, mapping, tasks)
+        ctx.options = task, backend
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _gate(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
+def _gate(*args: Any) -> Tensor:
+    """``_Gate.apply``; torch.compile traces no autograd in a backward, nor needs it."""
+    if torch.compiler.is_compiling():
+        return _Gate.forward(*args)
+    made: Tensor = _Gate.apply(*args)
+    return made
+
+
+def _batched(
+    function: type[torch.autograd.Function], N: int, axes: Sequence[Any], tensors: Sequence[Tensor | None],
+    mapping: Tensor, tasks: Tensor | None, *rest: Any,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """One call for all N batches of a vmap."""
+    *own, of_mapping, of_tasks = axes[: len(tensors) + 2]
+    if of_mapping is not None:
+        raise NotImplementedError("mapping: expected one for all of a vmap, got one for each")
+    flat = [_flat(t, axis, N) for t, axis in zip(tensors, own, strict=True)]
+    rows = flat[0].shape[0]  # type: ignore[union-attr]
+    made: Tensor = function.apply(*flat, mapping, _flat_tasks(tasks, of_tasks, N, rows // N), *rest)
+    return made.reshape(N, rows // N, *made.shape[1:]), 0
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, running_mean: Tensor | None,
+        running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float,
+        eps: float, relu: bool, backend: str, functional: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        running = running_mean, running_var
+        if functional:
+            running = tuple(None if t is None else t.clone() for t in running)  # type: ignore[assignment]
+        y, mean, scale = _run(
+            backend, "batch_norm", x, mapping, tasks, task, *running, weight, bias, training, momentum, eps, relu
+        )
+        # the compiled backends find out again, from x, where y is positive
+        kept = y if relu and backend == "reference" else None
+        statistics = (None, None) if training else running
+        ctx.save_for_backward(x, kept, mapping, tasks, *statistics, weight, bias, mean, scale)
+        ctx.options = task, training, eps, relu, backend
+        ctx.set_materialize_grads(False)
+        if not functional:
+            return (y,)
+        made = tuple(t for t in running if t is not None)
+        ctx.mark_non_differentiable(*made)
+        return (y, *made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 14
+        task, training, eps, relu, backend = ctx.options
+        x, y, mapping, tasks, *statistics = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        wants = [needs[0], needs[6], needs[7]]
+        made = _run(
+            backend, "batch_norm_backward", grad, x, y, mapping, tasks, task, *statistics, training, eps, relu, wants
+        )
+        dx, dw, db = (g if want else None for g, want in zip(made, wants, strict=True))
+        return (dx, *[None] * 5, dw, db, *[None] * 6)
+
+
+# ------------------------------------------------------------------------------------------------------ the public face
+
+
+def _transformed() -> bool:
+    """Whether torch.compile or torch.func looks on: then nothing is written in place behind their backs."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _check_range(count: int, total: int, T: int, detail: str = "") -> None:
+    if count:
+        raise IndexError(f"task: expected tasks from 0 to {T - 1}, got {count} of {total} out of range{detail}")
+
+
+def _as_task(task: int | Tensor, x: Tensor, T: int) -> tuple[Tensor | None, int]:
+    """(tasks, task) as the reference takes them, in range where looking waits for nothing."""
+    if not isinstance(task, Tensor):
+        task = task if type(task) is int or isinstance(task, torch.SymInt) else integer("task", task)
+        if task < 0 or task >= T:
+            raise IndexError(f"task: expected a task from 0 to {T - 1}, got {task}")
+        if torch.compiler.is_compiling():  # a number would be compiled in, a graph for every task
+            return torch.full((), task, dtype=torch.int64, device=x.device), 0
+        return None, task
+    if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool:
+        raise TypeError(f"task: expected an int or an integer tensor, got {task.dtype}")
+    if task.device != x.device:
+        raise ValueError(f"task: expected a tensor on {x.device} like x, got one on {task.device}")
+    if task.dim() > 1 or (task.dim() == 1 and task.shape[0] != x.shape[0]):
+        raise ValueError(f"task: expected a scalar or one task per sample, shape [{x.shape[0]}], got {shown(task)}")
+    if task.dtype != torch.int64:
+        task = task.to(torch.int64)
+    if _transformed() or isinstance(x, FakeTensor) or type(task) is not Tensor:
+        return task, 0
+    on_cpu = task.device.type == "cpu"
+    if on_cpu and task.dim() == 0:
+        return _as_task(int(task), x, T)
+    if task.numel() and (on_cpu or is_strict()):
+        least, most = torch.aminmax(task)
+        if int(least) < 0 or int(most) >= T:
+            count = int(((task < 0) | (task >= T)).sum())
+            _check_range(count, task.numel(), T, f", the smallest {int(least)}, the largest {int(most)}")
+    return task, 0
+
+
+def _prepare(x: Tensor, mapping: Tensor, task: int | Tensor) -> tuple[Tensor, Tensor | None, int, str]:
+    """(mapping, tasks, task, backend), all checked."""
+    tensor("x", x, "a floating-point tensor [B, C, ...]")
+    floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected [B, C, ...], got {shown(x)}")
+    tensor("mapping", mapping, "a tensor [T, C]")
+    if mapping.dtype.is_complex:
+        raise TypeError(f"mapping: expected a real tensor of 0 and 1, got {mapping.dtype}")
+    C = x.shape[1]
+    if mapping.dim() != 2 or mapping.shape[0] < 1 or mapping.shape[1] != C:
+        raise ValueError(f"mapping: expected [T, {C}], the channels of x {shown(x)}, got {shown(mapping)}")
+    together(("x", x), {"mapping": mapping})
+    tasks, number = _as_task(task, x, mapping.shape[0])
+    note(OP, x, B=x.shape[0], C=C, T=mapping.shape[0])
+    backend = taken(OP, x.device.type, x.dtype)
+    mapping = mapping.detach()
+    if backend != "reference":
+        mapping = mapping.to(torch.float32).contiguous()
+    return mapping, tasks, number, backend
+
+
+def _refuse_to_overwrite(x: Tensor) -> None:
+    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise ValueError("x: expected what can be overwritten for inplace=True, got a leaf that requires grad")
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"x: expected memory of its own for every element for inplace=True, got an expanded {shown(x)}"
+        )
+
+
+def task_mask(
+    x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = False, inplace: bool = False
+) -> Tensor:  # fmt: skip
+    """Keep the channels of each sample's task: y = x where mapping[task, c] is not 0, and exactly 0 elsewhere.
+
+    What is in a dead channel is not looked at: NaN and infinity there become 0. The gradient is the true one, 0 in dead
+    channels; it can be differentiated again.
+
+    Args:
+        x: [B, C, ...], at least two axes, any floating dtype and any strides.
+        mapping: [T, C] of 0 and 1, the channels of each task. It has no gradient.
+        task: the task, an int or a 0-d integer tensor; or one for each sample, an integer tensor [B].
+        relu: y = max(x, 0) in live channels instead.
+        inplace: write into x, which is returned, so that autograd knows. Without ``relu`` only dead channels are
+            written. torch.compile and vmap make a new tensor and copy it.
+
+    Returns:
+        y in x's shape, dtype and layout. A task tensor is not compiled in: one graph serves all tasks.
+
+    Raises:
+        IndexError: a task is not from 0 to T - 1. On a GPU (and under torch.compile or vmap), where only the device
+            knows, such samples are zero; ``fastroute.strict`` counts them and raises.
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    mapping, tasks, number, backend = _prepare(x, mapping, task)
+    if inplace:
+        _refuse_to_overwrite(x)
+        if not _transformed():
+            if x.requires_grad and torch.is_grad_enabled():
+                made: Tensor = _InPlace.apply(x, mapping, tasks, number, relu, backend)
+                return made
+            _run(backend, "mask_", x, mapping, tasks, number, relu)
+            if not x.is_inference():
+                torch.autograd.graph.increment_version(x)
+            return x
+    if relu:
+        y: Tensor = _Rectify.apply(x, mapping, tasks, number, backend)
+    else:
+        y = _Gate.apply(x, None, mapping, tasks, number, backend)
+    return x.copy_(y) if inplace else y
+
+
+def batch_norm_mask_relu(
+    x: Tensor,
+    mapping: Tensor,
+    task: int | Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    relu: bool = True,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm``, then ``task_mask``, then max(., 0): y = max(norm(x)_c, 0) in live channels.
+
+    Every channel is counted, dead ones too: in training, statistics are those of the whole batch and the running ones
+    are updated as by ``batch_norm``, whatever the tasks.
+
+    Args:
+        x: [B, C, ...], at least two axes, floating.
+        mapping, task: as in :func:`task_mask`.
+        running_mean, running_var: [C], written in training; None: not kept (training only).
+        weight, bias: [C], or None.
+        training: normalise with the batch's statistics, not the running ones.
+        momentum: share of the batch's statistics in the new running ones.
+        eps: added to the variance.
+        relu: rectify, too.
+
+    Returns:
+        y in x's shape, dtype and layout. There is no second derivative.
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`task_mask`; a batch of one value per channel in training.
+    """
+    mapping, tasks, number, backend = _prepare(x, mapping, task)
+    given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    together(("x", x), given)
+    for name, t in given.items():
+        if t is not None:
+            shape(name, t, (x.shape[1],), "C")
+            floating(name, t)
+    for one, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
+        if given[one] is None and (given[other] is not None or not training):
+            raise ValueError(
+                f"{one}: expected a tensor [C] {'with ' + other if training else 'in evaluation'}, got None"
+            )
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"x: expected more than 1 value per channel when training, got {shown(x)}")
+    functional = training and running_mean is not None and torch.compiler.is_compiling()
+    y, *running = _BatchNorm.apply(
+        x, mapping, tasks, number, running_mean, running_var, weight, bias, training, momentum, eps, relu, backend,
+        functional,
+    )  # fmt: skip
+    for old, new in zip((running_mean, running_var), running, strict=False):
+        old.copy_(new)  # type: ignore[union-attr]
+    return y  # type: ignore[no-any-return]

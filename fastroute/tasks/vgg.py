@@ -1,0 +1,310 @@
+"""VGG-11 with a task router after every convolution and a two-way head per task (Strezoski et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks, dispatch, grouped_linear
+from .active import Task, TaskAware, aware_parts, on_device, traced
+from .pretrained import load_features, read
+from .router import TaskRouter
+
+#: Configuration "A" of Simonyan and Zisserman (2015): the channels of each convolution; "M" is a pooling by two.
+cfg: dict[str, list[int | Literal["M"]]] = {"A": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]}
+
+
+def make_layers(
+    cfg: Iterable[int | str],
+    task_count: int,
+    sigma: float,
+    batch_norm: bool = False,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **masks: Any,
+) -> nn.Sequential:
+    """Convolution, batch norm if asked for, router and ReLU for every number in ``cfg``; a pooling by two for an "M".
+
+    Args:
+        cfg: such as ``cfg["A"]``; the first convolution takes 3 channels.
+        task_count: T.
+        sigma: the fraction of channels that each task does without, from 0 to 1.
+        device, dtype: of the parameters; masks are float32.
+        masks: ``generator``, ``no_orphans`` and ``balanced`` of :class:`TaskRouter`.
+
+    Raises:
+        ValueError, TypeError: ``cfg`` has something else in it, ``sigma`` is no fraction.
+    """
+
+    def router(width: int, name: str) -> TaskRouter:
+        # neither a convolution nor a batch norm needs its output again: the router may write into it
+        return TaskRouter(width, task_count, _fraction(sigma), name, inplace=True, device=device, **masks)
+
+    return layers(cfg, batch_norm, router, device, dtype)
+
+
+def layers(
+    cfg: Iterable[int | str], batch_norm: bool, router: Callable[[int, str], nn.Module],
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+) -> nn.Sequential:  # fmt: skip
+    """``make_layers`` with any routers: ``router(channels, name)``."""
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    made: list[nn.Module] = []
+    channels = 3
+    for position, entry in enumerate(cfg):
+        if entry == "M":
+            made.append(nn.MaxPool2d(kernel_size=2, stride=2))
+            continue
+        if isinstance(entry, str):
+            raise ValueError(f'cfg: expected numbers of channels and "M", got {entry!r} at {position}')
+        width = _checks.at_least_one("cfg", entry)
+        made.append(nn.Conv2d(channels, width, kernel_size=3, padding=1, **factory))
+        if batch_norm:
+            made.append(nn.BatchNorm2d(width, **factory))
+        made += [router(width, f"taskrouter_{position}"), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*made)
+
+
+def _fraction(sigma: float) -> float:
+    """VGG's sigma is a fraction even as an int: 1 is all channels."""
+    return float(sigma) if type(sigma) is int else sigma
+
+
+class VGG(TaskAware):
+    """Features through which every task goes its own way, and for every task a linear head with two outputs.
+
+    Args:
+        features: the convolutions: a Sequential with routers in it, as :func:`make_layers` makes, or any module. What
+            it gives has as many channels as its last convolution.
+        task_count: T, the number of heads ``classifier_0``, ``classifier_1``, ...
+        init_weights: convolutions normal by Kaiming (fan out), batch norms 1 and 0, heads normal of std 0.01, biases 0.
+        active_task: the task to begin with, of this and of the routers in ``features``.
+        bottleneck_spatial: height and width that features are pooled to (on average) before the heads.
+        unused_grad: of the heads of tasks that are not in a batch: "none" leaves their gradients None, so that
+            optimizers skip them, as upstream; "zeros" makes them zeros, which DistributedDataParallel needs (it stops
+            at parameters without a gradient). Under torch.compile, and on a GPU for a tensor of tasks, they are zeros
+            in any case.
+        device, dtype: of the heads.
+
+    Upstream's state-dict keys: ``features.{i}.*`` and ``classifier_{t}.0.*``. (Its heads of 1024 h w inputs never
+    fitted its features; these take as many as there are.)
+
+    Raises:
+        ValueError, TypeError, IndexError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        task_count: int = 10,
+        init_weights: bool = True,
+        active_task: Task = 0,
+        bottleneck_spatial: Sequence[int] = (7, 7),
+        *,
+        unused_grad: Literal["none", "zeros"] = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.task_count = _checks.at_least_one("task_count", task_count)
+        if unused_grad not in ("none", "zeros"):
+            raise ValueError(f"unused_grad: expected 'none' or 'zeros', got {unused_grad!r}")
+        height, width = _height_and_width(bottleneck_spatial)
+        self.unused_grad = unused_grad
+        self.features = features
+        self.avgpool = nn.AdaptiveAvgPool2d((height, width))
+        inputs = _last_channels(features) * height * width
+        for t in range(self.task_count):
+            setattr(self, f"classifier_{t}", nn.Sequential(nn.Linear(inputs, 2, device=device, dtype=dtype)))
+        if init_weights:
+            self._initialize_weights()
+        self._hold(0)
+        if isinstance(active_task, Tensor) or active_task != 0:
+            self.set_active_task(active_task)
+
+    def _device(self) -> torch.device:
+        return self._heads()[0].weight.device
+
+    def _heads(self) -> list[nn.Linear]:
+        """The heads' linear modules, which run together where a batch is of several tasks."""
+        heads = []
+        for t in range(self.task_count):
+            head = self.get_layer(f"classifier_{t}")
+            layers = list(head) if isinstance(head, nn.Sequential) else [head]
+            if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
+                raise TypeError(
+                    f"classifier_{t}: expected one nn.Linear, to run together with those of other tasks, got {head}"
+                )
+            heads.append(layers[0])
+        return heads
+
+    def get_layer(self, name: str) -> Any:
+        """The attribute of that name."""
+        return getattr(self, name)
+
+    def set_active_task(self, active_task: Task) -> Task:
+        """Work on a task from now on, heads and routers alike, see :func:`set_task`; returns it."""
+        task = super().set_active_task(active_task)
+        for part in (*aware_parts(self.features)[0], *aware_parts(self.features)[1]):
+            part.set_active_task(task)
+        return task
+
+    def forward(self, x: Tensor, task: Task | None = None) -> Tensor:
+        """Two logits per image.
+
+        Args:
+            x: [B, 3, H, W], H and W at least 32 for the features of ``vgg11``.
+            task: an int or a 0-d integer tensor: the task of all images; or [B] integers: each image's own. By default
+                the active task, in every router and for the heads.
+
+        Returns:
+            [B, 2]. In training, a batch norm's statistics are those of the whole batch, whatever its tasks.
+
+        Raises:
+            IndexError, TypeError, ValueError: as :class:`TaskRouter`.
+        """
+        x = _routed(self.features, x, task)
+        x = torch.flatten(self.avgpool(x), 1)
+        return self._classify(x, self._task(task))
+
+    def _classify(self, x: Tensor, task: Task) -> Tensor:
+        """The heads of the tasks, in one grouped product unless there is but one."""
+        if not traced():  # numbers are known
+            if isinstance(task, Tensor) and task.dim() == 0 and task.device.type == "cpu" and type(task) is Tensor:
+                task = int(task)
+            if not isinstance(task, Tensor) and self.unused_grad == "none":
+                made: Tensor = self.get_layer(f"classifier_{task}")(x)
+                return made
+        heads = self._heads()
+        weights: list[Tensor] = [head.weight for head in heads]
+        biases: list[Tensor] = [head.bias for head in heads if head.bias is not None]
+        tasks = on_device(task, x.device).expand(x.shape[0]).contiguous()
+        if traced() and not torch.compiler.is_compiling():  # vmap has no rule for the grouped product
+            y = (torch.stack(weights)[tasks] @ x[..., None])[..., 0]
+            return y + torch.stack(biases)[tasks] if biases else y
+        plan = dispatch.plan(tasks, self.task_count, "task")
+        return grouped_linear(x, plan, weights, biases, keep_empty=self.unused_grad == "zeros")
+
+    def _initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0.0, 0.01)
+                nn.init.zeros_(module.bias)
+
+
+def _routed(module: nn.Module, x: Tensor, task: Task | None) -> Tensor:
+    """``module(x)``, with a task for what takes one: routers, in a Sequential or in Sequentials in it."""
+    if task is None:
+        return module(x)  # type: ignore[no-any-return]
+    if hasattr(type(module), "set_active_task"):
+        return module(x, task)  # type: ignore[no-any-return]
+    if type(module) is nn.Sequential:
+        for layer in module:
+            x = _routed(layer, x, task)
+        return x
+    if any(hasattr(type(m), "set_active_task") for m in module.modules()):
+        raise TypeError(
+            f"task: expected routers in nn.Sequentials, to hand it to, got some inside a {type(module).__name__}; "
+            f"set the task beforehand with set_task"
+        )
+    return module(x)  # type: ignore[no-any-return]
+
+
+def _height_and_width(bottleneck_spatial: Sequence[int]) -> tuple[int, int]:
+    try:
+        height, width = bottleneck_spatial
+    except (TypeError, ValueError):
+        raise ValueError(f"bottleneck_spatial: expected [height, width], got {bottleneck_spatial!r}") from None
+    return _checks.at_least_one("bottleneck_spatial", height), _checks.at_least_one("bottleneck_spatial", width)
+
+
+def _last_channels(features: nn.Module) -> int:
+    for module in reversed(list(features.modules())):
+        if isinstance(module, nn.Conv2d):
+            return module.out_channels
+    raise ValueError("features: expected a module with an nn.Conv2d in it, got none")
+
+
+# ------------------------------------------------------------------------------------------------------ the models
+
+
+def vgg11(
+    pretrained: bool | str | Path = False,
+    task_count: int = 10,
+    sigma: float = 0.5,
+    *,
+    generator: torch.Generator | None = None,
+    no_orphans: bool = False,
+    balanced: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> VGG:
+    """VGG-11 with task routing.
+
+    Args:
+        pretrained: False, or the path of torchvision's state dict of vgg11, from which convolutions are taken.
+        task_count: T.
+        sigma: the fraction of channels that each task does without, in every layer.
+        generator, no_orphans, balanced: how masks are drawn, see :class:`TaskRouter`.
+        device, dtype: of the parameters.
+        kwargs: of :class:`VGG`.
+
+    Raises:
+        FileNotFoundError, ValueError: about ``pretrained``; ValueError, TypeError: naming the argument.
+    """
+    features = partial(
+        make_layers, cfg["A"], task_count, sigma, False, generator=generator, no_orphans=no_orphans, balanced=balanced,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    return build(VGG, "vgg11", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
+
+
+def vgg11_bn(
+    pretrained: bool | str | Path = False,
+    task_count: int = 10,
+    sigma: float = 0.5,
+    *,
+    generator: torch.Generator | None = None,
+    no_orphans: bool = False,
+    balanced: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> VGG:
+    """VGG-11 with task routing and a batch norm after every convolution; as :func:`vgg11`."""
+    features = partial(
+        make_layers, cfg["A"], task_count, sigma, True, generator=generator, no_orphans=no_orphans, balanced=balanced,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    return build(VGG, "vgg11_bn", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
+
+
+Model = TypeVar("Model", bound=VGG)
+
+
+def build(
+    cls: type[Model], name: str, features: Callable[[], nn.Module], pretrained: bool | str | Path, task_count: int,
+    kwargs: dict[str, Any],
+) -> Model:  # fmt: skip
+    """A model, or what is wrong with ``pretrained`` before any work."""
+    weights = read(pretrained, name)
+    if weights is None:
+        return cls(features(), task_count, **kwargs)
+    model = cls(features(), task_count, **{**kwargs, "init_weights": False})
+    load_features(model.features, weights, name)
+    return model
