@@ -97,6 +97,18 @@ class LiveSequential(nn.Sequential):
         super().train(mode)
         return self
 
+    @property
+    def active_task(self) -> Task:
+        """Of its first router."""
+        return self._routers[0].active_task
+
+    def set_active_task(self, active_task: Task) -> Task:
+        """Make a task the active one of every router in it; returns it."""
+        if any(router.active_task is not active_task for router in self._routers):  # set_task has seen them before
+            for router in self._routers:
+                router.set_active_task(active_task)
+        return active_task
+
     def forward(self, x: Tensor, task: Task | None = None) -> Tensor:
         """Run the layers.
 
