@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .active import task_index
 from .chain import ALONE, DROP, FLAT, KEEP, MIX, NORM, Leaf, has_hooks
 from .flow import flow
+from .layers import _shape
 from .router import TaskRouter
 
 
@@ -68,11 +69,13 @@ def extract_task(model: nn.Module, task: int) -> nn.Sequential:
     """The network of one task, without the channels that are off, in torch.nn modules only.
 
     Its outputs are those of the routed model in eval mode up to rounding. Layers keep their names: the result is a
-    Sequential of Sequentials with the routed model's keys, without the routers'. It shares no memory with the model, has
+    Sequential of Sequentials with the routed model's keys, without the routers'. It shares no memory with the
+    model, has
     its mode (train or eval) and can be trained on, saved and loaded by torch alone.
 
     Args:
-        model: routed Sequentials (``route``, ``live``), a ``VGG``, or a module whose forward calls layers one after the other,
+        model: routed Sequentials (``route``, ``live``), a ``VGG``, or a module whose forward calls layers one
+        after the other,
             as torch.fx sees it.
         task: which.
 
@@ -91,14 +94,15 @@ def extract_task(model: nn.Module, task: int) -> nn.Sequential:
             made.append((leaf.name, made_layer))
     if held is not None:
         raise ValueError(
-            f"{layers[-1].name}: expected a layer after the last router that reads all channels (a convolution, a Linear), "
+            f"{layers[-1].name}: expected a layer after the last router that reads all channels (a convolution, "
+            "a Linear), "
             f"got the end of the model, whose outputs would be fewer; use fold"
         )
     return _nested(made, model.training)
 
 
 class _Kept(NamedTuple):
-    index: Tensor  #: of the channels that are left, [L]
+    left: Tensor  #: the channels that are left, [L]
     width: int  #: how many there are in the model
     flat: bool = False  #: features [B, ...]: every channel is as many of them as the next layer says
     masked: bool = False  #: the router has been passed, so the channels that are missing are zero
@@ -109,18 +113,20 @@ def _slim(leaf: Leaf, rest: list[Leaf], held: _Kept | None, task: int) -> tuple[
     module, kind = leaf.module, leaf.kind
     if isinstance(module, TaskRouter):
         kept = _kept(module, task)
-        if held is None and len(kept.index) == kept.width:
+        if held is None and len(kept.left) == kept.width:
             return None, None
-        if held is None or held.width != kept.width or not torch.equal(held.index, kept.index):
-            raise ValueError(f"{leaf.name}: expected a convolution or Linear before the router, whose outputs it can thin out")
+        if held is None or held.width != kept.width or not torch.equal(held.left, kept.left):
+            raise ValueError(
+                f"{leaf.name}: expected a convolution or Linear before the router, whose outputs it can thin out"
+            )
         return None, held._replace(masked=True)
     if kind == MIX:
         router = _router_behind(rest, module)
-        kept = None if router is None else _kept(router, task)
-        if kept is not None and len(kept.index) == kept.width:
-            kept = None
-        made = _slim_mix(leaf, None if held is None else _inputs(leaf, held), kept)
-        return made, None if kept is None else kept._replace(flat=isinstance(module, nn.Linear))
+        behind = None if router is None else _kept(router, task)
+        if behind is not None and len(behind.left) == behind.width:
+            behind = None
+        made = _slim_mix(leaf, None if held is None else _inputs(leaf, held), behind)
+        return made, None if behind is None else behind._replace(flat=isinstance(module, nn.Linear))
     if held is None:
         return _copied(leaf), None
     if kind == FLAT and held.masked:
@@ -130,7 +136,8 @@ def _slim(leaf: Leaf, rest: list[Leaf], held: _Kept | None, task: int) -> tuple[
     if kind == NORM and not held.masked:
         return _slim_norm(leaf, held), held
     raise ValueError(
-        f"{leaf.name}: expected layers that treat channels alone and make 0 of 0 between a router and the Conv2d or Linear "
+        f"{leaf.name}: expected layers that treat channels alone and make 0 of 0 between a router and the "
+        "Conv2d or Linear "
         f"that reads it, got {type(module).__name__}"
     )
 
@@ -143,7 +150,9 @@ def _kept(router: TaskRouter, task: int) -> _Kept:
     order = live.to(torch.int8).argsort(descending=True, stable=True)
     index = order[: int(live.sum())]
     if not len(index):
-        raise ValueError(f"task: expected a task with units in every router, got {task}, which has none in {router.name}")
+        raise ValueError(
+            f"task: expected a task with units in every router, got {task}, which has none in {router.name}"
+        )
     return _Kept(index, width)
 
 
@@ -151,7 +160,7 @@ def _router_behind(rest: list[Leaf], layer: nn.Module) -> TaskRouter | None:
     """The router that masks a layer's outputs, if what is between gives each channel its own."""
     for leaf in rest:
         if isinstance(leaf.module, TaskRouter):
-            units = layer.weight.shape[0]  # type: ignore[operator,union-attr]
+            units = _shape(layer)[0]
             return leaf.module if leaf.module.unit_count == units else None
         if leaf.kind not in (NORM, KEEP, ALONE, DROP):
             return None
@@ -160,13 +169,13 @@ def _router_behind(rest: list[Leaf], layer: nn.Module) -> TaskRouter | None:
 
 def _inputs(leaf: Leaf, held: _Kept) -> Tensor:
     """The columns of a layer's weight that are left."""
-    width = leaf.module.weight.shape[1]  # type: ignore[operator,union-attr]
-    positions, over = divmod(int(width), held.width)  # type: ignore[arg-type]
+    width = _shape(leaf.module)[1]
+    positions, over = divmod(width, held.width)
     if over or (positions != 1 and not held.flat) or held.flat != isinstance(leaf.module, nn.Linear):
         raise ValueError(f"{leaf.name}: expected a multiple of the router's {held.width} units as inputs, got {width}")
     if positions == 1:
-        return held.index
-    return (held.index.unsqueeze(1) * positions + torch.arange(positions, device=held.index.device)).flatten()
+        return held.left
+    return (held.left.unsqueeze(1) * positions + torch.arange(positions, device=held.left.device)).flatten()
 
 
 def _picked(t: Tensor | None, index: Tensor | None, axis: int = 0) -> Tensor | None:
@@ -184,7 +193,7 @@ def _set(layer: nn.Module, name: str, value: Tensor | None) -> None:
 
 def _slim_mix(leaf: Leaf, inp: Tensor | None, kept: _Kept | None) -> nn.Module:
     old: Any = leaf.module
-    out = None if kept is None else kept.index
+    out = None if kept is None else kept.left
     weight = _picked(_picked(old.weight, inp, 1), out)
     assert isinstance(weight, Tensor)
     options: dict[str, Any] = {"bias": old.bias is not None, "device": weight.device, "dtype": weight.dtype}
@@ -203,11 +212,13 @@ def _slim_mix(leaf: Leaf, inp: Tensor | None, kept: _Kept | None) -> nn.Module:
 def _slim_norm(leaf: Leaf, held: _Kept) -> nn.Module:
     old: Any = leaf.module
     if old.num_features != held.width:
-        raise ValueError(f"{leaf.name}: expected a BatchNorm over the router's {held.width} units, got {old.num_features}")
+        raise ValueError(
+            f"{leaf.name}: expected a BatchNorm over the router's {held.width} units, got {old.num_features}"
+        )
     new = copy.deepcopy(old)
-    new.num_features = len(held.index)
+    new.num_features = len(held.left)
     for name in ("weight", "bias", "running_mean", "running_var"):
-        _set(new, name, _picked(getattr(old, name), held.index))
+        _set(new, name, _picked(getattr(old, name), held.left))
     return new  # type: ignore[no-any-return]
 
 
@@ -219,7 +230,8 @@ def _copied(leaf: Leaf) -> nn.Module:
 
 
 def _nested(layers: list[tuple[str, nn.Module]], training: bool) -> nn.Sequential:
-    """Sequentials in Sequentials, by the dots in the names; a part called twice, with others between, gets a new name."""
+    """Sequentials in Sequentials, by the dots in the names; a part called twice, with others between, gets a "
+    "new name."""
     top: OrderedDict[str, Any] = OrderedDict()
     for name, layer in layers:
         *path, key = name.split(".")
@@ -252,4 +264,3 @@ def _checked(task: object, task_count: int) -> int:
     if isinstance(index, Tensor):
         raise TypeError(f"task: expected an int, got a tensor {list(index.shape)}")
     return index
-

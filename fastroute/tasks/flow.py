@@ -65,7 +65,8 @@ def _traced(model: nn.Module) -> list[Leaf]:
             continue
         if node.all_input_nodes != [last] or not node.args or node.args[0] is not last:
             raise ValueError(
-                f"{node.target}: expected a layer of the result of the one before ({last}), got inputs {list(node.all_input_nodes)}: "
+                f"{node.target}: expected a layer of the result of the one before ({last}), got inputs "
+                f"{list(node.all_input_nodes)}: "
                 f"branches cannot be followed"
             )
         found += _layers_of(model, node)
@@ -91,5 +92,3 @@ def _as_module(node: fx.Node) -> nn.Module | None:
     if node.target in (torch.relu, torch.nn.functional.relu, "relu"):
         return nn.ReLU()
     return None
-
-

@@ -19,7 +19,8 @@ from .vgg import VGG
 def fold(model: nn.Module, task: int) -> nn.Module:
     """A copy of the model for one task, whose masks are zeros in weights and biases: masking then costs nothing.
 
-    A router is folded into the convolution, Linear or BatchNorm before it and replaced by an Identity, so all other keys
+    A router is folded into the convolution, Linear or BatchNorm before it and replaced by an Identity, so all
+    other keys
     stay. Outputs are those of the routed model, in training and eval. Unlike ``extract_task`` it keeps all shapes, and
     follows no channels further than to the layer before a router. In training what was folded is no longer masked: zero
     weights may move.
@@ -37,9 +38,8 @@ def fold(model: nn.Module, task: int) -> nn.Module:
     for name, sequence in list(sequences(model)):
         chain = list(leaves(sequence, name))
         for n, leaf in enumerate(chain):
-            if isinstance(leaf.module, TaskRouter):
-                if leaf.module.use_routing:
-                    _into(_layer_before(chain, n), leaf, leaf.module._unit_mapping[task] == 0)
+            if isinstance(leaf.module, TaskRouter) and leaf.module.use_routing:
+                _into(_layer_before(chain, n), leaf, leaf.module._unit_mapping[task] == 0)
         for leaf in chain:
             if isinstance(leaf.module, TaskRouter):
                 leaf.parent._modules[leaf.key] = nn.Identity()
@@ -62,7 +62,8 @@ def _layer_before(chain: list[Leaf], n: int) -> nn.Module:
         if leaf.kind not in (KEEP, DROP):
             break
     raise ValueError(
-        f"{chain[n].name}: expected a convolution, Linear or BatchNorm before the router, with nothing between that makes "
+        f"{chain[n].name}: expected a convolution, Linear or BatchNorm before the router, with nothing between "
+        "that makes "
         f"something of 0, got {type(chain[n - 1].module).__name__ if n else 'nothing'}"
     )
 

@@ -14,13 +14,17 @@ from .units import sort
 from .walk import Held, Mixed, Single, is_idle
 
 
+def _shape(layer: Any) -> tuple[int, ...]:
+    return tuple(layer.weight.shape)
+
+
 class _Routed(nn.Module):
     """What the two have in common; comes before the torch class they are."""
 
     def _set_routers(self, inp: TaskRouter | None, out: TaskRouter | None, compact: tuple[bool, bool]) -> None:
         for name, router, units in (
-            ("input_router", inp, self.weight.shape[1]),  # type: ignore[operator,union-attr]
-            ("output_router", out, self.weight.shape[0]),  # type: ignore[operator,union-attr]
+            ("input_router", inp, _shape(self)[1]),
+            ("output_router", out, _shape(self)[0]),
         ):
             if router is not None and not isinstance(router, TaskRouter):
                 raise TypeError(f"{name}: expected a TaskRouter or None, got {type(router).__name__}")
@@ -66,7 +70,9 @@ class _Routed(nn.Module):
             if not torch.compiler.is_compiling() and len(several[0]) == len(x) > 0:
                 order = sort(several[0], min(r.task_count for r in (inp, out) if r is not None))
             if compact_in or compact_out:
-                raise ValueError("task: expected one task for all samples with compact_input or compact_output, got [B]")
+                raise ValueError(
+                    "task: expected one task for all samples with compact_input or compact_output, got [B]"
+                )
             mixed = None if order is None else Mixed(order, several[0])
             if mixed is None or not mixed.favours(step, x, Held(inp)):
                 x = x if inp is None else inp(x, task)
@@ -74,7 +80,7 @@ class _Routed(nn.Module):
                 return y if out is None else out(y, task)  # type: ignore[no-any-return]
             way = mixed
         inside = None if inp is None else way.index(inp)
-        width = self.weight.shape[1] if inside is None or not compact_in else inside.shape[-1]  # type: ignore[operator,union-attr]
+        width = _shape(self)[1] if inside is None or not compact_in else inside.shape[-1]
         if x.shape[1] != width:
             raise ValueError(f"x: expected {width} channels, got {x.shape[1]} (x is {list(x.shape)})")
         x = way.begin(x)
@@ -102,7 +108,8 @@ class RoutedConv2d(_Routed, nn.Conv2d):
         in_channels, out_channels, kernel_size, others: of ``Conv2d``; groups=1 and zero padding.
         input_router: the router of x's channels. Channels that it switches off are not read.
         output_router: the router of the result's, which the layer replaces: its channels that are off are zero.
-        compact_input, compact_output: x holds, or the result is to hold, live channels only, in rising order. Then a batch
+        compact_input, compact_output: x holds, or the result is to hold, live channels only, in rising order.
+        Then a batch
             has one task.
 
     The routers are not submodules: register them where they stand in the model.

@@ -20,11 +20,13 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     For one task the channels that are off are neither computed by the layer before a router nor read by the layer after
     it, where both are ``Conv2d`` (groups=1, zero padding) or ``Linear`` and everything between treats channels alone:
     BatchNorm, activations, pooling, flattening. Other layers see the full width. Outputs and gradients are those of the
-    masked model up to rounding; parameters, their names and the routers stay, and dead parameters get zero gradients, so
+    masked model up to rounding; parameters, their names and the routers stay, and dead parameters get zero
+    gradients, so
     optimizers with momentum or weight decay move them as before.
 
     **Tasks [B].** A batch of several tasks is sorted by task and each layer runs once per task on live channels, or
-    densely with masks, whichever is cheaper by ``products.grouped_is_cheaper``. On a GPU (where sorting would wait for the
+    densely with masks, whichever is cheaper by ``products.grouped_is_cheaper``. On a GPU (where sorting would
+    wait for the
     device) and under torch.compile it runs densely.
 
     **BatchNorm in training.** Batch statistics are per channel, so live ones need nothing of dead ones. The running
@@ -36,7 +38,8 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     Dropout in training expands its input first, so that one task's random draws are those of the masked model.
 
     Args:
-        model: routed by ``route``, a routed ``vgg11`` or ``vgg11_bn``, or Sequentials with TaskRouters. Changed in place, except
+        model: routed by ``route``, a routed ``vgg11`` or ``vgg11_bn``, or Sequentials with TaskRouters.
+        Changed in place, except
             that a model which is itself a Sequential is left alone and a LiveSequential of the same layers returned.
         batch_norm: "exact" or "live".
 
@@ -49,7 +52,8 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     found = [(name, s) for name, s in sequences(model) if any(leaf.kind == ROUTER for leaf in leaves(s, name))]
     if not found:
         raise ValueError(
-            f"model: expected a TaskRouter in a Sequential, got none in {type(model).__name__}: route(model, ...) puts them there"
+            f"model: expected a TaskRouter in a Sequential, got none in {type(model).__name__}: route(model, "
+            "...) puts them there"
         )
     for name, sequence in found:
         made = LiveSequential(sequence, batch_norm=batch_norm)

@@ -2,12 +2,14 @@
 
 Axes: B samples, O channels out, I in, lo and li of them live, K elements of a kernel, G tasks of a batch.
 
-A dense parameter gets a dense gradient, with exact zeros where nothing is live: momentum and weight decay then move it as
+A dense parameter gets a dense gradient, with exact zeros where nothing is live: momentum and weight decay then
+move it as
 they would under masks.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,12 +120,19 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, out: Tensor | None, inp: Tensor | None, bounds: list[int], layer: Mixing
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        out: Tensor | None,
+        inp: Tensor | None,
+        bounds: list[int],
+        layer: Mixing,
     ) -> Tensor:
         ctx.save_for_backward(x, W, out, inp)
         ctx.bounds, ctx.layer, ctx.biased = bounds, layer, b is not None
         parts = []
-        for g, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for g, (start, end) in enumerate(pairwise(bounds)):
             o, i = _of(out, g), _of(inp, g)
             parts.append(apply(layer, x[start:end], gather_weight(W, o, i), gather_bias(b, o)))
         return torch.cat(parts)
@@ -137,7 +146,7 @@ class _Grouped(torch.autograd.Function):
         dW = W.new_zeros(O * I, W[0, 0].numel()) if needs_W else None
         db = dy.new_zeros(O) if needs_b else None
         dx = torch.empty_like(x) if needs_x else None
-        for g, (start, end) in enumerate(zip(ctx.bounds, ctx.bounds[1:], strict=False)):
+        for g, (start, end) in enumerate(pairwise(ctx.bounds)):
             o, i = _of(out, g), _of(inp, g)
             places = _places(o, i, O, I, W.device)
             lo, li = O if o is None else len(o), I if i is None else len(i)
@@ -172,9 +181,10 @@ def _backward(layer: Mixing, dy: Tensor, x: Tensor, w: Tensor, needs: tuple[bool
     if isinstance(padding, str):
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         padding = (0, 0) if padding == "valid" else (reach[0] // 2, reach[1] // 2)
-    return torch.ops.aten.convolution_backward(
+    made: tuple[Any, Any, Any] = torch.ops.aten.convolution_backward(
         dy, x, w, [len(w)] if needs[2] else None, layer.stride, padding, layer.dilation, False, [0, 0], 1, needs
-    )  # type: ignore[no-any-return]
+    )
+    return made
 
 
 def can_group(layer: Mixing) -> bool:

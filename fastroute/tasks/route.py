@@ -44,7 +44,8 @@ def route(
         ``model``. ``live(model)`` makes it compute live channels only.
 
     Raises:
-        ValueError: a convolution is not in a Sequential, is used in two places or has a router already, or there is none; the message
+        ValueError: a convolution is not in a Sequential, is used in two places or has a router already, or
+        there is none; the message
             names the layer. Nothing is changed then.
     """
     chosen: list[tuple[Leaf, int]] = []
@@ -96,19 +97,21 @@ def _check_all_found(model: nn.Module, where: Callable[[str, nn.Module], bool] |
             path = name.rpartition(".")[0]
             owner = model.get_submodule(path)
             raise ValueError(
-                f"model: expected every convolution in a Sequential, got {_where(name, module)} in {_where(path, owner)}: "
+                f"model: expected every convolution in a Sequential, got {_where(name, module)} in "
+                f"{_where(path, owner)}: "
                 "its forward does not say what follows; put a TaskRouter there by hand, or leave it out with where="
             )
         if id(module) in seen:
             raise ValueError(
-                f"model: expected every convolution in one place, got {_where(name, module)}, which is also {seen[id(module)]}"
+                f"model: expected every convolution in one place, got {_where(name, module)}, which is also "
+                f"{seen[id(module)]}"
             )
         seen[id(module)] = name
 
 
 def _insert(parent: nn.Sequential, new: dict[str, TaskRouter]) -> None:
     numbered = all(key == str(i) for i, key in enumerate(parent._modules))
-    made: OrderedDict[str, nn.Module | None] = OrderedDict()
+    made: OrderedDict[str, Any] = OrderedDict()
     for key, child in parent._modules.items():
         made[str(len(made)) if numbered else key] = child
         if key in new:

@@ -5,6 +5,7 @@ Axes: B samples, C channels, T tasks, G tasks present in a batch, L live channel
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,9 @@ def expand(x: Tensor, index: Tensor, width: int) -> Tensor:
     full = x.new_empty((len(x), width, *x.shape[2:]))
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         full = full.contiguous(memory_format=torch.channels_last)
-    return full.zero_().index_copy(1, index, x) if torch.compiler.is_compiling() else full.zero_().index_copy_(1, index, x)
+    return (
+        full.zero_().index_copy(1, index, x) if torch.compiler.is_compiling() else full.zero_().index_copy_(1, index, x)
+    )
 
 
 class Groups(NamedTuple):
@@ -92,7 +95,7 @@ class Groups(NamedTuple):
     bounds: list[int]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return len(self.bounds) - 1
 
 
@@ -117,7 +120,7 @@ def sort(task: Tensor, task_count: int) -> Sorted | None:
     ordered, order = task.sort(stable=True)
     tasks, member, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
     found = on_host(tasks) or []
-    if found and not (0 <= found[0] and found[-1] < task_count):
+    if found and (found[0] < 0 or found[-1] >= task_count):
         wrong = found[0] if found[0] < 0 else found[-1]
         raise IndexError(f"task: expected tasks from 0 to {task_count - 1}, got {wrong}")
     bounds = [0, *(on_host(counts.cumsum(0)) or [])]
@@ -132,7 +135,7 @@ class ExpandGroups(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.bounds = bounds
         full = x.new_zeros((len(x), width, *x.shape[2:]))
-        for g, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for g, (a, b) in enumerate(pairwise(bounds)):
             full[a:b].index_copy_(1, rows[g], x[a:b])
         return full
 
@@ -149,7 +152,7 @@ class CompactGroups(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.bounds, ctx.width = bounds, x.shape[1]
         made = x.new_empty((len(x), rows.shape[1], *x.shape[2:]))
-        for g, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for g, (a, b) in enumerate(pairwise(bounds)):
             made[a:b] = x[a:b].index_select(1, rows[g])
         return made
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import products
 from .active import Task
-from .chain import ALONE, DROP, FLAT, KEEP, MIX, ROUTER, Step, rank
+from .chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, rank
 from .norm import dense_scale, live_batch_norm, uses_batch
 from .router import TaskRouter
 from .units import CompactGroups, ExpandGroups, Sorted, Units, expand, row, spread, units
@@ -84,9 +83,7 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
                 x = way.compact(x, inp)
             x = way.mix(step, x, out, inp)
             held = Held() if router is None else Held(router, compact=True, pending=True)
-        elif kind == KEEP and (held.pending or rank(layer) in (None, x.dim())):
-            x = layer(x)
-        elif kind == ALONE and held.pending:
+        elif held.pending or (kind == KEEP and rank(layer) in (None, x.dim())):
             x = layer(x)
         elif kind == FLAT:
             held = held._replace(positions=held.positions * x[0, 0].numel())
@@ -143,13 +140,14 @@ class Single:
         y_dead = None
         if dead is not None:
             with torch.no_grad():
-                W, b = products.gather_weight(products.weight_of(layer), dead, inp), products.gather_bias(layer.bias, dead)
+                W, b = (
+                    products.gather_weight(products.weight_of(layer), dead, inp),
+                    products.gather_bias(layer.bias, dead),
+                )
                 y_dead = products.apply(layer, x, W, b)
         return live_batch_norm(step.norm, y, out, y_dead, dead)
 
-    def _gathered(
-        self, layer: products.Mixing, out: Tensor | None, inp: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _gathered(self, layer: products.Mixing, out: Tensor | None, inp: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Kept where nothing is trained; what changes one of these changes what they say."""
         W, b = products.weight_of(layer), layer.bias
         keep = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -198,9 +196,7 @@ class Mixed:
         O, I = products.weight_of(layer).shape[:2]
         lo = O if step.router is None else _width(units(step.router))
         li = I if held.router is None else _width(units(held.router)) * held.positions
-        return products.grouped_is_cheaper(
-            products.positions(layer, x), self._groups.count, (O, I), (lo, li)
-        )
+        return products.grouped_is_cheaper(products.positions(layer, x), self._groups.number, (O, I), (lo, li))
 
     def compact(self, x: Tensor, index: Tensor) -> Tensor:
         made: Tensor = CompactGroups.apply(x, index, self._groups.bounds)  # type: ignore[no-untyped-call]
