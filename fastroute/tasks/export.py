@@ -245,12 +245,11 @@ def _nested(layers: list[tuple[str, nn.Module]], training: bool) -> nn.Sequentia
         inner[_free(key, inner)] = layer
 
     def build(parts: OrderedDict[str, Any]) -> nn.Sequential:
-        made = OrderedDict((k, build(v) if isinstance(v, OrderedDict) else v) for k, v in parts.items())
-        return nn.Sequential(made)
+        made = nn.Sequential(OrderedDict((k, build(v) if isinstance(v, OrderedDict) else v) for k, v in parts.items()))
+        made.training = training  # layers have their own mode
+        return made
 
-    made = build(top)
-    made.training = training
-    return made
+    return build(top)
 
 
 def _free(key: str, taken: OrderedDict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def flow(model: nn.Module, task: int) -> list[Leaf]:
         named: list[tuple[str, nn.Module]] = [
             ("features", model.features),
             ("avgpool", model.avgpool),
-            ("flatten", nn.Flatten(1)),
+            ("flatten", nn.Flatten(1).train(model.training)),
             (f"classifier_{task}", getattr(model, f"classifier_{task}")),
         ]
         return [leaf for name, module in named for leaf in _opened(name, module)]
@@ -82,7 +82,7 @@ def _layers_of(model: nn.Module, node: fx.Node) -> list[Leaf]:
     if module is None:
         name = getattr(node.target, "__name__", str(node.target))
         raise ValueError(f"{node.name}: expected modules, flatten and relu in forward, got {name}")
-    return [Leaf(node.name, module, nn.Sequential(), node.name)]
+    return [Leaf(node.name, module.train(model.training), nn.Sequential(), node.name)]
 
 
 def _as_module(node: fx.Node) -> nn.Module | None:

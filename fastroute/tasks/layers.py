@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .active import Task
 from .chain import MIX, Step, rank
 from .router import TaskRouter
-from .units import sort
+from .units import sort, units
 from .walk import Held, Mixed, Single, is_idle
 
 
@@ -22,17 +22,20 @@ class _Routed(nn.Module):
     """What the two have in common; comes before the torch class they are."""
 
     def _set_routers(self, inp: TaskRouter | None, out: TaskRouter | None, compact: tuple[bool, bool]) -> None:
-        for name, router, units in (
+        for name, router, width in (
             ("input_router", inp, _shape(self)[1]),
             ("output_router", out, _shape(self)[0]),
         ):
             if router is not None and not isinstance(router, TaskRouter):
                 raise TypeError(f"{name}: expected a TaskRouter or None, got {type(router).__name__}")
-            if router is not None and router.unit_count != units:
-                raise ValueError(f"{name}: expected a router of {units} units, got {router.unit_count}")
+            if router is not None and router.unit_count != width:
+                raise ValueError(f"{name}: expected a router of {width} units, got {router.unit_count}")
         for name, router, asked in (("compact_input", inp, compact[0]), ("compact_output", out, compact[1])):
             if asked and router is None:
                 raise ValueError(f"{name}: expected a router on that side, got None")
+        for router in (inp, out):
+            if router is not None:
+                units(router)  # torch.compile is not to read masks
         # Not as submodules: a router stands elsewhere in the model too, and the keys are to be the plain layer's.
         self.__dict__["_ends"] = (inp, out)
         self.compact_input, self.compact_output = compact

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .active import Task
 from .chain import ROUTER, is_sequence, leaves, sequences, steps
 from .router import TaskRouter
-from .units import sort
+from .units import sort, units
 from .walk import Mixed, Single, Way, walk
 
 
@@ -91,6 +91,8 @@ class LiveSequential(nn.Sequential):
         self._steps = steps(chain)
         self._routers = [m for m in self._chain if isinstance(m, TaskRouter)]
         self._kept: dict[int, Any] = {}
+        for router in self._routers:
+            units(router)  # torch.compile is not to read masks
 
     def extra_repr(self) -> str:
         return f"batch_norm={self.batch_norm!r}"

@@ -57,6 +57,7 @@ def _renew(router: TaskRouter, mapping: Tensor) -> None:
 
 
 def _loaded(router: nn.Module, *_: Any) -> None:
+    object.__setattr__(router, "_live_of", None)
     units(router)  # type: ignore[arg-type]
 
 

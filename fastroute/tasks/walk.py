@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -86,7 +87,7 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
         elif held.pending or (kind == KEEP and rank(layer) in (None, x.dim())):
             x = layer(x)
         elif kind == FLAT:
-            held = held._replace(positions=held.positions * x[0, 0].numel())
+            held = held._replace(positions=held.positions * math.prod(x.shape[2:]))
             x = layer(x)
         elif kind == DROP:
             if layer.training:
