@@ -133,6 +133,7 @@ class ExpandGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, bounds: list[int], width: int) -> Tensor:
+        """[B, width, ...] with zeros elsewhere."""
         ctx.save_for_backward(rows)
         ctx.bounds = bounds
         full = x.new_zeros((len(x), width, *x.shape[2:]))
@@ -150,6 +151,7 @@ class CompactGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, bounds: list[int]) -> Tensor:
+        """[B, L, ...]"""
         ctx.save_for_backward(rows)
         ctx.bounds, ctx.width = bounds, x.shape[1]
         made = x.new_empty((len(x), rows.shape[1], *x.shape[2:]))
