@@ -189,8 +189,9 @@ def test_the_public_face() -> None:
     ):
         assert hasattr(fastroute, name), name
     assert fastroute.EfficientVectorRouting is fastroute.capsules.EfficientVectorRouting
-    for name in fastroute.networks.__all__:
-        assert getattr(fastroute, name) is getattr(fastroute.networks, name), name
+    for family in (fastroute.networks, fastroute.tasks):
+        for name in family.__all__:
+            assert getattr(fastroute, name) is getattr(family, name), name
     assert (ROOT / "fastroute" / "py.typed").exists()
 
 

@@ -15,10 +15,12 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ..reference import task_mask as reference
-from ._backends import is_strict, note, offer, taken
+from . import _native_task_mask as _native_task_mask  # defines the compiled ops
+from ._backends import is_strict, native_refuses, note, offer, taken
 from ._checks import floating, integer, shape, shown, tensor, together
 
 OP = "task_mask"
+offer(OP, "native", "fastroute.ops._native_task_mask", native_refuses)
 offer(OP, "reference", "fastroute.reference.task_mask", lambda case: None)
 
 
@@ -160,7 +162,7 @@ class _BatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wants = [needs[0], needs[6], needs[7]]
         made = _run(
-            backend, "batch_norm_backward", grad, x, y, mapping, tasks, task, *statistics, training, eps, relu, wants
+            backend, "batch_norm_backward", grad, x, y, mapping, tasks, task, *statistics, training, eps, relu, needs[0]
         )
         dx, dw, db = (g if want else None for g, want in zip(made, wants, strict=True))
         return (dx, *[None] * 5, dw, db, *[None] * 6)
@@ -229,6 +231,11 @@ def _prepare(x: Tensor, mapping: Tensor, task: int | Tensor) -> tuple[Tensor, Te
     if backend != "reference":
         mapping = mapping.to(torch.float32).contiguous()
     return mapping, tasks, number, backend
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, if it is contiguous or has its channels last; else a contiguous copy."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def _refuse_to_overwrite(x: Tensor) -> None:
@@ -312,7 +319,7 @@ def batch_norm_mask_relu(
         relu: rectify, too.
 
     Returns:
-        y in x's shape, dtype and layout. There is no second derivative.
+        y in x's shape and dtype; in its layout, if that is contiguous or channels last. There is no second derivative.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`task_mask`; a batch of one value per channel in training.
@@ -331,6 +338,10 @@ def batch_norm_mask_relu(
             )
     if training and x.numel() == x.shape[1]:
         raise ValueError(f"x: expected more than 1 value per channel when training, got {shown(x)}")
+    if x.numel() == 0:  # nothing to mask; torch knows what an empty batch leaves alone
+        return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if backend != "reference":
+        x = _dense(x)
     functional = training and running_mean is not None and torch.compiler.is_compiling()
     y, *running = _BatchNorm.apply(
         x, mapping, tasks, number, running_mean, running_var, weight, bias, training, momentum, eps, relu, backend,

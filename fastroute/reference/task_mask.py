@@ -25,6 +25,11 @@ def over(channels: Tensor, x: Tensor) -> Tensor:
     return channels[(...,) + (None,) * (x.dim() - 2)]
 
 
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What statistics are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _split(task: int | Tensor) -> tuple[Tensor | None, int]:
     return (task, 0) if isinstance(task, Tensor) else (None, task)
 
@@ -91,10 +96,11 @@ def batch_norm(
 def batch_norm_backward(
     g: Tensor, x: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int,
     running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
-    scale: Tensor, training: bool, eps: float, relu: bool, wants: list[bool],
+    scale: Tensor, training: bool, eps: float, relu: bool, want_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight and bias; of those that are not wanted, an empty tensor or no defined values."""
+    """Gradients of x (empty, where it is not wanted), weight and bias (of no use, where there is none)."""
     g = gate(g, y if relu else None, mapping, tasks, task)
+    wants = [want_x, weight is not None, bias is not None]
     dx, dw, db = torch.ops.aten.native_batch_norm_backward(
         g, x, weight, running_mean, running_var, mean, scale, training, eps, wants
     )

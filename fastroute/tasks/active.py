@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -142,9 +141,8 @@ def set_task(model: nn.Module, task: Task) -> None:
     aware, others = aware_parts(model)
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
-    counts = {module.task_count for module in aware}
-    for count in counts:
-        checked = task_index(task, count)
+    if aware:
+        checked = task_index(task, min([module.task_count for module in aware]))
     where: dict[torch.device, Tensor] = {}
     for module in aware:
         device = module._active_id.device  # the module's, found faster
@@ -155,30 +153,33 @@ def set_task(model: nn.Module, task: Task) -> None:
         other.set_active_task(task)
 
 
-@cache
-def _kind(cls: type) -> Literal["aware", "other"] | None:
-    """Whether modules of a class are TaskAware, or have a ``set_active_task`` without being it."""
+#: By class: whether modules are TaskAware, have a ``set_active_task`` without being it, or neither.
+_kinds: dict[type, Literal["aware", "other", "none"]] = {}
+
+
+def _kind(cls: type) -> Literal["aware", "other", "none"]:
     if issubclass(cls, TaskAware):
         return "aware"
-    return "other" if hasattr(cls, "set_active_task") else None
+    return "other" if hasattr(cls, "set_active_task") else "none"
 
 
 def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
-    """The parts that are TaskAware, and others with a ``set_active_task``.
+    """The parts that are TaskAware, and others with a ``set_active_task``; the model itself may be one.
 
     ``model.modules()`` would find them, but takes longer than everything else in a switch of tasks.
     """
-    found: dict[str, list[Any]] = {"aware": [], "other": []}
+    aware: list[TaskAware] = []
+    others: list[Any] = []
     seen: set[nn.Module] = set()
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is None:
-            continue
-        cls: Any = type(module)
-        if (kind := _kind(cls)) is not None:
-            found[kind].append(module)
-        if (children := module._modules) and module not in seen:
+    modules: list[Any] = [model]
+    for module in modules:  # which grows
+        cls = type(module)
+        kind = _kinds.get(cls)
+        if kind is None:
+            kind = _kinds[cls] = _kind(cls)
+        if kind != "none":
+            (aware if kind == "aware" else others).append(module)
+        if module is not None and (children := module._modules) and module not in seen:
             seen.add(module)
-            stack.extend(children.values())
-    return found["aware"], found["other"]
+            modules.extend(children.values())
+    return aware, others

@@ -14,6 +14,7 @@ from fastroute import use_backend
 from fastroute.ops import _backends
 from fastroute.reference.step import Grads, Step
 from tests.cpp.dispatch_cases import grouped_linears, plans, policies
+from tests.cpp.task_mask_cases import masked_batch_norms, task_masks
 from tests.helpers.cases import evaluate
 from tests.helpers.layouts import LAYOUTS, Fenced
 from tests.helpers.opcheck import assert_same
@@ -112,7 +113,8 @@ def layouts() -> None:
 
 def run() -> None:
     with use_backend("native"), poisoned_memory():
-        for part in (one_iteration, fenced, all_iterations, layouts, plans, grouped_linears, policies):
+        capsules = one_iteration, fenced, all_iterations, layouts
+        for part in (*capsules, plans, grouped_linears, policies, task_masks, masked_batch_norms):
             part()
             print(part.__name__, flush=True)
     print("no findings")

@@ -17,10 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastroute
 from fastroute import ops, use_backend
-from fastroute.ops._backends import offered
 from fastroute.reference import task_mask as reference
 from tests.helpers import strategies
-from tests.helpers.backends import HERE as EVERY
+from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import Fenced
@@ -28,8 +27,6 @@ from tests.helpers.opcheck import assert_same, check_compiled, check_exported, g
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-HERE = tuple(b for b in EVERY if b in offered()["task_mask"])
-each_backend = pytest.mark.parametrize("backend", HERE)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=lambda d: str(d).removeprefix("torch."))
 each_relu = pytest.mark.parametrize("relu", [False, True], ids=["mask", "relu"])
@@ -426,6 +423,17 @@ def test_statistics_of_dead_channels(backend: str) -> None:
         assert a is not None and b is not None and (a - b).abs().max() <= 4 * spacing * b.abs().max()
 
 
+@each_backend
+def test_batch_norm_of_nothing(backend: str) -> None:
+    """As ``batch_norm``: running statistics stay."""
+    for shape in ((0, 3, 4), (2, 3, 0)):
+        x, running = torch.zeros(shape).requires_grad_(), (torch.zeros(3), torch.ones(3))
+        with use_backend(backend):
+            y = ops.batch_norm_mask_relu(x, MAP, 0, *running, None, None, True, 0.1, 1e-5)
+        y.sum().backward()
+        assert y.shape == shape and not running[0].any() and running[1].all() and x.grad is not None
+
+
 # --------------------------------------------------------------------------------------------------------------- laws
 
 
@@ -674,3 +682,31 @@ def test_writes_nothing_else(backend: str) -> None:
             for relu in (False, True):
                 ops.task_mask(x, random_mapping(shape[1]), some_tasks("each", shape[0]), relu=relu, inplace=True)
         assert fence.intact()
+
+
+@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, cropped], ids=lambda f: f.__name__)
+def test_opcheck(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    """Schemas, fakes and what they say of mutation."""
+    x, y, mapping = layout(randn(3, 5, 4, dtype=dtype)), layout(randn(3, 5, 4, seed=1, dtype=dtype)), random_mapping(5)
+    fastroute_ops = torch.ops.fastroute
+
+    def check_op(name: str, *args: Any) -> None:
+        op = getattr(fastroute_ops, f"_task_mask_{name}_native").default
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+    for tasks in (None, torch.tensor(2), torch.tensor([0, 2, 6])):
+        task = mapping, tasks, 1
+        check_op("gate", x, None, *task)
+        check_op("gate", x, y, *task)
+        check_op("rectify", x, *task)
+        check_op("mask_", x.clone(memory_format=torch.preserve_format), *task, True)
+        if layout is cropped:
+            continue
+        running, parameters = (randn(5), randn(5).exp()), (randn(5, dtype=dtype), randn(5, dtype=dtype))
+        for training in (True, False):
+            check_op("batch_norm", x, *task, *running, *parameters, training, 0.1, 1e-5, True)
+            scale = torch.ones(5 if training else 0)
+            check_op("batch_norm_backward", y, x, None, *task, *running, *parameters, scale, scale, training, 1e-5,
+                     True, True)  # fmt: skip

@@ -54,7 +54,9 @@ def test_masks_of_vgg11(file: str) -> None:
     state = model.state_dict()
     assert list(state) == g["keys"]
     for key, shape in g["shapes"].items():
-        fits = [2, 512 * 49] if key.startswith("classifier") and key.endswith("weight") else shape  # upstream: 1024 * 49
+        fits = (
+            [2, 512 * 49] if key.startswith("classifier") and key.endswith("weight") else shape
+        )  # upstream: 1024 * 49
         assert list(state[key].shape) == fits, key
     for path, mask in g["masks"].items():
         router = model.get_submodule(path)

@@ -1,0 +1,254 @@
+// task_mask on a CPU: dead channels are zeroed without being read. The contract is fastroute/reference/task_mask.py.
+//
+// Axes: B samples, C channels, S positions: the axes after the channels that can be walked as one.
+
+#include "cpu/task_mask.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "cpu/task_mask_tasks.h"
+
+namespace fastroute::task_mask {
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr size_t kOperands = 3;  // what is written, what is read, and what decides
+
+struct Axis {
+  int64_t size;
+  std::array<int64_t, kOperands> strides;
+};
+
+// How up to three tensors of one shape are walked: [B, outer..., C, S], outer mostly empty.
+struct Walk {
+  Axis batch, channels, positions{1, {1, 1, 1}};
+  std::vector<Axis> outer;
+  int64_t outer_size = 1;
+
+  explicit Walk(const std::array<const Tensor*, kOperands>& tensors) {
+    const Tensor& first = *tensors[0];
+    const auto axis = [&](int64_t dim) {
+      Axis made{first.size(dim), {0, 0, 0}};
+      for (size_t k = 0; k < kOperands; ++k) {
+        made.strides[k] = tensors[k] == nullptr ? first.stride(dim) : tensors[k]->stride(dim);
+      }
+      return made;
+    };
+    batch = axis(0);
+    channels = axis(1);
+    for (int64_t dim = 2; dim < first.dim(); ++dim) {
+      if (first.size(dim) != 1) {
+        outer.push_back(axis(dim));
+      }
+    }
+    std::stable_sort(outer.begin(), outer.end(), [](const Axis& a, const Axis& b) { return a.strides[0] > b.strides[0]; });
+    for (size_t k = outer.size(); k-- > 1;) {  // axes that follow one another in memory are one
+      const auto follows = [&](size_t t) { return outer[k - 1].strides[t] == outer[k].strides[t] * outer[k].size; };
+      if (follows(0) && follows(1) && follows(2)) {
+        outer[k - 1].size *= outer[k].size;
+        outer[k - 1].strides = outer[k].strides;
+        outer.erase(outer.begin() + static_cast<std::ptrdiff_t>(k));
+      }
+    }
+    if (!outer.empty()) {
+      positions = outer.back();
+      outer.pop_back();
+    }
+    for (const Axis& a : outer) {
+      outer_size *= a.size;
+    }
+  }
+
+  // Where slab `at` of sample b begins, in numbers from each tensor's first.
+  std::array<int64_t, kOperands> offsets(int64_t b, int64_t at) const {
+    std::array<int64_t, kOperands> found;
+    for (size_t k = 0; k < kOperands; ++k) {
+      found[k] = b * batch.strides[k];
+    }
+    for (size_t d = outer.size(); d-- > 0;) {
+      const int64_t i = at % outer[d].size;
+      at /= outer[d].size;
+      for (size_t k = 0; k < kOperands; ++k) {
+        found[k] += i * outer[d].strides[k];
+      }
+    }
+    return found;
+  }
+
+  static bool dense(const Axis& axis) {
+    return axis.size == 1 || std::all_of(axis.strides.begin(), axis.strides.end(), [](int64_t s) { return s == 1; });
+  }
+  bool by_planes() const { return dense(positions) && positions.size > 1; }
+  bool by_rows() const { return dense(channels); }
+};
+
+// out = x where a channel takes part, rectified if relu, or where y > 0 if there is a y; 0 elsewhere. out may be x.
+template <class S>
+class Masking {
+ public:
+  Masking(const Walk& walk, const Live& live, S* out, const S* x, const S* y, bool relu)
+      : walk_(walk), live_(live), out_(out), x_(x), y_(y), relu_(relu) {}
+
+  void run() const {
+    const int64_t S_ = walk_.positions.size, C = walk_.channels.size, slabs = walk_.batch.size * walk_.outer_size;
+    if (walk_.by_planes()) {
+      in_threads(slabs * C, S_, [&](int64_t begin, int64_t end) { planes(begin, end); });
+    } else if (walk_.by_rows()) {
+      in_threads(slabs * S_, C, [&](int64_t begin, int64_t end) { rows(begin, end); });
+    } else {
+      in_threads(slabs, C * S_, [&](int64_t begin, int64_t end) { scattered(begin, end); });
+    }
+  }
+
+ private:
+  template <class F>
+  static void in_threads(int64_t units, int64_t numbers, const F& f) {
+    if (units * numbers < 2 * kThreadNumbers) {
+      f(0, units);
+    } else {
+      torch::stable::parallel_for(0, units, std::max<int64_t>(1, kThreadNumbers / std::max<int64_t>(1, numbers)), f);
+    }
+  }
+
+  // Units are planes of dense positions, channel by channel.
+  void planes(int64_t begin, int64_t end) const {
+    const Functions<S>& with = functions<S>();
+    const int64_t C = walk_.channels.size, n = walk_.positions.size;
+    for (int64_t unit = begin; unit < end;) {
+      const int64_t slab = unit / C, b = slab / walk_.outer_size, first = unit - slab * C;
+      const auto at = walk_.offsets(b, slab % walk_.outer_size);
+      const float* row = live_.row(b);
+      const int64_t last = std::min(C, first + (end - unit));
+      for (int64_t c = first; c < last; ++c) {
+        const auto& stride = walk_.channels.strides;
+        S* out = out_ + at[0] + c * stride[0];
+        const S* x = x_ + at[1] + c * stride[1];
+        if (row == nullptr || row[c] == 0.0f) {
+          std::memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(S));
+        } else if (y_ != nullptr) {
+          with.gate(out, x, y_ + at[2] + c * stride[2], n);
+        } else if (relu_) {
+          with.relu(out, x, n);
+        } else if (out != x) {
+          std::memcpy(static_cast<void*>(out), x, static_cast<size_t>(n) * sizeof(S));
+        }
+      }
+      unit += last - first;
+    }
+  }
+
+  // Units are rows of dense channels, position by position.
+  void rows(int64_t begin, int64_t end) const {
+    const Functions<S>& with = functions<S>();
+    const int64_t C = walk_.channels.size, n = walk_.positions.size;
+    const std::unique_ptr<BitsOf<S>[]> mask(new BitsOf<S>[C]);
+    const float* held = nullptr;
+    for (int64_t unit = begin; unit < end;) {
+      const int64_t slab = unit / n, b = slab / walk_.outer_size, first = unit - slab * n;
+      const auto at = walk_.offsets(b, slab % walk_.outer_size);
+      const float* row = live_.row(b);
+      if (row != nullptr && row != held) {
+        with.mask_row(mask.get(), row, C);
+        held = row;
+      }
+      const int64_t last = std::min(n, first + (end - unit));
+      for (int64_t s = first; s < last; ++s) {
+        const auto& stride = walk_.positions.strides;
+        S* out = out_ + at[0] + s * stride[0];
+        const S* x = x_ + at[1] + s * stride[1];
+        if (row == nullptr) {
+          std::memset(static_cast<void*>(out), 0, static_cast<size_t>(C) * sizeof(S));
+        } else if (y_ != nullptr) {
+          with.keep_gate(out, x, y_ + at[2] + s * stride[2], mask.get(), C);
+        } else if (relu_) {
+          with.keep_relu(out, x, mask.get(), C);
+        } else {
+          with.keep(out, x, mask.get(), C);
+        }
+      }
+      unit += last - first;
+    }
+  }
+
+  // Neither axis is dense in all tensors: number by number.
+  void scattered(int64_t begin, int64_t end) const {
+    const Functions<S>& with = functions<S>();
+    const int64_t C = walk_.channels.size, n = walk_.positions.size;
+    for (int64_t slab = begin; slab < end; ++slab) {
+      const int64_t b = slab / walk_.outer_size;
+      const auto at = walk_.offsets(b, slab % walk_.outer_size);
+      const float* row = live_.row(b);
+      for (int64_t c = 0; c < C; ++c) {
+        const bool is_live = row != nullptr && row[c] != 0.0f;
+        for (int64_t s = 0; s < n; ++s) {
+          const auto where = [&](size_t k) {
+            return at[k] + c * walk_.channels.strides[k] + s * walk_.positions.strides[k];
+          };
+          S v = is_live ? x_[where(1)] : S(0);
+          if (is_live && y_ != nullptr) {
+            with.gate(&v, &v, y_ + where(2), 1);
+          } else if (is_live && relu_) {
+            with.relu(&v, &v, 1);
+          }
+          out_[where(0)] = v;
+        }
+      }
+    }
+  }
+
+  const Walk& walk_;
+  const Live& live_;
+  S* out_;
+  const S *x_, *y_;
+  bool relu_;
+};
+
+void run(const Tensor& out, const Tensor& x, const Tensor* y, const Live& live, bool relu) {
+  const Walk walk({&out, &x, y});
+  if (out.numel() == 0) {
+    return;
+  }
+  with_type(out.scalar_type(), [&](auto number) {
+    using S = decltype(number);
+    STD_TORCH_CHECK(y == nullptr || y->scalar_type() == out.scalar_type(), "y: expected the dtype of g");
+    Masking<S>(walk, live, static_cast<S*>(out.data_ptr()), static_cast<const S*>(x.data_ptr()),
+               y == nullptr ? nullptr : static_cast<const S*>(y->data_ptr()), relu)
+        .run();
+  });
+}
+
+Tensor gate_op(const Tensor& g, const OptionalTensor& y, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
+  Tensor out = torch::stable::empty_like(g);
+  run(out, g, y.has_value() ? &*y : nullptr, Live(mapping, tasks, task, g.size(1)), false);
+  return out;
+}
+
+Tensor rectify_op(const Tensor& x, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
+  Tensor out = torch::stable::empty_like(x);
+  run(out, x, nullptr, Live(mapping, tasks, task, x.size(1)), true);
+  return out;
+}
+
+void mask_op(Tensor x, const Tensor& mapping, const OptionalTensor& tasks, int64_t task, bool relu) {
+  run(x, x, nullptr, Live(mapping, tasks, task, x.size(1)), relu);
+}
+
+}  // namespace
+}  // namespace fastroute::task_mask
+
+STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
+  library.impl("_task_mask_gate_native", TORCH_BOX(&fastroute::task_mask::gate_op));
+  library.impl("_task_mask_rectify_native", TORCH_BOX(&fastroute::task_mask::rectify_op));
+  library.impl("_task_mask_mask__native", TORCH_BOX(&fastroute::task_mask::mask_op));
+}

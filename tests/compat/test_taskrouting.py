@@ -1,0 +1,202 @@
+"""TaskRouting's import paths: its numbers, its gradient, its tensors written in place, its checkpoints, its script."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastroute import set_task, tasks
+from fastroute.compat import taskrouting
+from fastroute.compat.taskrouting import routed_vgg
+from fastroute.compat.taskrouting.taskrouting import TaskRouter
+from tests.helpers import golden
+from tests.helpers.budget import assert_within_budget
+from tests.helpers.tasks import T, from_file, images, load, masked, small_vgg, step, tasks_of
+
+LAYERS = load("tr_layer.pt")["cases"]
+
+
+def test_the_tree() -> None:
+    for path, names in (("taskrouting", ["TaskRouter"]), ("routed_vgg", ["VGG", "vgg11", "vgg11_bn"])):
+        module = importlib.import_module(f"fastroute.compat.taskrouting.{path}")
+        assert sorted(module.__all__) == names and all(hasattr(module, name) for name in names)
+    assert taskrouting.TaskRouter is TaskRouter and issubclass(TaskRouter, tasks.TaskRouter)
+    assert routed_vgg.cfg["A"] == [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
+
+
+def test_the_example() -> None:
+    assert doctest.testmod(taskrouting).failed == 0
+
+
+@pytest.mark.parametrize("g", LAYERS, ids=lambda g: f"{g['unit_count']}x{g['task_count']}-{g['sigma']}")
+def test_the_layer(g: dict[str, Any]) -> None:
+    """The caller's tensor is written to and returned; the gradient is the identity's."""
+    np.random.seed(g["numpy_seed"])
+    router = TaskRouter(g["unit_count"], g["task_count"], g["sigma"])
+    assert torch.equal(router.get_unit_mapping(), g["mapping"])
+    assert ("_unit_mapping" in router.state_dict()) == g["in_state_dict"] == (len(list(router.parameters())) == 1)
+    for known in g["tasks"]:
+        assert router.set_active_task(known["task"]) == known["task"]
+        x = g["x"].clone().requires_grad_()
+        y = router(x)
+        assert y is x and torch.equal(x, known["out"])
+        y.backward(g["g"])
+        assert torch.equal(x.grad, known["grad_upstream"])  # type: ignore[arg-type]
+        x = g["x"].clone().requires_grad_()
+        y = router(x * 1).relu_()
+        assert torch.equal(y, known["out_relu"])
+        y.backward(g["g"])
+        assert torch.equal(x.grad, known["grad_relu"])  # type: ignore[arg-type]
+    known = g["per_sample"]
+    router.set_active_task(known["ids"])
+    assert torch.equal(router(g["x"].clone()), known["out"])
+
+
+@pytest.mark.parametrize(("sigma", "off"), [(-1, 7), (-3, 5), (-8, 0), (-11, 0), (20, 8)])
+def test_sigma_as_a_slice(sigma: int, off: int) -> None:
+    np.random.seed(1)
+    drawn = np.random.rand(4, 8)
+    expected = np.ones((4, 8))
+    for row, order in zip(expected, drawn.argsort(1), strict=True):
+        row[order[:sigma]] = 0
+    np.random.seed(1)
+    router = TaskRouter(8, 4, sigma)
+    assert (router.get_unit_mapping().detach().numpy() == expected).all()
+    assert ((router.get_unit_mapping() == 0).sum(1) == off).all() and isinstance(router._unit_mapping, nn.Parameter)
+    follows = np.random.rand()
+    np.random.seed(1)
+    assert np.random.rand(33)[-1] == follows
+
+
+def test_sigma_is_an_int() -> None:
+    with pytest.raises(TypeError, match=r"sigma: expected an int, got 0\.5"):
+        TaskRouter(8, 4, 0.5)  # type: ignore[arg-type]
+
+
+def test_sigma_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    router = TaskRouter(8, 4, 0)
+    assert router.use_knockout is False and router.use_routing and capsys.readouterr().out == ""
+    x = torch.randn(2, 8, 1, 1)
+    assert torch.equal(router(x.clone()), x) and not router.state_dict()
+
+
+def test_tasks_are_looked_at_in_forward() -> None:
+    router, x = TaskRouter(8, T, 3), torch.randn(2, 8, 1, 1)
+    for task in (T, -1):
+        assert router.set_active_task(task) == task
+        with pytest.raises(IndexError, match=f"task: expected a task from 0 to {T - 1}, got {task}"):
+            router(x)
+    mapping = router.get_unit_mapping().detach()
+    for task in (1.7, torch.tensor(1), torch.tensor(1.7), np.int64(1), np.float64(1.2)):
+        assert router.set_active_task(task) is task and router.active_task is task
+        assert torch.equal(router(x.clone()), masked(x, mapping, 1))
+    tasks_given = torch.tensor([2, 4])
+    assert torch.equal(router(x.clone(), tasks_given), masked(x, mapping, tasks_given))
+    router.use_routing = False
+    assert router(x) is x
+    other = copy.deepcopy(router).double()
+    assert other.active_task == 1.2 and int(other._active_id) == 1
+
+
+def test_behind_autograds_back() -> None:
+    """A leaf is written to, what saved its output does not notice, and another consumer sees the masked values."""
+    router = TaskRouter(8, T, 3)
+    leaf = torch.randn(2, 8, 1, 1, requires_grad=True)
+    assert router(leaf) is leaf and int((leaf == 0).sum()) == 6
+    x = torch.randn(2, 8, 1, 1, requires_grad=True)
+    y = x.exp()
+    (router(y) + y).sum().backward()
+    assert torch.equal(x.grad, 2 * y)  # type: ignore[arg-type]
+    for bad in (torch.ones(2, 8, 1, 1, dtype=torch.int64), torch.ones(1, 8, 1, 1).expand(2, 8, 1, 1)):
+        with pytest.raises((TypeError, ValueError), match="x: expected"):
+            router(bad)
+
+
+def test_checkpoints_and_optimizers_both_ways() -> None:
+    """Parameters in upstream's order: an optimizer's state dict fits. Ours of fastroute.tasks load, too."""
+    literal, ours = small_vgg(family=routed_vgg), small_vgg()
+    names = [name for name, _ in literal.named_parameters()]
+    assert names[:4] == ["features.0.weight", "features.0.bias", "features.1._unit_mapping", "features.4.weight"]
+    assert all(p.requires_grad for p in literal.parameters())
+    ours.load_state_dict(literal.state_dict(), strict=True)
+    assert torch.equal(ours(images(), tasks_of(6)), literal(images(), tasks_of(6)))
+    literal.load_state_dict(small_vgg(seed=1).state_dict(), strict=True)
+    assert isinstance(literal.features[1]._unit_mapping, nn.Parameter)
+    optimizer = torch.optim.AdamW(literal.parameters(), weight_decay=0.5)
+    before = literal.features[1].get_unit_mapping().clone()
+    step(literal, images(), torch.zeros(6, dtype=torch.int64), 1)
+    optimizer.step()
+    assert (
+        torch.equal(literal.features[1].get_unit_mapping(), before) and literal.features[1]._unit_mapping.grad is None
+    )
+
+
+@pytest.mark.parametrize("file", golden.names("tasks", "tr_vgg11_masks*"))
+def test_masks_of_vgg11(file: str) -> None:
+    """Of vgg11_bn, too, which is the same."""
+    g = load(file)
+    for make in (routed_vgg.vgg11, routed_vgg.vgg11_bn):
+        np.random.seed(g["numpy_seed"])
+        model = make(False, g["task_count"], g["sigma"], init_weights=False)
+        assert list(model.state_dict()) == g["keys"] and type(model) is routed_vgg.VGG
+        for path, mask in g["masks"].items():
+            assert torch.equal(model.get_submodule(path).get_unit_mapping(), mask.float())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("file", ["tr_small_vgg.pt", "tr_small_vgg_bn.pt"])
+def test_a_routed_network(file: str) -> None:
+    """Upstream's numbers within the budget that ours, in several orders of the samples, set."""
+    g, model = from_file(file, routed_vgg)
+    drawn = torch.Generator().manual_seed(0)
+    orders = [torch.arange(6), *(torch.randperm(6, generator=drawn) for _ in range(3))]
+
+    def run(model: nn.Module, task: int, order: Tensor) -> dict[str, Tensor | None]:
+        found = step(copy.deepcopy(model), g["x"][order], g["y"][order], task)
+        assert found["out_train"] is not None
+        return {**found, "out_train": found["out_train"][order.argsort()]}
+
+    exact64 = copy.deepcopy(model).double()
+    for known in g["tasks"]:
+        exact = run(exact64, known["task"], orders[0])
+        ours = [run(model, known["task"], order) for order in orders]
+        theirs = {"out_train": known["out_train"], "loss": known["loss"], **known["grads"]}
+        assert {k for k, t in exact.items() if t is not None} == theirs.keys()
+        for name, t in theirs.items():
+            truth = exact[name]
+            assert truth is not None
+            assert_within_budget(torch.as_tensor(t), truth, [o[name] for o in ours if o[name] is not None], name)  # type: ignore[misc]
+
+
+def test_the_script() -> None:
+    """Upstream's README: a function that switches the task, applied to the model; one task per batch."""
+    np.random.seed(0)
+    model = small_vgg(family=routed_vgg)
+
+    def change_task(m: Any) -> None:
+        if hasattr(m, "active_task"):
+            m.set_active_task(active_task)
+
+    x, y = images(), torch.tensor([0, 1, 1, 0, 1, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for k in range(5 * T):
+        active_task = k % T
+        assert model.apply(change_task) is model
+        assert {m.active_task for m in model.modules() if hasattr(m, "active_task")} == {active_task}
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert sum(losses[-T:]) < sum(losses[:T])
+    model.set_active_task(1)  # of the heads alone, as upstream's
+    assert model.active_task == 1 and model.features[1].active_task == active_task == T - 1
+    set_task(model, 2)
+    assert model.active_task == model.features[1].active_task == 2
