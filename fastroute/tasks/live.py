@@ -133,7 +133,10 @@ class LiveSequential(nn.Sequential):
         way = self._way(x, tasks)
         if way is None:
             return self._dense(x, task)
-        return walk(self._steps, x, way)
+        if not _is_slow_layout(x):
+            return walk(self._steps, x, way)
+        way.turned = True
+        return walk(self._steps, x.contiguous(memory_format=torch.channels_last), way).contiguous()
 
     forward.is_a_sequence = True  # type: ignore[attr-defined]
 
@@ -157,3 +160,14 @@ class LiveSequential(nn.Sequential):
         for module in self._chain:
             x = module(x, task) if isinstance(module, TaskRouter) else module(x)
         return x
+
+
+def _is_slow_layout(x: Tensor) -> bool:
+    """Whether images had better be channels-last between the layers: on a CPU, pooling alone is 5 to 10 times faster."""
+    return (
+        x.dim() == 4
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and x.is_contiguous()
+    )

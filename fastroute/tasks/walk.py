@@ -16,6 +16,10 @@ from .router import TaskRouter
 from .units import CompactGroups, ExpandGroups, Sorted, Units, expand, row, spread, units
 
 
+#: Positions per task below which a convolution is faster channels-first on a CPU: its weights are most of its reading.
+_FEW = 512
+
+
 class Held(NamedTuple):
     """What the activations at hand are."""
 
@@ -27,6 +31,9 @@ class Held(NamedTuple):
 
 class Way(Protocol):
     """How to go: ``index`` gives a router's live channels, [L] or [G, L]."""
+
+    tasks: int  #: how many there are in the batch
+    turned: bool  #: whether the images were made channels-last for speed
 
     def index(self, router: TaskRouter) -> Tensor: ...
     def favours(self, step: Step, x: Tensor, held: Held) -> bool: ...
@@ -82,6 +89,8 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
             inp = None if inner is None else spread(way.index(inner), held.positions)
             if inp is not None and not held.compact:
                 x = way.compact(x, inp)
+            if way.turned and x.dim() == 4 and math.prod(x.shape[2:]) * len(x) < _FEW * way.tasks:
+                x = x.contiguous()
             x = way.mix(step, x, out, inp)
             held = Held() if router is None else Held(router, compact=True, pending=True)
         elif held.pending or (kind == KEEP and rank(layer) in (None, x.dim())):
@@ -100,6 +109,9 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
 
 class Single:
     """One task."""
+
+    tasks = 1
+    turned = False
 
     def __init__(self, tasks: dict[int, Task], exact: bool, kept: dict[int, Any]) -> None:
         self._tasks, self._exact, self._kept = tasks, exact, kept
@@ -180,8 +192,11 @@ class Single:
 class Mixed:
     """A task per sample. Samples are put in order of their tasks when a layer first needs it."""
 
+    turned = False
+
     def __init__(self, order: Sorted, task: Tensor) -> None:
         self._order, self._groups, self._task = order, order.groups, task
+        self.tasks = order.groups.number
         self._is_sorted = False
         self._index: dict[int, Tensor] = {}
 
@@ -211,6 +226,8 @@ class Mixed:
         if not self._is_sorted:
             self._is_sorted, self._task = True, self._order.task
             x = x.index_select(0, self._order.order)
+            if self.turned and x.dim() == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
         return x
 
     def end(self, x: Tensor) -> Tensor:
