@@ -98,6 +98,24 @@ def test_batch_norm_options(affine: bool, tracks: bool, momentum: float | None) 
         assert_same(passes(slim, images(), 1), passes(masked, images(), 1))
 
 
+@pytest.mark.usefixtures("always_grouped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("task", [2, MIXED], ids=["one", "mixed"])
+def test_budget(task: int | Tensor, dtype: torch.dtype) -> None:
+    """Channels-last inside: off by twice what masking is off by, over a few networks, and a rounding."""
+    errors: dict[str, list[float]] = {"ours": [], "plain": [], "size": []}
+    for seed in range(4):
+        masked = conv_net(dtype=dtype, seed=seed).eval()
+        exact = passes(copy.deepcopy(masked).double(), images(dtype=dtype, seed=seed).double(), task)
+        for name, model in (("ours", twin(masked)), ("plain", masked)):
+            found = passes(model, images(dtype=dtype, seed=seed), task)
+            assert found["y"].is_contiguous()
+            errors[name].append(farthest({k: t.double() for k, t in found.items()}, exact))
+        errors["size"].append(max(float(t.abs().max()) for t in exact.values()))
+    ours, plain, size = (sum(v * v for v in errors[k]) ** 0.5 for k in ("ours", "plain", "size"))
+    assert ours <= 2 * plain + torch.finfo(dtype).eps * size
+
+
 # ---------------------------------------------------------------------------------------------- training
 
 
