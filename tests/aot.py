@@ -66,7 +66,7 @@ def _specialised(value: Any) -> tuple[str, Any, list[list[Any]]]:
     import torch
 
     names = {
-        torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+        torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
         torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32",
     }  # fmt: skip
     if value is None:

@@ -5,6 +5,8 @@ C++ implements the ops whose names end in ``_native`` (csrc/cpu, csrc/cuda), Tri
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +41,15 @@ def _batch_norm_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tens
     return torch.empty_like(x) if want_x else x.new_empty(0), dw, db
 
 
+def _in_triton(name: str) -> Callable[..., Any]:
+    """The kernels' function of that name; triton is imported when it is first wanted."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module("fastroute.kernels.task_mask"), name)(*args)
+
+    return call
+
+
 for _backend in ("native", "triton"):
     for _name, _schema, _fake in (
         ("gate", f"(Tensor g, Tensor? y, {_TASK}) -> Tensor", _gate),
@@ -60,3 +71,5 @@ for _backend in ("native", "triton"):
     ):
         library.define(f"_task_mask_{_name}_{_backend}{_schema}", tags=(torch.Tag.needs_fixed_stride_order,))
         torch.library.register_fake(f"fastroute::_task_mask_{_name}_{_backend}", _fake, lib=library)
+        if _backend == "triton":
+            library.impl(f"_task_mask_{_name}_triton", _in_triton(_name), "CompositeExplicitAutograd")

@@ -16,12 +16,32 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import task_mask as reference
 from . import _native_task_mask as _native_task_mask  # defines the compiled ops
-from ._backends import is_strict, native_refuses, note, offer, taken
+from ._backends import Case, is_strict, native_refuses, note, offer, taken
 from ._checks import floating, integer, shape, shown, tensor, together
 
-OP = "task_mask"
-offer(OP, "native", "fastroute.ops._native_task_mask", native_refuses)
-offer(OP, "reference", "fastroute.reference.task_mask", lambda case: None)
+OP, NORM = "task_mask", "batch_norm_mask_relu"
+
+
+def _triton_refuses(case: Case) -> str | None:
+    from ..kernels.task_mask import unsupported
+
+    why: str | None = unsupported(case.device, case.dtype)
+    return why
+
+
+def _native_refuses(case: Case) -> str | None:
+    if case.device == "cpu":
+        return native_refuses(case)
+    if case.op == NORM:
+        return "its C++ is for CPU tensors"
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    return None if case.dtype in dtypes else f"the CUDA C++ kernels take no {str(case.dtype).removeprefix('torch.')}"
+
+
+for _op in (OP, NORM):
+    offer(_op, "triton", "fastroute.kernels.task_mask", _triton_refuses)
+    offer(_op, "native", "fastroute.ops._native_task_mask", _native_refuses)
+    offer(_op, "reference", "fastroute.reference.task_mask", lambda case: None)
 
 
 def _run(backend: str, name: str, *args: Any) -> Any:
@@ -211,7 +231,7 @@ def _as_task(task: int | Tensor, x: Tensor, T: int) -> tuple[Tensor | None, int]
     return task, 0
 
 
-def _prepare(x: Tensor, mapping: Tensor, task: int | Tensor) -> tuple[Tensor, Tensor | None, int, str]:
+def _prepare(op: str, x: Tensor, mapping: Tensor, task: int | Tensor) -> tuple[Tensor, Tensor | None, int, str]:
     """(mapping, tasks, task, backend), all checked."""
     tensor("x", x, "a floating-point tensor [B, C, ...]")
     floating("x", x)
@@ -225,8 +245,8 @@ def _prepare(x: Tensor, mapping: Tensor, task: int | Tensor) -> tuple[Tensor, Te
         raise ValueError(f"mapping: expected [T, {C}], the channels of x {shown(x)}, got {shown(mapping)}")
     together(("x", x), {"mapping": mapping})
     tasks, number = _as_task(task, x, mapping.shape[0])
-    note(OP, x, B=x.shape[0], C=C, T=mapping.shape[0])
-    backend = taken(OP, x.device.type, x.dtype)
+    note(op, x, B=x.shape[0], C=C, T=mapping.shape[0])
+    backend = taken(op, x.device.type, x.dtype)
     mapping = mapping.detach()
     if backend != "reference":
         mapping = mapping.to(torch.float32).contiguous()
@@ -271,7 +291,7 @@ def task_mask(
             knows, such samples are zero; ``fastroute.strict`` counts them and raises.
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    mapping, tasks, number, backend = _prepare(x, mapping, task)
+    mapping, tasks, number, backend = _prepare(OP, x, mapping, task)
     if inplace:
         _refuse_to_overwrite(x)
         if not _transformed():
@@ -324,7 +344,7 @@ def batch_norm_mask_relu(
     Raises:
         IndexError, ValueError, TypeError: as :func:`task_mask`; a batch of one value per channel in training.
     """
-    mapping, tasks, number, backend = _prepare(x, mapping, task)
+    mapping, tasks, number, backend = _prepare(NORM, x, mapping, task)
     given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     together(("x", x), given)
     for name, t in given.items():

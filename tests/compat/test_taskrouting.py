@@ -27,6 +27,8 @@ def test_the_tree() -> None:
     for path, names in (("taskrouting", ["TaskRouter"]), ("routed_vgg", ["VGG", "vgg11", "vgg11_bn"])):
         module = importlib.import_module(f"fastroute.compat.taskrouting.{path}")
         assert sorted(module.__all__) == names and all(hasattr(module, name) for name in names)
+    beside = importlib.import_module("fastroute.compat.routed_vgg")
+    assert all(getattr(beside, name) is getattr(routed_vgg, name) for name in beside.__all__)
     assert taskrouting.TaskRouter is TaskRouter and issubclass(TaskRouter, tasks.TaskRouter)
     assert routed_vgg.cfg["A"] == [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
 
@@ -194,7 +196,7 @@ def test_the_script() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert sum(losses[-T:]) < sum(losses[:T])
     model.set_active_task(1)  # of the heads alone, as upstream's
     assert model.active_task == 1 and model.features[1].active_task == active_task == T - 1

@@ -17,8 +17,12 @@ HERE = Path(__file__).resolve().parent
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets them already")
 @pytest.mark.parametrize(
     "what",
-    [["tests/kernels/test_vector_routing.py"], ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"]],
-    ids=["kernels", "golden"],
+    [
+        ["tests/kernels/test_vector_routing.py"],
+        ["tests/kernels/test_task_mask.py"],
+        ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
+    ],
+    ids=["kernels", "task_mask", "golden"],
 )
 def test_interpreted(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])

@@ -18,6 +18,7 @@ import fastroute
 from fastroute.tasks import TaskRouter, set_task
 from tests.helpers.budget import check
 from tests.helpers.cases import evaluate
+from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same, gradcheck
 from tests.helpers.poison import poisoned_memory
 from tests.helpers.tasks import T, case, generator, images, masked, router, small_vgg, tasks_of
@@ -132,6 +133,36 @@ def test_budget(dtype: torch.dtype) -> None:
         lambda x, task: {"y": masked(x, layer.get_unit_mapping(), task)},
         case().to(dtype), dtype=dtype, permute="bh",
     )  # fmt: skip
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 5), st.integers(1, 40), st.integers(0, 9), st.integers(1, 4)),
+    rank=st.integers(2, 4),
+    tasks=st.integers(1, 6),
+    sigma=st.floats(0, 1),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    dtype=st.sampled_from(DTYPES),
+    inplace=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_shape_layout_and_dtype(
+    sizes: tuple[int, ...],
+    rank: int,
+    tasks: int,
+    sigma: float,
+    layout: str,
+    dtype: torch.dtype,
+    inplace: bool,
+    seed: int,
+) -> None:
+    shape = sizes[:rank]
+    layer, task = router(shape[1], tasks, sigma, seed, inplace=inplace), tasks_of(shape[0], tasks, seed)
+    x = LAYOUTS[layout](torch.randn(shape, generator=generator(seed)).to(dtype))
+    expected = masked(x, layer.get_unit_mapping(), task)
+    with poisoned_memory():
+        y = layer(x, task)
+    assert y.dtype == dtype and torch.equal(y, expected) and (y is x) == inplace
 
 
 def test_gradcheck() -> None:
