@@ -15,7 +15,6 @@ from .norm import dense_scale, live_batch_norm, uses_batch
 from .router import TaskRouter
 from .units import CompactGroups, ExpandGroups, Sorted, Units, expand, row, spread, units
 
-
 #: Positions per task below which a convolution is faster channels-first on a CPU: its weights are most of its reading.
 _FEW = 512
 
