@@ -163,7 +163,7 @@ class LiveSequential(nn.Sequential):
 
 
 def _is_slow_layout(x: Tensor) -> bool:
-    """Whether images had better be channels-last between the layers: on a CPU, pooling alone is 5 to 10 times faster."""
+    """Whether images had better be channels-last between the layers: on a CPU, pooling is 5 to 10 times faster."""
     return (
         x.dim() == 4
         and x.device.type == "cpu"
