@@ -1,7 +1,27 @@
 """Task routing (Strezoski et al. 2019): a fixed random subset of the channels per task, hundreds of tasks in one."""
 
 from .active import set_task
+from .export import Overlap, extract_task, mask_overlap
+from .fold import fold
+from .layers import RoutedConv2d, RoutedLinear
+from .live import LiveSequential, live
+from .route import route
 from .router import TaskRouter
 from .vgg import VGG, vgg11, vgg11_bn
 
-__all__ = ["VGG", "TaskRouter", "set_task", "vgg11", "vgg11_bn"]
+__all__ = [
+    "VGG",
+    "LiveSequential",
+    "Overlap",
+    "RoutedConv2d",
+    "RoutedLinear",
+    "TaskRouter",
+    "extract_task",
+    "fold",
+    "live",
+    "mask_overlap",
+    "route",
+    "set_task",
+    "vgg11",
+    "vgg11_bn",
+]

@@ -1,0 +1,176 @@
+"""A convolution and a linear layer that compute live channels only, for models written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .active import Task
+from .chain import MIX, Step, rank
+from .router import TaskRouter
+from .units import sort, units
+from .walk import Held, Mixed, Single, is_idle
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    return tuple(layer.weight.shape)
+
+
+class _Routed(nn.Module):
+    """What the two have in common; comes before the torch class they are."""
+
+    def _set_routers(self, inp: TaskRouter | None, out: TaskRouter | None, compact: tuple[bool, bool]) -> None:
+        for name, router, width in (
+            ("input_router", inp, _shape(self)[1]),
+            ("output_router", out, _shape(self)[0]),
+        ):
+            if router is not None and not isinstance(router, TaskRouter):
+                raise TypeError(f"{name}: expected a TaskRouter or None, got {type(router).__name__}")
+            if router is not None and router.unit_count != width:
+                raise ValueError(f"{name}: expected a router of {width} units, got {router.unit_count}")
+        for name, router, asked in (("compact_input", inp, compact[0]), ("compact_output", out, compact[1])):
+            if asked and router is None:
+                raise ValueError(f"{name}: expected a router on that side, got None")
+        for router in (inp, out):
+            if router is not None:
+                units(router)  # torch.compile is not to read masks
+        # Not as submodules: a router stands elsewhere in the model too, and the keys are to be the plain layer's.
+        self.__dict__["_ends"] = (inp, out)
+        self.compact_input, self.compact_output = compact
+        self._kept: dict[int, Any] = {}
+
+    @property
+    def input_router(self) -> TaskRouter | None:
+        """Outside whose live channels the input is zero."""
+        return self.__dict__["_ends"][0]  # type: ignore[no-any-return]
+
+    @property
+    def output_router(self) -> TaskRouter | None:
+        """What masks the output."""
+        return self.__dict__["_ends"][1]  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module's; kept weights are forgotten."""
+        self._kept.clear()
+        return super().train(mode)
+
+    def _run(self, x: Tensor, task: Task | None) -> Tensor:
+        inp, out = (None if r is None or is_idle(r) else r for r in self.__dict__["_ends"])
+        tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
+        if not tasks:
+            return super().forward(x)  # type: ignore[no-any-return,misc]
+        if x.dim() != rank(self):
+            axes = "[B, C, H, W]" if rank(self) == 4 else "[B, features]"
+            raise ValueError(f"x: expected {axes}, got {list(x.shape)}")
+        compact_in, compact_out = self.compact_input and inp is not None, self.compact_output and out is not None
+        step = Step(MIX, self, None, out)
+        several = [t for t in tasks.values() if isinstance(t, Tensor) and t.dim()]
+        way: Single | Mixed = Single(tasks, False, self._kept)
+        if several:
+            order = None
+            if not torch.compiler.is_compiling() and len(several[0]) == len(x) > 0:
+                order = sort(several[0], min(r.task_count for r in (inp, out) if r is not None))
+            if compact_in or compact_out:
+                raise ValueError(
+                    "task: expected one task for all samples with compact_input or compact_output, got [B]"
+                )
+            mixed = None if order is None else Mixed(order, several[0])
+            if mixed is None or not mixed.favours(step, x, Held(inp)):
+                x = x if inp is None else inp(x, task)
+                y: Tensor = super().forward(x)  # type: ignore[misc]
+                return y if out is None else out(y, task)  # type: ignore[no-any-return]
+            way = mixed
+        inside = None if inp is None else way.index(inp)
+        width = _shape(self)[1] if inside is None or not compact_in else inside.shape[-1]
+        if x.shape[1] != width:
+            raise ValueError(f"x: expected {width} channels, got {x.shape[1]} (x is {list(x.shape)})")
+        x = way.begin(x)
+        if inside is not None and not compact_in:
+            x = way.compact(x, inside)
+        if inside is not None and inp is not None:
+            x = way.mask(x, inp, inside)
+        outside = None if out is None else way.index(out)
+        y = way.mix(step, x, outside, inside)
+        if out is not None and outside is not None:
+            y = way.mask(y, out, outside)
+            if not compact_out:
+                y = way.expand(y, outside, out.unit_count)
+        return way.end(y)
+
+
+class RoutedConv2d(_Routed, nn.Conv2d):
+    """A Conv2d between two routers, either of which may be missing: y = m_out * conv(m_in * x).
+
+    Its parameters and their names are the dense layer's. For one task, live weights are gathered (in eval without
+    gradients they are kept, see ``LiveSequential``) and only live channels computed. Gradients of the dense
+    parameters are dense, with zeros where nothing is live.
+
+    Args:
+        in_channels, out_channels, kernel_size, others: of ``Conv2d``; groups=1 and zero padding.
+        input_router: the router of x's channels. Channels that it switches off are not read.
+        output_router: the router of the result's, which the layer replaces: its channels that are off are zero.
+        compact_input, compact_output: x holds, or the result is to hold, live channels only, in rising order.
+        Then a batch
+            has one task.
+
+    The routers are not submodules: register them where they stand in the model.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *args: Any,
+        input_router: TaskRouter | None = None,
+        output_router: TaskRouter | None = None,
+        compact_input: bool = False,
+        compact_output: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, **others)
+        if self.groups != 1:
+            raise ValueError(f"groups: expected 1, got {self.groups}")
+        if self.padding_mode != "zeros":
+            raise ValueError(f'padding_mode: expected "zeros", got {self.padding_mode!r}')
+        self._set_routers(input_router, output_router, (compact_input, compact_output))
+
+    def forward(self, x: Tensor, task: Task | None = None) -> Tensor:
+        """x [B, I, H, W] -> [B, O, H', W'] (compact: live channels only), for a task or tasks [B].
+
+        Several tasks run grouped or densely by ``products.grouped_is_cheaper``; on a GPU and under torch.compile
+        densely.
+        """
+        return self._run(x, task)
+
+
+class RoutedLinear(_Routed, nn.Linear):
+    """A Linear between two routers, either of which may be missing: y = m_out * (W (m_in * x) + b).
+
+    Args:
+        in_features, out_features, others: of ``Linear``.
+        input_router, output_router, compact_input, compact_output: as for :class:`RoutedConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *args: Any,
+        input_router: TaskRouter | None = None,
+        output_router: TaskRouter | None = None,
+        compact_input: bool = False,
+        compact_output: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, *args, **others)
+        self._set_routers(input_router, output_router, (compact_input, compact_output))
+
+    def forward(self, x: Tensor, task: Task | None = None) -> Tensor:
+        """x [B, I] -> [B, O] (compact: live features only), for a task or tasks [B]."""
+        return self._run(x, task)
