@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr double kShift = 1e-6;  // SHIFT of fastroute.reference.policy
+constexpr double kShift = 1e-6;  // of fastroute.reference.policy.shifted
 
 // Calls f with a number of this type, and one of the type that its sums are made in.
 template <class F>

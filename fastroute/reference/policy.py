@@ -12,8 +12,6 @@ from torch import Tensor
 
 #: What a row of scores z stands for: logits of a softmax; the values themselves; probabilities up to a shift (WPL).
 KINDS = ("softmax", "score", "shifted")
-SHIFT = 1e-6  #: what the least likely choice of a "shifted" row has before normalising
-CLAMP = torch.finfo(torch.float32).eps  #: probabilities of a "shifted" row are kept this far from 0 and 1 under the log
 
 
 class Choice(NamedTuple):
@@ -28,9 +26,18 @@ def accumulating(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+# The numbers stand in these functions, not in the module: with dynamic=True torch.compile would make variables of them,
+# which the second autograd function of a graph cannot take in.
+
+
 def shifted(z: Tensor) -> Tensor:
-    """[N, K]: probabilities up to their sum, z - min z + 1e-6."""
-    return z - z.min(-1, keepdim=True).values + SHIFT
+    """[N, K]: probabilities up to their sum, z - min z + 1e-6, which the least likely choice has."""
+    return z - z.min(-1, keepdim=True).values + 1e-6
+
+
+def clamped(p: Tensor) -> Tensor:
+    """p, kept an epsilon of float32 from 0 and 1, for its logarithm."""
+    return p.clamp(2.0**-23, 1 - 2.0**-23)
 
 
 def values(scores: Tensor, kind: str, temperature: float) -> Tensor:
@@ -41,7 +48,7 @@ def values(scores: Tensor, kind: str, temperature: float) -> Tensor:
     if kind == "score":
         return z
     weight = shifted(z)
-    return (weight / weight.sum(-1, keepdim=True)).clamp(CLAMP, 1 - CLAMP).log()
+    return clamped(weight / weight.sum(-1, keepdim=True)).log()
 
 
 def choose(
@@ -112,7 +119,7 @@ def backward(grad: Tensor, scores: Tensor, actions: Tensor, kind: str, temperatu
         weight = shifted(z)
         total, own = weight.sum(-1, keepdim=True), weight.gather(-1, actions.clamp(min=0)[:, None])
         share = own / total
-        g = torch.where((share >= CLAMP) & (share <= 1 - CLAMP), g, 0)
+        g = torch.where(share == clamped(share), g, 0)
         # the lowest score is taken from every weight: from its own, nothing is left
         of_own = torch.where(actions[:, None] == lowest.indices, 0, g / own)
         made = (taken * of_own - g / total).scatter_add(-1, lowest.indices, K * g / total - of_own)
