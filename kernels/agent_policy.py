@@ -249,6 +249,7 @@ def agent_input_kernel(
                 mask=(c < C)[:, None] & (f < F)[None, :], other=0.0,
             )  # fmt: skip
             acc = dot(rounded(h, w_tile.dtype), w_tile, acc, PRECISION)
+        acc = tl.where(keep_agent[:, None], acc, 0.0)  # what is not a number in some agent's layer stays out
         tl.store(dx + b[:, None] * F + f[None, :], acc, mask=live[:, None] & (f < F)[None, :])
 
 

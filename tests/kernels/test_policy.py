@@ -174,6 +174,18 @@ def test_choices_are_those_of_policy() -> None:
             assert torch.equal(made.actions[~has], options.get("forced", torch.zeros_like(made.actions))[~has])
 
 
+def test_what_is_not_a_number_stays_with_its_agent() -> None:
+    """The last agent's layer is what tiles of dropped rows load, too."""
+    case = case_of(torch.tensor([0, -1, 1, -1, 0, 1], device=DEVICE), 2, 5, 4, "critic", F32, device=DEVICE)
+    for name in ("weights", "critic_weights"):
+        case.inputs[name][1] = torch.nan  # type: ignore[index]
+    found = evaluate(op("triton"), case)
+    of_last = (case.inputs["agents"] == 1).cpu()  # type: ignore[union-attr]
+    for name in ("value", "scores", "critic", "critic_at", "dx"):
+        assert torch.equal(found[name].isfinite().reshape(6, -1).all(1).cpu(), ~of_last), name  # type: ignore[union-attr]
+    assert not found["dx"][[1, 3]].any()  # type: ignore[index]
+
+
 def test_same_bits_every_time() -> None:
     case = case_of(some_agents(200, 3), 3, 20, 8, "critic", F32, device=DEVICE)
     a, b = (evaluate(op("triton"), case) for _ in range(2))
