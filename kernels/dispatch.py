@@ -28,6 +28,8 @@ RANKED = 8192
 BLOCK = 512
 #: Comparisons that counting may take, all blocks together; beyond it is a sort's turn.
 COMPARED = 1 << 36
+#: Modules that counting may take: its grid's second axis ends at 65535 tiles of 64 keys.
+COUNTED_MODULES = 1 << 21
 
 
 def unsupported(device_type: str, K: int = 1, N: int = 0) -> str | None:
@@ -151,7 +153,7 @@ def plan(actions: Tensor, modules: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device(actions.device) if actions.is_cuda else nullcontext():
         if N <= RANKED:
             _ranked(actions, modules, order, offsets, beyond)
-        elif cdiv(N, BLOCK) * BLOCK * (modules + 2) <= COMPARED:
+        elif modules <= COUNTED_MODULES and cdiv(N, BLOCK) * BLOCK * (modules + 2) <= COMPARED:
             _counted(actions, modules, order, offsets, beyond)
         else:
             return _sorted(actions, modules)
