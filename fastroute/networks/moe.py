@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..ops import dispatch, expert_ffn
 from ..ops._checks import at_least_one, floating, integer, shown, tensor
 from ..reference.grouped_linear import ACTIVATIONS
+from .decisions.base import as_mask
 from .gating import TopKGating
 
 
@@ -116,15 +117,18 @@ class MoE(nn.Module):
         D, lead = self.d_model, x.shape[:-1]
         if x.dim() < 1 or x.shape[-1] != D:
             raise ValueError(f"x: expected [..., {D}], got {shown(x)}")
-        if mask is not None and mask.shape != lead:
-            raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
-        flat = x.reshape(-1, D)
-        routed = self.gate.route(flat, None if mask is None else mask.reshape(-1))
+        flat, active = x.reshape(-1, D), None
+        if mask is not None:
+            tensor("mask", mask, "a bool tensor [...]")
+            if mask.shape != lead:
+                raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
+            active = as_mask(mask.reshape(-1), len(flat), x.device)
+        routed = self.gate.route(flat, active)
         plan = dispatch.plan(routed.actions, self.num_experts)
         options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
         y = expert_ffn(flat, plan, routed.weights, self.w_gate_up, self.w_down, **options)
         if self.shared_gate_up is not None and self.shared_down is not None:
-            y = y + self._shared(flat, mask, self.shared_gate_up, self.shared_down)
+            y = y + self._shared(flat, active, self.shared_gate_up, self.shared_down)
         y = y.reshape(*lead, D)
         if not return_aux:
             return y
@@ -136,4 +140,4 @@ class MoE(nn.Module):
         g, v = u.chunk(2, -1) if self.gated else (u, None)
         h = ACTIVATIONS[self.activation](g)
         y = F.linear(h if v is None else h * v, w_out)
-        return y if mask is None else torch.where(mask.reshape(-1, 1), y, 0)
+        return y if mask is None else torch.where(mask[:, None], y, 0)

@@ -347,6 +347,7 @@ def test_bad_input() -> None:
         (ValueError, r"x: expected \[..., 8\], got \[3, 4, 7\]", (x[..., 1:],)),
         (ValueError, r"x: expected \[..., 8\], got \[\]", (x.sum(),)),
         (ValueError, r"mask: expected one per token, \[3, 4\], got \[3\]", (x, torch.ones(3, dtype=torch.bool))),
+        (TypeError, r"mask: expected a bool tensor \[...\], got list", (x, [True] * 3)),
         (TypeError, r"w_in: expected x's dtype torch.float64, got torch.float32", (x.double(),)),
     ):
         with pytest.raises(error, match=message):
