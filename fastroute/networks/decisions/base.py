@@ -169,8 +169,9 @@ class Decision(nn.Module):
             (y, meta, actions [B] int64). y is the batch itself, except from GumbelSoftmax.
 
         Raises:
-            ValueError, TypeError, IndexError: naming the argument. On a GPU, an agent or a forced action out of range
-            is no error but drops the sample (action -1, which a Selection turns into zeros), unless ``strict``.
+            ValueError, TypeError, IndexError: naming the argument. On a GPU, unless ``strict``, an agent or a forced
+            action out of range is no error but drops the sample, which then teaches nobody: no agent means action 0
+            (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
         """
         B = batch.shape[0]
         meta = Trajectory.of(meta, B)
