@@ -18,10 +18,10 @@ from ..reference.agent_policy import AgentChoice as AgentChoice
 from ..reference.grouped_linear import is_stacked
 from ..reference.policy import KINDS
 from ._backends import note
-from ._checks import shape, shown
+from ._checks import shown
 from .dispatch import Plan
 from .grouped_linear import _apply, _parameters
-from .policy import OP, backend_for
+from .policy import OP, backend_for, check_draws
 
 Tensors = Sequence[Tensor]
 
@@ -186,9 +186,7 @@ def agent_policy(
     like = parameters[0]
     N = _rows(x, plan, nets)
     K = nets[0].outputs
-    for name, t, want in (("uniform", uniform, (N, K)), ("coin", coin, (N,)), ("forced", forced, (N,))):
-        if t is not None:
-            shape(name, t, want, "N, K" if len(want) == 2 else "N")
+    check_draws(uniform, coin, forced, N, K)
     note(OP, like, N=N, K=K)
     options = _Options(
         (len(nets[0].weights), len(nets[0].biases), len(nets[1].weights) if len(nets) > 1 else 0),
@@ -260,6 +258,8 @@ def _rows(x: Tensor | None, plan: Plan | None, nets: list[_Net]) -> int:
         return x.shape[0]
     if plan.samples is not None:
         raise ValueError(f"plan: expected one agent per row, got {plan.per_sample}")
+    if plan.offsets.shape[0] != nets[0].agents + 1:
+        raise ValueError(f"plan: expected one of {nets[0].agents} agents, got one of {plan.offsets.shape[0] - 1}")
     N = plan.order.shape[0]
     if x is not None and any(net.weights for net in nets) and x.shape[0] != N:
         raise ValueError(f"x: expected the plan's {N} rows, got {shown(x)}")

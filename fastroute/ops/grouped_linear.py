@@ -136,6 +136,10 @@ def _parameters(
     K, (O, F) = first.shape[0] if stacked else len(weights), first.shape[-2:]
     if biases and stacked and (len(biases) != 1 or biases[0].shape != (K, O)):
         raise ValueError(f"biases: expected one tensor [{K}, {O}], as weights are stacked, got {shown(biases[0])}")
+    if biases and not stacked and (len(biases) != K or biases[0].shape != (O,)):
+        raise ValueError(
+            f"biases: expected {K} tensors [{O}], one for each weight, got {len(biases)} {shown(biases[0])}"
+        )
     return weights, biases, K, O, F
 
 
@@ -176,6 +180,8 @@ def grouped_linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     weights, biases, K, O, F = _parameters(weights, biases)
+    if plan.offsets.shape[0] != K + 1:
+        raise ValueError(f"plan: expected one of {K} modules, got one of {plan.offsets.shape[0] - 1}")
     parameters = (*weights, *biases)
     if not weights:
         x = None

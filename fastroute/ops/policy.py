@@ -44,6 +44,18 @@ offer("policy", "native", "fastroute.ops._compiled_policy", native_refuses)
 offer("policy", "reference", "fastroute.reference.policy", lambda case: None)
 
 
+def check_draws(uniform: Tensor | None, coin: Tensor | None, forced: Tensor | None, N: int, K: int) -> None:
+    """Shapes and dtypes of what decides; compiled backends read them as they are told."""
+    for name, t, want, axes in (("uniform", uniform, (N, K), "N, K"), ("coin", coin, (N,), "N")):
+        if t is not None:
+            shape(name, t, want, axes)
+            floating(name, t)
+    if forced is not None:
+        shape("forced", forced, (N,), "N")
+        if forced.dtype != torch.int64:
+            raise TypeError(f"forced: expected int64, got {forced.dtype}")
+
+
 class _Policy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,6 +117,9 @@ def policy(
 
     Returns:
         ``Choice(actions [N] int64, value [N] float32 or float64, greedy [N] int64)``. ``value`` has a gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
     """
     floating("scores", scores)
     if scores.dim() != 2 or scores.shape[1] < 1:
@@ -112,9 +127,7 @@ def policy(
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     N, K = scores.shape
-    for name, t, want in (("uniform", uniform, (N, K)), ("coin", coin, (N,)), ("forced", forced, (N,))):
-        if t is not None:
-            shape(name, t, want, "N, K" if len(want) == 2 else "N")
+    check_draws(uniform, coin, forced, N, K)
     note(OP, scores, N=N, K=K)
     backend = backend_for(scores, K)
     if backend != "reference" and not scores.is_contiguous():

@@ -386,7 +386,10 @@ W, PLAN = torch.zeros(5, 4), dispatch.plan(torch.tensor([0, 1]), 2)
         ({"x": torch.zeros(2, 4, dtype=F64)}, TypeError, "x: expected the agents' dtype torch.float32.*float64"),
         ({"plan": None}, ValueError, "plan: expected one for 2 agents, got None"),
         ({"plan": dispatch.plan(torch.zeros(1, 2).long(), 2)}, ValueError, "plan: expected one agent per row, got 2"),
+        ({"plan": dispatch.plan(torch.zeros(2).long(), 3)}, ValueError, "plan: expected one of 2 agents, got one of 3"),
         ({"weights": ()}, ValueError, "weights: expected one of each module"),
+        ({"biases": [W[:, 0]]}, ValueError, r"biases: expected 2 tensors \[5\], one for each weight, got 1 \[5\]"),
+        ({"biases": [W[0]] * 2}, ValueError, r"biases: expected 2 tensors \[5\], one for each weight, got 2 \[4\]"),
         ({"critic_weights": [W]}, ValueError, "critic_weights: expected one of each of 2 agents, got 1"),
         ({"critic_weights": [W[:3]] * 2}, ValueError, "critic_weights: expected 5 outputs, or 1, got 3"),
         ({"critic_weights": [W[:, :3]] * 2}, ValueError, "critic_weights: expected 4 features, got 3"),
@@ -394,6 +397,7 @@ W, PLAN = torch.zeros(5, 4), dispatch.plan(torch.tensor([0, 1]), 2)
         ({"uniform": torch.ones(2, 4)}, ValueError, r"uniform: expected shape \[2, 5\] .*got \[2, 4\]"),
         ({"coin": torch.ones(2, 1)}, ValueError, r"coin: expected shape \[2\]"),
         ({"forced": torch.zeros(3, dtype=torch.int64)}, ValueError, r"forced: expected shape \[2\]"),
+        ({"forced": torch.zeros(2, dtype=torch.int32)}, TypeError, "forced: expected int64, got torch.int32"),
         ({"expected": True}, ValueError, "expected: expected a critic of 5 outputs"),
     ],
 )

@@ -276,6 +276,20 @@ def test_compile(backend: str, kind: str) -> None:
         check_compiled(call, calls)
 
 
+@each_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_in_one_graph(backend: str, kind: str) -> None:
+    """Of which nothing is a variable that the first one took."""
+    calls = [(torch.randn(B, 3, dtype=F64, requires_grad=True), draws(B, 3, B, F64)) for B in (8, 5)]
+
+    def call(z: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+        options = {"uniform": uniform, "kind": kind, "temperature": 0.5, "exploration": 0.3}
+        return tuple(ops.policy(t, **options).value for t in (z, 2 * z))
+
+    with use_backend(backend):
+        check_compiled(call, calls)
+
+
 class Greedy(nn.Module):
     def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
         return tuple(ops.policy(scores, temperature=0.5))
@@ -319,7 +333,13 @@ def test_explain() -> None:
         ({"kind": "linear"}, ValueError, "kind: expected one of softmax, score, shifted, got 'linear'"),
         ({"uniform": torch.ones(2, 4)}, ValueError, r"uniform: expected shape \[2, 3\] .*got \[2, 4\]"),
         ({"coin": torch.ones(2, 1)}, ValueError, r"coin: expected shape \[2\]"),
+        (
+            {"coin": torch.ones(2, dtype=torch.int64)},
+            TypeError,
+            "coin: expected a floating-point tensor, got torch.int64",
+        ),
         ({"forced": torch.zeros(3, dtype=torch.int64)}, ValueError, r"forced: expected shape \[2\]"),
+        ({"forced": torch.zeros(2, dtype=torch.int32)}, TypeError, "forced: expected int64, got torch.int32"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
