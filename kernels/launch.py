@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 #: Multiprocessors assumed where no GPU can be asked (an H200 has 132).
 SMS = 132
@@ -26,8 +28,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:
-    """Run ``kernel`` over ``grid`` on the current device."""
-    kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+    """Run ``kernel`` over ``grid``, on the GPU that its tensors are on: Triton's own choice is the current one."""
+    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    elsewhere = device is not None and device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
 
 
 @triton.jit

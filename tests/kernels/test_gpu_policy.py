@@ -71,3 +71,10 @@ def test_a_captured_graph_draws_afresh() -> None:
         forced = ops.agent_policy(step.x, step.plan, step.weights, step.biases, forced=seen[1])
         (again,) = torch.autograd.grad(forced.value.sum(), step.weights[:1])
     assert torch.equal(again, grads[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_gpu_than_the_current_one() -> None:
+    scores = torch.randn(64, 5, device="cuda:1")
+    with torch.cuda.device(0), use_backend("triton"):
+        assert torch.equal(ops.policy(scores).actions, scores.argmax(1))
