@@ -105,8 +105,8 @@ class TopKGating(nn.Module):
         self.jitter = _at_least_zero("jitter", jitter)
         if self.jitter >= 1:
             raise ValueError(f"jitter: expected a number below 1, got {jitter}")
-        if capacity is not None and not capacity > 0:
-            raise ValueError(f"capacity: expected a number above 0 or None, got {capacity}")
+        if capacity is not None and not 0 < capacity < math.inf:
+            raise ValueError(f"capacity: expected a finite number above 0 or None, got {capacity}")
         self.capacity = None if capacity is None else float(capacity)
         self.balance_loss, self.z_loss = _at_least_zero("balance_loss", balance_loss), _at_least_zero("z_loss", z_loss)
         self.bias_balancing = _at_least_zero("bias_balancing", bias_balancing)
