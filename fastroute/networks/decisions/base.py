@@ -180,7 +180,7 @@ class Decision(nn.Module):
         meta = Trajectory.of(meta, B)
         active = as_mask(mask, B, batch.device)
         whose = self._agents_of(agents if agents is not None else prior_actions, B, batch.device)
-        plan = self._plan(whose, active, B, batch.device)
+        plan = self._plan(meta, whose, active, B, batch.device)
         forced = None
         if forced_actions is not None:
             forced = self._forced(forced_actions, B, batch.device)
@@ -219,17 +219,19 @@ class Decision(nn.Module):
             )
         return as_indices(agents, B, device, "agents")
 
-    def _plan(self, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device) -> Plan | None:
+    def _plan(
+        self, meta: Trajectory, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device
+    ) -> Plan | None:
         if agents is None and active is None:
             return None
+        if agents is not None and active is None:
+            plan = meta.plan_of(agents, self._num_agents)
+            if plan.bounds is not None and plan.bounds[-1] < B:
+                raise IndexError(f"agents: expected indices of 0 or more, got {B - plan.bounds[-1]} that are negative")
+            return plan
         if agents is None:
             agents = torch.zeros(B, dtype=torch.int64, device=device)
-        if active is not None:
-            agents = torch.where(active, agents, -1)
-        plan = dispatch.plan(agents, self._num_agents, "agents")
-        if active is None and plan.bounds is not None and plan.bounds[-1] < B:
-            raise IndexError(f"agents: expected indices of 0 or more, got {B - plan.bounds[-1]} that are negative")
-        return plan
+        return dispatch.plan(torch.where(active, agents, -1), self._num_agents, "agents")  # type: ignore[arg-type]
 
     def _forced(self, forced: Any, B: int, device: torch.device) -> Tensor:
         forced = as_indices(forced, B, device, "forced_actions")

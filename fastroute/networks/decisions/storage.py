@@ -108,7 +108,7 @@ AnyStorages = Storages | StackedStorages
 def _tables(agents: Sequence[Any]) -> list[Any]:
     """Tables [1, K], or one of all agents [A, K]."""
     found = [s._parameters.get("_approx") for s in agents]
-    return [t.flatten(0, 1) if t is not None and t.dim() == 3 else t for t in found]
+    return [t.view(-1, t.shape[-1]) if t is not None and t.dim() == 3 else t for t in found]
 
 
 def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False) -> Tensor:
