@@ -99,7 +99,11 @@ def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
     if target == "best rival":
         best = _best_rival(row)
         return None if best is None else (best[0], f"{best[0]:.2f}× ({best[1]})", "")
-    ratio = row["rivals"].get(target, {}).get("ratio")
+    if which == "stacked":
+        theirs = row["rivals"].get(target, {}).get("ms")
+        ratio = None if theirs is None or "ms" not in mine else [0, theirs / mine["ms"], 0]  # of medians
+    else:
+        ratio = row["rivals"].get(target, {}).get("ratio")
     return None if ratio is None else (ratio[1], f"{ratio[1]:.2f}×", "")
 
 
@@ -136,7 +140,7 @@ def _targets(rows: Sequence[Row]) -> str:
     for row in rows:
         for target, value in row["targets"].items():
             kind, _, which = target.partition(", ")
-            what, wanted = _TARGETS.get(kind, lambda v, t=target: (f"against {t}", f"≥ {v:g}×"))(value)
+            what, wanted = _TARGETS.get(kind, lambda v, t=kind: (f"against {t}", f"≥ {v:g}×"))(value)
             what += {"stacked": ", stacked parameters", "kernels": " (kernels' target)"}.get(which, "")
             found = _measured(row, target)
             if found is None:
