@@ -51,7 +51,9 @@ def rows(options: harness.Options) -> list[Row]:
     """conftest makes a test of each; rows of one case stand together, so that it is built once."""
     found: list[Row] = []
     for case in (Case(B, K) for B in (64, 256, 1024, 4096) for K in (5, 20, 100)):
-        asked = {"best rival": 1.0} | ({"module loop": 4.0} if case.K >= 20 and not options.gpu else {})
+        asked = {"best rival": 1.0}
+        if case.K >= 20 and not options.gpu:
+            asked |= {"module loop": 4.0, "module loop, stacked": 4.0}
         found += [Row(case, targets=asked)] + [Row(case, threads=2)] * (not options.gpu)
     return found
 
@@ -157,8 +159,33 @@ def fastroute_step(p: Problem, name: str, backend: str, device: str) -> Step:
     return contestant(p, name, fn, device)
 
 
+def stacked_step(p: Problem, device: str) -> Step:
+    """The modules' parameters in one tensor each."""
+    selection, meta = Selection(*p.modules, stacked=True), Trajectory(len(p.x))
+    W, b = selection.parameters()
+
+    def run() -> Tensor:
+        y: Tensor = selection(p.x, meta, p.actions)[0]
+        y.backward(p.dy)
+        return y.detach()
+
+    def drop() -> None:
+        for leaf in (p.x, W, b):
+            leaf.grad = None
+
+    def check() -> Results:
+        drop()
+        y = run()
+        assert p.x.grad is not None and W.grad is not None and b.grad is not None
+        return {"y": y, "dx": p.x.grad, "dW": W.grad, "db": b.grad}
+
+    p.x.requires_grad_()
+    return Step("fastroute, stacked", check, run, drop, device)
+
+
 def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
-    found = [] if gpu else [fastroute_step(p, "fastroute, reference", "reference", device)]
+    found = [stacked_step(p, device)]
+    found += [] if gpu else [fastroute_step(p, "fastroute, reference", "reference", device)]
     ways: list[tuple[str, Callable[..., Tensor], int]] = [
         ("module loop", _loop, 1),
         ("MoE loop", moe_loop, 1),

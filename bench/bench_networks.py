@@ -7,6 +7,7 @@ cross-entropy with NegLossReward. Axes: B samples, T = 3 layers, K modules, A ag
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,9 @@ _AGENTS = [Case("REINFORCE", 256, A=1), Case("REINFORCE", 256, A=100)]
 _OTHERS = [Case(algorithm, 256) for algorithm in ("GumbelSoftmax", "QLearning", "AAC")]
 _WALL_MS = {64: 2.5, 256: 3.5, 1024: 8.0}
 _OPERATORS = 600
+#: What kernels were to bring it down to, whether parameters are stacked or not.
+_KERNELS_WALL_MS = {64: 1.5, 256: 2.0, 1024: 6.0}
+_KERNELS_OPERATORS = 150
 
 #: (case, compared with, at most so many times its time; None: only reported)
 _ACROSS = [(*reversed(_MANY), 1.5), (*reversed(_AGENTS), None)]
@@ -100,8 +104,11 @@ def rows(options: harness.Options) -> list[Row]:
         asked: dict[str, float] = {}
         if case in _SIZES:
             asked["max_wall_ms"] = _WALL_MS[case.B]
+            asked["max_wall_ms, kernels"] = asked["max_wall_ms, stacked"] = _KERNELS_WALL_MS[case.B]
         if case.K == case.A == 20:
             asked["max_operators"] = _OPERATORS
+        if case in _SIZES:
+            asked["max_operators, kernels"] = asked["max_operators, stacked"] = _KERNELS_OPERATORS
         found += [Row(case), Row(case, asked, threads=2)]
     return found
 
@@ -112,7 +119,7 @@ def rows(options: harness.Options) -> list[Row]:
 class Network(nn.Module):
     """The network as a user of fastroute writes it."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, stacked: bool = False) -> None:
         super().__init__()
         self.start, self.assign = networks.Initialization(), networks.PerTaskAssignment()
         decisions, selections = [], []
@@ -127,9 +134,10 @@ class Network(nn.Module):
                     num_agents=case.A,
                     policy_storage_type="tabular" if case.is_tabular else "approx",
                     additional_reward_func=networks.CollaborationReward(SHARE) if case.collaborates else None,
+                    stacked=stacked,
                 )
             )
-            selections.append(networks.Selection(*modules))
+            selections.append(networks.Selection(*modules, stacked=stacked))
         self.decisions, self.selections = nn.ModuleList(decisions), nn.ModuleList(selections)
         self.loss = networks.Loss(nn.CrossEntropyLoss(), networks.NegLossReward())
 
@@ -230,6 +238,12 @@ def _results(net: Network, losses: Losses, batch: Batch) -> Results:
     _drop(net)
     module_loss, routing_loss = losses(batch)
     (module_loss + routing_loss).backward()
+    found = _collected(net, module_loss, routing_loss)
+    _drop(net)
+    return found
+
+
+def _collected(net: Network, module_loss: Tensor, routing_loss: Tensor) -> Results:
     found = {"module loss": module_loss.detach(), "routing loss": routing_loss.detach()}
     if isinstance(net.decisions[0], networks.GumbelSoftmax):  # it has none
         assert found.pop("routing loss") == 0
@@ -237,7 +251,6 @@ def _results(net: Network, losses: Losses, batch: Batch) -> Results:
         if any(p.grad is not None for p in members):  # GumbelSoftmax's last decision may change nothing
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
             found[shown(key)] = torch.stack(grads)
-    _drop(net)
     return found
 
 
@@ -272,6 +285,38 @@ def fastroute_step(p: Problem, name: str, backend: str, device: str) -> Step:
     return Step(name, check, run, lambda: _drop(p.net), device)
 
 
+def stacked_step(p: Problem, device: str) -> Step:
+    """The same network with its parameters stacked."""
+    net = Network(p.case, stacked=True).to(device)
+    net.load_state_dict(p.net.state_dict())
+    same = p._replace(net=net)
+    step = fastroute_step(same, "fastroute, stacked", "auto", device)
+
+    def check() -> Results:
+        """Under the names of single modules."""
+        net.clear()
+        if p.case.algorithm == "GumbelSoftmax":
+            _forced_uniform(net, p.forced)
+        try:
+            module_loss, routing_loss, _ = net(p.forced)
+            (module_loss + routing_loss).backward()
+        finally:
+            for decide in net.decisions:
+                decide.__dict__.pop("_uniform", None)
+        single = dict(p.net.named_parameters())
+        for name, parameter in net.named_parameters():
+            for k in range(len(parameter) if "pattern." in name else 0):
+                single[name.replace("pattern.", f"{k}.")].grad = None if parameter.grad is None else parameter.grad[k]
+            if "pattern." not in name:
+                single[name].grad = parameter.grad
+        found = _collected(p.net, module_loss, routing_loss)
+        _drop(net)
+        _drop(p.net)
+        return found
+
+    return dataclasses.replace(step, check=check)
+
+
 def rival_step(p: Problem, name: str, rival: Batched | BySample, device: str, every: int = 1) -> Step:
     def check() -> Results:
         rival.clear()
@@ -287,9 +332,10 @@ def rival_step(p: Problem, name: str, rival: Batched | BySample, device: str, ev
 
 
 def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
-    """On a GPU fastroute is its reference backend, and going through samples one by one would take minutes."""
+    """On a GPU going through samples one by one would take minutes."""
     case, layers = p.case, layers_of(p.net)
-    found = [] if gpu else [fastroute_step(p, "fastroute, reference", "reference", device)]
+    found = [stacked_step(p, device)]
+    found += [] if gpu else [fastroute_step(p, "fastroute, reference", "reference", device)]
     for name, way in (("module loop", LOOP), ("sorted loop", SORTED)):
         found.append(rival_step(p, name, Batched(case.algorithm, layers, way, case.collaborates), device))
     if not gpu and case.B <= 256:
@@ -334,17 +380,22 @@ def _turned(p: Problem, which: str) -> Results:
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> Truth:
-    """Sample by sample in float64 is the definition; plain PyTorch in float32 is the yardstick."""
+    """Sample by sample in float64 is the definition; plain PyTorch in float32 is the yardstick, that definition's too.
+
+    (WPL's goes through log p, where a rounding of the logarithm is several of p; the loop keeps p.)
+    """
     p = problem(case, device)
-    exact_net = copy.deepcopy(p.net).to("cpu", torch.float64)
-    forced = Batch(*(None if t is None else t.cpu() for t in p.forced))
-    forced = forced._replace(x=forced.x.double(), uniform=p.forced.uniform.cpu().double())
-    exact = _results(exact_net, BySample(case.algorithm, layers_of(exact_net), case.collaborates), forced)
-    exact = {k: t.to(device) for k, t in exact.items()}
-    plain = (
-        {k: v for k, v in _turned(p, which).items() if k in exact} for which in ("", "features", "hidden", "samples")
-    )
-    return Truth.of(exact, plain, torch.float32)
+
+    def defined(dtype: torch.dtype) -> Results:
+        net = copy.deepcopy(p.net).to("cpu", dtype)
+        forced = Batch(*(None if t is None else t.cpu() for t in p.forced))
+        forced = forced._replace(x=forced.x.to(dtype), uniform=p.forced.uniform.cpu().to(dtype))
+        return _results(net, BySample(case.algorithm, layers_of(net), case.collaborates), forced)
+
+    exact = {k: t.to(device) for k, t in defined(torch.float64).items()}
+    turned = (_turned(p, which) for which in ("", "features", "hidden", "samples"))
+    plain = [*turned, {k: t.to(device) for k, t in defined(torch.float32).items()}]
+    return Truth.of(exact, ({k: v for k, v in found.items() if k in exact} for found in plain), torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------- counts

@@ -75,8 +75,10 @@ def _times(rows: Sequence[Row], figure: str, ratio: str, *, floor: bool) -> str:
 
 def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
     """(measured, as shown, its unit) of one target."""
-    memory = row.get("memory", {}).get(row["subject"])
-    mine = row["rivals"][row["subject"]]
+    target, _, which = target.partition(", ")
+    subject = row["subject"] + (", stacked" if which == "stacked" else "")
+    memory = row.get("memory", {}).get(subject)
+    mine = row["rivals"].get(subject, {})
     if target in ("max_MB", "max_GB"):
         return None if memory is None else (memory, f"{memory:.1f}", target[4:])
     if target == "max_wall_ms":
@@ -84,7 +86,7 @@ def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
             return None
         return mine["wall_ms"], f"{_ms(mine['wall_ms'])} ms (best {_ms(mine['best_wall_ms'])})", ""
     if target == "max_operators":
-        count = row.get("operators", {}).get(row["subject"])
+        count = row.get("operators", {}).get(subject)
         return None if count is None else (count["all"], str(count["all"]), "")
     if target == "max_ms":
         return None if "ms" not in mine else (mine["ms"], _ms(mine["ms"]), "ms")
@@ -97,7 +99,11 @@ def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
     if target == "best rival":
         best = _best_rival(row)
         return None if best is None else (best[0], f"{best[0]:.2f}× ({best[1]})", "")
-    ratio = row["rivals"].get(target, {}).get("ratio")
+    if which == "stacked":
+        theirs = row["rivals"].get(target, {}).get("ms")
+        ratio = None if theirs is None or "ms" not in mine else [0, theirs / mine["ms"], 0]  # of medians
+    else:
+        ratio = row["rivals"].get(target, {}).get("ratio")
     return None if ratio is None else (ratio[1], f"{ratio[1]:.2f}×", "")
 
 
@@ -133,7 +139,9 @@ def _targets(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         for target, value in row["targets"].items():
-            what, wanted = _TARGETS.get(target, lambda v, t=target: (f"against {t}", f"≥ {v:g}×"))(value)
+            kind, _, which = target.partition(", ")
+            what, wanted = _TARGETS.get(kind, lambda v, t=kind: (f"against {t}", f"≥ {v:g}×"))(value)
+            what += {"stacked": ", stacked parameters", "kernels": " (kernels' target)"}.get(which, "")
             found = _measured(row, target)
             if found is None:
                 why = "no time: wrong" if "ms" not in row["rivals"][row["subject"]] else "not measured"

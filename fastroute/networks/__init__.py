@@ -38,6 +38,7 @@ from .rewards import (
 )
 from .selection import Selection
 from .sequential import Initialization, Sequential
+from .stack import Stack
 from .summary import Summary
 from .trajectory import SampleMetaInformation, Trajectory
 
@@ -79,6 +80,7 @@ __all__ = [
     "SampleMetaInformation",
     "Selection",
     "Sequential",
+    "Stack",
     "Summary",
     "SurpriseLearning",
     "TopKGating",

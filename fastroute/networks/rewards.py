@@ -119,6 +119,10 @@ def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
 # ----------------------------------------------------------------------------------------------- per-action rewards
 
 
+def _on(t: Tensor, device: torch.device) -> Tensor:
+    return t if t.device == device else t.to(device)
+
+
 class PerActionBaseReward:
     """No reward, and the interface of those that give one.
 
@@ -148,14 +152,19 @@ class PerActionBaseReward:
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]; ``dists()`` are their states [B, K, 5]."""
-        if self.keeps_history:
-            ring = self.history.to(actions.device)
-            if active is not None:
-                actions = torch.where(active, actions, -1)
-            ring = torch.cat([ring, actions])
-            if active is not None:  # what is not there comes first, without reading how much that is
-                ring = ring[(ring >= 0).to(torch.int8).argsort(stable=True)]
-            self._ring = ring[-self.history_window :]
+        if not self.keeps_history:
+            return
+        W = self.history_window
+        if active is None and len(actions) >= W:  # what was there before is forgotten
+            self._ring = torch.cat([actions if len(actions) == W else actions[-W:]])  # a copy: others have them too
+            return
+        ring = _on(self.history, actions.device)
+        if active is not None:
+            actions = torch.where(active, actions, -1)
+        ring = torch.cat([ring, actions])
+        if active is not None:  # what is not there comes first, without reading how much that is
+            ring = ring[(ring >= 0).to(torch.int8).argsort(stable=True)]
+        self._ring = ring[-W:]
 
     def register(self, dist: Tensor, action: Tensor) -> None:
         """Note one sample's action."""
@@ -219,7 +228,7 @@ class CollaborationReward(_PerActionCounting):
 
     def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
         """[B]: the share of each action among those registered."""
-        ring = self.history.to(actions.device)
+        ring = _on(self.history, actions.device)
         made = dispatch.plan(ring, self._num_actions())  # to sort them is to count them
         ratio = self.reward_ratio**2 if self.formula == "upstream" else self.reward_ratio
         if made.bounds is not None:

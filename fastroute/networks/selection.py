@@ -15,6 +15,7 @@ from ..ops import combine, dispatch
 from ..ops._checks import floating, shown, tensor
 from . import bank
 from .decisions.base import as_mask
+from .stack import Stack
 from .trajectory import SampleMetaInformation, Trajectory
 
 
@@ -35,6 +36,9 @@ class Selection(nn.Module):
         unused_grad: of a module that no sample took: "none" leaves its gradients None, so that optimizers skip it, as
             upstream; "zeros" makes them zeros. On a GPU and under torch.compile, where counting would wait, they are
             zeros in any case.
+        stacked: keep the modules' parameters in one tensor of each kind, see :class:`~fastroute.networks.Stack`: the
+            same checkpoints, and steps and optimizers that cost the same whatever K is. Modules that no sample took
+            then have zeros for gradients. The modules have to do the same with parameters of the same shapes.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Selection(nn.Module):
         store_module_pointers: bool = False,
         dropped: Literal["zero", "identity"] = "zero",
         unused_grad: Literal["none", "zeros"] = "none",
+        stacked: bool = False,
     ) -> None:
         super().__init__()
         if len(modules) == 1 and isinstance(modules[0], (list, tuple, nn.ModuleList)):
@@ -54,7 +59,7 @@ class Selection(nn.Module):
             raise ValueError(f"dropped: expected 'zero' or 'identity', got {dropped!r}")
         if unused_grad not in ("none", "zeros"):
             raise ValueError(f"unused_grad: expected 'none' or 'zeros', got {unused_grad!r}")
-        self._submodules = nn.ModuleList(modules)
+        self._submodules = Stack(modules) if stacked and len(modules) > 1 else nn.ModuleList(modules)
         self._recipe = bank.Recipe()
         self.name, self.store_module_pointers = name, bool(store_module_pointers)
         self.dropped, self.unused_grad = dropped, unused_grad
@@ -145,7 +150,9 @@ class Selection(nn.Module):
         if self._log is not None:
             self._log.update(a for a in dispatch.read(chosen.reshape(-1)) if 0 <= a < K)
         plan = dispatch.plan(chosen, K)
-        y = bank.run(list(self._submodules), batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros")
+        modules = self._submodules
+        each = [modules.pattern] if isinstance(modules, Stack) else list(modules)
+        y = bank.run(each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros")
         return y, plan
 
     def _passed(self, y: Tensor, batch: Tensor, kept: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ class Stack(nn.Module):
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         modules = list(modules)
-        if not modules or not bank.are_alike(modules):
+        if not modules or not self._do_alike(modules):
             raise ValueError(
                 "stacked: expected modules that do the same with parameters of the same shapes (stacks of Linear, "
                 f"activations, norms, dropout), got {', '.join(dict.fromkeys(type(m).__name__ for m in modules))}"
@@ -53,6 +53,9 @@ class Stack(nn.Module):
             _set(self.pattern, name, torch.stack([p.detach() for p in each]), wants.pop())
         self.register_state_dict_post_hook(_to_list)
         self.register_load_state_dict_pre_hook(_from_list)
+
+    def _do_alike(self, modules: Sequence[nn.Module]) -> bool:
+        return bank.are_alike(modules)
 
     def extra_repr(self) -> str:
         return f"count={self.count}"

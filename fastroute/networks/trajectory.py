@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 import torch
 from torch import Tensor
 
+from ..ops import dispatch
 from ..ops._checks import shown
+from ..ops.dispatch import Plan
 from .record import Mixture, Record, spread
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class _Batch:
         #: rewards added to a whole step: record -> [size]
         self.added: dict[int, Tensor] = {}
         self.pointers: dict[int, Any] = {}  # record -> the Selection whose modules its actions chose
+        self.plans: list[tuple[Tensor, int, int, Plan]] = []  # agents, their version, how many there are
         self.final_reward: Tensor | None = None
         self._task_tensor: Tensor | None = None
 
@@ -372,6 +375,17 @@ class Trajectory(Sequence[SampleMetaInformation]):
                 "plain sum)"
             )
         return None
+
+    def plan_of(self, agents: Tensor, count: int) -> Plan:
+        """Samples by agent, made once for all decisions that are given the same tensor [B]."""
+        if torch.compiler.is_compiling() or type(agents) is not Tensor or agents.is_inference():  # which has no version
+            return dispatch.plan(agents, count, "agents")
+        for own, version, of, plan in self._batch.plans:
+            if own is agents and version == agents._version and of == count:
+                return plan
+        plan = dispatch.plan(agents, count, "agents")
+        self._batch.plans.append((agents, agents._version, count, plan))
+        return plan
 
     def add_rewards(self, rewards: Tensor) -> None:
         """Add to the last decision's reward, for all samples: [B]; ``append("add_rewards", ...)`` in bulk."""

@@ -112,8 +112,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def interpreting() -> bool:
-    """Triton kernels run in its interpreter, on CPU tensors."""
+    """Triton kernels run in its interpreter, on CPU tensors. Triton, too, looks once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -17,10 +17,11 @@ from ..reference import agent_policy as reference
 from ..reference.agent_policy import AgentChoice as AgentChoice
 from ..reference.grouped_linear import is_stacked
 from ..reference.policy import KINDS
+from ._autograd import apply
 from ._backends import note
 from ._checks import shown
 from .dispatch import Plan
-from .grouped_linear import _apply, _parameters
+from .grouped_linear import _parameters
 from .policy import OP, backend_for, check_draws
 
 Tensors = Sequence[Tensor]
@@ -201,7 +202,7 @@ def agent_policy(
         None if keep_empty or plan is None else plan.bounds,
     )
     order, offsets = (None, None) if plan is None else (plan.order, plan.offsets)
-    made = _apply(_AgentPolicy, x, order, offsets, uniform, coin, forced, options, *parameters)
+    made = apply(_AgentPolicy, x, order, offsets, uniform, coin, forced, options, *parameters)
     return AgentChoice(*made)
 
 

@@ -89,22 +89,20 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
         sizes = (("N", flat.shape[0]), ("K", modules))
         backend = decide(Case("dispatch", "cuda", flat.dtype, sizes), requested()).backend
     if backend == "reference":
-        made = reference.plan(flat, modules)
+        order, offsets, beyond = reference.plan(flat, modules)[:3]
     else:
-        made = Plan(*getattr(torch.ops.fastroute, f"_dispatch_plan_{backend}")(flat, modules))
-    bounds = on_host(made.offsets)
-    _check_beyond(made, bounds, modules, name)
-    if per_sample == 1:
-        return made._replace(bounds=bounds)
-    samples = torch.div(made.order, per_sample, rounding_mode="floor")
-    return made._replace(bounds=bounds, samples=samples, per_sample=per_sample)
+        order, offsets, beyond = getattr(torch.ops.fastroute, f"_dispatch_plan_{backend}")(flat, modules)
+    bounds = on_host(offsets)
+    _check_beyond(order, beyond, bounds, modules, name)
+    samples = None if per_sample == 1 else torch.div(order, per_sample, rounding_mode="floor")
+    return Plan(order, offsets, beyond, bounds, samples, per_sample)
 
 
-def _check_beyond(made: Plan, bounds: list[int] | None, modules: int, name: str) -> None:
+def _check_beyond(order: Tensor, beyond: Tensor, bounds: list[int] | None, modules: int, name: str) -> None:
     """IndexError for actions out of range, where looking costs nothing or ``strict`` asks for it."""
-    if bounds is None and (torch.compiler.is_compiling() or type(made.beyond) is not Tensor or not is_strict()):
+    if bounds is None and (torch.compiler.is_compiling() or type(beyond) is not Tensor or not is_strict()):
         return
-    if bounds is not None and bounds[-1] == made.order.shape[0]:
+    if bounds is not None and bounds[-1] == order.shape[0]:
         return  # nothing was dropped
-    if count := int(made.beyond):
-        raise IndexError(f"{name}: expected indices below {modules}, got {count} of {made.order.shape[0]} out of range")
+    if count := int(beyond):
+        raise IndexError(f"{name}: expected indices below {modules}, got {count} of {order.shape[0]} out of range")

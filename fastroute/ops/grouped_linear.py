@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..reference import grouped_linear as reference
 from ..reference.grouped_linear import ACTIVATIONS, TOLD_BY_VALUE
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
+from ._autograd import apply
 from ._backends import native_refuses, note, offer, taken
 from ._checks import shown
 from ._triton_dispatch import grouped_linear_refuses
@@ -29,16 +30,6 @@ _NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
 offer(OP, "native", "fastroute.ops._compiled_dispatch", native_refuses)
 offer(OP, "triton", "fastroute.ops._triton_dispatch", grouped_linear_refuses)
 offer(OP, "reference", "fastroute.reference.grouped_linear", lambda case: None)
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, without its search for torch.func's leftovers where torch.func is not at work.
-
-    It looks at every argument in Python, and here they are a parameter of every module.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _indices(
@@ -203,7 +194,7 @@ def grouped_linear(
     note(OP, like, N=plan.order.shape[0] if x is None else x.shape[0], K=K, F=F, O=O)
     backend = taken(OP, like.device.type, like.dtype)
     after = activation if backend == "native" and activation not in _NATIVE_ACTIVATIONS else "none"
-    made: Tensor = _apply(
+    made: Tensor = apply(
         _GroupedLinear,
         x,
         plan.order,

@@ -16,6 +16,7 @@ from ..reference.policy import KINDS as KINDS
 from ..reference.policy import Choice as Choice
 from . import _compiled_policy as _compiled_policy  # defines the compiled ops
 from . import _triton_policy as _triton_policy  # implements some of them
+from ._autograd import apply
 from ._backends import BackendName, Case, decide, native_refuses, note, offer, requested, taken
 from ._checks import floating, shape
 
@@ -132,5 +133,5 @@ def policy(
     backend = backend_for(scores, K)
     if backend != "reference" and not scores.is_contiguous():
         scores = scores.contiguous()
-    made = _Policy.apply(scores, uniform, coin, forced, kind, float(temperature), float(exploration), backend)
+    made = apply(_Policy, scores, uniform, coin, forced, kind, float(temperature), float(exploration), backend)
     return Choice(*made)

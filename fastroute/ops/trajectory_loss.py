@@ -21,6 +21,7 @@ from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
+from ._autograd import apply
 from ._backends import Case, note, offer, taken
 from ._checks import floating, shown
 
@@ -141,7 +142,7 @@ def trajectory_loss(
     backend = taken(OP, f.device.type, widest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in columns):
         call = backend, len(columns), len(others), dtype, layout, float(gamma), bool(normalize)
-        learning: Tensor = _TrajectoryLoss.apply(f, call, *columns, *others, *masks)
+        learning: Tensor = apply(_TrajectoryLoss, f, call, *columns, *others, *masks)
         return learning
     loss, _ = _forward(backend, f, columns, others, masks, layout, float(gamma), bool(normalize), False)
     return loss if loss.dtype == dtype else loss.to(dtype)

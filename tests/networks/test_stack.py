@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute.networks import MLP, bank
+from fastroute import use_backend
+from fastroute.networks import MLP, RELAX, Loss, NegLossReward, Selection, bank
 from fastroute.networks.stack import Stack
 from fastroute.ops import dispatch
-from tests.helpers.networks import F
+from tests.helpers.backends import each_backend
+from tests.helpers.networks import LEARNING, F, decision, play, scatter_tables, start
 from tests.helpers.opcheck import assert_same
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
@@ -144,3 +146,103 @@ def test_single_modules_and_copies() -> None:
 def test_what_cannot_be_stacked(unlike: list[nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"^stacked: expected "):
         Stack(unlike)
+
+
+# ------------------------------------------------------------------------------------------------- in a network
+
+
+def network(algo: str, storage: str, stacked: bool, hidden: tuple[int, ...] = ()) -> nn.ModuleDict:
+    torch.manual_seed(1)
+    decisions = nn.ModuleList(
+        decision(algo, K, 3, policy_storage_type=storage, approx_hidden_dims=hidden, stacked=stacked) for _ in range(2)
+    )
+    selections = nn.ModuleList(
+        Selection(*(nn.Sequential(nn.Linear(F, F), nn.Tanh()) for _ in range(K)), stacked=stacked) for _ in range(2)
+    )
+    return nn.ModuleDict({"decisions": decisions, "selections": selections}).double()
+
+
+def gradients_by_module(net: nn.ModuleDict) -> dict[str, Tensor]:
+    """Under the names of a checkpoint; zeros for None."""
+    shadow = copy.deepcopy(net)
+    for to, p in zip(shadow.parameters(), net.parameters(), strict=True):
+        to.data = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    return shadow.state_dict()
+
+
+@each_backend
+@pytest.mark.parametrize("storage", ["approx", "tabular"])
+@pytest.mark.parametrize("algo", [algo for algo in LEARNING if algo != "RELAX"])
+def test_networks_learn_the_same(algo: str, storage: str, backend: str) -> None:
+    apart = network(algo, storage, False)
+    scatter_tables(apart)
+    together = network(algo, storage, True)
+    together.load_state_dict(apart.state_dict(), strict=True)
+    assert sum(p.numel() for p in together.parameters()) == sum(p.numel() for p in apart.parameters())
+    assert len(list(together.parameters())) < len(list(apart.parameters())) / 2
+    x, y = torch.randn(20, F, dtype=torch.float64), torch.randint(F, (20,))
+    agents, forced = torch.randint(2, (20,)), torch.randint(K - 1, (2, 20))  # an agent and a module without samples
+    results = []
+    for net in (apart, together):
+        for layer in net["decisions"]:
+            layer._uniform = lambda *shape, like: torch.full(shape, 0.3, dtype=like.dtype)
+        with use_backend(backend):
+            out, meta, _ = play(net["decisions"], net["selections"], x, agents=agents, forced=forced)
+            losses = Loss(nn.CrossEntropyLoss(), NegLossReward())(out, meta, y)
+            sum(losses).backward()
+        results.append({"y": out.detach(), **gradients_by_module(net)})
+    for name, expected in results[0].items():
+        assert_same(results[1][name], expected, name)
+
+
+def test_hidden_layers_and_critics() -> None:
+    for algo in ("ActorCritic", "AAC", "WPL"):
+        apart, together = network(algo, "approx", False, (5,)), network(algo, "approx", True, (5,))
+        together.load_state_dict(apart.state_dict())
+        x, agents = torch.randn(9, F, dtype=torch.float64), torch.arange(9) % 3
+        forced = torch.zeros(2, 9, dtype=torch.int64)
+        made = [play(n["decisions"], n["selections"], x, agents=agents, forced=forced) for n in (apart, together)]
+        for a, b in zip(made[0][1].records, made[1][1].records, strict=True):
+            assert_same(b.states(), a.states())
+
+
+def test_masks_drops_and_single_choices() -> None:
+    select = Selection(*modules("mlp"), stacked=True, dropped="identity")
+    x = torch.randn(5, F, dtype=torch.float64)
+    y, _, _ = select(x, start(x), torch.tensor([0, 1, -1, 3, 2]), torch.tensor([True, True, True, False, True]))
+    assert torch.equal(y[2:4], x[2:4])
+    assert_same(y[1], select._submodules[1](x[1]))
+    mixed, _, _ = select(x, start(x), torch.tensor([[0, 1]] * 5), weights=torch.tensor([[0.25, 0.75]] * 5))
+    assert_same(mixed, 0.25 * select._submodules[0](x) + 0.75 * select._submodules[1](x))
+    single = Selection(nn.Linear(F, F), stacked=True)
+    assert list(single.state_dict()) == ["_submodules.0.weight", "_submodules.0.bias"]
+
+
+def test_relax_cannot_be_stacked() -> None:
+    with pytest.raises(ValueError, match=r"^stacked: RELAX differentiates"):
+        RELAX(K, F, num_agents=2, stacked=True)
+
+
+def test_optimizers_compile_and_copies() -> None:
+    """One graph whatever K is; a deep copy trains on its own."""
+    net = network("REINFORCE", "approx", True)
+    twin = copy.deepcopy(net)
+    x, y, agents = torch.randn(12, F, dtype=torch.float64), torch.randint(F, (12,)), torch.arange(12) % 3
+    forced = torch.randint(K, (2, 12))
+    losses = Loss(nn.CrossEntropyLoss(), NegLossReward())
+
+    def loss_of(net: nn.ModuleDict) -> Tensor:
+        out, meta, _ = play(net["decisions"], net["selections"], x, agents=agents, forced=forced)
+        made: Tensor = sum(losses(out, meta, y))
+        return made
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for which in (net, twin):
+        optimizer = torch.optim.Adam(which.parameters(), 1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (compiled if which is net else loss_of)(which).backward()
+            optimizer.step()
+    for name, t in net.state_dict().items():
+        assert_same(t, twin.state_dict()[name], name)

@@ -378,3 +378,16 @@ def test_summary_without() -> None:
     assert words.tasks == ["a", "b"] and words.layers[0].counts.tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
     labels = forced([[0, 1, 1]], tasks=torch.tensor([4, 2, 4])).summary()
     assert labels.tasks == [2, 4] and labels.layers[0].counts[1].tolist() == [1, 1, 0, 0]
+
+
+def test_one_plan_for_all_decisions_of_the_same_agents() -> None:
+    """But not for those of a tensor that was changed in between, nor of inference tensors."""
+    meta, agents = start(torch.zeros(4, F)), torch.tensor([0, 1, 1, 0])
+    first = meta.plan_of(agents, 2)
+    assert meta.plan_of(agents, 2) is first and meta.plan_of(agents.clone(), 2) is not first
+    assert meta.plan_of(agents, 3) is not first
+    agents[0] = 1
+    assert meta.plan_of(agents, 2).order.tolist() == [3, 0, 1, 2]
+    with torch.inference_mode():
+        own = torch.tensor([1, 0, 0, 0])
+        assert meta.plan_of(own, 2).order.tolist() == [1, 2, 3, 0]

@@ -6,7 +6,7 @@ Axes: B samples, K choices (``num_selections``), A agents.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..entries import Entries, Need, from_raw
 from ..record import Column, Record
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
 from ..trajectory import SampleMetaInformation, Trajectory
-from .storage import ApproxPolicyStorage, Storages, TabularPolicyStorage, ask, heads
+from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages, TabularPolicyStorage, ask, heads
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
@@ -59,6 +59,8 @@ class Decision(nn.Module):
         set_pg_temp: let ``set_exploration`` set the temperature of policy-gradient classes.
         formula: "intended", or "upstream" for the formulas of Pytorch-Routing 0.4.1 as they stand, where they are
             faulty: see each class.
+        stacked: keep the parameters of all agents in one tensor of each kind, see :class:`~fastroute.networks.Stack`:
+            the same checkpoints, fewer parameters, and zeros for gradients of agents without a sample.
         generator: of the random numbers; None: PyTorch's own.
 
     Parameters: ``_policy.{agent}._approx...``, as upstream. All classes take these arguments.
@@ -92,6 +94,7 @@ class Decision(nn.Module):
         set_pg_temp: bool = False,
         *,
         formula: Formula = "intended",
+        stacked: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,7 +105,7 @@ class Decision(nn.Module):
         self._num_agents = at_least_one("num_agents", num_agents)
         policy_net, reward = _readme_spellings(type(self).__name__, readme, policy_net, additional_reward_func)
         self.formula = check_formula(formula)
-        self.generator = generator
+        self.generator, self._stacked = generator, bool(stacked)
         self._in_features, self._detach, self._set_pg_temp = in_features, bool(detach), bool(set_pg_temp)
         self._hidden_dims = (
             (approx_hidden_dims,) if isinstance(approx_hidden_dims, int) else tuple(approx_hidden_dims or ())
@@ -119,16 +122,17 @@ class Decision(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- construction
 
-    def _storages(self, outputs: int, net: nn.Module | None) -> Storages:
+    def _storages(self, outputs: int, net: nn.Module | None) -> AnyStorages:
         """A storage per agent: the user's network, or what ``policy_storage_type`` says."""
+        made: Iterable[nn.Module]
         if net is None and self._storage_type == "tabular":
-            tables = (TabularPolicyStorage(outputs, **self._factory) for _ in range(self._num_agents))  # type: ignore[arg-type]
-            return Storages(tables, outputs)
-        nets = (
-            ApproxPolicyStorage(net, self._in_features, outputs, self._hidden_dims, self._detach, **self._factory)  # type: ignore[arg-type]
-            for _ in range(self._num_agents)
-        )
-        return Storages(nets, outputs)
+            made = (TabularPolicyStorage(outputs, **self._factory) for _ in range(self._num_agents))  # type: ignore[arg-type]
+        else:
+            made = (
+                ApproxPolicyStorage(net, self._in_features, outputs, self._hidden_dims, self._detach, **self._factory)  # type: ignore[arg-type]
+                for _ in range(self._num_agents)
+            )
+        return (StackedStorages if self._stacked and self._num_agents > 1 else Storages)(made, outputs)
 
     @staticmethod
     def _check_exploration(value: float) -> float:
@@ -177,7 +181,7 @@ class Decision(nn.Module):
         meta = Trajectory.of(meta, B)
         active = as_mask(mask, B, batch.device)
         whose = self._agents_of(agents if agents is not None else prior_actions, B, batch.device)
-        plan = self._plan(whose, active, B, batch.device)
+        plan = self._plan(meta, whose, active, B, batch.device)
         forced = None
         if forced_actions is not None:
             forced = self._forced(forced_actions, B, batch.device)
@@ -216,17 +220,19 @@ class Decision(nn.Module):
             )
         return as_indices(agents, B, device, "agents")
 
-    def _plan(self, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device) -> Plan | None:
+    def _plan(
+        self, meta: Trajectory, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device
+    ) -> Plan | None:
         if agents is None and active is None:
             return None
+        if agents is not None and active is None:
+            plan = meta.plan_of(agents, self._num_agents)
+            if plan.bounds is not None and plan.bounds[-1] < B:
+                raise IndexError(f"agents: expected indices of 0 or more, got {B - plan.bounds[-1]} that are negative")
+            return plan
         if agents is None:
             agents = torch.zeros(B, dtype=torch.int64, device=device)
-        if active is not None:
-            agents = torch.where(active, agents, -1)
-        plan = dispatch.plan(agents, self._num_agents, "agents")
-        if active is None and plan.bounds is not None and plan.bounds[-1] < B:
-            raise IndexError(f"agents: expected indices of 0 or more, got {B - plan.bounds[-1]} that are negative")
-        return plan
+        return dispatch.plan(torch.where(active, agents, -1), self._num_agents, "agents")  # type: ignore[arg-type]
 
     def _forced(self, forced: Any, B: int, device: torch.device) -> Tensor:
         forced = as_indices(forced, B, device, "forced_actions")
@@ -282,7 +288,7 @@ class Decision(nn.Module):
         x: Tensor,
         plan: Plan | None,
         forced: Tensor | None,
-        critic: Storages | None = None,
+        critic: AnyStorages | None = None,
         *,
         kind: str = "softmax",
         temperature: float = 1.0,
@@ -328,7 +334,9 @@ class Decision(nn.Module):
             explored = lambda: (made.actions == made.greedy) == upstream  # noqa: E731
         return made, explored
 
-    def _ask(self, storages: Storages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False) -> Tensor:
+    def _ask(
+        self, storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False
+    ) -> Tensor:
         made = ask(storages, x, plan, differentiable_twice=differentiable_twice)
         if made.dim() != 2 or made.shape[1] != storages.outputs:
             names = {"_policy": "policy_net", "_value_mem": "value_net", "_qvalue_mem": "qvalue_net"}
@@ -383,7 +391,7 @@ def _readme_spellings(
     """The argument names of upstream's READMEs, and an error for any other."""
     for key in given:
         if key not in _SPELLINGS:
-            known = [*Decision.__init__.__code__.co_varnames[1:15], "value_net", "qvalue_net", *_SPELLINGS]
+            known = [*Decision.__init__.__code__.co_varnames[1:16], "value_net", "qvalue_net", *_SPELLINGS]
             near = difflib.get_close_matches(key, known, 1)
             raise TypeError(f"{name}: unexpected keyword {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if given.get("approx_module") is not None:

@@ -16,7 +16,7 @@ from ..entries import Entries
 from ..record import Column
 from .base import Decided, Decision
 from .policy_gradient import _WithValueNet
-from .storage import Storages
+from .storage import AnyStorages
 
 _TINY = 1e-20
 _EPS = 1e-8
@@ -87,10 +87,12 @@ class RELAX(_WithValueNet):
             raise ValueError(
                 f"in_features: RELAX expects an int, for its network also sees the choice; got {in_features!r}"
             )
+        if kwargs.get("stacked"):
+            raise ValueError("stacked: RELAX differentiates its networks twice, which a stack cannot; expected False")
         super().__init__(num_selections, in_features, *args, **kwargs)
         self._temperature = 0.5
 
-    def _storages(self, outputs: int, net: nn.Module | None) -> Storages:
+    def _storages(self, outputs: int, net: nn.Module | None) -> AnyStorages:
         if not hasattr(self, "_policy"):
             return super()._storages(outputs, net)
         seen, self._in_features = self._in_features, self._in_features + self._num_selections  # type: ignore[operator]

@@ -14,6 +14,7 @@ from ...ops import dispatch, grouped_linear
 from ...ops.dispatch import Plan
 from .. import bank
 from ..mlp import MLP
+from ..stack import Stack
 
 
 class ApproxPolicyStorage(nn.Module):
@@ -79,20 +80,50 @@ class Storages(nn.ModuleList):
         self.outputs = outputs
         self.recipe = bank.Recipe()
 
+    def each(self) -> list[Any]:
+        """Whoever has parameters: every agent's storage."""
+        return list(self)
 
-def ask(storages: Storages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False) -> Tensor:
+
+class StackedStorages(Stack):
+    """The same with all agents' parameters in one tensor of each kind."""
+
+    def __init__(self, storages: Iterable[nn.Module], outputs: int) -> None:
+        super().__init__(list(storages))
+        self.outputs = outputs
+        self.recipe = bank.Recipe()
+
+    def _do_alike(self, modules: Sequence[Any]) -> bool:
+        own = [m._modules.get("_approx") for m in modules]
+        return type(modules[0]) is TabularPolicyStorage or (None not in own and bank.are_alike(own))  # type: ignore[arg-type]
+
+    def each(self) -> list[Any]:
+        """Whoever has parameters: one storage for all agents."""
+        return [self.pattern]
+
+
+AnyStorages = Storages | StackedStorages
+
+
+def _tables(agents: Sequence[Any]) -> list[Any]:
+    """Tables [1, K], or one of all agents [A, K]."""
+    found = [s._parameters.get("_approx") for s in agents]
+    return [t.view(-1, t.shape[-1]) if t is not None and t.dim() == 3 else t for t in found]
+
+
+def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False) -> Tensor:
     """[B, out]: every sample's agent's answer, zeros where the plan drops a sample; ``plan`` None: agent 0 for all."""
-    agents: list[Any] = list(storages)
+    agents = storages.each()
     first = agents[0]
     if plan is None:
         return first(x)  # type: ignore[no-any-return]
     if isinstance(first, TabularPolicyStorage):
-        tables = [s._parameters["_approx"] for s in agents]
+        tables = _tables(agents)
         if differentiable_twice:
             whose = torch.empty_like(plan.order).index_copy(
                 0, plan.order, dispatch.module_of_row(plan.offsets, len(plan.order))
             )
-            return torch.cat([*tables, torch.zeros_like(tables[0])])[whose]
+            return torch.cat([*tables, torch.zeros_like(tables[0][:1])])[whose]
         return grouped_linear(None, plan, (), tables)
     return bank.run(
         [s._modules["_approx"] for s in agents],
@@ -113,7 +144,7 @@ class Head(NamedTuple):
 
 
 def heads(
-    storages: Storages, critics: Storages | None, x: Tensor, plan: Plan | None
+    storages: AnyStorages, critics: AnyStorages | None, x: Tensor, plan: Plan | None
 ) -> tuple[Head | None, Head | None]:
     """The last layers of a policy and of its critic, to be given one input; None where :func:`ask` has to answer."""
     own = _head(storages, x, plan)
@@ -125,20 +156,21 @@ def heads(
     return own, None
 
 
-def _head(storages: Storages, x: Tensor, plan: Plan | None, *, alone: bool = False) -> Head | None:
-    agents: list[Any] = list(storages)
+def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = False) -> Head | None:
+    agents = storages.each()
     first = agents[0]
     if plan is None and (type(first) not in (ApproxPolicyStorage, TabularPolicyStorage) or is_observed(first)):
         return None
     if isinstance(first, TabularPolicyStorage):
-        tables = [s._parameters.get("_approx") for s in agents]
-        return None if any(t is None for t in tables) or not _fits(tables, x) else Head(None, [], tables)  # type: ignore[arg-type]
+        tables = _tables(agents)
+        fit = all(t is not None for t in tables) and _fits([s._parameters["_approx"] for s in agents], x)
+        return Head(None, [], tables) if fit else None
     modules = [s._modules["_approx"] for s in agents]
     found = bank.up_to_the_last(modules, first.inputs(x), plan, storages.recipe, alone=alone)  # type: ignore[arg-type]
     if found is None or not _fits(found[1], x):
         return None
     given, weights, biases, is_direct = found
-    K, F = weights[0].shape
+    K, F = weights[0].shape[-2:]
     if storages.outputs != K or given.dim() != 2 or given.shape[1] != F:
         return None
     if given.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
