@@ -164,6 +164,16 @@ def test_agents_with_a_sample_or_none(algo: str, agents: list[int], backend: str
                 (module_loss + routing_loss).backward()
 
 
+def test_negative_agents_where_counts_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: such samples are dropped, unless ``strict`` looks."""
+    monkeypatch.setattr("fastroute.ops.dispatch.on_host", lambda offsets: None)
+    layer, x = decision("REINFORCE", 3, 2), torch.randn(5, F)
+    agents = torch.tensor([0, -1, 1, -1, 0])
+    assert layer(x, start(x), agents)[2][[1, 3]].tolist() == [0, 0]
+    with fastroute.strict(True):
+        raises(IndexError, "agents: expected indices of 0 or more, got 2 that", lambda: layer(x, start(x), agents))
+
+
 def test_strict() -> None:
     """On a CPU looking costs nothing: errors do not depend on ``strict``."""
     x = torch.randn(5, F)
