@@ -59,7 +59,8 @@ class ManyTasks(nn.Module):
         """Images [B, 1, H, W] and a task for each [B] -> logits [B]."""
         if self.routed:
             set_task(self, tasks)
-        return (self.trunk(x) * self.heads.weight[tasks]).sum(1) + self.heads.bias[tasks]
+        features: Tensor = self.trunk(x)
+        return (features * self.heads.weight[tasks]).sum(1) + self.heads.bias[tasks]
 
 
 class AtOnce(ManyTasks):
@@ -147,9 +148,7 @@ def train(name: str, model: nn.Module, found: Attributes, epochs: int, console: 
             progress.update(bar, advance=1, loss=shown)
     accuracy, f1 = test(model, found)
     parameters = sum(p.numel() for p in model.parameters())
-    return Result(
-        float(accuracy.mean()), float(f1.mean()), float(accuracy.min()), statistics.median(times), parameters
-    )
+    return Result(float(accuracy.mean()), float(f1.mean()), float(accuracy.min()), statistics.median(times), parameters)
 
 
 #: The first one has to learn; the others are to compare it with.
@@ -185,7 +184,8 @@ def _run(digits: data.Digits, options: Options, began: float) -> int:
     epochs = options.epochs or max(1, min(25, 36_000 // n))
     console.print(
         f"{n} handwritten digits of {H} × {W} pixels to learn from, {len(found.test_images)} held out\n"
-        f"{T} tasks, from {found.names[0]!r} to {found.names[-1]!r}; each has {1 - SIGMA:.0%} of every layer's channels\n"
+        f"{T} tasks, from {found.names[0]!r} to {found.names[-1]!r}; "
+        f"each has {1 - SIGMA:.0%} of every layer's channels\n"
         f"on {options.device}, seed {options.seed}",
         highlight=False,
         markup=False,
