@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's IDX files (default: scikit-learn's digits)")
     parser.add_argument("--tasks", type=int, nargs="+", default=[10, 40, 100, 300])
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the random tasks, the masks and the training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a markdown file to write, or whose part 'hundreds' to rewrite")

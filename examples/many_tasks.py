@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's IDX files (default: scikit-learn's digits)")
     parser.add_argument("--tasks", type=int, default=BASE, help="those with names first, then random ones")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sigmas", type=float, nargs="*", default=[0, 0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--threads", type=int, default=1)
