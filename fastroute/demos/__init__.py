@@ -14,6 +14,7 @@ from .. import data as _data
 DEMOS = {
     "capsules": "learn handwritten digits with a capsule router, time it, draw what it looked at",
     "networks": "learn handwritten digits as five tasks with a routing network, draw which task took which module",
+    "tasks": "learn handwritten digits as more than forty tasks of one network, draw the channels that tasks share",
 }
 
 

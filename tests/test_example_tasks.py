@@ -1,0 +1,84 @@
+"""The examples of task routing run, on little data, and write what they say they write."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fastroute
+from fastroute import data
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+
+EXAMPLES = Path(fastroute.__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def little_data_and_no_trace(monkeypatch: pytest.MonkeyPatch):
+    """Examples import each other as scripts do, and set the process's threads and environment."""
+    few = data.Digits(*(t[:100] for t in data.digits()))
+    monkeypatch.setattr(data, "digits", lambda: few)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_many_tasks(tmp_path: Path) -> None:
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    page, picture = tmp_path / "page.md", tmp_path / "sigma.png"
+    page.write_text("before\n<!-- begin many -->\nold\n<!-- end many -->\nafter\n")
+    many = example("many_tasks")
+    argv = ["--tasks", "3", "--epochs", "1", "--seeds", "2", "--sigmas", "0", "0.5", "--threads", "1"]
+    assert many.main([*argv, "--out", str(page), "--picture", str(picture)]) == 0
+    text = page.read_text()
+    assert "old" not in text and text.endswith("<!-- end many -->\nafter\n")
+    rows = cells(text)
+    assert [row[0] for row in rows] == ["network", *many.NETWORKS, "sigma, live channels", "0", "0.5"]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    parameters = {row[0]: int(row[-1].replace(",", "")) for row in rows[1:6]}
+    assert parameters["separate networks"] > 2.9 * parameters["shared trunk"] == 2.9 * parameters["routed, masked"]
+    assert matplotlib_image.imread(picture).std() > 0.05
+
+
+def test_hundreds_of_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    hundreds = example("hundreds_of_tasks")
+    assert hundreds.main(["--tasks", "2", "60", "--epochs", "1", "--threads", "1"]) == 0
+    head, *rows = cells(capsys.readouterr().out)
+    assert [row[:2] for row in rows] == [[t, name] for t in ("2", "60") for name in hundreds.NETWORKS]
+    assert all(0 <= float(row[head.index("accuracy")]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "message"),
+    [
+        ("many_tasks", ["--epochs", "0"], "--tasks, --epochs, --seeds, --threads: expected at least 1"),
+        ("many_tasks", ["--sigmas", "1"], "--sigmas: expected shares from 0 to below 1"),
+        ("hundreds_of_tasks", ["--tasks", "0"], "--tasks, --epochs, --threads: expected at least 1"),
+    ],
+)
+def test_misuse(name: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example(name).main(argv)
+    assert message in capsys.readouterr().err
