@@ -2,9 +2,8 @@
 
 Axes: B samples, O channels out, I in, lo and li of them live, K elements of a kernel, G tasks of a batch.
 
-A dense parameter gets a dense gradient, with exact zeros where nothing is live: momentum and weight decay then
-move it as
-they would under masks.
+A dense parameter gets a dense gradient, with exact zeros where nothing is live: momentum and weight decay then move it
+as they would under masks.
 """
 
 from __future__ import annotations
@@ -24,16 +23,21 @@ Mixing = nn.Conv2d | nn.Linear
 #: multiply-adds at the speed of a convolution. About as good from 64 to 256 on the machine it was measured on.
 GATHER = 128
 
+#: What one more product costs by itself (calls, views, a small tensor's bookkeeping), in multiply-adds: a tenth of a
+#: millisecond, forward and backward. It is what decides among small images and few channels.
+CALL = 4_000_000
+
 
 def grouped_is_cheaper(
-    positions: int, tasks: int, dense: tuple[int, int], live: tuple[int, int], gather: float = GATHER
-) -> bool:
+    positions: int, tasks: int, dense: tuple[int, int], live: tuple[int, int], elements: int = 1,
+    *, gather: float = GATHER, call: float = CALL,
+) -> bool:  # fmt: skip
     """The cost rule: whether a layer should run task by task on live channels, or once, densely, on all.
 
-    Both costs are counted in multiply-adds, per element of a kernel:
+    Both costs are counted in multiply-adds, K being the elements of a kernel:
 
-        dense    positions * O * I
-        grouped  (positions + gather * tasks) * lo * li
+        dense    positions * O * I * K
+        grouped  (positions + gather * tasks) * lo * li * K + call * tasks
 
     where positions are samples times output positions: 1 for a linear layer. Many positions per task favour groups;
     many tasks with few or small images each favour the dense product, whose weights are read once.
@@ -43,9 +47,11 @@ def grouped_is_cheaper(
         tasks: how many are present.
         dense: (O, I).
         live: (lo, li).
-        gather: what a weight's gathering costs.
+        elements: K.
+        gather, call: what a weight's gathering costs, and one more product.
     """
-    return (positions + gather * tasks) * live[0] * live[1] < positions * dense[0] * dense[1]
+    grouped = (positions + gather * tasks) * live[0] * live[1] * elements + call * tasks
+    return grouped < positions * dense[0] * dense[1] * elements
 
 
 def weight_of(layer: Mixing) -> Tensor:

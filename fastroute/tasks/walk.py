@@ -208,10 +208,11 @@ class Mixed:
         layer: products.Mixing = step.layer  # type: ignore[assignment]
         if (step.norm is not None and uses_batch(step.norm)) or not products.can_group(layer):
             return False
-        O, I = products.weight_of(layer).shape[:2]
+        (O, I), elements = products.weight_of(layer).shape[:2], products.weight_of(layer).shape[2:].numel()
         lo = O if step.router is None else _width(units(step.router))
         li = I if held.router is None else _width(units(held.router)) * held.positions
-        return products.grouped_is_cheaper(products.positions(layer, x), self._groups.number, (O, I), (lo, li))
+        positions, tasks = products.positions(layer, x), self._groups.number
+        return products.grouped_is_cheaper(positions, tasks, (O, I), (lo, li), elements)
 
     def compact(self, x: Tensor, index: Tensor) -> Tensor:
         made: Tensor = CompactGroups.apply(x, index, self._groups.bounds)  # type: ignore[no-untyped-call]

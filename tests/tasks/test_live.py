@@ -375,13 +375,15 @@ def test_vgg() -> None:
 
 def test_the_cost_rule() -> None:
     few, many = dict(dense=(64, 64), live=(32, 32)), dict(dense=(64, 64), live=(60, 60))
-    assert products.grouped_is_cheaper(60 * 1024, 20, **few)
-    assert not products.grouped_is_cheaper(60 * 4, 60, **few)
+    assert products.grouped_is_cheaper(60 * 1024, 20, **few, elements=9)
+    assert not products.grouped_is_cheaper(60 * 4, 60, **few, elements=9)
     assert not products.grouped_is_cheaper(60 * 1024, 60, **many) or 60 * 1024 * (64 * 64 - 60 * 60) > 128 * 60 * 3600
     assert not products.grouped_is_cheaper(1000, 5, dense=(8, 8), live=(8, 8))
-    border = 128 * 20 / 3  # (p + 128 G) / 4 = p
-    assert products.grouped_is_cheaper(int(border) + 1, 20, **few)
-    assert not products.grouped_is_cheaper(int(border), 20, **few)
+    border = 128 * 20 / 3  # (p + 128 G) / 4 = p, where a product costs nothing by itself
+    assert products.grouped_is_cheaper(int(border) + 1, 20, **few, call=0)
+    assert not products.grouped_is_cheaper(int(border), 20, **few, call=0)
+    assert not products.grouped_is_cheaper(256 * 64, 42, dense=(32, 16), live=(16, 8), elements=9)  # small images
+    assert products.grouped_is_cheaper(256 * 64, 42, dense=(32, 16), live=(16, 8), elements=9, call=0)
 
 
 @pytest.mark.parametrize(
