@@ -73,9 +73,15 @@ def _times(rows: Sequence[Row], figure: str, ratio: str, *, floor: bool) -> str:
     return _table(["case", "pass", *shown, *last], body)
 
 
+def _split(target: str) -> tuple[str, str]:
+    """(what, whose): "stacked" asks it of fastroute with stacked parameters, "kernels" is a second figure for it."""
+    what, _, which = target.rpartition(", ")
+    return (what, which) if which in ("stacked", "kernels") else (target, "")
+
+
 def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
     """(measured, as shown, its unit) of one target."""
-    target, _, which = target.partition(", ")
+    target, which = _split(target)
     subject = row["subject"] + (", stacked" if which == "stacked" else "")
     memory = row.get("memory", {}).get(subject)
     mine = row["rivals"].get(subject, {})
@@ -139,7 +145,7 @@ def _targets(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         for target, value in row["targets"].items():
-            kind, _, which = target.partition(", ")
+            kind, which = _split(target)
             what, wanted = _TARGETS.get(kind, lambda v, t=kind: (f"against {t}", f"≥ {v:g}×"))(value)
             what += {"stacked": ", stacked parameters", "kernels": " (kernels' target)"}.get(which, "")
             found = _measured(row, target)
