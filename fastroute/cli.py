@@ -18,7 +18,16 @@ from .ops import _backends
 
 _OPTIONAL = ("numpy", "matplotlib", "scikit-learn", "rich")
 _ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
-_TYPICAL = (("B", 1), ("n", 1000), ("m", 100), ("d", 256))
+#: Sizes to ask each op about, in its own letters.
+TYPICAL: dict[str, dict[str, int]] = {
+    "vector_routing": {"B": 1, "n": 1000, "m": 100, "d": 256},
+    "dispatch": {"N": 256, "K": 20},
+    "grouped_linear": {"N": 256, "K": 20, "F": 128, "O": 48},
+    "policy": {"N": 256, "K": 20},
+    "trajectory_loss": {"B": 256, "T": 3},
+    "task_mask": {"B": 64, "C": 256, "T": 20},
+    "batch_norm_mask_relu": {"B": 64, "C": 256, "T": 20},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,8 +134,14 @@ def doctor() -> str:
     sections = [_columns(facts.items())]
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         for op in _backends.offered():
-            sections.append(_backends_of(_backends.Case(op, device, torch.float32, _TYPICAL)))
+            sections.append(_backends_of(typical(op, device)))
     return "\n\n".join(sections)
+
+
+def typical(op: str, device: str) -> _backends.Case:
+    """A case of an op as layers call it."""
+    dtype = torch.int64 if op == "dispatch" else torch.float32  # a plan is made of actions
+    return _backends.Case(op, device, dtype, tuple(TYPICAL[op].items()))
 
 
 def _version(distribution: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastroute
-from fastroute.cli import main
+from fastroute.cli import TYPICAL, main, typical
 from fastroute.ops import _backends
 
 
@@ -97,6 +97,14 @@ def test_doctor_tells_every_backend_of_every_op(capsys: pytest.CaptureFixture[st
         assert sum(row.startswith("taken: ") for row in rows.values()) == 1
     columns = {line.index("taken: ") if "taken: " in line else line.index("not: ") for line in section.splitlines()[1:]}
     assert len(columns) == 1, "aligned"
+
+
+@pytest.mark.parametrize("op", _backends.offered())
+def test_triton_takes_what_doctor_asks_about(op: str) -> None:
+    """On a machine with a GPU, which this one may not be."""
+    assert TYPICAL.keys() == _backends.offered().keys()
+    offer = _backends.offered()[op]["triton"]
+    assert offer.refuses(typical(op, "cuda")) is None
 
 
 def test_doctor_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
