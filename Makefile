@@ -35,7 +35,7 @@ demo: $(STAMPS)/ready ## learn handwritten digits with a capsule router
 	$(PY) -m fastroute demo $(ARGS)
 
 test: $(STAMPS)/ready ## every test that runs without a GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:benchmark -n auto --maxprocesses 4 -m 'not gpu' $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:benchmark -n auto --maxprocesses 4 --dist worksteal -m 'not gpu' $(ARGS)
 
 bench: $(STAMPS)/ready ## time the CPU, rewrite docs/benchmarks.md
 	$(PY) -m bench run $(ARGS)
