@@ -380,22 +380,17 @@ def _turned(p: Problem, which: str) -> Results:
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> Truth:
-    """Sample by sample in float64 is the definition; plain PyTorch in float32 is the yardstick, that definition's too.
-
-    (WPL's goes through log p, where a rounding of the logarithm is several of p; the loop keeps p.)
-    """
+    """Sample by sample in float64 is the definition; plain PyTorch in float32 is the yardstick."""
     p = problem(case, device)
-
-    def defined(dtype: torch.dtype) -> Results:
-        net = copy.deepcopy(p.net).to("cpu", dtype)
-        forced = Batch(*(None if t is None else t.cpu() for t in p.forced))
-        forced = forced._replace(x=forced.x.to(dtype), uniform=p.forced.uniform.cpu().to(dtype))
-        return _results(net, BySample(case.algorithm, layers_of(net), case.collaborates), forced)
-
-    exact = {k: t.to(device) for k, t in defined(torch.float64).items()}
-    turned = (_turned(p, which) for which in ("", "features", "hidden", "samples"))
-    plain = [*turned, {k: t.to(device) for k, t in defined(torch.float32).items()}]
-    return Truth.of(exact, ({k: v for k, v in found.items() if k in exact} for found in plain), torch.float32)
+    exact_net = copy.deepcopy(p.net).to("cpu", torch.float64)
+    forced = Batch(*(None if t is None else t.cpu() for t in p.forced))
+    forced = forced._replace(x=forced.x.double(), uniform=p.forced.uniform.cpu().double())
+    exact = _results(exact_net, BySample(case.algorithm, layers_of(exact_net), case.collaborates), forced)
+    exact = {k: t.to(device) for k, t in exact.items()}
+    plain = (
+        {k: v for k, v in _turned(p, which).items() if k in exact} for which in ("", "features", "hidden", "samples")
+    )
+    return Truth.of(exact, plain, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------- counts

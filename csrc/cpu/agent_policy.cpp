@@ -80,15 +80,15 @@ void expect(T* mean, const S* scores, const S* critic, int64_t N, int64_t K, int
       const T z = static_cast<T>(scores[k]);
       extreme = kind == policy::kShifted ? std::min(extreme, z) : std::max(extreme, z);
     }
-    T total = 0, sum = 0;
+    double total = 0, sum = 0;  // what learns from it subtracts it from a number of its size
     for (int64_t k = 0; k < K; ++k) {
       const T from = static_cast<T>(scores[k]) - extreme;
       const T weight =
           kind == policy::kShifted ? from + static_cast<T>(kShift) : std::exp(from / static_cast<T>(temperature));
       total += weight;
-      sum += weight * static_cast<T>(critic[k]);
+      sum += static_cast<double>(weight) * static_cast<double>(static_cast<T>(critic[k]));
     }
-    mean[i] = sum / total;
+    mean[i] = static_cast<T>(sum / total);
   }
 }
 
