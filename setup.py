@@ -43,6 +43,8 @@ CXX_FLAGS = [
 ]
 CUDA_FLAGS = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 SANITIZE = ["-fsanitize=address", "-fsanitize=undefined", "-fno-omit-frame-pointer"]
+# Sanitized code runs where it was built: one instruction set of it, a third of the time to compile.
+HERE_ONLY = ["-DFASTROUTE_ONE_ISA", *(["-march=native"] if platform.machine() == "x86_64" else [])]
 
 
 class NotBuilt(Exception):
@@ -152,7 +154,7 @@ def build_extension(info):
     includes = [ROOT / "csrc", torch / "include", sysconfig.get_path("include")]
     common = [*defines, *(f"-I{path}" for path in includes), "-c"]
     flags = [*STANDARD, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    flags += ["-O1", "-g", *sanitize] if sanitize else []
+    flags += ["-O1", "-g1", *sanitize, *HERE_ONLY] if sanitize else []
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     cpp = sorted([*ROOT.glob("csrc/common/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
