@@ -100,7 +100,7 @@ print("installed")
 """
     late = "torchmtl: expected to be installed before it is imported, found None imported already"
     assert check_python(code) == f"{late}\ninstalled\n"
-    with pytest.raises(ValueError, match="names: expected some of heinsen_routing, .*, got 'torchMTL'"):
+    with pytest.raises(ValueError, match=r"names: expected some of heinsen_routing, .*, got 'torchMTL'"):
         install("torchMTL")
 
 

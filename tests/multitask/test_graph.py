@@ -178,7 +178,7 @@ def test_activations_are_freed_after_their_last_use() -> None:
 
 
 def test_thousands_of_nodes() -> None:
-    """Deeper than Python's stack, in any order of the list; the queue that upstream polls would take millions of turns."""
+    """Deeper than Python's stack, in any order of the list; upstream's queue would turn millions of times."""
     N = 3 * sys.getrecursionlimit()
     chain = [
         {"name": f"c{k}", "layers": lambda x: x + 1, "anchor_layer": f"c{k - 1}" if k else "root"} for k in range(N)

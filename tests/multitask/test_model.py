@@ -167,7 +167,7 @@ def test_losses_and_weights_that_are_changed() -> None:
     model.losses["FNN"] = model.losses["Task1"] = nn.L1Loss()
     model.loss_weights["Task1"] = 0.25
     model.loss_weights["Task3"] = 2
-    outputs, losses, weights = model(X)
+    _, losses, weights = model(X)
     assert type(losses[0]) is nn.L1Loss and weights == [0.25, 1.0, 2] and "Task3_loss" in model.state_dict()
     del model.losses["Task1"], model.loss_weights["Task1"]
     assert model(X)[1][0] is model(X)[2][0] is None and "FNN" in model.losses
@@ -179,7 +179,7 @@ def test_learned_weights() -> None:
     assert torch.equal(model.Task3_loss, torch.tensor([2.0], dtype=torch.float64)) and isinstance(
         model.Task3_loss, nn.Parameter
     )
-    assert list(model.state_dict())[0] == next(name for name, _ in model.named_parameters()) == "Task3_loss"
+    assert next(iter(model.state_dict())) == next(name for name, _ in model.named_parameters()) == "Task3_loss"
     model = model_of_readme()
     model.load_state_dict({k: t + 1 for k, t in model.state_dict().items()}, assign=True)
     for found in (model.loss_weights["Task3"], model(X)[2][2], dict(model.loss_weights)["Task3"]):
