@@ -32,7 +32,7 @@ _OWN = (
         "_order",
         "_output_tasks",
     ),
-    *("_run_all", "_task_learned", "_task_losses", "_task_weights"),
+    *("_output_tasks", "_results", "_run_all", "_task_learned", "_task_losses", "_task_weights"),
 )
 
 
@@ -169,7 +169,7 @@ class MTLModel(nn.Module):
             (ROOT, 0),
             *((n, s) for step in self.plan.steps for n, s in zip(step.names, step.outputs, strict=True)),
         )
-        self._empty = self.plan.slots - 1
+        self._results, self._empty = self.plan.results, self.plan.slots - 1
         self._terms()
 
     def _terms(self) -> None:
@@ -203,7 +203,7 @@ class MTLModel(nn.Module):
     def forward_outputs(self, input: Any) -> list[Any]:
         """The outputs alone, as ``forward`` computes them."""
         values: list[Any] = [input] + [None] * self._empty
-        modules, functions = self._modules, self.__dict__
+        modules = self._modules
         name, first, inputs = ROOT, 0, None
         try:
             for name, first, out, inputs, free, group in self._flat:
@@ -213,7 +213,7 @@ class MTLModel(nn.Module):
                     for slot, value in zip(outs, made, strict=True):
                         values[slot] = value
                 else:
-                    layer = modules[name] if name in modules else functions[name]
+                    layer = modules[name] if name in modules else getattr(self, name)
                     values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])  # type: ignore[misc]
                 for slot in free:
                     values[slot] = None
@@ -224,7 +224,7 @@ class MTLModel(nn.Module):
             raise
         if self._keep:
             self.outputs = {name: values[slot] for name, slot in self._kept}
-        return [values[slot] for slot in self.plan.results]
+        return [values[slot] for slot in self._results]
 
     def outputs_only(self) -> OutputsOnly:
         """A Module that returns the list of outputs alone: what ``torch.export`` and DataParallel can return."""
