@@ -143,7 +143,11 @@ class MTLModel(nn.Module):
 
     @property
     def unused(self) -> list[str]:
-        """The nodes that do not run."""
+        """The nodes that do not run.
+
+        DistributedDataParallel wants a gradient of every parameter: ``requires_grad_(False)`` theirs, and their learned
+        weights'. (Its ``find_unused_parameters`` takes all learned weights for unused: they leave forward as they are.)
+        """
         run = {name for step in self.plan.steps for name in step.names}
         return [name for name in self.layer_names if name not in run]
 
