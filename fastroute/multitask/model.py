@@ -19,7 +19,7 @@ _Flat = tuple[str, int, int, tuple[int, ...] | None, tuple[int, ...], tuple[Any,
 
 #: Instance attributes that no node may be called like, besides those of a new Module.
 _OWN = (
-    *("layer_names", "loss_modules", "outputs", "plan", "task_layers"),
+    *("layer_names", "loss_modules", "outputs", "plan", "task_layers", "_results"),
     *(
         "_anchors",
         "_empty",
@@ -32,7 +32,7 @@ _OWN = (
         "_order",
         "_output_tasks",
     ),
-    *("_output_tasks", "_results", "_run_all", "_task_learned", "_task_losses", "_task_weights"),
+    *("_run_all", "_task_learned", "_task_losses", "_task_weights"),
 )
 
 
