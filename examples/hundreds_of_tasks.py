@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             r = train(f"{tasks}: {name}", NETWORKS[name](tasks, args.seed), found, epochs, Console(stderr=True))
             figures = f"{r.accuracy:.4f}", f"{constant:.4f}", f"{r.balanced:.4f}", f"{r.f1:.3f}", f"{r.seconds:.2f}"
             rows.append([str(tasks), str(epochs), name, *figures, f"{r.parameters:,}"])
-    head = ["tasks", "epochs", "network", "accuracy", "constant answer", "balanced accuracy", "F1", "s per epoch", "parameters"]
+    head = ["tasks", "epochs", "network", "accuracy", "constant answer", "balanced accuracy", "F1"]
+    head += ["s per epoch", "parameters"]
     text = f"{table(head, rows)}\n\n{machine()} Seed {args.seed}."
     if args.out is None:
         print(text)

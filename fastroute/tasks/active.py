@@ -58,6 +58,8 @@ def traced() -> bool:
 
 def is_mapped(task: Task) -> bool:
     """Whether vmap maps over the task: then its number is not known, and is not the same for all samples."""
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     while isinstance(task, Tensor) and functorch.is_functorch_wrapped_tensor(task):
         if functorch.is_batchedtensor(task):

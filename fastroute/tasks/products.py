@@ -21,11 +21,11 @@ from .units import Groups
 Mixing = nn.Conv2d | nn.Linear
 
 #: What gathering one weight costs per task (forward and backward, with the reordering inside a convolution), in
-#: multiply-adds at the speed of a convolution. About as good from 64 to 256 on the machine it was measured on.
+#: multiply-adds at the speed of a convolution. From 96 to 512 fit nearly as well (bench/calibrate_tasks.py).
 GATHER = 128
 
 #: What one more product costs by itself (calls, views, a small tensor's bookkeeping), in multiply-adds. It decides
-#: among small images and few channels. Not measured: a guess that mends one case, 42 tasks on images of 8 x 8.
+#: among small images and few channels. Measured, too; 1.8 to 2.5 million fit about as well.
 CALL = 2_500_000
 
 

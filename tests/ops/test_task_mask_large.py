@@ -1,4 +1,4 @@
-"""``ops.task_mask`` where a tensor is larger than the caches, so that C++ writes it in another way; and short planes."""
+"""``ops.task_mask`` where a tensor is larger than the caches, so that C++ writes it otherwise; and short planes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.layouts import Fenced
 pytestmark = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 T = 3
-#: 3 x 7 planes of 41 MiB together. No plane but the first begins at a cache line; rows of its window are streamed alone.
+#: 3 x 7 planes of 41 MiB together. No plane but the first begins at a cache line; a window has rows alone.
 LARGE = (3, 7, 731, 701)
 
 
