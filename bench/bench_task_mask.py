@@ -33,10 +33,15 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     channels_last: bool = False
     each: bool = False  #: a task for every sample
+    half: bool = False  #: bfloat16
 
     def __str__(self) -> str:
         last, each = ", channels last" * self.channels_last, ", a task per sample" * self.each
-        return f"{self.kind} {list(self.shape)}{last}{each}"
+        return f"{self.kind} {list(self.shape)}{last}{each}{', bfloat16' * self.half}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.half else torch.float32
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Row:
     targets: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        kind, shape, last, each = self.case
-        size = "x".join(map(str, shape)) + "-last" * last + "-each" * each
+        kind, shape, last, each, half = self.case
+        size = "x".join(map(str, shape)) + "-last" * last + "-each" * each + "-bf16" * half
         return f"{kind}-{size}-{self.threads}thread"
 
 
@@ -66,8 +71,8 @@ def rows(options: harness.Options) -> list[Row]:
     found: list[Row] = []
     for kind in ("mask", "relu", "norm"):
         cases = [Case(kind, large), Case(kind, large, True), Case(kind, small), Case(kind, small, each=True)]
-        for case in (*cases, Case(kind, flat)):
-            asked = TARGETS[kind] if case.shape == large and not case.channels_last and not options.gpu else {}
+        for case in (*cases, Case(kind, flat), Case(kind, large, half=True)):
+            asked = TARGETS[kind] if case == Case(kind, large) and not options.gpu else {}
             found += [Row(case, targets=asked)] + [Row(case, threads=2)] * (not options.gpu)
     return found
 
@@ -87,13 +92,14 @@ class Problem(NamedTuple):
 @lru_cache(maxsize=1)
 def problem(case: Case, device: str) -> Problem:
     torch.manual_seed(0)
-    x, dy = torch.randn(case.shape, device=device), torch.randn(case.shape, device=device)
+    x, dy = (torch.randn(case.shape, device=device).to(case.dtype) for _ in range(2))
     if case.channels_last:
         x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
     C = case.shape[1]
     mapping = (torch.rand(TASKS, C, device=device).argsort(1) >= C // 2).float()
     task = torch.randint(TASKS, case.shape[:1], device=device) if case.each else TASK
-    return Problem(x, mapping, task, dy, torch.rand(C, device=device) + 0.5, torch.randn(C, device=device))
+    weight, bias = torch.rand(C, device=device) + 0.5, torch.randn(C, device=device)
+    return Problem(x, mapping, task, dy, weight.to(case.dtype), bias.to(case.dtype))
 
 
 def over(p: Problem) -> Tensor:
@@ -200,7 +206,7 @@ def _plain(case: Case, p: Problem, dtype: torch.dtype) -> Results:
 def truth(case: Case, device: str) -> Truth:
     p = problem(case, device)
     exact = _plain(case, p, torch.float64)
-    return Truth.of(exact, [_plain(case, p, torch.float32)], torch.float32)
+    return Truth.of(exact, [_plain(case, p, case.dtype)], case.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- the rows
@@ -208,7 +214,7 @@ def truth(case: Case, device: str) -> Truth:
 
 def moved(case: Case, p: Problem) -> float:
     """Bytes, half of the channels being dead: each number read or written once in each pass that must."""
-    size = 4 * p.x.numel()
+    size = p.x.nbytes
     return size * {"mask": 0.5, "relu": 1.5 + 2.0, "norm": 2.0 + 2.0 + 1.0}[case.kind]
 
 
@@ -230,9 +236,9 @@ def test_task_mask(benchmark: Any, row: Row, options: harness.Options, settings:
     what = "forward" if case.kind == "mask" else "training"
     info: dict[str, Any] = {"case": str(case), "pass": what, "threads": row.threads, "targets": row.targets}
     info |= {"GFLOP": 0.0, "GB": moved(case, p) / 1e9}
-    info["backend"] = taken("task_mask", torch.device(device).type, torch.float32)
+    info["backend"] = taken("task_mask", torch.device(device).type, case.dtype)
     benchmark.extra_info.update(info)
     harness.race(benchmark, subject, rivals, floor, checked, quick=options.quick, seconds=4, most=100)
     if options.gpu:
-        harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
+        harness.add_roofline(benchmark.extra_info, device, case.dtype, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))

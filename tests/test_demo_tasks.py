@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,57 @@ def test_it_fails_below_the_bar(
     status, accuracy, said = run(capsys, "--epochs", "1", "--out", str(tmp_path / "picture.png"))
     assert accuracy < 0.9 and status == 1
     assert f"failed: expected a held-out accuracy of at least 0.9, got {accuracy:.4f}" in said
+
+
+def write_mnist(folder: Path, compressed: bool) -> None:
+    """MNIST's four files, of digits of 28 by 28: scikit-learn's, larger and on a margin."""
+    digits = data.digits()
+    parts = {"train": (digits.train_images[:120], digits.train_labels[:120])}
+    parts["t10k"] = digits.test_images[:40], digits.test_labels[:40]
+    for name, (images, labels) in parts.items():
+        wide = torch.nn.functional.pad(images.repeat_interleave(3, 1).repeat_interleave(3, 2), (2, 2, 2, 2))
+        for kind, t in (("images-idx3", wide * 255), ("labels-idx1", labels)):
+            whole = struct.pack(f">{1 + t.dim()}I", 0x0800 + t.dim(), *t.shape) + t.to(torch.uint8).numpy().tobytes()
+            suffix = ".gz" if compressed else ""
+            (folder / f"{name}-{kind}-ubyte{suffix}").write_bytes(gzip.compress(whole) if compressed else whole)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+def test_mnists_files(
+    compressed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_mnist(tmp_path, compressed)
+    loaded = data.mnist(tmp_path)
+    assert loaded.train_images.shape == (120, 28, 28) and loaded.test_images.shape == (40, 28, 28)
+    found = attributes(loaded)
+    for name, members in DIGITS.items():
+        expected = [float(int(label) in members) for label in data.digits().test_labels[:40]]
+        assert found.test_answers[:, found.names.index(name)].tolist() == expected
+    monkeypatch.setattr(tasks, "NETWORKS", dict(list(tasks.NETWORKS.items())[:1]))
+    picture = tmp_path / "picture.png"
+    status, accuracy, said = run(capsys, "--data", str(tmp_path), "--epochs", "1", "--out", str(picture))
+    assert "120 handwritten digits of 28 × 28 pixels to learn from, 40 held out" in said and picture.exists()
+    assert status == (accuracy < tasks.ACCURACY_BAR)
+
+
+def test_mnists_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["demo", "tasks", "--device", "cpu", "--data", str(tmp_path), "--epochs", "1"])
+    said = capsys.readouterr()
+    assert status != 0 and "train-images-idx3-ubyte" in said.out + said.err
+
+
+def test_a_trained_network_is_compared_with_the_constant_answer() -> None:
+    """Balanced accuracy is 1/2 for it, whatever the share of yes."""
+    found = attributes(few(60), 5)
+
+    class Always(torch.nn.Module):
+        def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+            return torch.where(task % 2 == 0, 1.0, -1.0)
+
+    accuracy, _, balanced = tasks.test(Always(), found)
+    share = found.test_answers.mean(0)
+    torch.testing.assert_close(accuracy, torch.where(torch.arange(5) % 2 == 0, share, 1 - share))
+    torch.testing.assert_close(balanced, torch.full((5,), 0.5))
 
 
 def test_attributes_say_what_they_ask() -> None:

@@ -66,8 +66,12 @@ def test_hundreds_of_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     hundreds = example("hundreds_of_tasks")
     assert hundreds.main(["--tasks", "2", "60", "--epochs", "1", "--threads", "1"]) == 0
     head, *rows = cells(capsys.readouterr().out)
-    assert [row[:2] for row in rows] == [[t, name] for t in ("2", "60") for name in hundreds.NETWORKS]
-    assert all(0 <= float(row[head.index("accuracy")]) <= 1 for row in rows)
+    assert [row[:3] for row in rows] == [[t, "1", name] for t in ("2", "60") for name in hundreds.NETWORKS]
+    for what in ("accuracy", "constant answer", "balanced accuracy"):
+        assert all(0 <= float(row[head.index(what)]) <= 1 for row in rows)
+    assert hundreds.main(["--tasks", "2", "--networks", "shared trunk", "--threads", "1"]) == 0
+    head, row = cells(capsys.readouterr().out)
+    assert row[:3] == ["2", "8", "shared trunk"]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "common/task_mask_walk.h"
+#include "cpu/huge_pages.h"
 #include "cpu/task_mask_tasks.h"
 
 namespace fastroute::task_mask {
@@ -21,12 +24,22 @@ namespace {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// In place, dead planes of a tensor this large are zeroed past the caches: lines that are only written need not be read
+// first. What fits a cache is still there from the layer before, and throwing it out costs four times as much as writing
+// into it. From 40 MiB on streaming wins, also counting a layer after it that reads everything; up to 32 MiB it loses.
+constexpr int64_t kStreamBytes = int64_t{40} << 20;
+constexpr int64_t kStreamPlane = 512;  // bytes: of less than that too much is half cache lines
+
 // out = x where a channel takes part, rectified if relu, or where y > 0 if there is a y; 0 elsewhere. out may be x.
 template <class S>
 class Masking {
  public:
   Masking(const Walk& walk, const Live& live, S* out, const S* x, const S* y, bool relu)
-      : walk_(walk), live_(live), out_(out), x_(x), y_(y), relu_(relu) {}
+      : walk_(walk), live_(live), out_(out), x_(x), y_(y), relu_(relu) {
+    const int64_t plane = walk.positions.size * static_cast<int64_t>(sizeof(S));
+    stream_ = out == x && plane >= kStreamPlane &&
+              plane * walk.channels.size * walk.batch.size * walk.outer_size >= kStreamBytes;
+  }
 
   void run() const {
     const int64_t S_ = walk_.positions.size, C = walk_.channels.size, slabs = walk_.batch.size * walk_.outer_size;
@@ -51,28 +64,84 @@ class Masking {
 
   // Units are planes of dense positions, channel by channel.
   void planes(int64_t begin, int64_t end) const {
-    const Functions<S>& with = functions<S>();
-    const int64_t C = walk_.channels.size, n = walk_.positions.size;
+    const int64_t C = walk_.channels.size;
+    const bool nothing_but_zeros = out_ == x_ && y_ == nullptr && !relu_;
+    Dead dead(C);
     for (int64_t unit = begin; unit < end;) {
       const int64_t slab = unit / C, b = slab / walk_.outer_size, first = unit - slab * C;
       const auto at = walk_.offsets(b, slab % walk_.outer_size);
-      const float* row = live_.row(b);
       const int64_t last = std::min(C, first + (end - unit));
-      for (int64_t c = first; c < last; ++c) {
-        const auto& stride = walk_.channels.strides;
-        S* out = out_ + at[0] + c * stride[0];
-        const S* x = x_ + at[1] + c * stride[1];
-        if (row == nullptr || row[c] == 0.0f) {
-          std::memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(S));
-        } else if (y_ != nullptr) {
-          with.gate(out, x, y_ + at[2] + c * stride[2], n);
-        } else if (relu_) {
-          with.relu(out, x, n);
-        } else if (out != x) {
-          std::memcpy(static_cast<void*>(out), x, static_cast<size_t>(n) * sizeof(S));
-        }
+      if (nothing_but_zeros) {
+        zero_planes(out_ + at[0], dead.of(live_.row(b)), first, last);
+      } else {
+        all_planes(at, live_.row(b), first, last);
       }
       unit += last - first;
+    }
+    if (stream_) {
+      functions<S>().end_stream();  // waits for the stores: after every plane it would cost what they save
+    }
+  }
+
+  // Dead channels in rising order, and after them the first again.
+  class Dead {
+   public:
+    explicit Dead(int64_t C) : C_(C) {}
+    const std::vector<int64_t>& of(const float* row) {
+      if (found_.empty() || row != held_) {
+        found_.clear();
+        for (int64_t c = 0; c < C_; ++c) {
+          if (row == nullptr || row[c] == 0.0f) {
+            found_.push_back(c);
+          }
+        }
+        found_.push_back(found_.empty() ? 0 : C_ + found_[0]);
+        held_ = row;
+      }
+      return found_;
+    }
+
+   private:
+    int64_t C_;
+    std::vector<int64_t> found_;
+    const float* held_ = nullptr;
+  };
+
+  // The dead planes of channels first to last, in place. What comes next is fetched: they are too short for a processor
+  // to see it coming. Beyond the sample's end that may be wrong, or outside the tensor, which a fetch does not mind.
+  void zero_planes(S* out, const std::vector<int64_t>& dead, int64_t first, int64_t last) const {
+    const Functions<S>& with = functions<S>();
+    const int64_t n = walk_.positions.size, stride = walk_.channels.strides[0];
+    auto at = std::lower_bound(dead.begin(), dead.end() - 1, first);
+    for (; at != dead.end() - 1 && *at < last; ++at) {
+      if (stream_) {
+        with.stream_zeros(out + *at * stride, n);
+      } else {
+        with.zeros(out + *at * stride, out + at[1] * stride, n);
+      }
+    }
+  }
+
+  void all_planes(const std::array<int64_t, kOperands>& at, const float* row, int64_t first, int64_t last) const {
+    const Functions<S>& with = functions<S>();
+    const int64_t n = walk_.positions.size;
+    const auto& stride = walk_.channels.strides;
+    for (int64_t c = first; c < last; ++c) {
+      S* out = out_ + at[0] + c * stride[0];
+      const S* x = x_ + at[1] + c * stride[1];
+      if (row == nullptr || row[c] == 0.0f) {
+        if (stream_) {
+          with.stream_zeros(out, n);
+        } else {
+          std::memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(S));
+        }
+      } else if (y_ != nullptr) {
+        with.gate(out, x, y_ + at[2] + c * stride[2], n);
+      } else if (relu_) {
+        with.relu(out, x, n);
+      } else if (out != x) {
+        std::memcpy(static_cast<void*>(out), x, static_cast<size_t>(n) * sizeof(S));
+      }
     }
   }
 
@@ -139,7 +208,7 @@ class Masking {
   const Live& live_;
   S* out_;
   const S *x_, *y_;
-  bool relu_;
+  bool relu_, stream_;
 };
 
 void run(const Tensor& out, const Tensor& x, const Tensor* y, const Live& live, bool relu) {
@@ -157,13 +226,13 @@ void run(const Tensor& out, const Tensor& x, const Tensor* y, const Live& live, 
 }
 
 Tensor gate_op(const Tensor& g, const OptionalTensor& y, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
-  Tensor out = torch::stable::empty_like(g);
+  Tensor out = empty_like_on_huge_pages(g);
   run(out, g, y.has_value() ? &*y : nullptr, Live(mapping, tasks, task, g.size(1)), false);
   return out;
 }
 
 Tensor rectify_op(const Tensor& x, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty_like_on_huge_pages(x);
   run(out, x, nullptr, Live(mapping, tasks, task, x.size(1)), true);
   return out;
 }

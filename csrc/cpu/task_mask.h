@@ -28,6 +28,11 @@ struct Functions {
   // max(x, 0);  g where not y <= 0
   void (*relu)(S* out, const S* x, int64_t n);
   void (*gate)(S* out, const S* g, const S* y, int64_t n);
+  // out = 0, while what is to be zeroed next is fetched
+  void (*zeros)(S* out, const S* next, int64_t n);
+  // out = 0 past the caches, as memset where there is no such store; other threads may look after end_stream
+  void (*stream_zeros)(S* out, int64_t n);
+  void (*end_stream)();
   // the same, and x itself, where the mask is set; 0 elsewhere
   void (*mask_row)(Bits* mask, const float* mapping, int64_t n);
   void (*keep)(S* out, const S* x, const Bits* mask, int64_t n);

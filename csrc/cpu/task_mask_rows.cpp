@@ -2,6 +2,12 @@
 
 #include "cpu/task_mask.h"
 
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fastroute::task_mask {
 
 #define FASTROUTE_EACH_ISA "cpu/task_mask_rows.inc"

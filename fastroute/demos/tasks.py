@@ -97,20 +97,22 @@ class Result:
     accuracy: float  #: mean over tasks, on the held-out images
     f1: float  #: the same of F1
     worst: float  #: the accuracy of the worst task
+    balanced: float  #: mean over tasks of the mean accuracy on images whose answer is yes, and on those with no
     seconds: float  #: of an epoch, the median
     parameters: int
 
 
 @torch.no_grad()
-def test(model: nn.Module, found: Attributes) -> tuple[Tensor, Tensor]:
-    """Accuracy [T] and F1 [T] on the held-out images."""
+def test(model: nn.Module, found: Attributes) -> tuple[Tensor, Tensor, Tensor]:
+    """Accuracy [T], F1 [T] and balanced accuracy [T] on the held-out images; always the same answer is balanced 0.5."""
     model.eval()
     x, y = found.test_images, found.test_answers > 0.5
     tasks = range(len(found.names))
     right = torch.stack([model(x, torch.full((len(x),), t, device=x.device)) > 0 for t in tasks], 1)
     model.train()
     both = (right & y).sum(0)
-    return (right == y).float().mean(0), 2 * both / (right.sum(0) + y.sum(0)).clamp_min(1)
+    yes, no = both / y.sum(0).clamp_min(1), (~right & ~y).sum(0) / (~y).sum(0).clamp_min(1)
+    return (right == y).float().mean(0), 2 * both / (right.sum(0) + y.sum(0)).clamp_min(1), (yes + no) / 2
 
 
 def train(name: str, model: nn.Module, found: Attributes, epochs: int, console: Console) -> Result:
@@ -146,9 +148,15 @@ def train(name: str, model: nn.Module, found: Attributes, epochs: int, console: 
             shown = float(torch.stack(losses).mean())
             times.append(time.perf_counter() - began)
             progress.update(bar, advance=1, loss=shown)
-    accuracy, f1 = test(model, found)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Result(float(accuracy.mean()), float(f1.mean()), float(accuracy.min()), statistics.median(times), parameters)
+    accuracy, f1, balanced = test(model, found)
+    return Result(
+        accuracy=float(accuracy.mean()),
+        f1=float(f1.mean()),
+        worst=float(accuracy.min()),
+        balanced=float(balanced.mean()),
+        seconds=statistics.median(times),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
 
 
 #: The first one has to learn; the others are to compare it with.

@@ -56,6 +56,18 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def is_mapped(task: Task) -> bool:
+    """Whether vmap maps over the task: then its number is not known, and is not the same for all samples."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while isinstance(task, Tensor) and functorch.is_functorch_wrapped_tensor(task):
+        if functorch.is_batchedtensor(task):
+            return True
+        task = functorch.get_unwrapped(task)
+    return False
+
+
 class TaskAware(nn.Module):
     """A module that works on one of ``task_count`` tasks, told in ``forward`` or beforehand by ``set_active_task``.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .active import Task
+from .active import Task, is_mapped
 from .chain import MIX, Step, rank
 from .router import TaskRouter
 from .units import sort, units
@@ -66,11 +66,11 @@ class _Routed(nn.Module):
             raise ValueError(f"x: expected {axes}, got {list(x.shape)}")
         compact_in, compact_out = self.compact_input and inp is not None, self.compact_output and out is not None
         step = Step(MIX, self, None, out)
-        several = [t for t in tasks.values() if isinstance(t, Tensor) and t.dim()]
+        several = [t for t in tasks.values() if isinstance(t, Tensor) and (t.dim() or is_mapped(t))]
         way: Single | Mixed = Single(tasks, False, self._kept)
         if several:
             order = None
-            if not torch.compiler.is_compiling() and len(several[0]) == len(x) > 0:
+            if not torch.compiler.is_compiling() and not any(map(is_mapped, several)) and len(several[0]) == len(x) > 0:
                 order = sort(several[0], min(r.task_count for r in (inp, out) if r is not None))
             if compact_in or compact_out:
                 raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .active import Task
+from .active import Task, is_mapped
 from .chain import ROUTER, is_sequence, leaves, sequences, steps
 from .router import TaskRouter
 from .units import sort, units
@@ -142,7 +142,7 @@ class LiveSequential(nn.Sequential):
 
     def _way(self, x: Tensor, tasks: list[Task]) -> Way | None:
         """How to run live; None for densely."""
-        if x.dim() < 2:
+        if x.dim() < 2 or any(map(is_mapped, tasks)):
             return None
         first = tasks[0]
         if not any(isinstance(t, Tensor) and t.dim() for t in tasks):

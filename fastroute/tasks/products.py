@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .active import traced
 from .units import Groups
 
 Mixing = nn.Conv2d | nn.Linear
 
 #: What gathering one weight costs per task (forward and backward, with the reordering inside a convolution), in
-#: multiply-adds at the speed of a convolution. About as good from 64 to 256 on the machine it was measured on.
+#: multiply-adds at the speed of a convolution. From 96 to 512 fit nearly as well (bench/calibrate_tasks.py).
 GATHER = 128
 
 #: What one more product costs by itself (calls, views, a small tensor's bookkeeping), in multiply-adds. It decides
-#: among small images and few channels. Not measured: a guess that mends one case, 42 tasks on images of 8 x 8.
-CALL = 4_000_000
+#: among small images and few channels. Measured, too; 1.8 to 2.5 million fit about as well.
+CALL = 2_500_000
 
 
 def grouped_is_cheaper(
@@ -88,7 +89,7 @@ def gather_weight(W: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
     """W [O, I, ...] -> [lo, li, ...]; None for all of an axis."""
     if out is None and inp is None:
         return W
-    if out is None or inp is None or W.dim() == 2 or not W.is_contiguous() or torch.compiler.is_compiling():
+    if out is None or inp is None or W.dim() == 2 or not W.is_contiguous() or traced():
         W = W if out is None else W.index_select(0, out)
         return W if inp is None else W.index_select(1, inp)
     made: Tensor = _Gather.apply(W, flat_index(out, inp, W.shape[1]))  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.dispatch import on_host
-from .active import Task
+from .active import Task, traced
 from .router import TaskRouter
 
 
@@ -81,11 +81,11 @@ def spread(index: Tensor, times: int) -> Tensor:
 def expand(x: Tensor, index: Tensor, width: int) -> Tensor:
     """Compact [B, L, ...] -> [B, width, ...] with zeros elsewhere, in x's memory format."""
     full = x.new_empty((len(x), width, *x.shape[2:]))
+    if traced() and not torch.compiler.is_compiling():  # vmap knows no memory formats
+        return full.zero_().index_copy(1, index, x)
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         full = full.contiguous(memory_format=torch.channels_last)
-    return (
-        full.zero_().index_copy(1, index, x) if torch.compiler.is_compiling() else full.zero_().index_copy_(1, index, x)
-    )
+    return full.zero_().index_copy(1, index, x) if traced() else full.zero_().index_copy_(1, index, x)
 
 
 class Groups(NamedTuple):

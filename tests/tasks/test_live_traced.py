@@ -1,0 +1,151 @@
+"""Networks that compute live channels only, seen by torch.compile, torch.export, vmap and DistributedDataParallel."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastroute.tasks import RoutedConv2d, live, set_task
+from tests.helpers.opcheck import assert_same
+from tests.helpers.subprocesses import check_python
+from tests.helpers.tasks import T, images, router, small_vgg, tasks_of
+
+MANY = 20
+each_norm = pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch_norm"])
+
+
+def live_vgg(batch_norm: bool, tasks: int = T, **options: Any) -> nn.Module:
+    model: nn.Module = live(small_vgg(batch_norm, tasks=tasks, **options).double())
+    return model
+
+
+@each_norm
+def test_twenty_tasks_train_as_one_graph(batch_norm: bool) -> None:
+    """Logits and gradients are the eager ones."""
+    model, x = live_vgg(batch_norm, MANY, unused_grad="zeros"), images().double()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    run: Any = torch.compile(model, fullgraph=True, backend=counter)
+    parameters = list(model.parameters())
+    for task in range(MANY):
+        set_task(model, task)
+        y = run(x)
+        grads = torch.autograd.grad(y.square().sum(), parameters)
+        if task % 7 == 0:
+            expected = model(x)
+            assert_same(y.detach(), expected.detach())
+            for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+                assert_same(got, want)
+    assert counter.frame_count == 1
+
+
+@each_norm
+def test_export(batch_norm: bool) -> None:
+    """With the task as an input, one for all or one for each, saved and loaded; or the active task of the moment."""
+    model, x = live_vgg(batch_norm).eval(), images().double()
+    with torch.no_grad():
+        for tasks in ([torch.tensor(t) for t in range(T)], [tasks_of(len(x), seed=seed) for seed in range(3)]):
+            stored = io.BytesIO()
+            torch.export.save(torch.export.export(model, (x, tasks[0])), stored)
+            stored.seek(0)
+            loaded = torch.export.load(stored).module()
+            for task in tasks:
+                assert_same(loaded(x, task), model(x, task))
+        set_task(model, 3)
+        assert_same(torch.export.export(model, (x,)).module()(x), model(x, 3))
+
+
+@each_norm
+def test_vmap_over_tasks(batch_norm: bool) -> None:
+    """One task for every copy, and one for every sample of every copy; densely."""
+    model, x = live_vgg(batch_norm).eval().requires_grad_(False), images().double()
+    y = torch.vmap(lambda task: model(x, task))(torch.arange(T))
+    each = torch.stack([tasks_of(len(x), seed=seed) for seed in range(3)])
+    ys = torch.vmap(lambda task: model(x, task))(each)
+    for task in range(T):
+        assert_same(y[task], model(x, task))
+    for n in range(3):
+        assert_same(ys[n], model(x, each[n]))
+
+
+def test_vmap_over_samples_of_one_task() -> None:
+    model, x = live_vgg(False).eval().requires_grad_(False), images().double()
+    set_task(model, 2)
+    assert_same(torch.vmap(lambda one: model(one[None])[0])(x), model(x))
+
+
+def test_gradients_of_all_tasks_by_vmap() -> None:
+    model, x = live_vgg(False, unused_grad="zeros").eval(), images().double()
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor], task: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(model, given, (x, task))
+        return y.square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, torch.arange(T))
+    for task in range(T):
+        set_task(model, task)
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for name, want in zip(parameters, expected, strict=True):
+            assert_same(found[name][task], want)
+
+
+def test_vmap_over_tasks_of_a_layer() -> None:
+    layer = RoutedConv2d(8, 12, 3, input_router=router(8), output_router=router(12, seed=1), dtype=torch.float64)
+    layer.requires_grad_(False)
+    x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
+    y = torch.vmap(lambda task: layer(x, task))(torch.arange(T))
+    for task in range(T):
+        assert_same(y[task], layer(x, task))
+    ends = RoutedConv2d(8, 12, 3, input_router=router(8), output_router=router(12), compact_output=True)
+    with pytest.raises(ValueError, match="compact_output"):
+        torch.vmap(lambda task: ends(x.float(), task))(torch.arange(T))
+
+
+RANKS = """
+import os, tempfile
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from fastroute.tasks import live, set_task
+from tests.helpers.tasks import images, small_vgg, tasks_of
+
+file = tempfile.mktemp()
+alike = [small_vgg(unused_grad="zeros").double() for _ in range(2)]  # masked, and live channels only
+alike[1].load_state_dict(alike[0].state_dict())  # the masks, too
+models = [alike[0], live(alike[1])]
+child = os.fork()
+rank = 0 if child else 1
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+x = images(4, seed=rank).double()
+ddps = [DistributedDataParallel(model) for model in models]
+optimizers = [torch.optim.SGD(ddp.parameters(), 0.01, momentum=0.9, weight_decay=0.1) for ddp in ddps]
+for task in ((1, 3)[rank], (4, 0)[rank], tasks_of(4, seed=rank)):  # each rank at its own; at last a mixed batch
+    for ddp, optimizer in zip(ddps, optimizers):
+        set_task(ddp, task)
+        optimizer.zero_grad()
+        ddp(x).square().sum().backward()
+        optimizer.step()
+for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+    torch.testing.assert_close(p, q)
+    both = [torch.empty_like(q) for _ in range(2)]
+    dist.all_gather(both, q.detach())
+    assert torch.equal(*both)
+dist.destroy_process_group()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    print("both done")
+else:
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes() -> None:
+    """DistributedDataParallel trains live channels as it trains masks, each process at tasks of its own."""
+    assert "both done" in check_python(RANKS, timeout=120)
