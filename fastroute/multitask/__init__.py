@@ -1,0 +1,1 @@
+"""Multi-task models from a list of dicts."""
