@@ -73,8 +73,8 @@ def task_losses(
 
     That is so for PyTorch's losses that compare elements (MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits, PoissonNLL,
     SoftMargin, KLDiv) or name classes (CrossEntropy, NLL), as modules or functions, with reduction "mean" ("none" is
-    taken for it), "sum" or "batchmean"; and for any callable with an attribute ``reduction = "none"`` that gives a value
-    per element or per sample. Every other loss is called as it is with what there is, NaN included.
+    taken for it), "sum" or "batchmean"; and for any callable with an attribute ``reduction = "none"`` that gives a
+    value per element or per sample. Every other loss is called as it is with what there is, NaN included.
 
     Args:
         outputs: predictions by task.
@@ -222,13 +222,14 @@ def _classes(group: Sequence[_Task]) -> tuple[Tensor, Tensor]:
     x, y = (torch.cat([getattr(t, a) for t in group]) for a in ("x", "y"))  # [G B, C, ...], [G B, ...]
     mask = None if task.mask is None else torch.cat([t.mask for t in group if t.mask is not None])
     weight = options.get("weight")
+    norms: Tensor
     if y.is_floating_point():
         there = ~y.isnan().any(1)
         there = there if mask is None else there & mask
         y = torch.where(there.unsqueeze(1), y, 0)
         norms = there
     else:
-        there = y != task.ignore_index
+        there = y.ne(task.ignore_index)  # type: ignore[arg-type]
         there = there if mask is None else there & mask
         norms = there if weight is None else torch.where(there, weight[torch.where(there, y, 0)], 0)
         y = torch.where(there, y, task.ignore_index)  # type: ignore[arg-type]
