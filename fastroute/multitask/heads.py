@@ -1,0 +1,270 @@
+"""Sibling heads: nodes that do the same to one input, each with parameters of its own, computed together.
+
+Axes: T heads, N rows, F features, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from .products import each, together
+from .schedule import Call
+
+#: What acts on every element alone and has no parameters.
+_ELEMENTWISE: frozenset[type] = frozenset({
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish,
+    nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink,
+    nn.Softshrink,
+})  # fmt: skip
+_DROPOUTS: frozenset[type] = frozenset({nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout})
+#: Nothing changes what these do.
+_PLAIN: frozenset[type] = frozenset({nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Linear, nn.Identity, nn.Sequential})
+_TENSORS = (nn.Parameter, Tensor)
+
+Signature = tuple[Any, ...]
+
+
+def _has_hooks(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _options(m: nn.Module) -> tuple[Any, ...]:
+    return tuple((k, v) for k, v in m.__dict__.items() if k[0] != "_" and k != "training")
+
+
+def _signature(m: nn.Module, leaves: list[nn.Module], static: bool) -> Signature | None:
+    """What a head does, parameters' values apart; None if it is not a chain of Linear and activations.
+
+    Args:
+        leaves: what it consists of is appended, but for what does nothing.
+        static: leave out what often changes: hooks, modes, which parameters are trained.
+    """
+    kind = type(m)
+    if (not static and _has_hooks(m)) or "forward" in m.__dict__:
+        return None
+    if kind is nn.Sequential:
+        made: Signature = ()
+        for child in m._modules.values():
+            if child is None or (part := _signature(child, leaves, static)) is None:
+                return None
+            made += part
+        return made
+    if kind is nn.Identity or (kind in _DROPOUTS and (static or not m.training or m.p == 0)):  # type: ignore[operator]
+        return ()
+    if kind is nn.Linear:
+        weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+        if type(weight) not in _TENSORS or not (bias is None or type(bias) in _TENSORS):
+            return None  # a parametrization, a sharded tensor
+        leaves.append(m)
+        if static:
+            return ((kind, weight.shape, bias is None),)  # type: ignore[union-attr]
+        return ((kind, *_like(weight), *(() if bias is None else _like(bias))),)  # type: ignore[arg-type]
+    if kind in _ELEMENTWISE:
+        leaves.append(m)
+        return ((kind, *_options(m)),)
+    return None
+
+
+def _like(p: Tensor) -> tuple[Any, ...]:
+    return p.shape, p.dtype, p.device, p.requires_grad
+
+
+def _is_useful(signature: Signature | None) -> bool:
+    """Whether there is a product in it, and nothing before it that writes to what all heads read."""
+    if not signature or not any(part[0] is nn.Linear for part in signature):
+        return False
+    before = next(i for i, part in enumerate(signature) if part[0] is nn.Linear)
+    return not any(("inplace", True) in part for part in signature[:before])
+
+
+def join(calls: Sequence[Call], layers: Mapping[str, Any]) -> list[Call]:
+    """A schedule in which sibling heads are one call, at the place of the first of them.
+
+    Siblings have the same single anchor, and are Linear, or Sequentials of Linear, activations and dropout of the same
+    shapes.
+    """
+    groups: dict[Any, list[str]] = {}
+    keys: dict[str, Any] = {}
+    for call in calls:
+        layer = layers.get(call.names[0])
+        if call.group is None and len(call.inputs) == 1 and isinstance(layer, nn.Module):
+            signature = _signature(layer, [], static=True)
+            if _is_useful(signature):
+                key = keys[call.names[0]] = (call.inputs, signature)
+                groups.setdefault(key, []).append(call.names[0])
+    made: list[Call] = []
+    for call in calls:
+        siblings = groups.get(keys.get(call.names[0]), [])
+        if len(siblings) < 2:
+            made.append(call)
+        elif call.names[0] == siblings[0]:
+            made.append(Call(tuple(siblings), call.inputs, Siblings(siblings)))
+    return made
+
+
+class _Part(NamedTuple):
+    """Heads that run together: which they are, and the leaves of each stage, head by head."""
+
+    heads: tuple[int, ...]
+    stages: tuple[tuple[nn.Module, ...], ...]
+
+
+class _Recipe:
+    """Which heads can run together, and all that this was decided by, so that a change is seen."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        found: dict[Signature, list[int]] = {}
+        leaves: list[list[nn.Module]] = []
+        self.alone: list[int] = []
+        for i, head in enumerate(heads):
+            leaves.append([])
+            signature = _signature(head, leaves[i], static=False) if isinstance(head, nn.Module) else None
+            if _is_useful(signature):
+                found.setdefault(signature, []).append(i)  # type: ignore[arg-type]
+            else:
+                self.alone.append(i)
+        self.parts: list[_Part] = []
+        for members in found.values():
+            if len(members) > 1:
+                self.parts.append(_Part(tuple(members), tuple(zip(*(leaves[i] for i in members), strict=True))))
+            else:
+                self.alone += members
+
+    def watch(self, heads: Sequence[nn.Module]) -> None:
+        """Remember what it was made from."""
+        every = [m for head in heads if isinstance(head, nn.Module) for m in head.modules()]
+        self._heads = list(heads)
+        self._children = [m._modules for m in every if m._modules]
+        self._child = [m for d in self._children for m in d.values()]
+        self._hooks = [
+            d for m in every
+            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]  # fmt: skip
+        self._hook_count = sum(map(len, self._hooks))
+        self._parameters = [m._parameters for m in every if m._parameters]
+        self._parameter = self._seen()
+        self._changing = [m for m in every if type(m) not in _PLAIN]
+        self._mode = self._modes()
+
+    def _seen(self) -> list[tuple[int, bool]]:
+        return [(id(p), p is not None and p.requires_grad) for d in self._parameters for p in d.values()]
+
+    def _modes(self) -> list[Any]:
+        return [(m.training, _options(m)) for m in self._changing]
+
+    def is_fresh(self, heads: Sequence[nn.Module]) -> bool:
+        """Whether nothing has changed."""
+        return (
+            self._heads == heads
+            and sum(map(len, self._hooks)) == self._hook_count
+            and [m for d in self._children for m in d.values()] == self._child
+            and self._seen() == self._parameter
+            and (not self._changing or self._modes() == self._mode)
+        )
+
+
+class Siblings:
+    """What computes a group of sibling heads: a step of a model's schedule.
+
+    The first layer of all is one product, later ones are one batched product each. Parameters are the heads' own, put
+    side by side at every call. Heads that differ from the others now (a hook, a dropout at work, another layer in its
+    place) run by themselves.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._recipe: _Recipe | None = None
+
+    def __deepcopy__(self, memo: Any) -> Siblings:
+        return Siblings(self.names)
+
+    def __reduce__(self) -> Any:
+        return Siblings, (self.names,)
+
+    def __repr__(self) -> str:
+        return f"Siblings({', '.join(self.names)})"
+
+    def __call__(self, layers: Mapping[str, Any], x: Any) -> list[Any]:
+        """The output of each head.
+
+        Args:
+            layers: the model's, by name.
+            x: what all take, [..., F].
+        """
+        return run_heads(self, [layers[name] for name in self.names], x)
+
+    def recipe(self, heads: Sequence[nn.Module]) -> _Recipe:
+        """The one for these heads as they are."""
+        if torch.compiler.is_compiling():  # a graph is guarded by what it reads: by the modules, not by a memo
+            return _Recipe(heads)
+        if self._recipe is None or not self._recipe.is_fresh(heads):
+            recipe = _Recipe(heads)
+            recipe.watch(heads)
+            self._recipe = recipe
+        return self._recipe
+
+
+def _watched_globally() -> bool:
+    """Whether somebody looks at every module's calls."""
+    return bool(
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    )
+
+
+def run_heads(siblings: Siblings, heads: Sequence[Callable[[Any], Any]], x: Any) -> list[Any]:
+    """The output of each head."""
+    if type(x) not in _TENSORS or not x.is_floating_point() or x.dim() == 0 or _watched_globally():
+        return [head(x) for head in heads]
+    recipe = siblings.recipe(heads)  # type: ignore[arg-type]
+    made: list[Any] = [None] * len(heads)
+    for part in recipe.parts:
+        for i, y in zip(part.heads, _run(part, x), strict=True):
+            made[i] = y
+    for i in recipe.alone:
+        made[i] = heads[i](x)
+    return made
+
+
+def _side_by_side(leaves: Sequence[nn.Module], name: str) -> Tensor | None:
+    """[T O, F] or [T O] of T parameters."""
+    found = [leaf._parameters[name] for leaf in leaves]
+    return None if found[0] is None else torch.cat(found)  # type: ignore[arg-type]
+
+
+def _run(part: _Part, x: Tensor) -> Sequence[Tensor]:
+    T = len(part.heads)
+    h, shared = x.reshape(-1, x.shape[-1]), True
+    for leaves in part.stages:
+        first = leaves[0]
+        if type(first) is not nn.Linear:
+            h = first(h)
+            continue
+        weight, bias = _side_by_side(leaves, "weight"), _side_by_side(leaves, "bias")
+        if shared:
+            h, shared = together(h, weight, bias, T), False  # type: ignore[arg-type]
+        else:
+            O, F = first._parameters["weight"].shape  # type: ignore[union-attr]
+            h = each(h, weight.view(T, O, F), None if bias is None else bias.view(T, O))  # type: ignore[union-attr]
+    h = h.contiguous().view(T, *x.shape[:-1], -1) if h.numel() else h.reshape(T, *x.shape[:-1], h.shape[-1])
+    return _apart(h, type(part.stages[-1][0]) is nn.Linear)
+
+
+def _apart(h: Tensor, writable: bool) -> Sequence[Tensor]:
+    """[T, ...] head by head.
+
+    Heads are different tensors to their users, who may write to one: so it can be where nothing else needs their
+    common memory (an activation keeps what it returned for its gradient).
+    """
+    if not writable or torch.compiler.is_compiling():
+        return h.unbind()
+    if h.dim() > 1 and h.shape[1]:
+        return torch.unsafe_split(h.flatten(0, 1), h.shape[1])
+    return [t.squeeze(0) for t in torch.unsafe_split(h, 1)]
