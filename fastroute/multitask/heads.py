@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from .products import each, together
+from .products import Layer, chains
 from .schedule import Call
+from .storage import SideBySide
 
 #: What acts on every element alone and has no parameters.
 _ELEMENTWISE: frozenset[type] = frozenset({
@@ -42,7 +43,7 @@ def _signature(m: nn.Module, leaves: list[nn.Module], static: bool) -> Signature
 
     Args:
         leaves: what it consists of is appended, but for what does nothing.
-        static: leave out what often changes: hooks, modes, which parameters are trained.
+        static: leave out what often changes: hooks and modes.
     """
     kind = type(m)
     if (not static and _has_hooks(m)) or "forward" in m.__dict__:
@@ -71,7 +72,7 @@ def _signature(m: nn.Module, leaves: list[nn.Module], static: bool) -> Signature
 
 
 def _like(p: Tensor) -> tuple[Any, ...]:
-    return p.shape, p.dtype, p.device, p.requires_grad
+    return p.shape, p.dtype, p.device
 
 
 def _is_useful(signature: Signature | None) -> bool:
@@ -108,10 +109,32 @@ def join(calls: Sequence[Call], layers: Mapping[str, Any]) -> list[Call]:
 
 
 class _Part(NamedTuple):
-    """Heads that run together: which they are, and the leaves of each stage, head by head."""
+    """Heads that run together."""
 
-    heads: tuple[int, ...]
-    stages: tuple[tuple[nn.Module, ...], ...]
+    heads: tuple[int, ...]  #: which they are
+    before: tuple[nn.Module, ...]  #: what comes before their first product
+    layers: tuple[Layer, ...]
+    parameters: tuple[tuple[dict[str, Any], str], ...]  #: where they are and what they are called, layer by layer
+    memory: SideBySide
+
+
+def _part(heads: Sequence[int], leaves: Sequence[Sequence[nn.Module]]) -> _Part:
+    """Of heads that consist of these leaves."""
+    before: list[nn.Module] = []
+    layers: list[Layer] = []
+    parameters: list[tuple[dict[str, Any], str]] = []
+    for column in zip(*leaves, strict=True):
+        first = column[0]
+        if type(first) is nn.Linear:
+            names = [name for name in ("weight", "bias") if first._parameters[name] is not None]
+            O, F = first._parameters["weight"].shape  # type: ignore[union-attr]
+            layers.append(Layer(O, F, len(names) == 2, ()))
+            parameters += [(leaf._parameters, name) for name in names for leaf in column]
+        elif layers:
+            layers[-1] = layers[-1]._replace(then=(*layers[-1].then, first))
+        else:
+            before.append(first)
+    return _Part(tuple(heads), tuple(before), tuple(layers), tuple(parameters), SideBySide(len(heads)))
 
 
 class _Recipe:
@@ -131,7 +154,7 @@ class _Recipe:
         self.parts: list[_Part] = []
         for members in found.values():
             if len(members) > 1:
-                self.parts.append(_Part(tuple(members), tuple(zip(*(leaves[i] for i in members), strict=True))))
+                self.parts.append(_part(members, [leaves[i] for i in members]))
             else:
                 self.alone += members
 
@@ -140,32 +163,28 @@ class _Recipe:
         every = [m for head in heads if isinstance(head, nn.Module) for m in head.modules()]
         self._heads = list(heads)
         self._children = [m._modules for m in every if m._modules]
-        self._child = [m for d in self._children for m in d.values()]
-        self._hooks = [
+        self._owners = [m._parameters for m in every if m._parameters]
+        self._changing = [m for m in every if type(m) not in _PLAIN]
+        hooks = [
             d for m in every
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]  # fmt: skip
-        self._hook_count = sum(map(len, self._hooks))
-        self._parameters = [m._parameters for m in every if m._parameters]
-        self._parameter = self._seen()
-        self._changing = [m for m in every if type(m) not in _PLAIN]
-        self._mode = self._modes()
+        self._empty, self._hooks = [d for d in hooks if not d], [d for d in hooks if d]
+        self._state = self._look()
 
-    def _seen(self) -> list[tuple[int, bool]]:
-        return [(id(p), p is not None and p.requires_grad) for d in self._parameters for p in d.values()]
-
-    def _modes(self) -> list[Any]:
-        return [(m.training, _options(m)) for m in self._changing]
+    def _look(self) -> tuple[Any, ...]:
+        """All that may change, at little cost: there are hundreds of heads, and this is done at every call."""
+        return (
+            [id(m) for d in self._children for m in d.values()],
+            [id(p) for d in self._owners for p in d.values()],  # no references: nothing is to be kept alive
+            any(self._empty),
+            list(map(bool, self._hooks)),
+            [(m.training, _options(m)) for m in self._changing],
+        )
 
     def is_fresh(self, heads: Sequence[nn.Module]) -> bool:
         """Whether nothing has changed."""
-        return (
-            self._heads == heads
-            and sum(map(len, self._hooks)) == self._hook_count
-            and [m for d in self._children for m in d.values()] == self._child
-            and self._seen() == self._parameter
-            and (not self._changing or self._modes() == self._mode)
-        )
+        return self._heads == heads and self._look() == self._state
 
 
 class Siblings:
@@ -233,38 +252,12 @@ def run_heads(siblings: Siblings, heads: Sequence[Callable[[Any], Any]], x: Any)
     return made
 
 
-def _side_by_side(leaves: Sequence[nn.Module], name: str) -> Tensor | None:
-    """[T O, F] or [T O] of T parameters."""
-    found = [leaf._parameters[name] for leaf in leaves]
-    return None if found[0] is None else torch.cat(found)  # type: ignore[arg-type]
-
-
 def _run(part: _Part, x: Tensor) -> Sequence[Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    for module in part.before:
+        rows = module(rows)
     T = len(part.heads)
-    h, shared = x.reshape(-1, x.shape[-1]), True
-    for leaves in part.stages:
-        first = leaves[0]
-        if type(first) is not nn.Linear:
-            h = first(h)
-            continue
-        weight, bias = _side_by_side(leaves, "weight"), _side_by_side(leaves, "bias")
-        if shared:
-            h, shared = together(h, weight, bias, T), False  # type: ignore[arg-type]
-        else:
-            O, F = first._parameters["weight"].shape  # type: ignore[union-attr]
-            h = each(h, weight.view(T, O, F), None if bias is None else bias.view(T, O))  # type: ignore[union-attr]
-    h = h.contiguous().view(T, *x.shape[:-1], -1) if h.numel() else h.reshape(T, *x.shape[:-1], h.shape[-1])
-    return _apart(h, type(part.stages[-1][0]) is nn.Linear)
-
-
-def _apart(h: Tensor, writable: bool) -> Sequence[Tensor]:
-    """[T, ...] head by head.
-
-    Heads are different tensors to their users, who may write to one: so it can be where nothing else needs their
-    common memory (an activation keeps what it returned for its gradient).
-    """
-    if not writable or torch.compiler.is_compiling():
-        return h.unbind()
-    if h.dim() > 1 and h.shape[1]:
-        return torch.unsafe_split(h.flatten(0, 1), h.shape[1])
-    return [t.squeeze(0) for t in torch.unsafe_split(h, 1)]
+    parameters = [d[name] for d, name in part.parameters]
+    whole = None if torch.compiler.is_compiling() else part.memory(parameters)
+    made = chains(rows, part.layers, parameters, T, whole)
+    return made if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in made]
