@@ -22,8 +22,8 @@ def _is_own(p: Tensor) -> bool:
 class SideBySide:
     """The parameters of T networks, each kind in one tensor whose parts the parameters are.
 
-    They are moved there when they are first asked for, and again after ``.to()``, a deep copy or a loaded checkpoint
-    has parted them: what they are now is looked up at every call. They stay the modules' own Parameters. Parameters that
+    They are moved there when they are first asked for, and again when ``.to()``, a deep copy or a loaded checkpoint has
+    parted them: where they are is looked up at every call. They stay the modules' own Parameters. Parameters that
     somebody else has put somewhere (FSDP, an optimizer's buckets, shared memory) stay where they are.
 
     Args:

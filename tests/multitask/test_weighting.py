@@ -23,11 +23,10 @@ MAKERS: dict[str, Callable[..., w.Weighting]] = {
     "fixed": lambda tasks, **options: w.FixedWeights([0.5] * len(tasks), tasks, **options),
     "stch warm": lambda tasks, **options: w.STCH(tasks, warmup=2, **options),
 }
-PLAIN = {"equal", "rlw", "geometric"}  #: nothing to place on a device
 
 
 def make(name: str, tasks: Sequence[str] = NAMES, **options: Any) -> w.Weighting:
-    options = {} if name in PLAIN else {"dtype": torch.float64, **options}
+    options = {"dtype": torch.float64, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that of 'auto', which has a test of its own
         return MAKERS[name](tasks, **options)

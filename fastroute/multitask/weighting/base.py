@@ -67,12 +67,19 @@ class Weighting(nn.Module):
 
     Args:
         tasks: names, or how many.
+        device, dtype: of what it learns or remembers.
 
     Attributes:
         tasks: tuple of names.
     """
 
-    def __init__(self, tasks: Sequence[str] | int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str] | int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.tasks = names_of(tasks)
 

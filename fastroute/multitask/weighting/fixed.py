@@ -64,7 +64,14 @@ class RLW(Weighting):
         generator: of the draws, on the losses' device; PyTorch's own without it.
     """
 
-    def __init__(self, tasks: Sequence[str] | int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str] | int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(tasks)
         self.generator = generator
 
