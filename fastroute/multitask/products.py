@@ -32,6 +32,10 @@ _ACTIVATIONS: dict[type, _Activation] = {
 }
 
 
+#: Of tensors that are many at a time.
+_MANY = tuple(map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched")))
+
+
 class Layer(NamedTuple):
     """A layer of all networks."""
 
@@ -132,8 +136,9 @@ class _Chains(torch.autograd.Function):
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 "parameter of a head, between the forward and the backward pass"
             )
-        if torch.is_grad_enabled():  # somebody wants its derivative, too
-            return _differentiably(ctx, grad)
+        # Somebody wants its derivative, too; or many at a time (is_grads_batched), which nothing can be written into.
+        if torch.is_grad_enabled() or any(map(torch._C._dispatch_keys(grad).has, _MANY)):  # type: ignore[arg-type]
+            return _through_chain(ctx, grad)
         x, *kept = ctx.saved_tensors
         weights, outputs = kept[::2], kept[1::2]
         needs = ctx.needs_input_grad
@@ -175,12 +180,14 @@ class _Chains(torch.autograd.Function):
         return (dx, None, None, None, *(p for part in reversed(made) for p in part))
 
 
-def _differentiably(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, parameters = ctx.saved_tensors[0], ctx.parameters
-    whole = _put_side_by_side(parameters, ctx.T)
-    y = chain(x, ctx.layers, _by_layer(ctx.layers, whole), ctx.T)
+def _through_chain(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of ``chain``, made anew."""
+    x, parameters, again = ctx.saved_tensors[0], ctx.parameters, torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x if again else x.detach().requires_grad_(x.requires_grad)
+        y = chain(x, ctx.layers, _by_layer(ctx.layers, _put_side_by_side(parameters, ctx.T)), ctx.T)
     wanted = [t for t in (x, *parameters) if t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
     dx, *rest = [next(found) if t.requires_grad else None for t in (x, *parameters)]
     return (dx, None, None, None, *rest)
 
