@@ -20,6 +20,7 @@ from fastroute.multitask import MTLModel, MultiHead
 from fastroute.multitask.heads import Siblings
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.poison import poisoned_memory
+from tests.helpers.subprocesses import check_python
 
 T = 7
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
@@ -446,6 +447,50 @@ def test_inference_first_then_training() -> None:
     sum(y.sum() for y in model(torch.randn(3, 4))[0]).backward()
     torch.optim.Adam(model.parameters()).step()
     agrees(model)
+
+
+GROUP = """
+import copy, math, os, tempfile
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tests.multitask.test_heads import T, lie_side_by_side, model_of
+
+dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+torch.manual_seed(0)
+x, y = torch.randn(8, 4).double(), [torch.randn(8, 2).double() for _ in range(T)]
+y[1][:] = math.nan
+
+def trained(wrap, fuse):
+    model = model_of(fuse_heads=fuse, weighting="uncertainty").double()
+    for name in model.unused:
+        getattr(model, name).requires_grad_(False)
+    called = wrap(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model.loss(called(x), y)[0].backward()
+        optimizer.step()
+    return model
+
+
+plain = trained(lambda m: m, False)
+ddp = trained(DistributedDataParallel, True)
+whole = trained(fully_shard, True)
+for model in (ddp, whole):
+    for (name, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
+        torch.testing.assert_close(a.full_tensor() if hasattr(a, "full_tensor") else a, b, msg=name)
+assert not lie_side_by_side(ddp)
+dist.destroy_process_group()
+print("the same")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_in_a_process_group() -> None:
+    """DistributedDataParallel, and FSDP, whose parameters are lent to the forward pass."""
+    assert "the same" in check_python(GROUP, timeout=240)
 
 
 # ---------------------------------------------------------------------------------------------- compiled, and the like
