@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .loss import task_losses
 from .schedule import Anchors
-from .sharing import feature_names, parameters_of, servants
+from .sharing import feature_names, shared_parameters, task_parameters
 from .weighting import UNBOUNDED, WEIGHTINGS, Weighting, as_weighting
 from .weighting.base import in_order, unknown
 
@@ -174,7 +174,7 @@ class Objective(nn.Module):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters of layers that several outputs depend on."""
-        return parameters_of(servants(self._anchors, self.output_tasks), self._modules, None)
+        return shared_parameters(self._anchors, self.output_tasks, self._modules)
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """Parameters of layers that this output depends on and no other. (Weights of losses are not among them.)
@@ -184,7 +184,7 @@ class Objective(nn.Module):
         """
         if task not in self.output_tasks:
             raise unknown("task", task, list(dict.fromkeys(self.output_tasks)))
-        return parameters_of(servants(self._anchors, self.output_tasks), self._modules, {task})
+        return task_parameters(self._anchors, self.output_tasks, self._modules, task)
 
     @property
     def feature_names(self) -> list[str]:

@@ -18,18 +18,29 @@ def servants(anchors: Anchors, outputs: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
-def parameters_of(
-    serving: Mapping[str, set[str]], layers: Mapping[str, object], tasks: set[str] | None
+def _parameters(layers: Mapping[str, object], names: Iterable[str]) -> dict[int, nn.Parameter]:
+    """By identity, in the order of the layers."""
+    chosen = set(names)
+    modules = [layer for name, layer in layers.items() if name in chosen and isinstance(layer, nn.Module)]
+    return {id(p): p for module in modules for p in module.parameters()}
+
+
+def task_parameters(
+    anchors: Anchors, outputs: Sequence[str], layers: Mapping[str, object], task: str
 ) -> list[nn.Parameter]:
-    """Parameters that serve just these tasks; with None, those that serve several. In the order of the layers."""
+    """Parameters that one output depends on and no other."""
+    theirs = _parameters(layers, needed(anchors, [name for name in outputs if name != task]))
+    return [p for key, p in _parameters(layers, needed(anchors, [task])).items() if key not in theirs]
+
+
+def shared_parameters(anchors: Anchors, outputs: Sequence[str], layers: Mapping[str, object]) -> list[nn.Parameter]:
+    """Parameters that several outputs depend on: of one layer, or of several that have them in common."""
+    serving = servants(anchors, outputs)
     serves: dict[int, set[str]] = {}
-    every: dict[int, nn.Parameter] = {}
-    for name, layer in layers.items():
-        if name in serving and isinstance(layer, nn.Module):
-            for p in layer.parameters():
-                every[id(p)] = p
-                serves.setdefault(id(p), set()).update(serving[name])
-    return [p for key, p in every.items() if (len(serves[key]) > 1 if tasks is None else serves[key] == tasks)]
+    for name, tasks in serving.items():
+        for key in _parameters({name: layers.get(name)}, [name]):
+            serves.setdefault(key, set()).update(tasks)
+    return [p for key, p in _parameters(layers, serving).items() if len(serves[key]) > 1]
 
 
 def feature_names(anchors: Anchors, outputs: Sequence[str]) -> list[str]:
