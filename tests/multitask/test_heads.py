@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,14 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
+from torch.nn.utils import parametrizations
 
-import fastroute
-from fastroute.multitask import MTLModel, MultiHead
+from fastroute.multitask import MTLModel
 from fastroute.multitask.heads import Siblings
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.poison import poisoned_memory
-from tests.helpers.subprocesses import check_python
 
 T = 7
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
@@ -343,175 +339,6 @@ def test_frozen_heads() -> None:
     assert not model(x)[0][0].requires_grad
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def lie_side_by_side(model: MTLModel) -> bool:
-    weights = [model.get_parameter(f"head{i}.0.weight") for i in range(T)]
-    step = weights[0].numel() * weights[0].element_size()
-    return all(b.data_ptr() - a.data_ptr() == step for a, b in itertools.pairwise(weights)) and (
-        len({w.untyped_storage().data_ptr() for w in weights}) == 1
-    )
-
-
-def agrees(model: MTLModel) -> None:
-    """With its own layers called one by one."""
-    x = torch.randn(3, 4, dtype=model.trunk.weight.dtype)
-    out = model(x)[0]
-    for i, y in enumerate(out):
-        assert torch.allclose(y, model.get_submodule(f"head{i}")(model.trunk(x)), rtol=1e-4, atol=1e-6)
-
-
-def test_parameters_lie_side_by_side() -> None:
-    model = model_of()
-    before = [id(p) for p in model.parameters()]
-    assert not lie_side_by_side(model)
-    agrees(model)
-    assert lie_side_by_side(model) and [id(p) for p in model.parameters()] == before
-    whole = [id(t) for t in part_of(model).memory._whole]
-    for p in model.parameters():
-        torch.nn.init.normal_(p)
-    agrees(model)
-    assert [id(t) for t in part_of(model).memory._whole] == whole  # the same memory, no copy
-
-
-def part_of(model: MTLModel) -> Any:
-    (group,) = [step.group for step in model.plan.steps if step.group is not None]
-    assert isinstance(group, Siblings) and group._recipe is not None
-    (part,) = group._recipe.parts
-    return part
-
-
-def saved(model: MTLModel) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return file
-
-
-CHANGES: dict[str, Callable[[MTLModel], MTLModel]] = {
-    "double": lambda m: m.double(),
-    "to and back": lambda m: m.double().float(),
-    "deepcopy": copy.deepcopy,
-    "load": lambda m: (m.load_state_dict(model_of().state_dict()), m)[1],
-    "assign": lambda m: (m.load_state_dict(model_of().state_dict(), assign=True), m)[1],
-    "assign what lay together": lambda m: (m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()},
-                                                              assign=True), m)[1],
-    "pickle": lambda m: torch.load(saved(m), weights_only=False),
-    "a new parameter": lambda m: (setattr(m.head2[0], "weight", nn.Parameter(torch.randn(4, 5))), m)[1],
-    "data": lambda m: (setattr(m.head2[0].weight, "data", torch.randn(4, 5)), m)[1],
-    "another schedule": lambda m: (setattr(m, "keep_outputs", True), m)[1],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_parts_parameters(change: str) -> None:
-    model = model_of()
-    agrees(model)
-    model = CHANGES[change](model)
-    for p in model.parameters():
-        torch.nn.init.normal_(p)
-    agrees(model)
-    assert lie_side_by_side(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sum(y.sum() for y in model(torch.randn(3, 4, dtype=model.trunk.weight.dtype))[0]).backward()
-    optimizer.step()
-    agrees(model)
-
-
-def test_parameters_that_somebody_has_put_somewhere_stay() -> None:
-    model = model_of()
-    vector = parameters_to_vector(model.parameters()).detach()
-    vector_to_parameters(vector, model.parameters())  # as a flat optimizer's
-    agrees(model)
-    vector.normal_()
-    agrees(model)
-    assert model.head1[0].weight.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
-    shared = model_of().share_memory()
-    agrees(shared)
-    assert shared.head1[0].weight.is_shared()
-    tied = model_of()
-    tied.head1[0].weight = tied.head0[0].weight
-    agrees(tied)
-    sum(y.sum() for y in tied(torch.randn(3, 4))[0]).backward()
-
-
-def test_functional_call() -> None:
-    model = model_of()
-    agrees(model)
-    x = torch.randn(3, 4)
-    given = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
-    got = torch.func.functional_call(model, given, (x,))[0]
-    other = model_of(fuse_heads=False)
-    other.load_state_dict(given)
-    for a, b in zip(got, other(x)[0], strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-    agrees(model)
-
-
-def test_a_parameter_that_changes_before_the_backward_pass_is_an_error() -> None:
-    for fuse in (True, False):
-        model = model_of(fuse_heads=fuse)
-        out = model(torch.randn(3, 4))[0]
-        with torch.no_grad():
-            model.head1[2].weight.add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            sum(y.sum() for y in out).backward()
-
-
-def test_inference_first_then_training() -> None:
-    model = model_of()
-    with torch.inference_mode():
-        model(torch.randn(3, 4))
-    sum(y.sum() for y in model(torch.randn(3, 4))[0]).backward()
-    torch.optim.Adam(model.parameters()).step()
-    agrees(model)
-
-
-GROUP = """
-import copy, math, os, tempfile
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from tests.multitask.test_heads import T, lie_side_by_side, model_of
-
-dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
-torch.manual_seed(0)
-x, y = torch.randn(8, 4).double(), [torch.randn(8, 2).double() for _ in range(T)]
-y[1][:] = math.nan
-
-def trained(wrap, fuse):
-    model = model_of(fuse_heads=fuse, weighting="uncertainty").double()
-    for name in model.unused:
-        getattr(model, name).requires_grad_(False)
-    called = wrap(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
-    for _ in range(4):
-        optimizer.zero_grad()
-        model.loss(called(x), y)[0].backward()
-        optimizer.step()
-    return model
-
-
-plain = trained(lambda m: m, False)
-ddp = trained(DistributedDataParallel, True)
-whole = trained(fully_shard, True)
-for model in (ddp, whole):
-    for (name, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
-        torch.testing.assert_close(a.full_tensor() if hasattr(a, "full_tensor") else a, b, msg=name)
-assert not lie_side_by_side(ddp)
-dist.destroy_process_group()
-print("the same")
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_in_a_process_group() -> None:
-    """DistributedDataParallel, and FSDP, whose parameters are lent to the forward pass."""
-    assert "the same" in check_python(GROUP, timeout=240)
-
-
 # ---------------------------------------------------------------------------------------------- compiled, and the like
 
 
@@ -547,97 +374,3 @@ def test_autocast() -> None:
             assert torch.allclose(a, b, rtol=0.05, atol=0.05)
         sum(y.float().sum() for y in model(x)[0]).backward()
     assert model.head0[0].weight.grad.dtype == torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------------- MultiHead
-
-
-def as_heads(multi: MultiHead, activation: type[nn.Module] = nn.ReLU) -> list[nn.Sequential]:
-    """Its heads as modules of their own."""
-    made = []
-    for t in range(len(multi.tasks)):
-        layers: list[nn.Module] = []
-        for k, weight in enumerate(multi.weights):
-            linear = nn.Linear(weight.shape[2], weight.shape[1], bias=len(multi.biases) > 0).to(weight.dtype)
-            with torch.no_grad():
-                linear.weight.copy_(weight[t])
-                if len(multi.biases):
-                    linear.bias.copy_(multi.biases[k][t])
-            layers += [linear] if k == len(multi.weights) - 1 else [linear, activation()]
-        made.append(nn.Sequential(*layers))
-    return made
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("hidden", [None, 4, [4, 6]])
-@pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("gelu", nn.GELU)])
-def test_multihead(hidden: Any, bias: bool, activation: str, kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    multi = MultiHead(5, hidden, 2, 3, activation=activation, bias=bias, dtype=torch.float64)
-    heads = as_heads(multi, kind)
-    x = torch.randn(6, 5, dtype=torch.float64)
-    expected = torch.stack([h(x) for h in heads])
-    assert torch.allclose(multi(x), expected)
-    assert torch.allclose(multi(x.view(2, 3, 5)), expected.view(3, 2, 3, 2))
-    task = torch.tensor([2, 0, 0, 1, 2, 0])
-    assert torch.allclose(multi(x, task), expected[task, torch.arange(6)])
-    names = list(multi.state_dict())
-    assert names == [f"weights.{k}" for k in range(len(multi.weights))] + [
-        f"biases.{k}" for k in range(len(multi.biases))
-    ]
-
-    def call(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(multi, dict(zip(names, parameters, strict=True)), (x,))
-
-    x.requires_grad_()
-    parameters = [p.detach().requires_grad_() for p in multi.parameters()]
-    assert torch.autograd.gradcheck(call, (x, *parameters))
-    with fastroute.use_backend("reference"):
-        assert torch.autograd.gradcheck(
-            lambda x, *p: torch.func.functional_call(multi, dict(zip(names, p, strict=True)), (x, task)),
-            (x, *parameters),
-        )
-
-
-def test_multihead_forms() -> None:
-    names = ["x", "y", "z"]
-    for returns, kind in (("tensor", Tensor), ("list", list), ("dict", dict)):
-        multi = MultiHead(5, 4, 2, names, returns=returns)
-        made = multi(torch.randn(6, 5))
-        assert isinstance(made, kind) and len(made) == 3
-    assert list(made) == names and made["z"].shape == (6, 2)
-    torch.manual_seed(0)
-    wide = MultiHead(400, None, 50, 2)
-    assert wide.weights[0].abs().max() <= 1 / 20 and abs(float(wide.weights[0].detach().std()) - 1 / 20 / 3**0.5) < 1e-3
-    assert "400 -> 50, tasks=2" in repr(wide)
-
-
-@pytest.mark.parametrize("by_task", [False, True])
-def test_multihead_compiles(by_task: bool) -> None:
-    torch._dynamo.reset()
-    multi = MultiHead(5, 4, 2, 3)
-    compiled = torch.compile(multi, fullgraph=True, backend="aot_eager", dynamic=True)
-    for B in (4, 9):
-        x = torch.randn(B, 5)
-        args = (x, torch.randint(3, (B,))) if by_task else (x,)
-        assert torch.allclose(compiled(*args), multi(*args), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: MultiHead(5, 4, 2, 3, activation="rely"), ValueError, "activation: expected one of relu.*'rely'"),
-        (lambda: MultiHead(5, 4, 2, 3, returns="tuple"), ValueError, "returns: expected"),
-        (lambda: MultiHead(0, 4, 2, 3), ValueError, "in_features: expected at least 1"),
-        (lambda: MultiHead(5, [4, 0], 2, 3), ValueError, "hidden: expected at least 1"),
-        (lambda: MultiHead(5, 4, 2.5, 3), TypeError, "out_features: expected an int"),  # type: ignore[arg-type]
-        (lambda: MultiHead(5, 4, 2, []), ValueError, "tasks: expected at least one"),
-        (lambda: MultiHead(5, 4, 2, 3)(torch.ones(2, 4)), ValueError, r"x: expected \[..., 5\], got \[2, 4\]"),
-        (lambda: MultiHead(5, 4, 2, 3)(torch.ones(2, 5), torch.tensor([0, 3])), IndexError, "task: expected indices"),
-        (lambda: MultiHead(5, 4, 2, 3)(torch.ones(2, 5), torch.tensor([0])), ValueError, "task: expected one per"),
-        (lambda: MultiHead(5, 4, 2, 3)(torch.ones(1, 2, 5), torch.tensor([0])), ValueError, r"x: expected \[B, 5\]"),
-    ],
-)
-def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
