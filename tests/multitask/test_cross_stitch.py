@@ -32,7 +32,7 @@ def stitch(channels: int | None = None, *, dtype: torch.dtype = F64, tasks: Any 
 
 def columns(*shape: int, dtype: torch.dtype = F64, count: int = T) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(*shape, generator=generator, dtype=F64).to(dtype) for _ in range(count)]
+    return [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for _ in range(count)]
 
 
 def by_sum(module: CrossStitch, xs: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,221 @@
+"""A multi-task model made of a list of dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .graph import ROOT, draw, read, read_outputs
+from .held import Losses, LossWeights, hold
+from .schedule import Call, Plan, assign, breadth_first, in_list_order, needed
+
+#: A step, flat: the layer's name, the first input's slot, the first output's, then what most steps do without: all
+#: inputs if they are not one, slots to free, and of a group, the function and all outputs.
+_Flat = tuple[str, int, int, tuple[int, ...] | None, tuple[int, ...], tuple[Any, tuple[int, ...]] | None]
+
+
+class MTLModel(nn.Module):
+    """A graph of layers, each of which takes the outputs of others; some outputs are those of tasks.
+
+    A dict of ``task_layers`` is a node:
+
+    ================  ==================================================================================================
+    ``name``          of the node, an attribute of the model, and the first part of its keys in a state dict
+    ``layers``        a Module, a list of them (a Sequential), or any function; called with the anchors' outputs
+    ``anchor_layer``  a node, or a list of them in the order of arguments: here, later in the list, or 'root', the
+                      model's input; by default 'root'
+    ``loss``          anything; returned, not called
+    ``loss_weight``   a number, a tensor or None; or 'auto': a parameter ``<name>_loss`` [1], learned
+    ``loss_init_val`` where that one begins
+    ================  ==================================================================================================
+
+    The schedule is fixed here. Nodes run in the order of the list (what is declared after its use, before that), those
+    that no output depends on do not run, and nothing is kept longer than the last node needs it. Nodes are looked up by
+    name at every call, so a layer that is replaced is the one that runs. A node may take and return anything: tensors,
+    lists, dicts; per-sample task ids go through the graph like everything else.
+
+    Attributes:
+        task_layers: as given.
+        output_tasks: a list of names; one that is set makes another schedule.
+        layer_names: of all nodes, in the order of the list.
+        unused: of the nodes that do not run.
+        plan: the schedule.
+        g: the graph, a ``networkx.DiGraph`` where networkx is installed (else with the same ``nodes``, ``edges``,
+            ``predecessors`` and ``successors``).
+        losses, loss_weights: by the name of the node, where the dict has the key.
+        loss_modules: the losses that have tensors of their own: a child, see ``LossModules``.
+        outputs: with ``keep_outputs``, the last call's, by the name of the node, 'root' included.
+
+    Args:
+        task_layers: a list of dicts.
+        output_tasks: names of nodes, 'root' included, any number of times; or one name.
+        order: "list", or "bfs", which is torchMTL's: layers that draw random numbers draw the same ones, if
+            ``run_all`` is set as well.
+        run_all: run what no output depends on, too.
+        keep_outputs: keep every output until the next call.
+        device, dtype: of learned weights; the layers come as they are.
+
+    Raises:
+        ValueError: which dict is wrong, and how; a cycle, as a path. TypeError: there is no list, or no dict in it.
+    """
+
+    #: Whether unknown keys and the like are errors.
+    _strict: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        task_layers: Sequence[Mapping[str, Any]],
+        output_tasks: Sequence[str] | str,
+        *,
+        order: str = "list",
+        run_all: bool = False,
+        keep_outputs: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if order not in ("list", "bfs"):
+            raise ValueError(f"order: expected 'list' or 'bfs', got {order!r}")
+        self.task_layers = task_layers
+        nodes = read(task_layers, {*dir(self), "layer_names", "loss_modules"}, self._strict)
+        self.layer_names = [node.name for node in nodes]
+        self.keep_outputs, self._run_all = keep_outputs, run_all
+        self._anchors = {node.name: node.anchors for node in nodes}
+        ordered = in_list_order(self._anchors)
+        self._order = breadth_first(self._anchors, ordered) if order == "bfs" else ordered
+        for node in nodes:
+            setattr(self, node.name, node.layers)
+            if node.init is not None:
+                setattr(self, node.weight_name, self._learned_weight(node.init, device, dtype))
+        self._losses = {node.name: node.loss[0] for node in nodes if node.loss}
+        self._loss_weights = {node.name: node.loss_weight[0] for node in nodes if node.loss_weight}
+        self._learned = {node.name: node.weight_name for node in nodes if node.init is not None}
+        hold(self, self._losses)
+        self.output_tasks = output_tasks  # type: ignore[assignment]
+
+    @staticmethod
+    def _learned_weight(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+        return nn.Parameter(torch.full((1,), value, device=device, dtype=dtype))
+
+    # ------------------------------------------------------------------------------------------------------- schedule
+
+    @property
+    def output_tasks(self) -> list[str]:
+        """The nodes whose outputs are returned."""
+        return list(self._output_tasks)
+
+    @output_tasks.setter
+    def output_tasks(self, names: Sequence[str] | str) -> None:
+        self._output_tasks = read_outputs(names, self._anchors)
+        self._schedule()
+
+    @property
+    def unused(self) -> list[str]:
+        """The nodes that do not run."""
+        run = {name for step in self.plan.steps for name in step.names}
+        return [name for name in self.layer_names if name not in run]
+
+    def _calls(self) -> list[Call]:
+        """What there is to do, in order. Whoever joins nodes into groups does it here."""
+        run = self._anchors if self._run_all else needed(self._anchors, self._output_tasks)
+        return [Call((name,), self._anchors[name]) for name in self._order if name in run]
+
+    def _schedule(self) -> None:
+        self.plan: Plan = assign(self._calls(), self._output_tasks, self.keep_outputs)
+        self._flat: tuple[_Flat, ...] = tuple(
+            (
+                step.names[0],
+                step.inputs[0],
+                step.outputs[0],
+                None if len(step.inputs) == 1 and step.group is None else step.inputs,
+                step.free,
+                None if step.group is None else (step.group, step.outputs),
+            )
+            for step in self.plan.steps
+        )
+        self._kept = ((ROOT, 0), *((n, s) for step in self.plan.steps for n, s in zip(step.names, step.outputs, strict=True)))
+        self._empty = self.plan.slots - 1
+
+    @property
+    def g(self) -> Any:
+        """The graph."""
+        return draw(self._anchors)
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, input: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """Outputs, losses and weights of ``output_tasks``, in their order.
+
+        Args:
+            input: what the nodes without anchors take: a tensor, or a list or a dict of which they take a part.
+
+        Returns:
+            Three lists: outputs; losses, None where there is none; weights, likewise, learned ones as Parameters [1].
+        """
+        outputs = self.forward_outputs(input)
+        learned, losses, weights = self._learned, self._losses, self._loss_weights
+        return (
+            outputs,
+            [losses.get(name) for name in self._output_tasks],
+            [getattr(self, learned[name]) if name in learned else weights.get(name) for name in self._output_tasks],
+        )
+
+    def forward_outputs(self, input: Any) -> list[Any]:
+        """The outputs alone, as ``forward`` computes them."""
+        values: list[Any] = [input] + [None] * self._empty
+        modules, functions = self._modules, self.__dict__
+        for name, first, out, inputs, free, group in self._flat:
+            if group is not None:
+                run, outs = group
+                made = run(modules, *[values[i] for i in inputs])  # type: ignore[union-attr]
+                for slot, value in zip(outs, made, strict=True):
+                    values[slot] = value
+            else:
+                layer = modules[name] if name in modules else functions[name]
+                values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])  # type: ignore[misc]
+            for slot in free:
+                values[slot] = None
+        if self.keep_outputs:
+            self.outputs = {name: values[slot] for name, slot in self._kept}
+        return [values[slot] for slot in self.plan.results]
+
+    def outputs_only(self) -> OutputsOnly:
+        """A Module that returns the list of outputs alone: what ``torch.export`` and DataParallel can return."""
+        return OutputsOnly(self)
+
+    # -------------------------------------------------------------------------------------------------------- losses
+
+    @property
+    def losses(self) -> Losses:
+        """By the name of the node."""
+        return Losses(self, "losses", self._losses)
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """By the name of the node."""
+        return LossWeights(self, "loss_weights", self._loss_weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("outputs", None)  # a copy or a file of a model holds no activations
+        return state
+
+    def extra_repr(self) -> str:
+        """The nodes that are functions, which are no children."""
+        functions = [name for name in self.layer_names if name not in self._modules]
+        return "\n".join(f"({name}): {self.__dict__[name]!r}" for name in functions)
+
+
+class OutputsOnly(nn.Module):
+    """A model's outputs without its losses and weights; its child ``model`` is the model itself."""
+
+    def __init__(self, model: MTLModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input: Any) -> list[Tensor]:
+        """The outputs of ``output_tasks``, in their order."""
+        return self.model.forward_outputs(input)
