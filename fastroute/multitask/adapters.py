@@ -23,19 +23,21 @@ class Unpack(nn.Module):
     Args:
         layer: a module, or a function.
         take: of the layer's result, hand on only this item.
+        options: further keyword arguments of the layer, the same in every call.
 
     The layer's parameters have ``layer.`` before their names.
     """
 
-    def __init__(self, layer: Callable[..., Any], take: int | str | None = None) -> None:
+    def __init__(self, layer: Callable[..., Any], take: int | str | None = None, **options: Any) -> None:
         super().__init__()
         if not callable(layer):
             raise TypeError(f"layer: expected a Module or a function, got {type(layer).__name__}")
-        self.layer, self.take = layer, take
+        self.layer, self.take, self.options = layer, take, options
 
     def extra_repr(self) -> str:
         own = [] if isinstance(self.layer, nn.Module) else [repr(self.layer)]
-        return ", ".join([*own, *([] if self.take is None else [f"take={self.take!r}"])])
+        options = {**({} if self.take is None else {"take": self.take}), **self.options}
+        return ", ".join([*own, *(f"{name}={value!r}" for name, value in options.items())])
 
     def forward(self, *inputs: Any) -> Any:
         """The layer's result, or an item of it, for the anchors' outputs."""
@@ -43,7 +45,7 @@ class Unpack(nn.Module):
         for one in inputs:
             # a named tuple, say, is one thing; so is a Trajectory, which is a sequence, too
             given.extend(one) if type(one) is tuple else given.append(one)
-        made = self.layer(*given)
+        made = self.layer(*given, **self.options)
         return made if self.take is None else made[self.take]
 
 
@@ -87,7 +89,8 @@ class ToTasks:
         T = self.num_tasks
         if x.dim() < 1 or x.shape[0] % T:
             raise ValueError(f"x: expected as many samples of each of {T} tasks, [{T} B, ...], got {shown(x)}")
-        return x.unflatten(0, (T, x.shape[0] // T)).unbind()
+        made: tuple[Tensor, ...] = x.unflatten(0, (T, x.shape[0] // T)).unbind()
+        return made
 
     def __repr__(self) -> str:
         return f"ToTasks({self.num_tasks})"
