@@ -1,10 +1,12 @@
 """Routing layers for PyTorch: capsule routing and routing networks on fused kernels, with plain-PyTorch references."""
 
+from . import multitask as multitask
 from . import networks as networks
 from . import ops as ops
 from . import tasks as tasks
 from .capsules import EfficientVectorRouting as EfficientVectorRouting
 from .capsules import credit_assignment as credit_assignment
+from .multitask import *  # noqa: F403
 from .networks import *  # noqa: F403  (its __all__: decisions, rewards, Selection, Loss, ...)
 from .ops._backends import BackendUnavailable as BackendUnavailable
 from .ops._backends import explain as explain

@@ -5,7 +5,8 @@ from .cross_stitch import CrossStitch
 from .expert_bank import Experts
 from .experts import CGC, PLE, MMoE
 from .model import MTLModel
-from .wrapping import Add, Concat, Lambda, Multiply, SimpleSelect, SliceSelect, Split, Stack
+from .wrapping import Add, Concat, Lambda, Multiply, SimpleSelect, SliceSelect, Split
+from .wrapping import Stack as Stack  # not in __all__: fastroute.Stack is that of fastroute.networks
 
 __all__ = [
     "CGC",
@@ -23,7 +24,6 @@ __all__ = [
     "SimpleSelect",
     "SliceSelect",
     "Split",
-    "Stack",
     "ToTasks",
     "Unpack",
 ]

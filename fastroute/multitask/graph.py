@@ -18,7 +18,7 @@ KEYS = ("name", "layers", "anchor_layer", "loss", "loss_weight", "loss_init_val"
 
 @dataclass(frozen=True)
 class Node:
-    """A dict of ``task_layers``, checked; ``loss`` and ``loss_weight`` hold one value, or none where there is no key."""
+    """A dict of ``task_layers``, checked; ``loss`` and ``loss_weight`` hold one value, or none if there is no key."""
 
     name: str
     layers: Callable[..., Any]
@@ -58,9 +58,8 @@ def read(task_layers: Sequence[Mapping[str, Any]], reserved: Collection[str] = (
         taken = node.init is not None and (node.weight_name in names or node.weight_name in reserved)
         if taken:
             of = f"task_layers[{names[node.weight_name]}]" if node.weight_name in names else "an attribute of the model"
-            raise ValueError(
-                f"{_where(index, node.name)}: loss_weight: 'auto' makes a parameter {node.weight_name!r}, the name of {of}"
-            )
+            where = _where(index, node.name)
+            raise ValueError(f"{where}: loss_weight: 'auto' makes a parameter {node.weight_name!r}, the name of {of}")
     return nodes
 
 
@@ -102,7 +101,9 @@ def _name(index: int, entry: Mapping[str, Any], names: dict[str, int], reserved:
     if not isinstance(name, str):
         raise ValueError(f"task_layers[{index}]: name: expected a str, got {name!r}")
     if strict and (not name or "." in name):
-        raise ValueError(f'{where}: name: expected at least one letter and no ".", which separates keys of a state dict')
+        raise ValueError(
+            f'{where}: name: expected at least one letter and no ".", which separates keys of a state dict'
+        )
     if name == ROOT:
         raise ValueError(f"{where}: name: {ROOT!r} is the input of the model")
     if name in names:
@@ -140,10 +141,13 @@ def _layers(where: str, layers: Any) -> Callable[..., Any]:
                 raise ValueError(f"{where}: layers[{k}]: expected a Module, got {_described(layer)}")
         return nn.Sequential(*layers)
     if isinstance(layers, type) and issubclass(layers, nn.Module):
-        raise ValueError(f"{where}: layers: expected a Module, got the class {layers.__name__}: {layers.__name__}(...)?")
+        raise ValueError(
+            f"{where}: layers: expected a Module, got the class {layers.__name__}: {layers.__name__}(...)?"
+        )
     if not callable(layers):
         raise ValueError(f"{where}: layers: expected a Module, a list of them or a function, got {_described(layers)}")
-    return layers
+    found: Callable[..., Any] = layers
+    return found
 
 
 def _described(value: object) -> str:

@@ -38,18 +38,22 @@ class _View(MutableMapping[str, Any]):
 
 
 class Losses(_View):
-    """``model.losses``: what the dicts have under ``loss``. It can be changed; a Module with tensors becomes a child."""
+    """``model.losses``: what the dicts have under ``loss``. A Module with tensors that is put here becomes a child."""
 
     def __setitem__(self, name: str, loss: Any) -> None:
         self._known(name)
-        del self._model.losses[name]
+        self._release(name)
         self._held[name] = loss
         hold(self._model, {name: loss})
 
     def __delitem__(self, name: str) -> None:
-        self._held.pop(name, None)
-        if "loss_modules" in self._model._modules:
-            self._model.loss_modules._modules.pop(name, None)
+        del self._held[name]
+        self._release(name)
+
+    def _release(self, name: str) -> None:
+        held = self._model._modules.get("loss_modules")
+        if held is not None:
+            held._modules.pop(name, None)
 
 
 class LossWeights(_View):
@@ -80,10 +84,9 @@ class LossModules(nn.Module):
     dict without them leaves them as they are.
     """
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Without what is no parameter."""
-        destination = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
+        destination = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         learned = {prefix + name for name, _ in self.named_parameters(remove_duplicate=False)}
         for key in [key for key in destination if key.startswith(prefix) and key not in learned]:
             del destination[key]
@@ -103,6 +106,6 @@ def hold(model: MTLModel, losses: dict[str, Any]) -> None:
         if not isinstance(loss, nn.Module) or id(loss) in known:
             continue
         if any(True for part in (loss.parameters(), loss.buffers(), loss.children()) for _ in part):
-            if "loss_modules" not in model._modules:
-                model.loss_modules = LossModules()
-            model.loss_modules._modules[name] = loss
+            held = model._modules.setdefault("loss_modules", LossModules())
+            if held is not None:
+                held._modules[name] = loss

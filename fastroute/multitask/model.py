@@ -17,6 +17,24 @@ from .schedule import Call, Plan, assign, breadth_first, in_list_order, needed
 _Flat = tuple[str, int, int, tuple[int, ...] | None, tuple[int, ...], tuple[Any, tuple[int, ...]] | None]
 
 
+#: Instance attributes that no node may be called like, besides those of a new Module.
+_OWN = frozenset(
+    ("keep_outputs", "layer_names", "loss_modules", "outputs", "plan", "task_layers")
+    + (
+        "_anchors",
+        "_empty",
+        "_flat",
+        "_kept",
+        "_learned",
+        "_loss_weights",
+        "_losses",
+        "_order",
+        "_output_tasks",
+        "_run_all",
+    )
+)
+
+
 class MTLModel(nn.Module):
     """A graph of layers, each of which takes the outputs of others; some outputs are those of tasks.
 
@@ -79,8 +97,8 @@ class MTLModel(nn.Module):
         super().__init__()
         if order not in ("list", "bfs"):
             raise ValueError(f"order: expected 'list' or 'bfs', got {order!r}")
+        nodes = read(task_layers, _OWN.union(dir(self)), self._strict)
         self.task_layers = task_layers
-        nodes = read(task_layers, {*dir(self), "layer_names", "loss_modules"}, self._strict)
         self.layer_names = [node.name for node in nodes]
         self.keep_outputs, self._run_all = keep_outputs, run_all
         self._anchors = {node.name: node.anchors for node in nodes}
@@ -136,7 +154,10 @@ class MTLModel(nn.Module):
             )
             for step in self.plan.steps
         )
-        self._kept = ((ROOT, 0), *((n, s) for step in self.plan.steps for n, s in zip(step.names, step.outputs, strict=True)))
+        self._kept = (
+            (ROOT, 0),
+            *((n, s) for step in self.plan.steps for n, s in zip(step.names, step.outputs, strict=True)),
+        )
         self._empty = self.plan.slots - 1
 
     @property
@@ -167,17 +188,24 @@ class MTLModel(nn.Module):
         """The outputs alone, as ``forward`` computes them."""
         values: list[Any] = [input] + [None] * self._empty
         modules, functions = self._modules, self.__dict__
-        for name, first, out, inputs, free, group in self._flat:
-            if group is not None:
-                run, outs = group
-                made = run(modules, *[values[i] for i in inputs])  # type: ignore[union-attr]
-                for slot, value in zip(outs, made, strict=True):
-                    values[slot] = value
-            else:
-                layer = modules[name] if name in modules else functions[name]
-                values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])  # type: ignore[misc]
-            for slot in free:
-                values[slot] = None
+        name, first, inputs = ROOT, 0, None
+        try:
+            for name, first, out, inputs, free, group in self._flat:
+                if group is not None:
+                    run, outs = group
+                    made = run(modules, *[values[i] for i in inputs])  # type: ignore[union-attr]
+                    for slot, value in zip(outs, made, strict=True):
+                        values[slot] = value
+                else:
+                    layer = modules[name] if name in modules else functions[name]
+                    values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])  # type: ignore[misc]
+                for slot in free:
+                    values[slot] = None
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                given = ", ".join(_shown(values[i]) for i in (inputs or (first,)))
+                error.add_note(f"in node {name!r} of {type(self).__name__}, called with {given}")
+            raise
         if self.keep_outputs:
             self.outputs = {name: values[slot] for name, slot in self._kept}
         return [values[slot] for slot in self.plan.results]
@@ -207,6 +235,10 @@ class MTLModel(nn.Module):
         """The nodes that are functions, which are no children."""
         functions = [name for name in self.layer_names if name not in self._modules]
         return "\n".join(f"({name}): {self.__dict__[name]!r}" for name in functions)
+
+
+def _shown(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 class OutputsOnly(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def load(name: str) -> Any:
 
 def mlp(*widths: int) -> Sequential:
     """Linear layers alone, as upstream's examples have them."""
-    return Sequential(*[Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+    return Sequential(*[Linear(a, b) for a, b in pairwise(widths)])
 
 
 def readme(wrapping: Any = multitask, init: float = 0.7) -> Layers:

@@ -1,0 +1,54 @@
+"""The model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastroute import multitask
+
+__all__ = ["MTLModel"]
+
+
+class LearnedWeight(nn.Parameter):
+    """A Parameter [1] that leaves a loss without axes without them: ``weight * loss`` can be added to another in place.
+
+    The one way in which it differs, and only there: any other product is that of the [1] tensor.
+    """
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, Tensor) and other.dim() == 0:
+            return self.squeeze(0) * other
+        return super().__mul__(other)
+
+    __rmul__ = __mul__
+
+
+class MTLModel(multitask.MTLModel):
+    """``fastroute.multitask.MTLModel`` with upstream's ways.
+
+    * Nodes run in upstream's order, so dropout draws the same numbers; all of them run; ``outputs`` has what they gave.
+    * Unknown keys are ignored. A node that is twice among another's anchors is one argument of it.
+    * ``loss_weight`` may be any string; "auto" is a Parameter [1], as upstream's.
+
+    Args:
+        task_layers: a list of dicts with ``name``, ``layers``, and as needed ``anchor_layer``, ``loss``,
+            ``loss_weight``, ``loss_init_val``.
+        output_tasks: names of nodes.
+
+    Raises:
+        ValueError: for what upstream hangs on, or fails for at the first call: undefined anchors, cycles, names of
+            methods. Also for names that are there twice, and nodes without anchors, which upstream may drop silently.
+    """
+
+    _strict = False
+
+    def __init__(self, task_layers: Sequence[Mapping[str, Any]], output_tasks: Sequence[str]) -> None:
+        super().__init__(task_layers, output_tasks, order="bfs", run_all=True, keep_outputs=True)
+
+    @staticmethod
+    def _learned_weight(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+        return LearnedWeight(torch.full((1,), value, device=device, dtype=dtype))
