@@ -1,4 +1,4 @@
-"""Handwritten digits as eight tasks of one model, and eight ways to divide a network among them, each a list of dicts."""
+"""Handwritten digits as eight tasks of one model: nine ways to divide a network among them, each a list of dicts."""
 
 from __future__ import annotations
 
@@ -255,9 +255,7 @@ def test(model: MTLModel, found: Tasks) -> tuple[float, ...]:
     model.eval()
     outputs = model(found.test_images)[0]
     model.train()
-    return tuple(
-        float((y.argmax(1) == t).float().mean()) for y, t in zip(outputs[:T], found.test_labels, strict=True)
-    )
+    return tuple(float((y.argmax(1) == t).float().mean()) for y, t in zip(outputs[:T], found.test_labels, strict=True))
 
 
 def train(name: str, model: MTLModel, found: Tasks, epochs: int, console: Console) -> Result:
@@ -328,10 +326,12 @@ def _run(digits: data.Digits, options: Options, began: float) -> int:
         highlight=False,
         markup=False,
     )
-    drawn = model_of("CGC", pixels)
+    drawn = MTLModel(cgc(pixels), NAMES)
     console.print("CGC as a graph: node, layer, anchors", highlight=False)
     show(drawn, console)
-    plots.graph(drawn, title=f"{T} tasks, an expert of each task's own and {EXPERTS // 2} shared ones", path=options.out)
+    plots.graph(
+        drawn, title=f"{T} tasks, an expert of each task's own and {EXPERTS // 2} shared ones", path=options.out
+    )
     results: dict[str, Result] = {}
     for name in NETWORKS:
         torch.manual_seed(options.seed)
@@ -342,6 +342,8 @@ def _run(digits: data.Digits, options: Options, began: float) -> int:
     console.print(f"held-out accuracy: [bold]{accuracy:.4f}[/bold]", highlight=False)
     console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
     if accuracy < ACCURACY_BAR:
-        console.print(f"failed: expected a held-out accuracy of at least {ACCURACY_BAR}, got {accuracy:.4f}", style="red")
+        console.print(
+            f"failed: expected a held-out accuracy of at least {ACCURACY_BAR}, got {accuracy:.4f}", style="red"
+        )
         return 1
     return 0
