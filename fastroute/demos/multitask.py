@@ -194,7 +194,7 @@ class Objective:
 
     def __call__(self, model: MTLModel, x: Tensor, labels: Sequence[Tensor]) -> Tensor:
         outputs, losses, _ = model(x)
-        total = torch.stack([f(y, t) for y, f, t in zip(outputs, losses, labels, strict=False)]).sum()
+        total: Tensor = torch.stack([f(y, t) for y, f, t in zip(outputs, losses, labels, strict=False)]).sum()
         if len(outputs) == T:
             return total
         each = [nn.functional.cross_entropy(y, t, reduction="none") for y, t in zip(outputs, labels, strict=False)]
