@@ -6,13 +6,14 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import runpy
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import __version__
+from . import __version__, compat
 from .demos import DEMOS, CannotRun, Options
 from .ops import _backends
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "demo":
         return _demo(args)
+    if args.command == "run":
+        return _run(args)
     parser.print_help(sys.stderr)
     return 2
 
@@ -76,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, metavar="N", default=Options.threads,
         help="CPU threads (default: %(default)s, the model is too small to gain from more)",
     )  # fmt: skip
+
+    run = commands.add_parser(
+        "run",
+        help="run a script that was written for an upstream",
+        description=f"Run a script in which {', '.join(compat.UPSTREAMS)} are fastroute.compat's.",
+    )
+    run.add_argument("script", type=Path, metavar="SCRIPT.py")
+    run.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
 
     commands.add_parser(
         "doctor",
@@ -115,6 +126,17 @@ def _demo(args: argparse.Namespace) -> int:
         return status
     except (CannotRun, _backends.BackendUnavailable) as error:
         return _failed(str(error))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not args.script.is_file():
+        print(f"python -m fastroute run: {args.script}: expected a script, found no such file", file=sys.stderr)
+        return 2
+    compat.install()
+    sys.argv = [str(args.script), *args.args]
+    sys.path.insert(0, str(args.script.resolve().parent))
+    runpy.run_path(str(args.script), run_name="__main__")
+    return 0
 
 
 def _failed(why: str) -> int:

@@ -189,7 +189,7 @@ def test_the_public_face() -> None:
     ):
         assert hasattr(fastroute, name), name
     assert fastroute.EfficientVectorRouting is fastroute.capsules.EfficientVectorRouting
-    for family in (fastroute.networks, fastroute.tasks):
+    for family in (fastroute.networks, fastroute.tasks, fastroute.multitask):
         for name in family.__all__:
             assert getattr(fastroute, name) is getattr(family, name), name
     assert (ROOT / "fastroute" / "py.typed").exists()

@@ -146,6 +146,12 @@ class Tagged:
         return (self.name, *inputs)
 
 
+def listed(entry: dict[str, Any]) -> list[str]:
+    """A dict's anchors."""
+    anchors = entry.get("anchor_layer")
+    return list(anchors) if isinstance(anchors, (list, tuple)) else ["root" if anchors is None else anchors]
+
+
 def naive(task_layers: Sequence[dict[str, Any]], output_tasks: Sequence[str], x: Any) -> list[Any]:
     """Every output anew, its inputs first, by recursion."""
     by_name = {entry["name"]: entry for entry in task_layers}
@@ -153,8 +159,24 @@ def naive(task_layers: Sequence[dict[str, Any]], output_tasks: Sequence[str], x:
     def value(name: str) -> Any:
         if name == "root":
             return x
-        anchors = by_name[name].get("anchor_layer")
-        listed = list(anchors) if isinstance(anchors, (list, tuple)) else ["root" if anchors is None else anchors]
-        return by_name[name]["layers"](*[value(anchor) for anchor in listed])
+        return by_name[name]["layers"](*[value(anchor) for anchor in listed(by_name[name])])
 
     return [value(name) for name in output_tasks]
+
+
+def polled(task_layers: Sequence[dict[str, Any]]) -> list[str]:
+    """Upstream's order, by its queue: a node that lacks an input goes back to the end; successors join either way."""
+    predecessors = {entry["name"]: listed(entry) for entry in task_layers}
+    queue, seen, done = ["root"], {"root"}, ["root"]
+    while queue:
+        name = queue.pop(0)
+        if name != "root":
+            if all(anchor in done for anchor in predecessors[name]):
+                done.append(name)
+            else:
+                queue.append(name)
+        for successor, before in predecessors.items():
+            if name in before and successor not in seen:
+                seen.add(successor)
+                queue.append(successor)
+    return done[1:]
