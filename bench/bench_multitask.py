@@ -396,7 +396,7 @@ def contestant(p: Problem, way: Way, case: Case, device: str) -> Step:
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> Truth:
-    """Plain PyTorch in float64; and in float32 in a few orders of summing: samples turned, in halves, other libraries."""
+    """Plain PyTorch in float64; and in float32 in other orders of summing: turned, in halves, other libraries."""
     exact, plain = problem(case, device, torch.float64), shared(case, device)
     turned = plain._replace(x=plain.x.flip(0), dys=[dy.flip(0) for dy in plain.dys])
 

@@ -34,12 +34,15 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, float, str
 def test_it_learns_compares_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = tasks_of(data.digits())
+    digits = data.digits()
+    some = data.Digits(*(t[:500] for t in digits[:2]), *digits[2:])
+    monkeypatch.setattr(demos, "digits", lambda options: some)
+    found = tasks_of(some)
     constant = sum(float(t.bincount().max()) / len(t) for t in found.test_labels) / T  # always the commonest answer
     bar = constant + 0.25 * (1 - constant)
     monkeypatch.setattr(multitask, "ACCURACY_BAR", bar)
     out = tmp_path / "picture.png"
-    status, accuracy, said = run(capsys, "--epochs", "4", "--out", str(out))
+    status, accuracy, said = run(capsys, "--epochs", "6", "--out", str(out))
     assert status == 0 and accuracy >= bar, said
     rows = re.findall(r"│ (.+?)\s+│\s+([0-9.]+) │\s+[0-9.]+ │\s+([-+0-9.]+)% │\s+[0-9.]+ ms │\s+[0-9,]+ │", said)
     assert [name for name, _, _ in rows] == list(NETWORKS) and rows[0][2] == "+0.00"

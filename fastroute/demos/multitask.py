@@ -199,7 +199,8 @@ class Objective:
             return total
         each = [nn.functional.cross_entropy(y, t, reduction="none") for y, t in zip(outputs, labels, strict=False)]
         per_sample = torch.cat(each).detach()  # in EachTask's order
-        return total + T * self.routing(per_sample, outputs[T], external_losses=per_sample)[1]
+        routing: Tensor = self.routing(per_sample, outputs[T], external_losses=per_sample)[1]
+        return total + T * routing
 
 
 @dataclass(frozen=True)
