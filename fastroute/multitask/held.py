@@ -45,10 +45,12 @@ class Losses(_View):
         self._release(name)
         self._held[name] = loss
         hold(self._model, {name: loss})
+        self._model._terms()
 
     def __delitem__(self, name: str) -> None:
         del self._held[name]
         self._release(name)
+        self._model._terms()
 
     def _release(self, name: str) -> None:
         held = self._model._modules.get("loss_modules")
@@ -70,10 +72,12 @@ class LossWeights(_View):
         self._known(name)
         self._model._learned.pop(name, None)
         self._held[name] = weight
+        self._model._terms()
 
     def __delitem__(self, name: str) -> None:
         del self._held[name]
         self._model._learned.pop(name, None)
+        self._model._terms()
 
 
 class LossModules(nn.Module):

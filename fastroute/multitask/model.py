@@ -18,20 +18,21 @@ _Flat = tuple[str, int, int, tuple[int, ...] | None, tuple[int, ...], tuple[Any,
 
 
 #: Instance attributes that no node may be called like, besides those of a new Module.
-_OWN = frozenset(
-    ("keep_outputs", "layer_names", "loss_modules", "outputs", "plan", "task_layers")
-    + (
+_OWN = (
+    *("layer_names", "loss_modules", "outputs", "plan", "task_layers"),
+    *(
         "_anchors",
         "_empty",
         "_flat",
+        "_keep",
         "_kept",
         "_learned",
         "_loss_weights",
         "_losses",
         "_order",
         "_output_tasks",
-        "_run_all",
-    )
+    ),
+    *("_run_all", "_task_learned", "_task_losses", "_task_weights"),
 )
 
 
@@ -57,7 +58,7 @@ class MTLModel(nn.Module):
 
     Attributes:
         task_layers: as given.
-        output_tasks: a list of names; one that is set makes another schedule.
+        output_tasks, keep_outputs: setting them makes another schedule.
         layer_names: of all nodes, in the order of the list.
         unused: of the nodes that do not run.
         plan: the schedule.
@@ -97,10 +98,10 @@ class MTLModel(nn.Module):
         super().__init__()
         if order not in ("list", "bfs"):
             raise ValueError(f"order: expected 'list' or 'bfs', got {order!r}")
-        nodes = read(task_layers, _OWN.union(dir(self)), self._strict)
+        nodes = read(task_layers, {*dir(self), *_OWN}, self._strict)
         self.task_layers = task_layers
         self.layer_names = [node.name for node in nodes]
-        self.keep_outputs, self._run_all = keep_outputs, run_all
+        self._keep, self._run_all = keep_outputs, run_all
         self._anchors = {node.name: node.anchors for node in nodes}
         ordered = in_list_order(self._anchors)
         self._order = breadth_first(self._anchors, ordered) if order == "bfs" else ordered
@@ -131,6 +132,16 @@ class MTLModel(nn.Module):
         self._schedule()
 
     @property
+    def keep_outputs(self) -> bool:
+        """Whether every output is kept, as ``outputs``, until the next call."""
+        return self._keep
+
+    @keep_outputs.setter
+    def keep_outputs(self, keep: bool) -> None:
+        self._keep = keep
+        self._schedule()
+
+    @property
     def unused(self) -> list[str]:
         """The nodes that do not run."""
         run = {name for step in self.plan.steps for name in step.names}
@@ -142,7 +153,7 @@ class MTLModel(nn.Module):
         return [Call((name,), self._anchors[name]) for name in self._order if name in run]
 
     def _schedule(self) -> None:
-        self.plan: Plan = assign(self._calls(), self._output_tasks, self.keep_outputs)
+        self.plan: Plan = assign(self._calls(), self._output_tasks, self._keep)
         self._flat: tuple[_Flat, ...] = tuple(
             (
                 step.names[0],
@@ -159,6 +170,14 @@ class MTLModel(nn.Module):
             *((n, s) for step in self.plan.steps for n, s in zip(step.names, step.outputs, strict=True)),
         )
         self._empty = self.plan.slots - 1
+        self._terms()
+
+    def _terms(self) -> None:
+        """What forward returns besides outputs: tuples, since looking names up costs a compiled graph a guard each."""
+        tasks = self._output_tasks
+        self._task_losses = tuple(self._losses.get(name) for name in tasks)
+        self._task_weights = tuple(None if name in self._learned else self._loss_weights.get(name) for name in tasks)
+        self._task_learned = tuple((k, self._learned[name]) for k, name in enumerate(tasks) if name in self._learned)
 
     @property
     def g(self) -> Any:
@@ -176,13 +195,10 @@ class MTLModel(nn.Module):
         Returns:
             Three lists: outputs; losses, None where there is none; weights, likewise, learned ones as Parameters [1].
         """
-        outputs = self.forward_outputs(input)
-        learned, losses, weights = self._learned, self._losses, self._loss_weights
-        return (
-            outputs,
-            [losses.get(name) for name in self._output_tasks],
-            [getattr(self, learned[name]) if name in learned else weights.get(name) for name in self._output_tasks],
-        )
+        outputs, weights = self.forward_outputs(input), list(self._task_weights)
+        for task, name in self._task_learned:
+            weights[task] = getattr(self, name)
+        return outputs, list(self._task_losses), weights
 
     def forward_outputs(self, input: Any) -> list[Any]:
         """The outputs alone, as ``forward`` computes them."""
@@ -206,7 +222,7 @@ class MTLModel(nn.Module):
                 given = ", ".join(_shown(values[i]) for i in (inputs or (first,)))
                 error.add_note(f"in node {name!r} of {type(self).__name__}, called with {given}")
             raise
-        if self.keep_outputs:
+        if self._keep:
             self.outputs = {name: values[slot] for name, slot in self._kept}
         return [values[slot] for slot in self.plan.results]
 

@@ -324,6 +324,14 @@ def test_kept_outputs() -> None:
     assert list(model.outputs) == ["root", "Embed1", "Task1"] and model.outputs["root"] is X
     assert torch.equal(model.outputs["Embed1"], model.Embed1(X))
     assert not hasattr(copy.deepcopy(model), "outputs")
+    model = model_of_readme()
+    model.keep_outputs = True
+    model(X)
+    assert list(model.outputs) == ["root", *model.layer_names]
+    for name in ("Embed1", "Embed2", "Task1"):
+        assert torch.equal(
+            model.outputs[name], getattr(model, name)(model.outputs["Embed1" if name == "Task1" else "root"])
+        )
 
 
 def test_calls_within_calls() -> None:
