@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .graph import ROOT, draw, read, read_outputs
+from .heads import join
 from .held import Losses, LossWeights, hold
+from .objective import Objective
 from .schedule import Call, Plan, assign, breadth_first, in_list_order, needed
+from .weighting import Weighting
 
 #: A step, flat: the layer's name, the first input's slot, the first output's, then what most steps do without: all
 #: inputs if they are not one, slots to free, and of a group, the function and all outputs.
@@ -32,11 +35,11 @@ _OWN = (
         "_order",
         "_output_tasks",
     ),
-    *("_run_all", "_task_learned", "_task_losses", "_task_weights"),
+    *("_fuse", "_run_all", "_task_learned", "_task_losses", "_task_weights", "weighting"),
 )
 
 
-class MTLModel(nn.Module):
+class MTLModel(Objective):
     """A graph of layers, each of which takes the outputs of others; some outputs are those of tasks.
 
     A dict of ``task_layers`` is a node:
@@ -75,6 +78,10 @@ class MTLModel(nn.Module):
             ``run_all`` is set as well.
         run_all: run what no output depends on, too.
         keep_outputs: keep every output until the next call.
+        fuse_heads: run nodes that are alike on the same single anchor as one, see ``Siblings``. Their parameters then
+            lie side by side in memory: to save one head alone, save a deep copy of it.
+        weighting: of the losses in ``loss``: a name, numbers or a ``Weighting``, see ``as_weighting``; a child
+            ``weighting``, the last one. By default each dict's ``loss_weight``.
         device, dtype: of learned weights; the layers come as they are.
 
     Raises:
@@ -92,6 +99,8 @@ class MTLModel(nn.Module):
         order: str = "list",
         run_all: bool = False,
         keep_outputs: bool = False,
+        fuse_heads: bool = True,
+        weighting: str | Mapping[str, float] | Sequence[float] | Weighting | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,7 +110,7 @@ class MTLModel(nn.Module):
         nodes = read(task_layers, {*dir(self), *_OWN}, self._strict)
         self.task_layers = task_layers
         self.layer_names = [node.name for node in nodes]
-        self._keep, self._run_all = keep_outputs, run_all
+        self._keep, self._run_all, self._fuse = keep_outputs, run_all, fuse_heads
         self._anchors = {node.name: node.anchors for node in nodes}
         ordered = in_list_order(self._anchors)
         self._order = breadth_first(self._anchors, ordered) if order == "bfs" else ordered
@@ -114,6 +123,7 @@ class MTLModel(nn.Module):
         self._learned = {node.name: node.weight_name for node in nodes if node.init is not None}
         hold(self, self._losses)
         self.output_tasks = output_tasks  # type: ignore[assignment]
+        self._weigh(weighting, self._losses, device, dtype)
 
     @staticmethod
     def _learned_weight(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -150,7 +160,8 @@ class MTLModel(nn.Module):
     def _calls(self) -> list[Call]:
         """What there is to do, in order. Whoever joins nodes into groups does it here."""
         run = self._anchors if self._run_all else needed(self._anchors, self._output_tasks)
-        return [Call((name,), self._anchors[name]) for name in self._order if name in run]
+        calls = [Call((name,), self._anchors[name]) for name in self._order if name in run]
+        return join(calls, self._modules) if self._fuse else calls
 
     def _schedule(self) -> None:
         self.plan: Plan = assign(self._calls(), self._output_tasks, self._keep)
@@ -241,6 +252,9 @@ class MTLModel(nn.Module):
     def loss_weights(self) -> LossWeights:
         """By the name of the node."""
         return LossWeights(self, "loss_weights", self._loss_weights)
+
+    def _held_losses(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        return self.losses, self.loss_weights
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -1,0 +1,277 @@
+"""The losses of a model's tasks where some labels are missing, tasks alike in one computation.
+
+Axes: G tasks that are alike, B samples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: PyTorch's losses that compare elements, and what they are made with.
+_ELEMENTS: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    nn.MSELoss: (F.mse_loss, ()),
+    nn.L1Loss: (F.l1_loss, ()),
+    nn.SmoothL1Loss: (F.smooth_l1_loss, ("beta",)),
+    nn.HuberLoss: (F.huber_loss, ("delta",)),
+    nn.BCELoss: (F.binary_cross_entropy, ("weight",)),
+    nn.BCEWithLogitsLoss: (F.binary_cross_entropy_with_logits, ("weight", "pos_weight")),
+    nn.PoissonNLLLoss: (F.poisson_nll_loss, ("log_input", "full", "eps")),
+    nn.SoftMarginLoss: (F.soft_margin_loss, ()),
+    nn.KLDivLoss: (F.kl_div, ("log_target",)),
+}
+#: And those that name a class.
+_CLASSES: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (F.cross_entropy, ("weight", "label_smoothing")),
+    nn.NLLLoss: (F.nll_loss, ("weight",)),
+}
+_ELEMENT_FUNCTIONS = frozenset(fn for fn, _ in _ELEMENTS.values())
+_CLASS_FUNCTIONS = frozenset(fn for fn, _ in _CLASSES.values())
+
+
+@dataclass
+class _Task:
+    """A task's loss, prediction, target and which of its labels are there, on the way to a number."""
+
+    name: str
+    loss: Any
+    x: Tensor
+    y: Tensor
+    mask: Tensor | None
+    call: Callable[..., Tensor] | None = None  #: None: the loss is its author's own
+    options: tuple[tuple[str, Any], ...] = ()
+    reduction: str = "mean"
+    ignore_index: int | None = None  #: None: no class is named
+
+    def key(self) -> tuple[Any, ...]:
+        """Tasks with the same are computed together."""
+        options = tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in self.options)
+        mask = None if self.mask is None else self.mask.shape
+        kind = self.call, options, self.reduction, self.ignore_index
+        return (*kind, *((t.shape, t.dtype, t.device) for t in (self.x, self.y)), mask)
+
+
+def task_losses(
+    outputs: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor | None],
+    losses: Mapping[str, Any],
+    masks: Mapping[str, Tensor | None] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor | bool]]:
+    """The loss of every task that has one and a target.
+
+    What is missing is left out of the mean, and its prediction has exactly zero for a gradient:
+
+    * floating-point targets: an element that is NaN (of class probabilities, the whole row; class indices may be
+      floating-point for that);
+    * class indices: the loss's ``ignore_index``;
+    * any target: where the mask is False.
+
+    That is so for PyTorch's losses that compare elements (MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits, PoissonNLL,
+    SoftMargin, KLDiv) or name classes (CrossEntropy, NLL), as modules or functions, with reduction "mean" ("none" is
+    taken for it), "sum" or "batchmean"; and for any callable with an attribute ``reduction = "none"`` that gives a
+    value per element or per sample. Every other loss is called as it is with what there is, NaN included.
+
+    Args:
+        outputs: predictions by task.
+        targets: labels by task; None, or no entry, is a task without a target.
+        losses: by task; None, or no entry, is a task without a loss.
+        masks: bool by task, True where there is a label; of the target's shape, or [B].
+
+    Returns:
+        (losses by task, each without axes, whether there was a label: a bool tensor without axes, or True).
+
+    Raises:
+        ValueError: the shapes of a prediction, a target and a mask do not fit; a mask for a loss that is called as it
+            is.
+    """
+    masks = masks or {}
+    names = [name for name in outputs if losses.get(name) is not None and targets.get(name) is not None]
+    tasks = [_task(name, losses[name], outputs[name], targets[name], masks.get(name)) for name in names]
+    found: dict[str, Tensor] = {}
+    present: dict[str, Tensor | bool] = {}
+    groups: dict[tuple[Any, ...], list[_Task]] = {}
+    for task in tasks:
+        if task.call is None:
+            found[task.name], present[task.name] = _own(task)
+        else:
+            groups.setdefault(task.key(), []).append(task)
+    for group in groups.values():
+        values, there = _classes(group) if group[0].ignore_index is not None else _elements(group)
+        for task, value, flag in zip(group, values.unbind(), there.unbind(), strict=True):
+            found[task.name], present[task.name] = value, flag
+    return {name: found[name] for name in names}, {name: present[name] for name in names}
+
+
+def _task(name: str, loss: Any, x: Tensor, y: Any, mask: Tensor | None) -> _Task:
+    """What there is to compute, with the target in the form of the prediction."""
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask[{name!r}]: expected a bool tensor, got {_shown(mask)}")
+        if not isinstance(y, Tensor):
+            raise TypeError(f"mask[{name!r}]: expected a target that is a tensor, got {_shown(y)}")
+    task = _Task(name, loss, x, y, mask)
+    hooked = isinstance(loss, nn.Module) and (loss._forward_hooks or loss._forward_pre_hooks)
+    kind: Any = type(loss) if isinstance(loss, nn.Module) else loss
+    known = not hooked and isinstance(x, Tensor) and isinstance(y, Tensor)
+    if known and isinstance(kind, type):
+        if found := _ELEMENTS.get(kind) or _CLASSES.get(kind):
+            task.call, names = found
+            task.options = tuple((k, getattr(loss, k)) for k in names)
+            task.reduction = loss.reduction
+            task.ignore_index = getattr(loss, "ignore_index", None)
+    elif known and _is_in(kind, _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS):
+        task.call = kind
+        task.ignore_index = -100 if kind in _CLASS_FUNCTIONS else None
+    if task.call is None:
+        return task
+    if task.ignore_index is None:
+        task.y = _like(name, x, y)
+        task.mask = None if mask is None else _spread(name, mask, task.y)
+    else:
+        if x.dim() == 1:
+            task.x, task.y = x[None], y[None]
+            mask = None if mask is None else mask[None]
+        task.y, task.mask = _labels(name, task.x, task.y, mask)
+    return task
+
+
+def _is_in(function: Any, functions: frozenset[Any]) -> bool:
+    try:
+        return function in functions
+    except TypeError:  # unhashable
+        return False
+
+
+def _like(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """The target in the prediction's shape. PyTorch would broadcast [B] against [B, 1] to [B, B]."""
+    if x.shape != y.shape:
+        if [n for n in x.shape if n != 1] != [n for n in y.shape if n != 1]:
+            raise ValueError(f"y[{name!r}]: expected the prediction's shape {_shown(x)}, got {_shown(y)}")
+        y = y.reshape(x.shape)
+    return y if y.is_floating_point() else y.to(x.dtype)
+
+
+def _spread(name: str, mask: Tensor, y: Tensor) -> Tensor:
+    """A mask of the target's shape."""
+    if mask.numel() == y.numel() and mask.shape != y.shape and mask.shape[:1] == y.shape[:1]:
+        return mask.reshape(y.shape)
+    if mask.shape != y.shape and mask.dim() == 1 and y.dim() > 1 and mask.shape == y.shape[:1]:
+        mask = mask.reshape(-1, *[1] * (y.dim() - 1))
+    try:
+        return mask.expand_as(y)
+    except RuntimeError:
+        raise ValueError(f"mask[{name!r}]: expected the target's shape {_shown(y)}, got {_shown(mask)}") from None
+
+
+def _labels(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Class indices [B, ...] or probabilities [B, C, ...], and a mask [B, ...]."""
+    rows = (*x.shape[:1], *x.shape[2:])
+    if y.shape == x.shape and y.is_floating_point() and x.dim() > 1:
+        return y, None if mask is None else _spread(name, mask, x.select(1, 0))
+    if y.dim() == x.dim() and y.dim() > 1 and y.shape[1] == 1:
+        y = y.squeeze(1)  # [B, 1] as regression targets are
+    if tuple(y.shape) != rows:
+        raise ValueError(f"y[{name!r}]: expected class indices of shape {list(rows)}, got {_shown(y)}")
+    mask = None if mask is None else _spread(name, mask, y)
+    if y.is_floating_point():
+        there = ~y.isnan()
+        mask = there if mask is None else mask & there
+        y = torch.where(there, y, 0).long()
+    return y.long(), mask
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Half precision as float32: sums of many elements."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _reduce(values: Tensor, there: Tensor, norm: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """(losses [G], whether there was a label [G]) of values [G, ...] that are 0 where there is none."""
+    total = _wide(values).flatten(1).sum(1)
+    some = there.flatten(1).any(1)
+    if reduction != "sum":
+        total = total / torch.where(some, norm, 1)
+    return total, some
+
+
+def _elements(group: Sequence[_Task]) -> tuple[Tensor, Tensor]:
+    """Of losses that compare elements. Missing ones are filled first: NaN times a gradient of zero is NaN."""
+    task = group[0]
+    x, y = (_stack([getattr(t, a) for t in group]) for a in ("x", "y"))
+    there = ~y.isnan()
+    if task.mask is not None:
+        there = there & _stack([t.mask for t in group if t.mask is not None])
+    made = task.call(torch.where(there, x, 0), torch.where(there, y, 0), reduction="none", **dict(task.options))  # type: ignore[misc]
+    rows = there.flatten(2).any(2) if task.reduction == "batchmean" and there.dim() > 2 else there
+    return _reduce(torch.where(there, made, 0), there, rows.flatten(1).sum(1), task.reduction)
+
+
+def _classes(group: Sequence[_Task]) -> tuple[Tensor, Tensor]:
+    """Of losses that name a class, of the tasks' samples one after the other."""
+    task = group[0]
+    G, options = len(group), dict(task.options)
+    x, y = (torch.cat([getattr(t, a) for t in group]) for a in ("x", "y"))  # [G B, C, ...], [G B, ...]
+    mask = None if task.mask is None else torch.cat([t.mask for t in group if t.mask is not None])
+    weight = options.get("weight")
+    norms: Tensor
+    if y.is_floating_point():
+        there = ~y.isnan().any(1)
+        there = there if mask is None else there & mask
+        y = torch.where(there.unsqueeze(1), y, 0)
+        norms = there
+    else:
+        there = y.ne(task.ignore_index)  # type: ignore[arg-type]
+        there = there if mask is None else there & mask
+        norms = there if weight is None else torch.where(there, weight[torch.where(there, y, 0)], 0)
+        y = torch.where(there, y, task.ignore_index)  # type: ignore[arg-type]
+        options["ignore_index"] = task.ignore_index
+    x = torch.where(there.unsqueeze(1), x, 0)
+    made = torch.where(there, task.call(x, y, reduction="none", **options), 0)  # type: ignore[misc]
+    made, there, norms = (t.reshape(G, -1) for t in (made, there, norms))
+    return _reduce(made, there, _wide(norms).sum(1), task.reduction)
+
+
+def _own(task: _Task) -> tuple[Tensor, Tensor | bool]:
+    """Of a loss that is its author's own."""
+    if getattr(task.loss, "reduction", None) != "none" or not isinstance(task.y, Tensor):
+        if task.mask is not None:
+            raise ValueError(
+                f"mask[{task.name!r}]: expected one of PyTorch's losses, or one with the attribute reduction = 'none' "
+                f"that gives a value per element or sample, got {type(task.loss).__name__}"
+            )
+        made = task.loss(task.x, task.y)
+        if not isinstance(made, Tensor):
+            raise TypeError(f"losses[{task.name!r}]: expected it to give a tensor, got {type(made).__name__}")
+        return (made.reshape(()) if made.numel() == 1 else made.mean()), True
+    y = task.y
+    there = ~y.isnan() if y.is_floating_point() else torch.ones_like(y, dtype=torch.bool)
+    if task.mask is not None:
+        there = there & _spread(task.name, task.mask, y)
+    x = task.x
+    if x.shape == y.shape:
+        x = torch.where(there, x, 0)
+    elif x.shape[:1] == y.shape[:1]:  # a sample without any label
+        rows = there.flatten(1).any(1) if there.dim() > 1 else there
+        x = torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, 0)
+    made = task.loss(x, torch.where(there, y, 0))
+    if made.shape != there.shape:
+        if made.shape != there.shape[: made.dim()]:
+            raise ValueError(
+                f"losses[{task.name!r}]: expected it to give {_shown(y)} or [B] values, got {_shown(made)}"
+            )
+        there = there.flatten(made.dim()).all(-1)
+    values, some = _reduce(torch.where(there, made, 0)[None], there[None], there.sum()[None], "mean")
+    return values[0], some[0]
+
+
+def _shown(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

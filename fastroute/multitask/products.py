@@ -1,0 +1,222 @@
+"""The products of many small networks on one input: T chains of Linear and activations of the same shapes.
+
+Axes: T networks, N rows, F features, O outputs. Of a layer's parameters, T of each kind, T O rows lie side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+_aten: Any = torch.ops.aten
+
+
+class _Activation(NamedTuple):
+    """An activation that is made in place, and its gradient from what it returned, written to ``grad_input``."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[..., Tensor]
+
+
+_ACTIVATIONS: dict[type, _Activation] = {
+    nn.ReLU: _Activation(torch.relu_, lambda g, y, into: _aten.threshold_backward.grad_input(g, y, 0, grad_input=into)),
+    nn.Tanh: _Activation(torch.tanh_, lambda g, y, into: _aten.tanh_backward.grad_input(g, y, grad_input=into)),
+    nn.Sigmoid: _Activation(
+        torch.sigmoid_, lambda g, y, into: _aten.sigmoid_backward.grad_input(g, y, grad_input=into)
+    ),
+}
+
+
+class Layer(NamedTuple):
+    """A layer of all networks."""
+
+    O: int
+    F: int
+    has_bias: bool
+    then: tuple[nn.Module, ...]  #: what follows it, of one of the networks: they have no parameters
+
+
+def together(x: Tensor, weight: Tensor, bias: Tensor | None, T: int) -> Tensor:
+    """Every network's linear map of the same rows, as one product.
+
+    Args:
+        x: [N, F].
+        weight: [T O, F].
+        bias: [T O].
+
+    Returns:
+        [T, N, O], a view of [N, T, O].
+    """
+    return F.linear(x, weight, bias).view(x.shape[0], T, weight.shape[0] // T).transpose(0, 1)
+
+
+def each(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Every network's linear map of its own rows, as one batched product.
+
+    Args:
+        h: [T, N, F].
+        weight: [T, O, F].
+        bias: [T, O].
+
+    Returns:
+        [T, N, O].
+    """
+    turned = weight.transpose(1, 2)
+    return torch.bmm(h, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), h, turned)
+
+
+def _put_side_by_side(parameters: Sequence[Tensor], T: int) -> list[Tensor]:
+    """Each T of them in one, [T A, ...] of T [A, ...]."""
+    return [torch.cat(parameters[k : k + T]) for k in range(0, len(parameters), T)]  # type: ignore[arg-type]
+
+
+def _by_layer(layers: Sequence[Layer], whole: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """(weight [T O, F], bias [T O] or None) of each layer."""
+    rest = iter(whole)
+    return [(next(rest), next(rest) if layer.has_bias else None) for layer in layers]
+
+
+def chain(x: Tensor, layers: Sequence[Layer], stacked: Sequence[tuple[Tensor, Tensor | None]], T: int) -> Tensor:
+    """[T, N, O], contiguous, of rows [N, F] and every layer's (weight [T O, F], bias [T O])."""
+    h = x
+    for k, (layer, (weight, bias)) in enumerate(zip(layers, stacked, strict=True)):
+        if k == 0:
+            h = together(h, weight, bias, T)
+        else:
+            h = each(h, weight.view(T, layer.O, layer.F), None if bias is None else bias.view(T, layer.O))
+        for module in layer.then:
+            h = module(h)
+    return h.contiguous()
+
+
+class _Chains(torch.autograd.Function):
+    """``chain`` of T networks' own parameters as one node of the graph: activations in place, gradients in few passes.
+
+    A second derivative goes through ``chain``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: Sequence[Layer], T: int, whole: list[Tensor] | None, *parameters: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        ctx.layers, ctx.T, ctx.parameters = layers, T, parameters
+        # What lies in the parameters' own memory changes when they do, unseen by autograd.
+        ctx.versions = None if whole is None else [p._version for p in parameters]
+        stacked = _by_layer(layers, whole or _put_side_by_side(parameters, T))
+        h, kept = x, [x]
+        for k, (layer, (weight, bias)) in enumerate(zip(layers, stacked, strict=True)):
+            if k == 0:
+                h = together(h, weight, bias, T)
+            else:
+                h = each(h, weight.view(T, layer.O, layer.F), None if bias is None else bias.view(T, layer.O))
+            if layer.then:
+                h = _ACTIVATIONS[type(layer.then[0])].forward(h)
+            kept += [weight, h]
+        if not layers[-1].then:
+            kept.pop()
+        ctx.save_for_backward(*kept)
+        h = h.contiguous()
+        return h if layers[-1].then else split(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        layers, T = ctx.layers, ctx.T
+        grad = grads[0] if layers[-1].then else torch.stack(grads)
+        if ctx.versions is not None and ctx.versions != [p._version for p in ctx.parameters]:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                "parameter of a head, between the forward and the backward pass"
+            )
+        if torch.is_grad_enabled():  # somebody wants its derivative, too
+            return _differentiably(ctx, grad)
+        x, *kept = ctx.saved_tensors
+        weights, outputs = kept[::2], kept[1::2]
+        needs = ctx.needs_input_grad
+        N, made = x.shape[0], []
+        at, g = len(needs), grad
+        for k in reversed(range(len(layers))):
+            layer = layers[k]
+            if k == 0:  # the rows of all networks side by side
+                wide = None
+                if layer.then or len(layers) == 1:
+                    wide = g.new_empty(N, T, layer.O)
+                if layer.then:
+                    _ACTIVATIONS[type(layer.then[0])].backward(g, outputs[0], wide.transpose(0, 1))  # type: ignore[union-attr]
+                elif wide is not None:
+                    wide.copy_(g.transpose(0, 1))
+                else:
+                    wide = g.transpose(0, 1).contiguous()
+                g = wide.view(N, T * layer.O)  # type: ignore[union-attr]
+            elif layer.then:
+                g = _ACTIVATIONS[type(layer.then[0])].backward(g, outputs[k], torch.empty_like(g))
+            if layer.has_bias:
+                at -= T
+                made.append(
+                    (g.sum(0).view(T, layer.O) if k == 0 else g.sum(1)).unbind()
+                    if any(needs[at : at + T])
+                    else [None] * T
+                )
+            at -= T
+            if k == 0:
+                made.append(
+                    torch.mm(g.t(), x).view(T, layer.O, layer.F).unbind() if any(needs[at : at + T]) else [None] * T
+                )
+                break
+            made.append(
+                torch.bmm(g.transpose(1, 2), outputs[k - 1]).unbind() if any(needs[at : at + T]) else [None] * T
+            )
+            g = torch.bmm(g, weights[k].view(T, layer.O, layer.F))
+        dx = torch.mm(g, weights[0]) if needs[0] else None
+        return (dx, None, None, None, *(p for part in reversed(made) for p in part))
+
+
+def _differentiably(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, parameters = ctx.saved_tensors[0], ctx.parameters
+    whole = _put_side_by_side(parameters, ctx.T)
+    y = chain(x, ctx.layers, _by_layer(ctx.layers, whole), ctx.T)
+    wanted = [t for t in (x, *parameters) if t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    dx, *rest = [next(found) if t.requires_grad else None for t in (x, *parameters)]
+    return (dx, None, None, None, *rest)
+
+
+def split(h: Tensor) -> tuple[Tensor, ...]:
+    """[T, N, O] as T tensors that may be written to: to their users they have nothing in common."""
+    N = h.shape[1]
+    return torch.unsafe_split(h.flatten(0, 1), N) if N else h.unbind()  # type: ignore[return-value]
+
+
+def chains(
+    x: Tensor, layers: Sequence[Layer], parameters: Sequence[Tensor], T: int, whole: list[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """T chains of layers, each with parameters of its own, on the same rows.
+
+    Args:
+        x: [N, F].
+        layers: what all have in common.
+        parameters: of each layer T weights [O, F], then T biases [O] if it has any.
+        whole: the same without gradient, each T in one, if they lie side by side.
+
+    Returns:
+        T tensors [N, O], contiguous.
+    """
+    compiled = torch.compiler.is_compiling()
+    plain = compiled or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.is_grad_enabled() and not plain:
+        plain = torch.is_autocast_enabled(x.device.type) or parameters[0].dtype != x.dtype
+        if not plain and all(
+            len(layer.then) < 2 and all(type(m) in _ACTIVATIONS for m in layer.then) for layer in layers
+        ):
+            made = _Chains.apply(x, layers, T, whole, *parameters)
+            return made.unbind() if layers[-1].then else made  # type: ignore[no-any-return]
+        whole = None  # which has no gradient
+    if whole is None or plain:
+        whole = _put_side_by_side(parameters, T)
+    h = chain(x, layers, _by_layer(layers, whole), T)
+    # An activation keeps what it returned for its gradient: nobody may write to that.
+    return h.unbind() if plain or layers[-1].then else split(h)

@@ -1,0 +1,65 @@
+"""Parameters that lie side by side in memory, so that many are one tensor without a copy.
+
+Axes: T networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def _is_own(p: Tensor) -> bool:
+    """A parameter that nobody else has arranged: the only one in its memory, which no other process shares."""
+    if type(p) is not nn.Parameter or p.device.type not in ("cpu", "cuda") or not p.is_leaf:
+        return False
+    alone = p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    return alone and not (p.device.type == "cpu" and p.is_shared())
+
+
+class SideBySide:
+    """The parameters of T networks, each kind in one tensor whose parts the parameters are.
+
+    They are moved there when they are first asked for, and again when ``.to()``, a deep copy or a loaded checkpoint has
+    parted them: where they are is looked up at every call. They stay the modules' own Parameters. Parameters that
+    somebody else has put somewhere (FSDP, an optimizer's buckets, shared memory) stay where they are.
+
+    Args:
+        T: how many lie side by side.
+    """
+
+    def __init__(self, T: int) -> None:
+        self.T = T
+        self._whole: list[Tensor] = []
+        self._places: list[int] = []
+
+    def __call__(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        """Each T of them as one tensor without gradient, [T A, ...] of T [A, ...]; None if they are not together."""
+        if self._whole and self._places == [p.data_ptr() for p in parameters]:
+            first = self._whole[0]
+            if first.dtype == parameters[0].dtype and first.device == parameters[0].device:
+                return self._whole
+        return self._move(parameters)
+
+    def _is_ours(self, p: Tensor, whole: set[int]) -> bool:
+        return type(p) is nn.Parameter and p.untyped_storage().data_ptr() in whole
+
+    def _move(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        whole = {t.untyped_storage().data_ptr() for t in self._whole}
+        if len(set(map(id, parameters))) < len(parameters):  # tied
+            return None
+        if not all(p.numel() and (_is_own(p) or self._is_ours(p, whole)) for p in parameters):
+            return None
+        if parameters[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            made = []
+            for k in range(0, len(parameters), self.T):
+                each = parameters[k : k + self.T]
+                made.append(torch.cat([p.detach() for p in each]))
+                for p, part in zip(each, made[-1].split(each[0].shape[0]), strict=True):
+                    p.data = part
+        self._whole, self._places = made, [p.data_ptr() for p in parameters]
+        return made

@@ -1,0 +1,66 @@
+"""How the losses of several tasks become one, by name or by class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .base import Losses, Present, Weighting, unknown
+from .fixed import RLW, STCH, EqualWeights, FixedWeights, GeometricMean
+from .learned import DWA, FAMO, IMTL, UNBOUNDED, LearnedWeights, Uncertainty
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "equal": EqualWeights,
+    "auto": LearnedWeights,
+    "uncertainty": Uncertainty,
+    "dwa": DWA,
+    "rlw": RLW,
+    "geometric": GeometricMean,
+    "stch": STCH,
+    "famo": FAMO,
+    "imtl": IMTL,
+}
+
+
+def as_weighting(
+    kind: str | Mapping[str, float] | Sequence[float] | Weighting, tasks: Sequence[str] | int, **options: Any
+) -> Weighting:
+    """A weighting of these tasks from what users write for one.
+
+    Args:
+        kind: a name ("equal", "auto", "uncertainty", "dwa", "rlw", "geometric", "stch", "famo", "imtl"), numbers by
+            task or in a list, or a ``Weighting``, which is returned as it is.
+        tasks: names, or how many.
+        options: those of the class.
+
+    Raises:
+        ValueError: no weighting has that name.
+    """
+    if isinstance(kind, Weighting):
+        return kind
+    if not isinstance(kind, str):
+        return FixedWeights(kind, tasks, **options)
+    if kind not in WEIGHTINGS:
+        text = str(unknown("weighting", kind, list(WEIGHTINGS))).replace("there is no task", "there is no")
+        raise ValueError(f"{text} (for fixed weights give the numbers)")
+    return WEIGHTINGS[kind](tasks, **options)
+
+
+__all__ = [
+    "DWA",
+    "FAMO",
+    "IMTL",
+    "RLW",
+    "STCH",
+    "UNBOUNDED",
+    "WEIGHTINGS",
+    "EqualWeights",
+    "FixedWeights",
+    "GeometricMean",
+    "LearnedWeights",
+    "Losses",
+    "Present",
+    "Uncertainty",
+    "Weighting",
+    "as_weighting",
+]
