@@ -160,7 +160,7 @@ class MTLModel(Objective):
     def _calls(self) -> list[Call]:
         """What there is to do, in order. Whoever joins nodes into groups does it here."""
         run = self._anchors if self._run_all else needed(self._anchors, self._output_tasks)
-        calls = [Call((name,), self._anchors[name]) for name in self._order if name in run]
+        calls = [Call((name,), tuple(self._anchors[name])) for name in self._order if name in run]
         return join(calls, self._modules) if self._fuse else calls
 
     def _schedule(self) -> None:

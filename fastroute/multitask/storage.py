@@ -41,12 +41,35 @@ class SideBySide:
             first = self._whole[0]
             if first.dtype == parameters[0].dtype and first.device == parameters[0].device:
                 return self._whole
-        return self._move(parameters)
+        made = self._found(parameters) or self._moved(parameters)
+        if made is not None:
+            self._whole, self._places = made, [p.data_ptr() for p in parameters]
+        return made
+
+    def _found(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        """What lies side by side already: a loaded model's, or another schedule's."""
+        made = []
+        for k in range(0, len(parameters), self.T):
+            each = parameters[k : k + self.T]
+            first = each[0]
+            if type(first) is not nn.Parameter or first.device.type not in ("cpu", "cuda") or not first.numel():
+                return None
+            memory, size = first.untyped_storage(), first.numel() * first.element_size()
+            start = first.data_ptr()
+            for t, p in enumerate(each):
+                inside = type(p) is nn.Parameter and p.is_contiguous() and p.dtype == first.dtype
+                if not inside or p.data_ptr() != start + t * size:
+                    return None
+                if p.untyped_storage().data_ptr() != memory.data_ptr():
+                    return None
+            made.append(first.detach().as_strided((self.T * first.shape[0], *first.shape[1:]), first.stride()))
+        return made
 
     def _is_ours(self, p: Tensor, whole: set[int]) -> bool:
         return type(p) is nn.Parameter and p.untyped_storage().data_ptr() in whole
 
-    def _move(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    def _moved(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        """All of them put side by side, if nobody else has put them where they are."""
         whole = {t.untyped_storage().data_ptr() for t in self._whole}
         if len(set(map(id, parameters))) < len(parameters):  # tied
             return None
@@ -61,5 +84,4 @@ class SideBySide:
                 made.append(torch.cat([p.detach() for p in each]))
                 for p, part in zip(each, made[-1].split(each[0].shape[0]), strict=True):
                     p.data = part
-        self._whole, self._places = made, [p.data_ptr() for p in parameters]
         return made

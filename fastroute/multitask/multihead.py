@@ -1,0 +1,135 @@
+"""Many equal heads as one module, their parameters stacked.
+
+Axes: T tasks, B samples, F features, O outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dispatch, grouped_linear
+from ..ops._checks import at_least_one, shown
+from .products import Layer, chain
+from .weighting.base import names_of
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "silu": nn.SiLU, "gelu": nn.GELU,
+}  # fmt: skip
+
+
+class MultiHead(nn.Module):
+    """A small network per task on the same features: Linear, or Linear, activation, Linear and so on.
+
+    The parameters of all tasks are one tensor per layer, so that a step costs autograd and the optimizer the same
+    however many tasks there are. Where heads are to keep their own parameters and state-dict keys, give ``MTLModel``
+    modules of their own instead.
+
+    Args:
+        in_features: F.
+        hidden: the width of the hidden layer, a list of several, or None.
+        out_features: O of every task.
+        tasks: names, or how many.
+        activation: "relu", "tanh", "sigmoid", "silu" or "gelu".
+        bias: whether layers have one.
+        returns: "tensor" [T, B, O], "list" of T tensors [B, O], or "dict" of them by name.
+
+    Attributes:
+        weights: a list of [T, O, F], layer by layer. biases: of [T, O].
+        tasks: tuple of names.
+
+    Raises:
+        ValueError, TypeError: a size below 1, an unknown word, a name twice.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int | Sequence[int] | None,
+        out_features: int,
+        tasks: Sequence[str] | int,
+        *,
+        activation: str = "relu",
+        bias: bool = True,
+        returns: str = "tensor",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if returns not in ("tensor", "list", "dict"):
+            raise ValueError(f"returns: expected 'tensor', 'list' or 'dict', got {returns!r}")
+        self.tasks = names_of(tasks)
+        self.returns, self.activation = returns, activation
+        inner = [] if hidden is None else list(hidden) if isinstance(hidden, Sequence) else [hidden]
+        widths = [
+            at_least_one("in_features", in_features),
+            *(at_least_one("hidden", width) for width in inner),
+            at_least_one("out_features", out_features),
+        ]
+        T = len(self.tasks)
+        act = _ACTIVATIONS[activation]()
+        pairs = list(itertools.pairwise(widths))
+        self._layers = tuple(Layer(O, F, bias, (act,) if k < len(inner) else ()) for k, (F, O) in enumerate(pairs))
+        self.weights = nn.ParameterList(torch.empty(T, O, F, device=device, dtype=dtype) for F, O in pairs)
+        self.biases = nn.ParameterList(torch.empty(T, O, device=device, dtype=dtype) for F, O in pairs if bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters as ``nn.Linear`` draws those of every head."""
+        for k, weight in enumerate(self.weights):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+            if self.biases:
+                nn.init.uniform_(self.biases[k], -bound, bound)
+
+    def extra_repr(self) -> str:
+        widths = " -> ".join(map(str, [self._layers[0].F, *(layer.O for layer in self._layers)]))
+        return f"{widths}, tasks={len(self.tasks)}, activation={self.activation!r}"
+
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor | list[Tensor] | dict[str, Tensor]:
+        """Every head's output, or of each sample that of its task.
+
+        Args:
+            x: [..., F]; with ``task`` [B, F].
+            task: [B] integers; on a CPU one that is no task raises, on a GPU its sample gets zeros (see
+                ``fastroute.strict``).
+
+        Returns:
+            [T, ..., O], or what ``returns`` says; with ``task`` [B, O].
+
+        Raises:
+            ValueError, TypeError, IndexError: x does not have F features; a task per sample is not what came.
+        """
+        first = self._layers[0]
+        if x.dim() == 0 or x.shape[-1] != first.F:
+            raise ValueError(f"x: expected [..., {first.F}], got {shown(x)}")
+        if task is not None:
+            return self._by_task(x, task)
+        rows = x.reshape(-1, first.F)
+        biases = [b.flatten() for b in self.biases] or [None] * len(self.weights)
+        stacked = list(zip((w.flatten(0, 1) for w in self.weights), biases, strict=True))
+        T = len(self.tasks)
+        y = chain(rows, self._layers, stacked, T).view(T, *x.shape[:-1], self._layers[-1].O)
+        if self.returns == "tensor":
+            return y
+        made = list(y.unbind())
+        return made if self.returns == "list" else dict(zip(self.tasks, made, strict=True))
+
+    def _by_task(self, x: Tensor, task: Tensor) -> Tensor:
+        """Samples sorted by their tasks, then each task's through its own head."""
+        if x.dim() != 2:
+            raise ValueError(f"x: expected [B, {self._layers[0].F}] with a task per sample, got {shown(x)}")
+        plan = dispatch.plan(dispatch.as_actions(task, x.shape[0], x.device, "task"), len(self.tasks), "task")
+        h, last = x, len(self._layers) - 1
+        for k, (layer, weight) in enumerate(zip(self._layers, self.weights, strict=True)):
+            h = grouped_linear(
+                h, plan, weight, self.biases[k] if self.biases else (),
+                activation=self.activation if layer.then else "none", is_sorted=k > 0, keep_sorted=k < last,
+            )  # fmt: skip
+        return h
