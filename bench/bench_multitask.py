@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from bench import harness
 from bench.harness import Product, Results, Step, Truth
-from fastroute import multitask
-from fastroute.multitask import CGC, Concat, MMoE, MTLModel
+from fastroute.multitask import CGC, Concat, MMoE, MTLModel, MultiHead
 
 HAND, LOOP, POLL = "by hand", "loop", "polling queue"
 EXPERTS = "the layer"  #: what fastroute has, compiled: its rounding is the compiler's, so it is judged as others are
@@ -274,9 +273,9 @@ def heads(case: Case, device: str, dtype: torch.dtype) -> Problem:
         Way("fastroute", lambda x: model(x)[0], leaves, grads),
         Way("stacked parameters, by hand", by_bmm, stacked, _by_name(keys)),
     ]
-    if hasattr(multitask, "MultiHead"):
-        made = multitask.MultiHead(D, H, P, T).to(device, dtype)
-        ways.append(_copied("fastroute, MultiHead", made, stacked, keys))
+    made = MultiHead(D, H, P, T, returns="list").to(device, dtype)
+    order = [0, 2, 1, 3]  # both weights first
+    ways.append(_copied("fastroute, MultiHead", made, [stacked[k] for k in order], [keys[k] for k in order]))
     x = torch.randn(case.B, D).to(device, dtype)
     return Problem(x, [torch.randn(case.B, P).to(device, dtype) for _ in range(T)], ways)
 
@@ -286,14 +285,9 @@ def _copied(name: str, module: nn.Module, stacked: Sequence[Tensor], keys: Seque
     leaves: list[Tensor] = list(module.parameters())
     with torch.no_grad():
         for mine, theirs in zip(leaves, stacked, strict=True):
-            mine.copy_(theirs.reshape(mine.shape))
+            mine.copy_(theirs)
 
-    def fn(x: Tensor) -> Sequence[Tensor]:
-        made = module(x)
-        return list(made.values()) if isinstance(made, dict) else made
-
-    shapes = [t.shape for t in stacked]
-    return Way(name, fn, leaves, lambda grads: {k: g.reshape(s) for k, g, s in zip(keys, grads, shapes, strict=True)})
+    return Way(name, module, leaves, _by_name(keys))
 
 
 def experts(case: Case, device: str, dtype: torch.dtype) -> Problem:

@@ -1,8 +1,8 @@
 """The model and the training loop of torchMTL's README, as they are meant.
 
 Two inputs' embeddings, a regression on one, a classification on the other, and a regression on both whose loss has a
-learned weight. There the loop ends with an error, since the weight's shape (1,) cannot be added to a loss without axes
-in place; here it runs.
+learned weight. There the loop ends with an error: what a weight of shape (1,) makes of a loss cannot be added in place to
+one without axes. Here ``model.loss`` is all of it, and on ``fastroute.compat.torchmtl`` the README's own lines run.
 
     python examples/torchmtl_readme.py
     python examples/torchmtl_readme.py --compat      # on the classes of fastroute.compat.torchmtl
@@ -91,21 +91,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for epoch in range(args.epochs):
         means = torch.zeros(len(OUTPUTS))
         for batch in torch.randperm(SAMPLES).split(64):
-            y_hat, l_funcs, l_weights = run(x[batch])
+            y_hat, l_funcs, l_weights = made = run(x[batch])
+            y = [target[batch] for target in targets]
             loss: Any = None
-            for k, (y, target, f, weight) in enumerate(zip(y_hat, targets, l_funcs, l_weights, strict=True)):
-                value = f(y, target[batch])
-                part = weight * value
-                means[k] += float(value.detach()) / (SAMPLES // 64)
-                if loss is None:
-                    loss = part
-                elif args.compat:
-                    loss += part  # the README's line, which is where torchMTL stops
-                else:
-                    loss = loss + part
+            if args.compat:  # the README's loop
+                for i in range(len(y_hat)):
+                    if loss is None:
+                        loss = l_weights[i] * l_funcs[i](y_hat[i], y[i])
+                    else:
+                        loss += l_weights[i] * l_funcs[i](y_hat[i], y[i])
+            else:
+                loss, _ = model.loss(made, y)
             optimizer.zero_grad()
-            loss.sum().backward()
+            loss.backward()
             optimizer.step()
+            with torch.no_grad():
+                means += torch.stack([f(a, b) for f, a, b in zip(l_funcs, y_hat, y, strict=True)]) * 64 / SAMPLES
         shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(OUTPUTS, means.tolist(), strict=True))
         print(f"epoch {epoch}: {shown}; weight of Task3 {float(model.Task3_loss.detach()):.3f}")
     x, targets = samples(SAMPLES, 2)

@@ -16,7 +16,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import data, plots
-from ..multitask import CGC, PLE, CrossStitch, EachTask, MMoE, MTLModel, SimpleSelect, ToTasks, Unpack
+from ..multitask import (
+    CGC,
+    PLE,
+    CrossStitch,
+    EachTask,
+    MMoE,
+    MTLModel,
+    SimpleSelect,
+    ToTasks,
+    Unpack,
+    relative_improvement,
+)
 from ..networks import WPL, CollaborationReward, Initialization, Loss, NegLossReward, PerTaskAssignment, Selection
 from ..tasks import TaskRouter
 from . import Options, on_digits
@@ -193,8 +204,9 @@ class Objective:
         self.routing = Loss(nn.CrossEntropyLoss(), NegLossReward())
 
     def __call__(self, model: MTLModel, x: Tensor, labels: Sequence[Tensor]) -> Tensor:
-        outputs, losses, _ = model(x)
-        total: Tensor = torch.stack([f(y, t) for y, f, t in zip(outputs, losses, labels, strict=False)]).sum()
+        made = model(x)
+        total, _ = model.loss(made, dict(zip(NAMES, labels, strict=True)))
+        outputs = made[0]
         if len(outputs) == T:
             return total
         each = [nn.functional.cross_entropy(y, t, reduction="none") for y, t in zip(outputs, labels, strict=False)]
@@ -246,8 +258,8 @@ class Result:
 
 def improvement(result: Result, baseline: Result) -> float:
     """Delta m: the mean over tasks of the relative gain in accuracy over the baseline."""
-    pairs = zip(result.accuracies, baseline.accuracies, strict=True)
-    return statistics.fmean((mine - theirs) / theirs for mine, theirs in pairs)
+    mine, theirs = (dict(zip(NAMES, r.accuracies, strict=False)) for r in (result, baseline))
+    return relative_improvement(mine, theirs)
 
 
 @torch.no_grad()
