@@ -120,9 +120,9 @@ class _Part(NamedTuple):
     memory: SideBySide
 
 
-def _part(heads: Sequence[int], leaves: Sequence[Sequence[nn.Module]]) -> _Part:
+def _part(heads: Sequence[int], leaves: Sequence[Sequence[nn.Module]], before: Sequence[SideBySide]) -> _Part:
     """Of heads that consist of these leaves."""
-    before: list[nn.Module] = []
+    at_first: list[nn.Module] = []
     layers: list[Layer] = []
     parameters: list[tuple[dict[str, Any], str]] = []
     for column in zip(*leaves, strict=True):
@@ -135,14 +135,16 @@ def _part(heads: Sequence[int], leaves: Sequence[Sequence[nn.Module]]) -> _Part:
         elif layers:
             layers[-1] = layers[-1]._replace(then=(*layers[-1].then, first))
         else:
-            before.append(first)
-    return _Part(tuple(heads), tuple(before), tuple(layers), tuple(parameters), SideBySide(len(heads)))
+            at_first.append(first)
+    memory = SideBySide(len(heads), before)
+    return _Part(tuple(heads), tuple(at_first), tuple(layers), tuple(parameters), memory)
 
 
 class _Recipe:
     """Which heads can run together, and all that this was decided by, so that a change is seen."""
 
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
+    def __init__(self, heads: Sequence[nn.Module], before: _Recipe | None = None) -> None:
+        memories = [part.memory for part in before.parts] if before is not None else []
         found: dict[Signature, list[int]] = {}
         leaves: list[list[nn.Module]] = []
         self.alone: list[int] = []
@@ -156,7 +158,7 @@ class _Recipe:
         self.parts: list[_Part] = []
         for members in found.values():
             if len(members) > 1:
-                self.parts.append(_part(members, [leaves[i] for i in members]))
+                self.parts.append(_part(members, [leaves[i] for i in members], memories))
             else:
                 self.alone += members
 
@@ -224,7 +226,7 @@ class Siblings:
         if torch.compiler.is_compiling():  # a graph is guarded by what it reads: by the modules, not by a memo
             return _Recipe(heads)
         if self._recipe is None or not self._recipe.is_fresh(heads):
-            recipe = _Recipe(heads)
+            recipe = _Recipe(heads, self._recipe)
             recipe.watch(heads)
             self._recipe = recipe
         return self._recipe

@@ -234,7 +234,8 @@ def relative_improvement(
 ) -> float:
     """Delta m (Maninis, Radosavovic and Kokkinos 2019): the mean over tasks of (m_t - b_t) / b_t, more being better.
 
-    That is to say, where less is better the sign is turned. A task with several metrics counts once, by their mean. 0.02 is 2 % better than the single-task models.
+    Where less is better the sign is turned. A task with several metrics counts once, by their mean. 0.02 is 2 % better
+    than the single-task models.
 
     Args:
         metrics: of the multi-task model, by task: a number, or several.

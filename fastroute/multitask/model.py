@@ -22,7 +22,7 @@ _Flat = tuple[str, int, int, tuple[int, ...] | None, tuple[int, ...], tuple[Any,
 
 #: Instance attributes that no node may be called like, besides those of a new Module.
 _OWN = (
-    *("layer_names", "loss_modules", "outputs", "plan", "task_layers"),
+    *("layer_names", "loss_modules", "outputs", "plan", "task_layers", "_results"),
     *(
         "_anchors",
         "_empty",
@@ -153,7 +153,11 @@ class MTLModel(Objective):
 
     @property
     def unused(self) -> list[str]:
-        """The nodes that do not run."""
+        """The nodes that do not run.
+
+        DistributedDataParallel wants a gradient of every parameter: ``requires_grad_(False)`` theirs, and their learned
+        weights'. (Its ``find_unused_parameters`` takes all learned weights for unused: they leave forward as they are.)
+        """
         run = {name for step in self.plan.steps for name in step.names}
         return [name for name in self.layer_names if name not in run]
 
@@ -180,7 +184,7 @@ class MTLModel(Objective):
             (ROOT, 0),
             *((n, s) for step in self.plan.steps for n, s in zip(step.names, step.outputs, strict=True)),
         )
-        self._empty = self.plan.slots - 1
+        self._results, self._empty = self.plan.results, self.plan.slots - 1
         self._terms()
 
     def _terms(self) -> None:
@@ -214,7 +218,7 @@ class MTLModel(Objective):
     def forward_outputs(self, input: Any) -> list[Any]:
         """The outputs alone, as ``forward`` computes them."""
         values: list[Any] = [input] + [None] * self._empty
-        modules, functions = self._modules, self.__dict__
+        modules = self._modules
         name, first, inputs = ROOT, 0, None
         try:
             for name, first, out, inputs, free, group in self._flat:
@@ -224,7 +228,7 @@ class MTLModel(Objective):
                     for slot, value in zip(outs, made, strict=True):
                         values[slot] = value
                 else:
-                    layer = modules[name] if name in modules else functions[name]
+                    layer = modules[name] if name in modules else getattr(self, name)
                     values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])  # type: ignore[misc]
                 for slot in free:
                     values[slot] = None
@@ -235,7 +239,7 @@ class MTLModel(Objective):
             raise
         if self._keep:
             self.outputs = {name: values[slot] for name, slot in self._kept}
-        return [values[slot] for slot in self.plan.results]
+        return [values[slot] for slot in self._results]
 
     def outputs_only(self) -> OutputsOnly:
         """A Module that returns the list of outputs alone: what ``torch.export`` and DataParallel can return."""

@@ -10,8 +10,9 @@ from .graph import ROOT
 #: The names of each node's anchors, in the order of the list.
 Anchors = Mapping[str, Sequence[str]]
 
-#: What computes several nodes at once: called with the model's layers by name and the inputs, it returns an output for
-#: each of its names.
+#: What computes several nodes at once: called with the model's child modules by name and with the inputs, it returns an
+#: output for each of its names. It holds names and no modules, so that it is copied with the model and sees layers that
+#: are replaced; of nodes that are functions, which are no children, no groups are made.
 Group = Callable[..., Sequence[Any]]
 
 

@@ -28,10 +28,12 @@ class SideBySide:
 
     Args:
         T: how many lie side by side.
+        before: others that have moved some of these parameters.
     """
 
-    def __init__(self, T: int) -> None:
+    def __init__(self, T: int, before: Sequence[SideBySide] = ()) -> None:
         self.T = T
+        self._ours = [t for other in before for t in other._whole]
         self._whole: list[Tensor] = []
         self._places: list[int] = []
 
@@ -43,7 +45,7 @@ class SideBySide:
                 return self._whole
         made = self._found(parameters) or self._moved(parameters)
         if made is not None:
-            self._whole, self._places = made, [p.data_ptr() for p in parameters]
+            self._ours, self._whole, self._places = [], made, [p.data_ptr() for p in parameters]
         return made
 
     def _found(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
@@ -70,7 +72,7 @@ class SideBySide:
 
     def _moved(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """All of them put side by side, if nobody else has put them where they are."""
-        whole = {t.untyped_storage().data_ptr() for t in self._whole}
+        whole = {t.untyped_storage().data_ptr() for t in (*self._whole, *self._ours)}
         if len(set(map(id, parameters))) < len(parameters):  # tied
             return None
         if not all(p.numel() and (_is_own(p) or self._is_ours(p, whole)) for p in parameters):

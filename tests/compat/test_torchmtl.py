@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import pickle
 from typing import Any
 
 import pytest
@@ -152,6 +153,12 @@ def test_a_learned_weight_times_a_loss() -> None:
         assert torch.equal(weight * other, torch.Tensor(weight.detach()) * other)
         assert torch.equal(other * weight, torch.Tensor(weight.detach()) * other)
     assert type(weight * loss) is Tensor
+    model.load_state_dict(model.state_dict(), assign=True)
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert (other.Task3_loss * loss).shape == () and torch.equal(other.Task3_loss, weight)
+        assert other(torch.ones(2, 16))[2][2] is other.Task3_loss
+    run = torch.compile(lambda: model.Task3_loss * loss, fullgraph=True, backend="eager")
+    assert run().shape == () and torch.equal(run(), model.Task3_loss * loss)
 
 
 def test_the_notebook_of_three_regressions() -> None:

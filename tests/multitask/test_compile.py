@@ -145,7 +145,9 @@ file = tempfile.mktemp()
 torch.manual_seed(0)
 layers = readme()
 layers[3]["loss"] = nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))  # a buffer, which is broadcast
-model = MTLModel(layers, README_TASKS).double()
+models = [MTLModel(layers, README_TASKS).double(), MTLModel(readme(), ["Task1", "Task3"]).double()]
+for name in models[1].unused:
+    getattr(models[1], name).requires_grad_(False)
 child = os.fork()
 rank = 0 if child else 1
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -154,19 +156,21 @@ x, y = torch.randn(2, 4, 16).double(), torch.rand(2, 3, 4, 1).double()
 def total(f, rank):
     return sum((w * loss(a, b)).sum() for a, loss, w, b in zip(*f(x[rank]), y[rank]))
 
-ddp = DistributedDataParallel(model)
-optimizer = torch.optim.AdamW(ddp.parameters(), 0.01)
-for step in range(3):
-    optimizer.zero_grad()
-    alone = [torch.autograd.grad(total(model, r), list(model.parameters())) for r in (0, 1)]
-    total(ddp, rank).backward()
-    for p, a, b in zip(model.parameters(), *alone):
-        torch.testing.assert_close(p.grad, (a + b) / 2)
-    optimizer.step()
-for p in model.parameters():
-    both = [torch.empty_like(p) for _ in range(2)]
-    dist.all_gather(both, p.detach())
-    assert torch.equal(*both)
+for model in models:
+    ddp = DistributedDataParallel(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        alone = [torch.autograd.grad(total(model, r), parameters) for r in (0, 1)]
+        total(ddp, rank).backward()
+        for p, a, b in zip(parameters, *alone):
+            torch.testing.assert_close(p.grad, (a + b) / 2)
+        optimizer.step()
+    for p in parameters:
+        both = [torch.empty_like(p) for _ in range(2)]
+        dist.all_gather(both, p.detach())
+        assert torch.equal(*both)
 dist.destroy_process_group()
 if child:
     assert os.waitpid(child, 0)[1] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import sys
 import weakref
 from collections.abc import Callable
@@ -175,6 +176,63 @@ def test_activations_are_freed_after_their_last_use() -> None:
     assert alive["dead"] == {"a", "b"} and alive["c"] == {"b"} and alive["d"] == {"b", "c"}
     assert alive["e"] == {"c", "d"} and alive["out"] == {"c", "e"}
     assert {name for name, ref in made.items() if ref() is not None} == {"c", "out"} and len(outputs) == 2
+
+
+class Grouped(MTLModel):
+    """Neighbours with the same inputs run as one call, as ``_calls`` allows."""
+
+    def _calls(self) -> list[Call]:
+        calls: list[Call] = []
+        for call in super()._calls():
+            if calls and calls[-1].inputs == call.inputs:
+                names = (*calls[-1].names, *call.names)
+                calls[-1] = Call(names, call.inputs, Together(names))
+            else:
+                calls.append(call)
+        return calls
+
+
+class Together:
+    """Several nodes at once."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __call__(self, layers: Any, *inputs: Any) -> list[Any]:
+        return [layers[name](*inputs) for name in self.names]
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs(), st.booleans(), st.booleans())
+def test_nodes_that_are_computed_together(case: tuple[Layers, list[str]], run_all: bool, keep: bool) -> None:
+    outputs = case[1]
+    layers = [{**entry, "layers": AsModule(entry["layers"])} for entry in case[0]]
+    model = Grouped(layers, outputs, run_all=run_all, keep_outputs=keep)
+    assert model("x")[0] == naive(layers, outputs, "x")
+    if keep:
+        run = [name for step in model.plan.steps for name in step.names]
+        assert model.outputs == {"root": "x", **dict(zip(run, naive(layers, run, "x"), strict=True))}
+    copied = copy.deepcopy(model)
+    assert copied("x")[0] == model("x")[0] and len(copied.plan.steps) == len(model.plan.steps)
+
+
+class AsModule(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+def test_a_group_in_a_compiled_graph() -> None:
+    layers = [{"name": f"t{k}", "layers": nn.Linear(3, 2), "anchor_layer": "e"} for k in range(4)]
+    model = Grouped([{"name": "e", "layers": nn.Linear(3, 3)}, *layers], [f"t{k}" for k in range(4)])
+    assert [step.names for step in model.plan.steps] == [("e",), ("t0", "t1", "t2", "t3")]
+    x = torch.randn(5, 3)
+    torch._dynamo.reset()
+    found, expected = torch.compile(model, fullgraph=True, backend="eager")(x)[0], model(x)[0]
+    assert all(map(torch.equal, found, expected))
 
 
 def test_thousands_of_nodes() -> None:

@@ -26,6 +26,9 @@ class LearnedWeight(nn.Parameter):
 
     __rmul__ = __mul__
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return LearnedWeight, (self.data, self.requires_grad)
+
 
 class MTLModel(multitask.MTLModel):
     """``fastroute.multitask.MTLModel`` with upstream's ways.
@@ -48,6 +51,11 @@ class MTLModel(multitask.MTLModel):
 
     def __init__(self, task_layers: Sequence[Mapping[str, Any]], output_tasks: Sequence[str]) -> None:
         super().__init__(task_layers, output_tasks, order="bfs", run_all=True, keep_outputs=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value) is nn.Parameter and type(self._parameters.get(name)) is LearnedWeight:
+            value = LearnedWeight(value.data, value.requires_grad)  # load_state_dict(assign=True)
+        super().__setattr__(name, value)
 
     @staticmethod
     def _learned_weight(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
