@@ -1,8 +1,8 @@
 """The model and the training loop of torchMTL's README, as they are meant.
 
 Two inputs' embeddings, a regression on one, a classification on the other, and a regression on both whose loss has a
-learned weight. There the loop ends with an error: what a weight of shape (1,) makes of a loss cannot be added in place to
-one without axes. Here ``model.loss`` is all of it, and on ``fastroute.compat.torchmtl`` the README's own lines run.
+learned weight. There the loop ends with an error: what a weight of shape (1,) makes of a loss cannot be added in place
+to one without axes. Here ``model.loss`` is all of it; on ``fastroute.compat.torchmtl`` the loop over tasks runs, too.
 
     python examples/torchmtl_readme.py
     python examples/torchmtl_readme.py --compat      # on the classes of fastroute.compat.torchmtl
