@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .loss import task_losses
 from .schedule import Anchors
 from .sharing import feature_names, parameters_of, servants
-from .weighting import WEIGHTINGS, Weighting, as_weighting
+from .weighting import UNBOUNDED, WEIGHTINGS, Weighting, as_weighting
 from .weighting.base import in_order, unknown
 
 #: Weightings that neither learn nor remember, so that a call may bring its own.
@@ -70,7 +71,10 @@ def objective(
         raise ValueError("y: expected a target for a task with a loss, got none")
     if weighting is not None:
         return weighting(found, None if all(p is True for p in present.values()) else present), found
-    return _weighted(found, [own_weights.get(name) for name in found]), found
+    used = [own_weights.get(name) for name in found]
+    if any(isinstance(w, nn.Parameter) for w in used) and not torch.compiler.is_compiling():
+        warnings.warn(UNBOUNDED, UserWarning, stacklevel=3)
+    return _weighted(found, used), found
 
 
 def _weighted(found: Mapping[str, Tensor], weights: Sequence[Any]) -> Tensor:
@@ -119,7 +123,8 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised, and the losses that it is made of.
 
-        Without a weighting the total is torchMTL's, the sum of ``loss_weight`` times ``loss`` (1 without a weight).
+        Without a weighting the total is torchMTL's, the sum of ``loss_weight`` times ``loss`` (1 without a weight; a
+        learned one, 'auto', warns that it has no bound).
         Outputs without a loss or a target are left out; an output that is listed twice counts once.
 
         A label may be missing: NaN in floating-point targets, ``ignore_index`` in class indices, False in ``mask``. It

@@ -6,14 +6,15 @@ Axes: T networks, N rows, F features, O outputs. Of a layer's parameters, T of e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 _aten: Any = torch.ops.aten
+_version = attrgetter("_version")
 
 
 class _Activation(NamedTuple):
@@ -32,6 +33,10 @@ _ACTIVATIONS: dict[type, _Activation] = {
 }
 
 
+#: Of tensors that are many at a time.
+_MANY = tuple(map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched")))
+
+
 class Layer(NamedTuple):
     """A layer of all networks."""
 
@@ -41,33 +46,18 @@ class Layer(NamedTuple):
     then: tuple[nn.Module, ...]  #: what follows it, of one of the networks: they have no parameters
 
 
-def together(x: Tensor, weight: Tensor, bias: Tensor | None, T: int) -> Tensor:
-    """Every network's linear map of the same rows, as one product.
+def _linear(h: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None, T: int) -> Tensor:
+    """A linear map of all networks, [T, O, N]: one product of the rows [N, F] that all take, else a batched one of
+    their own, [T, F, N].
 
-    Args:
-        x: [N, F].
-        weight: [T O, F].
-        bias: [T O].
-
-    Returns:
-        [T, N, O], a view of [N, T, O].
+    Rows are the last axis: then a network's part of the first product lies together, and what follows need not move it.
     """
-    return F.linear(x, weight, bias).view(x.shape[0], T, weight.shape[0] // T).transpose(0, 1)
-
-
-def each(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Every network's linear map of its own rows, as one batched product.
-
-    Args:
-        h: [T, N, F].
-        weight: [T, O, F].
-        bias: [T, O].
-
-    Returns:
-        [T, N, O].
-    """
-    turned = weight.transpose(1, 2)
-    return torch.bmm(h, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), h, turned)
+    if h.dim() == 2:
+        h = h.t()
+        made = torch.mm(weight, h) if bias is None else torch.addmm(bias.unsqueeze(1), weight, h)
+        return made.view(T, layer.O, h.shape[1])
+    weight = weight.view(T, layer.O, layer.F)
+    return torch.bmm(weight, h) if bias is None else torch.baddbmm(bias.view(T, layer.O, 1), weight, h)
 
 
 def _put_side_by_side(parameters: Sequence[Tensor], T: int) -> list[Tensor]:
@@ -84,14 +74,11 @@ def _by_layer(layers: Sequence[Layer], whole: Sequence[Tensor]) -> list[tuple[Te
 def chain(x: Tensor, layers: Sequence[Layer], stacked: Sequence[tuple[Tensor, Tensor | None]], T: int) -> Tensor:
     """[T, N, O], contiguous, of rows [N, F] and every layer's (weight [T O, F], bias [T O])."""
     h = x
-    for k, (layer, (weight, bias)) in enumerate(zip(layers, stacked, strict=True)):
-        if k == 0:
-            h = together(h, weight, bias, T)
-        else:
-            h = each(h, weight.view(T, layer.O, layer.F), None if bias is None else bias.view(T, layer.O))
+    for layer, (weight, bias) in zip(layers, stacked, strict=True):
+        h = _linear(h, layer, weight, bias, T)
         for module in layer.then:
             h = module(h)
-    return h.contiguous()
+    return h.transpose(1, 2).contiguous()
 
 
 class _Chains(torch.autograd.Function):
@@ -106,81 +93,65 @@ class _Chains(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, ...]:
         ctx.layers, ctx.T, ctx.parameters = layers, T, parameters
         # What lies in the parameters' own memory changes when they do, unseen by autograd.
-        ctx.versions = None if whole is None else [p._version for p in parameters]
-        stacked = _by_layer(layers, whole or _put_side_by_side(parameters, T))
+        ctx.versions = None if whole is None else list(map(_version, parameters))
         h, kept = x, [x]
-        for k, (layer, (weight, bias)) in enumerate(zip(layers, stacked, strict=True)):
-            if k == 0:
-                h = together(h, weight, bias, T)
-            else:
-                h = each(h, weight.view(T, layer.O, layer.F), None if bias is None else bias.view(T, layer.O))
+        for layer, (weight, bias) in zip(
+            layers, _by_layer(layers, whole or _put_side_by_side(parameters, T)), strict=True
+        ):
+            h = _linear(h, layer, weight, bias, T)
             if layer.then:
                 h = _ACTIVATIONS[type(layer.then[0])].forward(h)
             kept += [weight, h]
         if not layers[-1].then:
             kept.pop()
         ctx.save_for_backward(*kept)
-        h = h.contiguous()
+        h = h.transpose(1, 2).contiguous()
         return h if layers[-1].then else split(h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         layers, T = ctx.layers, ctx.T
         grad = grads[0] if layers[-1].then else torch.stack(grads)
-        if ctx.versions is not None and ctx.versions != [p._version for p in ctx.parameters]:
+        if ctx.versions is not None and ctx.versions != list(map(_version, ctx.parameters)):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 "parameter of a head, between the forward and the backward pass"
             )
-        if torch.is_grad_enabled():  # somebody wants its derivative, too
-            return _differentiably(ctx, grad)
+        # Somebody wants its derivative, too; or many at a time (is_grads_batched), which nothing can be written into.
+        if torch.is_grad_enabled() or any(map(torch._C._dispatch_keys(grad).has, _MANY)):  # type: ignore[arg-type]
+            return _through_chain(ctx, grad)
         x, *kept = ctx.saved_tensors
         weights, outputs = kept[::2], kept[1::2]
-        needs = ctx.needs_input_grad
-        N, made = x.shape[0], []
-        at, g = len(needs), grad
-        for k in reversed(range(len(layers))):
-            layer = layers[k]
-            if k == 0:  # the rows of all networks side by side
-                wide = None
-                if layer.then or len(layers) == 1:
-                    wide = g.new_empty(N, T, layer.O)
-                if layer.then:
-                    _ACTIVATIONS[type(layer.then[0])].backward(g, outputs[0], wide.transpose(0, 1))  # type: ignore[union-attr]
-                elif wide is not None:
-                    wide.copy_(g.transpose(0, 1))
-                else:
-                    wide = g.transpose(0, 1).contiguous()
-                g = wide.view(N, T * layer.O)  # type: ignore[union-attr]
-            elif layer.then:
-                g = _ACTIVATIONS[type(layer.then[0])].backward(g, outputs[k], torch.empty_like(g))
+        needs, nothing = ctx.needs_input_grad, [None] * T
+        at, made = len(needs), []
+        g = grad.transpose(1, 2)  # [T, O, N]
+        for k, layer in reversed(list(enumerate(layers))):
+            if layer.then:  # into g, unless it is the user's
+                into = torch.empty_like(outputs[k]) if k == len(layers) - 1 else g
+                g = _ACTIVATIONS[type(layer.then[0])].backward(g, outputs[k], into)
             if layer.has_bias:
                 at -= T
-                made.append(
-                    (g.sum(0).view(T, layer.O) if k == 0 else g.sum(1)).unbind()
-                    if any(needs[at : at + T])
-                    else [None] * T
-                )
+                made.append(g.sum(2).unbind() if any(needs[at : at + T]) else nothing)
             at -= T
-            if k == 0:
-                made.append(
-                    torch.mm(g.t(), x).view(T, layer.O, layer.F).unbind() if any(needs[at : at + T]) else [None] * T
-                )
+            wants = any(needs[at : at + T])
+            if k == 0:  # the rows of all networks are the same
+                g = g.reshape(T * layer.O, x.shape[0])
+                made.append(torch.mm(g, x).view(T, layer.O, layer.F).unbind() if wants else nothing)
                 break
-            made.append(
-                torch.bmm(g.transpose(1, 2), outputs[k - 1]).unbind() if any(needs[at : at + T]) else [None] * T
-            )
-            g = torch.bmm(g, weights[k].view(T, layer.O, layer.F))
-        dx = torch.mm(g, weights[0]) if needs[0] else None
+            made.append(torch.bmm(g, outputs[k - 1].transpose(1, 2)).unbind() if wants else nothing)
+            g = torch.bmm(weights[k].view(T, layer.O, layer.F).transpose(1, 2), g)
+        dx = torch.mm(g.t(), weights[0]) if needs[0] else None
         return (dx, None, None, None, *(p for part in reversed(made) for p in part))
 
 
-def _differentiably(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, parameters = ctx.saved_tensors[0], ctx.parameters
-    whole = _put_side_by_side(parameters, ctx.T)
-    y = chain(x, ctx.layers, _by_layer(ctx.layers, whole), ctx.T)
+def _through_chain(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of ``chain``, made anew."""
+    x, parameters, again = ctx.saved_tensors[0], ctx.parameters, torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x if again else x.detach().requires_grad_(x.requires_grad)
+        y = chain(x, ctx.layers, _by_layer(ctx.layers, _put_side_by_side(parameters, ctx.T)), ctx.T)
     wanted = [t for t in (x, *parameters) if t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
     dx, *rest = [next(found) if t.requires_grad else None for t in (x, *parameters)]
     return (dx, None, None, None, *rest)
 

@@ -39,7 +39,7 @@ class SideBySide:
 
     def __call__(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """Each T of them as one tensor without gradient, [T A, ...] of T [A, ...]; None if they are not together."""
-        if self._whole and self._places == [p.data_ptr() for p in parameters]:
+        if self._whole and self._places == list(map(Tensor.data_ptr, parameters)):
             first = self._whole[0]
             if first.dtype == parameters[0].dtype and first.device == parameters[0].device:
                 return self._whole

@@ -145,6 +145,18 @@ def test_functorch_and_forward_mode(structure: str) -> None:
         assert torch.allclose(fwad.unpack_dual(dual).tangent, expected)
 
 
+@pytest.mark.parametrize("structure", ONE_NODE)
+def test_many_gradients_at_a_time(structure: str) -> None:
+    """As Jacobians are made, by ``torch.func`` and by TorchJD."""
+    heads = heads_of(structure)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *(p for h in heads for p in h.parameters())]
+    ys, zs = together(heads, x), [h(x) for h in heads]
+    batched = [torch.randn(4, *y.shape, dtype=torch.float64) for y in ys]
+    made, expected = (torch.autograd.grad(t, wanted, batched, is_grads_batched=True) for t in (ys, zs))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(made, expected, strict=True))
+
+
 # --------------------------------------------------------------------------------------------------------- in a model
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from torch.nn import functional as F
 from fastroute.multitask import EqualWeights, MTLModel, Uncertainty, task_losses
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.multitask import README_TASKS, load, readme
+
+pytestmark = pytest.mark.filterwarnings("ignore:'auto' multiplies:UserWarning")  # which has a test of its own
 
 #: PyTorch's losses that compare elements: the loss, and what to make a target of random numbers from.
 ELEMENTS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
@@ -312,6 +316,19 @@ def test_the_total_is_upstreams() -> None:
             assert torch.equal(model.loss(y_hat, target)[0], total)
     total.backward()
     assert model.b_loss.grad is not None and torch.equal(model.b_loss.grad[0], found["b"])
+
+
+def test_a_learned_weight_warns() -> None:
+    """Once: at each line that calls ``loss``, as Python's filter has it."""
+    model, (x, y) = two_tasks(), batch()
+    with pytest.warns(UserWarning, match="falls without bound") as caught:
+        model.loss(model(x), y)
+    assert [Path(w.filename).name for w in caught] == [Path(__file__).name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.loss(model(x), {"a": y["a"]})
+        model.loss(model(x), y, weighting="equal")
+        two_tasks(weighting="uncertainty").loss(model(x), y, weighting="geometric")
 
 
 def test_targets_and_masks_of_some_tasks() -> None:
