@@ -157,8 +157,8 @@ class Gates(nn.Module):
             ValueError, TypeError: x is no such tensor.
         """
         features("x", x, self.in_features)
-        weights: Tensor = self.run(x.reshape(-1, self.in_features)).unflatten(0, x.shape[:-1])
-        return weights
+        weights = self.run(x.reshape(-1, self.in_features))
+        return weights.reshape(*x.shape[:-1], self.num_tasks, self.num_experts)
 
     def run(self, x: Tensor) -> Tensor:
         """Unchecked: [N, D] -> [N, T, E]."""

@@ -123,6 +123,22 @@ def test_any_sizes(data: st.DataObject) -> None:
         assert_same(got.detach(), expected.detach())
 
 
+@pytest.mark.parametrize("hidden", [None, H])
+@pytest.mark.parametrize("lead", [(), (4,), (2, 0), (3, 2)], ids=str)
+def test_experts_and_gates_alone(hidden: int | None, lead: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    bank, x = Experts(D, hidden, P, 4, activation="silu", dtype=F64), samples(*lead)
+    assert_same(bank(x).detach(), torch.stack([one_expert(bank, e, x) for e in range(4)], -2).detach())
+    gate = layer("MMoE", gate_bias=True).gate
+    g = gate(x)
+    assert g.shape == (*lead, T, 4)
+    assert_same(g.detach(), torch.stack([weights(gate, t, x) for t in range(T)], -2).detach())
+    with pytest.raises(ValueError, match=r"x: expected \[..., 7\], got \[3\]"):
+        bank(x.new_zeros(3))
+    with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch\.int64"):
+        gate(x.long())
+
+
 def test_gates_may_look_at_something_else() -> None:
     module, x, seen = (
         CGC(4, 0, [nn.Linear(D, P, dtype=F64) for _ in range(3)], T, dtype=F64),
