@@ -46,7 +46,7 @@ def data(rows: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tenso
 
 def cosines(model: MTLModel, x: Tensor, y: dict[str, Tensor]) -> dict[tuple[str, str], float]:
     """The angle between each two tasks' gradients with respect to the shared parameters."""
-    _, losses = model.loss(model(x), y)
+    _, losses = model.loss(model(x), y, apart=True)
     shared = model.shared_parameters()
     flat = {
         task: torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
@@ -67,7 +67,7 @@ def by_torchjd(model: MTLModel, x: Tensor, y: dict[str, Tensor]) -> None:
     from torchjd.autojac import jac_to_grad, mtl_backward
 
     features, y_hat = model.with_features(x)
-    _, losses = model.loss(y_hat, y)
+    _, losses = model.loss(y_hat, y, apart=True)
     shared = model.shared_parameters()
     mtl_backward(
         list(losses.values()),

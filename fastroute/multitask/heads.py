@@ -5,6 +5,7 @@ Axes: T heads, N rows, F features, O outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -262,7 +263,7 @@ def run_heads(siblings: Siblings, heads: Sequence[Callable[[Any], Any]], x: Any)
 
 
 def _run(part: _Part, x: Tensor) -> Sequence[Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     for module in part.before:
         rows = module(rows)
     T = len(part.heads)

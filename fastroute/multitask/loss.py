@@ -61,6 +61,8 @@ def task_losses(
     targets: Mapping[str, Tensor | None],
     losses: Mapping[str, Any],
     masks: Mapping[str, Tensor | None] | None = None,
+    *,
+    apart: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | bool]]:
     """The loss of every task that has one and a target.
 
@@ -81,6 +83,8 @@ def task_losses(
         targets: labels by task; None, or no entry, is a task without a target.
         losses: by task; None, or no entry, is a task without a loss.
         masks: bool by task, True where there is a label; of the target's shape, or [B].
+        apart: compute every task by itself, so that the gradient of one passes no other, instead of tasks that are
+            alike together.
 
     Returns:
         (losses by task, each without axes, whether there was a label: a bool tensor without axes, or True).
@@ -99,7 +103,7 @@ def task_losses(
         if task.call is None:
             found[task.name], present[task.name] = _own(task)
         else:
-            groups.setdefault(task.key(), []).append(task)
+            groups.setdefault((task.name,) if apart else task.key(), []).append(task)
     for group in groups.values():
         values, there = _classes(group) if group[0].ignore_index is not None else _elements(group)
         for task, value, flag in zip(group, values.unbind(), there.unbind(), strict=True):

@@ -111,7 +111,7 @@ class MultiHead(nn.Module):
             raise ValueError(f"x: expected [..., {first.F}], got {shown(x)}")
         if task is not None:
             return self._by_task(x, task)
-        rows = x.reshape(-1, first.F)
+        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), first.F)
         biases = [b.flatten() for b in self.biases] or [None] * len(self.weights)
         stacked = list(zip((w.flatten(0, 1) for w in self.weights), biases, strict=True))
         T = len(self.tasks)

@@ -50,6 +50,7 @@ def objective(
     y: Any,
     mask: Any = None,
     weighting: Weighting | None = None,
+    apart: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(total, losses by task), see ``MTLModel.loss``.
 
@@ -66,7 +67,7 @@ def objective(
         outputs, own_losses, own_weights = (by_task("y_hat", part, tasks) for part in y_hat)
     else:
         outputs, own_losses, own_weights = by_task("y_hat", y_hat, tasks), dict(losses), dict(weights)
-    found, present = task_losses(outputs, by_task("y", y, tasks), own_losses, by_task("mask", mask, tasks))
+    found, present = task_losses(outputs, by_task("y", y, tasks), own_losses, by_task("mask", mask, tasks), apart=apart)
     if not found:
         raise ValueError("y: expected a target for a task with a loss, got none")
     if weighting is not None:
@@ -120,6 +121,7 @@ class Objective(nn.Module):
         *,
         mask: Mapping[str, Tensor] | Sequence[Tensor | None] | Tensor | None = None,
         weighting: str | Mapping[str, float] | Sequence[float] | Weighting | None = None,
+        apart: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised, and the losses that it is made of.
 
@@ -138,6 +140,8 @@ class Objective(nn.Module):
             mask: bool, True where there is a label, in the same form; of a target's shape or [B].
             weighting: instead of the model's own: a ``Weighting``, numbers by task or in the order of the tasks that
                 have a loss, or the name of one that has nothing to remember ("equal", "rlw", "geometric").
+            apart: compute every task's loss by itself, not those that are alike together: for methods that take the
+                gradient of each, which then costs no more than it must.
 
         Returns:
             (total, losses by task, not weighted), tensors without axes.
@@ -148,7 +152,7 @@ class Objective(nn.Module):
         """
         tasks = self.output_tasks
         losses, weights = self._held_losses()
-        return objective(tasks, losses, weights, y_hat, y, mask, self._weighting_of(weighting, losses))
+        return objective(tasks, losses, weights, y_hat, y, mask, self._weighting_of(weighting, losses), apart)
 
     def _held_losses(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """(losses, their weights) by the name of the node."""

@@ -92,12 +92,12 @@ class _Chains(torch.autograd.Function):
         ctx: Any, x: Tensor, layers: Sequence[Layer], T: int, whole: list[Tensor] | None, *parameters: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
         ctx.layers, ctx.T, ctx.parameters = layers, T, parameters
+        ctx.set_materialize_grads(False)
         # What lies in the parameters' own memory changes when they do, unseen by autograd.
-        ctx.versions = None if whole is None else list(map(_version, parameters))
+        ctx.versions = list(map(_version, parameters))
+        stacked = _by_layer(layers, whole or _put_side_by_side(parameters, T))
         h, kept = x, [x]
-        for layer, (weight, bias) in zip(
-            layers, _by_layer(layers, whole or _put_side_by_side(parameters, T)), strict=True
-        ):
+        for layer, (weight, bias) in zip(layers, stacked, strict=True):
             h = _linear(h, layer, weight, bias, T)
             if layer.then:
                 h = _ACTIVATIONS[type(layer.then[0])].forward(h)
@@ -109,51 +109,67 @@ class _Chains(torch.autograd.Function):
         return h if layers[-1].then else split(h)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         layers, T = ctx.layers, ctx.T
-        grad = grads[0] if layers[-1].then else torch.stack(grads)
-        if ctx.versions is not None and ctx.versions != list(map(_version, ctx.parameters)):
+        if layers[-1].then:
+            grads = (None,) * T if grads[0] is None else grads[0].unbind()
+        used = [t for t in range(T) if grads[t] is not None]
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.versions != list(map(_version, ctx.parameters)):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 "parameter of a head, between the forward and the backward pass"
             )
+        first: Any = grads[used[0]]
         # Somebody wants its derivative, too; or many at a time (is_grads_batched), which nothing can be written into.
-        if torch.is_grad_enabled() or any(map(torch._C._dispatch_keys(grad).has, _MANY)):  # type: ignore[arg-type]
-            return _through_chain(ctx, grad)
+        if torch.is_grad_enabled() or any(map(torch._C._dispatch_keys(first).has, _MANY)):  # type: ignore[arg-type]
+            return _through_chain(ctx, grads, used)
+        # Some networks' outputs alone: of one, where a task's gradient is asked for by itself.
+        low, high = used[0], used[-1] + 1
+        here = slice(low, high)
+        g = torch.stack([torch.zeros_like(first) if y is None else y for y in grads[here]]).transpose(1, 2)  # [T, O, N]
         x, *kept = ctx.saved_tensors
-        weights, outputs = kept[::2], kept[1::2]
-        needs, nothing = ctx.needs_input_grad, [None] * T
+        weights = [w.view(T, layer.O, layer.F)[here] for w, layer in zip(kept[::2], layers, strict=True)]
+        outputs = [h[here] for h in kept[1::2]]
+        needs = ctx.needs_input_grad
         at, made = len(needs), []
-        g = grad.transpose(1, 2)  # [T, O, N]
+
+        def of_each(gradient: Tensor) -> list[Tensor | None]:
+            found = [*[None] * low, *gradient.unbind(), *[None] * (T - high)]
+            if len(used) == high - low:
+                return found
+            return [t if y is not None else None for t, y in zip(found, grads, strict=True)]
+
         for k, layer in reversed(list(enumerate(layers))):
             if layer.then:  # into g, unless it is the user's
                 into = torch.empty_like(outputs[k]) if k == len(layers) - 1 else g
                 g = _ACTIVATIONS[type(layer.then[0])].backward(g, outputs[k], into)
             if layer.has_bias:
                 at -= T
-                made.append(g.sum(2).unbind() if any(needs[at : at + T]) else nothing)
+                made.append(of_each(g.sum(2)) if any(needs[at : at + T]) else [None] * T)
             at -= T
             wants = any(needs[at : at + T])
             if k == 0:  # the rows of all networks are the same
-                g = g.reshape(T * layer.O, x.shape[0])
-                made.append(torch.mm(g, x).view(T, layer.O, layer.F).unbind() if wants else nothing)
+                g = g.reshape(g.shape[0] * layer.O, x.shape[0])
+                made.append(of_each(torch.mm(g, x).view(high - low, layer.O, layer.F)) if wants else [None] * T)
                 break
-            made.append(torch.bmm(g, outputs[k - 1].transpose(1, 2)).unbind() if wants else nothing)
-            g = torch.bmm(weights[k].view(T, layer.O, layer.F).transpose(1, 2), g)
-        dx = torch.mm(g.t(), weights[0]) if needs[0] else None
-        return (dx, None, None, None, *(p for part in reversed(made) for p in part))
+            made.append(of_each(torch.bmm(g, outputs[k - 1].transpose(1, 2))) if wants else [None] * T)
+            g = torch.bmm(weights[k].transpose(1, 2), g)
+        dx = torch.mm(g.t(), weights[0].flatten(0, 1)) if needs[0] else None
+        return (dx, None, None, None, *(t for part in reversed(made) for t in part))
 
 
-def _through_chain(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _through_chain(ctx: Any, grads: Sequence[Tensor | None], used: Sequence[int]) -> tuple[Any, ...]:
     """The gradients of ``chain``, made anew."""
-    x, parameters, again = ctx.saved_tensors[0], ctx.parameters, torch.is_grad_enabled()
+    x, parameters, again, T = ctx.saved_tensors[0], ctx.parameters, torch.is_grad_enabled(), ctx.T
     with torch.enable_grad():
         x = x if again else x.detach().requires_grad_(x.requires_grad)
-        y = chain(x, ctx.layers, _by_layer(ctx.layers, _put_side_by_side(parameters, ctx.T)), ctx.T)
+        y = chain(x, ctx.layers, _by_layer(ctx.layers, _put_side_by_side(parameters, T)), T).unbind()
     wanted = [t for t in (x, *parameters) if t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
+    found = iter(torch.autograd.grad([y[t] for t in used], wanted, [grads[t] for t in used], create_graph=again))
     dx, *rest = [next(found) if t.requires_grad else None for t in (x, *parameters)]
-    return (dx, None, None, None, *rest)
+    return (dx, None, None, None, *(t if grads[i % T] is not None else None for i, t in enumerate(rest)))
 
 
 def split(h: Tensor) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ class SideBySide:
 
     They are moved there when they are first asked for, and again when ``.to()``, a deep copy or a loaded checkpoint has
     parted them: where they are is looked up at every call. They stay the modules' own Parameters. Parameters that
-    somebody else has put somewhere (FSDP, an optimizer's buckets, shared memory) stay where they are.
+    somebody else may have put somewhere (a flat optimizer, shared memory, anybody in a process group) stay there.
 
     Args:
         T: how many lie side by side.
@@ -72,6 +72,9 @@ class SideBySide:
 
     def _moved(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """All of them put side by side, if nobody else has put them where they are."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._ours, self._whole = [], []  # FSDP lends parameters memory of its own, which looks like theirs
+            return None
         whole = {t.untyped_storage().data_ptr() for t in (*self._whole, *self._ours)}
         if len(set(map(id, parameters))) < len(parameters):  # tied
             return None

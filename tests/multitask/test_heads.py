@@ -20,6 +20,7 @@ from fastroute.multitask import MTLModel, MultiHead
 from fastroute.multitask.heads import Siblings
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.poison import poisoned_memory
+from tests.helpers.subprocesses import check_python
 
 T = 7
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
@@ -300,12 +301,31 @@ def test_outputs_may_be_written_to() -> None:
         assert out[1].abs().sum() > 0
 
 
-def test_an_unused_output_has_zero_for_a_gradient() -> None:
+@pytest.mark.parametrize("structure", ["mlp", "linear", "deep", "trailing"])
+@pytest.mark.parametrize("wanted", [(2,), (6,), (0, 3), (1, 2, 3), tuple(range(T))])
+def test_gradients_of_some_outputs(structure: str, wanted: Sequence[int]) -> None:
+    """A head whose output is not used has no gradient, as one by one."""
+    heads = heads_of(structure)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    parameters = [p for h in heads for p in h.parameters()]
+    made, expected = (
+        torch.autograd.grad([ys[t].square().sum() for t in wanted], [x, *parameters], allow_unused=True)
+        for ys in (together(heads, x), [h(x) for h in heads])
+    )
+    for a, b in zip(made, expected, strict=True):
+        if b is None and structure != "trailing":
+            assert a is None
+        assert b is None or (a is not None and torch.allclose(a, b, rtol=1e-12))
+
+
+def test_a_tasks_gradient_passes_no_other_task() -> None:
     model = model_of().double()
-    out, *_ = model(torch.randn(3, 4).double())
-    out[2].sum().backward()
-    assert model.head2[0].weight.grad.abs().sum() > 0
-    assert (model.head1[0].weight.grad == 0).all()
+    x, y = torch.randn(3, 4).double(), [torch.randn(3, 2).double() for _ in range(T)]
+    _, losses = model.loss(model(x), y, apart=True)
+    _, together_ = model.loss(model(x), y)
+    assert all(torch.allclose(losses[k], together_[k], rtol=1e-14) for k in losses)
+    others = [p for i in range(1, T) for p in model.get_submodule(f"head{i}").parameters()]
+    assert torch.autograd.grad(losses["head0"], others, allow_unused=True) == (None,) * len(others)
 
 
 def test_frozen_heads() -> None:
@@ -446,6 +466,50 @@ def test_inference_first_then_training() -> None:
     sum(y.sum() for y in model(torch.randn(3, 4))[0]).backward()
     torch.optim.Adam(model.parameters()).step()
     agrees(model)
+
+
+GROUP = """
+import copy, math, os, tempfile
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tests.multitask.test_heads import T, lie_side_by_side, model_of
+
+dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+torch.manual_seed(0)
+x, y = torch.randn(8, 4).double(), [torch.randn(8, 2).double() for _ in range(T)]
+y[1][:] = math.nan
+
+def trained(wrap, fuse):
+    model = model_of(fuse_heads=fuse, weighting="uncertainty").double()
+    for name in model.unused:
+        getattr(model, name).requires_grad_(False)
+    called = wrap(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model.loss(called(x), y)[0].backward()
+        optimizer.step()
+    return model
+
+
+plain = trained(lambda m: m, False)
+ddp = trained(DistributedDataParallel, True)
+whole = trained(fully_shard, True)
+for model in (ddp, whole):
+    for (name, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
+        torch.testing.assert_close(a.full_tensor() if hasattr(a, "full_tensor") else a, b, msg=name)
+assert not lie_side_by_side(ddp)
+dist.destroy_process_group()
+print("the same")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_in_a_process_group() -> None:
+    """DistributedDataParallel, and FSDP, whose parameters are lent to the forward pass."""
+    assert "the same" in check_python(GROUP, timeout=240)
 
 
 # ---------------------------------------------------------------------------------------------- compiled, and the like
