@@ -200,6 +200,17 @@ def _across(rows: Sequence[Row]) -> str:
     return _table(["what", "figure", "target", *names, ""], body)
 
 
+def _graphs(rows: Sequence[Row]) -> str:
+    names = _names(rows, "graphs")
+    return _table(["case", *names], [[row["case"], *(str(row["graphs"].get(n, "–")) for n in names)] for row in rows])
+
+
+def _by_group(rows: Sequence[Row], show: Callable[[Sequence[Row]], str]) -> str:
+    """A table for each group of rows that have the same rivals, where a suite says which these are."""
+    groups = dict.fromkeys(row.get("group") for row in rows)
+    return "\n\n".join(show([row for row in rows if row.get("group") == group]) for group in groups)
+
+
 def _memory(rows: Sequence[Row], unit: str) -> str:
     names = _names(rows, "memory")
     shown = {"forward": "forward, graph kept"}
@@ -274,22 +285,30 @@ def tables(path: Path) -> str:
         parts += [_together(one)]
     if any("against" in row for row in rows):
         parts += ["**One size against another**", _across(rows)]
+    if any("graphs" in row for row in rows):
+        parts += ["**Graphs that torch.compile makes for five batch sizes**"]
+        parts += [_graphs([row for row in rows if "graphs" in row])]
     counted = two or [row for row in one if "operators" in row]
     if any("operators" in row for row in counted):
         parts += ["**Operators of one step**, in all (and not counting those that another one calls)"]
         parts += [_operators([row for row in counted if "operators" in row])]
     if one:
         title = ("GPU time" if "gpu" in data["machine"] else "Dry run on the CPU") if gpu else "One thread, CPU time"
-        parts += [f"**{title}, ms** (and how many times fastroute's)", _times(one, "ms", "ratio", floor=True)]
+        parts += [f"**{title}, ms** (and how many times fastroute's)"]
+        parts += [_by_group(one, lambda rows: _times(rows, "ms", "ratio", floor=True))]
     if any("fastroute, MKL" in row["rivals"] for row in one):
         parts += [
             "**One thread, fastroute with MKL's products**",
             _mkl([r for r in one if "fastroute, MKL" in r["rivals"]]),
         ]
     if two:
-        parts += ["**Two threads, CPU time of both, ms**", _times(two, "ms", "ratio", floor=False)]
-        parts += ["**Two threads, wall time, ms**", _times(two, "wall_ms", "wall_ratio", floor=False)]
-        parts += ["**Two threads, best wall time, ms**", _best(two)]
+        parts += [
+            "**Two threads, CPU time of both, ms**",
+            _by_group(two, lambda r: _times(r, "ms", "ratio", floor=False)),
+        ]
+        walls = _by_group(two, lambda rows: _times(rows, "wall_ms", "wall_ratio", floor=False))
+        parts += ["**Two threads, wall time, ms**", walls]
+        parts += ["**Two threads, best wall time, ms**", _by_group(two, _best)]
     if gpu:
         parts += ["**Share of the roofline**", _roofline(one)]
     remembered = [row for row in one if "memory" in row]

@@ -15,6 +15,7 @@ DEMOS = {
     "capsules": "learn handwritten digits with a capsule router, time it, draw what it looked at",
     "networks": "learn handwritten digits as five tasks with a routing network, draw which task took which module",
     "tasks": "learn handwritten digits as more than forty tasks of one network, draw the channels that tasks share",
+    "multitask": "learn handwritten digits as eight tasks, a network divided among them in nine ways; draw the graph",
 }
 
 

@@ -1,5 +1,9 @@
 """Multi-task models from a list of dicts: a graph of layers that is checked and scheduled once."""
 
+from .adapters import EachTask, OfTask, ToTasks, Unpack
+from .cross_stitch import CrossStitch
+from .expert_bank import Experts
+from .experts import CGC, PLE, MMoE
 from .loss import task_losses
 from .metrics import F1 as F1  # metrics are not in __all__: their names say little outside of this package
 from .metrics import L1 as L1
@@ -35,3 +39,4 @@ __all__ += [
     "relative_improvement",
     "task_losses",
 ]
+__all__ += ["CGC", "PLE", "CrossStitch", "EachTask", "Experts", "MMoE", "OfTask", "ToTasks", "Unpack"]

@@ -1,0 +1,227 @@
+"""Experts and gates: what ``MMoE``, ``CGC`` and ``PLE`` are made of.
+
+Axes: N samples (all leading axes together), T tasks, D features in, H hidden ones, P features out, E experts; G groups
+of experts, each with an input of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._checks import at_least_one, floating, shown, tensor
+from ..reference.grouped_linear import ACTIVATIONS
+from ..reference.policy import accumulating
+
+
+class Experts(nn.Module):
+    """E feed-forward networks of one shape, run as one batched product: y_e = W_out,e act(W_in,e x + b_in,e) + b_out,e.
+
+    Without ``hidden_features`` an expert is one layer, y_e = act(W_in,e x + b_in,e).
+
+    Args:
+        in_features, hidden_features, out_features, num_experts: D, H or None, P, E.
+        activation: "relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid" or "none".
+        device, dtype: of the parameters.
+
+    Parameters: ``w_in`` [E, H, D], ``b_in`` [E, H], ``w_out`` [E, P, H], ``b_out`` [E, P]; without
+    ``hidden_features`` only the first two, with P for H. Initial values are those of E times ``nn.Linear``.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None,
+        out_features: int,
+        num_experts: int,
+        *,
+        activation: str = "relu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        D, P = at_least_one("in_features", in_features), at_least_one("out_features", out_features)
+        H = None if hidden_features is None else at_least_one("hidden_features", hidden_features)
+        E = at_least_one("num_experts", num_experts)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.in_features, self.hidden_features, self.out_features, self.num_experts = D, H, P, E
+        self.activation = activation
+        own: dict[str, Any] = {"device": device, "dtype": floating_dtype(dtype)}
+        inner = P if H is None else H
+        self.w_in = nn.Parameter(torch.empty(E, inner, D, **own))
+        self.b_in = nn.Parameter(torch.empty(E, inner, **own))
+        self.w_out = None if H is None else nn.Parameter(torch.empty(E, P, H, **own))
+        self.b_out = None if H is None else nn.Parameter(torch.empty(E, P, **own))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform up to 1 / sqrt(features in), weights and biases, as ``nn.Linear``."""
+        for w, b in ((self.w_in, self.b_in), (self.w_out, self.b_out)):
+            if w is not None and b is not None:
+                bound = w.shape[2] ** -0.5
+                nn.init.uniform_(w, -bound, bound)
+                nn.init.uniform_(b, -bound, bound)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, hidden_features={self.hidden_features}, "
+            f"out_features={self.out_features}, num_experts={self.num_experts}, activation={self.activation!r}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., E, P], in x's dtype (autocast's, under autocast).
+
+        Raises:
+            ValueError, TypeError: x is no such tensor.
+        """
+        features("x", x, self.in_features, self.w_in)
+        y = self.run(x.reshape(-1, self.in_features))
+        return y.reshape(*x.shape[:-1], self.num_experts, self.out_features)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Unchecked: [N, D] -> [N, E, P]: the first layers are one product."""
+        u = F.linear(x, self.w_in.flatten(0, 1), self.b_in.flatten()).unflatten(1, (self.num_experts, -1))
+        act = ACTIVATIONS[self.activation]
+        if self.w_out is None:
+            made: Tensor = act(u)
+            return made
+        # put in order before the activation: backward then needs one copy, too, and torch.compile's loops half the time
+        return self._second(act(u.transpose(0, 1).contiguous())).transpose(0, 1)
+
+    def run_grouped(self, x: Tensor) -> Tensor:
+        """[G, N, D] -> [N, E, P]: experts g E / G and following ones take x_g."""
+        G, N = x.shape[:2]
+        w, b = self.w_in.unflatten(0, (G, -1)), self.b_in.unflatten(0, (G, -1))
+        u = x.unsqueeze(1) @ w.mT
+        u = u + b.unsqueeze(2).to(u.dtype)  # which autocast does for a linear layer, but not for a sum
+        h = ACTIVATIONS[self.activation](u).reshape(self.num_experts, N, w.shape[2])
+        return (h if self.w_out is None else self._second(h)).transpose(0, 1)
+
+    def _second(self, h: Tensor) -> Tensor:
+        """[E, N, H] -> [E, N, P]."""
+        if self.w_out is None or self.b_out is None:
+            raise RuntimeError("experts of one layer have no second one")
+        return torch.baddbmm(self.b_out.unsqueeze(1), h, self.w_out.mT)
+
+
+class Gates(nn.Module):
+    """g_t = softmax(V_t x + c_t) over E experts for each of T tasks, in float32 (or float64), under autocast too.
+
+    Parameters: ``weight`` [T, E, D]; with ``bias``, ``bias`` [T, E].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        num_tasks: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        D, E = at_least_one("in_features", in_features), at_least_one("num_experts", num_experts)
+        T = at_least_one("num_tasks", num_tasks)
+        self.in_features, self.num_experts, self.num_tasks = D, E, T
+        own: dict[str, Any] = {"device": device, "dtype": floating_dtype(dtype)}
+        self.weight = nn.Parameter(torch.empty(T, E, D, **own))
+        self.bias = nn.Parameter(torch.empty(T, E, **own)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform up to 1 / sqrt(features in), as ``nn.Linear``."""
+        for p in (self.weight, self.bias):
+            if p is not None:
+                nn.init.uniform_(p, -(self.in_features**-0.5), self.in_features**-0.5)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, num_experts={self.num_experts}, num_tasks={self.num_tasks}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] floating -> weights [..., T, E] that sum to one over experts.
+
+        Raises:
+            ValueError, TypeError: x is no such tensor.
+        """
+        features("x", x, self.in_features)
+        weights = self.run(x.reshape(-1, self.in_features))
+        return weights.reshape(*x.shape[:-1], self.num_tasks, self.num_experts)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Unchecked: [N, D] -> [N, T, E]."""
+        with as_it_is(x):
+            x, w, b = self._cast(x)
+            z = F.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
+            weights: Tensor = z.unflatten(1, (self.num_tasks, -1)).softmax(-1)
+            return weights
+
+    def run_grouped(self, x: Tensor) -> Tensor:
+        """[T, N, D] -> [N, T, E]: a task's gate sees the task's own input."""
+        with as_it_is(x):
+            x, w, b = self._cast(x)
+            z = torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT)
+            weights: Tensor = z.softmax(-1).transpose(0, 1)
+            return weights
+
+    def _cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        to = torch.promote_types(accumulating(x.dtype), accumulating(self.weight.dtype))
+        return x.to(to), self.weight.to(to), None if self.bias is None else self.bias.to(to)
+
+
+class ModuleBank(nn.ModuleList):
+    """Experts of any kind, in the order of their groups."""
+
+    def of(self, xs: Sequence[Tensor], lead: torch.Size) -> tuple[Tensor, torch.Size]:
+        """An input per group -> ([N, E, F], the shape that F was)."""
+        each = len(self) // len(xs)
+        made = [module(xs[k // each]) for k, module in enumerate(self)]
+        for k, y in enumerate(made):
+            tensor(f"experts[{k}]", y, "a module that gives a tensor")
+            if y.shape != made[0].shape:
+                raise ValueError(f"experts[{k}]: expected an output {shown(made[0])} like experts[0]'s, got {shown(y)}")
+            if y.shape[: len(lead)] != lead:
+                raise ValueError(
+                    f"experts[{k}]: expected an output of {list(lead)} and more axes, as the gates' input has, "
+                    f"got {shown(y)}"
+                )
+        tail = made[0].shape[len(lead) :]
+        return torch.stack(made, len(lead)).reshape(lead.numel(), len(made), -1), tail
+
+
+def as_it_is(x: Tensor) -> AbstractContextManager[Any]:
+    """Where autocast changes no dtype, on x's device."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def features(name: str, x: Tensor, D: int, like: Tensor | None = None) -> None:
+    """Raises unless x is [..., D], floating, and of the dtype of the parameter ``like``, or autocast is on."""
+    tensor(name, x, "a tensor [..., in_features]")
+    floating(name, x)
+    if x.dim() < 1 or x.shape[-1] != D:
+        raise ValueError(f"{name}: expected [..., {D}], got {shown(x)}")
+    if like is None or x.dtype == like.dtype:
+        return
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        raise TypeError(f"{name}: expected the experts' dtype {like.dtype}, got {x.dtype}")
+
+
+def floating_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype, if parameters can have it."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    return dtype

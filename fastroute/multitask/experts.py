@@ -1,0 +1,362 @@
+"""Shared and task-specific experts that gates combine: ``MMoE``, ``CGC`` and ``PLE``.
+
+Axes: N samples (all leading axes together), T tasks, D features in, H hidden ones, P features out, E experts, of which
+n are a task's own and s all tasks share; G groups of experts, each with an input of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._checks import at_least_one, floating, integer, tensor
+from .expert_bank import Experts, Gates, ModuleBank, as_it_is, features
+from .outputs import ByTask, by_task, task_names
+
+
+class _Level(nn.Module):
+    """T tasks' own experts and shared ones, with a gate per task over its own (first) and the shared ones."""
+
+    def __init__(
+        self,
+        in_features: int,
+        own: int | Sequence[Sequence[nn.Module]],
+        shared: int | Sequence[nn.Module],
+        T: int,
+        sizes: Mapping[str, Any],
+        *,
+        gate_bias: bool,
+        shared_gate: bool,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        own_count, s = _count("task_experts", own, T), _count("shared_experts", shared)
+        n = own_count // T
+        if n + s == 0:
+            raise ValueError("task_experts, shared_experts: expected at least one expert in all, got 0")
+        self.own_count, self.shared_count, self.num_tasks = n, s, T
+        self.task_experts = _bank(in_features, own, own_count, sizes, factory)
+        self.shared_experts = _bank(in_features, shared, s, sizes, factory)
+        self.gate = Gates(in_features, n + s, T, bias=gate_bias, **factory)
+        self.shared_gate = Gates(in_features, T * n + s, 1, bias=gate_bias, **factory) if shared_gate else None
+
+    def reset_parameters(self) -> None:
+        """Those of the gates and of experts given by sizes, anew."""
+        for part in (self.task_experts, self.shared_experts, self.gate, self.shared_gate):
+            if isinstance(part, (Experts, Gates)):
+                part.reset_parameters()
+
+    def step(self, x: Sequence[Tensor], gate_input: Sequence[Tensor]) -> list[Tensor]:
+        """One input for all, or T tasks' and the shared experts' -> T tasks' outputs, and the shared one with its gate.
+
+        Each [*lead, *tail], lead the gate input's axes but its last.
+        """
+        T, n = self.num_tasks, self.own_count
+        lead, D = gate_input[0].shape[:-1], self.gate.in_features
+        for g in gate_input:
+            features("gate_input" if g is not x[0] else "x", g, D)
+        flat = [g.reshape(-1, D) for g in gate_input]
+        alone = len(flat) == 1
+        g = self.gate.run(flat[0]) if alone else self.gate.run_grouped(torch.stack(flat[:T]))
+        tails, own, shared = [], None, None
+        if self.task_experts is not None:
+            own, tail = _run(self.task_experts, x[:T], lead)
+            tails.append(tail)
+        if self.shared_experts is not None:
+            shared, tail = _run(self.shared_experts, x[-1:], lead)
+            tails.append(tail)
+        if len(set(tails)) > 1:
+            raise ValueError(
+                f"shared_experts: expected outputs of the task experts' shape {list(tails[0])}, got {list(tails[1])}"
+            )
+        parts = []
+        if own is not None:
+            parts.append(_mix(g[..., :n].flatten(0, 1).unsqueeze(1), own.reshape(-1, n, own.shape[-1]), T))
+        if shared is not None:
+            parts.append(_mix(g[..., n:], shared))
+        y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        made = [t.reshape(lead + tails[0]) for t in y.unbind(1)]
+        if self.shared_gate is not None:
+            w = self.shared_gate.run(flat[-1])
+            banks = [(w[..., : T * n], own), (w[..., T * n :], shared)]
+            both = [_mix(weights, e) for weights, e in banks if e is not None]
+            total = both[0] if len(both) == 1 else both[0] + both[1]
+            made.append(total.reshape(lead + tails[0]))
+        return made
+
+
+class _Gated(nn.Module):
+    """What ``MMoE``, ``CGC`` and ``PLE`` have in common: the tasks, and what a forward pass is given."""
+
+    tasks: tuple[str, ...] | None
+    num_tasks: int
+
+    def _first(self, x: Tensor, gate_input: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        tensor("x", x, "a tensor [..., in_features]")
+        floating("x", x)
+        if gate_input is None:
+            return [x], [x]
+        tensor("gate_input", gate_input, "a tensor [..., in_features]")
+        return [x], [gate_input]
+
+
+class CGC(_Level, _Gated):
+    r"""Customized gate control: y_t = sum over e of g_te y_e, over task t's own experts and the shared ones.
+
+    Tang et al. 2020, "Progressive Layered Extraction", equations 3 to 5 (doi 10.1145/3383313.3412236), of one level:
+    g_t = softmax(V_t x), V_t [n + s, D], with the task's own experts first. Without own experts it is ``MMoE``.
+    Experts given by sizes are one batched product per layer, and all combinations two.
+
+    Args:
+        in_features: D, of x, or of ``gate_input`` where the experts are modules.
+        task_experts: n, each task's own experts, by number; or T lists of as many modules.
+        shared_experts: s, by number; or a list of modules.
+        tasks: T, for a tuple of outputs; or T names, for a dict.
+        hidden_features, out_features, activation: of experts given by number, see :class:`Experts`.
+        gate_bias: whether gates have a bias c_t.
+        device, dtype: of the gates, and of experts given by number.
+
+    Modules may take and give anything: all outputs have one shape that begins with the leading axes of the gates'
+    input. Parameters: ``task_experts.*``, ``shared_experts.*`` and ``gate.weight`` [T, n + s, D]. ``layer.gate(x)`` are
+    the weights [..., T, n + s].
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        task_experts: int | Sequence[Sequence[nn.Module]],
+        shared_experts: int | Sequence[nn.Module],
+        tasks: int | Sequence[str],
+        *,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: str = "relu",
+        gate_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        T, names = task_names(tasks)
+        super().__init__(
+            in_features, task_experts, shared_experts, T,
+            _sizes(hidden_features, out_features, activation, (task_experts, shared_experts)),
+            gate_bias=gate_bias, shared_gate=False, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.tasks = names
+
+    def forward(self, x: Tensor, gate_input: Tensor | None = None) -> ByTask:
+        """x [..., D] -> an output [..., P] per task, a tuple, or a dict by name; in x's dtype (autocast's under it).
+
+        Args:
+            x: what the experts take.
+            gate_input: [..., D] floating: what the gates look at; x by default.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        return by_task(self.step(*self._first(x, gate_input)), self.tasks)
+
+
+class MMoE(CGC):
+    r"""Multi-gate mixture of experts: y_t = sum over e of g_te y_e, with a gate g_t = softmax(V_t x) per task.
+
+    Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", equations 6
+    and 7 (doi 10.1145/3219819.3220007). Every task takes all E experts, in its own proportions.
+
+    Args:
+        in_features: D, of x, or of ``gate_input`` where the experts are modules.
+        experts: E, by number, all in one batched product per layer; or a list of modules.
+        tasks: T, for a tuple of outputs; or T names, for a dict.
+        hidden_features, out_features, activation: of experts given by number, see :class:`Experts`.
+        gate_bias: whether gates have a bias.
+        device, dtype: of the gates, and of experts given by number.
+
+    Parameters: ``shared_experts.*`` (see :class:`Experts`) and ``gate.weight`` [T, E, D]. ``layer.gate(x)`` are the
+    weights [..., T, E].
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self, in_features: int, experts: int | Sequence[nn.Module], tasks: int | Sequence[str], **options: Any
+    ) -> None:
+        if _count("experts", experts) < 1:
+            raise ValueError("experts: expected at least 1, got 0")
+        super().__init__(in_features, 0, experts, tasks, **options)
+
+
+class PLE(_Gated):
+    r"""Progressive layered extraction: levels of ``CGC`` one on another, the shared experts' output among them.
+
+    Tang et al. 2020, section 3.3. In every level task t's experts take the level before's y_t, and the shared experts
+    its y_s, which a gate of their own combines out of *all* experts; gates see what their experts see. The last level
+    has no y_s. One level is ``CGC``.
+
+    Args:
+        in_features: D; of modules, one number per level: what the level's gates see.
+        task_experts, shared_experts: as ``CGC``'s, by number; or, of modules, one such argument per level.
+        tasks: T, for a tuple of outputs; or T names, for a dict.
+        levels: by number of experts. (Of modules it is how many there are.)
+        hidden_features, out_features, activation: of experts given by number, in every level: the levels after the
+            first take ``out_features``.
+        gate_bias, device, dtype: as ``CGC``'s.
+
+    Parameters: ``levels.{l}.task_experts.*``, ``.shared_experts.*``, ``.gate.weight`` [T, n + s, D], and
+    ``.shared_gate.weight`` [1, T n + s, D] in all levels but the last.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        task_experts: Any,
+        shared_experts: Any,
+        tasks: int | Sequence[str],
+        *,
+        levels: int | None = None,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: str = "relu",
+        gate_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        T, self.tasks = task_names(tasks)
+        self.num_tasks = T
+        made = list(_per_level(in_features, task_experts, shared_experts, levels, out_features))
+        self.levels: Any = nn.ModuleList(
+            _Level(
+                D, own, shared, T, _sizes(hidden_features, out_features, activation, (own, shared)),
+                gate_bias=gate_bias, shared_gate=number + 1 < len(made), device=device, dtype=dtype,
+            )
+            for number, (D, own, shared) in enumerate(made)
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Those of the gates and of experts given by number, anew."""
+        for level in self.levels:
+            level.reset_parameters()
+
+    def forward(self, x: Tensor, gate_input: Tensor | None = None) -> ByTask:
+        """x [..., D] -> an output [..., P] per task, a tuple, or a dict by name; in x's dtype (autocast's under it).
+
+        Args:
+            x: what the first level's experts take.
+            gate_input: [..., D] floating: what the first level's gates look at; x by default.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        xs, seen = self._first(x, gate_input)
+        for level in self.levels:
+            xs = level.step(xs, seen)
+            seen = xs
+        return by_task(xs, self.tasks)
+
+
+# ---------------------------------------------------------------------------------------------------------- parts
+
+
+def _run(bank: nn.Module, xs: Sequence[Tensor], lead: torch.Size) -> tuple[Tensor, torch.Size]:
+    """A bank on an input per group -> ([N, E, F], F's shape)."""
+    if isinstance(bank, ModuleBank):
+        return bank.of(xs, lead)
+    if not isinstance(bank, Experts):
+        raise TypeError(f"experts: expected Experts or modules, got {type(bank).__name__}")
+    D = bank.in_features
+    for x in xs:
+        features("x", x, D, bank.w_in)
+    if xs[0].shape[:-1] != lead:
+        raise ValueError(f"gate_input: expected the axes of x, {list(xs[0].shape[:-1])} and one more, got {list(lead)}")
+    flat = [x.reshape(-1, D) for x in xs]
+    return bank.run(flat[0]) if len(flat) == 1 else bank.run_grouped(torch.stack(flat)), torch.Size([bank.out_features])
+
+
+def _mix(g: Tensor, e: Tensor, tasks: int | None = None) -> Tensor:
+    """Weights [N, T, E] (or with ``tasks`` [N T, 1, E]) of experts' outputs [., E, F] -> [N, T, F], in those' dtype."""
+    with as_it_is(e):
+        y = torch.bmm(g.to(e.dtype), e)
+        return y if tasks is None else y.reshape(-1, tasks, y.shape[-1])
+
+
+def _bank(
+    in_features: int, experts: int | Sequence[Any], count: int, sizes: Mapping[str, Any], factory: Mapping[str, Any]
+) -> nn.Module | None:
+    if not count:
+        return None
+    if _given(experts):
+        return ModuleBank(_flat(experts))
+    return Experts(in_features, num_experts=count, **sizes, **factory)
+
+
+def _flat(experts: Sequence[Any]) -> Iterator[nn.Module]:
+    for one in experts:
+        if isinstance(one, nn.Module) and not isinstance(one, nn.ModuleList):
+            yield one
+        else:
+            yield from one
+
+
+def _count(name: str, experts: object, T: int | None = None) -> int:
+    """How many experts there are: of ``T`` lists of modules in all."""
+    if not _given(experts):
+        count = integer(name, experts)
+        if count < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {count}")
+        return count * (T or 1)
+    groups: Any = [experts] if T is None else experts
+    if T is not None and (len(groups) != T or not all(_given(g) for g in groups)):
+        raise ValueError(f"{name}: expected a list of modules per task, {T} of them, got {len(groups)} entries")
+    for group in groups:
+        for one in group:
+            if not isinstance(one, nn.Module):
+                raise TypeError(f"{name}: expected modules, got {type(one).__name__}")
+        if len(group) != len(groups[0]):
+            raise ValueError(f"{name}: expected as many for every task, got {[len(g) for g in groups]}")
+    return sum(len(group) for group in groups)
+
+
+def _given(experts: object) -> TypeGuard[Sequence[Any]]:
+    """Whether experts are modules, and not a number of them."""
+    return isinstance(experts, (Sequence, nn.ModuleList)) and not isinstance(experts, str)
+
+
+def _sizes(hidden: int | None, out: int | None, activation: str, experts: Sequence[Any]) -> dict[str, Any]:
+    numbers = any(not _given(one) and one != 0 for one in experts)
+    if numbers and out is None:
+        raise ValueError("out_features: expected a number, as experts are given by their number, got None")
+    if any(map(_given, experts)) and not numbers and (out is not None or hidden is not None):
+        raise ValueError("hidden_features, out_features: expected None, as the experts are modules")
+    return {"hidden_features": hidden, "out_features": out, "activation": activation}
+
+
+def _per_level(
+    in_features: Any, own: Any, shared: Any, levels: int | None, out: int | None
+) -> Iterator[tuple[int, Any, Any]]:
+    """(D, task experts, shared experts) of each level."""
+    lists = [k for k, v in (("task_experts", own), ("shared_experts", shared)) if _given(v)]
+    if not lists:
+        for number in range(at_least_one("levels", 2 if levels is None else levels)):
+            yield (in_features if number == 0 else out), own, shared  # type: ignore[misc]
+        return
+    if len(lists) < 2 or not isinstance(in_features, Sequence):
+        raise ValueError(
+            "in_features, task_experts, shared_experts: expected one of each per level where experts are modules, "
+            f"got {type(in_features).__name__}, {type(own).__name__}, {type(shared).__name__}"
+        )
+    counts = [len(in_features), len(own), len(shared)]
+    if len(set(counts)) > 1 or counts[0] < 1 or levels not in (None, counts[0]):
+        raise ValueError(
+            f"in_features, task_experts, shared_experts: expected as many as there are levels, got {counts}"
+            + (f" and levels={levels}" if levels is not None else "")
+        )
+    yield from zip(in_features, own, shared, strict=True)
