@@ -118,9 +118,9 @@ def soft_assignment(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     mean: bool = False,
-    eps: float = 0.0,
+    eps: float = 0,  # an int, of which torch.compile makes no variable
 ) -> Tensor:
-    r"""Assign every input softly to outputs, and give each output the sum (or weighted mean) of what inputs vote for it.
+    r"""Assign every input softly to outputs; an output is the sum, or the weighted mean, of what inputs vote for it.
 
     .. math::
         R_{ij} &= \mathrm{softmax}_j\, S_{ij}, \qquad
@@ -200,9 +200,8 @@ def soft_assignment(
         raise ValueError("mean: expected no use and no ign, whose weights could be negative")
     if eps and not mean:
         raise ValueError(f"eps: expected 0 without mean, got {eps}")
-    M, p = torch.ops.fastroute.soft_assignment(
+    made: tuple[Tensor, Tensor] = torch.ops.fastroute.soft_assignment(
         votes, scores, gate, *betas, None if scores is not None else prior, mask, lengths, float(eps), requested()
     )
-    if mean:
-        M = M / torch.where(p > 0, p, 1.0)[..., None]
-    return M
+    M, p = made
+    return M / torch.where(p > 0, p, 1.0)[..., None] if mean else M

@@ -69,7 +69,7 @@ def share(
 
 
 def soft_assignment(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """(M, p): M_jh = sum_i w_ij V_ijh [B, m, h] and p_j = sum_i w_ij [B, m], with w = phi + eps where a pair is open."""
+    """M_jh = sum_i w_ij V_ijh [B, m, h] and p_j = sum_i w_ij [B, m], with w = phi + eps where a pair is open."""
     scores, gate, use, ign, prior, mask, lengths, eps = pairs
     known = scores if scores is not None else gate
     assert known is not None
