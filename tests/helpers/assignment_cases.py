@@ -60,7 +60,9 @@ def case_of(
         "ign": normal(*beta) if has["betas"] not in (None, "use") else None,
         "prior": torch.full((m,), 1 / m, dtype=acc, device=device) if not has["scores"] else None,
         "mask": some_mask(b, n, m, seed=seed).to(device) if has["mask"] and b else None,
-        "lengths": torch.tensor([n * (b - k) // b for k in range(b)], dtype=torch.int64, device=device) if has["lengths"] else None,
+        "lengths": torch.tensor([n * (b - k) // b for k in range(b)], dtype=torch.int64, device=device)
+        if has["lengths"]
+        else None,
     }
     axes = {"scores": "bnm", "votes": "bnmh", "gate": "bn", "use": "bnm"[3 - len(beta):], "ign": "bnm"[3 - len(beta):],
             "prior": "m", "mask": "bnm", "lengths": "b", "y": "bmh"}  # fmt: skip
