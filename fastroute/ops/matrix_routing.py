@@ -98,8 +98,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     call = _Call.of(args)
     saved, all_N0 = call.new_saved()
     if call.is_empty:
-        for t, value in zip((*saved, all_N0), (0.0, 0.0, call.eps, 0.0), strict=True):
-            t.fill_(value)
+        for kept, value in zip((*saved, all_N0), (0.0, 0.0, call.eps, 0.0), strict=True):
+            kept.fill_(value)
     else:
         kernel = choose(call.case, call.backend)
         with torch.autocast(call.mu_inp.device.type, enabled=False):
