@@ -40,7 +40,7 @@ class GenerativeMatrixRouting(nn.Module):
 
     Shapes:
         a_inp [..., n_inp], scores before the sigmoid (-inf drops the input, whatever its matrix); mu_inp
-        [..., n_inp, d_cov, d_inp]; outputs a_out [..., n_out], mu_out and sig2_out [..., n_out, d_cov, d_out]. a_out and
+        [..., n_inp, d_cov, d_inp]; outputs a_out [..., n_out], mu_out and sig2_out [..., n_out, d_cov, d_out]. a_out,
         mu_out come in the promoted dtype of mu_inp and the parameters, float32 under autocast, sig2_out in float32 or
         float64.
 
