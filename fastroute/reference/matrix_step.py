@@ -23,7 +23,7 @@ with a, mu and sig2 of ``previous``, and the forward pass gives
     a_j  = sum_{i in O_j} beta_use_ij D_ij - beta_ign_ij (gate_i - D_ij).
 
 and ``low``, what rounding took from ``mean`` (None: not known, which costs accuracy in gradients that are sums over all
-inputs). Where N0_j is 0, mean_j and M2_j are 0. A row whose gate is exactly 0, or that is closed everywhere, contributes
+inputs). Where N0_j is 0, mean_j and M2_j are 0. A row whose gate is exactly 0, or that is closed everywhere, adds
 nothing whatever its votes are, not-a-numbers included. M2 must not be made by subtracting two large numbers: tiles of
 rows make their own mean and centred M2, and Chan's formula puts them together. Threads do not change the order of sums.
 

@@ -242,7 +242,7 @@ def test_no_votes_are_saved() -> None:
         leaves = {k: t.requires_grad_() for k in case.wrt if (t := case.inputs[k]) is not None}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             matrix_op(3)(**{**case.inputs, **leaves})
-        assert 0 < sum(kept.values()) <= 3 * size.b * size.m * (2 * size.c * size.h + 2)
+        assert 0 < sum(kept.values()) <= 3 * size.b * size.m * (3 * size.c * size.h + 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- laws
@@ -402,12 +402,12 @@ def test_opcheck_of_the_gradient(shared: bool) -> None:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_one_graph_for_every_batch(shared: bool, compiler: str) -> None:
     dtype = F32 if compiler == "aot_eager" else F64
-    cases = [matrix_case(Size(b, 30, 5, 2, 3, 4), shared=shared, dtype=dtype) for b in (3, 5, 8)]
+    cases = [matrix_case(Size(b, 30, 5, 2, 3, 4), shared=shared, dtype=dtype) for b in (6, 7, 8)]
     w = {k: cases[0].inputs[k].requires_grad_() for k in ("W", "B", "beta_use", "beta_ign")}  # type: ignore[union-attr]
     calls = [(case.inputs["a_inp"].requires_grad_(), case.inputs["mu_inp"].requires_grad_()) for case in cases]  # type: ignore[union-attr]
 
     def fn(a: Tensor, mu: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ops.matrix_routing(a * 2, mu, Capsules(**w), n_iters=2))
+        return tuple(ops.matrix_routing(a * 2, mu, Capsules(**w), n_iters=2, eps=1e-5))
 
     check_compiled(fn, calls, parameters=list(w.values()), backend=compiler)
 
