@@ -157,7 +157,10 @@ class GenerativeMatrixRouting(nn.Module):
             log_p (None with n_iters=1), R, D_use, D_ign [..., n_inp, n_out], a_out, mu_out and sig2_out.
         """
         self._check_inputs(a_inp, mu_inp)
-        return self._route(a_inp, mu_inp, Capsules(self.W, self.B, self.beta_use, self.beta_ign), mask, lengths)
+        return self._route(a_inp, mu_inp, self._route_parameters(), mask, lengths)
+
+    def _route_parameters(self) -> Capsules:
+        return Capsules(self.W, self.B, self.beta_use, self.beta_ign)
 
     def _route(
         self,
