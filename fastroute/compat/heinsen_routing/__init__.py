@@ -5,6 +5,6 @@ NaN (an input masked for every output) or crashes (``return_dict=True`` with ``n
 with ``n_inp=-1``), this one works.
 """
 
-from ...capsules import DefinableVectorRouting, EfficientVectorRouting
+from ...capsules import DefinableVectorRouting, EfficientVectorRouting, GenerativeMatrixRouting
 
-__all__ = ["DefinableVectorRouting", "EfficientVectorRouting"]
+__all__ = ["DefinableVectorRouting", "EfficientVectorRouting", "GenerativeMatrixRouting"]
