@@ -235,7 +235,7 @@ def blocks(n: int, m: int, h: int, as_product: bool) -> _Blocks:
     """The tile: rows, outputs and columns, powers of two."""
     if as_product:
         M = power_of_2(m)
-        return _Blocks(min(power_of_2(n), 64), M, min(power_of_2(h), 64))
+        return _Blocks(min(power_of_2(n), 64 if M <= 32 else 32), M, min(power_of_2(h), 64 if M <= 32 else 32))
     M = power_of_2(m, 2)
     H = min(power_of_2(h, 2), 64, max(_NUMBERS // M, 8))
     return _Blocks(min(power_of_2(n, 2), max(_NUMBERS // (M * H), 2), 32), M, H)
