@@ -1,4 +1,5 @@
 """Capsule routing: layers that route sequences of vectors to sequences of vectors."""
 
+from .chunks import VectorChunks as VectorChunks
 from .credit import credit_assignment as credit_assignment
 from .vector import EfficientVectorRouting as EfficientVectorRouting
