@@ -262,4 +262,4 @@ def _mark(x: Tensor) -> Tensor:
     """A number that tells apart chunks whose first or last vectors differ, whatever their values are."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
     ends = torch.stack([x[..., 0, :], x[..., -1, :]]).contiguous().view(bits).flatten().to(torch.int64)
-    return (ends * torch.arange(1, 2 * ends.numel(), 2, device=x.device)).sum()
+    return (ends * torch.arange(1, 2 * ends.numel() + 1, 2, device=x.device)).sum()
