@@ -2,4 +2,5 @@
 
 from .chunks import VectorChunks as VectorChunks
 from .credit import credit_assignment as credit_assignment
+from .definable import DefinableVectorRouting as DefinableVectorRouting
 from .vector import EfficientVectorRouting as EfficientVectorRouting

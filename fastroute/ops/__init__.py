@@ -7,6 +7,7 @@ from .efficient_routing import efficient_routing as efficient_routing
 from .expert_ffn import expert_ffn as expert_ffn
 from .grouped_linear import grouped_linear as grouped_linear
 from .policy import policy as policy
+from .soft_assignment import soft_assignment as soft_assignment
 from .task_mask import batch_norm_mask_relu as batch_norm_mask_relu
 from .task_mask import task_mask as task_mask
 from .trajectory_loss import trajectory_loss as trajectory_loss
