@@ -29,7 +29,7 @@ from fastroute import EfficientVectorRouting, data
 
 PATCH, MIDDLE, WIDTH = 2, 8, 32
 CODE, CODE_WIDTH = 4, 2
-BATCH, PEAK_LEARNING_RATE = 32, 4e-3
+BATCH, PEAK_LEARNING_RATE = 32, 1e-2
 
 
 class Bowtie(nn.Module):
@@ -40,7 +40,7 @@ class Bowtie(nn.Module):
         self.size = (height, width)
         n = (height // PATCH) * (width // PATCH)
         self.look = nn.Linear(PATCH * PATCH, WIDTH)
-        self.position = nn.Parameter(torch.randn(n, WIDTH))
+        self.position = nn.Parameter(2 * torch.randn(n, WIDTH))
         self.encode = nn.Sequential(
             EfficientVectorRouting(n, MIDDLE, WIDTH, WIDTH),
             # a layer norm would leave nothing of a vector of width 2 but a sign
@@ -54,7 +54,7 @@ class Bowtie(nn.Module):
     def code(self, images: Tensor) -> Tensor:
         """[B, CODE, CODE_WIDTH]"""
         patches = F.unfold(images[:, None], PATCH, stride=PATCH).mT
-        code: Tensor = self.encode(self.look(patches) + self.position)
+        code: Tensor = self.encode(self.look(patches) * self.position)
         return code
 
     def forward(self, images: Tensor) -> Tensor:
