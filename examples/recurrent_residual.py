@@ -1,10 +1,10 @@
 """One routing, applied again and again with a residual: x <- x + route(norm(x)).
 
 Handwritten digits are sequences of 16 vectors, one per 2 x 2 patch, and one more that asks what the image shows. A
-routing from 17 vectors to 17 is applied six times with the same weights, each time from what it made the last time; a
-routing of one output reads the class off after every step. It learns with the loss of all steps. The table says how
-well the class is known after each step, on digits it has not seen, beside the same network without the residual and
-with one that has a routing of its own for every step.
+routing from 17 vectors to 17 is applied six times with the same weights, each time to what it made the last time; after
+every step the class is read off the vector that asks. It learns with the loss of all steps. The table says how well the
+class is known after each step, on digits it has not seen, beside the same network without the residual and one that has
+a routing of its own for every step.
 
     python examples/recurrent_residual.py --picture steps.png
     python examples/recurrent_residual.py --quick
@@ -83,16 +83,16 @@ def picture(images: Tensor, labels: Tensor, probability: Tensor, curves: dict[st
     left, right = figure.subfigures(1, 2, width_ratios=(4.2, 1.1 * K))
     axis = left.subplots()
     for name, accuracy in curves.items():
-        axis.plot(range(1, STEPS + 1), accuracy, marker="o", markersize=3, label=name)
+        axis.plot(range(1, STEPS + 1), accuracy.numpy(), marker="o", markersize=3, label=name)
     axis.set_xlabel("steps")
     axis.set_ylabel("held-out accuracy")
     axis.legend(frameon=False, fontsize=8)
     axes = right.subplots(2, K, squeeze=False, height_ratios=(1, 1.4))
     for k in range(K):
-        axes[0, k].imshow(images[k], cmap="gray_r", vmin=0, vmax=1)
+        axes[0, k].imshow(images[k].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes[0, k].set_title(f"{int(labels[k])}", fontsize=9)
         axes[0, k].axis("off")
-        axes[1, k].imshow(probability[:, k].mT, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes[1, k].imshow(probability[:, k].mT.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes[1, k].set_xticks(range(STEPS), [str(t + 1) for t in range(STEPS)], fontsize=6)
         axes[1, k].set_yticks(range(CLASSES), [str(c) for c in range(CLASSES)] if k == 0 else [], fontsize=6)
     axes[1, 0].set_ylabel("class", fontsize=8)
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="an epoch of few images, to see that it runs")
     parser.add_argument("--out", type=Path, help="a markdown file to write, or whose part 'recurrent' to rewrite")
     parser.add_argument("--picture", type=Path, help="a file for the picture")
     args = parser.parse_args(argv)
@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     epochs = 1 if args.quick else args.epochs
     train, labels, test, test_labels = data.digits()
+    if args.quick:
+        train, labels = train[:320], labels[:320]
     networks = {
         "recurrent, residual": {},
         "recurrent, no residual": {"residual": False},
