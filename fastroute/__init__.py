@@ -3,6 +3,7 @@
 from . import networks as networks
 from . import ops as ops
 from . import tasks as tasks
+from .capsules import Credit as Credit
 from .capsules import DefinableVectorRouting as DefinableVectorRouting
 from .capsules import EfficientVectorRouting as EfficientVectorRouting
 from .capsules import SlotAttention as SlotAttention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +22,26 @@ _MOST_TICKS = 32  #: of an axis that have a label
 
 
 def credit(
-    images: Tensor,
-    credit: Tensor,
+    images: Tensor | Sequence[str] | Sequence[Sequence[str]],
+    credit: Tensor | Sequence[Tensor],
     *,
     labels: Sequence[object] | Tensor | None = None,
     predictions: Sequence[object] | Tensor | None = None,
     title: str | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """A row of images, and below each the credit of its parts in one output of a router.
+    """Inputs with the credit of their parts in one output of a router: images above their maps, or coloured text.
 
     All maps share their colours: red is net benefit, blue net cost, white none. That is the sign of phi, not of the
     vote: a strongly coloured part counts, whichever way. Colours end at the 99th percentile of all |credit|. The
-    outline of the image is drawn over its map.
+    outline of an image is drawn over its map.
 
     Args:
-        images: [K, H, W], shown in grey from their lowest to their highest value.
-        credit: [K, h, w], of ``credit_assignment``: per pixel, or per patch, where h divides H and w divides W.
-        labels: K true classes, shown above the images.
-        predictions: K predicted classes, shown above the images, in red where they differ from ``labels``.
+        images: [K, H, W], shown in grey from their lowest to their highest value; or a text's tokens, or K texts'.
+        credit: [K, h, w], of ``credit_assignment``: per pixel, or per patch, where h divides H and w divides W. Of
+            tokens: [T], or K tensors [T_k], one number for each token.
+        labels: K true classes, shown above the images or the text.
+        predictions: K predicted classes, shown there too, in red where they differ from ``labels``.
         title: shown above everything.
         path: a file to write, in the format of its suffix.
 
@@ -51,6 +52,9 @@ def credit(
         ImportError: matplotlib is not installed.
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
+    texts = _as_texts(images)
+    if texts is not None:
+        return _credit_of_tokens(texts, credit, labels=labels, predictions=predictions, title=title, path=path)
     pictures, maps = _checked("images", images, "[K, H, W]"), _checked("credit", credit, "[K, h, w]")
     (K, H, W), (k, h, w) = pictures.shape, maps.shape
     if k != K:
@@ -65,8 +69,7 @@ def credit(
 
     figure = _figure(1.15 * K + 1.0, 2.7, title)
     axes = figure.subplots(2, K, squeeze=False)
-    sizes = maps.abs().flatten().sort().values
-    bound = float(sizes[int(0.99 * (len(sizes) - 1))]) or float(sizes[-1]) or 1.0
+    bound = _bound(maps)
     low, high = float(pictures.min()), float(pictures.max())
     drawn = None
     for i in range(K):
@@ -97,6 +100,87 @@ def credit(
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def _as_texts(images: Any) -> list[list[str]] | None:
+    """K lists of tokens, if that is what came."""
+    if isinstance(images, (Tensor, str)) or not isinstance(images, Sequence) or not images:
+        return None
+    if all(isinstance(token, str) for token in images):
+        return [list(images)]
+    texts = [list(text) if isinstance(text, Sequence) and not isinstance(text, str) else [] for text in images]
+    return texts if all(text and all(isinstance(token, str) for token in text) for text in texts) else None
+
+
+_LINE = 88  #: characters of a line of tokens
+_CHARACTER, _LEADING = 0.085, 0.26  #: width of one and distance of lines, in inches
+
+
+def _credit_of_tokens(
+    texts: list[list[str]], credit: Any, *, labels: Any, predictions: Any, title: str | None, path: str | Path | None
+) -> Figure:
+    """Every token on a ground of its colour, in lines of fixed-width type."""
+    rows = [credit] if isinstance(credit, Tensor) and credit.dim() == 1 else list(credit)
+    if len(rows) != len(texts):
+        raise ValueError(f"credit: expected a tensor for each of {len(texts)} texts, got {len(rows)}")
+    values = []
+    for k, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        name = f"credit[{k}]"
+        checked = _checked(name, row[None, None] if isinstance(row, Tensor) and row.dim() == 1 else row, "[T]")[0, 0]
+        if len(checked) != len(text):
+            raise ValueError(f"{name}: expected {len(text)} numbers, one for each token, got {len(checked)}")
+        values.append(checked)
+    true = _names("labels", labels, len(texts), "text")
+    predicted = _names("predictions", predictions, len(texts), "text")
+
+    placed: list[tuple[int, int, str, float]] = []  # line, column, token, credit
+    headings: list[tuple[int, str, bool]] = []
+    line = 0
+    for k, text in enumerate(texts):
+        heading = ([f"true {true[k]}"] if true else []) + ([f"pred. {predicted[k]}"] if predicted else [])
+        if heading:
+            headings.append((line, ", ".join(heading), bool(true and predicted and true[k] != predicted[k])))
+            line += 1
+        column = 0
+        for token, value in zip(text, values[k].tolist(), strict=True):
+            shown = token.replace("\n", "\u23ce") or " "
+            if column and column + len(shown) > _LINE:
+                line, column = line + 1, 0
+            placed.append((line, column, shown, value))
+            column += len(shown) + 1
+        line += 2 if k + 1 < len(texts) else 1
+    widest = max(max(column + len(token) for _, column, token, _ in placed), 24)
+
+    figure = _figure(_CHARACTER * (widest + 2) + 1.0, _LEADING * (line + 0.5) + 0.2, title)
+    ax = figure.subplots()
+    ax.set(xlim=(-1, widest + 1), ylim=(line, -0.5))
+    ax.axis("off")
+    bound = _bound(torch.cat(values))
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    colours: Any = ScalarMappable(Normalize(-bound, bound), "RdBu_r")
+    for row_of, column, token, value in placed:
+        ground = colours.to_rgba(value)
+        ax.add_patch(Rectangle((column - 0.4, row_of), len(token) + 0.8, 0.9, facecolor=ground, edgecolor="none"))
+        ink = "white" if abs(value) > 0.7 * bound else _RIGHT
+        middle = column + len(token) / 2
+        ax.text(middle, row_of + 0.45, token, family="monospace", fontsize=8, color=ink, ha="center", va="center")
+    for row_of, text_of, wrong in headings:
+        ax.text(-0.4, row_of + 0.5, text_of, fontsize=9, color=_WRONG if wrong else _RIGHT, va="center")
+    bar = figure.colorbar(colours, ax=ax, extend="both", fraction=0.03, pad=0.01, aspect=12)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("cost  ·  benefit", fontsize=8)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _bound(credit: Tensor) -> float:
+    """Where colours end."""
+    sizes = credit.abs().flatten().sort().values
+    return float(sizes[int(0.99 * (len(sizes) - 1))]) or float(sizes[-1]) or 1.0
 
 
 def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path: str | Path | None = None) -> Figure:
@@ -229,7 +313,7 @@ def _figure(width: float, height: float, title: str | None) -> Figure:
     return figure
 
 
-def _checked(name: str, t: Tensor, axes: str) -> Tensor:
+def _checked(name: str, t: Any, axes: str) -> Tensor:
     """As float32 on the CPU."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor {axes}, got {type(t).__name__}")
@@ -237,17 +321,17 @@ def _checked(name: str, t: Tensor, axes: str) -> Tensor:
         raise ValueError(f"{name}: expected {axes}, none of them 0, got {list(t.shape)}")
     if t.is_complex():
         raise TypeError(f"{name}: expected real values, got {t.dtype}")
-    t = t.detach().float().cpu()
-    bad = int((~t.isfinite()).sum())
+    values: Tensor = t.detach().float().cpu()
+    bad = int((~values.isfinite()).sum())
     if bad:
         raise ValueError(f"{name}: expected finite values, got {bad} that are NaN or infinite")
-    return t
+    return values
 
 
-def _names(name: str, values: Sequence[object] | Tensor | None, count: int) -> list[str]:
+def _names(name: str, values: Sequence[object] | Tensor | None, count: int, what: str = "image") -> list[str]:
     if values is None:
         return []
     listed = values.tolist() if isinstance(values, Tensor) else list(values)
     if not isinstance(listed, list) or len(listed) != count:
-        raise ValueError(f"{name}: expected {count} of them, one per image, got {listed}")
+        raise ValueError(f"{name}: expected {count} of them, one per {what}, got {listed}")
     return [str(value) for value in listed]

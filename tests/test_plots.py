@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,58 @@ def test_neither_the_import_nor_the_picture_needs_pyplot() -> None:
         "plots.credit(torch.rand(1, 2, 2), torch.rand(1, 2, 2)); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------------------------- credit of text
+
+WORDS = ["the", "film", "is", "not", "good\n", "but", "long"]
+
+
+def test_tokens_on_grounds_of_their_colours(tmp_path: Path) -> None:
+    path = tmp_path / "text.png"
+    credit = [torch.randn(7), torch.randn(3)]
+    figure = plots.credit([WORDS, WORDS[:3]], credit, labels=[0, 1], predictions=[0, 0], title="why", path=path)
+    ax = figure.axes[0]
+    written = [text.get_text() for text in ax.texts]
+    assert written[:7] == ["the", "film", "is", "not", "good\u23ce", "but", "long"] and written[7:10] == WORDS[:3]
+    headings = ax.texts[10:]
+    assert [text.get_text() for text in headings] == ["true 0, pred. 0", "true 1, pred. 0"]
+    assert headings[0].get_color() != headings[1].get_color() and figure.get_suptitle() == "why"
+    for patch, value in zip(ax.patches, torch.cat(credit).tolist(), strict=True):
+        red, _, blue, _ = patch.get_facecolor()
+        assert (red > blue) == (value > 0), "red is benefit"
+    assert path.stat().st_size > 1000
+
+
+def test_long_text_is_broken_into_lines_that_do_not_overlap() -> None:
+    figure = plots.credit(["word" * (k % 5 + 1) for k in range(200)], torch.randn(200))
+    boxes: dict[float, list[tuple[float, float]]] = {}
+    for patch in figure.axes[0].patches:
+        boxes.setdefault(patch.get_y(), []).append((patch.get_x(), patch.get_x() + patch.get_width()))
+    assert len(boxes) > 10
+    low, high = sorted(figure.axes[0].get_xlim())
+    for line in boxes.values():
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(line))
+        assert low <= line[0][0] and line[-1][1] <= high
+
+
+BAD_TEXT: dict[str, tuple[type[Exception], Any, Any, dict[str, Any], str]] = {
+    "count": (ValueError, [WORDS], [torch.zeros(7)] * 2, {}, "credit: expected a tensor for each of 1 texts, got 2"),
+    "length": (ValueError, WORDS, torch.zeros(5), {}, r"credit\[0\]: expected 7 numbers, one for each token, got 5"),
+    "rank": (
+        ValueError,
+        [WORDS],
+        [torch.zeros(7, 2)],
+        {},
+        r"credit\[0\]: expected \[T\], none of them 0, got \[7, 2\]",
+    ),
+    "type": (TypeError, [WORDS], [[0.0] * 7], {}, r"credit\[0\]: expected a tensor \[T\], got list"),
+    "NaN": (ValueError, WORDS, torch.full((7,), torch.nan), {}, r"credit\[0\]: expected finite values, got 7"),
+    "labels": (ValueError, WORDS, torch.zeros(7), {"labels": [1, 2]}, "labels: expected 1 of them, one per text"),
+}
+
+
+@pytest.mark.parametrize(("error", "tokens", "credit", "kwargs", "message"), BAD_TEXT.values(), ids=BAD_TEXT)
+def test_bad_text(error: type[Exception], tokens: Any, credit: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plots.credit(tokens, credit, **kwargs)

@@ -69,12 +69,12 @@ def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mas
         raise ValueError(
             f"{name}: expected a shape that broadcasts to {list(full)} (..., n_inp, n_out), got {shown(mask)}"
         )
+    B = 1
+    for size in batch:
+        B *= size
     if mask.dim() <= 2 or all(size == 1 for size in mask.shape[:-2]):
-        B = 1
-        for size in batch:
-            B *= size
         return mask.reshape(mask.shape[-2:] if mask.dim() > 1 else mask.shape).expand(B, n, m)
-    return mask.expand(full).reshape(-1, n, m)
+    return mask.expand(full).reshape(B, n, m)
 
 
 def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, device: torch.device) -> Tensor:

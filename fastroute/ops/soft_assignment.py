@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..reference.soft_assignment import Grads, Pairs, accumulating, sizes
 from . import _checks
-from ._backends import Case, choose, offer, record, requested
+from . import _native_soft_assignment as _native_soft_assignment  # defines the native ops
+from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
 OP = "soft_assignment"
@@ -29,6 +30,7 @@ def case_of(votes: Tensor, pairs: Pairs) -> Case:
 
 
 offer(OP, "reference", "fastroute.reference.soft_assignment", lambda case: None)
+offer(OP, "native", "fastroute.ops._native_soft_assignment", native_refuses)
 
 
 def _empty(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:

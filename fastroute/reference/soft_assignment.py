@@ -175,7 +175,11 @@ def forward(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     letters, shared = _letters(votes, B, m)
     M, p = votes.new_zeros((B, m, h), dtype=acc), votes.new_zeros((B, m), dtype=acc)
     for tile in _tiles(votes, pairs):
-        M += torch.einsum(f"brm,{letters}->bmh", tile.w, _rows_of(votes, tile, shared, acc))
+        V = _rows_of(votes, tile, shared, acc)
+        if shared:
+            M += torch.einsum(f"brm,{letters}->bmh", tile.w, V)
+        else:  # not einsum, whose products of a row and a matrix add the terms one by one
+            M += (tile.w[..., None] * V).sum(1)
         p += tile.w.sum(1)
     return M, p
 

@@ -1,0 +1,50 @@
+"""Networks of routings put together: residuals, concatenations and parallel paths, whose credit is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks
+
+
+class Residual(nn.Module):
+    """``x + module(x)``: as many vectors out as in. Its credit is 1 + that of the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n, d] to [..., n, d]."""
+        y: Tensor = self.module(x)
+        if y.shape != x.shape:
+            raise ValueError(f"module: expected to return {_checks.shown(x)}, like x, got {_checks.shown(y)}")
+        return x + y
+
+
+class _Branches(nn.Module):
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        if not modules:
+            raise ValueError("modules: expected at least one, got none")
+        self.branches = nn.ModuleList(modules)
+
+
+class Concatenate(_Branches):
+    """``cat([a(x), b(x), ...], -2)``: every branch's vectors, in order. Its credit has the branches' columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n, d] to [..., m_a + m_b + ..., h]."""
+        return torch.cat([branch(x) for branch in self.branches], -2)
+
+
+class Add(_Branches):
+    """``a(x) + b(x) + ...``: parallel paths. Its credit is the sum of the branches'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n, d] to [..., m, h]."""
+        y: Tensor = self.branches[0](x)
+        for branch in self.branches[1:]:
+            y = y + branch(x)
+        return y
