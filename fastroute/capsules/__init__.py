@@ -1,9 +1,9 @@
 """Capsule routing: layers that route sequences of vectors to sequences of vectors."""
 
+from .chunks import VectorChunks as VectorChunks
 from .compose import Add as Add
 from .compose import Concatenate as Concatenate
 from .compose import Residual as Residual
-from .chunks import VectorChunks as VectorChunks
 from .credit import credit as credit
 from .credit import credit_assignment as credit_assignment
 from .credit import record as record
