@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, use_backend
 from fastroute.capsules import VectorChunks, stream
-from tests.helpers.backends import HERE
+from tests.helpers.backends import FLOAT32, HERE
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.opcheck import assert_same, gradcheck
@@ -153,17 +153,19 @@ def test_any_cut_is_the_same(sizes: list[int], size: str, b: int) -> None:
         assert_same(Streams(layer, tuple(sizes))(x, None, None), layer(x), "x_out")
 
 
+@pytest.mark.parametrize("backend", FLOAT32, indirect=True)
 @each_size
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_error_budget(size: str, dtype: torch.dtype) -> None:
-    """Many chunks round no worse than one sum."""
-    n, m, d, h = 200, *SIZES[size][1:]
+def test_error_budget(size: str, dtype: torch.dtype, backend: str) -> None:
+    """Many chunks round no worse than one sum. (Few where kernels are interpreted.)"""
+    n, m, d, h = 40 if backend == "triton" else 200, *SIZES[size][1:]
     cases = []
     for seed in range(4):
         torch.manual_seed(seed)
         layer = EfficientVectorRouting(n if size == "fixed" else -1, m, d, h, dtype=dtype)
         cases.append(case_of(layer, vectors(n=n, dtype=dtype, seed=seed)))
-    check(streamed(layer, (3,) * 65), truth(layer), cases, dtype=dtype, permute="md", count=3)
+    sizes, count = ((24, 1), 2) if backend == "triton" else ((3,) * 65, 3)
+    check(streamed(layer, sizes), truth(layer), cases, dtype=dtype, permute="md", count=count)
 
 
 @each_size
