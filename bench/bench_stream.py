@@ -31,8 +31,8 @@ _FIXED = Case(1, 100_000, 100, 256, 256)
 _GRAM = _FIXED._replace(any_length=True)
 _WIDE = Case(1, 50_000, 100, 1_024, 1_024, any_length=True)
 
-# The targets of a ratio are "at least"; those named max_ are "at most", in MB. Reading narrow vectors takes as long as a
-# product with a hundred outputs, so the target of the floor is that of the wide ones.
+# The targets of a ratio are "at least"; those named max_ are "at most", in MB. Reading narrow vectors takes as long as
+# a product with a hundred outputs, so the target of the floor is that of the wide ones.
 _ROWS = [
     Row(case, what, {"max_MB": 300, **({"floor": 0.7} if case == _WIDE else {})}, memory=True)
     for case in (_FIXED, _GRAM, _WIDE)

@@ -124,3 +124,14 @@ def test_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "graph: " in printed and "draws are fresh" in printed
     assert float(printed.split(" % of the samples")[0].split()[-1]) > 0
+
+
+def test_credit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    assert (
+        example("credit").main(["--epochs", "1", "--images", "3", "--sentences", "3", "--folder", str(tmp_path)]) == 0
+    )
+    printed = capsys.readouterr().out
+    for name in ("credit_digits.png", "credit_words.png"):
+        assert name in printed and (tmp_path / name).stat().st_size > 5000

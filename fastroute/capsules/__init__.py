@@ -10,5 +10,6 @@ from .credit import record as record
 from .credit import trace as trace
 from .credit_map import Credit as Credit
 from .definable import DefinableVectorRouting as DefinableVectorRouting
+from .matrix import GenerativeMatrixRouting as GenerativeMatrixRouting
 from .slots import SlotAttention as SlotAttention
 from .vector import EfficientVectorRouting as EfficientVectorRouting

@@ -29,8 +29,16 @@ def case_of(votes: Tensor, pairs: Pairs) -> Case:
     return Case(OP, votes.device.type, votes.dtype, tuple(named))
 
 
+def _triton_refuses(case: Case) -> str | None:
+    from ..kernels.soft_assignment import unsupported
+
+    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
+    return why
+
+
 offer(OP, "reference", "fastroute.reference.soft_assignment", lambda case: None)
 offer(OP, "native", "fastroute.ops._native_soft_assignment", native_refuses)
+offer(OP, "triton", "fastroute.kernels.soft_assignment", _triton_refuses)
 
 
 def _empty(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from fastroute import use_backend
 from fastroute.ops import _backends
 from fastroute.reference.step import Grads, Step
 from tests.cpp.agent_policy_cases import agent_policies
+from tests.cpp.assignment_cases import soft_assignments
 from tests.cpp.dispatch_cases import grouped_linears, plans, policies
 from tests.cpp.loss_cases import trajectory_losses
 from tests.cpp.task_mask_cases import masked_batch_norms, task_masks
@@ -117,7 +118,7 @@ def run() -> None:
     with use_backend("native"), poisoned_memory():
         capsules = one_iteration, fenced, all_iterations, layouts
         networks = plans, grouped_linears, policies, agent_policies, trajectory_losses
-        for part in (*capsules, *networks, task_masks, masked_batch_norms):
+        for part in (*capsules, soft_assignments, *networks, task_masks, masked_batch_norms):
             part()
             print(part.__name__, flush=True)
     print("no findings")

@@ -23,10 +23,11 @@ HERE = Path(__file__).resolve().parent
         ["tests/kernels/test_policy.py"],
         ["tests/kernels/test_trajectory_loss.py"],
         ["tests/kernels/test_task_mask.py"],
+        ["tests/kernels/test_soft_assignment.py"],
         ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
         ["tests/capsules/test_stream.py", "-k", "test_error_budget and triton"],
     ],
-    ids=["kernels", "dispatch", "policy", "trajectory_loss", "task_mask", "golden", "stream"],
+    ids=["kernels", "dispatch", "policy", "trajectory_loss", "task_mask", "soft_assignment", "golden", "stream"],
 )
 def test_interpreted(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])

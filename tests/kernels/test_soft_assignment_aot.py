@@ -1,0 +1,90 @@
+"""The kernels of ``soft_assignment`` compiled for three architectures: own and shared votes, both kinds of betas."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import aot
+
+
+class Case(NamedTuple):
+    """A call, by the sizes and the names of what there is."""
+
+    B: int
+    n: int
+    m: int
+    h: int
+    dtype: str = "float32"
+    shared: str = ""  # axes of votes that are: of "bm"
+    betas: str = ""  # "shared", "own" or none
+    padded: bool = False
+    first: bool = False
+
+
+CASES = {
+    "routing": Case(4, 1000, 10, 256, betas="shared"),
+    "any length": Case(4, 1000, 10, 64, "bfloat16", betas="own", padded=True),
+    "first": Case(4, 1000, 10, 64, betas="shared", padded=True, first=True),
+    "memory": Case(8, 512, 32, 64, shared="b", betas="shared"),
+    "slots": Case(16, 4096, 11, 64, shared="m", padded=True),
+    "slots bf16": Case(16, 4096, 7, 64, "bfloat16", shared="m"),
+    "wide": Case(2, 512, 500, 96),
+    "many slots": Case(2, 512, 64, 96, shared="m"),
+    "wide slots": Case(2, 512, 500, 96, shared="m"),
+}
+
+
+def launches(case: Case) -> Iterator[Any]:
+    import torch
+
+    from fastroute.kernels import soft_assignment
+    from fastroute.reference.soft_assignment import Grads, Pairs
+
+    B, n, m, h = case[:4]
+    dtype = getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    votes = empty(1 if "b" in case.shared else B, n, 1 if "m" in case.shared else m, h, dtype=dtype)
+    scores = None if case.first else empty(B, n, m, dtype=dtype)
+    gate = None if case.shared == "m" else empty(B, n)
+    betas = [empty(B if case.betas == "own" else 1, n, m) if case.betas else None for _ in range(2)]
+    pairs = Pairs(
+        scores, gate, *betas, empty(m) if case.first else None,
+        empty(B, n, m, dtype=torch.bool) if case.padded else None,
+        empty(B, dtype=torch.int64) if case.padded else None, 1e-8 if case.shared == "m" else 0.0,
+    )  # fmt: skip
+    yield from aot.record(lambda: soft_assignment.forward(votes, pairs))
+    grads = Grads(*(None if t is None else torch.empty_like(t) for t in (votes, scores, gate, *betas)))
+    yield from aot.record(lambda: soft_assignment.backward(votes, pairs, empty(B, m, h), empty(B, m), grads))
+
+
+@functools.cache
+def reports(name: str) -> list[aot.Report]:
+    return aot.report_of(__file__, name)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("routing", "slots") else pytest.mark.slow) for name in CASES]
+)
+def test_fits(name: str) -> None:
+    """Shared memory is within every architecture's limit; nothing spills on sm_90, at most 16 registers elsewhere."""
+    found = reports(name)
+    assert {(r.kernel, r.arch) for r in found} == {
+        (kernel, arch) for kernel in ("forward_kernel", "backward_kernel", "votes_kernel") for arch in aot.SHARED_LIMIT
+    }
+    for r in found:
+        assert r.shared <= aot.SHARED_LIMIT[r.arch], r
+        assert r.stack <= (0 if r.arch == 90 else 16 * 4), r
+
+
+if __name__ == "__main__":
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    for case_name in sys.argv[1].split(","):
+        aot.print_reports([(case_name, list(launches(CASES[case_name])))], archs)
