@@ -13,7 +13,7 @@ from tests.test_examples import cells, example, leave_no_trace  # noqa: F401  (a
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    parts = ("autoencoder", "recurrent", "million")
+    parts = ("autoencoder", "recurrent", "million", "iterations")
     path = tmp_path / "page.md"
     path.write_text("before\n" + "".join(f"<!-- begin {p} -->\nold\n<!-- end {p} -->\n" for p in parts) + "after\n")
     return path
@@ -26,7 +26,7 @@ def test_sequence_autoencoder(page: Path, tmp_path: Path) -> None:
     autoencoder = example("sequence_autoencoder")
     assert autoencoder.main(["--quick", "--out", str(page), "--picture", str(picture)]) == 0
     text = page.read_text()
-    assert text.count("old") == 2 and text.endswith("after\n")
+    assert text.count("old") == 3 and text.endswith("after\n")
     head, ours, *linear = cells(text)
     lost = head.index("variance lost, held-out")
     assert ours[1] == linear[0][1] == "8" and 0 < float(ours[lost]) < float("inf")
@@ -77,6 +77,24 @@ def test_a_recurrent_step_is_the_same_routing_again() -> None:
     assert torch.equal(logits[0], logits[-1]), "a routing that adds nothing changes nothing"
 
 
+def test_routing_iterations(page: Path, tmp_path: Path) -> None:
+    """R is even at first, and what the layer itself has at the end."""
+    pytest.importorskip("sklearn")
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    picture = tmp_path / "iterations.png"
+    iterations = example("routing_iterations")
+    assert iterations.main(["--quick", "--out", str(page), "--picture", str(picture)]) == 0
+    _, first, *_, last = cells(page.read_text())
+    assert first[1:] == ["1.000", "0.100", "0.100"] and float(last[1]) < 1
+    assert matplotlib_image.imread(picture).std() > 0.05
+    model = iterations.OneRouting(8, 8)
+    images = torch.rand(2, 8, 8)
+    found = model.iterations(images)
+    assert len(found) == iterations.ITERATIONS == model.route.n_iters and not model.route.return_dict
+    model.route.return_dict = True
+    assert torch.equal(found[-1]["phi"], model.route(model.vectors(images))["phi"].detach())
+
+
 def test_million_vectors(page: Path, tmp_path: Path) -> None:
     pytest.importorskip("rich")
     million = example("million_vectors")
@@ -102,6 +120,7 @@ def test_its_file_is_what_is_routed(tmp_path: Path) -> None:
     ("name", "argv", "message"),
     [
         ("sequence_autoencoder", ["--epochs", "0"], "--epochs, --threads: expected at least 1"),
+        ("routing_iterations", ["--epochs", "0"], "--epochs, --threads: expected at least 1"),
         ("recurrent_residual", ["--threads", "0"], "--epochs, --threads: expected at least 1"),
         ("million_vectors", ["--rows", "0"], "--rows, --width, --chunk, --threads: expected at least 1"),
         ("million_vectors", ["--folder", "/nowhere"], "--folder: expected a folder, found none at /nowhere"),

@@ -137,6 +137,11 @@ def test_masks_and_lengths(size: str, n_iters: int, options: str) -> None:
 
 
 @each_size
+def test_chunks_that_are_padding_for_all(size: str) -> None:
+    compared(make(size), vectors(2), (8, 8), lengths=torch.tensor([8, 3]))
+
+
+@each_size
 def test_one_row_at_a_time(size: str) -> None:
     """Also where a chunk of one row has parameters with one row, which looks like shared ones."""
     compared(make(size), vectors(2), (1,) * (N - 1))
