@@ -8,6 +8,7 @@ from .capsules import Credit as Credit
 from .capsules import DefinableVectorRouting as DefinableVectorRouting
 from .capsules import EfficientVectorRouting as EfficientVectorRouting
 from .capsules import GenerativeMatrixRouting as GenerativeMatrixRouting
+from .capsules import SlotAttention as SlotAttention
 from .capsules import credit_assignment as credit_assignment
 from .multitask import *  # noqa: F403
 from .networks import *  # noqa: F403  (its __all__: decisions, rewards, Selection, Loss, ...)

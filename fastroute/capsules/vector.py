@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import _checks, efficient_routing
 from ..reference.efficient_routing import Parameters, cast, first_or_next, input_scale, norm
 from ..reference.vector_routing import row_is_live
+from .stream import Chunks, stream
 
 
 class EfficientVectorRouting(nn.Module):
@@ -178,6 +179,46 @@ class EfficientVectorRouting(nn.Module):
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
         x_out = efficient_routing(x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
         return x_out.reshape(*batch, self.n_out, self.d_out)
+
+    def stream(
+        self,
+        chunks: Chunks,
+        *,
+        n: int | None = None,
+        rows: int | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        buffer: bool = False,
+    ) -> Tensor:
+        """Route input vectors that come in chunks [..., k, d_inp] and need not fit in memory together.
+
+        The result is that of ``forward`` on all of them, up to the order of sums. The chunks are gone through once per
+        iteration, and with gradients once more per iteration; between two chunks only [n_out, d] arrays and a number
+        per input vector are kept. Parameters have gradients; the vectors have none.
+
+        Args:
+            chunks: a tensor, an array or a ``numpy.memmap`` [..., n_inp, d_inp], which is cut here and read a chunk
+                ahead (``VectorChunks``); a list or another iterable of chunks, or a function that returns a new
+                iterator of them. Tensors of any device, moved to the parameters'; arrays; any number of vectors each,
+                none included. Every pass has to give the same ones, which is checked by their sizes and their first
+                and last vectors (on a GPU the vectors only under ``fastroute.strict``).
+            n: how many vectors there are in all; None: n_inp, or, with ``n_inp=-1``, counted in a pass of its own where
+                neither a length nor a list tells.
+            rows: vectors of a chunk where one tensor or array is given.
+            mask: as in ``forward``, broadcastable to [..., n_inp, n_out].
+            lengths: as in ``forward``: vectors of a sample from there on are not used.
+            buffer: keep all chunks of an iterator that can be gone through only once; otherwise it is refused where
+                more than one pass is needed.
+
+        Returns:
+            x_out [..., n_out, d_out], float32 under autocast.
+
+        Raises:
+            ValueError, TypeError: naming the argument or the chunk, what was expected and what came: another width,
+                dtype or leading dimensions, another number of vectors than n, other vectors than in the first pass.
+        """
+        x_out: Tensor = stream(self, chunks, n=n, rows=rows, mask=mask, lengths=lengths, buffer=buffer)
+        return x_out
 
     def _last_iteration(
         self, x: Tensor, w: Parameters, mask: Tensor | None, lengths: Tensor | None

@@ -16,8 +16,15 @@ from ..reference.efficient_routing import Parameters, cast, input_scale, norm
 from ..reference.step import Grads, Step
 from . import _gram as gram
 from ._backends import choose, record, requested
-from ._gemm import product
 from ._registry import define, no_second_derivative
+from ._routing_outputs import (
+    first_betas,
+    norm_backward,
+    outputs,
+    outputs_backward,
+    predictions,
+    predictions_backward,
+)
 from .vector_routing import autocast_precision, case_of, precision_of
 
 _PARAMETERS = ", ".join(f"Tensor{'?' if name.startswith('bias') else ''} {name}" for name in Parameters._fields)
@@ -94,27 +101,6 @@ def _new_saved(call: _Call) -> _Saved:
     return _Saved(*(call.x.new_empty(size, dtype=call.acc) for size in sizes))
 
 
-def _matmul(a: Tensor, weight: Tensor) -> Tensor:
-    """A per-output product: operands in the weight's dtype, the result in a's (the dtype of sums)."""
-    return product(a.to(weight.dtype), weight).to(a.dtype)
-
-
-def _predictions(y: Tensor, w: Parameters) -> tuple[Tensor, Tensor, Tensor]:
-    """(LN(y), LN(y) W_G1, the predictions P)."""
-    z = norm(y)
-    Q = _matmul(z, w.W_G1)
-    return z, Q, torch.addcmul(w.B_G2.to(Q.dtype), Q, w.W_G2.to(Q.dtype))
-
-
-def _norm_backward(dz: Tensor, y: Tensor) -> Tensor:
-    h = y.shape[-1:]
-    if h[0] == 1:
-        return dz
-    _, mean, rstd = torch.ops.aten.native_layer_norm(y, h, None, None, 1e-5)
-    dy: Tensor = torch.ops.aten.native_layer_norm_backward(dz, y, h, mean, rstd, None, None, [True, False, False])[0]
-    return dy
-
-
 def _step(call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, *, first: bool) -> Step:
     """What iteration t gives the backend."""
     w = call.w
@@ -123,14 +109,6 @@ def _step(call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, 
         None if first else w.W_S, None if first else w.B_S, w.beta_use, w.beta_ign, w.bias_use, w.bias_ign,
         w.prior.to(call.acc) if first else None, call.mask, call.lengths, precision_of(call.x, call.precision),
     )  # fmt: skip
-
-
-def _first_betas(call: _Call) -> tuple[Tensor, Tensor]:
-    """(v [m, d], e [m]): in a first iteration with linear betas, phi_ij = f_i (<x_i, v_j> + e_j)."""
-    w, c = call.w, call.w.prior.to(call.acc)
-    assert w.bias_use is not None and w.bias_ign is not None
-    v = c[:, None] * w.beta_use.to(call.acc) - (1 - c)[:, None] * w.beta_ign.to(call.acc)
-    return v, c * w.bias_use.to(call.acc) - (1 - c) * w.bias_ign.to(call.acc)
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -149,20 +127,19 @@ def _routed(call: _Call, saved: _Saved) -> Tensor:
     scale = input_scale(x, call.lengths)
     for t in range(call.n_iters):
         if t > 0:
-            M, p, _ = kernel.forward(_step(call, scale, saved.gate, _predictions(saved.y[t - 1], w)[2], first=False))
+            M, p, _ = kernel.forward(_step(call, scale, saved.gate, predictions(saved.y[t - 1], w).P, first=False))
         elif call.uses_gram:
             gate, G, g = gram.forward(x, w.W_A, w.B_A, scale, call.lengths)
             for kept, made in zip((saved.gate, saved.G, saved.g), (gate, G, g), strict=True):
                 kept.copy_(made)
-            v, e = _first_betas(call)
+            v, e = first_betas(w, call.acc)
             M, p = v @ G + e[:, None] * g[:, None, :d], g[:, :d] @ v.mT + e * g[:, d:]
         else:
             M, p, gate = kernel.forward(_step(call, scale, None, None, first=True))
             saved.gate.copy_(gate)
         saved.M[t] = M
         saved.p[t] = p
-        U = M * scale[:, None, None] * w.W_F1.to(call.acc)
-        saved.y[t] = torch.addcmul(_matmul(U, w.W_F2), p[..., None], w.B_F2.to(call.acc))
+        saved.y[t] = outputs(M, p, scale, w)
     y = saved.y[-1]
     return (norm(y) if call.normalize else y.clone()).to(call.out_dtype)
 
@@ -219,7 +196,7 @@ def _differentiate(
     call: _Call, saved: _Saved, dout: Tensor, dx: Tensor | None, dw: Parameters, want_rows: bool
 ) -> None:
     """Last iteration first; dx and the parameters' gradients are filled in place."""
-    w, acc = call.w, call.acc
+    w = call.w
     kernel = choose(case_of(call.x, w.W_F1.shape[0]), call.backend)
     scale = input_scale(call.x, call.lengths)
     for per_output in (dw.W_F1, dw.W_F2, dw.B_F2, dw.W_G1, dw.W_G2, dw.B_G2, dw.prior):
@@ -228,27 +205,16 @@ def _differentiate(
     if want_rows:
         grads.gate_weight, grads.gate_bias, grads.score_weight, grads.score_bias = dw.W_A, dw.B_A, dw.W_S, dw.B_S
         grads.use, grads.ign, grads.use_bias, grads.ign_bias = dw.beta_use, dw.beta_ign, dw.bias_use, dw.bias_ign
-    dy = _norm_backward(dout, saved.y[-1]) if call.normalize else dout
+    dy = norm_backward(dout, saved.y[-1]) if call.normalize else dout
     for t in reversed(range(call.n_iters)):
         first = t == 0
-        M, p = saved.M[t] * scale[:, None, None], saved.p[t]
-        dw.B_F2.add_(torch.einsum("bj,bjh->jh", p, dy))
-        dp = torch.einsum("bjh,jh->bj", dy, w.B_F2.to(acc))
-        dU = _matmul(dy, w.W_F2.mT)
-        U = M * w.W_F1.to(acc)
-        dw.W_F2.add_(_matmul(U.flatten(0, 1).mT, dy.flatten(0, 1).to(w.W_F2.dtype)))
-        dw.W_F1.add_((dU * M).sum(0))
-        dM = dU * w.W_F1.to(acc) * scale[:, None, None]
+        dM, dp = outputs_backward(dy, saved.M[t], saved.p[t], scale, w, dw)
         if first:
             break
-        z, Q, P = _predictions(saved.y[t - 1], w)
-        dP = kernel.backward(_step(call, scale, saved.gate, P, first=False), dM, dp, grads)
+        seen = predictions(saved.y[t - 1], w)
+        dP = kernel.backward(_step(call, scale, saved.gate, seen.P, first=False), dM, dp, grads)
         grads.fresh = False
-        dw.B_G2.add_(dP.sum(0))
-        dw.W_G2.add_((dP * Q).sum(0))
-        dQ = dP * w.W_G2.to(acc)
-        dw.W_G1.add_(_matmul(z.flatten(0, 1).mT, dQ.flatten(0, 1).to(w.W_G1.dtype)))
-        dy = _norm_backward(_matmul(dQ, w.W_G1.mT), saved.y[t - 1])
+        dy = predictions_backward(dP, seen, saved.y[t - 1], w, dw)
     if call.uses_gram:
         _differentiate_gram(call, saved, scale, dM, dp, dw, grads)
     else:
@@ -260,7 +226,7 @@ def _differentiate_gram(
 ) -> None:
     """The first iteration in Gram form, M = G v + e g and p = <g, v> + e f."""
     d = call.x.shape[-1]
-    v, e = _first_betas(call)
+    v, e = first_betas(call.w, call.acc)
     if grads.use is not None:
         c = call.w.prior.to(call.acc)
         dv = torch.einsum("bjc,bac->ja", dM, saved.G) + dp.mT @ saved.g[:, :d]

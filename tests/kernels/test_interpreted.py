@@ -26,8 +26,11 @@ HERE = Path(__file__).resolve().parent
         ["tests/kernels/test_soft_assignment.py"],
         ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
         ["tests/capsules/test_definable.py", "-k", "test_golden_float32 and triton"],
+        ["tests/capsules/test_stream.py", "-k", "test_error_budget and triton"],
     ],
-    ids=["kernels", "dispatch", "policy", "trajectory_loss", "task_mask", "soft_assignment", "golden", "definable"],
+    ids=[
+        "kernels", "dispatch", "policy", "trajectory_loss", "task_mask", "soft_assignment", "golden", "definable", "stream",
+    ],  # fmt: skip
 )
 def test_interpreted(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])
