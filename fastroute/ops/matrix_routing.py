@@ -102,7 +102,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     if call.is_empty:
         for part in saved:
             part.zero_()  # type: ignore[union-attr]
-        return *settle(_at(saved, -1), call.eps), *saved  # type: ignore[return-value]
+        out = settle(_at(saved, -1), call.eps)
+        return out.a.clone(), out.mu, out.sig2, *saved  # type: ignore[return-value]
     kernel = choose(call.case, call.backend)
     with torch.autocast(call.mu_inp.device.type, enabled=False):
         step = call.step(call.gate(), None)
@@ -113,10 +114,9 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
                     kept[t].zero_()  # type: ignore[index]
                 else:
                     kept[t] = part  # type: ignore[index]
-            step = step._replace(previous=settle(made, call.eps))
-    out = step.previous
-    assert out is not None
-    return out.a.clone() if out.a is made.a else out.a, out.mu, out.sig2, *saved  # type: ignore[return-value]
+            out = settle(made, call.eps)
+            step = step._replace(previous=out)
+    return *out, *saved  # type: ignore[return-value]
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
