@@ -163,11 +163,10 @@ def gradient_kernel(
                 db = tl.sum(tl.reshape(dV, [S, CP, J * HP]), 0)
                 db += tl.load(b_out, mask=keep_c & more[None, :], other=0.0)
                 tl.store(b_out, db, mask=keep_c)
-            w_out = d_W + j * (D * H) + h
-            if WANT_ROWS:
-                w_out += own_out * (M * D * H)
-            mu_out = d_mu + ((jt * tl.cast(batch, tl.int64) + b) * rows + i - first) * (C * D) + c * D
-            keep_mu = live & (c < C)
+                w_out = d_W + own_out * (M * D * H) + j * (D * H) + h
+            if WANT_MU:
+                mu_out = d_mu + ((jt * tl.cast(batch, tl.int64) + b) * rows + i - first) * (C * D) + c * D
+                keep_mu = live & (c < C)
             if DOT:
                 for column in range(0, D, BLOCK_D):
                     d = column + tl.arange(0, BLOCK_D)

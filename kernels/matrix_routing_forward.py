@@ -192,6 +192,19 @@ def assign_kernel(
 
 
 @triton.jit
+def chan(N, mean, M2):
+    """(weight, mean, M2) along axis 0 together, by Chan's formula; the mean is made again from a first one."""
+    total = tl.sum(N, 0)
+    scale = tl.where(total > 1e-36, total, 1.0)
+    some = N != 0.0
+    rough = tl.sum(tl.where(some, N * mean, 0.0), 0) / scale
+    apart = tl.where(some, mean - tl.expand_dims(rough, 0), 0.0)
+    shift = tl.sum(N * apart, 0) / scale
+    apart = tl.where(some, apart - tl.expand_dims(shift, 0), 0.0)
+    return total, rough + shift, tl.sum(M2 + N * apart * apart, 0)
+
+
+@triton.jit
 def moments_kernel(
     gate, mu_inp, W, bias,
     weight,  # [batch, rows, M], D
@@ -254,16 +267,7 @@ def moments_kernel(
     if SHARED:  # the lanes are inputs of one sample: put them together
         N3 = tl.reshape(N, [S, CP, J * HP])
         mean3 = tl.reshape(mean, [S, CP, J * HP])
-        M23 = tl.reshape(M2, [S, CP, J * HP])
-        total = tl.sum(N3, 0)
-        # The mean of the lanes' means, from one of them on: their largest is as good as any.
-        start = tl.max(tl.where(N3 > 0.0, mean3, float("-inf")), 0)
-        start = tl.where(total > 0.0, start, 0.0)
-        apart = tl.where(N3 > 0.0, mean3 - start[None, :, :], 0.0)
-        shift2 = tl.sum(N3 * apart, 0) / tl.where(total > 1e-36, total, 1.0)
-        apart = tl.where(N3 > 0.0, apart - shift2[None, :, :], 0.0)
-        M2_all = tl.sum(M23 + N3 * apart * apart, 0)
-        mean_all = start + shift2
+        total, mean_all, M2_all = chan(N3, mean3, tl.reshape(M2, [S, CP, J * HP]))
         c1 = tl.arange(0, CP)
         keep1 = (c1 < C)[:, None] & keep_q[None, :]
         base = own_slot + tl.cast(bt, tl.int64) * M
@@ -305,19 +309,12 @@ def merge_kernel(
         some = inside & (w != 0.0)
         m = tl.load(mean_part + at, mask=some, other=0.0)
         q = tl.load(M2_part + at, mask=some, other=0.0)
-        here = tl.sum(w, 0)
-        start = tl.max(tl.where(some, m, float("-inf")), 0)
-        start = tl.where(here != 0.0, start, 0.0)
-        apart = tl.where(some, m - start[None, :], 0.0)
-        shift = tl.sum(w * apart, 0) / tl.where(here > 1e-36, here, 1.0)
-        apart = tl.where(some, apart - shift[None, :], 0.0)
-        here_square = tl.sum(q + w * apart * apart, 0)
+        here, here_mean, here_square = chan(w, m, q)
         both = total + here
         ratio = here / tl.where(both > 1e-36, both, 1.0)
-        step = start + shift - center
-        step = tl.where(here != 0.0, step, 0.0)
+        step = tl.where(here != 0.0, here_mean - center, 0.0)
         square += here_square + step * step * total * ratio
-        center = tl.where(total == 0.0, tl.where(here != 0.0, start + shift, 0.0), center + step * ratio)
+        center = tl.where(total == 0.0, here_mean, center + step * ratio)
         total = both
     for slot in range(0, a_slots, BLOCK_S):
         s = (slot + tl.arange(0, BLOCK_S)).to(tl.int64)

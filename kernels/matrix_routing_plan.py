@@ -8,7 +8,8 @@ Inputs go in chunks, so that what is kept per pair (i, j) takes at most SCRATCH 
 either pass: ``pairs`` (not in an unscored forward pass), ``assign``, then ``moments`` or ``gradient``. A program of the
 three kernels with votes has a tile of outputs and walks along a split of the inputs, so that what is per output is read
 once; its lanes are samples, which share an input's parameters, or with shared parameters inputs. A tile has as many
-pairs as registers allow: 16 numbers per thread of each of its six matrices forward, 8 of the eleven of ``gradient``.
+pairs as registers allow: 16 numbers per thread of each of its six matrices forward, 8 of the eleven of ``gradient``,
+half as many where votes are matrix products proper, whose operands take registers too.
 There are some four programs to a multiprocessor, at least 16 steps to a split.
 """
 
@@ -67,20 +68,20 @@ def _vote_tile(lanes: int, m: int, c: int, d: int, h: int, per_thread: int) -> V
     """``lanes``: samples, or inputs, that there are to fill them."""
     deep = d >= DEEP
     rows, columns = power_of_2(c, 1), power_of_2(h, 1)
+    per_thread = per_thread // 2 if deep else per_thread
     pairs = max(1, 128 * per_thread // (rows * columns))
-    wide = min(16, power_of_2(lanes, 1), pairs)
-    outputs = min(pairs // wide, power_of_2(m, 1))
-    if deep:  # a product has at least 16 rows and columns
-        wide, outputs = max(wide, 16 // rows), max(outputs, 16 // columns)
+    low = (16 // rows, 16 // columns) if deep else (1, 1)  # a product has at least 16 rows and columns
+    wide = max(low[0], min(16, power_of_2(lanes, 1), pairs))
+    outputs = max(1, low[1], min(pairs // wide, power_of_2(m, 1)))
     numbers = wide * outputs * rows * columns
     warps = max(4, min(16, numbers // (32 * per_thread)))
     return VoteTile(wide, outputs, rows, columns, min(32, power_of_2(d)), deep, warps)
 
 
-def _row_tile(m: int) -> RowTile:
+def _row_tile(m: int, pairs: int) -> RowTile:
     wide = power_of_2(m, 1)
-    high = max(1, min(32, 2048 // wide))
-    return RowTile(high, wide, max(4, min(32, high * wide // 512)))
+    high = max(1, min(32, pairs // wide))
+    return RowTile(high, wide, max(4, min(32, high * wide // (pairs // 4))))
 
 
 def _split(rows: int, step: int, others: int, sms: int) -> int:
@@ -104,7 +105,7 @@ def plan(
     each = 4 * (2 * m + cdiv(m, heavy.outputs) * c * d if backward else m)  # bytes per input and sample
     batch = max(1, min(B, 32768, SCRATCH // (each * min(n, 64))))
     rows = max(1, min(n, SCRATCH // (each * batch)))
-    row = _row_tile(m)
+    row = _row_tile(m, 1024 if backward else 2048)
 
     def split(tile: VoteTile, samples: int) -> int:
         return _split(rows, tile.lanes if shared else 1, cdiv(m, tile.outputs) * samples, sms)

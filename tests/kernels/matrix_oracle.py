@@ -140,6 +140,8 @@ class _Iteration(torch.autograd.Function):
         if ctx.start is not None:
             made = [None if t is None else t - ctx.start for t in made]
         previous = (None,) * 3 if step.previous is None else sums.of(step.previous, ctx.p_model)
+        if ctx.p_model == "skm":
+            previous = (*previous[:2], None)  # no variance is read
         return (None, None, None, *made, *previous)
 
 
