@@ -6,6 +6,7 @@ from .combine import combine as combine
 from .efficient_routing import efficient_routing as efficient_routing
 from .expert_ffn import expert_ffn as expert_ffn
 from .grouped_linear import grouped_linear as grouped_linear
+from .matrix_routing import matrix_routing as matrix_routing
 from .policy import policy as policy
 from .task_mask import batch_norm_mask_relu as batch_norm_mask_relu
 from .task_mask import task_mask as task_mask

@@ -24,7 +24,7 @@ with a, mu and sig2 of ``previous``, and the forward pass gives
 
 Where N0_j is 0, mean_j and M2_j are 0. A row whose gate is exactly 0, or that is closed everywhere, contributes nothing
 whatever its votes are, not-a-numbers included. M2 must not be made by subtracting two large numbers: tiles of rows make
-their own mean and centred M2, and Chan's formula puts them together. Sums over i do not depend on the number of threads.
+their own mean and centred M2, and Chan's formula puts them together. Threads do not change the order of sums over i.
 
 What follows from the moments is per output, and the op layer's: ``settle`` and ``OutputGrads.of``.
 """

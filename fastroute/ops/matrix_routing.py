@@ -1,0 +1,276 @@
+"""``matrix_routing``: all iterations of routing matrix capsules as one registered op and its gradient.
+
+Heinsen (2019), "An Algorithm for Routing Capsules in All Domains", section 2. The passes over the inputs are the
+backends'; what is per output ([m, c, h]) is plain PyTorch. Derived in ``docs/matrix_routing.md``.
+Axes: B batch, T iterations, n input capsules, m output capsules, c rows of a capsule's matrix (d_cov), d its columns
+before routing (d_inp), h its columns after (d_out).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.matrix_routing import Capsules
+from ..reference.matrix_step import MatrixGrads, MatrixStep, OutputGrads, Outputs, settle
+from . import _checks
+from ._backends import Case, choose, native_refuses, offer, record, requested
+from ._registry import define, no_second_derivative
+
+OP = "matrix_routing"
+P_MODELS = ("gaussian", "skm")
+_INPUTS = (
+    "Tensor a_inp, Tensor mu_inp, Tensor W, Tensor B, Tensor beta_use, Tensor beta_ign, Tensor? mask, int n_iters, "
+    "str p_model, float eps, str backend"
+)
+_SAVED = "Tensor a, Tensor mu, Tensor sig2, Tensor N0"
+
+
+def _triton_refuses(case: Case) -> str | None:
+    try:
+        from ..kernels.matrix_routing import unsupported
+    except ImportError:
+        return "there is no Triton kernel of matrix_routing"
+    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
+    return why
+
+
+offer(OP, "reference", "fastroute.reference.matrix_tiles", lambda case: None)
+offer(OP, "native", "fastroute.ops._native_matrix_routing", native_refuses)
+offer(OP, "triton", "fastroute.kernels.matrix_routing", _triton_refuses)
+
+
+class _Call(NamedTuple):
+    """The op's arguments, and what follows from their shapes."""
+
+    a_inp: Tensor
+    mu_inp: Tensor
+    w: Capsules
+    mask: Tensor | None
+    n_iters: int
+    p_model: str
+    eps: float
+    backend: str
+
+    @classmethod
+    def of(cls, args: Any) -> _Call:
+        return cls(args[0], args[1], Capsules(*args[2:6]), *args[6:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.mu_inp.dtype, self.w.W.dtype)
+
+    @property
+    def acc(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def case(self) -> Case:
+        B, n, c, d = self.mu_inp.shape
+        _, m, _, h = self.w.W.shape
+        sizes = (("B", B), ("n", n), ("m", m), ("c", c), ("d", d), ("h", h))
+        return Case(OP, self.mu_inp.device.type, self.dtype, sizes)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.a_inp.numel() == 0
+
+    def step(self, gate: Tensor, previous: Outputs | None) -> MatrixStep:
+        mu_inp = self.mu_inp.to(self.acc).contiguous()
+        return MatrixStep(gate, mu_inp, *self.w, self.mask, previous, self.p_model)
+
+    def gate(self) -> Tensor:
+        return torch.sigmoid(self.a_inp.to(self.acc)).contiguous()
+
+    def new_saved(self) -> tuple[Outputs, Tensor]:
+        """(outputs, N0) of every iteration."""
+        B, _, c, _ = self.mu_inp.shape
+        _, m, _, h = self.w.W.shape
+        few, many = (self.n_iters, B, m), (self.n_iters, B, m, c, h)
+        new = self.mu_inp.new_empty
+        saved = Outputs(*(new(size, dtype=self.acc) for size in (few, many, many)))
+        return saved, new(few, dtype=self.acc)
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    call = _Call.of(args)
+    saved, all_N0 = call.new_saved()
+    if call.is_empty:
+        for kept, value in zip((*saved, all_N0), (0.0, 0.0, call.eps, 0.0), strict=True):
+            kept.fill_(value)
+    else:
+        kernel = choose(call.case, call.backend)
+        with torch.autocast(call.mu_inp.device.type, enabled=False):
+            step = call.step(call.gate(), None)
+            for t in range(call.n_iters):
+                moments = kernel.forward(step)
+                made = settle(moments, call.eps)
+                all_N0[t] = moments.N0
+                for kept, one in zip(saved, made, strict=True):
+                    kept[t] = one
+                step = step._replace(previous=made)
+    return *(t[-1].clone() for t in saved), *saved, all_N0
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    call = _Call.of(args)
+    record(call.case)
+    saved, all_N0 = call.new_saved()
+    return *(t.new_empty(t.shape[1:]) for t in saved), *saved, all_N0
+
+
+def _new_grads(call: _Call, want_mu: bool, want_parameters: bool) -> MatrixGrads:
+    def like(t: Tensor, wanted: bool = True) -> Tensor | None:
+        return t.new_empty(t.shape, dtype=call.acc) if wanted else None
+
+    parameters = [like(t, want_parameters) for t in call.w]
+    gate = call.a_inp.new_empty(call.a_inp.shape, dtype=call.acc)
+    return MatrixGrads(True, gate, like(call.mu_inp, want_mu), *parameters)
+
+
+def _listed(call: _Call, da_inp: Tensor, grads: MatrixGrads) -> list[Tensor]:
+    made = (grads.mu_inp, grads.W, grads.bias, grads.beta_use, grads.beta_ign)
+    return [da_inp, *(t if t is not None else call.mu_inp.new_empty(0, dtype=call.acc) for t in made)]
+
+
+def _backward(*args: Any) -> list[Tensor]:
+    *inputs, da, dmu, dsig2, a, mu, sig2, all_N0, want_mu, want_parameters = args
+    call = _Call.of(inputs)
+    grads = _new_grads(call, want_mu, want_parameters)
+    if call.is_empty:
+        return [t.zero_() for t in _listed(call, grads.gate, grads)]
+    kernel = choose(call.case, call.backend)
+    with torch.autocast(call.mu_inp.device.type, enabled=False):
+        gate = call.gate()
+        step = call.step(gate, None)
+        d = Outputs(da, dmu, dsig2)
+        for t in reversed(range(call.n_iters)):
+            made = Outputs(a[t], mu[t], sig2[t])
+            previous = Outputs(a[t - 1], mu[t - 1], sig2[t - 1]) if t else None
+            sums = kernel.backward(
+                step._replace(previous=previous), OutputGrads.of(made, all_N0[t], d, call.eps), grads
+            )
+            grads.fresh = False
+            if previous is not None:
+                d = sums.of(previous, call.p_model)
+        da_inp = grads.gate.mul_(gate * (1 - gate))
+    return _listed(call, da_inp, grads)
+
+
+def _backward_fake(*args: Any) -> list[Tensor]:
+    *inputs, _, _, _, _, _, _, _, want_mu, want_parameters = args
+    call = _Call.of(inputs)
+    record(call.case)
+    grads = _new_grads(call, want_mu, want_parameters)
+    return _listed(call, grads.gate, grads)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.options = inputs[7:]
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *output[3:])
+
+
+def _gradient(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    needs = ctx.needs_input_grad
+    nothing = (None,) * 5
+    if all(t is None for t in d[:3]):
+        return (*[None] * 6, *nothing)
+    given = [torch.zeros_like(s[-1]) if t is None else t.contiguous() for t, s in zip(d, saved[:3], strict=False)]
+    made = torch.ops.fastroute.matrix_routing_backward(*inputs, *ctx.options, *given, *saved, needs[1], any(needs[2:6]))
+    grads = [g.to(t.dtype) if need else None for g, t, need in zip(made, inputs, needs, strict=False)]
+    return *grads, *nothing
+
+
+define(
+    "matrix_routing_backward",
+    f"({_INPUTS}, Tensor da_out, Tensor dmu_out, Tensor dsig2_out, {_SAVED}, bool want_mu_inp, bool want_parameters)"
+    " -> Tensor[]",
+    _backward,
+    _backward_fake,
+    autograd=no_second_derivative(OP),
+)
+define(
+    OP,
+    f"({_INPUTS}) -> (Tensor a_out, Tensor mu_out, Tensor sig2_out, {_SAVED})",
+    _forward,
+    _forward_fake,
+    autograd=(_gradient, _setup),
+)
+
+
+def _check(a_inp: Tensor, mu_inp: Tensor, w: Capsules) -> None:
+    if mu_inp.dim() != 4:
+        raise ValueError(f"mu_inp: expected [B, n, c, d], got {_checks.shown(mu_inp)}")
+    if w.W.dim() != 4:
+        raise ValueError(f"W: expected [n or 1, m, d, h], got {_checks.shown(w.W)}")
+    B, n, c, d = mu_inp.shape
+    n1, m, _, h = w.W.shape
+    if n1 != 1:
+        n1 = n
+    _checks.shape("a_inp", a_inp, (B, n), "B, n")
+    _checks.shape("W", w.W, (n1, m, d, h), "n or 1, m, d, h")
+    _checks.shape("B", w.B, (n1, m, c, h), "n or 1, m, c, h")
+    _checks.shape("beta_use", w.beta_use, (n1, m), "n or 1, m")
+    _checks.shape("beta_ign", w.beta_ign, (n1, m), "n or 1, m")
+    tensors = {"a_inp": a_inp, **w._asdict()}
+    for name, t in {"mu_inp": mu_inp, **tensors}.items():
+        _checks.floating(name, t)
+    _checks.together(("mu_inp", mu_inp), tensors)
+
+
+def matrix_routing(
+    a_inp: Tensor,
+    mu_inp: Tensor,
+    w: Capsules,
+    *,
+    n_iters: int,
+    p_model: str = "gaussian",
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
+) -> Outputs:
+    """Route n input capsules to m output capsules by n_iters iterations, Heinsen (2019), section 2.
+
+    The equations are ``fastroute.reference.matrix_routing.matrix_routing``. The votes [B, n, m, c, h] are never stored.
+
+    Args:
+        a_inp: [B, n], activations before the sigmoid; -inf drops the input, whatever its matrix.
+        mu_inp: [B, n, c, d], the input capsules.
+        w: parameters with a row per input (n1 = n) or one for all (n1 = 1).
+        n_iters: iterations, at least 1.
+        p_model: "gaussian", or "skm" for soft k-means.
+        eps: added to the sums that are divided by, and to variances.
+        mask: bool, broadcastable to [B, n, m]; True = input i may not reach output j and is neither used nor ignored by
+            it, as if the pair were not there. An input masked for every output contributes nothing.
+
+    Returns:
+        ``Outputs(a [B, m], mu [B, m, c, h], sig2 [B, m, c, h])``, computed in float32 (float64 where an argument is).
+        a and mu come in the promoted dtype of mu_inp and W, in float32 at least under autocast; sig2 never in less than
+        float32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    _check(a_inp, mu_inp, w)
+    _checks.at_least_one("n_iters", n_iters)
+    if p_model not in P_MODELS:
+        raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
+    B, n = a_inp.shape
+    m = w.W.shape[1]
+    if mask is not None:
+        _checks.tensor("mask", mask, "a bool tensor")
+        _checks.together(("mu_inp", mu_inp), {"mask": mask})
+        mask = _checks.as_mask(mask, (B,), n, m)
+    dtype = torch.promote_types(mu_inp.dtype, w.W.dtype)
+    if dtype == torch.float64:  # one dtype of sums, whatever is wide
+        mu_inp, w = mu_inp.to(dtype), Capsules(*(t.to(dtype) for t in w))
+    if torch.is_autocast_enabled(mu_inp.device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
+    a, mu, sig2, *_ = torch.ops.fastroute.matrix_routing(
+        a_inp, mu_inp, *w, mask, n_iters, p_model, float(eps), requested()
+    )
+    return Outputs(a.to(dtype), mu.to(dtype), sig2)
