@@ -20,7 +20,6 @@ from fastroute.reference.matrix_step import (
     OutputGrads,
     Outputs,
     PreviousGrads,
-    log_prior,
 )
 
 from . import launch as start
@@ -32,7 +31,7 @@ from .matrix_routing_plan import MAX_CAPSULE, MAX_OUTPUTS, Plan, VoteTile, capsu
 __all__ = ["backward", "forward", "plan", "unsupported"]
 
 
-def unsupported(device_type: str, dtype: torch.dtype, n: int, m: int, c: int, d: int, h: int) -> str | None:
+def unsupported(device_type: str, dtype: torch.dtype, B: int, n: int, m: int, c: int, d: int, h: int) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
     if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
@@ -60,7 +59,6 @@ class _Call:
         )
         self.mask = None if step.mask is None else step.mask.expand(self.B, self.n, self.m).view(torch.uint8)
         self.mask_strides = (0, 0, 0) if self.mask is None else self.mask.stride()
-        self.prior = None if step.previous is None else log_prior(step.previous, step.p_model)
         self.plan: Plan = plan(
             *step.sizes, shared=self.shared, backward=backward, sms=multiprocessors(step.mu_inp.device)
         )
@@ -82,9 +80,9 @@ class _Call:
         return self.step.gate[samples], self.step.mu_inp[samples], self.W, self.bias
 
     def before(self, samples: slice) -> tuple[Tensor | None, ...]:
-        """mu and sig2 of the previous iteration."""
+        """a, mu and sig2 of the previous iteration."""
         previous = self.step.previous
-        return (None, None) if previous is None else (previous.mu[samples], previous.sig2[samples])
+        return (None, None, None) if previous is None else tuple(t[samples] for t in previous)
 
     def constants(self, tile: VoteTile) -> dict[str, object]:
         return {
@@ -116,11 +114,10 @@ class _Call:
     ) -> None:
         tile, batch, per_split = self.plan.light, samples.stop - samples.start, self.plan.light_split
         splits, batch_tiles = cdiv(last - first, per_split), self.batch_tiles(tile, batch)
-        prior = None if self.prior is None else self.prior[samples]
         given = (None,) * 4 if out is None else (t[samples] for t in (out.center, out.g1, out.g2, out.k))
         start.launch(
             pairs_kernel, (cdiv(self.m, tile.outputs) * splits * batch_tiles,),
-            *self.inputs(samples), prior, *self.before(samples), *given, logit, slope,
+            *self.inputs(samples), *self.before(samples), *given, logit, slope,
             *self.strides(), first, last, self.plan.rows, batch, per_split, splits, batch_tiles,
             SCORED=self.scored, GAUSSIAN=self.gaussian, SLOPED=out is not None, **self.constants(tile),
         )  # fmt: skip
@@ -224,7 +221,7 @@ def _backward(call: _Call, out: OutputGrads, grads: MatrixGrads) -> PreviousGrad
             d_W, d_bias = call.new(groups * splits, m, d, h), call.new(groups * splits, m, c, h)
         start.launch(
             gradient_kernel, (outputs * splits * groups,),
-            *call.inputs(samples), *call.before(samples), out.center[samples], out.g1[samples], out.g2[samples],
+            *call.inputs(samples), *call.before(samples)[1:], out.center[samples], out.g1[samples], out.g2[samples],
             weight, slope, d_mu, d_W, d_bias, *(None if A is None else A[:, samples] for A in (A1, A2)),
             *call.strides(), B * m * c * h, slot, first, last, rows, batch, chosen.heavy_split, splits, batch_tiles,
             chosen.heavy_tiles, int(later),

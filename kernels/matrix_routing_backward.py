@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import dot
-from .matrix_routing_forward import capsule_rows, lanes, open_pairs, products, routing_weights
+from .matrix_routing_forward import capsule_rows, lanes, open_pairs, routing_weights, votes
 
 
 @triton.jit
@@ -135,8 +135,8 @@ def gradient_kernel(
             keep = (live & (c < C))[:, None] & keep_q[None, :]
             w_rows = W + own * (M * D * H) + j * (D * H) + h
             b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
-            V = tl.load(b_rows, mask=keep, other=0.0).to(tl.float32)
-            V = products(x_rows, keep_rows, w_rows, keep_q, V, D, H, BLOCK_D, DOT)
+            zero = tl.zeros([S * CP, J * HP], dtype=tl.float32)
+            V = votes(x_rows, keep_rows, w_rows, keep_q, b_rows, keep, zero, D, H, BLOCK_D, DOT)
 
             pair = ((b * rows + i - first) * M)[:, None] + j[None, :]
             share = tl.load(weight + pair, mask=keep, other=0.0)

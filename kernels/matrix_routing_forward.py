@@ -44,11 +44,15 @@ def capsule_rows(mu_inp, gate, gate_stride, mu_stride, b, i, c, live, C: tl.cons
 
 
 @triton.jit
-def products(
-    rows, keep_rows, W, keep_W, V,
+def votes(
+    rows, keep_rows, W, keep_W, bias, keep, zero,
     D: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """V + rows W, a few columns at a time; a matrix product proper where d is as deep as one needs."""
+    """rows W + bias, a few columns at a time; a matrix product proper where d is as deep as one needs.
+
+    The bias comes last: a large one would cost every sum before it the digits that it cannot hold.
+    """
+    V = zero
     if DOT:
         for column in range(0, D, BLOCK_D):
             d = column + tl.arange(0, BLOCK_D)
@@ -60,7 +64,7 @@ def products(
             x = tl.load(rows + d, mask=keep_rows, other=0.0)
             w = tl.load(W + d * H, mask=keep_W, other=0.0).to(tl.float32)
             V += x[:, None] * w[None, :]
-    return V
+    return V + tl.load(bias, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -72,7 +76,7 @@ def over_matrix(t, S: tl.constexpr, CP: tl.constexpr, J: tl.constexpr, HP: tl.co
 @triton.jit
 def pairs_kernel(
     gate, mu_inp, W, bias,  # [batch, n], [batch, n, C, D], [n or 1, M, D, H], [n or 1, M, C, H]
-    prior, before, sig2,  # of the previous iteration: log prior [batch, M], mu and sig2 [batch, M, C, H]
+    before_a, before, sig2,  # of the previous iteration: a [batch, M], mu and sig2 [batch, M, C, H]
     center, g1, g2, k,  # of this one's gradient: [batch, M, C, H] three times, [batch, M]
     logit, slope,  # out [batch, rows, M]
     gate_stride, mu_stride, first, last, rows, batch, per_split, splits, batch_tiles,
@@ -105,9 +109,12 @@ def pairs_kernel(
     if SCORED:
         mu = tl.load(before + at, mask=keep, other=0.0)
         half = keep.to(tl.float32)
+        a = tl.load(before_a + at_s, mask=keep_s, other=0.0)
+        log_prior = tl.minimum(a, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(a)))
         if GAUSSIAN:
-            half = 0.5 / tl.load(sig2 + at, mask=keep, other=1.0)
-        log_prior = tl.load(prior + at_s, mask=keep_s, other=0.0)
+            variance = tl.load(sig2 + at, mask=keep, other=1.0)
+            log_prior -= 0.5 * over_matrix(tl.log(variance), S, CP, J, HP)
+            half = 0.5 / variance
     if SLOPED:
         middle = tl.load(center + at, mask=keep, other=0.0)
         linear = tl.load(g1 + at, mask=keep, other=0.0)
@@ -121,8 +128,8 @@ def pairs_kernel(
         x_rows, keep_rows = capsule_rows(mu_inp, gate, gate_stride, mu_stride, b, i, c, live, C, D)
         w_rows = W + own * (M * D * H) + j * (D * H) + h
         b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
-        V = tl.load(b_rows, mask=keep, other=0.0).to(tl.float32)
-        V = products(x_rows, keep_rows, w_rows, keep_q, V, D, H, BLOCK_D, DOT)
+        zero = tl.zeros([S * CP, J * HP], dtype=tl.float32)
+        V = votes(x_rows, keep_rows, w_rows, keep_q, b_rows, keep, zero, D, H, BLOCK_D, DOT)
         bs, i_s, live_s = pair_lanes(bt, row, hi, batch, S, SHARED)
         out = ((bs * rows + i_s - first) * M)[:, None] + js[None, :]
         keep_out = live_s[:, None] & (js < M)[None, :]
@@ -215,8 +222,8 @@ def moments_kernel(
 ):  # fmt: skip
     """Weight, mean and centred second moment of the votes of a split of the inputs.
 
-    Sums are of deviations from a centre, which is the first vote with any weight and moves to the mean after 1, 2, 4,
-    8, 16 and every further 32 steps, so that only the first votes can be far from it. grid as ``pairs_kernel``.
+    Sums are of deviations from a centre, which moves to a vote that outweighs all before it, and to the mean after 4, 16
+    and every 32 steps, so that little weight is ever far from it. grid as ``pairs_kernel``.
     """
     jt = tl.program_id(0) % tl.cdiv(M, J)
     rest = tl.program_id(0) // tl.cdiv(M, J)
@@ -241,16 +248,20 @@ def moments_kernel(
         keep = (live & (c < C))[:, None] & keep_q[None, :]
         w_rows = W + own * (M * D * H) + j * (D * H) + h
         b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
-        V = tl.load(b_rows, mask=keep, other=0.0).to(tl.float32)
-        V = products(x_rows, keep_rows, w_rows, keep_q, V, D, H, BLOCK_D, DOT)
+        zero = tl.zeros([S * CP, J * HP], dtype=tl.float32)
+        V = votes(x_rows, keep_rows, w_rows, keep_q, b_rows, keep, zero, D, H, BLOCK_D, DOT)
         share = tl.load(weight + ((b * rows + i - first) * M)[:, None] + j[None, :], mask=keep, other=0.0)
-        center = tl.where((N == 0.0) & (share != 0.0), V, center)
+        ahead = share > N
+        shift = tl.where(ahead, V - center, 0.0)
+        second_sum -= shift * (2.0 * first_sum - shift * N)
+        first_sum -= shift * N
+        center = tl.where(ahead, V, center)
         off = tl.where(share != 0.0, V - center, 0.0)
         N += share
         first_sum += share * off
         second_sum += share * off * off
         count = (row - lo) // STEP + 1
-        if (count & (count - 1)) == 0 or count % 32 == 0:
+        if count == 4 or count == 16 or count % 32 == 0:
             shift = tl.where(N > 1e-36, first_sum / tl.where(N > 1e-36, N, 1.0), 0.0)
             moved = center + shift
             shift = moved - center

@@ -13,16 +13,21 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastroute import use_backend
 from fastroute.kernels import matrix_routing, matrix_routing_plan
 from fastroute.kernels.matrix_routing_plan import MAX_CAPSULE, MAX_OUTPUTS, capsule, plan
+from fastroute.ops.matrix_routing import matrix_routing as matrix_routing_op
+from fastroute.reference.matrix_routing import Capsules
+from fastroute.reference.matrix_routing import matrix_routing as reference
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.poison import poisoned_memory
 
-from .matrix_oracle import Size, backend_step, literal, matrix_case
+from .matrix_oracle import AXES, Size, backend_step, literal, matrix_case
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-SMALL = Size(2, 9, 5, 2, 3, 4)
+OUTPUTS = {"a_out": (2, 5), "mu_out": (2, 5, 2, 4), "sig2_out": (2, 5, 2, 4)}
+SMALL = Size(2, 7, 5, 2, 3, 4)
 ROUTINGS = {"first": {"first": True}, "next": {}}
 PARAMETERS = {"own": {"shared": False}, "shared": {"shared": True}}
 each_routing = pytest.mark.parametrize("routing", ROUTINGS)
@@ -67,7 +72,7 @@ def test_half_precision_parameters(dtype: torch.dtype, parameters: str) -> None:
 @each_kind
 @pytest.mark.parametrize(
     "size",
-    [Size(5, 1, 2, 1, 1, 1), Size(1, 6, 17, 1, 3, 1), Size(3, 5, 3, 3, 17, 5), Size(1, 4, 2, 1, 40, 33)],
+    [Size(5, 1, 2, 1, 1, 1), Size(1, 6, 17, 1, 3, 1), Size(3, 4, 3, 3, 17, 5), Size(1, 3, 2, 1, 40, 33)],
     ids=str,
 )
 def test_sizes(size: Size, parameters: str) -> None:
@@ -75,10 +80,10 @@ def test_sizes(size: Size, parameters: str) -> None:
 
 
 MASKS = {
-    "own": random_mask(2, 9, 5),
-    "shared": random_mask(9, 5).expand(2, 9, 5),
-    "transposed": random_mask(2, 5, 9).mT,
-    "all": torch.ones(2, 9, 5, dtype=torch.bool),
+    "own": random_mask(2, 7, 5),
+    "shared": random_mask(7, 5).expand(2, 7, 5),
+    "transposed": random_mask(2, 5, 7).mT,
+    "all": torch.ones(2, 7, 5, dtype=torch.bool),
 }
 
 
@@ -86,7 +91,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(mask: str, routing: str) -> None:
     parameters = {"shared": mask == "shared"}
-    agree(cases(mask=MASKS[mask], count=2, **ROUTINGS[routing], **parameters))
+    agree(cases(mask=MASKS[mask], **ROUTINGS[routing], **parameters))
 
 
 @each_kind
@@ -97,19 +102,19 @@ def test_adds_to_the_buffers_of_later_iterations(parameters: str) -> None:
 @each_kind
 def test_chunks_and_splits(parameters: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch for few inputs, then for few samples: partial sums are put together."""
-    size = Size(3, 11, 4, 2, 2, 2)
-    for scratch in (700, 100):
+    size = Size(3, 7, 4, 2, 2, 2)
+    for scratch in (500, 100):
         monkeypatch.setattr(matrix_routing_plan, "SCRATCH", scratch)
         monkeypatch.setattr(matrix_routing_plan, "_split", lambda rows, step, others, sms: 2 * step)
         made = plan(*size, shared=parameters == "shared", backward=True)
         assert made.rows < size.n or made.batch < size.B
-        agree(cases(size, count=2, **PARAMETERS[parameters]))
+        agree(cases(size, count=1, **PARAMETERS[parameters]))
 
 
 @each_kind
 def test_votes_far_from_zero(parameters: str) -> None:
     """A variance of 1 around 1000, where sums of squares would keep nothing of it."""
-    agree(cases(Size(2, 12, 3, 2, 2, 2), shift=1000.0, **PARAMETERS[parameters]))
+    agree(cases(Size(2, 9, 3, 2, 2, 2), shift=1000.0, **PARAMETERS[parameters]))
 
 
 @each_kind
@@ -160,20 +165,53 @@ def test_empty_batch(parameters: str, routing: str) -> None:
 
 
 @settings(
-    max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(
-    size=st.builds(Size, *(st.integers(1, k) for k in (3, 6, 6, 4, 5, 4))), first=st.booleans(), shared=st.booleans(),
+    size=st.builds(Size, *(st.integers(1, k) for k in (3, 5, 6, 4, 5, 4))), first=st.booleans(), shared=st.booleans(),
     masked=st.booleans(), p_model=st.sampled_from(["gaussian", "skm"]),
 )  # fmt: skip
 def test_any_case(size: Size, first: bool, shared: bool, masked: bool, p_model: str) -> None:
     mask = torch.rand(size[:3], generator=torch.Generator().manual_seed(1)) < 0.3 if masked else None
     check(
         backend_step(matrix_routing, p_model), literal(p_model),
-        [matrix_case(size, first=first, shared=shared, mask=mask, device=DEVICE, seed=seed) for seed in range(4)],
+        [matrix_case(size, first=first, shared=shared, mask=mask, device=DEVICE, seed=seed) for seed in range(2)],
         dtype=torch.float32, permute="", count=1,
     )  # fmt: skip
+
+
+@each_kind
+def test_all_iterations(parameters: str) -> None:
+    """The op on this backend, from activations to activations."""
+    n1 = 1 if parameters == "shared" else 7
+    given = {
+        "a_inp": (2, 7),
+        "mu_inp": (2, 7, 2, 3),
+        "W": (n1, 5, 3, 4),
+        "B": (n1, 5, 2, 4),
+        "use": (n1, 5),
+        "ign": (n1, 5),
+    }
+    axes = {**AXES, "a_inp": "bi", "B": "ijch"}
+    some = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in given.items()}
+        inputs["a_inp"][0, 1] = -math.inf
+        ends = {name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in OUTPUTS.items()}
+        some.append(Case(inputs, ends, axes, tuple(given)))
+
+    def op(a_inp: Tensor, mu_inp: Tensor, **w: Tensor) -> dict[str, Tensor | None]:
+        with use_backend("triton"):
+            made = matrix_routing_op(a_inp, mu_inp, Capsules(*w.values()), n_iters=2)
+        return dict(zip(OUTPUTS, made, strict=True))
+
+    def truth(a_inp: Tensor, mu_inp: Tensor, **w: Tensor) -> dict[str, Tensor | None]:
+        made = reference(a_inp, mu_inp, Capsules(*w.values()), n_iters=2)
+        return {name: getattr(made, name) for name in OUTPUTS}
+
+    check(op, truth, some, dtype=torch.float32, permute="", count=1)
 
 
 def test_same_input_same_bits() -> None:
@@ -185,10 +223,10 @@ def test_same_input_same_bits() -> None:
 
 def test_what_is_not_supported_says_why() -> None:
     refuse = matrix_routing.unsupported
-    assert refuse(DEVICE, torch.float32, 9, 5, 4, 4, 4) is None
-    assert "not float64" in str(refuse(DEVICE, torch.float64, 9, 5, 4, 4, 4))
-    assert "at most" in str(refuse(DEVICE, torch.float32, 9, MAX_OUTPUTS + 1, 4, 4, 4))
-    assert "not 65 x 64" in str(refuse(DEVICE, torch.float32, 9, 5, 65, 4, 64))
+    assert refuse(DEVICE, torch.float32, 1, 9, 5, 4, 4, 4) is None
+    assert "not float64" in str(refuse(DEVICE, torch.float64, 1, 9, 5, 4, 4, 4))
+    assert "at most" in str(refuse(DEVICE, torch.float32, 1, 9, MAX_OUTPUTS + 1, 4, 4, 4))
+    assert "not 65 x 64" in str(refuse(DEVICE, torch.float32, 1, 9, 5, 65, 4, 64))
     assert capsule(65, 64) > MAX_CAPSULE
-    assert "32 bits" in str(refuse(DEVICE, torch.float32, 9, 16000, 1, 400, 400))
-    assert "meta" in str(refuse("meta", torch.float32, 9, 5, 4, 4, 4))
+    assert "32 bits" in str(refuse(DEVICE, torch.float32, 1, 9, 16000, 1, 400, 400))
+    assert "meta" in str(refuse("meta", torch.float32, 1, 9, 5, 4, 4, 4))
