@@ -4,6 +4,7 @@ from . import networks as networks
 from . import ops as ops
 from . import tasks as tasks
 from .capsules import EfficientVectorRouting as EfficientVectorRouting
+from .capsules import GenerativeMatrixRouting as GenerativeMatrixRouting
 from .capsules import credit_assignment as credit_assignment
 from .networks import *  # noqa: F403  (its __all__: decisions, rewards, Selection, Loss, ...)
 from .ops._backends import BackendUnavailable as BackendUnavailable

@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -464,8 +465,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Inputs& in, const GradTensors&
     return {empty_cpu<1>({0}, type), empty_cpu<1>({0}, type), empty_cpu<1>({0}, type)};
   }
   for (int64_t piece = 1; piece < division.row_pieces; ++piece) {
+    for (int64_t x = 0; x < few; ++x) {
+      A0[x] += A0[piece * few + x];
+    }
     for (int64_t x = 0; x < many; ++x) {
-      A0[x % few] += x < few ? A0[piece * few + x] : 0;
       A1[x] += A1[piece * many + x];
       A2[x] += A2[piece * many + x];
     }

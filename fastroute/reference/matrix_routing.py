@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .matrix_step import Outputs
+
 
 class Capsules(NamedTuple):
     """The parameters of matrix routing, under the names of the papers. n1 is n, or 1 for any number of inputs."""
@@ -50,6 +52,37 @@ def log_probability(V: Tensor, mu: Tensor, sig2: Tensor, p_model: str) -> Tensor
     return -(square / (2 * sig2)).sum((-2, -1)) - sig2.sqrt().log().sum((-2, -1))
 
 
+def first_or_next(
+    a_inp: Tensor,
+    mu_inp: Tensor,
+    before: Outputs | None,
+    w: Capsules,
+    *,
+    p_model: str = "gaussian",
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
+) -> Routing:
+    """One iteration, after what ``before`` made; None: the first."""
+    f = torch.sigmoid(a_inp)[..., None]
+    closed = torch.zeros((), dtype=torch.bool, device=f.device) if mask is None else mask
+    closed = closed.expand(*a_inp.shape, w.W.shape[1])
+    nowhere = closed.all(-1, keepdim=True)
+    V = votes(mu_inp.masked_fill(((f == 0) | nowhere)[..., None], 0.0), w)
+    log_p = None
+    scores = torch.zeros_like(V[..., 0, 0])
+    if before is not None:
+        log_p = log_probability(V, before.mu, before.sig2, p_model)
+        scores = F.logsigmoid(before.a)[:, None] + log_p
+    R = scores.masked_fill(closed & ~nowhere, -torch.inf).softmax(-1).masked_fill(closed, 0.0)
+    D_use = f * R
+    D_ign = (f - D_use).masked_fill(closed, 0.0)
+    a_out = (w.beta_use * D_use).sum(1) - (w.beta_ign * D_ign).sum(1)
+    q = D_use / (D_use.sum(1, keepdim=True) + eps)
+    mu_out = torch.einsum("bij,bijch->bjch", q, V)
+    sig2_out = torch.einsum("bij,bijch->bjch", q, (V - mu_out[:, None]).square()) + eps
+    return Routing(V, log_p, R, D_use, D_ign, a_out, mu_out, sig2_out)
+
+
 def matrix_routing(
     a_inp: Tensor,
     mu_inp: Tensor,
@@ -65,25 +98,8 @@ def matrix_routing(
     ``mask``, [B, n, m] bool: True = input i may not reach output j, which is then neither used nor ignored. An input
     masked for every output contributes nothing; so does one of a_inp = -inf, whatever its matrix.
     """
-    f = torch.sigmoid(a_inp)[..., None]
-    closed = torch.zeros((), dtype=torch.bool, device=f.device) if mask is None else mask
-    closed = closed.expand(*a_inp.shape, w.W.shape[1])
-    nowhere = closed.all(-1, keepdim=True)
-    mu_inp = mu_inp.masked_fill(((f == 0) | nowhere)[..., None], 0.0)
-    V = votes(mu_inp, w)
-    log_p: Tensor | None = None
-    a_out = mu_out = sig2_out = f  # made below
-    for t in range(n_iters):
-        if t == 0:
-            scores = torch.zeros_like(V[..., 0, 0])
-        else:
-            log_p = log_probability(V, mu_out, sig2_out, p_model)
-            scores = F.logsigmoid(a_out)[:, None] + log_p
-        R = scores.masked_fill(closed & ~nowhere, -torch.inf).softmax(-1).masked_fill(closed, 0.0)
-        D_use = f * R
-        D_ign = (f - D_use).masked_fill(closed, 0.0)
-        a_out = (w.beta_use * D_use).sum(1) - (w.beta_ign * D_ign).sum(1)
-        q = D_use / (D_use.sum(1, keepdim=True) + eps)
-        mu_out = torch.einsum("bij,bijch->bjch", q, V)
-        sig2_out = torch.einsum("bij,bijch->bjch", q, (V - mu_out[:, None]).square()) + eps
-    return Routing(V, log_p, R, D_use, D_ign, a_out, mu_out, sig2_out)
+    made = first_or_next(a_inp, mu_inp, None, w, p_model=p_model, eps=eps, mask=mask)
+    for _ in range(n_iters - 1):
+        before = Outputs(made.a_out, made.mu_out, made.sig2_out)
+        made = first_or_next(a_inp, mu_inp, before, w, p_model=p_model, eps=eps, mask=mask)
+    return made
