@@ -11,5 +11,5 @@ import os
 import torch
 
 _runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-_kernels = ("vector_routing", "dispatch", "policy", "trajectory_loss", "task_mask")
+_kernels = ("vector_routing", "dispatch", "policy", "trajectory_loss", "task_mask", "matrix_routing")
 collect_ignore = [] if _runs else [f"test_{name}.py" for name in _kernels]

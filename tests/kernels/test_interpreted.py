@@ -23,9 +23,10 @@ HERE = Path(__file__).resolve().parent
         ["tests/kernels/test_policy.py"],
         ["tests/kernels/test_trajectory_loss.py"],
         ["tests/kernels/test_task_mask.py"],
+        ["tests/kernels/test_matrix_routing.py"],
         ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
     ],
-    ids=["kernels", "dispatch", "policy", "trajectory_loss", "task_mask", "golden"],
+    ids=["kernels", "dispatch", "policy", "trajectory_loss", "task_mask", "matrix_routing", "golden"],
 )
 def test_interpreted(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])

@@ -183,19 +183,16 @@ def test_any_case(size: Size, first: bool, shared: bool, masked: bool, p_model: 
 
 @each_kind
 def test_all_iterations(parameters: str) -> None:
-    """The op on this backend, from activations to activations."""
-    n1 = 1 if parameters == "shared" else 7
-    given = {
-        "a_inp": (2, 7),
-        "mu_inp": (2, 7, 2, 3),
-        "W": (n1, 5, 3, 4),
-        "B": (n1, 5, 2, 4),
-        "use": (n1, 5),
-        "ign": (n1, 5),
-    }
+    """The op on this backend, from activations to activations.
+
+    Many draws, since the sum of all inputs' dB cancels: what is left is 2 g2 times the rounding of mu.
+    """
+    n1 = 1 if parameters == "shared" else 5
+    given = {"a_inp": (2, 5), "mu_inp": (2, 5, 2, 3), "W": (n1, 5, 3, 4), "B": (n1, 5, 2, 4)}
+    given |= {"use": (n1, 5), "ign": (n1, 5)}
     axes = {**AXES, "a_inp": "bi", "B": "ijch"}
     some = []
-    for seed in range(3):
+    for seed in range(8 if parameters == "shared" else 3):
         generator = torch.Generator().manual_seed(seed)
         inputs = {name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in given.items()}
         inputs["a_inp"][0, 1] = -math.inf
