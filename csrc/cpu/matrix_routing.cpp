@@ -274,7 +274,7 @@ class Tile {
 // ------------------------------------------------------------------------------------------------ forward
 
 template <class T, class P>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
   const Problem<T, P> q(in);
   const Sizes& s = q.s;
   const auto& f = rows<T>();
@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
 
   division.parallel(s, [&](int64_t, int64_t piece, int64_t begin, int64_t end, int64_t b0, int64_t b1) {
     Tile<T, P> tile(q, division.tile);
-    Buffer<T> scratch(5 * s.p), a_part(s.p, T(0));
+    Buffer<T> scratch(6 * s.p), a_part(s.p, T(0));
     for (int64_t i = begin; i < end; i += division.tile) {
       tile.begin(i, std::min(division.tile, end - i));
       for (int64_t b = b0; b < b1; ++b) {
@@ -320,7 +320,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
       }
     }
   }
-  return {as_tensor<T>(N0, s, false), as_tensor<T>(mean, s, true), as_tensor<T>(M2, s, true), as_tensor<T>(a, s, false)};
+  const Tensor rounded = as_tensor<T>(mean, s, true);
+  for (int64_t x = 0; x < many; ++x) {
+    mean[x] -= static_cast<T>(mean[x]);
+  }
+  return {as_tensor<T>(N0, s, false), rounded, as_tensor<T>(M2, s, true), as_tensor<T>(a, s, false),
+          as_tensor<T>(mean, s, true)};
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -488,7 +493,7 @@ auto with_types(const Inputs& in, const F& f) {
   return f(float(), float());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
     const Tensor& gate, const Tensor& mu_inp, const Tensor& W, const Tensor& bias, const Tensor& use, const Tensor& ign,
     const OptionalTensor& mask, const OptionalTensor& prior, const OptionalTensor& mu, const OptionalTensor& weight) {
   const Inputs in{gate, mu_inp, W, bias, use, ign, mask, prior, mu, weight};

@@ -48,7 +48,7 @@ struct Functions {
   void (*assign_even)(const Sizes& s, T* R, T* D, T even, const T* open, T gate);
   // a += use D - ign (gate - D), over open outputs
   void (*activate)(const Sizes& s, T* a, const T* D, const T* use, const T* ign, const T* open, T gate);
-  // put the moments of a tile's inputs to the sums; scratch: 5 p
+  // put the moments of a tile's inputs to the sums; scratch: 6 p
   void (*moments)(const Sizes& s, const Sums& to, const T* V, const T* D, int64_t inputs, T* scratch);
   // dl of one input (where prev.mu is not null), what comes to its gate, and the betas' gradients, added where not null
   T (*differentiate)(const Sizes& s, T* dl, const T* V, const T* R, const T* D, const OutGrads<T>& g, bool first,

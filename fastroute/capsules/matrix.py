@@ -40,7 +40,7 @@ class GenerativeMatrixRouting(nn.Module):
 
     Shapes:
         a_inp [..., n_inp], scores before the sigmoid (-inf drops the input, whatever its matrix); mu_inp
-        [..., n_inp, d_cov, d_inp]; outputs a_out [..., n_out], mu_out and sig2_out [..., n_out, d_cov, d_out]. a_out and
+        [..., n_inp, d_cov, d_inp]; outputs a_out [..., n_out], mu_out and sig2_out [..., n_out, d_cov, d_out]. a_out,
         mu_out come in the promoted dtype of mu_inp and the parameters, float32 under autocast, sig2_out in float32 or
         float64.
 
@@ -113,22 +113,26 @@ class GenerativeMatrixRouting(nn.Module):
                     f"{name}: expected a tensor on {self.W.device} like the parameters, got one on {t.device}; "
                     "move one of them with .to()"
                 )
-        shown = f"mu_inp is {_checks.shown(mu_inp)}"
         if mu_inp.dim() < 3:
-            raise ValueError(f"mu_inp: expected [..., n_inp, d_cov, d_inp], at least 3 dimensions, but {shown}")
+            raise ValueError(
+                "mu_inp: expected [..., n_inp, d_cov, d_inp], at least 3 dimensions, got " + _checks.shown(mu_inp)
+            )
         n, c, d = mu_inp.shape[-3:]
-        if c != self.d_cov:
-            raise ValueError(f"d_cov: expected matrices of {self.d_cov} rows, got {c} ({shown})")
-        if d != self.d_inp:
-            raise ValueError(f"d_inp: expected matrices of {self.d_inp} columns, got {d} ({shown})")
-        if self.n_inp_is_fixed and n != self.n_inp:
-            raise ValueError(f"n_inp: expected {self.n_inp} input capsules, got {n} ({shown})")
+        for name, what, expected, got in (
+            ("d_cov", "matrices of {} rows", self.d_cov, c),
+            ("d_inp", "matrices of {} columns", self.d_inp, d),
+            ("n_inp", "{} input capsules", self.n_inp if self.n_inp_is_fixed else n, n),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"{name}: expected {what.format(expected)}, got {got} (mu_inp is {_checks.shown(mu_inp)})"
+                )
         if n == 0:
-            raise ValueError(f"mu_inp: expected at least 1 input capsule, got 0 ({shown})")
+            raise ValueError(f"mu_inp: expected at least 1 input capsule, got 0 (mu_inp is {_checks.shown(mu_inp)})")
         if a_inp.shape != mu_inp.shape[:-2]:
             raise ValueError(
                 f"a_inp: expected one activation per input capsule, {list(mu_inp.shape[:-2])}, got "
-                f"{_checks.shown(a_inp)} ({shown})"
+                f"{_checks.shown(a_inp)} (mu_inp is {_checks.shown(mu_inp)})"
             )
 
     def forward(
@@ -153,7 +157,10 @@ class GenerativeMatrixRouting(nn.Module):
             log_p (None with n_iters=1), R, D_use, D_ign [..., n_inp, n_out], a_out, mu_out and sig2_out.
         """
         self._check_inputs(a_inp, mu_inp)
-        return self._route(a_inp, mu_inp, Capsules(self.W, self.B, self.beta_use, self.beta_ign), mask, lengths)
+        return self._route(a_inp, mu_inp, self._route_parameters(), mask, lengths)
+
+    def _route_parameters(self) -> Capsules:
+        return Capsules(self.W, self.B, self.beta_use, self.beta_ign)
 
     def _route(
         self,

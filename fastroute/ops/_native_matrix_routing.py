@@ -12,7 +12,7 @@ _INPUTS = (
     "Tensor gate, Tensor mu_inp, Tensor W, Tensor bias, Tensor beta_use, Tensor beta_ign, Tensor? mask, "
     "Tensor? prior, Tensor? mu, Tensor? weight"
 )
-library.define(f"_matrix_routing_native({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"_matrix_routing_native({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 library.define(
     f"_matrix_routing_native_backward({_INPUTS}, Tensor center, Tensor g1, Tensor g2, Tensor k, Tensor da, bool fresh, "
     "Tensor(a!) dgate, Tensor(b!)? dmu_inp, Tensor(c!)? dW, Tensor(d!)? dbias, Tensor(e!)? duse, Tensor(f!)? dign) "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.matrix_routing import Capsules
-from ..reference.matrix_step import MatrixGrads, MatrixStep, OutputGrads, Outputs, settle
+from ..reference.matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, settle
 from . import _checks
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
@@ -25,7 +25,7 @@ _INPUTS = (
     "Tensor a_inp, Tensor mu_inp, Tensor W, Tensor B, Tensor beta_use, Tensor beta_ign, Tensor? mask, int n_iters, "
     "str p_model, float eps, str backend"
 )
-_SAVED = "Tensor a, Tensor mu, Tensor sig2, Tensor N0"
+_SAVED = "Tensor N0, Tensor mean, Tensor M2, Tensor a, Tensor low"
 
 
 def _triton_refuses(case: Case) -> str | None:
@@ -84,41 +84,46 @@ class _Call(NamedTuple):
     def gate(self) -> Tensor:
         return torch.sigmoid(self.a_inp.to(self.acc)).contiguous()
 
-    def new_saved(self) -> tuple[Outputs, Tensor]:
-        """(outputs, N0) of every iteration."""
+    def new_saved(self) -> Moments:
+        """Of every iteration: [T, ...]."""
         B, _, c, _ = self.mu_inp.shape
         _, m, _, h = self.w.W.shape
         few, many = (self.n_iters, B, m), (self.n_iters, B, m, c, h)
-        new = self.mu_inp.new_empty
-        saved = Outputs(*(new(size, dtype=self.acc) for size in (few, many, many)))
-        return saved, new(few, dtype=self.acc)
+        return Moments(*(self.mu_inp.new_empty(size, dtype=self.acc) for size in (few, many, many, few, many)))
+
+
+def _at(saved: Moments, t: int) -> Moments:
+    return Moments(*(part[t] for part in saved))  # type: ignore[index]
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     call = _Call.of(args)
-    saved, all_N0 = call.new_saved()
+    saved = call.new_saved()
     if call.is_empty:
-        for kept, value in zip((*saved, all_N0), (0.0, 0.0, call.eps, 0.0), strict=True):
-            kept.fill_(value)
-    else:
-        kernel = choose(call.case, call.backend)
-        with torch.autocast(call.mu_inp.device.type, enabled=False):
-            step = call.step(call.gate(), None)
-            for t in range(call.n_iters):
-                moments = kernel.forward(step)
-                made = settle(moments, call.eps)
-                all_N0[t] = moments.N0
-                for kept, one in zip(saved, made, strict=True):
-                    kept[t] = one
-                step = step._replace(previous=made)
-    return *(t[-1].clone() for t in saved), *saved, all_N0
+        for part in saved:
+            part.zero_()  # type: ignore[union-attr]
+        return *settle(_at(saved, -1), call.eps), *saved  # type: ignore[return-value]
+    kernel = choose(call.case, call.backend)
+    with torch.autocast(call.mu_inp.device.type, enabled=False):
+        step = call.step(call.gate(), None)
+        for t in range(call.n_iters):
+            made: Moments = kernel.forward(step)
+            for kept, part in zip(saved, made, strict=True):
+                if part is None:
+                    kept[t].zero_()  # type: ignore[index]
+                else:
+                    kept[t] = part  # type: ignore[index]
+            step = step._replace(previous=settle(made, call.eps))
+    out = step.previous
+    assert out is not None
+    return out.a.clone() if out.a is made.a else out.a, out.mu, out.sig2, *saved  # type: ignore[return-value]
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     call = _Call.of(args)
     record(call.case)
-    saved, all_N0 = call.new_saved()
-    return *(t.new_empty(t.shape[1:]) for t in saved), *saved, all_N0
+    saved = call.new_saved()
+    return *(t.new_empty(t.shape[1:]) for t in (saved.a, saved.mean, saved.M2)), *saved  # type: ignore
 
 
 def _new_grads(call: _Call, want_mu: bool, want_parameters: bool) -> MatrixGrads:
@@ -136,8 +141,8 @@ def _listed(call: _Call, da_inp: Tensor, grads: MatrixGrads) -> list[Tensor]:
 
 
 def _backward(*args: Any) -> list[Tensor]:
-    *inputs, da, dmu, dsig2, a, mu, sig2, all_N0, want_mu, want_parameters = args
-    call = _Call.of(inputs)
+    *inputs, da, dmu, dsig2, N0, mean, M2, a, low, want_mu, want_parameters = args
+    call, saved = _Call.of(inputs), Moments(N0, mean, M2, a, low)
     grads = _new_grads(call, want_mu, want_parameters)
     if call.is_empty:
         return [t.zero_() for t in _listed(call, grads.gate, grads)]
@@ -147,11 +152,8 @@ def _backward(*args: Any) -> list[Tensor]:
         step = call.step(gate, None)
         d = Outputs(da, dmu, dsig2)
         for t in reversed(range(call.n_iters)):
-            made = Outputs(a[t], mu[t], sig2[t])
-            previous = Outputs(a[t - 1], mu[t - 1], sig2[t - 1]) if t else None
-            sums = kernel.backward(
-                step._replace(previous=previous), OutputGrads.of(made, all_N0[t], d, call.eps), grads
-            )
+            previous = settle(_at(saved, t - 1), call.eps) if t else None
+            sums = kernel.backward(step._replace(previous=previous), OutputGrads.of(_at(saved, t), d, call.eps), grads)
             grads.fresh = False
             if previous is not None:
                 d = sums.of(previous, call.p_model)
@@ -160,7 +162,7 @@ def _backward(*args: Any) -> list[Tensor]:
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:
-    *inputs, _, _, _, _, _, _, _, want_mu, want_parameters = args
+    *inputs, _, _, _, _, _, _, _, _, want_mu, want_parameters = args
     call = _Call.of(inputs)
     record(call.case)
     grads = _new_grads(call, want_mu, want_parameters)
@@ -180,7 +182,11 @@ def _gradient(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 5
     if all(t is None for t in d[:3]):
         return (*[None] * 6, *nothing)
-    given = [torch.zeros_like(s[-1]) if t is None else t.contiguous() for t, s in zip(d, saved[:3], strict=False)]
+    N0, mean = saved[:2]
+    given = [
+        torch.zeros_like(like[0]) if t is None else t.contiguous()
+        for t, like in zip(d[:3], (N0, mean, mean), strict=True)
+    ]
     made = torch.ops.fastroute.matrix_routing_backward(*inputs, *ctx.options, *given, *saved, needs[1], any(needs[2:6]))
     grads = [g.to(t.dtype) if need else None for g, t, need in zip(made, inputs, needs, strict=False)]
     return *grads, *nothing

@@ -22,9 +22,10 @@ with a, mu and sig2 of ``previous``, and the forward pass gives
     N0_j = sum_i D_ij,  mean_jch = sum_i D_ij V_ijch / N0_j,  M2_jch = sum_i D_ij (V_ijch - mean_jch)^2,
     a_j  = sum_{i in O_j} beta_use_ij D_ij - beta_ign_ij (gate_i - D_ij).
 
-Where N0_j is 0, mean_j and M2_j are 0. A row whose gate is exactly 0, or that is closed everywhere, contributes nothing
-whatever its votes are, not-a-numbers included. M2 must not be made by subtracting two large numbers: tiles of rows make
-their own mean and centred M2, and Chan's formula puts them together. Threads do not change the order of sums over i.
+and ``low``, what rounding took from ``mean`` (None: not known, which costs accuracy in gradients that are sums over all
+inputs). Where N0_j is 0, mean_j and M2_j are 0. A row whose gate is exactly 0, or that is closed everywhere, adds
+nothing whatever its votes are, not-a-numbers included. M2 must not be made by subtracting two large numbers: tiles of
+rows make their own mean and centred M2, and Chan's formula puts them together. Threads do not change the order of sums.
 
 What follows from the moments is per output, and the op layer's: ``settle`` and ``OutputGrads.of``.
 """
@@ -77,12 +78,13 @@ class MatrixStep(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a forward pass gives, in acc."""
+    """What a forward pass gives, in acc; all that is kept of an iteration for the backward pass."""
 
     N0: Tensor  # [B, m]
     mean: Tensor  # [B, m, c, h]
     M2: Tensor  # [B, m, c, h]
     a: Tensor  # [B, m]
+    low: Tensor | None = None  # [B, m, c, h]: sum_i D_ij (V_ij - mean_j) / N0_j, which is not quite 0
 
 
 class OutputGrads(NamedTuple):
@@ -100,19 +102,29 @@ class OutputGrads(NamedTuple):
     too where parameters are shared.
     """
 
-    center: Tensor  # [B, m, c, h]: mu of this iteration
+    center: Tensor  # [B, m, c, h]: mean of this iteration
     g1: Tensor  # [B, m, c, h]
     g2: Tensor  # [B, m, c, h]
     k: Tensor  # [B, m]
     da: Tensor  # [B, m]
 
     @classmethod
-    def of(cls, made: Outputs, N0: Tensor, d: Outputs, eps: float) -> OutputGrads:
-        """From the gradient ``d`` of what an iteration made."""
-        s = (N0 + eps)[..., None, None]
-        g2 = d.sig2 / s
-        g1 = d.mu / s - 2 * eps * g2 * made.mu / s  # mu - N0 / s mu = eps / s mu
-        return cls(made.mu, g1, g2, (g2 * (made.sig2 - eps)).sum((-2, -1)), d.a)
+    def of(cls, made: Moments, d: Outputs, eps: float) -> OutputGrads:
+        """From the gradient ``d`` of what an iteration made.
+
+        sum_i D_ij e_ij = 0 is what keeps the parts of the votes' gradients apart that nearly cancel in their sum; with
+        e from a rounded mean it is not, and ``low`` makes up for that.
+        """
+        s = (made.N0 + eps)[..., None, None]
+        rest = eps / s
+        shift = rest * made.mean  # mean - mu
+        along = d.mu + 2 * rest * d.sig2 * shift
+        through = d.mu - 2 * rest * d.sig2 * (made.mean - shift)
+        k = d.sig2 * (made.M2 / s - rest * shift.square()) - through * shift
+        if made.low is not None:
+            k = k + made.low * (along - d.sig2 * made.low)
+            along = along - 2 * d.sig2 * made.low
+        return cls(made.mean, along / s, d.sig2 / s, (k / s).sum((-2, -1)), d.a)
 
 
 class PreviousGrads(NamedTuple):

@@ -76,24 +76,29 @@ def _tiles(step: MatrixStep) -> Iterator[_Tile]:
 
 def forward(step: MatrixStep) -> Moments:
     B, _, m, c, _, h = step.sizes
-    new = step.mu_inp.new_zeros
-    N0, mean, M2, a = new(B, m), new(B, m, c, h), new(B, m, c, h), new(B, m)
+    tiny = torch.finfo(step.acc).tiny
+    a = step.mu_inp.new_zeros(B, m)
+    # tiles are put together in float64: there are few numbers, and what is left of the mean's rounding is wanted
+    N0, mean, M2 = (step.mu_inp.new_zeros(size, dtype=torch.float64) for size in ((B, m), (B, m, c, h), (B, m, c, h)))
     for tile in _tiles(step):
         ignored = tile.gate - tile.D
         if tile.open is not None:
             ignored = ignored * tile.open
         a += (tile.use * tile.D).sum(1) - (tile.ign * ignored).sum(1)
         weight = tile.D.sum(1)
-        share = tile.D / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None]
+        share = tile.D / weight.clamp_min(tiny)[:, None]
         here = torch.einsum("brj,brjch->bjch", share, tile.V)
-        M2_here = torch.einsum("brj,brjch->bjch", tile.D, (tile.V - here[:, None]).square())
+        e = tile.V - here[:, None]
+        M2_here = torch.einsum("brj,brjch->bjch", tile.D, e.square())
+        exact = here.double() + torch.einsum("brj,brjch->bjch", share, e)
         total = N0 + weight
-        ratio = (weight / total.clamp_min(torch.finfo(weight.dtype).tiny))[..., None, None]
-        step_to = here - mean
+        ratio = (weight / total.clamp_min(tiny))[..., None, None]
+        step_to = exact - mean
         M2 += M2_here + step_to.square() * N0[..., None, None] * ratio
         mean += step_to * ratio
         N0 = total
-    return Moments(N0, mean, M2, a)
+    rounded = mean.to(step.acc)
+    return Moments(N0.to(step.acc), rounded, M2.to(step.acc), a, (mean - rounded).to(step.acc))
 
 
 def _add(out: Tensor | None, at: slice | tuple[slice, slice] | None, value: Tensor, fresh: bool) -> None:

@@ -16,6 +16,7 @@ from fastroute.reference.step import Grads, Step
 from tests.cpp.agent_policy_cases import agent_policies
 from tests.cpp.dispatch_cases import grouped_linears, plans, policies
 from tests.cpp.loss_cases import trajectory_losses
+from tests.cpp.matrix_cases import matrix_iterations, matrix_passes
 from tests.cpp.task_mask_cases import masked_batch_norms, task_masks
 from tests.helpers.cases import evaluate
 from tests.helpers.layouts import LAYOUTS, Fenced
@@ -115,7 +116,7 @@ def layouts() -> None:
 
 def run() -> None:
     with use_backend("native"), poisoned_memory():
-        capsules = one_iteration, fenced, all_iterations, layouts
+        capsules = one_iteration, fenced, all_iterations, layouts, matrix_iterations, matrix_passes
         networks = plans, grouped_linears, policies, agent_policies, trajectory_losses
         for part in (*capsules, *networks, task_masks, masked_batch_norms):
             part()
