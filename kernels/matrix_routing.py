@@ -128,18 +128,19 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 def forward(step: MatrixStep) -> Moments:
-    """N0 [B, m], mean and M2 [B, m, c, h], a [B, m]; as ``reference.matrix_step`` says."""
+    """N0 [B, m], mean and M2 [B, m, c, h], a [B, m], low [B, m, c, h]; as ``reference.matrix_step`` says."""
     with _on(step.mu_inp):
         return _forward(_Call(step, backward=False))
 
 
 def _forward(call: _Call) -> Moments:
     chosen, B, m, c, h = call.plan, call.B, call.m, call.c, call.h
-    made = Moments(call.new(B, m), call.new(B, m, c, h), call.new(B, m, c, h), call.new(B, m))
+    N0, a = call.new(B, m), call.new(B, m)
+    mean, low, M2 = (call.new(B, m, c, h) for _ in range(3))
     if B == 0 or call.n == 0:
-        return Moments(*(t.zero_() for t in made))
+        return Moments(*(t.zero_() for t in (N0, mean, M2, a, low)))
     slots, a_slots = call.slots(chosen.light_split), call.slots(chosen.row_split)
-    N_part, mean_part, M2_part = call.new(slots, B, m), call.new(slots, B, m, c, h), call.new(slots, B, m, c, h)
+    parts = [call.new(slots, B, m), *(call.new(slots, B, m, c, h) for _ in range(3))]
     a_part = call.new(a_slots, B, m)
     weight = call.new(chosen.batch, chosen.rows, m)
     for samples, first, last in call.chunks():
@@ -158,7 +159,7 @@ def _forward(call: _Call) -> Moments:
         batch_tiles = call.batch_tiles(tile, batch)
         start.launch(
             moments_kernel, (cdiv(m, tile.outputs) * splits * batch_tiles,),
-            *call.inputs(samples), weight, N_part[:, samples], mean_part[:, samples], M2_part[:, samples],
+            *call.inputs(samples), weight, *(t[:, samples] for t in parts),
             *call.strides(), B * m, slot, first, last, rows, batch, chosen.light_split, splits, batch_tiles,
             **call.constants(tile),
         )  # fmt: skip
@@ -166,10 +167,10 @@ def _forward(call: _Call) -> Moments:
     block = max(16, 1024 // ahead)
     start.launch(
         merge_kernel, (cdiv(B * m * c * h, block),),
-        N_part, mean_part, M2_part, a_part, *made, B * m, slots, a_slots,
+        *parts, a_part, N0, mean, low, M2, a, B * m, slots, a_slots,
         CH=c * h, BLOCK_E=block, BLOCK_S=ahead, warps=4, stages=1,
     )  # fmt: skip
-    return made
+    return Moments(N0, mean, M2, a, low)
 
 
 def backward(step: MatrixStep, out: OutputGrads, grads: MatrixGrads) -> PreviousGrads | None:

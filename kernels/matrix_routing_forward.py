@@ -199,31 +199,33 @@ def assign_kernel(
 
 
 @triton.jit
-def chan(N, mean, M2):
-    """(weight, mean, M2) along axis 0 together, by Chan's formula; the mean is made again from a first one."""
+def chan(N, mean, low, M2):
+    """(weight, mean, what rounding took from the mean, M2) along axis 0 together, by Chan's formula."""
     total = tl.sum(N, 0)
     scale = tl.where(total > 1e-36, total, 1.0)
     some = N != 0.0
     rough = tl.sum(tl.where(some, N * mean, 0.0), 0) / scale
-    apart = tl.where(some, mean - tl.expand_dims(rough, 0), 0.0)
+    apart = tl.where(some, mean - tl.expand_dims(rough, 0) + low, 0.0)
     shift = tl.sum(N * apart, 0) / scale
     apart = tl.where(some, apart - tl.expand_dims(shift, 0), 0.0)
-    return total, rough + shift, tl.sum(M2 + N * apart * apart, 0)
+    shift += tl.sum(N * apart, 0) / scale
+    made = rough + shift
+    return total, made, shift - (made - rough), tl.sum(M2 + N * apart * apart, 0)
 
 
 @triton.jit
 def moments_kernel(
     gate, mu_inp, W, bias,
     weight,  # [batch, rows, M], D
-    N_part, mean_part, M2_part,  # out: [slots, B, M], [slots, B, M, C, H] twice
+    N_part, mean_part, low_part, M2_part,  # out: [slots, B, M], [slots, B, M, C, H] three times
     gate_stride, mu_stride, N_stride, slot, first, last, rows, batch, per_split, splits, batch_tiles,
     M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr,
     S: tl.constexpr, CP: tl.constexpr, J: tl.constexpr, HP: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Weight, mean and centred second moment of the votes of a split of the inputs.
 
-    Sums are of deviations from a centre, which moves to a vote that outweighs all before it, and to the mean after 4, 16
-    and every 32 steps, so that little weight is ever far from it. grid as ``pairs_kernel``.
+    Sums are of deviations from a centre, which moves to a vote that outweighs all before it, and to the mean after 4,
+    16 and every 32 steps, so that little weight is ever far from it. grid as ``pairs_kernel``.
     """
     jt = tl.program_id(0) % tl.cdiv(M, J)
     rest = tl.program_id(0) // tl.cdiv(M, J)
@@ -270,6 +272,7 @@ def moments_kernel(
             center = moved
     shift = tl.where(N > 1e-36, first_sum / tl.where(N > 1e-36, N, 1.0), 0.0)
     mean = center + shift
+    low = shift - (mean - center)
     M2 = second_sum - shift * first_sum
     M2 = tl.where(M2 < 0.0, 0.0, M2)
 
@@ -278,12 +281,14 @@ def moments_kernel(
     if SHARED:  # the lanes are inputs of one sample: put them together
         N3 = tl.reshape(N, [S, CP, J * HP])
         mean3 = tl.reshape(mean, [S, CP, J * HP])
-        total, mean_all, M2_all = chan(N3, mean3, tl.reshape(M2, [S, CP, J * HP]))
+        low3 = tl.reshape(low, [S, CP, J * HP])
+        total, mean_all, low_all, M2_all = chan(N3, mean3, low3, tl.reshape(M2, [S, CP, J * HP]))
         c1 = tl.arange(0, CP)
         keep1 = (c1 < C)[:, None] & keep_q[None, :]
         base = own_slot + tl.cast(bt, tl.int64) * M
         at = (base * (C * H) + c1 * H)[:, None] + (j * (C * H) + h)[None, :]
         tl.store(mean_part + at, mean_all, mask=keep1)
+        tl.store(low_part + at, low_all, mask=keep1)
         tl.store(M2_part + at, M2_all, mask=keep1)
         at_N = base + (c1 * 0)[:, None] + j[None, :]
         tl.store(N_part + at_N, total, mask=keep1 & (c1 == 0)[:, None] & (h == 0)[None, :])
@@ -292,14 +297,16 @@ def moments_kernel(
         base = own_slot + b * M
         at = (base * (C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
         tl.store(mean_part + at, mean, mask=keep1)
+        tl.store(low_part + at, low, mask=keep1)
         tl.store(M2_part + at, M2, mask=keep1)
         tl.store(N_part + base[:, None] + j[None, :], N, mask=keep1 & (c == 0)[:, None] & (h == 0)[None, :])
 
 
 @triton.jit
 def merge_kernel(
-    N_part, mean_part, M2_part, a_part,  # [slots, outputs], [slots, outputs, CH] twice, [a_slots, outputs]
-    N, mean, M2, a,  # out, without slots
+    N_part, mean_part, low_part, M2_part,  # [slots, outputs], [slots, outputs, CH] three times
+    a_part,  # [a_slots, outputs]
+    N, mean, low, M2, a,  # out, without slots
     outputs, slots, a_slots,
     CH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -309,6 +316,7 @@ def merge_kernel(
     o = e // CH
     total = tl.zeros([BLOCK_E], dtype=tl.float32)
     center = tl.zeros([BLOCK_E], dtype=tl.float32)
+    rest = tl.zeros([BLOCK_E], dtype=tl.float32)
     square = tl.zeros([BLOCK_E], dtype=tl.float32)
     a_total = tl.zeros([BLOCK_E], dtype=tl.float32)
     width = tl.cast(outputs, tl.int64)
@@ -319,19 +327,24 @@ def merge_kernel(
         at = (s * width * CH)[:, None] + e[None, :]
         some = inside & (w != 0.0)
         m = tl.load(mean_part + at, mask=some, other=0.0)
+        r = tl.load(low_part + at, mask=some, other=0.0)
         q = tl.load(M2_part + at, mask=some, other=0.0)
-        here, here_mean, here_square = chan(w, m, q)
+        here, here_mean, here_rest, here_square = chan(w, m, r, q)
         both = total + here
         ratio = here / tl.where(both > 1e-36, both, 1.0)
-        step = tl.where(here != 0.0, here_mean - center, 0.0)
+        step = tl.where(here != 0.0, here_mean - center + (here_rest - rest), 0.0)
         square += here_square + step * step * total * ratio
-        center = tl.where(total == 0.0, here_mean, center + step * ratio)
+        rest += step * ratio
+        moved = center + rest
+        rest = tl.where(total == 0.0, here_rest, rest - (moved - center))
+        center = tl.where(total == 0.0, here_mean, moved)
         total = both
     for slot in range(0, a_slots, BLOCK_S):
         s = (slot + tl.arange(0, BLOCK_S)).to(tl.int64)
         inside = (s < a_slots)[:, None] & keep[None, :]
         a_total += tl.sum(tl.load(a_part + (s * width)[:, None] + o[None, :], mask=inside, other=0.0), 0)
     tl.store(mean + e, center, mask=keep)
+    tl.store(low + e, rest, mask=keep)
     tl.store(M2 + e, square, mask=keep)
     per_output = keep & (e % CH == 0)
     tl.store(N + o, total, mask=per_output)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastroute.reference.matrix_step import MatrixGrads, MatrixStep, OutputGrads, Outputs, settle
+from fastroute.reference.matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, settle
 from tests.helpers.cases import Case, Function
 
 EPS = 1e-5
@@ -115,14 +115,13 @@ class _Iteration(torch.autograd.Function):
         step = _step(tensors, p_model)
         made = backend.forward(step)
         out = settle(made, EPS)
-        ctx.save_for_backward(*tensors, made.N0, *out)
+        ctx.save_for_backward(*tensors, *made)
         ctx.backend, ctx.p_model, ctx.start = backend, p_model, start
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *d: Tensor) -> Any:
-        *tensors, N0, a, mu, sig2 = ctx.saved_tensors
-        step = _step(tuple(tensors), ctx.p_model)
+        step = _step(ctx.saved_tensors[:10], ctx.p_model)
         fill = float("nan") if ctx.start is None else ctx.start
         needs = dict(zip(AXES, ctx.needs_input_grad[3:], strict=False))
 
@@ -134,7 +133,7 @@ class _Iteration(torch.autograd.Function):
             ctx.start is None, like(step.gate, True), like(step.mu_inp, needs["mu_inp"]),  # type: ignore[arg-type]
             *(like(t, rows) for t in (step.W, step.bias, step.beta_use, step.beta_ign)),
         )  # fmt: skip
-        out = OutputGrads.of(Outputs(a, mu, sig2), N0, Outputs(*d), EPS)
+        out = OutputGrads.of(Moments(*ctx.saved_tensors[10:]), Outputs(*d), EPS)
         sums = ctx.backend.backward(step, out, grads)
         made = [grads.gate, grads.mu_inp, grads.W, grads.bias, grads.beta_use, grads.beta_ign, None]
         if ctx.start is not None:
