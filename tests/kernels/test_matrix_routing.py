@@ -62,8 +62,9 @@ def test_kinds(routing: str, p_model: str, parameters: str) -> None:
     agree(cases(**ROUTINGS[routing], **PARAMETERS[parameters]), p_model)
 
 
-@each_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "parameters"), [(torch.bfloat16, "own"), (torch.float16, "shared")], ids=["bf16-own", "fp16-shared"]
+)
 def test_half_precision_parameters(dtype: torch.dtype, parameters: str) -> None:
     """Widened when read: sums and votes are in float32."""
     agree(cases(dtype=dtype, **PARAMETERS[parameters]))
@@ -72,11 +73,12 @@ def test_half_precision_parameters(dtype: torch.dtype, parameters: str) -> None:
 @each_kind
 @pytest.mark.parametrize(
     "size",
-    [Size(5, 1, 2, 1, 1, 1), Size(1, 6, 17, 1, 3, 1), Size(3, 4, 3, 3, 17, 5), Size(1, 3, 2, 1, 40, 33)],
+    [Size(5, 1, 2, 1, 1, 1), Size(1, 6, 17, 1, 3, 1), Size(3, 4, 3, 3, 17, 5), Size(1, 3, 2, 1, 33, 9)],
     ids=str,
 )
 def test_sizes(size: Size, parameters: str) -> None:
-    agree(cases(size, **PARAMETERS[parameters]))
+    """The last is two steps of a matrix product. Few numbers, and so many draws."""
+    agree(cases(size, count=5, **PARAMETERS[parameters]))
 
 
 MASKS = {
@@ -165,7 +167,7 @@ def test_empty_batch(parameters: str, routing: str) -> None:
 
 
 @settings(
-    max_examples=5, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(
