@@ -96,6 +96,9 @@ def _measured(row: Row, target: str) -> tuple[float, str, str] | None:
         return None if count is None else (count["all"], str(count["all"]), "")
     if target == "max_ms":
         return None if "ms" not in mine else (mine["ms"], _ms(mine["ms"]), "ms")
+    if target == "memory":
+        theirs = row.get("memory", {}).get("eager")
+        return None if memory is None or theirs is None else (theirs / memory, f"{theirs / memory:.1f}×", "")
     if target == "floor":
         floor = row["floors"].get("torch.mm", {}).get("ratio")
         return None if floor is None else (floor[1], _percent(floor[1]), "")
@@ -136,6 +139,7 @@ _TARGETS: dict[str, Callable[[float], tuple[str, str]]] = {
     "max_ms": lambda v: ("time", f"≤ {v:g} ms"),
     "max_wall_ms": lambda v: ("wall time, two threads", f"≤ {v:g} ms"),
     "max_operators": lambda v: ("operators", f"≤ {v:g}"),
+    "memory": lambda v: ("peak growth, eager's over fastroute's", f"≥ {v:g}×"),
     "max_MB": lambda v: ("peak resident growth", f"≤ {v:g} MB"),
     "max_GB": lambda v: ("peak memory", f"≤ {v:g} GB"),
 }

@@ -11,5 +11,13 @@ import os
 import torch
 
 _runs = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-_kernels = ("vector_routing", "dispatch", "policy", "trajectory_loss", "task_mask", "soft_assignment")
+_kernels = (
+    "vector_routing",
+    "dispatch",
+    "policy",
+    "trajectory_loss",
+    "task_mask",
+    "soft_assignment",
+    "matrix_routing",
+)
 collect_ignore = [] if _runs else [f"test_{name}.py" for name in _kernels]

@@ -11,27 +11,21 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
+WHAT = {
+    "kernels": ["tests/kernels/test_vector_routing.py"],
+    **{
+        name: [f"tests/kernels/test_{name}.py"]
+        for name in ("dispatch", "policy", "trajectory_loss", "task_mask", "soft_assignment", "matrix_routing")
+    },
+    "golden": ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
+    "definable": ["tests/capsules/test_definable.py", "-k", "test_golden_float32 and triton"],
+    "stream": ["tests/capsules/test_stream.py", "-k", "test_error_budget and triton"],
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled here")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets them already")
-@pytest.mark.parametrize(
-    "what",
-    [
-        ["tests/kernels/test_vector_routing.py"],
-        ["tests/kernels/test_dispatch.py"],
-        ["tests/kernels/test_policy.py"],
-        ["tests/kernels/test_trajectory_loss.py"],
-        ["tests/kernels/test_task_mask.py"],
-        ["tests/kernels/test_soft_assignment.py"],
-        ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
-        ["tests/capsules/test_definable.py", "-k", "test_golden_float32 and triton"],
-        ["tests/capsules/test_stream.py", "-k", "test_error_budget and triton"],
-    ],
-    ids=[
-        "kernels", "dispatch", "policy", "trajectory_loss", "task_mask", "soft_assignment", "golden", "definable", "stream",
-    ],  # fmt: skip
-)
+@pytest.mark.parametrize("what", WHAT.values(), ids=WHAT)
 def test_interpreted(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,207 @@
+"""The gradient of an iteration of matrix routing as kernels; votes are made again, never stored.
+
+``pairs_kernel`` has made the logits and the moments' part of dD; ``assign_backward_kernel`` does what needs all outputs
+of an input, ``gradient_kernel`` what needs votes. Tiles and names as in ``matrix_routing_forward``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import dot
+from .matrix_routing_forward import capsule_rows, lanes, open_pairs, routing_weights, votes
+
+
+@triton.jit
+def assign_backward_kernel(
+    gate, beta_use, beta_ign, da,  # [batch, n], [n or 1, M] twice, [batch, M]
+    mask, mask_stride_b, mask_stride_n, mask_stride_m,
+    weight, slope,  # [batch, rows, M]: logits (if SCORED) and the moments' part of dD come in, D and dl go out
+    d_gate, d_use, d_ign,  # out: [batch, n], [n, M] twice
+    beta_sums, A0_part,  # out: [programs, 2, M] where one row of betas serves all, [slots, batch, M]
+    gate_stride, A0_stride, slot, first, last, rows, batch, batch_per_program, tiles,
+    BETA_ROW: tl.constexpr, M: tl.constexpr, SCORED: tl.constexpr, MASKED: tl.constexpr,
+    WANT_ROWS: tl.constexpr, ADD_GATE: tl.constexpr, ADD_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """R, D, dD = slope + da (use + ign) and dl = R (f dD - sum_k R f dD) of a tile of inputs.
+
+    grid (tiles x groups of samples); one group where betas have rows of their own.
+    """
+    tile = tl.program_id(0) % tiles
+    i = (first + tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    live = i < last
+    j = tl.arange(0, BLOCK_M)
+    inside = live[:, None] & (j < M)[None, :]
+    beta = (i * BETA_ROW)[:, None] + j[None, :]
+    use = tl.load(beta_use + beta, mask=inside, other=0.0).to(tl.float32)
+    ign = tl.load(beta_ign + beta, mask=inside, other=0.0).to(tl.float32)
+    if WANT_ROWS:
+        use_sum = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        ign_sum = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    start = tl.program_id(0) // tiles * batch_per_program
+    for sample in range(start, tl.minimum(start + batch_per_program, batch)):
+        b = tl.cast(sample, tl.int64)
+        open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
+        at = ((b * rows + i - first) * M)[:, None] + j[None, :]
+        R = routing_weights(weight + at, open_, M, SCORED)
+        f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)[:, None]
+        D = tl.where(open_ & (f != 0.0), f * R, 0.0)
+        a = tl.load(da + b * M + j, mask=j < M, other=0.0)[None, :]
+        dD = tl.where(open_, tl.load(slope + at, mask=open_, other=0.0) + a * (use + ign), 0.0)
+        tl.store(weight + at, D, mask=inside)
+        if SCORED:
+            dR = f * dD
+            dl = tl.where(open_, R * (dR - tl.sum(R * dR, 1)[:, None]), 0.0)
+            tl.store(slope + at, dl, mask=inside)
+            A0 = A0_part + (slot + tile).to(tl.int64) * A0_stride + b * M + j
+            tl.store(A0, tl.sum(dl, 0), mask=j < M)
+        dgate = tl.sum(tl.where(open_, dD * R - a * ign, 0.0), 1)
+        out = d_gate + b * gate_stride + i
+        if ADD_GATE:
+            dgate += tl.load(out, mask=live, other=0.0)
+        tl.store(out, dgate, mask=live)
+        if WANT_ROWS:
+            use_sum += a * D
+            ign_sum -= tl.where(open_, a * (f - D), 0.0)
+    if WANT_ROWS:
+        if BETA_ROW == 0:
+            sums = beta_sums + tl.program_id(0).to(tl.int64) * (2 * M) + j
+            tl.store(sums, tl.sum(use_sum, 0), mask=j < M)
+            tl.store(sums + M, tl.sum(ign_sum, 0), mask=j < M)
+        else:
+            if ADD_ROWS:
+                use_sum += tl.load(d_use + beta, mask=inside, other=0.0)
+                ign_sum += tl.load(d_ign + beta, mask=inside, other=0.0)
+            tl.store(d_use + beta, use_sum, mask=inside)
+            tl.store(d_ign + beta, ign_sum, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    gate, mu_inp, W, bias,  # [batch, n], [batch, n, C, D], [n or 1, M, D, H], [n or 1, M, C, H]
+    before, sig2,  # mu and sig2 of the previous iteration, [batch, M, C, H]
+    center, g1, g2,  # [batch, M, C, H]
+    weight, slope,  # [batch, rows, M]: D and dl
+    d_mu,  # out [output tiles, batch, rows, C, D]
+    d_W, d_bias,  # out [n, M, D, H], [n, M, C, H]; with SHARED, [programs, M, D, H] and so on
+    A1_part, A2_part,  # out [slots, B, M, C, H]
+    gate_stride, mu_stride, A_stride, slot, first, last, rows, batch, per_split, splits, batch_tiles, tiles_per_program,
+    add_rows,
+    M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    SHARED: tl.constexpr, SCORED: tl.constexpr, GAUSSIAN: tl.constexpr,
+    WANT_MU: tl.constexpr, WANT_ROWS: tl.constexpr,
+    S: tl.constexpr, CP: tl.constexpr, J: tl.constexpr, HP: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dV = D (g1 + 2 g2 e) - dl (V - mu) / sig2 of a tile, and everything that is summed from it.
+
+    Where inputs have parameters of their own, one program sees all samples, so that no other adds to the same rows;
+    with SHARED it has sums of its own to add to. grid (output tiles x splits of the inputs x groups of batch tiles).
+    """
+    TILES: tl.constexpr = (M + J - 1) // J
+    jt = tl.program_id(0) % TILES
+    rest = tl.program_id(0) // TILES
+    split = rest % splits
+    group = rest // splits
+    lo = first + split * per_split
+    hi = tl.minimum(lo + per_split, last)
+    c = tl.arange(0, S * CP) % CP
+    j = jt * J + tl.arange(0, J * HP) // HP
+    h = tl.arange(0, J * HP) % HP
+    keep_q = (j < M) & (h < H)
+    c1 = tl.arange(0, CP)
+    keep_c = (c1 < C)[:, None] & keep_q[None, :]
+    STEP: tl.constexpr = S if SHARED else 1
+    start = group * tiles_per_program
+    for bt in range(start, tl.minimum(start + tiles_per_program, batch_tiles)):
+        b, i, live = lanes(bt, lo, hi, batch, S, CP, SHARED)
+        keep = ((b < batch) & (c < C))[:, None] & keep_q[None, :]
+        at = (b * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
+        middle = tl.load(center + at, mask=keep, other=0.0)
+        linear = tl.load(g1 + at, mask=keep, other=0.0)
+        square = 2.0 * tl.load(g2 + at, mask=keep, other=0.0)
+        if SCORED:
+            mu = tl.load(before + at, mask=keep, other=0.0)
+            precision = 2.0 * keep.to(tl.float32)
+            if GAUSSIAN:
+                precision = 1.0 / tl.load(sig2 + at, mask=keep, other=1.0)
+            A1 = tl.zeros([S * CP, J * HP], dtype=tl.float32)
+            A2 = tl.zeros([S * CP, J * HP], dtype=tl.float32)
+        for row in range(lo, hi, STEP):
+            b, i, live = lanes(bt, row, hi, batch, S, CP, SHARED)
+            own = tl.cast(row, tl.int64) * (1 - SHARED)
+            x_rows, keep_rows = capsule_rows(mu_inp, gate, gate_stride, mu_stride, b, i, c, live, C, D)
+            keep = (live & (c < C))[:, None] & keep_q[None, :]
+            w_rows = W + own * (M * D * H) + j * (D * H) + h
+            b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
+            zero = tl.zeros([S * CP, J * HP], dtype=tl.float32)
+            V = votes(x_rows, keep_rows, w_rows, keep_q, b_rows, keep, zero, D, H, BLOCK_D, DOT)
+
+            pair = ((b * rows + i - first) * M)[:, None] + j[None, :]
+            share = tl.load(weight + pair, mask=keep, other=0.0)
+            dV = tl.where(share != 0.0, share * (linear + square * (V - middle)), 0.0)
+            if SCORED:
+                dl = tl.load(slope + pair, mask=keep, other=0.0)
+                off = tl.where(dl != 0.0, V - mu, 0.0)
+                weighted = dl * off
+                A1 += weighted
+                A2 += weighted * off
+                dV -= weighted * precision
+
+            # Sums over lanes go to memory that no other program adds to; a barrier parts the writing of one step, by
+            # whichever threads hold the sums, from the reading of the next.
+            if WANT_ROWS:
+                tl.debug_barrier()
+                own_out = own
+                before_this = bt - start + add_rows
+                if SHARED:
+                    own_out = tl.cast(group * splits + split, tl.int64)
+                    before_this = bt - start + row - lo
+                more = keep_q & (tl.zeros_like(j) + before_this > 0)
+                b_out = d_bias + own_out * (M * C * H) + (c1 * H)[:, None] + (j * (C * H) + h)[None, :]
+                db = tl.sum(tl.reshape(dV, [S, CP, J * HP]), 0)
+                db += tl.load(b_out, mask=keep_c & more[None, :], other=0.0)
+                tl.store(b_out, db, mask=keep_c)
+                w_out = d_W + own_out * (M * D * H) + j * (D * H) + h
+            if WANT_MU:
+                mu_out = d_mu + ((jt * tl.cast(batch, tl.int64) + b) * rows + i - first) * (C * D) + c * D
+                keep_mu = live & (c < C)
+            if DOT:
+                for column in range(0, D, BLOCK_D):
+                    d = column + tl.arange(0, BLOCK_D)
+                    if WANT_ROWS:
+                        keep_x = keep_rows[None, :] & (d < D)[:, None]
+                        x = tl.load(x_rows[None, :] + d[:, None], mask=keep_x, other=0.0)
+                        out = w_out[None, :] + (d * H)[:, None]
+                        keep_w = keep_q[None, :] & (d < D)[:, None]
+                        dw = tl.load(out, mask=keep_w & more[None, :], other=0.0)
+                        tl.store(out, dot(x, dV, dw, "ieee"), mask=keep_w)
+                    if WANT_MU:
+                        keep_w = keep_q[:, None] & (d < D)[None, :]
+                        w = tl.load(w_rows[:, None] + (d * H)[None, :], mask=keep_w, other=0.0).to(tl.float32)
+                        dx = dot(dV, w, tl.zeros([S * CP, BLOCK_D], dtype=tl.float32), "ieee")
+                        keep_x = keep_mu[:, None] & (d < D)[None, :]
+                        tl.store(mu_out[:, None] + d[None, :], dx, mask=keep_x)
+            else:
+                for d in tl.static_range(D):
+                    if WANT_ROWS:
+                        x = tl.load(x_rows + d, mask=keep_rows, other=0.0)
+                        dw = tl.sum(x[:, None] * dV, 0)
+                        dw += tl.load(w_out + d * H, mask=more, other=0.0)
+                        tl.store(w_out + d * H, dw, mask=keep_q)
+                    if WANT_MU:
+                        w = tl.load(w_rows + d * H, mask=keep_q, other=0.0).to(tl.float32)
+                        tl.store(mu_out + d, tl.sum(dV * w[None, :], 1), mask=keep_mu)
+        if SCORED:
+            b, i, live = lanes(bt, lo, hi, batch, S, CP, SHARED)
+            base = (slot + split).to(tl.int64) * A_stride
+            if SHARED:
+                at1 = base + tl.cast(bt, tl.int64) * (M * C * H) + (c1 * H)[:, None] + (j * (C * H) + h)[None, :]
+                tl.store(A1_part + at1, tl.sum(tl.reshape(A1, [S, CP, J * HP]), 0), mask=keep_c)
+                tl.store(A2_part + at1, tl.sum(tl.reshape(A2, [S, CP, J * HP]), 0), mask=keep_c)
+            else:
+                keep1 = ((b < batch) & (c < C))[:, None] & keep_q[None, :]
+                at1 = base + (b * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
+                tl.store(A1_part + at1, A1, mask=keep1)
+                tl.store(A2_part + at1, A2, mask=keep1)

@@ -1,0 +1,89 @@
+"""Every kernel of ``matrix_routing`` compiled for three architectures in the blocks its plan picks for known shapes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import aot
+
+
+class Case(NamedTuple):
+    """A shape, in the words of ``plan``."""
+
+    B: int
+    n: int
+    m: int
+    c: int
+    d: int
+    h: int
+    dtype: str = "float32"  #: of the parameters
+    shared: bool = False
+    masked: bool = False
+    p_model: str = "gaussian"
+    first: bool = False
+
+
+CASES = {
+    "own": Case(16, 4096, 64, 4, 4, 4),
+    "shared": Case(4, 4096, 64, 4, 4, 4, shared=True),
+    "odd-bf16": Case(3, 100, 7, 3, 5, 9, "bfloat16", masked=True, first=True),
+    "vectors-skm": Case(20, 2000, 64, 1, 64, 64, shared=True, p_model="skm"),
+}
+
+
+def launches(case: Case) -> Iterator[Any]:
+    """The launches of one iteration, forward and backward."""
+    import torch
+
+    from fastroute.kernels import matrix_routing
+    from fastroute.reference.matrix_step import MatrixGrads, MatrixStep, OutputGrads, Outputs
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, n, m, c, d, h = case[:6]
+    n1 = 1 if case.shared else n
+    kind = getattr(torch, case.dtype)
+    shapes = [(n1, m, d, h), (n1, m, c, h), (n1, m), (n1, m)]
+    outputs = [empty(B, m, c, h), empty(B, m, c, h), empty(B, m, c, h), empty(B, m), empty(B, m)]
+    step = MatrixStep(
+        empty(B, n), empty(B, n, c, d), *(empty(*shape, dtype=kind) for shape in shapes),
+        empty(B, n, m, dtype=torch.bool) if case.masked else None,
+        None if case.first else Outputs(outputs[3], *outputs[:2]), case.p_model,
+    )  # fmt: skip
+    yield from aot.record(lambda: matrix_routing.forward(step))
+    grads = MatrixGrads(True, empty(B, n), empty(B, n, c, d), *(empty(*shape) for shape in shapes))
+    yield from aot.record(lambda: matrix_routing.backward(step, OutputGrads(*outputs), grads))
+
+
+@functools.cache
+def reports() -> list[aot.Report]:
+    return aot.report_of(__file__, ",".join(CASES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fits(name: str) -> None:
+    """Shared memory is within every architecture's limit, and tiles stay in registers.
+
+    A word or two of a thread may wait in memory while a loop runs: 16 bytes, where a tile's number takes 4 in each.
+    """
+    found = [r for r in reports() if r.case == name]
+    assert {r.arch for r in found} == set(aot.SHARED_LIMIT)
+    forward = {"pairs_kernel", "assign_kernel", "moments_kernel", "merge_kernel"}
+    assert {r.kernel for r in found} == forward | {"assign_backward_kernel", "gradient_kernel"}
+    for r in found:
+        assert r.shared <= aot.SHARED_LIMIT[r.arch], r
+        assert r.stack <= 16, r
+
+
+pytest.importorskip("triton")
+
+if __name__ == "__main__":
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    names = sys.argv[1].split(",")
+    aot.print_reports([(name, list(launches(CASES[name]))) for name in names], archs)
