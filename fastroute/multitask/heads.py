@@ -29,6 +29,8 @@ _PLAIN: frozenset[type] = frozenset({nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.L
 _TENSORS = (nn.Parameter, Tensor)
 #: So many heads are faster together: on a CPU, setting out costs what some products do; on a GPU, starting one does.
 _LEAST = {"cpu": 6}
+#: Fewer are no group anywhere: looking whether they still can run together would cost what it saves.
+_FEWEST = 4
 
 Signature = tuple[Any, ...]
 
@@ -104,7 +106,7 @@ def join(calls: Sequence[Call], layers: Mapping[str, Any]) -> list[Call]:
     made: list[Call] = []
     for call in calls:
         siblings = groups.get(keys.get(call.names[0]), [])
-        if len(siblings) < 2:
+        if len(siblings) < _FEWEST:
             made.append(call)
         elif call.names[0] == siblings[0]:
             made.append(Call(tuple(siblings), call.inputs, Siblings(siblings)))
@@ -247,7 +249,7 @@ def run_heads(siblings: Siblings, heads: Sequence[Callable[[Any], Any]], x: Any)
     """The output of each head."""
     if type(x) not in _TENSORS or not x.is_floating_point() or x.dim() == 0 or _watched_globally():
         return [head(x) for head in heads]
-    least = _LEAST.get(x.device.type, 2)
+    least = _LEAST.get(x.device.type, _FEWEST)
     if len(heads) < least:
         return [head(x) for head in heads]
     recipe = siblings.recipe(heads)  # type: ignore[arg-type]

@@ -178,21 +178,25 @@ def test_the_schedule() -> None:
     assert groups(model_of(fuse_heads=False)) == []
     assert list(model.state_dict()) == list(model_of(fuse_heads=False).state_dict())
     assert model.unused == [f"post{i}" for i in range(T)]
-    model.output_tasks = ["post1", "head0"]
-    assert groups(model) == [("head0", "head1")]
+    model.output_tasks = ["post1", "head3", "head2", "head0"]
+    assert groups(model) == [("head0", "head1", "head2", "head3")]
+    model.output_tasks = ["post1", "head3", "head0"]
+    assert groups(model) == []  # three gain nothing
     other = MTLModel(
         [
             {"name": "a", "layers": nn.Linear(4, 2)},
             {"name": "b", "layers": nn.Linear(4, 2)},
+            {"name": "k", "layers": nn.Linear(4, 2)},
+            {"name": "l", "layers": nn.Linear(4, 2)},
             {"name": "c", "layers": nn.Linear(4, 3)},  # of another shape
             {"name": "d", "layers": nn.Linear(2, 2), "anchor_layer": "a"},
             {"name": "e", "layers": nn.Linear(2, 2), "anchor_layer": "b"},  # of another anchor
             {"name": "f", "layers": nn.Bilinear(2, 2, 2), "anchor_layer": ["a", "b"]},
             {"name": "h", "layers": nn.Bilinear(2, 2, 2), "anchor_layer": ["a", "b"]},
         ],
-        list("abcdefh"),
+        list("abklcdefh"),
     )
-    assert groups(other) == [("a", "b")]
+    assert groups(other) == [("a", "b", "k", "l")]
 
 
 @pytest.mark.parametrize("keep", [False, True])

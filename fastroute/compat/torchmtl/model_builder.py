@@ -50,7 +50,7 @@ class MTLModel(multitask.MTLModel):
     _strict = False
 
     def __init__(self, task_layers: Sequence[Mapping[str, Any]], output_tasks: Sequence[str]) -> None:
-        super().__init__(task_layers, output_tasks, order="bfs", run_all=True, keep_outputs=True)
+        super().__init__(task_layers, output_tasks, order="bfs", run_all=True, keep_outputs=True, fuse_heads=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value) is nn.Parameter and type(self._parameters.get(name)) is LearnedWeight:
