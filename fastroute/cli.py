@@ -23,6 +23,7 @@ _ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "T
 TYPICAL: dict[str, dict[str, int]] = {
     "vector_routing": {"B": 1, "n": 1000, "m": 100, "d": 256},
     "matrix_routing": {"B": 1, "n": 1000, "m": 64, "c": 4, "d": 4, "h": 4},
+    "soft_assignment": {"B": 4, "n": 1000, "m": 10, "h": 64},
     "dispatch": {"N": 256, "K": 20},
     "grouped_linear": {"N": 256, "K": 20, "F": 128, "O": 48},
     "policy": {"N": 256, "K": 20},
