@@ -32,6 +32,7 @@ struct Rows {
   T *phi, *L;
   const T *use, *ign;
   int64_t beta_stride, ign_stride;
+  const T *use_bias, *ign_bias;  // still to be added to linear betas; null where there is nothing to add
   const T *w, *b;
   int64_t score_stride;
   const T* prior;

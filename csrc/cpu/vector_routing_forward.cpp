@@ -46,10 +46,6 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
         T* block = nullptr;
         if (products > 0) {
           block = make_block(x, operand.by_column(b0, samples));
-          if (q.linear) {
-            T* betas_from = block + (q.first ? 0 : m);
-            add_biases(q, betas_from, betas_from + m, samples * count, ld);
-          }
         }
         T* phi = q.first ? static_cast<T*>(own_phi) : block;
         for (int64_t k = 0; k < samples; ++k) {
@@ -64,6 +60,8 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
           if (q.linear) {
             a.use = block + k * count * ld + (q.first ? 0 : m);
             a.ign = q.has_ign ? a.use + m : a.ign;
+            a.use_bias = q.use_bias;
+            a.ign_bias = q.has_ign ? q.ign_bias : a.ign;
           }
           a.gate = f;
           a.mask = q.mask == nullptr ? nullptr : q.mask + b * q.mask_batch + start * q.mask_row;
