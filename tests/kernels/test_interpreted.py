@@ -19,6 +19,7 @@ WHAT = {
     },
     "golden": ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
     "definable": ["tests/capsules/test_definable.py", "-k", "test_golden_float32 and triton"],
+    "matrix": ["tests/capsules/test_matrix.py", "-k", "in_float32 and triton and (base_3d or dict or var)"],
     "stream": ["tests/capsules/test_stream.py", "-k", "test_error_budget and triton"],
 }
 
