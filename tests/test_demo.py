@@ -11,6 +11,7 @@ import torch
 from fastroute import credit_assignment, data
 from fastroute.cli import main
 from fastroute.ops._backends import missing
+from tests.helpers.demos import run_demo
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("sklearn")
@@ -26,11 +27,7 @@ def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, float, str]:
-    status = main(["demo", "--device", "cpu", *argv])
-    said = capsys.readouterr().out
-    found = re.search(r"held-out accuracy: ([0-9.]+)", said)
-    assert found is not None, said
-    return status, float(found[1]), said
+    return run_demo(capsys, None, *argv)
 
 
 def test_it_learns_times_and_draws(

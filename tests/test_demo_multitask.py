@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastroute import data, demos
-from fastroute.cli import main
+from tests.helpers.demos import run_demo
+from tests.helpers.examples import few
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("sklearn")
@@ -19,16 +20,8 @@ from fastroute.demos import multitask  # noqa: E402
 from fastroute.demos.multitask import NAMES, NETWORKS, Objective, Result, T, Tasks, model_of, tasks_of  # noqa: E402
 
 
-def few(count: int) -> data.Digits:
-    return data.Digits(*(t[:count] for t in data.digits()))
-
-
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, float, str]:
-    status = main(["demo", "multitask", "--device", "cpu", *argv])
-    said = capsys.readouterr().out
-    found = re.search(r"held-out accuracy: ([0-9.]+)", said)
-    assert found is not None, said
-    return status, float(found[1]), said
+    return run_demo(capsys, "multitask", *argv)
 
 
 def test_it_learns_compares_and_draws(

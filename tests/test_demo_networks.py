@@ -10,6 +10,7 @@ import torch
 
 from fastroute import data, demos, explain
 from fastroute.cli import main
+from tests.helpers.demos import run_demo
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("sklearn")
@@ -19,11 +20,7 @@ from fastroute.demos import networks  # noqa: E402
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, float, str]:
-    status = main(["demo", "networks", "--device", "cpu", *argv])
-    said = capsys.readouterr().out
-    found = re.search(r"held-out accuracy: ([0-9.]+)", said)
-    assert found is not None, said
-    return status, float(found[1]), said
+    return run_demo(capsys, "networks", *argv)
 
 
 def test_it_learns_compares_and_draws(

@@ -12,6 +12,8 @@ import torch
 
 from fastroute import data, demos
 from fastroute.cli import main
+from tests.helpers.demos import run_demo
+from tests.helpers.examples import few
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 pytest.importorskip("sklearn")
@@ -21,16 +23,8 @@ from fastroute.demos import tasks  # noqa: E402
 from fastroute.demos.attributes import BASE, DIGITS, attributes  # noqa: E402
 
 
-def few(count: int) -> data.Digits:
-    return data.Digits(*(t[:count] for t in data.digits()))
-
-
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, float, str]:
-    status = main(["demo", "tasks", "--device", "cpu", *argv])
-    said = capsys.readouterr().out
-    found = re.search(r"held-out accuracy: ([0-9.]+)", said)
-    assert found is not None, said
-    return status, float(found[1]), said
+    return run_demo(capsys, "tasks", *argv)
 
 
 def test_it_learns_compares_and_draws(

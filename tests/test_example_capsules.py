@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_examples import cells, example, leave_no_trace  # noqa: F401  (a fixture)
+from tests.helpers.examples import cells, example, leave_no_trace
+
+__all__ = ["leave_no_trace"]  # a fixture of every test here
 
 
 @pytest.fixture

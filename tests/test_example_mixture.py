@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.test_examples import EXAMPLES, cells, example, leave_no_trace
+from tests.helpers.examples import EXAMPLES, cells, example, leave_no_trace
 
 __all__ = ["leave_no_trace"]  # a fixture of every test here
 

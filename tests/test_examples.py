@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-import fastroute
+from tests.helpers.examples import EXAMPLES, cells, example, leave_no_trace
 
-EXAMPLES = Path(fastroute.__file__).resolve().parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def leave_no_trace(monkeypatch: pytest.MonkeyPatch):
-    """Examples import each other as scripts do, and set the process's threads and environment."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-def cells(text: str) -> list[list[str]]:
-    """The rows of the markdown tables in a text, without their heads' rules."""
-    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+__all__ = ["leave_no_trace"]  # a fixture of every test here
 
 
 def test_routing_digits(capsys: pytest.CaptureFixture[str]) -> None:

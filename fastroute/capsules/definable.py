@@ -114,25 +114,7 @@ class DefinableVectorRouting(nn.Module):
         return f"{self._get_name()}(" + ",\n ".join(f"{name}={getattr(self, name)}" for name in names) + ")"
 
     def _check_input(self, x_inp: Tensor) -> None:
-        _checks.tensor("x_inp", x_inp, "a tensor")
-        if x_inp.dim() < 2:
-            raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {_checks.shown(x_inp)}")
-        _checks.floating("x_inp", x_inp)
-        n, d = x_inp.shape[-2:]
-        if self.d_inp is not None and d != self.d_inp:
-            raise ValueError(
-                f"d_inp: expected input vectors of width {self.d_inp}, got {d} (x_inp is {_checks.shown(x_inp)})"
-            )
-        if self.n_inp != -1 and n != self.n_inp:
-            raise ValueError(f"n_inp: expected {self.n_inp} input vectors, got {n} (x_inp is {_checks.shown(x_inp)})")
-        if n == 0:
-            raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {_checks.shown(x_inp)})")
-        home = self.CONST_ones_over_n_out.device
-        if x_inp.device != home:
-            raise ValueError(
-                f"x_inp: expected a tensor on {home} like the parameters, got one on {x_inp.device}; "
-                "move one of them with .to()"
-            )
+        _checks.input_vectors(x_inp, self.n_inp, self.d_inp, self.CONST_ones_over_n_out.device)
 
     def _betas(self, x_inp: Tensor, B: int) -> tuple[Tensor, Tensor]:
         """[n, m], or [B, n, m] where they are linear in x."""

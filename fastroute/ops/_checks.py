@@ -97,3 +97,23 @@ def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, de
                 f"the smallest {int(lengths.min())}, the largest {int(lengths.max())}"
             )
     return lengths.clamp(0, n)
+
+
+def input_vectors(x_inp: Tensor, n_inp: int, d_inp: int | None, home: torch.device) -> None:
+    """Check a capsule layer's x_inp [..., n_inp, d_inp]; n_inp -1 and d_inp None allow any. ``home``: of parameters."""
+    tensor("x_inp", x_inp, "a tensor")
+    if x_inp.dim() < 2:
+        raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {shown(x_inp)}")
+    floating("x_inp", x_inp)
+    n, d = x_inp.shape[-2:]
+    if d_inp is not None and d != d_inp:
+        raise ValueError(f"d_inp: expected input vectors of width {d_inp}, got {d} (x_inp is {shown(x_inp)})")
+    if n_inp != -1 and n != n_inp:
+        raise ValueError(f"n_inp: expected {n_inp} input vectors, got {n} (x_inp is {shown(x_inp)})")
+    if n == 0:
+        raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {shown(x_inp)})")
+    if x_inp.device != home:
+        raise ValueError(
+            f"x_inp: expected a tensor on {home} like the parameters, got one on {x_inp.device}; "
+            "move one of them with .to()"
+        )
