@@ -10,6 +10,9 @@ from torch.library import Library
 
 library = Library("fastroute", "DEF")
 
+#: What each op of :func:`define` runs, by its name.
+implementations: dict[str, Callable[..., Any]] = {}
+
 
 def no_second_derivative(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The gradient of a gradient op: an error instead of autograd's silence."""
@@ -31,6 +34,7 @@ def define(
     """Register ``fastroute::name`` for every device: its schema, its Python dispatcher, its fake and its gradient."""
     library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
     library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    implementations[name] = implementation
     torch.library.register_fake(f"fastroute::{name}", fake, lib=library)
     if autograd is not None:
         backward, setup_context = autograd

@@ -134,10 +134,10 @@ def test_golden_float32(file: str, backend: str) -> None:
     module, x = of_file(recorded), recorded.record["inputs"]["x_inp"]
     case = as_case(module, x, recorded.record["cotangents"])
     generator = torch.Generator().manual_seed(0)
-    others = [case.with_inputs(x_inp=torch.randn(x.shape, generator=generator)) for _ in range(5)]
+    others = [case.with_inputs(x_inp=torch.randn(x.shape, generator=generator)) for _ in range(1)]
     with use_backend(backend):
         check(
-            as_function(module), literal(module), [case, *others], dtype=F32, permute="nmd", count=6,
+            as_function(module), literal(module), [case, *others], dtype=F32,
             also=[recorded.expected()],
         )  # fmt: skip
 

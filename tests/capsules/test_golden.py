@@ -64,11 +64,11 @@ def test_float32(file: str, backend: str) -> None:
     x = case.inputs["x_inp"]
     assert x is not None
     generator = torch.Generator().manual_seed(0)
-    others = [case.with_inputs(x_inp=torch.randn(x.shape, generator=generator)) for _ in range(5)]
+    others = [case.with_inputs(x_inp=torch.randn(x.shape, generator=generator)) for _ in range(1)]
     with use_backend(backend):
         found = check(
             module_op(module), module_truth(module), [case, *others],
-            dtype=torch.float32, permute="nmd", count=6, also=[recorded.expected()],
+            dtype=torch.float32, also=[recorded.expected()],
         )  # fmt: skip
     for name, upstream in recorded.expected().items():
         got = found[name]

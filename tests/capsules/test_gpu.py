@@ -36,9 +36,8 @@ def on_gpu(fn: Any) -> Any:
 def test_agrees_with_float64(size: str, padding: str) -> None:
     n, m, d, h = SIZES[size]
     options: dict[str, Any] = {} if PADDING[padding] is None else {"lengths": PADDING[padding]}
-    cases = [efficient_case(Size(3, 500, m, d, h), linear=n == -1, seed=seed, **options) for seed in range(10)]
-    letters = "md" if options else "nmd"
-    check(on_gpu(efficient_op()), efficient_truth(), cases, dtype=torch.float32, permute=letters, count=3)
+    cases = [efficient_case(Size(3, 500, m, d, h), linear=n == -1, seed=seed, **options) for seed in range(3)]
+    check(on_gpu(efficient_op()), efficient_truth(), cases, dtype=torch.float32)
 
 
 def inputs(size: tuple[int, int, int, int]) -> tuple[EfficientVectorRouting, Tensor, Tensor]:

@@ -116,9 +116,9 @@ def test_is_algorithm_1(lead: tuple[int, ...], n_iters: int) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_error_budget(dtype: torch.dtype) -> None:
-    layers = [make(seed, dtype=dtype, eps=1e-8) for seed in range(8)]
+    layers = [make(seed, dtype=dtype, eps=1e-8) for seed in range(3)]
     cases = [case_of(layer, 2, n=60, seed=seed) for seed, layer in enumerate(layers)]
-    check(op(layers[0]), truth(layers[0]), cases, dtype=dtype, permute="nk", count=3)
+    check(op(layers[0]), truth(layers[0]), cases, dtype=dtype, stored=dtype)
 
 
 def test_gradcheck() -> None:

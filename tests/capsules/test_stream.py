@@ -165,12 +165,12 @@ def test_error_budget(size: str, dtype: torch.dtype, backend: str) -> None:
     """Many chunks round no worse than one sum. (Few where kernels are interpreted.)"""
     n, m, d, h = 40 if backend == "triton" else 200, *SIZES[size][1:]
     cases = []
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(seed)
         layer = EfficientVectorRouting(n if size == "fixed" else -1, m, d, h, dtype=dtype)
         cases.append(case_of(layer, vectors(n=n, dtype=dtype, seed=seed)))
-    sizes, count = ((24, 1), 2) if backend == "triton" else ((3,) * 65, 3)
-    check(streamed(layer, sizes), truth(layer), cases, dtype=dtype, permute="md", count=count)
+    sizes = (24, 1) if backend == "triton" else (3,) * 65
+    check(streamed(layer, sizes), truth(layer), cases, dtype=dtype, stored=dtype)
 
 
 @each_size

@@ -122,9 +122,9 @@ def test_one_input_vector() -> None:
 def test_one_input_vector_in(dtype: torch.dtype) -> None:
     cases = [
         module_case(m, x, cotangents(m, x))
-        for m, x in ((make(1, seed=s, dtype=dtype), inputs(3, n=1, dtype=dtype, seed=s)) for s in range(10))
+        for m, x in ((make(1, seed=s, dtype=dtype), inputs(3, n=1, dtype=dtype, seed=s)) for s in range(3))
     ]
-    check(module_op(make(1, dtype=dtype)), module_truth(make(1, dtype=dtype)), cases, dtype=dtype, permute="md")
+    check(module_op(make(1, dtype=dtype)), module_truth(make(1, dtype=dtype)), cases, dtype=dtype, stored=dtype)
 
 
 # ------------------------------------------------------------------------------------------------ masks, lengths
@@ -322,11 +322,11 @@ def test_dtypes(n_inp: int, module_dtype: torch.dtype, x_dtype: torch.dtype, bac
     if F16 in (module_dtype, x_dtype) and backend == "native":
         backend = "auto"
     out = torch.promote_types(module_dtype, x_dtype)
-    modules = [make(n_inp, dtype=module_dtype, seed=s) for s in range(8)]
-    xs = [inputs(3, dtype=x_dtype, seed=s) for s in range(8)]
+    modules = [make(n_inp, dtype=module_dtype, seed=s) for s in range(2)]
+    xs = [inputs(3, dtype=x_dtype, seed=s) for s in range(2)]
     cases = [module_case(m, x, {"x_out": cotangents(m, x.to(out))["x_out"]}) for m, x in zip(modules, xs, strict=True)]
     with use_backend(backend):
-        found = check(module_op(modules[0]), module_truth(modules[0]), cases, dtype=out, permute="nmd", count=3)
+        found = check(module_op(modules[0]), module_truth(modules[0]), cases, dtype=out, stored=out)
     assert found["x_out"] is not None and found["x_out"].dtype == out
     for name in cases[0].wrt:
         t, g = cases[0].inputs[name], found[f"d{name}"]
@@ -345,13 +345,10 @@ def test_autocast_gives_float32(n_inp: int, return_dict: bool, x_dtype: torch.dt
     x_out = out["x_out"] if return_dict else out
     assert x_out.dtype == F32
     assert all(t is None or t.dtype == F32 for t in (out.values() if return_dict else ()))
-    exact = literal(module.double(), x_inp=x.detach().double())["x_out"]
-    assert exact is not None
-    module.to(F32)
-    with torch.autocast("cpu", dtype=BF16):
-        plain = literal(module, x_inp=x.detach().float())["x_out"]
-    assert plain is not None
-    assert_within_budget(x_out.detach(), exact, plain.float())
+    exact = copy.deepcopy(module).double()
+    assert_within_budget(
+        {"x_out": x_out.detach()}, lambda: literal(exact, x_inp=x.detach().double()), BF16, stored=BF16
+    )
     x_out.sum().backward()
     assert x.grad is not None and x.grad.dtype == x_dtype and x.grad.isfinite().all()
 

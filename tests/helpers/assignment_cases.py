@@ -98,10 +98,5 @@ def truth(form: str) -> Callable[..., dict[str, Tensor]]:
     return call
 
 
-def permutable(form: str) -> str:
-    """The axes whose order is free: not those that lengths speak of."""
-    return "mh" if FORMS[form].get("lengths") else "nmh"
-
-
 def sizes_of(case: Case) -> Sequence[int]:
     return case.size("b"), case.size("n"), case.size("m"), case.size("h")

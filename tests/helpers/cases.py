@@ -6,7 +6,7 @@ output; equal letters are the same axis, which is what lets a case be permuted, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,24 +84,3 @@ def evaluate(fn: Function, case: Case) -> Results:
     cotangents = [g.to(t.dtype) for g, t in zip(case.cotangents.values(), ends, strict=True)]
     gradients = torch.autograd.grad(ends, list(leaves.values()), cotangents, allow_unused=True)
     return found | {f"d{k}": g for k, g in zip(leaves, gradients, strict=True)}
-
-
-def orders(case: Case, letters: str, count: int) -> Iterator[tuple[Case, Callable[[Results], Results]]]:
-    """The case as it is and with its axes in random orders, ``count`` in all, each with what puts its results back.
-
-    Reordering an axis of every input alike changes no result but for the order in which sums are rounded.
-    """
-    generator = torch.Generator().manual_seed(0)
-    yield case, lambda results: results
-    for _ in range(count - 1):
-        moved = {letter: torch.randperm(case.size(letter), generator=generator) for letter in letters}
-        turned = case
-        for letter, index in moved.items():
-            turned = turned.select(letter, index)
-
-        def back(results: Results, moved: dict[str, Tensor] = moved) -> Results:
-            for letter, index in moved.items():
-                results = select(results, case.axes, letter, index.argsort())
-            return results
-
-        yield turned, back

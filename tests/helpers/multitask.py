@@ -130,7 +130,7 @@ def select(wrapping: Any = multitask) -> Layers:
         {"name": "s1", "layers": wrapping.SimpleSelect(selection_axis=1)},
         {"name": "f1", "layers": Linear(5, 3), "anchor_layer": "s1"},
         {"name": "cat_ba", "layers": wrapping.Concat(1), "anchor_layer": ["f1", "s0"]},
-        {"name": "sl", "layers": wrapping.SliceSelect((slice(None), slice(2, 5))), "anchor_layer": "cat_ba"},
+        {"name": "sl", "layers": wrapping.SliceSelect((slice(None), slice(1, 4))), "anchor_layer": "cat_ba"},
         {"name": "raw", "layers": wrapping.SliceSelect(slice(0, 1)), "anchor_layer": "root"},
         {"name": "t", "layers": Linear(3, 2), "anchor_layer": "sl", "loss": None, "loss_weight": None},
     ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastroute.reference.step import Grads, Step
 from fastroute.reference.vector_routing import gates, row_is_live, vector_routing
+from tests.helpers.budget import Yardstick
 
 PARAMETERS = ("gate_weight", "gate_bias", "score_weight", "score_bias", "use", "ign", "use_bias", "ign_bias")
 
@@ -146,38 +147,6 @@ def answer(case: Problem, dtype: torch.dtype, *, start: float = 0.0) -> dict[str
     return {k: g.detach() for k, g in found.items() if g is not None}
 
 
-_AXES = {
-    "x": "Bnd", "gate": "Bn", "gate_weight": "nd", "gate_bias": "n", "scale": "B", "pred": "Bmd", "score_weight": "nm",
-    "score_bias": "nm", "use_bias": "m", "ign_bias": "m", "prior": "m", "mask": "Bnm", "lengths": "B",
-    "M": "Bmd", "p": "Bm",
-}  # fmt: skip
-
-
-def _flip(t: Tensor | None, name: str, which: str, linear: bool) -> Tensor | None:
-    axes = ("md" if linear else "nm") if name in ("use", "ign") else _AXES[name]
-    return None if t is None else t.flip([k for k, axis in enumerate(axes) if axis in which])
-
-
-def plain_error(case: Problem, exact: dict[str, Tensor], dtype: torch.dtype, start: float) -> dict[str, Tensor]:
-    """Largest error of plain PyTorch per output, over a few orders in which it could have summed.
-
-    Reversing an axis changes nothing but the order of sums; one order alone can be exact by luck.
-    """
-    step, worst = case.step, {name: torch.zeros((), dtype=torch.float64) for name in exact}
-    for which in (
-        ("", "B", "m", "d", "md", "Bmd") if step.lengths is not None else ("", "B", "n", "m", "d", "Bm", "nd", "Bnmd")
-    ):
-        turned = Step(
-            *(_flip(t, k, which, step.linear) for k, t in zip(Step._fields[:-1], step, strict=False)), step.precision
-        )
-        dM, dp = _flip(case.dM, "M", which, False), _flip(case.dp, "p", which, False)
-        assert dM is not None and dp is not None
-        for name, value in answer(Problem(turned, dM, dp), dtype, start=start).items():
-            back = _flip(value, name if name in _AXES else name[1:], which, step.linear)
-            worst[name] = torch.maximum(worst[name], (back.double() - exact[name]).abs().max().cpu())
-    return worst
-
-
 def assert_within_budget(
     found: dict[str, Tensor],
     case: Problem,
@@ -186,19 +155,12 @@ def assert_within_budget(
     but: tuple[str, ...] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Every output is within 2 x plain torch's error in ``dtype`` (that of x) and one rounding of the exact answer."""
-    dtype = dtype or case.step.x.dtype
-    exact = answer(case, torch.float64, start=start)
-    plain = plain_error(case, exact, dtype, start)
-    missing = set(exact) - set(found) - set(but)
+    """Every output is within budget of the reference in float64. ``dtype``: that of the products, if not x's."""
+    made = case.step.x.dtype
+    operands = case.step.precision if case.step.precision == "tf32" else dtype or (made if made.itemsize == 2 else None)
+    yardstick = Yardstick(lambda: answer(case, torch.float64, start=start), made, operands=operands)
+    missing = set(yardstick.exact) - set(found) - set(but)
     assert not missing, missing
-    for name, value in found.items():
-        if name not in exact:
-            assert not value.any(), f"{name} has no gradient here, so it must be zero"
-            continue
-        size = exact[name].abs().max().cpu()
-        error, budget = (
-            (value.double() - exact[name]).abs().max().cpu(),
-            2 * plain[name] + torch.finfo(dtype).eps * size,
-        )
-        assert error <= budget, f"{name}: off by {error:.3g}, allowed {budget:.3g} (values to {size:.3g})"
+    for name in set(found) - set(yardstick.exact):
+        assert not found[name].any(), f"{name} has no gradient here, so it must be zero"
+    yardstick.check({name: t for name, t in found.items() if name in yardstick.exact})

@@ -58,9 +58,9 @@ def there(fn: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tenso
     return call
 
 
-def checked(cases: Case | list[Case], dtype: torch.dtype = F32, count: int = 2, **options: Any) -> Results:
+def checked(cases: Case | list[Case], dtype: torch.dtype = F32, **options: Any) -> Results:
     of = truth(options.get("activation", "none"))
-    return check(there(op("triton", **options)), of, cases, dtype=dtype, permute="nfo", count=count)
+    return check(there(op("triton", **options)), of, cases, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- plans
@@ -129,7 +129,7 @@ def test_half_precision(histogram: str, dtype: torch.dtype) -> None:
 
 
 def test_small_tiles(many: None) -> None:
-    checked(linear_case(HISTOGRAMS["uneven"], 33, 40), count=1, activation="relu")
+    checked(linear_case(HISTOGRAMS["uneven"], 33, 40), activation="relu")
 
 
 @pytest.mark.parametrize("weights, biases", [(True, False), (False, True)], ids=["no-biases", "a-table"])
@@ -225,12 +225,12 @@ def test_several_modules_a_sample(k: int, is_sorted: bool, keep_sorted: bool) ->
         {"y": torch.randn(13 * k, 9, generator=generator)}, {**case.axes, "actions": "bk", "x": "bf"}, case.wrt,
     )  # fmt: skip
     options = {"is_sorted": is_sorted, "keep_sorted": keep_sorted, "activation": "tanh"}
-    check(there(op("triton", **options)), truth("tanh"), several, dtype=F32, permute="fo", count=2)
+    check(there(op("triton", **options)), truth("tanh"), several, dtype=F32)
 
 
 @pytest.mark.parametrize("F, O", [(0, 3), (1, 1), (1, 17), (33, 1), (64, 48), (7, 130)])
 def test_widths(F: int, O: int) -> None:
-    checked([linear_case(SOME, F, O, seed=seed) for seed in range(3)], count=1)
+    checked([linear_case(SOME, F, O, seed=seed) for seed in range(2)])
 
 
 @pytest.mark.parametrize("K", [1, 50])
@@ -240,7 +240,7 @@ def test_numbers_of_modules(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
     histogram = [0] * K + [2]
     for k in (0, K // 2, K - 1):
         histogram[k] += 3
-    checked(linear_case(histogram, 4, 3), count=1)
+    checked(linear_case(histogram, 4, 3))
 
 
 @pytest.mark.parametrize("histogram, biases", [("uneven", True), ("uneven", False), ("no rows", True)])
@@ -252,7 +252,7 @@ def test_sums_in_pieces(histogram: str, biases: bool, monkeypatch: pytest.Monkey
         return real(N, K, *sizes)._replace(piece=16, pieces=N // 16 + K)
 
     monkeypatch.setattr(products, "sums_tile", in_pieces)
-    checked(linear_case(HISTOGRAMS[histogram], biases=biases), count=1)
+    checked(linear_case(HISTOGRAMS[histogram], biases=biases))
 
 
 @pytest.mark.parametrize("biases", [True, False])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastroute.compat import torchmtl
 from fastroute.multitask import MTLModel
-from tests.helpers.budget import assert_within_budget
+from tests.helpers.budget import Yardstick
 from tests.helpers.multitask import README_TASKS, Layers, load, readme, select, triple, uncertainty
 
 CASES: dict[str, tuple[Layers, list[str]]] = {
@@ -42,24 +42,18 @@ def test_graphs_and_keys(case: str, cls: Any) -> None:
     assert list(model.losses) == g["loss_keys"] and list(model.loss_weights) == g["weight_keys"]
 
 
-def orders(B: int, count: int = 4) -> list[Tensor]:
-    """Orders of the samples in a batch: other orders of summation, so other roundings of the same numbers."""
-    drawn = torch.Generator().manual_seed(0)
-    return [torch.arange(B), *(torch.randperm(B, generator=drawn) for _ in range(count - 1))]
-
-
-def everything(model: Any, g: Any, order: Tensor) -> dict[str, Tensor]:
+def everything(model: Any, g: Any) -> dict[str, Tensor]:
     """What the README's file holds of a training step."""
-    model, back = copy.deepcopy(model), order.argsort()
+    model = copy.deepcopy(model)
     dtype = model.Task3_loss.dtype
-    y_hat, l_funcs, l_weights = model(g["X"][order].to(dtype))
-    losses = [f(a, b[order].to(dtype)) for f, a, b in zip(l_funcs, y_hat, g["y"], strict=True)]
+    y_hat, l_funcs, l_weights = model(g["X"].to(dtype))
+    losses = [f(a, b.to(dtype)) for f, a, b in zip(l_funcs, y_hat, g["y"], strict=True)]
     total = sum(w * loss for w, loss in zip(l_weights, losses, strict=True))
     assert isinstance(total, Tensor)
     total.backward()
     return {
-        **{f"node {name}": y.detach()[back] for name, y in model.outputs.items()},
-        **{f"output {k}": y.detach()[back] for k, y in enumerate(y_hat)},
+        **{f"node {name}": y.detach() for name, y in model.outputs.items()},
+        **{f"output {k}": y.detach() for k, y in enumerate(y_hat)},
         **{f"loss {k}": loss.detach() for k, loss in enumerate(losses)},
         **{f"weight {k}": torch.as_tensor(w).detach() for k, w in enumerate(l_weights)},
         "total": total.detach().reshape(1),
@@ -71,7 +65,7 @@ def everything(model: Any, g: Any, order: Tensor) -> dict[str, Tensor]:
     "options", [{"keep_outputs": True}, {"order": "bfs", "run_all": True, "keep_outputs": True}, None]
 )
 def test_the_readme(options: dict[str, Any] | None) -> None:
-    """Upstream's float32 numbers within the budget that ours, in several orders of the samples, set."""
+    """Upstream's float32 numbers, and ours, within budget."""
     g = load("mtl_readme.pt")
     model = build(MTLModel, "readme", **options) if options else build(torchmtl.MTLModel, "readme")
     model.load_state_dict(g["state"], strict=True)
@@ -86,11 +80,11 @@ def test_the_readme(options: dict[str, Any] | None) -> None:
         "total": torch.tensor([g["total"]]),
         **g["grads"],
     }
-    exact = everything(copy.deepcopy(model).double(), g, torch.arange(12))
-    ours = [everything(model, g, order) for order in orders(12)]
-    assert exact.keys() == theirs.keys()
-    for name, truth in exact.items():
-        assert_within_budget(theirs[name], truth, [o[name] for o in ours], name)
+    exact = copy.deepcopy(model).double()
+    yardstick = Yardstick(lambda: everything(exact, g), torch.float32)
+    assert yardstick.exact.keys() == theirs.keys()
+    yardstick.check(theirs, "upstream's")
+    yardstick.check(everything(model, g))
 
 
 @each_class
@@ -98,15 +92,22 @@ def test_selections(cls: Any) -> None:
     model, g = build(cls, "select"), load("mtl_select.pt")
     model.load_state_dict(g["state"], strict=True)
     outputs, losses, weights = model([g["a"], g["b"]])
-    exact = copy.deepcopy(model).double()([g["a"].double(), g["b"].double()])[0]
-    for ours, theirs, truth in zip(outputs, g["outputs"], exact, strict=True):
-        assert_within_budget(ours.detach(), truth.detach(), theirs.detach())
+    exact = copy.deepcopy(model).double()
+
+    def run() -> dict[str, Tensor]:
+        made = exact([g["a"].double(), g["b"].double()])[0]
+        return {**{str(k): y.detach() for k, y in enumerate(made)}, "sl": made[1][:, 1:4].detach()}
+
+    yardstick = Yardstick(run, torch.float32)
+    for ys in (outputs, g["outputs"]):
+        yardstick.check({str(k): y.detach() for k, y in enumerate(ys)})
     assert losses == weights == [None, None, None]
     kept = build(MTLModel, "select", keep_outputs=True, run_all=True)
     kept.load_state_dict(g["state"])
     kept([g["a"], g["b"]])
     assert len(kept.outputs["raw"]) == g["raw_len"] and torch.equal(kept.outputs["raw"][0], g["a"])
-    assert_within_budget(kept.outputs["sl"].detach(), exact[1][:, 2:5].detach(), g["sl"])
+    for sl in (kept.outputs["sl"], g["sl"]):
+        yardstick.check({"sl": sl.detach()})
 
 
 # --------------------------------------------------------------------------- trainings, to the accuracy that came along

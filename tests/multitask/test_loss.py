@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.multitask import EqualWeights, MTLModel, Uncertainty, task_losses
-from tests.helpers.budget import assert_within_budget
+from tests.helpers.budget import Yardstick
 from tests.helpers.multitask import README_TASKS, load, readme
 
 pytestmark = pytest.mark.filterwarnings("ignore:'auto' multiplies:UserWarning")  # which has a test of its own
@@ -267,20 +267,22 @@ def test_nothing_is_read_from_the_device() -> None:
 def test_the_readmes_numbers() -> None:
     """Upstream's total and every gradient of its README's example, within the budget of float64."""
     golden, names = load("mtl_readme.pt"), README_TASKS
-    made = {}
-    for dtype in (torch.float64, torch.float32):
+
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
         model = MTLModel(readme(), names)
         model.load_state_dict(golden["state"])
         model.to(dtype)
         total, found = model.loss(model(golden["X"].to(dtype)), [y.to(dtype) for y in golden["y"]])
         total.backward()
-        made[dtype] = {"total": total.detach(), **dict(zip(names, (v.detach() for v in found.values()), strict=True))}
-        made[dtype] |= {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        made = {"total": total.detach(), **dict(zip(names, (v.detach() for v in found.values()), strict=True))}
+        return made | {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
     theirs = {"total": torch.tensor(golden["total"]), **golden["grads"]}
     theirs |= {k: torch.tensor(v) for k, v in zip(names, golden["losses"], strict=True)}
-    assert set(made[torch.float32]) == set(theirs)
-    for name, mine in made[torch.float32].items():
-        assert_within_budget(mine, made[torch.float64][name], theirs[name].reshape(mine.shape), name)
+    ours, yardstick = run(torch.float32), Yardstick(lambda: run(torch.float64), torch.float32)
+    assert ours.keys() == theirs.keys()
+    yardstick.check(ours)
+    yardstick.check({k: t.reshape(ours[k].shape) for k, t in theirs.items()}, "upstream's")
 
 
 def two_tasks(**options: Any) -> MTLModel:

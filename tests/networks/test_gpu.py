@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastroute
 from fastroute.networks import Initialization, Loss, NegLossReward, Selection
+from tests.helpers.budget import assert_within_budget
 from tests.helpers.networks import LEARNING, F, decision
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -60,23 +61,15 @@ def results(net: Routed, forced: Tensor) -> dict[str, Tensor]:
     (module_loss + routing_loss).backward()
     found = {"module": module_loss, "routing": routing_loss}
     found |= {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in net.named_parameters()}
-    return {k: t.detach().double().cpu() for k, t in found.items()}
+    return {k: t.detach().cpu() for k, t in found.items()}
 
 
 @each_algorithm
 def test_agrees_with_float64(algo: str, storage: str) -> None:
-    """Twice the CPU's own error in float32, and one rounding, of the largest number of each result."""
     net = Routed(algo, storage)
     forced = torch.randint(K, (T, B), generator=torch.Generator().manual_seed(3))
-    exact = results(copy.deepcopy(net).double(), forced)
-    plain = results(copy.deepcopy(net), forced)
     found = results(copy.deepcopy(net).to(GPU), forced)
-    rounding = torch.finfo(torch.float32).eps
-    errors = {k: float((plain[k] - t).abs().max()) for k, t in exact.items()}
-    for name, t in exact.items():
-        scale = float(t.abs().max())
-        budget = 2 * max(errors[name], rounding * scale) + rounding * scale
-        assert float((found[name] - t).abs().max()) <= budget, name
+    assert_within_budget(found, lambda: results(copy.deepcopy(net).double(), forced), torch.float32)
 
 
 @each_algorithm

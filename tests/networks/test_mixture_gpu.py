@@ -30,8 +30,8 @@ def on_gpu(actions: Tensor, **given: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", [name for name in ACTIONS if name != "no-samples"])
 def test_expert_ffn_agrees_with_float64(name: str, dtype: torch.dtype) -> None:
     actions = torch.tensor(ACTIONS[name]).repeat(9, 1)
-    cases = [ffn_case(actions, 48, 32, 40, dtype=dtype, seed=seed) for seed in range(4)]
-    check(on_gpu, truth(), cases, dtype=dtype, permute="bdk")
+    cases = [ffn_case(actions, 48, 32, 40, dtype=dtype, seed=seed) for seed in range(2)]
+    check(on_gpu, truth(), cases, dtype=dtype, stored=dtype)
 
 
 def test_the_same_bits_again() -> None:

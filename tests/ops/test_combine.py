@@ -46,8 +46,8 @@ def truth(z: Tensor, weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("B, k, M", [(9, 1, 4), (9, 3, 17), (1, 8, 1), (0, 2, 3)])
 def test_budget(B: int, k: int, M: int, dtype: torch.dtype) -> None:
-    cases = [combine_case(B, k, M, dtype=dtype, seed=seed) for seed in range(4)]
-    assert check(op(), truth, cases, dtype=dtype, permute="bkm")["y"].dtype == dtype  # type: ignore[union-attr]
+    cases = [combine_case(B, k, M, dtype=dtype, seed=seed) for seed in range(2)]
+    assert check(op(), truth, cases, dtype=dtype)["y"].dtype == dtype  # type: ignore[union-attr]
 
 
 def test_gradcheck() -> None:

@@ -106,8 +106,8 @@ def test_the_reference_is_the_loop() -> None:
 @each_histogram
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
 def test_budget(backend: str, actions: list[list[int]], dtype: torch.dtype) -> None:
-    cases = [ffn_case(actions, dtype=dtype, seed=seed) for seed in range(4)]
-    y = check(op(backend), truth(), cases, dtype=dtype, permute="bdk")["y"]
+    cases = [ffn_case(actions, dtype=dtype, seed=seed) for seed in range(2)]
+    y = check(op(backend), truth(), cases, dtype=dtype, stored=dtype)["y"]
     assert y is not None and y.dtype == dtype and y.is_contiguous()
     dropped = (cases[0].inputs["actions"] < 0).all(1)  # type: ignore[union-attr, operator]
     assert not y[dropped].any()

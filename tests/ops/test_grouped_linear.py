@@ -91,7 +91,7 @@ def truth(activation: str = "none") -> Callable[..., dict[str, Tensor]]:
 
 
 def checked(cases: Case | list[Case], backend: str, dtype: torch.dtype = F32, **options: Any) -> Results:
-    return check(op(backend, **options), truth(options.get("activation", "none")), cases, dtype=dtype, permute="nfo")
+    return check(op(backend, **options), truth(options.get("activation", "none")), cases, dtype=dtype)
 
 
 @each_backend

@@ -69,14 +69,14 @@ def truth(**options: Any) -> Callable[..., dict[str, Tensor]]:
 def test_values(backend: str, kind: str, dtype: torch.dtype, N: int, K: int) -> None:
     for temperature in (1.0,) if kind != "softmax" else (1.0, 0.3):
         options = {"kind": kind, "temperature": temperature}
-        cases = [value_case(N, K, dtype, seed) for seed in range(4)]
+        cases = [value_case(N, K, dtype, seed) for seed in range(2)]
         acc = torch.promote_types(dtype, F32)
         if dtype == F64:
             found, exact = (evaluate(fn(**options), cases[0]) for fn in (partial(op, backend), truth))
             for name, t in exact.items():
                 assert_same(found[name], t, name)  # type: ignore[arg-type]
         else:
-            found = check(op(backend, **options), truth(**options), cases, dtype=dtype, permute="n", count=2)
+            found = check(op(backend, **options), truth(**options), cases, dtype=dtype)
         value = found["value"]
         assert value is not None and value.dtype == acc and value.shape == (N,)
         forced = cases[0].inputs["forced"]

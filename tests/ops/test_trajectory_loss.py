@@ -23,7 +23,7 @@ from fastroute.reference import trajectory_loss as reference
 from fastroute.reference.trajectory_loss import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
 from tests.helpers import strategies
 from tests.helpers.backends import HERE, each_backend
-from tests.helpers.budget import assert_within_budget, check
+from tests.helpers.budget import check, yardstick_of
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
@@ -56,7 +56,7 @@ def test_losses(backend: str, kind: str, dtype: torch.dtype) -> None:
         if dtype == F64:
             same(evaluate(op, cases[0]), evaluate(truth, cases[0]))
             continue
-        found = check(op, truth, cases, dtype=dtype, permute="b", count=2)
+        found = check(op, truth, cases, dtype=dtype)
         assert all(t is not None and t.dtype == dtype for t in found.values())
 
 
@@ -167,9 +167,7 @@ def test_dtypes(backend: str) -> None:
         found = evaluate(loss_op(backend, ("AAC", "QLearning")), case)
         assert found["loss"].dtype == dtype  # type: ignore[union-attr]
         assert all(found[f"d{k}"].dtype == case.inputs[k].dtype for k in case.wrt)  # type: ignore[union-attr]
-        exact, plain = (evaluate(loss_truth(("AAC", "QLearning")), c) for c in (case.to(F64), case))
-        for name, t in found.items():
-            assert_within_budget(t, exact[name], plain[name].to(t.dtype), name)  # type: ignore[arg-type,union-attr]
+        yardstick_of(loss_truth(("AAC", "QLearning")), case, dtype).check(found)
 
 
 @each_backend

@@ -10,6 +10,7 @@ import torch
 
 import fastroute
 from fastroute.tasks import set_task
+from tests.helpers.budget import assert_within_budget
 from tests.helpers.opcheck import assert_same
 from tests.helpers.tasks import T, images, masked, router, small_vgg, tasks_of
 
@@ -51,21 +52,18 @@ def step(model: Any, x: torch.Tensor, task: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_agrees_with_float64(batch_norm: bool) -> None:
-    """Twice the CPU's own error in float32, and one rounding, of the largest number of each result."""
     model = small_vgg(batch_norm)
-    eps = torch.finfo(torch.float32).eps
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
         for task in (1, tasks_of(6)):
-            exact = step(copy.deepcopy(model).double(), images().double(), task)
-            plain = step(copy.deepcopy(model), images(), task)
             on_gpu = task if isinstance(task, int) else task.to(GPU)
             found = step(copy.deepcopy(model).to(GPU), images().to(GPU), on_gpu)
-            for name, t in exact.items():
-                scale = float(t.abs().max())
-                budget = 2 * max(float((plain[name] - t).abs().max()), eps * scale) + eps * scale
-                assert float((found[name].cpu().double() - t).abs().max()) <= budget, name
+            assert_within_budget(
+                {k: t.cpu() for k, t in found.items()},
+                lambda task=task: step(copy.deepcopy(model).double(), images().double(), task),  # type: ignore[misc]
+                torch.float32,
+            )
     finally:
         torch.backends.cudnn.allow_tf32 = before
 

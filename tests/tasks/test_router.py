@@ -131,7 +131,7 @@ def test_budget(dtype: torch.dtype) -> None:
     check(
         lambda x, task: {"y": layer(x, task)},
         lambda x, task: {"y": masked(x, layer.get_unit_mapping(), task)},
-        case().to(dtype), dtype=dtype, permute="bh",
+        case().to(dtype), dtype=dtype,
     )  # fmt: skip
 
 

@@ -1,0 +1,314 @@
+"""The arithmetic of a floating-point dtype at random: how far an exact answer moves when everything is rounded.
+
+Under ``Rounded(dtype, seed)`` a computation in float64 behaves as one in ``dtype`` would: the result of every operator
+is rounded to one of its two neighbours in ``dtype``, forward and backward. Which of the two depends on the value and on
+the seed, so a run can be repeated and does not depend on the processor, its instruction set or its number of threads.
+What needs no rounding is left as it is: zeros, masks, copies, powers of two.
+
+* Equal values are rounded alike, as a processor would: a constant is off by the same in every row.
+* Operators made of several roundings (softmax, layer norm, sigmoid's gradient) are taken apart by PyTorch's own
+  decompositions.
+* A sum of n terms is n - 1 roundings of partial sums, in an order that nobody promises. A run of them is added one by
+  one, then the runs' totals are added. The partial sums of terms t in random order are of size
+  |k/n sum t|^2 + k/n (1 - k/n) sum t^2; their rounding errors are independent, so the sum's is normal, with a
+  variance that is known (``_inner_variance``).
+* exp, log and their like are good to one unit in the last place, as those of the vector libraries are.
+
+The idea is Monte Carlo arithmetic (Parker, 1997), with the roundings of sums drawn at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastroute.ops._registry import implementations
+
+aten = torch.ops.aten
+
+#: Terms that are added one by one: of a sum, and of a matrix product, which the libraries divide less.
+SUM_RUN, PRODUCT_RUN = 64, 256
+
+#: The spacing of TensorFloat-32, ten bits behind the point.
+TF32 = 2.0**-10
+
+#: Operators that make no new values: nothing to round.
+_EXACT = {
+    "_local_scalar_dense", "_reshape_copy", "_to_copy", "_unsafe_index", "_unsafe_view", "abs", "amax", "amin",
+    "arange", "argmax", "argmin", "as_strided_scatter", "bernoulli", "cat", "ceil", "clamp", "clamp_max",
+    "clamp_min", "clone", "constant_pad_nd", "copy", "diag_embed", "diagonal_scatter", "embedding", "empty",
+    "empty_like", "empty_strided", "eq", "fill", "flip", "floor", "gather", "ge", "gt", "index", "index_put",
+    "index_select", "isfinite", "isnan", "le", "lift_fresh_copy", "lt", "masked_fill", "masked_scatter",
+    "masked_select", "max", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "maximum", "min",
+    "minimum", "ne", "neg", "new_empty", "new_empty_strided", "new_ones", "new_zeros", "nonzero", "ones",
+    "ones_like", "relu", "repeat", "repeat_interleave", "resize_", "roll", "round", "scatter", "select_backward",
+    "select_scatter", "set_", "sign", "slice_backward", "slice_scatter", "sort", "stack", "threshold_backward",
+    "topk", "tril", "triu", "trunc", "unfold_backward", "unique_consecutive", "value_selecting_reduction_backward",
+    "where", "zero", "zeros", "zeros_like",
+}  # fmt: skip
+
+#: Good to a unit in the last place, not half of one.
+_ELEMENTARY = {
+    "atan", "cos", "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "lgamma", "log", "log10", "log1p",
+    "log2", "log_sigmoid_forward", "logit", "pow", "rsqrt", "sigmoid", "sin", "special_erfcx", "tanh",
+}  # fmt: skip
+
+#: One rounding each.
+_ELEMENTWISE = {
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "add", "addcdiv", "addcmul", "atan2", "avg_pool2d",
+    "avg_pool2d_backward", "cumsum", "div", "embedding_dense_backward", "exponential", "fmod", "full", "full_like",
+    "index_add", "lerp", "linspace", "mul", "native_dropout", "new_full", "normal", "rand", "rand_like", "randn",
+    "randn_like", "reciprocal", "remainder", "rsub", "scalar_tensor", "scatter_add", "sqrt", "square", "sub",
+    "uniform",
+}  # fmt: skip
+
+#: Bilinear operators: of squares they are the sum of squared terms.
+_PRODUCTS = {"mm", "bmm", "convolution", "convolution_backward", "dot", "mv"}
+_SUMS = {"sum", "mean"}
+_WHOLE = {*_PRODUCTS, *_SUMS, *_EXACT, *_ELEMENTWISE, *_ELEMENTARY}
+
+
+def _name(func: Any) -> str:
+    name: str = func.overloadpacket.__name__
+    return name
+
+
+def _layer_norm(x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    """As PyTorch's kernels have it: x is scaled before the mean goes off, which costs digits where it is large."""
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    mean = x.mean(axes, keepdim=True)
+    rstd = ((x - mean).square().mean(axes, keepdim=True) + eps).rsqrt()
+    y = x * rstd + -mean * rstd
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias, mean, rstd
+
+
+def _layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    shape: Any,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: Any,
+) -> Any:
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    rows, n = list(range(axes[0])), math.prod(shape)
+    g = dy if weight is None else dy * weight
+    ds, db = (g * x).sum(axes, keepdim=True), g.sum(axes, keepdim=True)
+    b = (db * mean - ds) * rstd * rstd * rstd / n
+    c = -(b * mean + db * rstd / n)
+    dx = rstd * g + b * x + c
+    dweight = (dy * (x * rstd + -mean * rstd)).sum(rows) if wanted[1] and weight is not None else None
+    return dx if wanted[0] else None, dweight, dy.sum(rows) if wanted[2] and bias is not None else None
+
+
+def _var_mean(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    axes = list(range(x.dim())) if dim is None else dim
+    mean = x.mean(axes, keepdim=True)
+    n = math.prod(x.shape[a] for a in axes)
+    var = (x - mean).square().sum(axes, keepdim=keepdim) / max(n - (1 if correction is None else correction), 0)
+    return var, mean if keepdim else mean.reshape(var.shape)
+
+
+def _var(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    made: Tensor = _var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+    return made
+
+
+def _std(*args: Any, **kwargs: Any) -> Tensor:
+    return _var(*args, **kwargs).sqrt()
+
+
+def _added(product: Any) -> Callable[..., Tensor]:
+    def call(to: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        made = product(a, b) if alpha == 1 else product(a, b) * alpha
+        return made + (to if beta == 1 else to * beta)
+
+    return call
+
+
+#: What PyTorch does not take apart, or into something more exact than its kernels are.
+_AS_COMPUTED = {
+    aten.var_mean.correction: _var_mean,
+    aten.var.correction: _var,
+    aten.std.correction: _std,
+    aten.addmm.default: _added(aten.mm),
+    aten.addmv.default: _added(aten.mv),
+    aten.baddbmm.default: _added(aten.bmm),
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+}
+
+
+@cache
+def _decomposition(func: Any) -> Callable[..., Any] | None:
+    return None if _name(func) in _WHOLE else _AS_COMPUTED.get(func) or decomposition_table.get(func)
+
+
+@cache
+def _functional(func: Any) -> Any:
+    """The operator of which ``func`` is the in-place form, or None."""
+    name = _name(func)
+    if not name.endswith("_") or name.startswith("__") or func.namespace != "aten" or name in ("resize_", "set_"):
+        return None
+    packet = getattr(aten, name[:-1], None)
+    return None if packet is None else getattr(packet, func._overloadname, None)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _inner_variance(total: Tensor, squares: Tensor, n: float, run: int) -> Tensor:
+    """Of the rounding of partial sums, in units of (roundoff)^2: n terms with this total and sum of squares."""
+    if n <= 1:
+        return torch.zeros_like(total)
+    run = min(n, run)
+    runs = n / run
+    # In a run: run partial sums, the k-th of expected square (k/run T)^2 + k/run (1 - k/run) Q, where T and Q are the
+    # run's; over all runs sum T^2 = total^2 / runs + squares (1 - 1 / runs), sum Q = squares.
+    # Between them: runs - 1 partial sums of the runs' totals.
+    of_total = (run / runs + runs - 1) / 3
+    of_squares = run * ((1 - 1 / runs) / 3 + 1 / 6) + (runs - 1) / 6
+    return total.square() * of_total + squares * of_squares
+
+
+class Rounded(TorchDispatchMode):
+    """Every result of float64 arithmetic, rounded to ``dtype`` at random.
+
+    Sums are kept in at least float32. ``operands``: a dtype, or "tf32", that what a matrix product takes is rounded to.
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int, operands: torch.dtype | str | None = None) -> None:
+        super().__init__()
+        self.operands = operands and (TF32 if operands == "tf32" else torch.finfo(operands).eps)  # type: ignore[call-overload]
+        self.dtype, self.acc = dtype, torch.promote_types(dtype, torch.float32)
+        self.unit = torch.finfo(dtype).eps / 2
+        self.acc_unit = torch.finfo(self.acc).eps / 2
+        self.key = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**63
+        self.normal = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = _name(func)
+        if func.namespace == "fastroute" and name in implementations:
+            with self:
+                return implementations[name](*args, **kwargs)
+        if _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if _is_view(func):
+            return func(*args, **kwargs)
+        if (functional := _functional(func)) is not None and isinstance(args[0], Tensor):
+            made = self.__torch_dispatch__(functional, types, args, kwargs)
+            if isinstance(made, Tensor) and made.dtype.is_floating_point:
+                return _write(args[0], made)
+            return func(*args, **kwargs)
+        if (decomposed := _decomposition(func)) is not None:
+            with self:
+                made = decomposed(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        if name.startswith("_foreach_"):
+            return self._each(func, args, kwargs)
+        if self.operands and name in _PRODUCTS:
+            args = tuple(map(self._operand, args))
+        made = func(*args, **kwargs)
+        if name in _EXACT:
+            return made
+        if name in _PRODUCTS or name in _SUMS:
+            return self._reduced(func, name, made, args, kwargs)
+        times = 4.0 if name in _ELEMENTARY else 1.0
+        if name not in _ELEMENTARY and name not in _ELEMENTWISE and _is_floating(made):
+            raise NotImplementedError(f"{func}: say in {__name__} how it rounds")
+        if func._schema.is_mutable:
+            return _write(made, self.rounded(made, times))
+        if isinstance(made, Tensor):
+            return self.rounded(made, times)
+        if isinstance(made, (tuple, list)):
+            return type(made)(self.rounded(t, times) if isinstance(t, Tensor) else t for t in made)
+        return made
+
+    def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError(f"{func}: an optimizer with foreach=False is what can be followed")
+
+    # ------------------------------------------------------------------------------------------------- one rounding
+
+    def _coin(self, t: Tensor) -> Tensor:
+        """Uniform in [-1, 1), a function of the value and the seed."""
+        bits = t.view(torch.int64).bitwise_xor(self.key).mul_(-0x61C8864680B583EB)
+        bits.bitwise_xor_(bits >> 29).mul_(0x3F58476D1CE4E5B9)
+        return bits.bitwise_xor_(bits >> 32).to(torch.float64).mul_(2.0**-63)
+
+    def rounded(self, t: Tensor, times: float = 1.0) -> Tensor:
+        """One of t's neighbours in the dtype; t itself where it is one. ``times``: as inexact before it is rounded."""
+        if t.dtype != torch.float64 or not t.numel():
+            return t
+        moved = torch.addcmul(t, t.abs(), self._coin(t), value=self.unit / 2 * times)
+        moved = torch.where(t.isinf(), t, moved)
+        return moved if self.dtype == torch.float64 else moved.to(self.dtype).to(torch.float64)
+
+    def _operand(self, t: Any) -> Any:
+        """Rounded as tensor cores round what they multiply."""
+        if not isinstance(t, Tensor):
+            return t
+        moved = torch.addcmul(t, t.abs(), self._coin(t), value=self.operands / 4)
+        wide = moved * (2.0**52 * self.operands + 1)  # Veltkamp's splitting
+        return wide - (wide - moved)
+
+    # ------------------------------------------------------------------------------------------------------ a sum
+
+    def _reduced(self, func: Any, name: str, made: Any, args: Any, kwargs: Any) -> Any:
+        squared = [a.square() if isinstance(a, Tensor) else a for a in args]
+        if name in _SUMS:
+            t = args[0]
+            if not t.is_floating_point():
+                return made
+            n = t.numel() / max(made.numel(), 1)
+            scale = n if name == "mean" else 1.0
+            squares = func(*squared, **kwargs) / scale  # of a mean's terms, t / n
+            return self._summed(made, squares, n, SUM_RUN)
+        if name == "convolution":
+            squared[2] = None if args[2] is None else args[2].square()
+            n = args[1][0].numel()
+            return self._summed(made, func(*squared, **kwargs), n)
+        if name == "convolution_backward":
+            g, _, w = args[:3]
+            squares = func(*squared, **kwargs)
+            counts = (w.numel() / w.shape[1], g.numel() / g.shape[1], g.numel() / g.shape[1])
+            return tuple(
+                None if t is None else self._summed(t, q, n) for t, q, n in zip(made, squares, counts, strict=True)
+            )
+        return self._summed(made, func(*squared, **kwargs), args[0].shape[-1])
+
+    def _summed(self, total: Tensor, squares: Tensor, n: float, run: int = PRODUCT_RUN) -> Tensor:
+        noise = torch.randn(total.shape, generator=self.normal, dtype=torch.float64).to(total.device)
+        sd = _inner_variance(total, squares, n, run).clamp_min_(0).sqrt_()
+        return self.rounded(torch.addcmul(total, noise, sd, value=self.acc_unit / math.sqrt(3)))
+
+
+def _is_floating(made: Any) -> bool:
+    parts = made if isinstance(made, (tuple, list)) else [made]
+    return any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in parts)
+
+
+def _write(to: Tensor, value: Tensor) -> Tensor:
+    aten.copy_.default(to, value)
+    return to
