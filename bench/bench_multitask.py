@@ -391,25 +391,8 @@ def contestant(p: Problem, way: Way, case: Case, device: str) -> Step:
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> Truth:
-    """Plain PyTorch in float64; and in float32 in other orders of summing: turned, in halves, other libraries."""
-    exact, plain = problem(case, device, torch.float64), shared(case, device)
-    turned = plain._replace(x=plain.x.flip(0), dys=[dy.flip(0) for dy in plain.dys])
-
-    def back(found: Results) -> Results:
-        return {**found, "y": found["y"].flip(1)}
-
-    draws = [_results(plain, plain.ways[0], case.training), back(_results(turned, plain.ways[0], case.training))]
-    with torch.backends.mkldnn.flags(enabled=False):
-        draws.append(_results(plain, plain.ways[0], case.training))
-    halves = [plain._replace(x=plain.x[s], dys=[dy[s] for dy in plain.dys]) for s in _halves(case.B)]
-    parts = [_results(half, plain.ways[0], case.training) for half in halves]
-    sums = {k: sum(part[k] for part in parts) for k in parts[0]}
-    draws.append({**sums, "y": torch.cat([part["y"] for part in parts], 1)})  # type: ignore[dict-item]
-    return Truth.of(_results(exact, exact.ways[0], case.training), draws, torch.float32)
-
-
-def _halves(B: int) -> list[slice]:
-    return [slice(0, B // 2), slice(B // 2, B)] if B > 1 else [slice(0, B)]
+    exact = problem(case, device, torch.float64)
+    return Truth(lambda: _results(exact, exact.ways[0], case.training), torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------- the rows

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastroute
 from bench import harness
 from bench.harness import Product, Results, Step, Truth
-from bench.routed_rivals import LOOP, SHARE, SORTED, WINDOW, Batch, Batched, BySample, Layer
+from bench.routed_rivals import LOOP, SHARE, SORTED, Batch, Batched, BySample, Layer
 from fastroute import networks
 from fastroute.ops._backends import taken
 
@@ -347,50 +347,23 @@ def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
 # ---------------------------------------------------------------------------------------------- the truth
 
 
-def _reversed_axes(key: Group, which: str) -> list[int]:
-    """The axes of a group's parameters that are turned around with the features of x, or those between layers."""
-    t, what, name = key
-    found = []
-    if which == "hidden" and what == "modules" and t < DEPTH - 1:
-        found.append(0)
-    if name == "weight" and which == ("hidden" if t else "features"):
-        found.append(1)
-    return found
-
-
-def _turned(p: Problem, which: str) -> Results:
-    """The loop's results on the same problem with an axis reversed, so that sums run in another order."""
-    net, batch = copy.deepcopy(p.net), p.forced
-    with torch.no_grad():
-        for key, members in groups(net).items():
-            for parameter in members:
-                parameter.copy_(parameter.flip(_reversed_axes(key, which)))
-    if which == "features":
-        batch = batch._replace(x=batch.x.flip(1))
-    if which == "samples":  # the last ones stay the last: CollaborationReward counts them
-        index = torch.arange(p.case.B, device=batch.x.device)
-        index = torch.cat([index[:-WINDOW].flip(0), index[-WINDOW:].flip(0)])
-        batch = Batch(*(t[index] for t in batch[:3]), *(t[:, index] for t in batch[3:]))
-    found = _results(net, Batched(p.case.algorithm, layers_of(net), LOOP, p.case.collaborates), batch)
-    for key in groups(net):
-        if shown(key) in found:
-            found[shown(key)] = found[shown(key)].flip([1 + axis for axis in _reversed_axes(key, which)])
-    return found
-
-
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> Truth:
-    """Sample by sample in float64 is the definition; plain PyTorch in float32 is the yardstick."""
+    """Sample by sample in float64 is the definition; module after module, which is quicker, has to agree with it."""
     p = problem(case, device)
-    exact_net = copy.deepcopy(p.net).to("cpu", torch.float64)
+    net = copy.deepcopy(p.net).to("cpu", torch.float64)
     forced = Batch(*(None if t is None else t.cpu() for t in p.forced))
     forced = forced._replace(x=forced.x.double(), uniform=p.forced.uniform.cpu().double())
-    exact = _results(exact_net, BySample(case.algorithm, layers_of(exact_net), case.collaborates), forced)
-    exact = {k: t.to(device) for k, t in exact.items()}
-    plain = (
-        {k: v for k, v in _turned(p, which).items() if k in exact} for which in ("", "features", "hidden", "samples")
-    )
-    return Truth.of(exact, plain, torch.float32)
+    exact = _results(net, BySample(case.algorithm, layers_of(net), case.collaborates), forced)
+
+    def by_module() -> Results:
+        found = _results(net, Batched(case.algorithm, layers_of(net), LOOP, case.collaborates), forced)
+        return {k: found[k].to(device) for k in exact}
+
+    truth = Truth(by_module, torch.float32)
+    for name, t in exact.items():
+        torch.testing.assert_close(truth.exact[name].cpu(), t, rtol=1e-10, atol=1e-12)
+    return truth
 
 
 # ---------------------------------------------------------------------------------------------- counts

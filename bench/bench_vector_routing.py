@@ -6,7 +6,7 @@ vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -213,54 +213,26 @@ def contestant(case: list[Any], what: str, rival: str, device: str = "cpu", smal
 
 # ---------------------------------------------------------------------------------------------- the truth
 
-_AXES = {
-    "x_out": "Bmh", "x": "Bnd", "W_A": "nd", "B_A": "n", "W_F1": "md", "W_F2": "dh", "B_F2": "mh", "W_G1": "hd",
-    "W_G2": "md", "B_G2": "md", "W_S": "nm", "B_S": "nm", "bias_use": "m", "bias_ign": "m", "prior": "m",
-}  # fmt: skip
 
+def _exact(x: Tensor, dy: Tensor, parameters: Sequence[Tensor | None]) -> Results:
+    w = Parameters(*(None if t is None else t.detach().double() for t in parameters))  # type: ignore[arg-type]
 
-def _turned(case: Case, name: str, t: Tensor, which: str) -> Tensor:
-    """``t`` with the axes ``which`` reversed: the same problem, summed in another order."""
-    name = name.removeprefix("d")
-    axes = ("md" if case.any_length else "nm") if name.startswith("beta") else _AXES[name]
-    return t.flip([k for k, axis in enumerate(axes) if axis in which])
+    def literal(x: Tensor) -> Tensor:
+        return reference(x, w, n_iters=2, normalize=True)
 
-
-def _trained(
-    case: Case, p: Problem, fn: Callable[[Tensor, Parameters], Tensor], dtype: torch.dtype, which: str
-) -> Results:
-    def leaf(name: str, t: Tensor) -> Tensor:
-        return _turned(case, name, t.detach(), which).to(dtype, copy=True)
-
-    w = Parameters(*(None if t is None else leaf(k, t) for k, t in p.w._asdict().items()))  # type: ignore[arg-type]
-    found = _pass("training", lambda x: fn(x, w), w, leaf("x", p.x), leaf("x_out", p.dy))[0]()
-    return {k: _turned(case, k, t, which) if which else t for k, t in found.items()}
+    return _pass("training", literal, w, x.detach().double(), dy.double())[0]()
 
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> Truth:
     p = problem(case, device)
-
-    def literal(x: Tensor, w: Parameters) -> Tensor:
-        return reference(x, w, n_iters=2, normalize=True)
-
-    def plain() -> Iterator[Results]:
-        for which in ("", "n", "nd", "m"):
-            yield _trained(case, p, upstream, case.torch_dtype, which)
-
-    before, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(2)
+    half = case.torch_dtype if case.torch_dtype.itemsize == 2 else None
+    how = {"stored": half, "operands": "tf32" if device == "cuda" and torch.backends.cuda.matmul.allow_tf32 else None}
     try:
-        exact = _trained(case, p, literal, torch.float64, "")
-    except torch.cuda.OutOfMemoryError:  # then full float32 has to do
-        torch.backends.cuda.matmul.allow_tf32 = False
-        exact = _trained(case, p, literal, torch.float32, "")
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        return Truth.of(exact, plain(), case.torch_dtype)
-    finally:
-        torch.set_num_threads(before)
+        return Truth(lambda: _exact(p.x, p.dy, p.w), case.torch_dtype, **how)
+    except torch.cuda.OutOfMemoryError:  # then the CPU's memory has to do
+        x, dy, w = p.x.cpu(), p.dy.cpu(), [None if t is None else t.cpu() for t in p.w]
+        return Truth(lambda: {k: t.to(device) for k, t in _exact(x, dy, w).items()}, case.torch_dtype, **how)
 
 
 # ---------------------------------------------------------------------------------------------- counts

@@ -9,10 +9,9 @@ both of the same round.
 * The time is *process CPU time* on one thread (all threads together on two), which does not count waiting for a core;
   wall time stands beside it. On a GPU it is the time between two CUDA events, with the L2 cache flushed before.
 * Before anything is timed, every contestant's outputs and gradients are compared with the reference in float64
-  (``Truth``): each may be off by twice what plain PyTorch is off by in that dtype, summing in a few different orders,
-  and one rounding. What of fastroute is beyond that is wrong and has no time: its row keeps the rivals' and its test
-  fails. A rival from outside keeps its time, marked with how many times the budget it is off by: to leave out the
-  strongest rival for its last digits would flatter us.
+  (``Truth``), within the error budget of the tests (docs/numerics.md). What of fastroute is beyond that is wrong and
+  has no time: its row keeps the rivals' and its test fails. A rival from outside keeps its time, marked with how many
+  times the budget it is off by: to leave out the strongest rival for its last digits would flatter us.
 * The *floor* is the matrix products of the algorithm alone, no reading of parameters and no row mathematics, by each
   library that torch carries (torch.mm; oneDNN on tiles of rows). The share of the floor is that of the better one.
 * Memory is the growth of a fresh process's peak resident size beyond the module, its input and their gradients
@@ -27,15 +26,17 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from tests.helpers.budget import Yardstick
 
 Results = dict[str, Tensor]
 _BEGAN = time.monotonic()
@@ -63,13 +64,15 @@ class Options(NamedTuple):
 
 
 @contextmanager
-def threads(count: int, options: Options) -> Iterator[None]:
+def threads(count: int, options: Options | None = None) -> Iterator[None]:
     """A row's threads, on a CPU."""
     before = torch.get_num_threads()
-    if not options.gpu:
+    if options is None or not options.gpu:
         torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -243,35 +246,22 @@ def operators(one: Step) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- the gate
 
 
-def _error(value: Tensor, exact: Tensor) -> float:
-    """Largest difference, chunk by chunk so as not to double a large tensor."""
-    if value.shape != exact.shape:
-        return float("inf")
-    pairs = zip(value.reshape(-1).split(1 << 26), exact.reshape(-1).split(1 << 26), strict=True)
-    worst = [(v.to(e.dtype) - e).abs().max().item() for v, e in pairs]
-    return max(worst) if all(w == w for w in worst) else float("inf")
-
-
-@dataclass
 class Truth:
-    """The exact results, and how far each may be missed."""
+    """The exact results and the error budget of the tests: ``tests.helpers.budget.Yardstick``, ``run`` in float64."""
 
-    exact: Results
-    allowed: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, exact: Results, plain: Iterable[Results], dtype: torch.dtype) -> Truth:
-        """``plain``: plain PyTorch in ``dtype``, in a few orders of summing; one order alone can be exact by luck."""
-        worst = dict.fromkeys(exact, 0.0)
-        for found in plain:
-            for name, value in found.items():
-                worst[name] = max(worst[name], _error(value, exact[name]))
-        eps = torch.finfo(dtype).eps
-        return cls(exact, {k: 2 * worst[k] + eps * t.abs().max().item() for k, t in exact.items()})
+    def __init__(self, run: Callable[[], Results], dtype: torch.dtype, **how: Any) -> None:
+        with threads(2):
+            self._yardstick = Yardstick(run, dtype, **how)
+        self.exact: Results = self._yardstick.exact  # type: ignore[assignment]
 
     def excess(self, found: Results) -> tuple[str, float]:
         """(which result misses the exact one by most, how many times what it may)."""
-        by = {k: _error(v, self.exact[k]) / self.allowed[k] for k, v in found.items()}
+        by = {}
+        with threads(2):
+            self._yardstick.expects(found)
+            for name, value in found.items():
+                fits = value.shape == self.exact[name].shape
+                by[name] = max(e.times for e in self._yardstick.excess(name, value)) if fits else float("inf")
         name = max(by, key=by.__getitem__)
         return name, by[name]
 

@@ -180,7 +180,7 @@ class DefinableVectorRouting(nn.Module):
             scores = None if scores is None else scores.masked_fill(~live.reshape(B, n, 1), 0.0)
             votes = votes.masked_fill(~live.reshape(B, n, 1, 1), 0.0)
         shares = share(None if scores is None else scores.to(acc), gate, use.to(acc), ign.to(acc), prior, mask)
-        x_out = torch.einsum("bnm,bnmh->bmh", shares.phi, votes.to(acc).expand(B, -1, -1, -1))
+        x_out = (shares.phi[..., None] * votes.to(acc).expand(B, -1, -1, -1)).sum(1)
         found = {"a_inp": a_inp, "V": V.expand(B, -1, -1, -1), "pred_x_inp": pred, "S": scores,
                  **{k: t.to(dtype) for k, t in shares._asdict().items()}, "x_out": x_out.to(dtype)}  # fmt: skip
         as_given = ("a_inp", "pred_x_inp")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, PreviousGrads, log_prior
+from .tiles import einsum_in_runs
 
 _TILE_BYTES = 4 << 20  #: of votes
 
@@ -87,10 +88,10 @@ def forward(step: MatrixStep) -> Moments:
         a += (tile.use * tile.D).sum(1) - (tile.ign * ignored).sum(1)
         weight = tile.D.sum(1)
         share = tile.D / weight.clamp_min(tiny)[:, None]
-        here = torch.einsum("brj,brjch->bjch", share, tile.V)
+        here = einsum_in_runs("brj,brjch->bjch", share, tile.V)
         e = tile.V - here[:, None]
-        M2_here = torch.einsum("brj,brjch->bjch", tile.D, e.square())
-        exact = here.double() + torch.einsum("brj,brjch->bjch", share, e)
+        M2_here = einsum_in_runs("brj,brjch->bjch", tile.D, e.square())
+        exact = here.double() + einsum_in_runs("brj,brjch->bjch", share, e)
         total = N0 + weight
         ratio = (weight / total.clamp_min(tiny))[..., None, None]
         step_to = exact - mean

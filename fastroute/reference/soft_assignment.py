@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiles import tile_rows
+from .tiles import einsum_in_runs, tile_rows
 
 
 class Shares(NamedTuple):
@@ -176,10 +176,7 @@ def forward(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     M, p = votes.new_zeros((B, m, h), dtype=acc), votes.new_zeros((B, m), dtype=acc)
     for tile in _tiles(votes, pairs):
         V = _rows_of(votes, tile, shared, acc)
-        if shared:
-            M += torch.einsum(f"brm,{letters}->bmh", tile.w, V)
-        else:  # not einsum, whose products of a row and a matrix add the terms one by one
-            M += (tile.w[..., None] * V).sum(1)
+        M += einsum_in_runs(f"brm,{letters}->bmh", tile.w, V) if shared else (tile.w[..., None] * V).sum(1)
         p += tile.w.sum(1)
     return M, p
 

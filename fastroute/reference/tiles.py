@@ -8,6 +8,7 @@ Axes: B batch, r rows of a tile, n input vectors, m output vectors, d width of a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,19 @@ def tile_rows(batch: int, n: int, width: int, itemsize: int, device: torch.devic
     """Rows of a tile: what fits, in steps of 64; on a GPU 32 times as many, since launches are what costs there."""
     room = _TILE_BYTES if device.type == "cpu" else 32 * _TILE_BYTES
     return min(n, max(64, room // (batch * width * itemsize) // 64 * 64))
+
+
+_RUN = 256
+
+
+def einsum_in_runs(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    """``torch.einsum``, its sum over the axis "r" in runs that are added up afterwards.
+
+    Where a product is of a row and a matrix, libraries add the terms one by one, however many there are.
+    """
+    rows = [letters.index("r") for letters in equation.split("->")[0].split(",")]
+    parts = zip(a.split(_RUN, rows[0]), b.split(_RUN, rows[1]), strict=True)
+    return reduce(torch.add, (torch.einsum(equation, x, y) for x, y in parts))
 
 
 def _per_row(p: Tensor, rows: slice, acc: torch.dtype) -> Tensor:

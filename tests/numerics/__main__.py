@@ -1,0 +1,239 @@
+"""The experiments behind the error budget.
+
+    python -m tests.numerics power                  plants faults, writes numerics-power.json
+    python -m tests.numerics alarms [--seeds N]     plain PyTorch against the budget, adds to numerics-alarms.json
+    python -m tests.numerics write                  the tables of docs/numerics.md from both
+
+``alarms`` measures the instruction set and threads that the environment asks for (docs/numerics.md has the commands).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.helpers import budget
+from tests.helpers.budget import LOOKS, NORMS, Yardstick, yardstick_of
+from tests.helpers.cases import Results, evaluate
+
+from .faults import FAULTS, Planted
+from .problems import PROBLEMS, orders, problem
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "numerics.md"
+POWER, ALARMS = RESULTS / "numerics-power.json", RESULTS / "numerics-alarms.json"
+F32 = torch.float32
+
+
+def results(found: Results) -> Iterator[tuple[str, Tensor]]:
+    return ((k, t) for k, t in found.items() if t is not None and t.is_floating_point() and t.numel())
+
+
+def shares(yardstick: Yardstick, found: Results) -> Iterator[tuple[str, str, float, float]]:
+    """(result, norm, error, allowed after every draw)."""
+    for name, t in results(found):
+        for norm, p in NORMS:
+            error = budget._distance(t, yardstick.exact[name], p)  # type: ignore[arg-type]
+            yield name, norm, error, yardstick.allowed(name, t.dtype, p, *LOOKS[-1])
+
+
+def _same(a: Results, b: Results) -> bool:
+    return all(torch.equal(t, b[k]) for k, t in results(a))  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------------------- power
+
+
+def old_budget(yardstick: Yardstick, plain: list[Results]) -> dict[tuple[str, str], float]:
+    """What the budget was: twice the root mean square of plain PyTorch's error in some orders, and one rounding."""
+    found = {}
+    for name, t in results(plain[0]):
+        exact = yardstick.exact[name]
+        assert exact is not None
+        for norm, p in NORMS:
+            errors = [budget._distance(r[name], exact, p) for r in plain]  # type: ignore[arg-type]
+            rms = math.sqrt(sum(e * e for e in errors) / len(errors))
+            found[name, norm] = 2 * rms + torch.finfo(t.dtype).eps * budget._size(exact, p)
+    return found
+
+
+def power_of(op: str, seed: int = 0) -> dict[str, Any]:
+    truth, case, letters = problem(op, seed)
+    yardstick = yardstick_of(truth, case, F32)
+    plain = evaluate(truth, case)
+    draws = [plain, *(back(evaluate(truth, turned)) for turned, back in orders(case, letters, 3))]
+    old = old_budget(yardstick, draws)
+    new = {(name, norm): allowed for name, norm, _, allowed in shares(yardstick, plain)}
+    row: dict[str, Any] = {
+        "plain": max(e / a for _, _, e, a in shares(yardstick, plain) if a),
+        "width": {norm: statistics.geometric_mean(new[k] / old[k] for k in old if k[1] == norm) for norm, _ in NORMS},
+        "widest": max(new[k] / old[k] for k in old),
+        "faults": {},
+    }
+    for fault in FAULTS:
+        places, place = [], 0
+        while True:
+            with Planted(fault, place) as planted:
+                found = evaluate(truth, case)
+            if place >= planted.places:
+                break
+            if not _same(found, plain):
+                by = list(shares(yardstick, found))
+                wild = any(not t.isfinite().all() for _, t in results(found))
+                places.append(
+                    {
+                        "new": math.inf if wild else max(e / a for _, _, e, a in by if a),
+                        "old": math.inf if wild else max(e / old[n, norm] for n, norm, e, _ in by if old[n, norm]),
+                    }
+                )
+            place += 1
+        row["faults"][fault] = places
+    return row
+
+
+def power() -> None:
+    table = {}
+    for op in PROBLEMS:
+        began = time.perf_counter()
+        table[op] = power_of(op)
+        caught = {f: f"{sum(p['new'] > 1 for p in ps)}/{len(ps)}" for f, ps in table[op]["faults"].items()}
+        print(f"{op} ({time.perf_counter() - began:.0f} s): {caught}", flush=True)
+    POWER.write_text(json.dumps({"machine": machine(), "ops": table}, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- alarms
+
+#: Shares of the budget whose exceeding is counted.
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def alarms(seeds: range, count: int, cache: Path) -> None:
+    """Of every op, plain PyTorch in ``count`` orders of summation for every seed."""
+    made: dict[str, Any] = {}
+    for seed in seeds:
+        for op in PROBLEMS:
+            truth, case, letters = problem(op, seed)
+            known = cache / f"{op}-{seed}.pt"
+            if known.exists():
+                exact, allowed = torch.load(known, weights_only=True)
+            else:
+                yardstick = yardstick_of(truth, case, F32)
+                allowed = [(n, norm, a) for n, norm, _, a in shares(yardstick, evaluate(truth, case))]
+                exact = yardstick.exact
+                torch.save((exact, allowed), known)
+            row = made.setdefault(op, {"comparisons": 0, "cases": 0, "largest": 0.0, "above": [0] * len(LEVELS)})
+            row["cases"] += 1
+            norms = dict(NORMS)
+            for turned, back in orders(case, letters, count):
+                found = back(evaluate(truth, turned))
+                for name, norm, limit in allowed:
+                    share = budget._distance(found[name], exact[name], norms[norm]) / limit if limit else 0.0  # type: ignore[arg-type]
+                    row["comparisons"] += 1
+                    row["largest"] = max(row["largest"], share)
+                    for k, level in enumerate(LEVELS):
+                        row["above"][k] += share > level
+        print(seed, {op: f"{row['largest']:.2f}" for op, row in made.items()}, flush=True)
+    entry = {
+        "isa": os.environ.get("ATEN_CPU_CAPABILITY", "best"), "threads": torch.get_num_threads(),
+        "machine": machine(), "seeds": [seeds.start, seeds.stop], "orders": count, "ops": made,
+    }  # fmt: skip
+    every = json.loads(ALARMS.read_text()) if ALARMS.exists() else []
+    ALARMS.write_text(json.dumps([*every, entry], indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    from bench.harness import machine as facts
+
+    return facts() | {"date": time.strftime("%Y-%m-%d")}
+
+
+# ----------------------------------------------------------------------------------------------------------- write
+
+
+def _power_table(ops: dict[str, Any]) -> str:
+    lines = ["| op | " + " | ".join(FAULTS) + " |", "|---" * (len(FAULTS) + 1) + "|"]
+    for op, row in ops.items():
+        cells = []
+        for fault in FAULTS:
+            places = row["faults"][fault]
+            caught = sum(p["new"] > 1 for p in places)
+            least = min((p["new"] for p in places), default=0.0)
+            old = sum(p["old"] > 1 for p in places)
+            cells.append(f"{caught} of {len(places)}, least {least:.2g}× (old rule {old})" if places else "–")
+        lines.append(f"| {op} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _width_table(ops: dict[str, Any]) -> str:
+    lines = [
+        "| op | largest entry | Frobenius norm | widest result | plain PyTorch's largest share |",
+        "|---" * 5 + "|",
+    ]
+    for op, row in ops.items():
+        widths = " | ".join(f"{row['width'][norm]:.2f}" for norm, _ in NORMS)
+        lines.append(f"| {op} | {widths} | {row['widest']:.2f} | {row['plain']:.2f} |")
+    return "\n".join(lines)
+
+
+def _alarm_table(entries: list[dict[str, Any]]) -> str:
+    heads = ("instruction set", "threads", "cases", "comparisons", *(f"above {v:g}" for v in LEVELS), "largest")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    total = [0] * (2 + len(LEVELS))
+    for entry in entries:
+        rows = entry["ops"].values()
+        above = [sum(row["above"][k] for row in rows) for k in range(len(LEVELS))]
+        counts = [sum(row["cases"] for row in rows), sum(row["comparisons"] for row in rows), *above]
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+        largest = max((row["largest"], op) for op, row in entry["ops"].items())
+        cells = [entry["isa"], entry["threads"], *(f"{n:,}" for n in counts), f"{largest[0]:.2f} ({largest[1]})"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines.append(f"| all | | {' | '.join(f'{n:,}' for n in total)} | |")
+    return "\n".join(lines)
+
+
+def write() -> None:
+    text, measured = PAGE.read_text(), json.loads(POWER.read_text())
+    tables = {
+        "power": _power_table(measured["ops"]), "width": _width_table(measured["ops"]),
+        "alarms": _alarm_table(json.loads(ALARMS.read_text())),
+    }  # fmt: skip
+    for name, table in tables.items():
+        head, tail = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(head)
+        _, after = rest.split(tail)
+        text = f"{before}{head}\n{table}\n{tail}{after}"
+    PAGE.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.numerics", description=__doc__)
+    parser.add_argument("what", choices=("power", "alarms", "write"))
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=4, help="how many (default: %(default)s)")
+    parser.add_argument("--orders", type=int, default=100, help="orders of summation (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, help="where budgets are kept for runs under other instruction sets")
+    args = parser.parse_args()
+    if args.what == "power":
+        power()
+    elif args.what == "write":
+        write()
+    else:
+        if args.cache is None:
+            sys.exit("alarms: needs --cache DIR")
+        args.cache.mkdir(parents=True, exist_ok=True)
+        alarms(range(args.first, args.first + args.seeds), args.orders, args.cache)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Faults that a kernel can have, planted in plain PyTorch: one operator of a computation is made wrong in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+TILE = 32
+
+#: Taken apart, so that there are sums to plant faults in.
+_APART = ("_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "addmm", "baddbmm")
+_SLOPES = ("sigmoid_backward", "threshold_backward", "tanh_backward", "log_sigmoid_backward", "silu_backward", "where")
+
+Terms = Callable[[Tensor], Tensor]  # all terms of a sum [..., n] to its value
+
+
+def _in_bfloat16(terms: Tensor) -> Tensor:
+    """The accumulator is bfloat16; sixteen terms at a time are added in float32."""
+    total = torch.zeros_like(terms[..., 0])
+    for part in terms.split(16, -1):
+        total = (total + part.sum(-1)).bfloat16().float()
+    return total
+
+
+def _without_the_last(terms: Tensor) -> Tensor:
+    return terms[..., :-1].sum(-1)
+
+
+def _one_by_one(terms: Tensor) -> Tensor:
+    total = torch.zeros_like(terms[..., 0])
+    for k in range(terms.shape[-1]):
+        total = total + terms[..., k]
+    return total
+
+
+def _off_by_one_tile(terms: Tensor) -> Tensor:
+    """The second tile begins one too early and ends one too early."""
+    n = terms.shape[-1]
+    rows = torch.arange(n)
+    rows[TILE : min(2 * TILE, n)] -= 1
+    return terms[..., rows].sum(-1)
+
+
+def _of_bfloat16_sums(terms: Tensor) -> Tensor:
+    """In float32, of partial sums that were stored in bfloat16."""
+    return torch.stack([part.sum(-1).bfloat16().float() for part in terms.split(256, -1)]).sum(0)
+
+
+#: fault: (what a sum becomes, the least number of terms it is planted in)
+SUMS: dict[str, tuple[Terms, int]] = {
+    "an accumulator in bfloat16": (_in_bfloat16, 48),
+    "the last term dropped": (_without_the_last, 3),
+    "one tile off by one": (_off_by_one_tile, TILE + 1),
+    "one long run": (_one_by_one, 1000),
+    "float32 of bfloat16 partial sums": (_of_bfloat16_sums, 48),
+}
+ROUNDED_BIAS, SLOPE = "a bias rounded alike into every row", "a wrong slope at one point"
+FAULTS = (*SUMS, ROUNDED_BIAS, SLOPE)
+
+
+class Planted(TorchDispatchMode):
+    """Plants ``fault`` in the ``place``-th operator that can have it; ``places`` counts those that could."""
+
+    def __init__(self, fault: str, place: int) -> None:
+        super().__init__()
+        self.fault, self.place, self.places = fault, place, 0
+
+    def _here(self) -> bool:
+        self.places += 1
+        return self.places - 1 == self.place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in _APART and func in decomposition_table:
+            with self:
+                return decomposition_table[func](*args, **kwargs)
+        if self.fault in SUMS:
+            total, least = SUMS[self.fault]
+            if name in ("mm", "bmm") and args[0].shape[-1] >= least and self._here():
+                return _product(total, *args)
+            if name == "sum" and args[0].is_floating_point():
+                terms, shape = _terms(*args, **kwargs)
+                if terms.shape[-1] >= least and self._here():
+                    return total(terms).reshape(shape)
+        if self.fault == ROUNDED_BIAS and name in ("add", "sub") and _is_broadcast(args) and self._here():
+            exact = func(*(a.double() if isinstance(a, Tensor) else a for a in args), **kwargs)
+            return _towards_zero(exact)
+        made = func(*args, **kwargs)
+        if self.fault == SLOPE and name in _SLOPES and isinstance(made, Tensor) and made.is_floating_point():
+            wrong = made.flatten().abs()
+            if wrong.numel() and wrong.max() > 0 and self._here():  # at a point whose slope is of middling size
+                made = made.contiguous().clone()
+                made.view(-1)[int(wrong.argsort()[wrong.numel() // 2 :][0])] *= 1.01
+        return made
+
+
+def _product(total: Terms, a: Tensor, b: Tensor) -> Tensor:
+    """Row by row of the second factor's columns, so that no more than one matrix of terms is held."""
+    return torch.stack([total(a * b[..., :, j].unsqueeze(-2)) for j in range(b.shape[-1])], -1)
+
+
+def _terms(t: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> tuple[Tensor, list[int]]:
+    axes = sorted(d % t.dim() for d in dim) if dim else list(range(t.dim()))
+    kept = [d for d in range(t.dim()) if d not in axes]
+    shape = [1 if d in axes else t.shape[d] for d in range(t.dim()) if keepdim or d not in axes]
+    return t.permute(*kept, *axes).reshape(*(t.shape[d] for d in kept), -1), shape
+
+
+def _is_broadcast(args: Any) -> bool:
+    """A term of all rows: smaller than the other, by ten rows and more."""
+    if len(args) < 2 or not all(isinstance(a, Tensor) and a.dtype == torch.float32 for a in args[:2]):
+        return False
+    sizes = sorted(a.untyped_storage().nbytes() // 4 if 0 in a.stride() else a.numel() for a in args[:2])
+    return sizes[0] > 1 and sizes[0] * 10 <= sizes[1]
+
+
+def _towards_zero(t: Tensor) -> Tensor:
+    """To float32, cut off instead of rounded."""
+    nearest = t.float()
+    over = nearest.double().abs() > t.abs()
+    return torch.where(over, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
