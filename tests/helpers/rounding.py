@@ -8,10 +8,9 @@ What needs no rounding is left as it is: zeros, masks, copies, powers of two.
 * Equal values are rounded alike, as a processor would: a constant is off by the same in every row.
 * Operators made of several roundings (softmax, layer norm, sigmoid's gradient) are taken apart by PyTorch's own
   decompositions.
-* A sum of n terms is n - 1 roundings of partial sums, in an order that nobody promises. A run of them is added one by
-  one, then the runs' totals are added. The partial sums of terms t in random order are of size
-  |k/n sum t|^2 + k/n (1 - k/n) sum t^2; their rounding errors are independent, so the sum's is normal, with a
-  variance that is known (``_inner_variance``).
+* A sum of n terms is n - 1 roundings of partial sums, in an order that nobody promises. How large the partial sums of
+  terms in random order are is known (``_coefficients``), and with that the variance of all their errors, which is
+  drawn at once.
 * exp, log and their like are good to one unit in the last place, as those of the vector libraries are.
 
 The idea is Monte Carlo arithmetic (Parker, 1997), with the roundings of sums drawn at once.
@@ -33,11 +32,17 @@ from fastroute.ops._registry import implementations
 
 aten = torch.ops.aten
 
-#: Terms that are added one by one: of a sum, and of a matrix product, which the libraries divide less.
-SUM_RUN, PRODUCT_RUN = 64, 256
+#: Terms that are added one by one. A sum is one of such sums, and so on; a matrix product is of so many and no further.
+SUM_RUN, PRODUCT_RUN = 64, 512
+
+#: The mean square of a rounding error, relative to the number and in units of roundoff: 1/3 for numbers just above a
+#: power of two, a quarter of that just below the next.
+_ROUNDING = 1 / 3 * 3 / (8 * math.log(2))
 
 #: The spacing of TensorFloat-32, ten bits behind the point.
 TF32 = 2.0**-10
+
+_EXPONENT = 0x7FF0000000000000
 
 #: Operators that make no new values: nothing to round.
 _EXACT = {
@@ -176,18 +181,22 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _inner_variance(total: Tensor, squares: Tensor, n: float, run: int) -> Tensor:
-    """Of the rounding of partial sums, in units of (roundoff)^2: n terms with this total and sum of squares."""
-    if n <= 1:
-        return torch.zeros_like(total)
-    run = min(n, run)
-    runs = n / run
-    # In a run: run partial sums, the k-th of expected square (k/run T)^2 + k/run (1 - k/run) Q, where T and Q are the
-    # run's; over all runs sum T^2 = total^2 / runs + squares (1 - 1 / runs), sum Q = squares.
-    # Between them: runs - 1 partial sums of the runs' totals.
-    of_total = (run / runs + runs - 1) / 3
-    of_squares = run * ((1 - 1 / runs) / 3 + 1 / 6) + (runs - 1) / 6
-    return total.square() * of_total + squares * of_squares
+@cache
+def _coefficients(n: float, run: int, levels: bool) -> tuple[float, float]:
+    """What (sum t)^2 and sum t^2 of n terms t count in the sum of the squares of all partial sums.
+
+    In a run of r terms with sum T and sum of squares Q, taken in random order, the k-th partial sum has expected square
+    (k/r T)^2 + k/r (1 - k/r) Q, so all have r (T^2 / 3 + Q / 6). Over runs sum T^2 is (sum t)^2 / runs + (1 - 1 / runs)
+    sum t^2.
+    """
+    of_total = of_squares = 0.0
+    while n > 1:
+        r = min(run, n)
+        n /= r
+        of_total += r / (3 * n)
+        of_squares += r * ((1 - 1 / n) / 3 + 1 / 6)
+        run = run if levels else max(int(n), run)
+    return of_total, of_squares
 
 
 class Rounded(TorchDispatchMode):
@@ -200,7 +209,7 @@ class Rounded(TorchDispatchMode):
         super().__init__()
         self.operands = operands and (TF32 if operands == "tf32" else torch.finfo(operands).eps)  # type: ignore[call-overload]
         self.dtype, self.acc = dtype, torch.promote_types(dtype, torch.float32)
-        self.unit = torch.finfo(dtype).eps / 2
+        self.spacing = torch.finfo(dtype).eps
         self.acc_unit = torch.finfo(self.acc).eps / 2
         self.key = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**63
         self.normal = torch.Generator().manual_seed(seed)
@@ -235,7 +244,7 @@ class Rounded(TorchDispatchMode):
             return made
         if name in _PRODUCTS or name in _SUMS:
             return self._reduced(func, name, made, args, kwargs)
-        times = 4.0 if name in _ELEMENTARY else 1.0
+        times = 2.0 if name in _ELEMENTARY else 1.0
         if name not in _ELEMENTARY and name not in _ELEMENTWISE and _is_floating(made):
             raise NotImplementedError(f"{func}: say in {__name__} how it rounds")
         if func._schema.is_mutable:
@@ -251,25 +260,29 @@ class Rounded(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------------- one rounding
 
-    def _coin(self, t: Tensor) -> Tensor:
-        """Uniform in [-1, 1), a function of the value and the seed."""
-        bits = t.view(torch.int64).bitwise_xor(self.key).mul_(-0x61C8864680B583EB)
-        bits.bitwise_xor_(bits >> 29).mul_(0x3F58476D1CE4E5B9)
-        return bits.bitwise_xor_(bits >> 32).to(torch.float64).mul_(2.0**-63)
+    def _shaken(self, t: Tensor, spacing: float) -> Tensor:
+        """t and less than half a spacing (of numbers from 1 to 2), to either side: then the nearest is a random one.
+
+        By how much is a function of the value and the seed. What has no more digits than that keeps its nearest.
+        """
+        bits = t.view(torch.int64)
+        power = bits.bitwise_and(_EXPONENT).view(torch.float64)
+        bits = bits.bitwise_xor(self.key).mul_(-0x61C8864680B583EB)
+        coin = bits.bitwise_xor_(bits >> 29).mul_(0x3F58476D1CE4E5B9).to(torch.float64)
+        return torch.addcmul(t, power, coin, value=0.499 * spacing * 2.0**-63)
 
     def rounded(self, t: Tensor, times: float = 1.0) -> Tensor:
-        """One of t's neighbours in the dtype; t itself where it is one. ``times``: as inexact before it is rounded."""
+        """One of t's neighbours in the dtype; t itself where it is one. ``times``: of the shaking before."""
         if t.dtype != torch.float64 or not t.numel():
             return t
-        moved = torch.addcmul(t, t.abs(), self._coin(t), value=self.unit / 2 * times)
-        moved = torch.where(t.isinf(), t, moved)
+        moved = torch.where(t.isinf(), t, self._shaken(t, self.spacing * times))
         return moved if self.dtype == torch.float64 else moved.to(self.dtype).to(torch.float64)
 
     def _operand(self, t: Any) -> Any:
         """Rounded as tensor cores round what they multiply."""
         if not isinstance(t, Tensor):
             return t
-        moved = torch.addcmul(t, t.abs(), self._coin(t), value=self.operands / 4)
+        moved = self._shaken(t, self.operands)
         wide = moved * (2.0**52 * self.operands + 1)  # Veltkamp's splitting
         return wide - (wide - moved)
 
@@ -284,7 +297,7 @@ class Rounded(TorchDispatchMode):
             n = t.numel() / max(made.numel(), 1)
             scale = n if name == "mean" else 1.0
             squares = func(*squared, **kwargs) / scale  # of a mean's terms, t / n
-            return self._summed(made, squares, n, SUM_RUN)
+            return self._summed(made, squares, n, is_product=False)
         if name == "convolution":
             squared[2] = None if args[2] is None else args[2].square()
             n = args[1][0].numel()
@@ -298,10 +311,11 @@ class Rounded(TorchDispatchMode):
             )
         return self._summed(made, func(*squared, **kwargs), args[0].shape[-1])
 
-    def _summed(self, total: Tensor, squares: Tensor, n: float, run: int = PRODUCT_RUN) -> Tensor:
+    def _summed(self, total: Tensor, squares: Tensor, n: float, is_product: bool = True) -> Tensor:
         noise = torch.randn(total.shape, generator=self.normal, dtype=torch.float64).to(total.device)
-        sd = _inner_variance(total, squares, n, run).clamp_min_(0).sqrt_()
-        return self.rounded(torch.addcmul(total, noise, sd, value=self.acc_unit / math.sqrt(3)))
+        of_total, of_squares = _coefficients(n, PRODUCT_RUN if is_product else SUM_RUN, not is_product)
+        sd = (total.square() * of_total + squares * of_squares).clamp_min_(0).sqrt_()
+        return self.rounded(torch.addcmul(total, noise, sd, value=self.acc_unit * math.sqrt(_ROUNDING)))
 
 
 def _is_floating(made: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,8 +90,8 @@ class Planted(TorchDispatchMode):
                 if terms.shape[-1] >= least and self._here():
                     return total(terms).reshape(shape)
         if self.fault == ROUNDED_BIAS and name in ("add", "sub") and _is_broadcast(args) and self._here():
-            exact = func(*(a.double() if isinstance(a, Tensor) else a for a in args), **kwargs)
-            return _towards_zero(exact)
+            smaller = 0 if _own(args[0]) < _own(args[1]) else 1
+            return func(*(_coarse(a) if k == smaller else a for k, a in enumerate(args)), **kwargs)
         made = func(*args, **kwargs)
         if self.fault == SLOPE and name in _SLOPES and isinstance(made, Tensor) and made.is_floating_point():
             wrong = made.flatten().abs()
@@ -112,16 +113,22 @@ def _terms(t: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> tuple
     return t.permute(*kept, *axes).reshape(*(t.shape[d] for d in kept), -1), shape
 
 
+def _own(t: Tensor) -> int:
+    """Numbers that a tensor holds, however often it repeats them."""
+    return (
+        math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) if 0 in t.stride() else t.numel()
+    )
+
+
 def _is_broadcast(args: Any) -> bool:
     """A term of all rows: smaller than the other, by ten rows and more."""
     if len(args) < 2 or not all(isinstance(a, Tensor) and a.dtype == torch.float32 for a in args[:2]):
         return False
-    sizes = sorted(a.untyped_storage().nbytes() // 4 if 0 in a.stride() else a.numel() for a in args[:2])
+    sizes = sorted(map(_own, args[:2]))
     return sizes[0] > 1 and sizes[0] * 10 <= sizes[1]
 
 
-def _towards_zero(t: Tensor) -> Tensor:
-    """To float32, cut off instead of rounded."""
-    nearest = t.float()
-    over = nearest.double().abs() > t.abs()
-    return torch.where(over, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+def _coarse(t: Tensor) -> Tensor:
+    """Three bits less than float32 has."""
+    wide = t.double() * (2.0**32 + 1)  # Veltkamp's splitting, to 21 bits
+    return (wide - (wide - t.double())).float()
