@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,3 +23,15 @@ def poisoned() -> Iterator[None]:
     """Unwritten memory is NaN in every test of the module: ``pytestmark = pytest.mark.usefixtures("poisoned")``."""
     with poisoned_memory():
         yield
+
+
+@cache
+def _is_numeric(path: Path) -> bool:
+    return re.search(r"^from tests\.helpers\.(budget|opcheck) import", path.read_text(), re.MULTILINE) is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``)."""
+    for item in items:
+        if _is_numeric(item.path):
+            item.add_marker("numeric")
