@@ -27,7 +27,10 @@ def poisoned() -> Iterator[None]:
 
 @cache
 def _is_numeric(path: Path) -> bool:
-    return re.search(r"^from tests\.helpers\.(budget|opcheck) import", path.read_text(), re.MULTILINE) is not None
+    return (
+        re.search(r"^from tests\.(helpers\.(budget|opcheck)|tasks\.nets) import", path.read_text(), re.MULTILINE)
+        is not None
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 
 from tests.helpers.subprocesses import ROOT
 
-#: What each library is told, the least first. MKL obeys MKL_ENABLE_INSTRUCTIONS on Intel's processors only; MKL_CBWR's
-#: lowest choice everywhere. What is not named is left as the best one there is.
+#: What each library is told, the least first; what is not named is left as the best one there is. MKL obeys on Intel's
+#: processors only.
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {
         "ATEN_CPU_CAPABILITY": "default",
         "ONEDNN_MAX_CPU_ISA": "SSE41",
         "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-        "MKL_CBWR": "COMPATIBLE",
     },
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
