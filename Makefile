@@ -27,7 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test bench lint gpu-test gpu-bench wheel clean
+.PHONY: help demo test test-isa bench lint gpu-test gpu-bench wheel clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
@@ -36,6 +36,9 @@ demo: $(STAMPS)/ready ## learn handwritten digits with a capsule router
 
 test: $(STAMPS)/ready ## every test that runs without a GPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:benchmark -n auto --maxprocesses 4 --dist worksteal -m 'not gpu' $(ARGS)
+
+test-isa: $(STAMPS)/ready ## the numeric tests under each instruction set and on 1 to 3 threads (FULL=1: every pair)
+	@$(PY) -m tests.isa $(ARGS)
 
 bench: $(STAMPS)/ready ## time the CPU, rewrite docs/benchmarks.md
 	$(PY) -m bench run $(ARGS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,3 +23,21 @@ def poisoned() -> Iterator[None]:
     """Unwritten memory is NaN in every test of the module: ``pytestmark = pytest.mark.usefixtures("poisoned")``."""
     with poisoned_memory():
         yield
+
+
+@cache
+def _is_numeric(path: Path) -> bool:
+    helpers = r"^from tests\.(helpers\.(budget|opcheck)|tasks\.nets) import"
+    return path.name != "test_compile.py" and re.search(helpers, path.read_text(), re.MULTILINE) is not None
+
+
+#: What a test calls that is about graphs and formulas: slow, and the same on every instruction set.
+_STRUCTURE = {"check_compiled", "check_exported", "compile", "export", "gradcheck", "opcheck"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``)."""
+    for item in items:
+        code = getattr(getattr(item, "function", None), "__code__", None)
+        if _is_numeric(item.path) and not (code and _STRUCTURE.intersection(code.co_names)):
+            item.add_marker("numeric")

@@ -1,5 +1,6 @@
 // The activations for each instruction set.
 
+#include "common/isa.h"
 #include "cpu/activation.h"
 
 #include <type_traits>

@@ -2,6 +2,8 @@
 
 #include "common/gemm.h"
 
+#include "common/isa.h"
+
 #include <cstdlib>
 #include <string_view>
 
@@ -21,7 +23,7 @@ bool prefers_onednn() {
       return std::string_view(asked) == "onednn";
     }
 #if defined(__x86_64__) && defined(__GNUC__)
-    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+    return __builtin_cpu_is("amd") && isa() == Isa::kAvx512;
 #else
     return false;
 #endif

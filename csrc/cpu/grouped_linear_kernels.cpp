@@ -1,5 +1,6 @@
 // The products of grouped_linear for each instruction set.
 
+#include "common/isa.h"
 #include "cpu/grouped_linear.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's registers never cross a call

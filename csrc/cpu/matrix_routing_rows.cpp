@@ -1,5 +1,6 @@
 // The row functions of matrix_routing for each instruction set.
 
+#include "common/isa.h"
 #include "cpu/matrix_routing.h"
 
 namespace fastroute::matrix_routing {

@@ -1,5 +1,6 @@
 // The row functions of policy for each instruction set.
 
+#include "common/isa.h"
 #include "cpu/policy.h"
 
 namespace fastroute::policy {

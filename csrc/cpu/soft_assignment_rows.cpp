@@ -1,5 +1,6 @@
 // The row functions of soft_assignment for each instruction set.
 
+#include "common/isa.h"
 #include "cpu/soft_assignment.h"
 
 #include <limits>

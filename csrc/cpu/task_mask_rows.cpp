@@ -1,5 +1,6 @@
 // The passes of task_mask for each instruction set.
 
+#include "common/isa.h"
 #include "cpu/task_mask.h"
 
 #include <cstring>

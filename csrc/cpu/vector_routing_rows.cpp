@@ -1,5 +1,6 @@
 // The row functions of vector_routing for each instruction set.
 
+#include "common/isa.h"
 #include "cpu/vector_routing.h"
 
 namespace fastroute::vector_routing {

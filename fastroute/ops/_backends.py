@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import _isa
+
 BackendName = Literal["reference", "native", "triton"]
 BACKENDS: tuple[BackendName, ...] = ("triton", "native", "reference")  #: in the order "auto" tries them
 _CHOICES = ("auto", *BACKENDS)
@@ -83,9 +85,10 @@ def offered() -> dict[str, dict[BackendName, Offer]]:
 
 @cache
 def extension() -> tuple[str | None, str]:
-    """(where fastroute._C is, loaded; "") or (None, why it is not here)."""
+    """(where fastroute._C is, loaded; "") or (None, why it is not here); ValueError for a wrong FASTROUTE_ISA."""
     found = importlib.util.find_spec("fastroute._C")
     if found is None or found.origin is None:
+        _isa.check_name()
         why = build_info().get("reason") or "no fastroute._C was installed"
         return None, f"the C++ extension fastroute._C is not built: {why}"
     try:
@@ -93,7 +96,9 @@ def extension() -> tuple[str | None, str]:
             found.origin
         )  # not an import: it needs no Python headers to have been there at the build
     except OSError as error:
+        _isa.check_name()
         return None, f"the C++ extension fastroute._C does not load: {error}"
+    _isa.in_use()
     return found.origin, ""
 
 
@@ -304,7 +309,13 @@ def describe_machine() -> dict[str, str]:
         facts["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
         facts["gpu"] = "none"
-    where, why = extension()
+    try:
+        where, why = extension()
+        kernels = _isa.describe() if where else "none: FASTROUTE_ISA has no effect without the extension"
+    except ValueError as error:
+        where, why, kernels = None, "not usable with this FASTROUTE_ISA", str(error)
     facts["extension"] = f"built ({build_info().get('compiler', 'unknown compiler')})" if where else why
+    facts["C++ kernels"] = kernels
+    facts["FASTROUTE_ISA"] = os.environ.get("FASTROUTE_ISA") or "auto"
     facts["FASTROUTE_BACKEND"] = requested()
     return facts

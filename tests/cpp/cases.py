@@ -46,6 +46,7 @@ def load(library: str) -> None:
     spec.loader.exec_module(module)
     sys.modules["fastroute._C"] = module
     assert _backends.extension()[0] == library
+    assert torch.ops.fastroute._isas() == [torch.ops.fastroute._isa()], "sanitized code is for one instruction set"
 
 
 def one_iteration() -> None:

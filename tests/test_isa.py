@@ -1,0 +1,52 @@
+"""``make test-isa``: what it runs, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests import isa
+
+
+def test_the_covering_set_has_every_instruction_set_and_every_number_of_threads() -> None:
+    best = [("avx512", 1), ("avx512", 2), ("avx512", 3)]
+    assert isa.combinations(list(isa.SETTINGS), full=False) == [("default", 2), ("avx2", 2), *best]
+    assert isa.combinations(["default"], full=False) == [("default", 1), ("default", 2), ("default", 3)]
+    assert len(isa.combinations(list(isa.SETTINGS), full=True)) == 9
+
+
+def test_nothing_is_left_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in isa.CHOSEN:
+        monkeypatch.setenv(name, "outside")
+    monkeypatch.setenv("FASTROUTE_TEST_SEED", "7")
+    env = isa.environment("avx512", 3)
+    assert "ONEDNN_MAX_CPU_ISA" not in env and "outside" not in env.values()
+    assert env["FASTROUTE_ISA"] == "avx512" and env["OMP_NUM_THREADS"] == env["MKL_NUM_THREADS"] == "3"
+    assert env["FASTROUTE_TEST_SEED"] == "7"
+
+
+@pytest.mark.parametrize("best", ["default", "avx2", "avx512"])
+def test_it_goes_on_after_a_failure(
+    best: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
+    def run(name: str, threads: int, arguments: Sequence[str]) -> bool:
+        tried.append((name, threads))
+        return threads != 1
+
+    monkeypatch.setenv("FULL", "1")
+    monkeypatch.setattr(isa, "probe", lambda environment: ["2", best, best])
+    monkeypatch.setattr(isa, "run", run)
+    count = 1 + list(isa.SETTINGS).index(best)
+    assert isa.main([]) == 1 and len(tried) == 3 * count
+    assert capsys.readouterr().out.splitlines()[-1] == f"{2 * count} passed, {count} failed"
+
+
+def test_settings_that_do_not_take_are_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(isa, "probe", lambda environment: ["2", "avx2", "none"])
+    assert not isa.run("avx2", 3, [])
+    assert capsys.readouterr().out == "avx2, 3 threads: not so: torch has 2, avx2, the kernels none\n"
