@@ -37,7 +37,7 @@ from fastroute.compat.PytorchRouting.RewardFunctions.PerAction import (
     RunningAverageCollaborationReward,
 )
 from fastroute.compat.PytorchRouting.UtilLayers import Sequential
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.networks import COLUMNS, F, gradients
 
@@ -129,7 +129,7 @@ def reference() -> Iterator[None]:
 
 def orders(size: int) -> list[Tensor]:
     """Orders of summation."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     return [torch.randperm(size, generator=generator) for _ in range(6)]
 
 
@@ -341,7 +341,7 @@ def test_lstm_cells(file: str, reference: None) -> None:
 
 
 def begin(tasks: Any = ()) -> tuple[Tensor, Any]:
-    x = torch.randn(B, F, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(B, F, generator=seeds.generator(0))
     return x, Initialization()(x, tasks)[1]
 
 
@@ -371,7 +371,7 @@ def test_masks_of_bytes(algo: str) -> None:
 
 
 def routed(gamma: float, reward: Any = None, final: Any = None) -> tuple[float, float]:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x, mxs = begin()
     ys: Any = x
     for _ in range(3):
@@ -479,7 +479,7 @@ def test_gru_cells_run() -> None:
 
 
 def test_gumbel_softmax_sampling() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     sampling = GumbelSoftmaxSampling(0.5)
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(4000, 3).clone().requires_grad_()
     drawn = sampling(logits)

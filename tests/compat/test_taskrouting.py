@@ -16,7 +16,7 @@ from fastroute import set_task, tasks
 from fastroute.compat import taskrouting
 from fastroute.compat.taskrouting import routed_vgg
 from fastroute.compat.taskrouting.taskrouting import TaskRouter
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.tasks import T, from_file, images, load, masked, small_vgg, step, tasks_of
 
@@ -156,7 +156,7 @@ def test_masks_of_vgg11(file: str) -> None:
 def test_a_routed_network(file: str) -> None:
     """Upstream's numbers within the budget that ours, in several orders of the samples, set."""
     g, model = from_file(file, routed_vgg)
-    drawn = torch.Generator().manual_seed(0)
+    drawn = seeds.generator(0)
     orders = [torch.arange(6), *(torch.randperm(6, generator=drawn) for _ in range(3))]
 
     def run(model: nn.Module, task: int, order: Tensor) -> dict[str, Tensor | None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastroute.compat import torchmtl
 from fastroute.multitask import MTLModel
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.multitask import README_TASKS, Layers, load, readme, select, triple, uncertainty
 
@@ -44,7 +45,7 @@ def test_graphs_and_keys(case: str, cls: Any) -> None:
 
 def orders(B: int, count: int = 4) -> list[Tensor]:
     """Orders of the samples in a batch: other orders of summation, so other roundings of the same numbers."""
-    drawn = torch.Generator().manual_seed(0)
+    drawn = seeds.generator(0)
     return [torch.arange(B), *(torch.randperm(B, generator=drawn) for _ in range(count - 1))]
 
 

@@ -21,7 +21,7 @@ from fastroute.networks import (
     Selection,
     Sequential,
 )
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.networks import COLUMNS, decision, gradients, linears, moved, start
@@ -56,7 +56,7 @@ def compare(theirs: dict[str, Tensor | None], exact: dict[str, Any], *ours: dict
 
 def plainly(run: Any, g: dict[str, Any], size: int, count: int = 8) -> list[dict[str, Any]]:
     """Float32 in plain PyTorch, in several orders of summation and with every input rounded once more."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     with fastroute.use_backend("reference"):
         made = [run(moved(g, generator), torch.randperm(size, generator=generator)) for _ in range(count - 1)]
         return [run(g, torch.arange(size)), *made]
@@ -218,7 +218,7 @@ def test_per_action_rewards_in_bulk(name: str, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ["collab", "running"])
 def test_inactive_samples_do_not_count(name: str) -> None:
     """Among as many samples again that were not decided for."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     order = torch.randperm(80, generator=generator)
     active = order < 40
     actions = torch.randint(4, (80,), generator=generator).masked_scatter(active, PER_ACTION["actions"])

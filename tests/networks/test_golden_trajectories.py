@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastroute
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import COLUMNS, moved, replay
 
@@ -81,7 +81,7 @@ def _errors(found: dict[str, Tensor | None], exact: dict[str, Tensor | None], sc
 @cache
 def yardsticks(file: str) -> list[dict[str, Any]]:
     """Float32 replays in plain PyTorch."""
-    g, generator = golden.load("networks", file), torch.Generator().manual_seed(0)
+    g, generator = golden.load("networks", file), seeds.generator(0)
     rounded = [{k: moved(g[k], generator) for k in ("x", "decisions", "selections")} for _ in range(DRAWS)]
     with fastroute.use_backend("reference"):
         return [replay(g)] + [replay(g | r, order=torch.randperm(8, generator=generator)) for r in rounded]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastroute
 from fastroute.networks import Initialization, Loss, NegLossReward, Selection
+from tests.helpers import seeds
 from tests.helpers.networks import LEARNING, F, decision
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -25,7 +26,7 @@ each_algorithm = pytest.mark.parametrize(("algo", "storage"), ALGORITHMS)
 class Routed(nn.Module):
     def __init__(self, algo: str, storage: str) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         agents = 1 if algo == "RELAX" else A
         self.decisions = nn.ModuleList(decision(algo, K, agents, policy_storage_type=storage) for _ in range(T))
         self.selections = nn.ModuleList(
@@ -45,7 +46,7 @@ class Routed(nn.Module):
 
 
 def inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     x = torch.randn(B, F, generator=generator, dtype=torch.float64)
     agents, y = (torch.randint(n, (B,), generator=generator) for n in (A, F))
     return x.to(device, dtype), agents.to(device), y.to(device)
@@ -53,7 +54,7 @@ def inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 def results(net: Routed, forced: Tensor) -> dict[str, Tensor]:
     p = next(net.parameters())
-    torch.manual_seed(2)
+    seeds.manual_seed(2)
     for layer in net.decisions:  # Gumbel's and RELAX's noise, the same everywhere
         layer._uniform = lambda *shape, like: torch.full(shape, 0.3, dtype=like.dtype, device=like.device)  # type: ignore[assignment]
     module_loss, routing_loss, _ = net(*inputs(str(p.device), p.dtype), forced.to(p.device))
@@ -67,7 +68,7 @@ def results(net: Routed, forced: Tensor) -> dict[str, Tensor]:
 def test_agrees_with_float64(algo: str, storage: str) -> None:
     """Twice the CPU's own error in float32, and one rounding, of the largest number of each result."""
     net = Routed(algo, storage)
-    forced = torch.randint(K, (T, B), generator=torch.Generator().manual_seed(3))
+    forced = torch.randint(K, (T, B), generator=seeds.generator(3))
     exact = results(copy.deepcopy(net).double(), forced)
     plain = results(copy.deepcopy(net), forced)
     found = results(copy.deepcopy(net).to(GPU), forced)

@@ -21,7 +21,7 @@ from fastroute import ops, use_backend
 from fastroute.ops.trajectory_loss import laid_out
 from fastroute.reference import trajectory_loss as reference
 from fastroute.reference.trajectory_loss import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import assert_within_budget, check
 from tests.helpers.cases import Case, Results, evaluate
@@ -244,7 +244,7 @@ class Evaluated(nn.Module):
 
 @each_backend
 def test_export(backend: str) -> None:
-    example, *others = [torch.randn(B, 3, generator=torch.Generator().manual_seed(B)) for B in (6, 2, 33)]
+    example, *others = [torch.randn(B, 3, generator=seeds.generator(B)) for B in (6, 2, 33)]
     with use_backend(backend):
         check_exported(Evaluated(), example, others, {0: torch.export.Dim("batch", min=2)})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastroute import use_backend
 from fastroute.tasks import TaskRouter, set_task, vgg11
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.tasks import from_file, load, step
 
@@ -66,7 +66,7 @@ def test_masks_of_vgg11(file: str) -> None:
 
 def orders(B: int, count: int = 4) -> list[Tensor]:
     """Orders of the samples in a batch: other orders of summation, so other roundings of the same numbers."""
-    drawn = torch.Generator().manual_seed(0)
+    drawn = seeds.generator(0)
     return [torch.arange(B), *(torch.randperm(B, generator=drawn) for _ in range(count - 1))]
 
 
