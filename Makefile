@@ -27,15 +27,19 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test bench lint gpu-test gpu-bench wheel clean
+.PHONY: help demo test test-all bench lint gpu-test gpu-bench wheel clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMPS)/ready ## learn handwritten digits with a capsule router
 	$(PY) -m fastroute demo $(ARGS)
 
-test: $(STAMPS)/ready ## every test that runs without a GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:benchmark -n auto --maxprocesses 4 --dist worksteal -m 'not gpu' $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:benchmark -n auto --maxprocesses 4 --dist worksteal
+test: $(STAMPS)/ready ## the tests that run without a GPU, but for the longest
+	@$(PYTEST) -m 'not gpu and not long' $(ARGS)
+
+test-all: $(STAMPS)/ready ## every test that runs without a GPU; ARGS='-m long': those that make test leaves out
+	@$(PYTEST) -m 'not gpu' $(ARGS)
 
 bench: $(STAMPS)/ready ## time the CPU, rewrite docs/benchmarks.md
 	$(PY) -m bench run $(ARGS)

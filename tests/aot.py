@@ -2,8 +2,8 @@
 
 ``record`` runs an op on meta tensors (no memory, any size) and keeps its launches; ``compile_for`` compiles one exactly
 as its launch would, and reads shared memory, registers and stack (spills) from the machine code. TRITON_INTERPRET must
-be off when triton is first imported, so a test file does this in a process of its own: ``report_of(__file__)`` runs the
-file as a program, which calls ``print_reports``, and returns what it printed.
+be off when triton is first imported, so a test file does this in a process of its own: ``report_of(__file__, name,
+archs)`` runs the file as a program, which calls ``print_reports``, and returns what it printed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+import pytest
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  #: bytes a block may use, by compute capability
 _TENSOR_OPS = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
@@ -149,12 +151,19 @@ def print_reports(cases: Iterable[tuple[str, list[Launch]]], archs: Iterable[int
                 print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
 
 
-def report_of(file: str, *arguments: str) -> list[Report]:
+def each_case(names: Iterable[str], quick: str) -> pytest.MarkDecorator:
+    """Parameters ``name, archs``: every case on all architectures, which takes long, and ``quick`` on sm_90 alone."""
+    every = [pytest.param(name, tuple(SHARED_LIMIT), id=name, marks=pytest.mark.long) for name in names]
+    return pytest.mark.parametrize(("name", "archs"), [pytest.param(quick, (90,), id=f"{quick} on sm_90"), *every])
+
+
+def report_of(file: str, name: str, archs: Iterable[int]) -> list[Report]:
     """Run a test file as a program, interpreter off, and read the reports that it prints."""
     path = os.pathsep.join([str(_ROOT), *(p for p in sys.path if p)])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    ran = subprocess.run(
-        [sys.executable, file, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, file, name, *map(str, archs)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    return [Report(**json.loads(line)) for line in ran.stdout.splitlines()]
+    found = [Report(**json.loads(line)) for line in ran.stdout.splitlines()]
+    assert {r.arch for r in found} == set(archs)
+    return found

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import pytest
 
 from tests import aot
 
@@ -64,19 +61,13 @@ def launches(case: Case, first: bool) -> Iterator[Any]:
     yield from aot.record(lambda: vector_routing.backward(done, empty(B, m, d), empty(B, m), grads))
 
 
-@functools.cache
-def reports(name: str) -> list[aot.Report]:
-    return aot.report_of(__file__, name)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_fits(name: str) -> None:
+@aot.each_case(CASES, "small-ieee")
+def test_fits(name: str, archs: tuple[int, ...]) -> None:
     """Shared memory is within every architecture's limit, registers suffice, and products are on tensor cores.
 
     Nothing spills on sm_90. On sm_80 and sm_100 the widest tiles may keep up to 96 registers of a thread in memory.
     """
-    found = reports(name)
-    assert {r.arch for r in found} == set(aot.SHARED_LIMIT)
+    found = aot.report_of(__file__, name, archs)
     assert {r.kernel for r in found} >= {"forward_kernel", "backward_kernel", "aggregate_kernel", "spread_kernel"}
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r

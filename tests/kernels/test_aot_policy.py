@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import pytest
 
 from tests import aot
 
@@ -70,21 +67,13 @@ def launches(case: Case) -> Iterator[Any]:
         yield from aot.record(lambda given=given: agent_policy.backward(*given))
 
 
-@functools.cache
-def reports(name: str) -> list[aot.Report]:
-    return aot.report_of(__file__, name)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "routed" else pytest.mark.slow) for name in CASES]
-)
-def test_fits(name: str) -> None:
+@aot.each_case(CASES, "routed")
+def test_fits(name: str, archs: tuple[int, ...]) -> None:
     """Shared memory is within every architecture's limit.
 
     Nothing spills on sm_90 but the widest tiles; those, and others elsewhere, keep up to 96 registers in memory.
     """
-    found = reports(name)
-    assert {r.arch for r in found} == set(aot.SHARED_LIMIT)
+    found = aot.report_of(__file__, name, archs)
     kernels = {"forward_kernel", "backward_kernel", "agent_forward_kernel", "agent_parameters_kernel"}
     assert {r.kernel for r in found} >= kernels | (set() if "tables" in name else {"agent_input_kernel"})
     for r in found:

@@ -79,7 +79,7 @@ def test_a_routed_forward() -> None:
     compare(Routed("REINFORCE", "linear").double(), (8, 5, 12), False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each_backend
 @pytest.mark.parametrize("module", MODULES)
 def test_stacks(module: str, backend: str) -> None:
@@ -88,7 +88,7 @@ def test_stacks(module: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("algo", [
-    pytest.param(algo, marks=() if algo == "WPL" else pytest.mark.slow) for algo in LEARNING if algo != "RELAX"
+    pytest.param(algo, marks=() if algo == "WPL" else pytest.mark.long) for algo in LEARNING if algo != "RELAX"
 ])  # fmt: skip
 def test_a_training_step(algo: str) -> None:
     net = Routed(algo, "linear").double()

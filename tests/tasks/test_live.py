@@ -358,7 +358,7 @@ def test_routers_at_different_tasks() -> None:
     assert_same({"y": slim(images())}, {"y": masked(images())})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vgg() -> None:
     masked = vgg11_bn(task_count=3, sigma=0.75, generator=generator(), dtype=torch.float32)
     slim = twin(masked)
