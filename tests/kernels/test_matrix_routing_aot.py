@@ -60,18 +60,22 @@ def launches(case: Case) -> Iterator[Any]:
     yield from aot.record(lambda: matrix_routing.backward(step, OutputGrads(*outputs), grads))
 
 
-@aot.each_case(CASES, "odd-bf16")
-def test_fits(name: str, archs: tuple[int, ...]) -> None:
+def check(name: str, found: list[aot.Report]) -> None:
     """Shared memory is within every architecture's limit, and tiles stay in registers.
 
     A word or two of a thread may wait in memory while a loop runs: 16 bytes, where a tile's number takes 4 in each.
     """
-    found = aot.report_of(__file__, name, archs)
     forward = {"pairs_kernel", "assign_kernel", "moments_kernel", "merge_kernel"}
     assert {r.kernel for r in found} == forward | {"assign_backward_kernel", "gradient_kernel"}
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
         assert r.stack <= 16, r
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_fits(name: str) -> None:
+    check(name, aot.report_of(__file__, name))
 
 
 pytest.importorskip("triton")

@@ -78,6 +78,7 @@ def test_limits_are_those_of_the_source() -> None:
     assert dispatch.NATIVE_MODULES == 48 * 1024 // 8 - 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("source", SOURCES, ids=[s.name for s in SOURCES])
 def test_cuda_sources_compile(source: Path, tmp_path: Path) -> None:
