@@ -290,8 +290,12 @@ def arguments(weights: bool = True, biases: bool = True, dtype: torch.dtype = F3
 
 @needs_native
 @pytest.mark.parametrize(
-    "dtype, takes, puts", [(F32, True, True), (F32, False, False), (F64, True, False), (BF16, False, True)]
-)
+    "dtype, takes, puts",
+    [
+        (F32, True, True), pytest.param(F32, False, False, marks=pytest.mark.long),
+        pytest.param(F64, True, False, marks=pytest.mark.long), (BF16, False, True),
+    ],
+)  # fmt: skip
 def test_opcheck(dtype: torch.dtype, takes: bool, puts: bool) -> None:
     for weights, biases in ((True, True), (True, False), (False, True)):
         x, order, offsets, W, b = arguments(weights, biases, dtype)
