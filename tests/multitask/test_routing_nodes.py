@@ -320,9 +320,13 @@ def test_copies_and_state_dicts(name: str) -> None:
 # -------------------------------------------------------------------------------------------------------- one graph
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in MODELS if name not in ("CGC", "MMoE, named", "TaskRouter, each task")]
-)
+LONG = ("routing network", "MoE", "MMoE", "PLE")  # to compile
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.long if name in LONG else ())
+    for name in MODELS if name not in ("CGC", "MMoE, named", "TaskRouter, each task")
+])  # fmt: skip
 def test_compiles_as_one_graph_for_all_batch_sizes(name: str) -> None:
     model = model_of(name)
     leaves = list(model.parameters())
