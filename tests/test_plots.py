@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from fastroute import plots
+from tests.helpers import seeds
 from tests.helpers.subprocesses import check_python
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
-IMAGES, CREDIT = torch.rand(3, 8, 12), torch.randn(3, 8, 12)
+IMAGES, CREDIT = (draw(3, 8, 12, generator=seeds.generator(0)) for draw in (torch.rand, torch.randn))
 
 
 def test_a_row_of_images_over_a_row_of_maps(tmp_path: Path) -> None:

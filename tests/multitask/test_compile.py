@@ -140,10 +140,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastroute.multitask import MTLModel
+from tests.helpers import seeds
 from tests.helpers.multitask import README_TASKS, readme
 
 file = tempfile.mktemp()
-torch.manual_seed(0)
+seeds.manual_seed(0)
 layers = readme()
 layers[3]["loss"] = nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))  # a buffer, which is broadcast
 models = [MTLModel(layers, README_TASKS).double(), MTLModel(readme(), ["Task1", "Task3"]).double()]
