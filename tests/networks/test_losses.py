@@ -107,7 +107,7 @@ def set_ups(draw: st.DrawFn, first: str) -> dict[str, Any]:
 
 def run(p: dict[str, Any], formula: str) -> tuple[Tensor, Tensor, list[Tensor], Trajectory]:
     """The library's losses and the oracle's, and the parameters."""
-    torch.manual_seed(p["seed"])
+    seeds.manual_seed(p["seed"])
     B, A = p["B"], p["A"]
     naives = [Naive(kind, K, formula) for kind, K in zip(p["kinds"], p["K"], strict=True)]
     layers: list[Any] = [
