@@ -2,8 +2,8 @@
 
 ``record`` runs an op on meta tensors (no memory, any size) and keeps its launches; ``compile_for`` compiles one exactly
 as its launch would, and reads shared memory, registers and stack (spills) from the machine code. TRITON_INTERPRET must
-be off when triton is first imported, so a test file does this in a process of its own: ``report_of(__file__)`` runs the
-file as a program, which calls ``print_reports``, and returns what it printed.
+be off when triton is first imported, so a test file does this in a process of its own: ``report_of(__file__, name)``
+runs the file as a program, which calls ``print_reports``, and returns what it printed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -149,12 +149,32 @@ def print_reports(cases: Iterable[tuple[str, list[Launch]]], archs: Iterable[int
                 print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
 
 
-def report_of(file: str, *arguments: str) -> list[Report]:
-    """Run a test file as a program, interpreter off, and read the reports that it prints."""
+def _printed(*arguments: str) -> str:
+    """What a program prints, interpreter off."""
     path = os.pathsep.join([str(_ROOT), *(p for p in sys.path if p)])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    ran = subprocess.run(
-        [sys.executable, file, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, *arguments]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    return [Report(**json.loads(line)) for line in ran.stdout.splitlines()]
+    return ran.stdout
+
+
+def _read(text: str) -> list[Report]:
+    return [Report(**json.loads(line)) for line in text.splitlines()]
+
+
+def report_of(file: str, name: str) -> list[Report]:
+    """A test file's case on every architecture."""
+    found = _read(_printed(file, name))
+    assert {r.arch for r in found} == set(SHARED_LIMIT)
+    return found
+
+
+def reports_of(cases: Sequence[tuple[str, str]], arch: int) -> list[list[Report]]:
+    """Of each (test file, case) on one architecture, compiled in one process."""
+    programs = [[file, name, str(arch)] for file, name in cases]
+    run = "runpy.run_path(sys.argv[0], run_name='__main__'); print('--', flush=True)"
+    parts = _printed("-c", f"import runpy, sys\nfor sys.argv in {programs}: {run}").split("--\n")
+    found = [_read(part) for part in parts]
+    assert not found.pop() and all({r.arch for r in of} == {arch} for of in found)
+    return found

@@ -10,12 +10,26 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.helpers import seeds
 from tests.helpers.poison import poisoned_memory
 
 # The same examples on every machine and in every run; --hypothesis-profile=search looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=40, deadline=None, database=None)
 hypothesis.settings.register_profile("search", max_examples=500, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Other examples under another FASTROUTE_TEST_SEED."""
+    test = getattr(item, "obj", None)
+    if seeds.BASE and hypothesis.is_hypothesis_test(test):
+        hypothesis.seed(seeds.BASE)(test)
+
+
+@pytest.fixture(autouse=True)
+def _draws_are_the_tests_own(request: pytest.FixtureRequest) -> None:
+    """See ``tests/helpers/seeds.py``."""
+    seeds.seed_all(request.node.nodeid)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastroute import data
+from tests.helpers import seeds
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
@@ -24,7 +25,7 @@ def idx(t: torch.Tensor, magic: int | None = None) -> bytes:
 
 
 def some(n: int = 20, height: int = 4, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.randint(0, 256, (n, height, width), generator=torch.Generator().manual_seed(n))
+    images = torch.randint(0, 256, (n, height, width), generator=seeds.generator(n))
     return images, torch.arange(n) % 2
 
 

@@ -11,6 +11,7 @@ import torch
 from fastroute import credit_assignment, data
 from fastroute.cli import main
 from fastroute.ops._backends import missing
+from tests.helpers import seeds
 from tests.helpers.demos import run_demo
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -71,7 +72,7 @@ def test_a_seed_gives_the_same_model_whatever_came_before() -> None:
     def trained() -> torch.Tensor:
         found = data.Digits(*(t[:64] for t in data.digits()))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
+            seeds.manual_seed(3)
             model = capsules.DigitRouter(8, 8, cell=1)
             capsules.train(model, found, 1, capsules.Console(quiet=True))
             logits: torch.Tensor = model(found.test_images)

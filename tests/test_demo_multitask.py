@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastroute import data, demos
+from tests.helpers import seeds
 from tests.helpers.demos import run_demo
 from tests.helpers.examples import few
 
@@ -64,7 +65,7 @@ def test_tasks_say_what_they_ask() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_has_all_tasks_and_trains_all_its_parameters(name: str) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model, found = model_of(name, 64), tasks_of(few(40))
     outputs, losses, _ = model(found.images)
     assert [y.shape for y in outputs[:T]] == [(40, n) for n in multitask.TASKS.values()]
@@ -77,7 +78,7 @@ def test_every_network_has_all_tasks_and_trains_all_its_parameters(name: str) ->
 @pytest.mark.parametrize("name", ["task routing", "routing network"])
 def test_tasks_go_through_a_routed_network_one_beside_the_other(name: str) -> None:
     """A sample's outputs do not depend on who else is in the batch, nor a task's on the other tasks."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model, found = model_of(name, 64).double().eval(), tasks_of(few(12))
     x = found.images.double()
     together, alone = model(x)[0][:T], model(x[3:4])[0][:T]
@@ -98,6 +99,6 @@ def test_a_seed_learns_the_same_twice() -> None:
     made = []
     with torch.random.fork_rng(devices=[]):
         for _ in range(2):
-            torch.manual_seed(3)
+            seeds.manual_seed(3)
             made.append(multitask.train("", model_of("CGC", 64), found, 2, multitask.Console(quiet=True)).accuracies)
     assert made[0] == made[1]

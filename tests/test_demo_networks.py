@@ -10,6 +10,7 @@ import torch
 
 from fastroute import data, demos, explain
 from fastroute.cli import main
+from tests.helpers import seeds
 from tests.helpers.demos import run_demo
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -69,7 +70,7 @@ def test_a_seed_gives_the_same_network_whatever_came_before(name: str) -> None:
 
     def trained(look: bool) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
+            seeds.manual_seed(3)
             model = networks.NETWORKS[name](64)
             if look:  # which computes nothing, and must not be noted as if it had
                 explain(model, few.train_images, few.train_labels // 2)

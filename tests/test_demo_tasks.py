@@ -12,6 +12,7 @@ import torch
 
 from fastroute import data, demos
 from fastroute.cli import main
+from tests.helpers import seeds
 from tests.helpers.demos import run_demo
 from tests.helpers.examples import few
 
@@ -145,7 +146,7 @@ def test_random_attributes_are_seeded_and_come_after_the_named_ones() -> None:
 
 @pytest.mark.parametrize("make", [tasks.Separate, tasks.AtOnce, lambda n: tasks.ManyTasks(n, 0.5)])
 def test_a_mixed_batch_is_its_tasks_one_by_one(make) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model = make(5).double().eval()
     x, task = torch.rand(7, 1, 8, 8, dtype=torch.float64), torch.tensor([4, 0, 2, 2, 0, 1, 4])
     one = torch.cat([model(x[i : i + 1], task[i : i + 1]) for i in range(7)])
@@ -159,7 +160,7 @@ def test_masked_and_live_channels_learn_the_same() -> None:
     models = []
     for compute in ("masked", "live"):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            seeds.manual_seed(0)
             model = tasks.ManyTasks(6, 0.5, compute).double()
             x = found._replace(train_images=found.train_images.double(), train_answers=found.train_answers.double())
             x = x._replace(test_images=found.test_images.double())

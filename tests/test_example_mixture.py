@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.helpers.examples import EXAMPLES, cells, example, leave_no_trace
+from tests.helpers.examples import cells, example, leave_no_trace
 
 __all__ = ["leave_no_trace"]  # a fixture of every test here
 
@@ -50,9 +47,3 @@ def test_misuse(argv: list[str], message: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         example("mixture_of_experts").main(argv)
     assert message in capsys.readouterr().err
-
-
-def test_it_is_a_script() -> None:
-    command = [sys.executable, EXAMPLES / "mixture_of_experts.py", "--help"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "--experts" in ran.stdout

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.examples import EXAMPLES, cells, example, leave_no_trace
+from tests.helpers.subprocesses import check_python
 
 __all__ = ["leave_no_trace"]  # a fixture of every test here
 
@@ -80,12 +79,20 @@ def test_misuse(name: str, argv: list[str], message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["routing_digits", "cost_vs_tasks"])
-def test_they_are_scripts(name: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--threads" in ran.stdout
+def test_they_are_scripts() -> None:
+    """All in one process of their own, which imports PyTorch once."""
+    code = f"""
+import runpy, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+for name in ("routing_digits", "cost_vs_tasks", "mixture_of_experts"):
+    sys.argv = [name + ".py", "--help"]
+    try:
+        runpy.run_path({str(EXAMPLES)!r} + "/" + name + ".py", run_name="__main__")
+    except SystemExit as end:
+        print("-- status", end.code)
+"""
+    digits, cost, mixture, rest = check_python(code).split("-- status 0\n")
+    assert "--threads" in digits and "--threads" in cost and "--experts" in mixture and not rest
 
 
 def test_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +87,3 @@ def test_without_matplotlib_and_networkx(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(builtins, "__import__", without("matplotlib"))
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'fastroute\[plots\]'"):
         plots.graph(model)
-
-
-def test_it_needs_no_pyplot() -> None:
-    code = (
-        "import sys, torch; from fastroute import plots, MTLModel\n"
-        "plots.graph(MTLModel([{'name': 'a', 'layers': torch.nn.ReLU()}], 'a'))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastroute import EfficientVectorRouting, use_backend
+from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 
 GOOD = {"n_inp": 4, "n_out": 3, "d_inp": 6, "d_out": 5}
@@ -160,7 +161,7 @@ def _every_entry(module: EfficientVectorRouting, x: Tensor) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("n_inp", [4, -1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_input_stays_in_its_sample(backend: str, n_inp: int, bad: float) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module = EfficientVectorRouting(**{**GOOD, "n_inp": n_inp})
     clean = torch.randn(3, 4, 6)
     dirty = clean.clone()

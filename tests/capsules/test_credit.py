@@ -14,6 +14,7 @@ from fastroute import EfficientVectorRouting, credit_assignment
 from fastroute.capsules import Add, Concatenate, Credit, Residual, _phi_tiles, credit, record, trace
 from tests.capsules.test_definable import Largest
 from tests.capsules.test_definable import layer as definable
+from tests.helpers import seeds
 from tests.helpers.opcheck import assert_same
 
 F64 = torch.float64
@@ -21,7 +22,7 @@ A43 = torch.zeros(4, 3)
 
 
 def chain(*sizes: int, lead: tuple[int, ...] = ()) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     return [torch.randn(*lead, n, m, dtype=torch.float64, generator=generator) for n, m in pairwise(sizes)]
 
 
@@ -66,7 +67,7 @@ def test_long_chains_stay_in_range() -> None:
 
 def test_of_two_routings() -> None:
     """Credit explains the output: with linear votes and no norm, phi is what each input counts."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     first = EfficientVectorRouting(6, 4, 5, 5, return_dict=True, dtype=torch.float64)
     second = EfficientVectorRouting(4, 3, 5, 5, return_dict=True, dtype=torch.float64)
     a = first(torch.randn(2, 6, 5, dtype=torch.float64))
@@ -98,7 +99,7 @@ def test_bad_input(phis: list[Tensor], message: str) -> None:
 
 
 def phis_of(*shapes: tuple[int, int]) -> tuple[list[Tensor], list[Credit]]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     made = [torch.randn(2, *shape, dtype=F64, generator=generator) for shape in shapes]
     return made, [Credit.of(phi) for phi in made]
 
@@ -152,7 +153,7 @@ def phi_of(layer: nn.Module, x: Tensor, *arguments: Any, **options: Any) -> Tens
 @pytest.mark.parametrize("padding", ["whole", "masked", "padded"])
 def test_tiles_are_those_of_phi(n_inp: int, n_iters: int, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_phi_tiles, "tile_rows", lambda *_: 4)
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layer, x = make(n_inp, 4, n_iters=n_iters), torch.randn(2, 3, 9, 5, dtype=F64)
     mask = torch.rand(2, 3, 9, 4) < 0.4 if padding != "whole" else None
     lengths = torch.tensor([[9, 4, 1], [0, 8, 9]]) if padding == "padded" else None
@@ -176,7 +177,7 @@ def votes(layer: EfficientVectorRouting, x: Tensor) -> Tensor:
 
 def test_an_output_is_the_sum_of_what_is_credited_to_inputs() -> None:
     """y_j = sum_i phi_ij V_ij: phi_ij V_ij is input i's part of output j, and nothing is left over."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     for n_inp in (6, -1):
         layer, x = make(n_inp, 4, normalize=False, n_iters=3), torch.randn(2, 6, 5, dtype=F64)
         parts = Credit.routed(layer, x).dense()[..., None] * votes(layer, x)
@@ -189,7 +190,7 @@ def test_two_routings_are_the_sum_over_paths() -> None:
     Votes are affine, and the constant part B_F2 of the second ones belongs to no input: with the first ones' credit of
     zero what is left of output k is sum_j phi_jk B_F2_k.
     """
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     first, second = make(6, 4, normalize=False), make(4, 3, normalize=False)
     with torch.no_grad():
         first.B_F2.normal_()
@@ -210,7 +211,7 @@ def test_two_routings_are_the_sum_over_paths() -> None:
 
 def networks() -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
     """Each with its credit written out with matrices."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     a, b, c = make(-1, 6), make(6, 6), make(6, 3)
     wide = make(-1, 3)
 
@@ -281,7 +282,7 @@ class Custom(nn.Module):
 
 
 def test_recording_any_network() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model, x = Custom(), torch.randn(3, 7, 5, dtype=F64)
     mask = torch.rand(7, 7) < 0.3
     plain = model(x, mask)

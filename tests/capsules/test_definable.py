@@ -18,7 +18,7 @@ import fastroute
 from fastroute import DefinableVectorRouting, use_backend
 from fastroute.compat import heinsen_routing
 from tests.capsules.test_golden import FLOAT64, compare
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.backends import each_backend, each_float32_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -133,7 +133,7 @@ def test_golden_float32(file: str, backend: str) -> None:
     recorded = Golden.read("capsules", file)
     module, x = of_file(recorded), recorded.record["inputs"]["x_inp"]
     case = as_case(module, x, recorded.record["cotangents"])
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     others = [case.with_inputs(x_inp=torch.randn(x.shape, generator=generator)) for _ in range(1)]
     with use_backend(backend):
         check(
@@ -144,10 +144,10 @@ def test_golden_float32(file: str, backend: str) -> None:
 
 def test_the_draws_are_upstreams() -> None:
     """A caller's modules first, then beta_use and beta_ign, of standard deviation 1."""
-    torch.manual_seed(5)
+    seeds.manual_seed(5)
     modules = nn.Linear(D, 1), nn.Linear(D, M * H), nn.Linear(H, D), Agreement()
     made = DefinableVectorRouting(*modules, N, M)
-    torch.manual_seed(5)
+    seeds.manual_seed(5)
     again = nn.Linear(D, 1), nn.Linear(D, M * H), nn.Linear(H, D)
     use, ign = torch.empty(N, M).normal_(), torch.empty(N, M).normal_()
     assert torch.equal(made.beta_use, use) and torch.equal(made.beta_ign, ign)
@@ -171,7 +171,7 @@ def test_repr_and_attributes() -> None:
 @pytest.mark.parametrize("votes", ["memory", "flat"])
 @pytest.mark.parametrize("masked", [False, True], ids=["open", "masked"])
 def test_the_formulas(backend: str, votes: str, masked: bool) -> None:
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     module = layer(votes=votes, n_iters=3, return_dict=True)
     mask = torch.rand(2, N, M) < 0.3 if masked else None
     if mask is not None:
@@ -189,7 +189,7 @@ def test_the_formulas(backend: str, votes: str, masked: bool) -> None:
 @each_backend
 @pytest.mark.parametrize("votes", ["memory", "flat"])
 def test_gradcheck(backend: str, votes: str) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module = layer(votes=votes)
     case = as_case(module, torch.randn(2, N, D, dtype=F64), {})
     mask = torch.rand(2, N, M) < 0.4
@@ -201,7 +201,7 @@ def test_gradcheck(backend: str, votes: str) -> None:
 @each_backend
 def test_votes_that_all_samples_share(backend: str) -> None:
     """Expanded, or without leading dimensions, flat or not: the same numbers, and none is written per sample."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x, memory = torch.randn(3, 2, N, D, dtype=F64), torch.randn(N, M, H, dtype=F64, requires_grad=True)
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "copied": lambda x: memory.expand(3, 2, N, M, H).clone(),
@@ -229,7 +229,7 @@ def test_votes_that_all_samples_share(backend: str) -> None:
 
 
 def _fixed_state() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(9)
+    generator = seeds.generator(9)
     shapes = {
         "beta_use": (N, M),
         "beta_ign": (N, M),
@@ -266,7 +266,7 @@ class PerElement(nn.Module):
 
 
 def any_length(**options: Any) -> DefinableVectorRouting:
-    torch.manual_seed(3)
+    seeds.manual_seed(3)
     made = PerElement(D, 1), PerElement(D, M * H), nn.Linear(H, D, dtype=F64), Agreement()
     return DefinableVectorRouting(*made, -1, M, **options, dtype=F64)
 
@@ -341,7 +341,7 @@ def test_masking_is_deleting(backend: str) -> None:
 
 @pytest.mark.parametrize("lengths", [None, [N, 3]])
 def test_return_dict(lengths: list[int] | None) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module, x = layer(return_dict=True), torch.randn(2, N, D, dtype=F64)
     found = module(x, lengths=lengths)
     module.return_dict = False
@@ -375,7 +375,7 @@ def test_device_and_dtype() -> None:
 @pytest.mark.parametrize("votes", ["memory", "flat"])
 @each_backend
 def test_compile(votes: str, backend: str) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module = layer(votes=votes)
     calls = [(torch.randn(B, N, D, dtype=F64, requires_grad=True),) for B in (3, 5, 2)]
     with use_backend(backend):

@@ -10,7 +10,7 @@ import torch
 import fastroute
 from fastroute import EfficientVectorRouting, use_backend
 from fastroute.compat import heinsen_routing
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.backends import each_backend, each_float32_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -63,7 +63,7 @@ def test_float32(file: str, backend: str) -> None:
     module, case = as_case(recorded)
     x = case.inputs["x_inp"]
     assert x is not None
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     others = [case.with_inputs(x_inp=torch.randn(x.shape, generator=generator)) for _ in range(1)]
     with use_backend(backend):
         found = check(

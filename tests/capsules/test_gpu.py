@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastroute import EfficientVectorRouting, explain
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.routing_cases import Size, efficient_case, efficient_op, efficient_truth
 
@@ -41,7 +42,7 @@ def test_agrees_with_float64(size: str, padding: str) -> None:
 
 
 def inputs(size: tuple[int, int, int, int]) -> tuple[EfficientVectorRouting, Tensor, Tensor]:
-    torch.manual_seed(3)
+    seeds.manual_seed(3)
     _, m, d, h = size
     return (
         EfficientVectorRouting(*size, device=GPU),

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastroute
 from fastroute import GenerativeMatrixRouting, use_backend
 from fastroute.reference.matrix_routing import Capsules, matrix_routing
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.backends import HERE, each_backend, each_float32_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Function, evaluate
@@ -36,7 +36,7 @@ modes = pytest.mark.parametrize("n_inp", [N, -1], ids=["fixed", "any-number"])
 
 def make(n_inp: int = N, *, seed: int = 0, **options: Any) -> GenerativeMatrixRouting:
     """A module none of whose parameters is zero, so that every path is live."""
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     module = GenerativeMatrixRouting(n_inp, M, C, D, H, **options)
     with torch.no_grad():
         for p in (module.B, module.beta_use, module.beta_ign):
@@ -45,7 +45,7 @@ def make(n_inp: int = N, *, seed: int = 0, **options: Any) -> GenerativeMatrixRo
 
 
 def inputs(*lead: int, n: int = N, dtype: torch.dtype = F32, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     a = torch.randn(*lead, n, generator=generator, dtype=F64).to(dtype)
     return a, torch.randn(*lead, n, C, D, generator=generator, dtype=F64).to(dtype)
 
@@ -141,7 +141,7 @@ def test_upstream_in_float32(file: str, backend: str) -> None:
     """Upstream's float32 counts as plain PyTorch, with the literal reference in other orders and on other inputs."""
     recorded = Golden.read("capsules", file)
     case = as_case(recorded)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     others = [
         case.with_inputs(**{k: torch.randn(case.inputs[k].shape, generator=generator) for k in ("a_inp", "mu_inp")})  # type: ignore[union-attr]
         for _ in range(5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, GenerativeMatrixRouting
+from tests.helpers import seeds
 
 DEPTHS, D = 25, 1024
 BEIT_LARGE = 304.4e6  #: of the frozen backbone, as reported
@@ -59,7 +60,7 @@ def test_heads(classes: int, count: int, millions: float | None) -> None:
 
 
 def test_a_head_runs() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     assert Head(5)(torch.randn(2, 3, DEPTHS, D)).shape == (2, 5)
 
 
@@ -88,7 +89,7 @@ class SmallNORB(nn.Module):
 
 
 def test_small_norb() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model = SmallNORB()
     assert parameters(model) == 271_688  # "about 272K"
     scores = model(torch.randn(2, 4, 48, 48))

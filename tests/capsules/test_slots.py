@@ -16,6 +16,7 @@ from torch.export import Dim
 import fastroute
 from fastroute import SlotAttention, use_backend
 from fastroute.ops import _backends
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck
@@ -35,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def make(seed: int = 0, **options: Any) -> SlotAttention:
     """None of whose parameters is at a value that hides it."""
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     layer = SlotAttention(K, D, H, **{"dtype": F64, "eps": 1e-3, **options})
     with torch.no_grad():
         for norm in (layer.norm_inputs, layer.norm_slots, layer.norm_mlp):
@@ -45,7 +46,7 @@ def make(seed: int = 0, **options: Any) -> SlotAttention:
 
 
 def randn(*shape: int, seed: int = 1, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(shape, generator=seeds.generator(seed), dtype=F64).to(dtype)
 
 
 def algorithm_1(layer: SlotAttention, *, x_inp: Tensor, slots: Tensor, **w: Tensor) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ def test_gradcheck() -> None:
 @given(n=st.integers(1, 12), k=st.integers(1, 6), seed=st.integers(0, 99))
 def test_slots_turn_with_slots_and_not_with_inputs(n: int, k: int, seed: int) -> None:
     layer, x, slots = make(), randn(n, D, seed=seed), randn(k, H, seed=seed + 1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     inputs, order = torch.randperm(n, generator=generator), torch.randperm(k, generator=generator)
     with torch.no_grad():
         found, attn = layer(x, slots, return_attn=True)
@@ -179,7 +180,7 @@ def test_no_inputs_and_no_samples() -> None:
 
 def test_drawn_slots() -> None:
     layer, x = make(), randn(2, N, D)
-    seeded = [torch.Generator().manual_seed(7) for _ in range(2)]
+    seeded = [seeds.generator(7) for _ in range(2)]
     assert torch.equal(layer(x, generator=seeded[0]), layer(x, layer.initial_slots(2, generator=seeded[1])))
     drawn = layer.initial_slots(4000, n_slots=3, generator=seeded[0]).detach()
     assert drawn.shape == (4000, 3, H)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, use_backend
 from fastroute.capsules import VectorChunks, stream
+from tests.helpers import seeds
 from tests.helpers.backends import FLOAT32, HERE
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -48,7 +49,7 @@ def chunks_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(size: str = "fixed", **options: Any) -> EfficientVectorRouting:
     """A module none of whose parameters is zero."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module = EfficientVectorRouting(*SIZES[size], **{"dtype": F64, **options})
     with torch.no_grad():
         for name in ("B_A", "B_F2", "B_G2", "B_S"):
@@ -57,7 +58,7 @@ def make(size: str = "fixed", **options: Any) -> EfficientVectorRouting:
 
 
 def vectors(*lead: int, n: int = N, dtype: torch.dtype = F64, seed: int = 1) -> Tensor:
-    return torch.randn(*lead, n, D, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(*lead, n, D, generator=seeds.generator(seed), dtype=F64).to(dtype)
 
 
 class Streams(nn.Module):
@@ -85,7 +86,7 @@ def streamed(layer: EfficientVectorRouting, sizes: tuple[int, ...]) -> Callable[
 
 
 def case_of(layer: EfficientVectorRouting, x: Tensor, **options: Any) -> Case:
-    g = torch.randn(*x.shape[:-2], layer.n_out, layer.d_out, generator=torch.Generator().manual_seed(2), dtype=F64)
+    g = torch.randn(*x.shape[:-2], layer.n_out, layer.d_out, generator=seeds.generator(2), dtype=F64)
     case = module_case(layer, x, {"x_out": g.to(x.dtype)}, **options)
     return replace(case, wrt=tuple(k for k in case.wrt if k != "x_inp"))
 
@@ -176,7 +177,7 @@ def test_error_budget(size: str, dtype: torch.dtype, backend: str) -> None:
 @each_size
 def test_gradcheck(size: str) -> None:
     n_inp, m, *_ = SIZES[size]
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layer = EfficientVectorRouting(6 if n_inp == N else -1, m, D, 2, dtype=F64)
     gradcheck(streamed(layer, (3, 1)), case_of(layer, vectors(n=6)))
 
@@ -376,7 +377,7 @@ def test_no_second_derivative() -> None:
 
 
 def shuffled() -> Callable[[], Iterator[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     return lambda: iter(vectors()[torch.randperm(N, generator=generator)].split(4))
 
 

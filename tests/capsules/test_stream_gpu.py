@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastroute
 from fastroute import EfficientVectorRouting, SlotAttention
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -29,7 +30,7 @@ def results(layer: EfficientVectorRouting, y: Tensor, dy: Tensor) -> dict[str, T
 
 @pytest.mark.parametrize("size", SIZES)
 def test_streams_from_a_file(size: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layer = EfficientVectorRouting(*SIZES[size])
     x, dy = torch.randn(5000, 64), torch.randn(*layer(torch.zeros(5000, 64)).shape)
     x.numpy().tofile(tmp_path / "x")
@@ -48,7 +49,7 @@ def test_other_vectors_are_found_when_strict() -> None:
 
 
 def test_slot_attention() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layer = SlotAttention(7, 64, 48)
     x, slots = torch.randn(3, 500, 64), layer.initial_slots(3).detach()
     lengths = [500, 3, 0]

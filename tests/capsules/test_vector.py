@@ -15,6 +15,7 @@ from torch.export import Dim
 
 from fastroute import EfficientVectorRouting, use_backend
 from fastroute.compat import heinsen_routing
+from tests.helpers import seeds
 from tests.helpers.backends import HERE
 from tests.helpers.budget import assert_within_budget, check
 from tests.helpers.cases import Results, evaluate
@@ -34,7 +35,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def make(n_inp: int = N, *, d_out: int = H, seed: int = 0, **options: Any) -> EfficientVectorRouting:
     """A module none of whose parameters is zero, so that every path is live."""
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     module = EfficientVectorRouting(n_inp, M, D, d_out, **options)
     with torch.no_grad():
         for name in ("B_A", "B_F2", "B_G2", "B_S"):
@@ -43,11 +44,11 @@ def make(n_inp: int = N, *, d_out: int = H, seed: int = 0, **options: Any) -> Ef
 
 
 def inputs(*lead: int, n: int = N, dtype: torch.dtype = F32, seed: int = 1) -> Tensor:
-    return torch.randn(*lead, n, D, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(*lead, n, D, generator=seeds.generator(seed), dtype=F64).to(dtype)
 
 
 def cotangents(module: EfficientVectorRouting, x: Tensor, *names: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
+    generator = seeds.generator(2)
     shapes = {
         "x_out": (M, module.d_out),
         "phi": (x.shape[-2], M),
@@ -402,7 +403,7 @@ def test_parameters_in_another_layout() -> None:
 
 @MODES
 def test_gradcheck_of_the_module(n_inp: int) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module = EfficientVectorRouting(3 if n_inp != -1 else -1, 3, 3, 2, dtype=F64)
     x = torch.randn(2, 3, 3, dtype=F64)
     gradcheck(module_op(module), module_case(module, x, {"x_out": torch.ones(2, 3, 2)}))
@@ -537,7 +538,7 @@ def test_moving() -> None:
 
 def test_training_step() -> None:
     """Adam on a fixed batch: the loss falls, and every parameter takes part."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module = make()
     x, target = inputs(16), torch.randint(M, (16,))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.03)
@@ -555,7 +556,7 @@ def test_training_step() -> None:
 
 def test_in_a_network() -> None:
     """The head of the paper: any length to a fixed number, then classes."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     net = nn.Sequential(
         EfficientVectorRouting(-1, 7, D, D),
         EfficientVectorRouting(7, 6, D, D),
@@ -581,9 +582,9 @@ def test_the_paper_heads_have_the_published_size() -> None:
 
 
 def test_compat_is_the_same_class_of_module() -> None:
-    torch.manual_seed(3)
+    seeds.manual_seed(3)
     ours = EfficientVectorRouting(N, M, D, H)
-    torch.manual_seed(3)
+    seeds.manual_seed(3)
     theirs = heinsen_routing.EfficientVectorRouting(N, M, D, H)
     x = inputs(2)
     assert torch.equal(ours(x), theirs(x))

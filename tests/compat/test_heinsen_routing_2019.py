@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastroute import GenerativeMatrixRouting, use_backend
 from fastroute.compat.heinsen_routing_2019 import Routing
+from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.opcheck import assert_same
 
@@ -23,7 +24,7 @@ C, D, H = 3, 4, 2
 
 def layer(n_inp: int = -1, n_out: int = -1, **options: Any) -> Routing:
     """With parameters that are not zero."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     made = Routing(C, D, H, n_inp, n_out, **options, dtype=F64)
     with torch.no_grad():
         for p in made.parameters():
@@ -32,7 +33,7 @@ def layer(n_inp: int = -1, n_out: int = -1, **options: Any) -> Routing:
 
 
 def inputs(n: int = 7, *batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     return (
         torch.randn(*batch, n, dtype=F64, generator=generator),
         torch.randn(*batch, n, C, D, dtype=F64, generator=generator),
@@ -85,7 +86,7 @@ def test_the_formulas(backend: str, n_inp: int, n_out: int, options: dict[str, A
     for got in (made, with_R):
         for name, x, y in zip(("a", "mu", "sig2", "R"), got, expected, strict=False):
             assert_same(x.detach(), y.detach(), name)
-        cotangents = [torch.randn(t.shape, generator=torch.Generator().manual_seed(k), dtype=F64)
+        cotangents = [torch.randn(t.shape, generator=seeds.generator(k), dtype=F64)
                       for k, t in enumerate(expected[:3])]  # fmt: skip
         for x, y in zip(
             torch.autograd.grad(got[:3], leaves, cotangents, retain_graph=True, allow_unused=True),
@@ -108,9 +109,9 @@ def test_as_many_outputs_as_inputs() -> None:
 
 def test_state_and_draws() -> None:
     """W alone is drawn; the keys are 2019's, in its order."""
-    torch.manual_seed(3)
+    seeds.manual_seed(3)
     module = Routing(C, D, H)
-    torch.manual_seed(3)
+    seeds.manual_seed(3)
     assert torch.equal(module.W, torch.empty(1, 1, D, H).normal_() / D)
     assert list(module.state_dict()) == ["W", "B", "B_brk", "beta_use", "beta_ign", "CONST_one"]
     assert list(Routing(C, D, H, 5, 4).state_dict()) == ["W", "B", "beta_use", "beta_ign", "CONST_one"]
@@ -136,7 +137,7 @@ def test_checkpoints_load_in_the_layer_of_2022_and_back(n_inp: int) -> None:
 
 def test_outputs_are_told_apart_by_what_breaks_their_symmetry() -> None:
     """B_brk starts at zero, so all outputs are one, and its gradient is not zero, so they do not stay so."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module = Routing(C, D, H, dtype=F64)
     _, mean, _ = module(*inputs(7, 2), n_out=4)
     assert_same(mean, mean[:, :1].expand_as(mean))

@@ -36,7 +36,7 @@ from fastroute.compat.PytorchRouting.RewardFunctions.PerAction import (
     RunningAverageCollaborationReward,
 )
 from fastroute.compat.PytorchRouting.UtilLayers import Sequential
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.budget import Yardstick
 from tests.helpers.networks import COLUMNS, F, gradients
 
@@ -307,7 +307,7 @@ def test_lstm_cells(file: str) -> None:
 
 
 def begin(tasks: Any = ()) -> tuple[Tensor, Any]:
-    x = torch.randn(B, F, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(B, F, generator=seeds.generator(0))
     return x, Initialization()(x, tasks)[1]
 
 
@@ -337,7 +337,7 @@ def test_masks_of_bytes(algo: str) -> None:
 
 
 def routed(gamma: float, reward: Any = None, final: Any = None) -> tuple[float, float]:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x, mxs = begin()
     ys: Any = x
     for _ in range(3):
@@ -445,7 +445,7 @@ def test_gru_cells_run() -> None:
 
 
 def test_gumbel_softmax_sampling() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     sampling = GumbelSoftmaxSampling(0.5)
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(4000, 3).clone().requires_grad_()
     drawn = sampling(logits)

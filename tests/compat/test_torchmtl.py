@@ -15,6 +15,7 @@ from fastroute import multitask
 from fastroute.compat import install, torchmtl
 from fastroute.compat.torchmtl import MTLModel
 from fastroute.compat.torchmtl.wrapping_layers import Concat, SimpleSelect
+from tests.helpers import seeds
 from tests.helpers.multitask import README_TASKS, Tagged, load, readme, triple
 from tests.helpers.subprocesses import check_python
 
@@ -106,7 +107,7 @@ print("installed")
 
 
 def test_outputs_of_the_last_call_and_copies() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model = MTLModel(readme(), ["Task1"])
     model(torch.ones(2, 16))
     assert list(model.outputs) == ["root", "Embed1", "Embed2", "CatTask", "Task1", "Task2", "FNN", "Task3"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastroute import use_backend
 from fastroute.compat import transformers_experts
 from fastroute.ops import expert_ffn as expert_ffn_op
+from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.opcheck import assert_same, check_compiled
@@ -104,7 +105,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 
 
 def made(name: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     module = MODULES[name][0]().to(F64)
     with torch.no_grad():
         for p in module.parameters():
@@ -118,7 +119,7 @@ def run(module: Any, implementation: str, x: Tensor, index: Tensor, w: Tensor) -
     module.config._experts_implementation = implementation
     leaves = {"x": x.clone().requires_grad_(), "w": w.clone().requires_grad_(), **dict(module.named_parameters())}
     y = module(leaves["x"], index, leaves["w"])
-    cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    cotangent = torch.randn(y.shape, dtype=y.dtype, generator=seeds.generator(1))
     grads = torch.autograd.grad(y, list(leaves.values()), cotangent, allow_unused=True)
     zeros = (torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves.values(), strict=True))
     return {"y": y.detach(), **dict(zip(leaves, zeros, strict=True))}
@@ -185,7 +186,7 @@ def test_a_model_can_be_switched() -> None:
         vocab_size=17, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, experts_implementation="fastroute",
     )  # fmt: skip
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model = transformers.MixtralForCausalLM(config).double()
     ids = torch.randint(17, (2, 5))
     found = []

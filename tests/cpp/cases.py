@@ -19,6 +19,7 @@ from tests.cpp.dispatch_cases import grouped_linears, plans, policies
 from tests.cpp.loss_cases import trajectory_losses
 from tests.cpp.matrix_cases import matrix_iterations, matrix_passes
 from tests.cpp.task_mask_cases import masked_batch_norms, task_masks
+from tests.helpers import seeds
 from tests.helpers.cases import evaluate
 from tests.helpers.layouts import LAYOUTS, Fenced
 from tests.helpers.opcheck import assert_same
@@ -117,6 +118,7 @@ def layouts() -> None:
 
 
 def run() -> None:
+    seeds.manual_seed(0)
     with use_backend("native"), poisoned_memory():
         capsules = one_iteration, fenced, all_iterations, layouts, matrix_iterations, matrix_passes
         networks = plans, grouped_linears, policies, agent_policies, trajectory_losses

@@ -41,7 +41,7 @@ def test_the_stable_abi_is_enough() -> None:
     assert where is not None and unstable(Path(where), "nm") == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     shutil.which(f"{ARM64}g++") is None,
     reason="there is no aarch64-linux-gnu-g++: apt-get install g++-aarch64-linux-gnu",

@@ -1,4 +1,4 @@
-"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, its own allocations filled with NaN."""
+"""The C++ between fences, and under AddressSanitizer and UndefinedBehaviorSanitizer with its allocations all NaN."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cpp import cases
+from tests.helpers.backends import HERE
 from tests.helpers.subprocesses import ROOT, check_python
 
 CXX = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
@@ -28,6 +30,13 @@ def runtime(name: str) -> str | None:
 LIBRARIES = [runtime("libasan.so"), runtime("libstdc++.so")]
 
 
+@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+def test_native_between_fences() -> None:
+    """The same calls of the extension as it was built."""
+    cases.run()
+
+
+@pytest.mark.long
 @pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
 @pytest.mark.skipif(None in LIBRARIES, reason="the compiler has no shared AddressSanitizer")
 def test_native_under_sanitizers(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from fastroute.ops.policy import KINDS
 from fastroute.reference import agent_policy as reference
 from tests.helpers.cases import Case
 
+from . import seeds
+
 F32, F64 = torch.float32, torch.float64
 
 PARAMETERS = ("weights", "biases", "critic_weights", "critic_biases")
@@ -42,7 +44,7 @@ def case_of(
     device: str = "cpu",
 ) -> Case:  # fmt: skip
     """Of forced actions, some negative: then no rounding can change a choice. Parameters are stacked: [A, ...]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     has, C = NETS[net]["has"], NETS[net].get("outputs", K)
     N, acc = len(agents), torch.promote_types(dtype, F32)
 
@@ -101,4 +103,4 @@ def truth(**options: Any) -> Callable[..., Any]:
 
 
 def some_agents(N: int, A: int, seed: int = 0) -> Tensor:
-    return torch.randint(-1, A, (N,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(-1, A, (N,), generator=seeds.generator(seed))

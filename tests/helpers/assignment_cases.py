@@ -14,6 +14,7 @@ from torch import Tensor
 from fastroute import ops, use_backend
 from fastroute.reference import soft_assignment as reference
 
+from . import seeds
 from .cases import Case
 from .routing_cases import some_mask
 
@@ -46,7 +47,7 @@ def case_of(
     b, n, m, h = size
     has = {"scores": True, "gate": True, "betas": None, "mask": False, "lengths": False, **FORMS[form]}
     acc = torch.promote_types(dtype, torch.float32)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from . import seeds
+
 #: Histograms of actions: samples per module, K = 5, then dropped ones.
 HISTOGRAMS: dict[str, list[int]] = {
     "even": [8, 8, 8, 8, 8, 0],
@@ -26,5 +28,5 @@ def actions_of(histogram: list[int], seed: int = 0) -> Tensor:
     """In some order; the last count is of -1 and other negative ones."""
     K = len(histogram) - 1
     made = [k if k < K else -1 - i % 3 for k, count in enumerate(histogram) for i in range(count)]
-    order = torch.randperm(len(made), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(made), generator=seeds.generator(seed))
     return torch.tensor(made, dtype=torch.int64)[order]

@@ -14,6 +14,7 @@ from fastroute import ops
 from fastroute.reference import matrix_routing as reference
 from fastroute.reference.matrix_routing import Capsules
 
+from . import seeds
 from .cases import Case, Function
 
 
@@ -45,7 +46,7 @@ def matrix_case(
     seed: int = 0,
 ) -> Case:
     """``far``: how far from 0, in standard deviations, all votes are."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     b, n, m, c, d, h = size
     n1 = 1 if shared else n
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastroute import networks
 from fastroute.networks import Initialization, Loss, PerTaskAssignment, Selection, Trajectory
 
+from . import seeds
+
 F = 6  #: features of every network here, as in the golden files
 
 #: Every class that learns, with how many columns its state has.
@@ -52,7 +54,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor | None]:
 
 def scatter_tables(module: nn.Module, seed: int = 0) -> None:
     """Tables start out equal for all choices: give them values of order one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name.endswith("_approx"):

@@ -17,6 +17,7 @@ from fastroute.reference import efficient_routing as reference_efficient
 from fastroute.reference import vector_routing as reference_vector
 from fastroute.reference.efficient_routing import Parameters
 
+from . import seeds
 from .cases import Case
 
 
@@ -42,7 +43,7 @@ def _normal(generator: torch.Generator, dtype: torch.dtype) -> Any:
 
 def some_mask(*shape: int, closed: float = 0.4, seed: int = 5) -> Tensor:
     """Random, with a row of the first sample shut for every output, where there is more than one row."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < closed
+    mask = torch.rand(shape, generator=seeds.generator(seed)) < closed
     if shape[-2] > 1:
         mask[(0,) * (len(shape) - 2) + (shape[-2] // 2,)] = True
     return mask
@@ -69,7 +70,7 @@ def vector_case(
     """Inputs of ``ops.vector_routing`` with scores of order 1."""
     b, n, m, d, _ = size
     acc = torch.promote_types(dtype, torch.float32)
-    normal = _normal(torch.Generator().manual_seed(seed), parameter_dtype or dtype)
+    normal = _normal(seeds.generator(seed), parameter_dtype or dtype)
     rows = 1 if shared_scores else n
     betas, spread = ((m, d), d**-0.5) if linear else ((n, m), 1.0)
     inputs = {
@@ -126,7 +127,7 @@ def efficient_case(
     """Inputs of ``ops.efficient_routing`` as a fresh module has them, but with biases that are not zero."""
     b, n, m, d, h = size
     stored = parameter_dtype or dtype
-    normal = _normal(torch.Generator().manual_seed(seed), stored)
+    normal = _normal(seeds.generator(seed), stored)
     rows = 1 if linear else n
     betas, spread = ((m, d), d**-0.5) if linear else ((n, m), 1.0)
     inputs = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .layouts import LAYOUTS
 from .routing_cases import Size
+from .seeds import generator
 
 #: Batch, rows, outputs and widths: small ones all, and around the widths of vector registers and of tiles.
 batches = st.integers(1, 4)
@@ -39,7 +40,7 @@ def masks(draw: st.DrawFn, b: int, n: int, m: int) -> Tensor | None:
         return torch.ones(n, m, dtype=torch.bool).triu(1)
     shape = {"nm": (n, m), "bnm": (b, n, m), "row": (b, n, 1), "column": (1, 1, m)}[kind]
     closed = draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
-    return torch.rand(shape, generator=torch.Generator().manual_seed(draw(seeds))) < closed
+    return torch.rand(shape, generator=generator(draw(seeds))) < closed
 
 
 @st.composite

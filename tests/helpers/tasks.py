@@ -11,12 +11,14 @@ from fastroute.tasks import VGG, TaskRouter, set_task, vgg
 from tests.helpers import golden
 from tests.helpers.cases import Case
 
+from . import seeds
+
 T = 5
 CFG: list[Any] = [8, "M", 16, 12, "M"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return seeds.generator(seed)
 
 
 def router(C: int = 8, tasks: int = T, sigma: float = 0.5, seed: int = 0, **options: Any) -> TaskRouter:
@@ -25,7 +27,7 @@ def router(C: int = 8, tasks: int = T, sigma: float = 0.5, seed: int = 0, **opti
 
 def small_vgg(batch_norm: bool = False, seed: int = 0, tasks: int = T, family: Any = vgg, **options: Any) -> Any:
     """A VGG of three convolutions for images of 16 by 16."""
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     features = family.make_layers(CFG, tasks, 0.5, batch_norm)
     return family.VGG(features, tasks, bottleneck_spatial=[2, 2], **options)
 

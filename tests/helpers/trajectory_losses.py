@@ -15,6 +15,7 @@ from fastroute import ops, use_backend
 from fastroute.reference import trajectory_loss as reference
 from fastroute.reference.trajectory_loss import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
 
+from . import seeds
 from .cases import Case
 
 LISTS = ("s0", "s1", "aux", "own", "look", "active")
@@ -31,7 +32,7 @@ def loss_case(
     seed: int = 0,
 ) -> Case:
     """Numbers of order one; every second decision has a reward of its own, all but the second one a mask."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
 
     def normal() -> Tensor:
         return torch.randn(B, generator=generator, dtype=torch.float64).to(dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastroute.reference.matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, settle
+from tests.helpers import seeds
 from tests.helpers.cases import Case, Function
 
 EPS = 1e-5
@@ -45,7 +46,7 @@ def matrix_case(
     """Random inputs, parameters in ``dtype``, all else in float32. ``shift``: where all votes are, far from 0."""
     B, n, m, c, d, h = size
     n1 = 1 if shared else n
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
 
     def normal(*shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale + mean).to(dtype).to(device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastroute.reference.step import Grads, Step
 from fastroute.reference.vector_routing import gates, row_is_live, vector_routing
+from tests.helpers import seeds
 from tests.helpers.budget import Yardstick
 
 PARAMETERS = ("gate_weight", "gate_bias", "score_weight", "score_bias", "use", "ign", "use_bias", "ign_bias")
@@ -61,7 +62,7 @@ def problem(
     B, n, m, d = size
     rows = 1 if linear else n
     score_rows = rows if shared_scores is None else 1 if shared_scores else n
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     stored = parameter_dtype or dtype
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,6 +23,7 @@ from fastroute.kernels import grouped_linear_parameters, grouped_linear_plan
 from fastroute.ops import dispatch, grouped_linear
 from fastroute.reference import dispatch as reference_dispatch
 from fastroute.reference import grouped_linear as reference
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.dispatch_cases import HISTOGRAMS, actions_of, each_histogram
@@ -84,7 +85,7 @@ def assert_is_plan(actions: Tensor, K: int) -> None:
 @pytest.mark.parametrize("K", [1, 64, 300])
 @pytest.mark.parametrize("N", [0, 1, 130, 300])
 def test_plans(N: int, K: int, path: None) -> None:
-    assert_is_plan(torch.randint(-2, K + 2, (N,), generator=torch.Generator().manual_seed(N)), K)
+    assert_is_plan(torch.randint(-2, K + 2, (N,), generator=seeds.generator(N)), K)
 
 
 @hypothesis.settings(max_examples=10, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -215,7 +216,7 @@ def test_layouts(layout: Callable[[Tensor], Tensor], of: str) -> None:
 @pytest.mark.parametrize("is_sorted, keep_sorted", [(False, False), (False, True), (True, False), (True, True)])
 def test_several_modules_a_sample(k: int, is_sorted: bool, keep_sorted: bool) -> None:
     """Every entry reads its sample; what comes back to a sample is the sum over its entries."""
-    generator = torch.Generator().manual_seed(k)
+    generator = seeds.generator(k)
     case = linear_case(SOME)
     actions = torch.randint(-1, 5, (13, k), generator=generator)
     actions[0] = actions[0, 0]
@@ -408,7 +409,7 @@ class Layer(nn.Module):
 
 def test_compile() -> None:
     layer = Layer().to(DEVICE)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     calls = [
         (torch.randint(-1, 3, (B,), generator=generator).to(DEVICE),
          torch.randn(B, 4, generator=generator).to(DEVICE).requires_grad_())

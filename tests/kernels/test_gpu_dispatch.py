@@ -19,6 +19,7 @@ from fastroute.ops import dispatch, grouped_linear
 from fastroute.ops._backends import missing
 from fastroute.reference import dispatch as reference_dispatch
 from fastroute.reference import grouped_linear as reference
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -64,7 +65,7 @@ class Problem(NamedTuple):
 
 def problem(N: int, K: int, F: int, O: int, dtype: torch.dtype = F32, *, k: int = 1, seed: int = 0) -> Problem:
     """Some dropped, one module with a fifth of all, logits of order one."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = seeds.generator(seed, "cuda")
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device="cuda") * scale).to(dtype)
@@ -211,7 +212,7 @@ def test_captures_without_a_table() -> None:
 
 def test_a_step_of_an_optimizer_in_a_graph() -> None:
     """Parameters change in place between replays, and are read anew where they are."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     linears = nn.ModuleList(nn.Linear(64, 32) for _ in range(12)).cuda()
     twin = nn.ModuleList(nn.Linear(64, 32) for _ in range(12)).cuda()
     twin.load_state_dict(linears.state_dict())

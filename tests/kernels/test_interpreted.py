@@ -11,25 +11,48 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-WHAT = {
-    "kernels": ["tests/kernels/test_vector_routing.py"],
-    **{
-        name: [f"tests/kernels/test_{name}.py"]
-        for name in ("dispatch", "policy", "trajectory_loss", "task_mask", "soft_assignment", "matrix_routing")
-    },
+#: One case or two of every kernel, forward and backward.
+FEW = {
+    "vector_routing": (
+        "test_kinds[one-pass-first-linear-made]", "test_kinds[one-pass-next]", "test_kinds[two-phase-next-linear]",
+        "test_kinds[two-phase-first-made]",
+    ),
+    "dispatch": (
+        "test_plans[ranked-130-64]", "test_plans[counted-130-64]", "test_plans[sorted-130-64]",
+        "test_linear[uneven]",
+    ),
+    "policy": ("test_values[fp32-softmax]", "test_agent_policy[softmax-critic]"),
+    "trajectory_loss": ("test_agrees_with_the_reference_in_its_layout", "test_losses[WPL-fp32]"),
+    "task_mask": ("test_values[32-bit-relu-each-3x17x5x4]", "test_batch_norm_options"),
+    "soft_assignment": ("test_shared_votes[by outputs-padded]", "test_forms[routing-own]"),
+    "matrix_routing": ("test_kinds[first-gaussian-own]", "test_kinds[next-gaussian-shared]"),
+}  # fmt: skip
+EVERYTHING = {
+    **{name: [f"tests/kernels/test_{name}.py"] for name in FEW},
     "golden": ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
     "definable": ["tests/capsules/test_definable.py", "-k", "test_golden_float32 and triton"],
     "matrix": ["tests/capsules/test_matrix.py", "-k", "in_float32 and triton and (base_3d or dict or var)"],
     "stream": ["tests/capsules/test_stream.py", "-k", "test_error_budget and triton"],
 }
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled here"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets them already"),
+]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled here")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets them already")
-@pytest.mark.parametrize("what", WHAT.values(), ids=WHAT)
-def test_interpreted(what: list[str]) -> None:
+def interpret(what: list[str]) -> None:
     path = os.pathsep.join([p for p in sys.path if p])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *what]
     ran = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-6000:] + ran.stderr[-2000:]
+
+
+def test_every_kernel() -> None:
+    interpret([f"tests/kernels/test_{kernel}.py::{test}" for kernel, tests in FEW.items() for test in tests])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", EVERYTHING.values(), ids=EVERYTHING)
+def test_interpreted(what: list[str]) -> None:
+    interpret(what)

@@ -19,6 +19,7 @@ from fastroute.kernels.matrix_routing_plan import MAX_CAPSULE, MAX_OUTPUTS, caps
 from fastroute.ops.matrix_routing import matrix_routing as matrix_routing_op
 from fastroute.reference.matrix_routing import Capsules
 from fastroute.reference.matrix_routing import matrix_routing as reference
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.poison import poisoned_memory
@@ -51,7 +52,7 @@ def agree(some: list[Case], p_model: str = "gaussian", *, start: float | None = 
 
 def random_mask(*shape: int) -> Tensor:
     """40 % closed, and the whole of input 3 of the first sample."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.4
+    mask = torch.rand(shape, generator=seeds.generator(5)) < 0.4
     mask[(0,) * (len(shape) - 2) + (3,)] = True
     return mask
 
@@ -175,7 +176,7 @@ def test_empty_batch(parameters: str, routing: str) -> None:
     masked=st.booleans(), p_model=st.sampled_from(["gaussian", "skm"]),
 )  # fmt: skip
 def test_any_case(size: Size, first: bool, shared: bool, masked: bool, p_model: str) -> None:
-    mask = torch.rand(size[:3], generator=torch.Generator().manual_seed(1)) < 0.3 if masked else None
+    mask = torch.rand(size[:3], generator=seeds.generator(1)) < 0.3 if masked else None
     check(
         backend_step(matrix_routing, p_model), literal(p_model),
         [matrix_case(size, first=first, shared=shared, mask=mask, device=DEVICE, seed=seed) for seed in range(2)],
@@ -195,7 +196,7 @@ def test_all_iterations(parameters: str) -> None:
     axes = {**AXES, "a_inp": "bi", "B": "ijch"}
     some = []
     for seed in range(8 if parameters == "shared" else 3):
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeds.generator(seed)
         inputs = {name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in given.items()}
         inputs["a_inp"][0, 1] = -math.inf
         ends = {name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in OUTPUTS.items()}

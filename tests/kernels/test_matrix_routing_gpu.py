@@ -17,6 +17,7 @@ from fastroute import use_backend
 from fastroute.ops.matrix_routing import matrix_routing
 from fastroute.reference.matrix_routing import Capsules
 from fastroute.reference.matrix_routing import matrix_routing as reference
+from tests.helpers import seeds
 from tests.helpers.budget import check, yardstick_of
 from tests.helpers.cases import Case, evaluate
 
@@ -63,7 +64,7 @@ def test_real_sizes(size: Size, routing: str, p_model: str, dtype: torch.dtype, 
 @each_kind
 def test_masked(kind: str) -> None:
     size = Size(3, 500, 20, 4, 4, 4)
-    mask = torch.rand(3, 500, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = torch.rand(3, 500, 20, generator=seeds.generator(0)) < 0.5
     mask[:, 7] = True
     cases = [matrix_case(size, mask=mask, seed=seed, device="cuda", **KINDS[kind]) for seed in range(3)]
     check(step_op(), literal(), cases, dtype=torch.float32)
@@ -73,7 +74,7 @@ def layer_case(size: Size, kind: str, seed: int = 0, dtype: torch.dtype = torch.
     """All iterations, from activations to activations; input 1 of sample 0 is dropped."""
     B, n, m, c, d, h = size
     n1 = 1 if kind == "shared" else n
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     shapes = {"a_inp": (B, n), "mu_inp": (B, n, c, d), "W": (n1, m, d, h), "B": (n1, m, c, h)}
     shapes |= {"use": (n1, m), "ign": (n1, m)}
     inputs: dict[str, Tensor | None] = {}

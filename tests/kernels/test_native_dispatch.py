@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastroute.ops import _backends, dispatch
 from fastroute.ops._backends import Case, decide, missing, offered
+from tests.helpers import seeds
 from tests.ops.test_dispatch import defined
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def _span(a: Tensor) -> int:
 
 def test_the_algorithm(program: Path) -> None:
     """Whatever the number of warps and the order of threads, the plan is the definition's."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     calls = []
     for N in (0, 1, 31, 32, 33, 64, 500, 1025):
         for K in (1, 5, 33, 371, 372, dispatch.NATIVE_MODULES):
@@ -77,6 +78,7 @@ def test_limits_are_those_of_the_source() -> None:
     assert dispatch.NATIVE_MODULES == 48 * 1024 // 8 - 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("source", SOURCES, ids=[s.name for s in SOURCES])
 def test_cuda_sources_compile(source: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fastroute import ops, use_backend
 from fastroute.ops import dispatch
 from fastroute.ops._backends import BackendUnavailable
 from fastroute.ops.policy import CHOICES, KINDS
+from tests.helpers import seeds
 from tests.helpers.agent_policy_cases import case_of, each_kind, each_net, lists, op, some_agents, truth
 from tests.helpers.budget import assert_within_budget, check
 from tests.helpers.cases import Case, evaluate
@@ -31,7 +32,7 @@ WAYS = ("greedy", "draw", "coin", "forced")
 
 @pytest.fixture(autouse=True)
 def nothing_unwritten() -> Any:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     with poisoned_memory():
         yield
 

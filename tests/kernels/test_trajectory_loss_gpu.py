@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import networks, ops, use_backend
+from tests.helpers import seeds
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.trajectory_losses import arguments, loss_case, loss_op
 
@@ -92,7 +93,7 @@ def test_more_than_2_31_numbers() -> None:
 @pytest.mark.parametrize("algo", ["REINFORCE", "WPL", "ActorCritic", "EGreedyAAC"])
 def test_a_network(algo: str) -> None:
     """``Loss`` of a routed network: one op, the reference's numbers, nothing read back."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers = [getattr(networks, algo)(4, 6, device="cuda") for _ in range(3)]
     x = torch.randn(50, 6, device="cuda")
     meta = networks.Initialization()(x)[1]

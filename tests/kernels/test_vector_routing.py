@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastroute.kernels import vector_routing
 from fastroute.reference import tiles
+from tests.helpers import seeds
 
 from .oracle import PARAMETERS, Problem, Size, assert_within_budget, empty_grads, problem, run
 
@@ -44,7 +45,7 @@ def make(size: Size = SMALL, **options: Any) -> Problem:
 
 def random_mask(*shape: int) -> Tensor:
     """40 % closed, and the whole of row 3 of the first sample."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.4
+    mask = torch.rand(shape, generator=seeds.generator(5)) < 0.4
     mask[(0,) * (len(shape) - 2) + (3,)] = True
     return mask
 

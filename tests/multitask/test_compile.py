@@ -13,18 +13,19 @@ from torch._dynamo.utils import counters
 
 from fastroute.compat import torchmtl
 from fastroute.multitask import MTLModel
+from tests.helpers import seeds
 from tests.helpers.multitask import README_TASKS, readme, select
 from tests.helpers.opcheck import assert_same
 from tests.helpers.subprocesses import check_python
 
 
 def model_of_readme(cls: Any = MTLModel, **options: Any) -> Any:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     return cls(readme(), README_TASKS, **options).double()
 
 
 def batch(B: int) -> Tensor:
-    return torch.randn(B, 16, generator=torch.Generator().manual_seed(B), dtype=torch.float64)
+    return torch.randn(B, 16, generator=seeds.generator(B), dtype=torch.float64)
 
 
 def compiled(model: nn.Module, backend: str = "aot_eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:
@@ -139,10 +140,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastroute.multitask import MTLModel
+from tests.helpers import seeds
 from tests.helpers.multitask import README_TASKS, readme
 
 file = tempfile.mktemp()
-torch.manual_seed(0)
+seeds.manual_seed(0)
 layers = readme()
 layers[3]["loss"] = nn.BCEWithLogitsLoss(pos_weight=torch.ones(1))  # a buffer, which is broadcast
 models = [MTLModel(layers, README_TASKS).double(), MTLModel(readme(), ["Task1", "Task3"]).double()]

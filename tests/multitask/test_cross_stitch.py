@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.multitask import CrossStitch
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same, check_compiled
@@ -26,12 +27,12 @@ T, C = 3, 4
 def stitch(channels: int | None = None, *, dtype: torch.dtype = F64, tasks: Any = T, **options: Any) -> CrossStitch:
     made = CrossStitch(tasks, channels=channels, dtype=dtype, **options)
     with torch.no_grad():
-        made.alpha.add_(torch.randn(made.alpha.shape, generator=torch.Generator().manual_seed(0), dtype=F64) / 3)
+        made.alpha.add_(torch.randn(made.alpha.shape, generator=seeds.generator(0), dtype=F64) / 3)
     return made
 
 
 def columns(*shape: int, dtype: torch.dtype = F64, count: int = T) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     return [torch.randn(shape, generator=generator, dtype=F64).to(dtype) for _ in range(count)]
 
 
@@ -92,7 +93,7 @@ def test_gradcheck(channels: int | None) -> None:
 @pytest.mark.parametrize("channels", [None, C])
 def test_the_identity_is_separate_networks(channels: int | None) -> None:
     """Bit for bit, gradients included."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     module, x = CrossStitch(T, channels=channels, own=1.0), torch.randn(6, 5)
     nets = [(nn.Linear(5, C), nn.Linear(C, 2)) for _ in range(T)]
     leaves = [p for pair in nets for layer in pair for p in layer.parameters()]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastroute.multitask import CGC, PLE, Experts, MMoE
 from fastroute.reference.grouped_linear import ACTIVATIONS
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported
 
@@ -43,12 +43,12 @@ each_layer = pytest.mark.parametrize("name", MAKE)
 
 
 def layer(name: str, *, seed: int = 0, dtype: torch.dtype = F64, **options: Any) -> Any:
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     return MAKE[name](dtype=dtype, **options)
 
 
 def samples(*lead: int, seed: int = 0, dtype: torch.dtype = F64, width: int = D) -> Tensor:
-    return torch.randn(*lead, width, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(*lead, width, generator=seeds.generator(seed), dtype=F64).to(dtype)
 
 
 # ----------------------------------------------------------------------------------------------- the same, by loops
@@ -90,7 +90,7 @@ def outcome(call: Callable[[Tensor], Any], module: nn.Module, x: Tensor) -> dict
     leaves = {"x": x.clone().requires_grad_(), **dict(module.named_parameters())}
     made = call(leaves["x"])
     ys = list(made.values() if isinstance(made, Mapping) else made)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     cotangents = [torch.randn(y.shape, dtype=F64, generator=generator).to(y.dtype) for y in ys]
     grads = torch.autograd.grad(ys, list(leaves.values()), cotangents)
     return {**{f"y{t}": y.detach() for t, y in enumerate(ys)}, **dict(zip(leaves, grads, strict=True))}
@@ -115,7 +115,7 @@ def test_any_sizes(data: st.DataObject) -> None:
     hypothesis.assume(n + s)
     hidden = data.draw(st.sampled_from([None, 1, H]))
     activation = data.draw(st.sampled_from(sorted(ACTIVATIONS)))
-    torch.manual_seed(data.draw(strategies.seeds))
+    seeds.manual_seed(data.draw(strategies.seeds))
     options: dict[str, Any] = {"hidden_features": hidden, "out_features": P, "activation": activation}
     module = PLE(D, n, s, T, levels=data.draw(st.integers(1, 3)), gate_bias=data.draw(st.booleans()), **options)
     module.double()
@@ -127,7 +127,7 @@ def test_any_sizes(data: st.DataObject) -> None:
 @pytest.mark.parametrize("hidden", [None, H])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 0), (3, 2)], ids=str)
 def test_experts_and_gates_alone(hidden: int | None, lead: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     bank, x = Experts(D, hidden, P, 4, activation="silu", dtype=F64), samples(*lead)
     assert_same(bank(x).detach(), torch.stack([one_expert(bank, e, x) for e in range(4)], -2).detach())
     gate = layer("MMoE", gate_bias=True).gate
@@ -171,7 +171,7 @@ def test_gradcheck(name: str) -> None:
 @each_layer
 def test_permuting_samples_permutes_outputs(name: str) -> None:
     module, x = layer(name), samples(8)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(8, generator=seeds.generator(0))
     with torch.no_grad():
         for y, turned, first, last in zip(module(x), module(x[order]), module(x[:3]), module(x[3:]), strict=True):
             assert_same(turned, y[order])
@@ -181,7 +181,7 @@ def test_permuting_samples_permutes_outputs(name: str) -> None:
 @torch.no_grad()
 def test_permuting_experts_with_their_gates_changes_nothing() -> None:
     module, x = layer("MMoE", gate_bias=True), samples(8)
-    order = torch.randperm(4, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(4, generator=seeds.generator(2))
     moved = copy.deepcopy(module)
     for p in moved.shared_experts.parameters():
         p.copy_(p[order])
@@ -300,7 +300,7 @@ def test_convolutions_as_experts() -> None:
 
 
 def test_outputs_by_name() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     named, x = MMoE(D, 4, ["age", "size", "price"], dtype=F64, **SIZES), samples(3)
     plain = layer("MMoE")
     plain.load_state_dict(named.state_dict())
@@ -354,7 +354,7 @@ def test_the_same_bits_again(name: str) -> None:
     assert all(torch.equal(t, again[key]) for key, t in first.items())
 
 
-@pytest.mark.parametrize("name", ["MMoE", "CGC, one own", "PLE"])
+@pytest.mark.parametrize("name", ["MMoE", "CGC, one own", pytest.param("PLE", marks=pytest.mark.long)])
 def test_compile(name: str) -> None:
     module = layer(name)
     calls = [(samples(2, size, seed=size).requires_grad_(),) for size in (8, 9, 13)]
@@ -402,7 +402,7 @@ def test_state_copies_and_devices() -> None:
 
 
 def test_initial_values_are_those_of_linear_layers() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     bank = Experts(400, 100, 50, 20)
     for w, b, fan in ((bank.w_in, bank.b_in, 400), (bank.w_out, bank.b_out, 100)):
         for p in (w, b):

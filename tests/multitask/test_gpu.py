@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.multitask import MTLModel
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.multitask import README_TASKS, readme
 
@@ -26,7 +27,7 @@ def step(model: MTLModel, x: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_readme() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers = readme()
     layers[4]["loss"] = nn.BCEWithLogitsLoss(pos_weight=torch.full((1,), 2.0))
     model, x = MTLModel(layers, README_TASKS), torch.randn(64, 16)
@@ -43,7 +44,7 @@ def test_the_readme() -> None:
 
 
 def test_in_a_cuda_graph() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model, x = MTLModel(readme(), README_TASKS).cuda(), torch.randn(64, 16, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -61,7 +62,7 @@ def test_in_a_cuda_graph() -> None:
 
 
 def test_compiled() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model, x = MTLModel(readme(), README_TASKS).cuda(), torch.randn(64, 16, device="cuda")
     run = torch.compile(model, fullgraph=True)
     exact = copy.deepcopy(model).double()

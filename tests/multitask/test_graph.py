@@ -237,7 +237,7 @@ def test_a_group_in_a_compiled_graph() -> None:
 
 def test_thousands_of_nodes() -> None:
     """Deeper than Python's stack, in any order of the list; upstream's queue would turn millions of times."""
-    N = 3 * sys.getrecursionlimit()
+    N = sys.getrecursionlimit() + 200
     chain = [
         {"name": f"c{k}", "layers": lambda x: x + 1, "anchor_layer": f"c{k - 1}" if k else "root"} for k in range(N)
     ]

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 from fastroute.multitask import MTLModel
 from fastroute.multitask.heads import Siblings
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.poison import poisoned_memory
 
@@ -41,7 +42,7 @@ ONE_NODE = ("linear", "no bias", "mlp", "inplace", "tanh", "two linear", "deep",
 
 
 def heads_of(structure: str, count: int = T, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     return [STRUCTURES[structure]().to(dtype) for _ in range(count)]
 
 
@@ -55,7 +56,7 @@ def everything(run: Callable[[Tensor], Sequence[Tensor]], x: Tensor, heads: Sequ
     x = x.detach().requires_grad_()
     parameters = [p for h in heads for p in h.parameters()]
     ys = run(x)
-    torch.manual_seed(5)
+    seeds.manual_seed(5)
     cotangents = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in ys]
     grads = torch.autograd.grad(list(ys), [x, *parameters], cotangents)
     named = {f"y{i}": y.detach() for i, y in enumerate(ys)}
@@ -155,7 +156,7 @@ def test_many_gradients_at_a_time(structure: str) -> None:
 
 
 def model_of(structure: str = "mlp", count: int = T, **options: Any) -> MTLModel:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers: list[dict[str, Any]] = [{"name": "trunk", "layers": nn.Linear(4, 5)}]
     for i in range(count):
         layers.append({"name": f"head{i}", "layers": STRUCTURES[structure](), "anchor_layer": "trunk",
@@ -262,7 +263,7 @@ def test_dropout_at_work_draws_as_one_by_one() -> None:
         outs = []
         for model in models:
             model.train(mode)
-            torch.manual_seed(3)
+            seeds.manual_seed(3)
             outs.append(model(x)[0])
         for a, b in zip(*outs, strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from fastroute.multitask import MTLModel, MultiHead, weighting
+from tests.helpers import seeds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 TASKS = [f"h{i}" for i in range(8)]
 
 
 def model_of(**options: Any) -> MTLModel:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers: list[dict[str, Any]] = [{"name": "trunk", "layers": nn.Linear(16, 32)}]
     for i, name in enumerate(TASKS):
         head = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -27,7 +28,7 @@ def model_of(**options: Any) -> MTLModel:
 
 
 def batch() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     y = {n: torch.randn(64, 3) if i % 2 else torch.randint(3, (64,)) for i, n in enumerate(TASKS)}
     y["h1"][::3] = math.nan
     y["h2"][:] = -100

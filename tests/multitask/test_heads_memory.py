@@ -148,11 +148,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from tests.helpers import seeds
 from tests.multitask.test_heads import T, model_of
 from tests.multitask.test_heads_memory import lie_side_by_side
 
 dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
-torch.manual_seed(0)
+seeds.manual_seed(0)
 x, y = torch.randn(8, 4).double(), [torch.randn(8, 2).double() for _ in range(T)]
 y[1][:] = math.nan
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastroute.multitask import EqualWeights, MTLModel, Uncertainty, task_losses
+from tests.helpers import seeds
 from tests.helpers.budget import Yardstick
 from tests.helpers.multitask import README_TASKS, load, readme
 
@@ -54,7 +55,7 @@ def same(a: Tensor, b: Tensor) -> None:
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 9999), B=st.integers(1, 6), by_mask=st.booleans())
 def test_masking_elements_equals_deleting_them(name: str, reduction: str, seed: int, B: int, by_mask: bool) -> None:
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     make, target = ELEMENTS[name]
     loss = make(reduction=reduction)
     x = torch.randn(B, 3, dtype=torch.float64, requires_grad=True)
@@ -87,7 +88,7 @@ def test_a_prediction_without_a_label_may_be_anything(bad: float) -> None:
 
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_without_missing_labels_it_is_pytorch(name: str) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     make, target = ELEMENTS[name]
     for reduction in REDUCTIONS:
         loss = make(reduction=reduction)
@@ -111,7 +112,7 @@ CLASS_LOSSES = {
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", CLASS_LOSSES)
 def test_classes(name: str, reduction: str, form: str, trailing: tuple[int, ...]) -> None:
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     loss = CLASS_LOSSES[name](reduction=reduction)
     x = torch.randn(6, 4, *trailing, dtype=torch.float64)
     if name == "nll":
@@ -143,7 +144,7 @@ def test_no_class_label_at_all() -> None:
 
 
 def test_probabilities() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     y = torch.rand(5, 3, dtype=torch.float64).softmax(1)
     loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double(), label_smoothing=0.1)
@@ -186,7 +187,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 
 def test_alike_tasks_together_are_what_they_are_alone() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     shared = torch.rand(3).double()
     kinds = [nn.MSELoss(), nn.MSELoss(), nn.L1Loss(), nn.MSELoss(reduction="sum"), nn.BCEWithLogitsLoss(),
              nn.BCEWithLogitsLoss(pos_weight=shared), nn.BCEWithLogitsLoss(pos_weight=shared),
@@ -286,7 +287,7 @@ def test_the_readmes_numbers() -> None:
 
 
 def two_tasks(**options: Any) -> MTLModel:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     return MTLModel(
         [
             {"name": "trunk", "layers": nn.Linear(4, 5)},
@@ -301,7 +302,7 @@ def two_tasks(**options: Any) -> MTLModel:
 
 
 def batch() -> tuple[Tensor, dict[str, Tensor]]:
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     return torch.randn(6, 4), {"a": torch.randn(6, 1), "b": torch.randint(3, (6,))}
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastroute.multitask import F1, L1, Accuracy, TaskMetrics, relative_improvement
+from tests.helpers import seeds
 
 sk = pytest.importorskip("sklearn.metrics")
 
@@ -20,7 +21,7 @@ sk = pytest.importorskip("sklearn.metrics")
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 5), st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_classes_batch_by_batch(seed: int, C: int, batches: list[int]) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     accuracy, f1 = Accuracy(), F1(C)
     guesses, labels = [], []
     for B in batches:
@@ -38,7 +39,7 @@ def test_classes_batch_by_batch(seed: int, C: int, batches: list[int]) -> None:
 
 @pytest.mark.parametrize("shape", [(20,), (20, 1), (20, 3)])
 def test_logits(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     logits, y = torch.randn(shape), torch.randint(2, shape).float()
     accuracy, f1 = Accuracy(), F1()
     accuracy.update(logits, y)

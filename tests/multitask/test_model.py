@@ -14,13 +14,14 @@ from torch.func import functional_call, grad
 
 from fastroute import TaskRouter
 from fastroute.multitask import Concat, MTLModel, SimpleSelect
+from tests.helpers import seeds
 from tests.helpers.multitask import README_TASKS, mlp, readme, readme_by_hand
 
-X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+X = torch.randn(5, 16, generator=seeds.generator(0))
 
 
 def model_of_readme(outputs: Any = README_TASKS, **options: Any) -> Any:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     return MTLModel(readme(), outputs, **options)
 
 
@@ -119,11 +120,11 @@ def test_random_numbers_are_upstreams_in_breadth_first_order() -> None:
     x = torch.ones(64)
 
     def draws(**options: Any) -> dict[str, Tensor]:
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         model = MTLModel(layers, ["a1", "a2", "b1"], **options)
         return dict(zip(model.output_tasks, model(x)[0], strict=True))
 
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     first, second = nn.functional.dropout(x), nn.functional.dropout(x)
     listed, queued = draws(), draws(order="bfs")
     assert torch.equal(listed["a1"], first) and torch.equal(queued["a1"], first)
@@ -133,7 +134,7 @@ def test_random_numbers_are_upstreams_in_breadth_first_order() -> None:
 
 def test_anything_goes_through_the_graph() -> None:
     """An input of several kinds, and a task for each sample on its way to a router."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers = [
         {"name": "routed", "layers": TaskRouter(8, 3, 0.5), "anchor_layer": ["image", "task"]},
         {"name": "image", "layers": SimpleSelect("image")},
@@ -219,7 +220,7 @@ class Huber(nn.Module):
 
 
 def with_losses(*losses: Any) -> Any:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     return MTLModel(
         [{"name": f"t{k}", "layers": nn.Linear(16, 2), "loss": loss} for k, loss in enumerate(losses)],
         [f"t{k}" for k in range(len(losses))],

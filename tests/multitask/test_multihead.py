@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastroute
 from fastroute.multitask import MultiHead
+from tests.helpers import seeds
 
 
 def as_heads(multi: MultiHead, activation: type[nn.Module] = nn.ReLU) -> list[nn.Sequential]:
@@ -33,7 +34,7 @@ def as_heads(multi: MultiHead, activation: type[nn.Module] = nn.ReLU) -> list[nn
 @pytest.mark.parametrize("hidden", [None, 4, [4, 6]])
 @pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("gelu", nn.GELU)])
 def test_multihead(hidden: Any, bias: bool, activation: str, kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     multi = MultiHead(5, hidden, 2, 3, activation=activation, bias=bias, dtype=torch.float64)
     heads = as_heads(multi, kind)
     x = torch.randn(6, 5, dtype=torch.float64)
@@ -67,7 +68,7 @@ def test_multihead_forms() -> None:
         made = multi(torch.randn(6, 5))
         assert isinstance(made, kind) and len(made) == 3
     assert list(made) == names and made["z"].shape == (6, 2)
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     wide = MultiHead(400, None, 50, 2)
     assert wide.weights[0].abs().max() <= 1 / 20 and abs(float(wide.weights[0].detach().std()) - 1 / 20 / 3**0.5) < 1e-3
     assert "400 -> 50, tasks=2" in repr(wide)

@@ -31,6 +31,7 @@ from fastroute.multitask import (
     Unpack,
 )
 from fastroute.tasks import TaskRouter, live
+from tests.helpers import seeds
 from tests.helpers.opcheck import assert_same
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -45,14 +46,14 @@ def node(name: str, layers: Any, *anchors: str) -> dict[str, Any]:
 
 
 def masks() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return seeds.generator(0)
 
 
 INPUTS = [node("x", SimpleSelect("x")), node("task", SimpleSelect("task"))]
 
 
 def batch(B: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     x = torch.randn(B, F, generator=generator, dtype=F64)
     return {"x": x, "task": torch.randint(T, (B,), generator=generator)}
 
@@ -206,7 +207,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def model_of(name: str) -> MTLModel:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     made = MODELS[name]().double().eval()
     return made
 
@@ -217,7 +218,7 @@ def tensors(outputs: list[Any]) -> list[Tensor]:
 
 def results(model: Callable[[Any], Any], given: dict[str, Tensor], leaves: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients."""
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     ys = tensors(model(given)[0])
     grads = torch.autograd.grad([y.square().sum() for y in ys], leaves, allow_unused=True)
     return [
@@ -287,7 +288,7 @@ def test_a_mixtures_losses_are_an_output() -> None:
 @torch.no_grad()
 def test_permuting_samples_permutes_outputs(name: str) -> None:
     model, given = model_of(name), batch()
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(8, generator=seeds.generator(0))
     expected, found = model(given)[0], model({k: t[order] for k, t in given.items()})[0]
     for y, turned in zip(tensors(expected), tensors(found), strict=True):
         assert_same(turned, y[order] if y.dim() else y)
@@ -319,9 +320,13 @@ def test_copies_and_state_dicts(name: str) -> None:
 # -------------------------------------------------------------------------------------------------------- one graph
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in MODELS if name not in ("CGC", "MMoE, named", "TaskRouter, each task")]
-)
+LONG = ("routing network", "MoE", "MMoE", "PLE")  # to compile
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.long if name in LONG else ())
+    for name in MODELS if name not in ("CGC", "MMoE, named", "TaskRouter, each task")
+])  # fmt: skip
 def test_compiles_as_one_graph_for_all_batch_sizes(name: str) -> None:
     model = model_of(name)
     leaves = list(model.parameters())
@@ -411,7 +416,7 @@ def test_of_task() -> None:
 
 def test_per_sample_tasks_through_shared_experts() -> None:
     """One batch of mixed tasks: each sample has the output of its own task's gate and head."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     model = MTLModel(
         [
             *INPUTS,

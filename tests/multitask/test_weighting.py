@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastroute.multitask import weighting as w
+from tests.helpers import seeds
 
 NAMES = ("a", "b", "c")
 VALUES = (0.7, 2.5, 0.02)
@@ -106,8 +107,8 @@ def test_geometric_mean_of_a_loss_that_is_zero() -> None:
 
 
 def test_rlw() -> None:
-    rlw = w.RLW(NAMES, generator=torch.Generator().manual_seed(3))
-    z = torch.randn(3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rlw = w.RLW(NAMES, generator=seeds.generator(3))
+    z = torch.randn(3, generator=seeds.generator(3), dtype=torch.float64)
     close(rlw(losses()), sum(a * L for a, L in zip(a_softmax([float(v) for v in z]), VALUES, strict=True)))
     close(rlw.eval()(losses()), sum(VALUES) / 3)
     assert float(w.RLW(NAMES)(losses())) != float(w.RLW(NAMES)(losses()))
@@ -163,7 +164,7 @@ def test_dwa_of_a_task_that_comes_late() -> None:
 
 def test_famo_follows_the_paper() -> None:
     """The authors' loop, with PyTorch's Adam and autograd for the Jacobian."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     lowest = [0.01, 0.0, 0.005]
     famo = w.FAMO(NAMES, lowest, dtype=torch.float64)
     xi = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -213,7 +214,7 @@ def test_gradients(name: str) -> None:
 def test_masking_equals_deleting(name: str) -> None:
     """A loss that is not there, told as None, left out of the dict or told by a tensor: no matter what it is."""
     if name == "rlw":
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
     kept = {"a": 0.7, "c": 0.02}
 
     def run(given: Any, present: Any, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
@@ -317,7 +318,7 @@ def test_compiles_to_one_graph(name: str) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_model_learns(name: str) -> None:
     """The same loop for all; the losses of two tasks of very different scales fall."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x, target = torch.randn(64, 8, dtype=torch.float64), torch.randn(64, 2, dtype=torch.float64)
     model = nn.Linear(8, 2, dtype=torch.float64)
     weighting = make(name, ("small", "large"))

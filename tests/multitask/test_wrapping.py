@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.multitask import Add, Concat, Lambda, MTLModel, Multiply, SimpleSelect, SliceSelect, Split, Stack
+from tests.helpers import seeds
 
-A, B, C = (torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(k)) for k in range(3))
+A, B, C = (torch.randn(2, 3, 4, generator=seeds.generator(k)) for k in range(3))
 
 CASES: list[tuple[Any, tuple[Any, ...], Any, str]] = [
     (Concat(1), (A, B, C), torch.cat((A, B, C), 1), "Concat(dim=1)"),

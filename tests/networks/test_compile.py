@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastroute
 from fastroute import use_backend
 from fastroute.networks import MLP, Initialization, Loss, NegLossReward, Selection
+from tests.helpers import seeds
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.networks import LEARNING, F, decision
 from tests.helpers.opcheck import assert_same
@@ -29,7 +30,7 @@ class Routed(nn.Module):
 
     def __init__(self, algo: str, module: str, **options: Any) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         self.decisions = nn.ModuleList(decision(algo, 3, 2, **options) for _ in range(1))
         self.selections = nn.ModuleList(Selection(*[MODULES[module]() for _ in range(3)]) for _ in range(1))
         self.loss = Loss(nn.MSELoss(), NegLossReward())
@@ -43,7 +44,7 @@ class Routed(nn.Module):
 
 
 def inputs(B: int, step: bool) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(B)
+    generator = seeds.generator(B)
     x, y = (torch.randn(B, F, generator=generator, dtype=F64) for _ in range(2))
     made = x, torch.randint(2, (B,), generator=generator), torch.randint(3, (2, B), generator=generator)
     return (*made, y) if step else made
@@ -78,7 +79,7 @@ def test_a_routed_forward() -> None:
     compare(Routed("REINFORCE", "linear").double(), (8, 5, 12), False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each_backend
 @pytest.mark.parametrize("module", MODULES)
 def test_stacks(module: str, backend: str) -> None:
@@ -87,7 +88,7 @@ def test_stacks(module: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("algo", [
-    pytest.param(algo, marks=() if algo == "WPL" else pytest.mark.slow) for algo in LEARNING if algo != "RELAX"
+    pytest.param(algo, marks=() if algo == "WPL" else pytest.mark.long) for algo in LEARNING if algo != "RELAX"
 ])  # fmt: skip
 def test_a_training_step(algo: str) -> None:
     net = Routed(algo, "linear").double()
@@ -110,7 +111,7 @@ def test_draws() -> None:
         actions: Tensor = layer(x, Initialization()(x)[1])[2]
         return actions
 
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     x = torch.zeros(3000, F)
     made = [compiled(x) for _ in range(2)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastroute import networks, use_backend
 from fastroute.networks import MLP, Loss, NegLossReward, PassThrough, PerTaskAssignment
+from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import FORMULAS, LEARNING, F, columns, decision, gradients, scatter_tables, start
 from tests.helpers.opcheck import assert_same
@@ -34,14 +35,14 @@ SHIFT, CLAMP = 1e-6, 2.0**-23
 
 
 def made(algo: str, storage: str, A: int, formula: str, train: bool = True, **options: Any) -> Any:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layer = decision(algo, K, A, formula=formula, **STORAGES[storage], **options).double()
     scatter_tables(layer)
     return layer.train(train)
 
 
 def batch(A: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
+    generator = seeds.generator(5)
     return torch.randn(B, F, generator=generator, dtype=F64), torch.randint(A, (B,), generator=generator)
 
 
@@ -121,7 +122,7 @@ def test_what_is_recorded(algo: str, storage: str, A: int, formula: str, backend
 def test_dtypes(algo: str) -> None:
     """float32, float64, bfloat16, and autocast; the loss trains in each."""
     for dtype, autocast in ((torch.float32, False), (F64, False), (torch.bfloat16, False), (torch.float32, True)):
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         layer = decision(algo, K, 2, approx_hidden_dims=(5,), detach=False, dtype=dtype)
         assert {p.dtype for p in layer.parameters()} == {dtype}
         x = torch.randn(B, F, dtype=dtype, requires_grad=True)
@@ -177,8 +178,8 @@ def test_reproducible(algo: str) -> None:
     for way in range(4):
         layer = made(algo, "approx", 1, "intended", exploration=1.0)
         if way > 1:
-            layer.generator = torch.Generator().manual_seed(7)
-        torch.manual_seed(3 if way < 2 else way)
+            layer.generator = seeds.generator(7)
+        seeds.manual_seed(3 if way < 2 else way)
         before = torch.get_rng_state()
         seen.append([layer(x, start(x))[2].tolist() for _ in range(3)])
         assert torch.equal(torch.get_rng_state(), before) == (way > 1)
@@ -216,7 +217,7 @@ def test_replays(algo: str, formula: str, masked: bool) -> None:
     mask = torch.arange(B) % 5 > 1 if masked else None
     results: list[Any] = []
     for way in range(2):
-        torch.manual_seed(0)  # Gumbel and RELAX also draw what is not the action
+        seeds.manual_seed(0)  # Gumbel and RELAX also draw what is not the action
         forced = {} if way == 0 else {"forced_actions": results[0][0].int().tolist()}
         y, meta, actions = layer(x, start(x), agents, mask, **forced)
         loss = Loss(nn.MSELoss(), NegLossReward())(y, meta, torch.zeros_like(y), reduce=False)
@@ -288,7 +289,7 @@ def test_detach() -> None:
 
 
 def test_gumbel_softmax_passes_gradients_through_the_batch() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layer: Any = decision("GumbelSoftmax", 3, dtype=F64)
     x = torch.randn(5, F, dtype=F64)
     u = torch.rand(5, 3, dtype=F64)

@@ -28,7 +28,7 @@ from fastroute.networks import (
     TopKGating,
     rebalance,
 )
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, linears, start
 from tests.helpers.opcheck import assert_same, check_compiled
@@ -41,7 +41,7 @@ each_way = pytest.mark.parametrize("scores, normalize", [(s, n) for s in ("softm
 
 
 def gating(k: int = 2, *, seed: int = 0, dtype: torch.dtype = F64, **options: Any) -> TopKGating:
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     made = TopKGating(K, F, k, dtype=dtype, **options)
     with torch.no_grad():
         for p in made.parameters():
@@ -50,7 +50,7 @@ def gating(k: int = 2, *, seed: int = 0, dtype: torch.dtype = F64, **options: An
 
 
 def batch(B: int = B, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(B, F, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(B, F, generator=seeds.generator(seed), dtype=F64).to(dtype)
 
 
 def by_loop(gate: TopKGating, x: Tensor, rows: list[int] | None = None) -> dict[str, Any]:
@@ -167,12 +167,12 @@ def test_capacity(k: int, capacity: float, data: st.DataObject) -> None:
 def test_jitter() -> None:
     """Multiplies what the router sees, in training, by what a generator draws."""
     x = torch.ones(400, F, dtype=F64)
-    gate = gating(jitter=0.1, generator=torch.Generator().manual_seed(3))
+    gate = gating(jitter=0.1, generator=seeds.generator(3))
     seen = gate._logits(x, None)
     center, radius = gate.router.weight.sum(1), 0.1 * gate.router.weight.abs().sum(1)
     assert ((seen - center).abs() <= radius).all() and seen.std(0).min() > 0
     assert (seen.mean(0) - center).abs().max() < 5 * radius.max() / 400**0.5
-    again = gating(jitter=0.1, generator=torch.Generator().manual_seed(3))
+    again = gating(jitter=0.1, generator=seeds.generator(3))
     assert torch.equal(again._logits(x, None), seen)
     assert torch.equal(gate.eval()._logits(x, None), nn.functional.linear(x, gate.router.weight))
 
@@ -220,7 +220,7 @@ def test_not_a_number_stays_in_its_sample() -> None:
 
 def test_a_moving_bias_evens_the_load() -> None:
     """Samples that nearly all prefer one module end up spread; the weights do not see the bias."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     gate = TopKGating(4, 4, 1, bias_balancing=0.02, balance_loss=0, scores="sigmoid", normalize=False)
     with torch.no_grad():
         gate.router.weight.copy_(torch.eye(4))
@@ -351,7 +351,7 @@ def test_views_and_joined_batches() -> None:
 
 @each_backend
 def test_loss_adds_what_it_asks_for(backend: str) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     with use_backend(backend):
         first, select = TopKGating(K, F, 2, z_loss=0.1), linears(K)
         decide, last = REINFORCE(3, F), linears(3)

@@ -23,7 +23,7 @@ from fastroute.networks import (
     Selection,
     Sequential,
 )
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.networks import COLUMNS, decision, gradients, linears, start
@@ -194,7 +194,7 @@ def test_per_action_rewards_in_bulk(name: str, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ["collab", "running"])
 def test_inactive_samples_do_not_count(name: str) -> None:
     """Among as many samples again that were not decided for."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     order = torch.randperm(80, generator=generator)
     active = order < 40
     actions = torch.randint(4, (80,), generator=generator).masked_scatter(active, PER_ACTION["actions"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastroute
 from fastroute.networks import Initialization, Loss, NegLossReward, Selection
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.networks import LEARNING, F, decision
 
@@ -26,7 +27,7 @@ each_algorithm = pytest.mark.parametrize(("algo", "storage"), ALGORITHMS)
 class Routed(nn.Module):
     def __init__(self, algo: str, storage: str) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         agents = 1 if algo == "RELAX" else A
         self.decisions = nn.ModuleList(decision(algo, K, agents, policy_storage_type=storage) for _ in range(T))
         self.selections = nn.ModuleList(
@@ -46,7 +47,7 @@ class Routed(nn.Module):
 
 
 def inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     x = torch.randn(B, F, generator=generator, dtype=torch.float64)
     agents, y = (torch.randint(n, (B,), generator=generator) for n in (A, F))
     return x.to(device, dtype), agents.to(device), y.to(device)
@@ -54,7 +55,7 @@ def inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 def results(net: Routed, forced: Tensor) -> dict[str, Tensor]:
     p = next(net.parameters())
-    torch.manual_seed(2)
+    seeds.manual_seed(2)
     for layer in net.decisions:  # Gumbel's and RELAX's noise, the same everywhere
         layer._uniform = lambda *shape, like: torch.full(shape, 0.3, dtype=like.dtype, device=like.device)  # type: ignore[assignment]
     module_loss, routing_loss, _ = net(*inputs(str(p.device), p.dtype), forced.to(p.device))
@@ -67,7 +68,7 @@ def results(net: Routed, forced: Tensor) -> dict[str, Tensor]:
 @each_algorithm
 def test_agrees_with_float64(algo: str, storage: str) -> None:
     net = Routed(algo, storage)
-    forced = torch.randint(K, (T, B), generator=torch.Generator().manual_seed(3))
+    forced = torch.randint(K, (T, B), generator=seeds.generator(3))
     found = results(copy.deepcopy(net).to(GPU), forced)
     assert_within_budget(found, lambda: results(copy.deepcopy(net).double(), forced), torch.float32)
 

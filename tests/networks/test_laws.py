@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastroute import use_backend
 from fastroute.networks import CollaborationReward, Loss, NegLossReward
+from tests.helpers import seeds
 from tests.helpers.backends import HERE
 from tests.helpers.networks import FORMULAS, LEARNING, F, decision, linears, play, scatter_tables
 from tests.helpers.opcheck import assert_same
@@ -29,7 +30,7 @@ class Net:
     """Two or three routed layers of one class, in float64, and what came of a batch."""
 
     def __init__(self, algo: str, formula: str, seed: int, A: int = 3) -> None:
-        torch.manual_seed(seed)
+        seeds.manual_seed(seed)
         self.algo, self.formula, self.A = algo, formula, A
         self.K = (4, 3, 4)[: 2 + seed % 2]
         options: dict[str, Any] = {"formula": formula, "dtype": F64, "exploration": 0.4}
@@ -48,11 +49,11 @@ class Net:
         axis = len(shape) - 2 if len(shape) > 1 else 0
         whole = list(shape)
         whole[axis] = 100
-        made = torch.rand(whole, dtype=F64, generator=torch.Generator().manual_seed(7))
+        made = torch.rand(whole, dtype=F64, generator=seeds.generator(7))
         return made.index_select(axis, self.rows)
 
     def batch(self, B: int, seed: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeds.generator(seed)
         return {
             "x": torch.randn(B, F, generator=generator, dtype=F64),
             "agents": torch.randint(self.A, (B,), generator=generator),
@@ -100,7 +101,7 @@ nets = {"seed": st.integers(0, 30), "B": st.integers(2, 9)}
 def test_permuting_samples(algo: str, formula: str, seed: int, B: int) -> None:
     """Permutes outputs and losses, and leaves gradients."""
     net = Net(algo, formula, seed)
-    b, order = net.batch(B, seed), torch.randperm(B, generator=torch.Generator().manual_seed(seed))
+    b, order = net.batch(B, seed), torch.randperm(B, generator=seeds.generator(seed))
     equal([t[order] for t in net.run(b)], net.run(pick(b, order)), "permuted")
     equal(net.gradients(b), net.gradients(pick(b, order)), "gradients")
 
@@ -127,7 +128,7 @@ def test_masked_is_removed(algo: str, formula: str, seed: int, B: int) -> None:
     """Samples masked out of every layer have no part in what becomes of the others."""
     net = Net(algo, formula, seed)
     b = net.batch(B, seed)
-    stays = torch.rand(B, generator=torch.Generator().manual_seed(seed)) < 0.6
+    stays = torch.rand(B, generator=seeds.generator(seed)) < 0.6
     stays[0] = True
     b["masks"] = [stays] * len(net.K)
     kept = pick(b, stays.nonzero()[:, 0])
@@ -155,7 +156,7 @@ def test_relabelling_modules(algo: str, formula: str, seed: int, B: int) -> None
     b = net.batch(B, seed)
     expected, gradients = net.run(b), net.gradients(b)
     for K, layer, select, t in zip(net.K, net.decisions, net.selections, range(9), strict=False):
-        order = torch.randperm(K, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(K, generator=seeds.generator(seed))
         select._submodules = nn.ModuleList(select._submodules[i] for i in order)
         with torch.no_grad():
             for name, p in layer.named_parameters():
@@ -182,7 +183,7 @@ def test_relabelling_agents(algo: str, seed: int, B: int) -> None:
     net = Net(algo, "intended", seed)
     b = net.batch(B, seed)
     expected = net.run(b)
-    order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(3, generator=seeds.generator(seed))
     for layer in net.decisions:
         for name in ("_policy", "_value_mem", "_qvalue_mem"):
             stores = getattr(layer, name, None)
@@ -198,7 +199,7 @@ def test_relabelling_agents(algo: str, seed: int, B: int) -> None:
 
 def operators(algo: str, B: int, everywhere: bool, **options: Any) -> int:
     """How many aten operators a training step takes: forward, loss and backward of three layers, K = A = 20."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     K = 20
     decisions = [decision(algo, K, K, **options) for _ in range(3)]
     for layer in decisions:

@@ -23,6 +23,7 @@ from fastroute.networks import (
     PerActionBaseReward,
     PerTaskAssignment,
 )
+from tests.helpers import seeds
 from tests.helpers.networks import FORMULAS, LEARNING, F, decision, linears, play, start
 
 B = 5
@@ -30,14 +31,14 @@ MSE = nn.MSELoss()
 
 
 def routed(algo: str = "REINFORCE", T: int = 2, masks: Any = None, **options: Any) -> tuple[Tensor, Any]:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers = [decision(algo, 3, **options) for _ in range(T)]
     y, meta, _ = play(layers, [linears(3) for _ in range(T)], torch.randn(B, F), masks=masks)
     return y, meta
 
 
 def targets(kind: str = "classes") -> Tensor:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeds.generator(1)
     return torch.randint(F, (B,), generator=generator) if kind == "classes" else torch.randn(B, F, generator=generator)
 
 
@@ -127,7 +128,7 @@ def test_external_losses(shape: tuple[int, ...]) -> None:
 
 
 def test_modules_and_decisions_learn_apart() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers, selections = [decision("ActorCritic", 3)], [linears(3)]
     y, meta, _ = play(layers, selections, torch.randn(B, F))
     module_loss, routing_loss = Loss(MSE, NegLossReward())(y, meta, targets("values"))
@@ -208,7 +209,7 @@ def test_scale() -> None:
 def test_discounting() -> None:
     """With a final reward alone, decision t of T has gamma^(T - 1 - t) of it; upstream takes no notice."""
     for formula, gamma in (("intended", 0.5), ("upstream", 1.0)):
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         layers = [decision("REINFORCE", 3) for _ in range(3)]
         x = torch.randn(B, F)
         meta = start(x)
@@ -280,7 +281,7 @@ def test_not_a_number_stays_in_its_sample() -> None:
 
 def test_not_a_number_in_a_sample_of_the_batch() -> None:
     """In the input: the other samples' outputs and losses, and modules that it does not reach, are the same."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layers, selections = [decision("ActorCritic", 3, 2)], [linears(3)]
     x, agents = torch.randn(B, F), torch.tensor([0, 1, 1, 1, 0])
     forced = [torch.tensor([0, 2, 1, 1, 0])]
@@ -343,7 +344,7 @@ def test_without_gradients(formula: Any) -> None:
             layer, x = decision(algo, 3, formula=formula).train(train), torch.randn(B, F)
             forced, found = torch.tensor([0, 1, 2, 2, 1]), []
             for enabled in (True, False):
-                torch.manual_seed(0)
+                seeds.manual_seed(0)
                 with torch.set_grad_enabled(enabled):
                     y, meta, _ = layer(x, start(x), forced_actions=forced)
                     found.append(Loss(MSE, NegLossReward(), formula=formula)(y, meta, targets("values"), reduce=False))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastroute import networks
 from fastroute.networks import Loss, Trajectory
+from tests.helpers import seeds
 from tests.helpers.losses import routing_losses
 from tests.helpers.networks import COLUMNS, FORMULAS, F, columns, decision, linears, scatter_tables, start
 from tests.helpers.opcheck import assert_same
@@ -106,7 +107,7 @@ def set_ups(draw: st.DrawFn, first: str) -> dict[str, Any]:
 
 def run(p: dict[str, Any], formula: str) -> tuple[Tensor, Tensor, list[Tensor], Trajectory]:
     """The library's losses and the oracle's, and the parameters."""
-    torch.manual_seed(p["seed"])
+    seeds.manual_seed(p["seed"])
     B, A = p["B"], p["A"]
     naives = [Naive(kind, K, formula) for kind, K in zip(p["kinds"], p["K"], strict=True)]
     layers: list[Any] = [
@@ -218,7 +219,7 @@ def relaxed(made: Any, x: Tensor, u: Tensor, b: int, a: int) -> tuple[Tensor, Te
 
 
 def test_relax() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     B = 5
     made: Any = decision("RELAX", 4, dtype=F64, approx_hidden_dims=(7,))
     x, u = torch.randn(B, F, dtype=F64), torch.rand(2, B, 4, dtype=F64)
@@ -246,7 +247,7 @@ def test_relax() -> None:
 
 def test_relax_has_no_bias() -> None:
     """The mean of many estimates is the gradient of the expected reward, within five standard errors."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     N, reward = 40_000, torch.tensor([1.0, -0.5, 0.2, 0.7], dtype=F64)
     made: Any = decision("RELAX", 4, dtype=F64, approx_hidden_dims=(8,))
     x = torch.randn(1, F, dtype=F64).expand(N, F)

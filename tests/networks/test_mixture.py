@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastroute import use_backend
 from fastroute.networks import Initialization, Selection, Sequential, TopKGating
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, gradients, linears, start
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported
@@ -33,7 +33,7 @@ B, k = ACTIONS.shape
 
 
 def weights_of(actions: Tensor, seed: int = 0) -> Tensor:
-    return torch.randn(actions.shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    return torch.randn(actions.shape, generator=seeds.generator(seed), dtype=F64)
 
 
 def by_loop(modules: Any, x: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def test_the_same_as_a_loop(name: str, backend: str) -> None:
             else:
                 y, meta, actions = selection(leaf, start(x), ACTIONS, weights=w)
                 assert actions is ACTIONS and len(meta) == B and not y[2].any()
-            y.backward(torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1)))
+            y.backward(torch.randn(y.shape, dtype=F64, generator=seeds.generator(1)))
         assert leaf.grad is not None and w.grad is not None
         assert apart or (not leaf.grad[2].any() and not w.grad[ACTIONS < 0].any())
         both.append({"y": y.detach(), "x": leaf.grad, "weights": w.grad, **gradients(selection)})
@@ -80,7 +80,7 @@ def test_any_histogram(backend: str, data: st.DataObject) -> None:
     modules, k, size = data.draw(st.integers(2, 6)), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 30))
     names = data.draw(st.lists(st.integers(-1, modules - 1), min_size=1, max_size=4))
     seed = data.draw(strategies.seeds)
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     actions = torch.tensor(names)[torch.randint(len(names), (size, k))]
     dtype = data.draw(st.sampled_from([torch.int64, torch.int32, torch.int8]))
     selection = linears(modules, unused_grad="zeros").double()
@@ -149,7 +149,7 @@ def test_without_weights_it_is_a_sum() -> None:
 @pytest.mark.parametrize("name", ["linear", "deep", "different-depths"])
 def test_laws(name: str, backend: str) -> None:
     selection, x = made(name)
-    w, order = weights_of(ACTIONS), torch.randperm(B, generator=torch.Generator().manual_seed(2))
+    w, order = weights_of(ACTIONS), torch.randperm(B, generator=seeds.generator(2))
     with use_backend(backend):
 
         def run(x: Tensor, actions: Tensor, w: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -169,7 +169,7 @@ def test_laws(name: str, backend: str) -> None:
         twice = torch.cat([ACTIONS[:, :1], ACTIONS[:, :1]], 1)
         halves = torch.cat([0.25 * w[:, :1], 0.75 * w[:, :1]], 1)
         assert_same(run(x, twice, halves), run(x, ACTIONS[:, :1], w[:, :1]), "the same module twice")
-        labels = torch.randperm(K, generator=torch.Generator().manual_seed(3))
+        labels = torch.randperm(K, generator=seeds.generator(3))
         moved = Selection(*[selection._submodules[int(i)] for i in labels])
         renamed = torch.where(ACTIONS >= 0, labels.argsort()[ACTIONS.clamp(min=0)], ACTIONS)
         assert_same(moved(x, start(x), renamed, weights=w)[0].detach(), whole, "relabelled modules")
@@ -219,7 +219,7 @@ def test_what_takes_nothing_passes_on_request() -> None:
 
 
 def test_dropout_is_drawn_per_entry() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     selection = Selection(*[nn.Sequential(nn.Identity(), nn.Dropout(0.5)) for _ in range(3)])
     x, actions = torch.ones(2000, 4), torch.tensor([[0, 2]]).expand(2000, 2)
     y = selection(x, start(x), actions)[0]
@@ -283,7 +283,7 @@ def test_a_single_module() -> None:
 @pytest.mark.parametrize("name", ["linear", "deep"])
 def test_compile(name: str) -> None:
     selection, _ = made(name, unused_grad="zeros")
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
 
     def call(x: Tensor, actions: Tensor, w: Tensor) -> Tensor:
         y: Tensor = selection(*Initialization()(x)[:2], actions, weights=w)[0]
@@ -306,7 +306,7 @@ class Gated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         self.gate, self.select = TopKGating(K, F, 2, capacity=1.5), linears(K)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,7 +317,7 @@ class Gated(nn.Module):
 
 @each_backend
 def test_export(backend: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     example, *others = [torch.randn(size, F, generator=generator) for size in (7, 2, 33)]
 
     class Rounded(Gated):
@@ -330,7 +330,7 @@ def test_export(backend: str) -> None:
 
 
 def test_weights_come_from_the_gating() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     gating, selection = TopKGating(K, F, 2), linears(K, outputs=5)
     x = torch.randn(7, F)
     _, meta, actions = gating(x, start(x))
@@ -354,7 +354,7 @@ def test_weights_come_from_the_gating() -> None:
 
 def test_several_gatings_of_one_batch() -> None:
     """Views of it and layers of it are told apart by their actions."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     gatings, selection = [TopKGating(K, F, 2) for _ in range(2)], linears(K)
     x = torch.randn(7, F)
     meta = start(x)

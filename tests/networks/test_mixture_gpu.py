@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.networks import Initialization, MoE, Selection, TopKGating
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.ops.test_expert_ffn import ACTIONS, ffn_case, truth
@@ -58,7 +59,7 @@ class Net(nn.Module):
 
 
 def prepared() -> tuple[Net, Tensor, Tensor]:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     return Net().to(GPU), torch.randn(300, 32, device=GPU), torch.rand(300, device=GPU) < 0.8
 
 

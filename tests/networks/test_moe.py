@@ -21,7 +21,7 @@ import fastroute
 from fastroute import use_backend
 from fastroute.networks import MoE
 from fastroute.reference.grouped_linear import ACTIVATIONS
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported
@@ -33,12 +33,12 @@ D, H, E = 8, 6, 5
 
 
 def layer(k: int = 2, *, seed: int = 0, dtype: torch.dtype = F64, **options: Any) -> MoE:
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     return MoE(D, H, E, k, dtype=dtype, **options)
 
 
 def tokens(*lead: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*lead, D, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(*lead, D, generator=seeds.generator(seed), dtype=F64).to(dtype)
 
 
 def by_loop(moe: MoE, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def by_loop(moe: MoE, x: Tensor) -> Tensor:
 def outcome(call: Any, moe: MoE, x: Tensor) -> dict[str, Tensor]:
     leaves = {"x": x.clone().requires_grad_(), **dict(moe.named_parameters())}
     y = call(leaves["x"])
-    cotangent = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    cotangent = torch.randn(y.shape, dtype=F64, generator=seeds.generator(1)).to(y.dtype)
     grads = torch.autograd.grad(y, list(leaves.values()), cotangent)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -133,7 +133,7 @@ def test_gradcheck() -> None:
 @each_backend
 def test_laws(backend: str) -> None:
     moe, x = layer(shared_experts=1, z_loss=0.1), tokens(12)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(12, generator=seeds.generator(0))
     with use_backend(backend), torch.no_grad():
         y, aux = moe(x, return_aux=True)
         assert torch.equal(moe(x), y) and torch.equal(moe(x.view(3, 4, D)), y.view(3, 4, D))
@@ -141,7 +141,7 @@ def test_laws(backend: str) -> None:
         assert_same(turned, y[order], "permuted tokens")
         assert_same(turned_aux.loss, aux.loss)
         assert_same(torch.cat([moe(x[:5]), moe(x[5:])]), y, "joined batches")
-        labels = torch.randperm(E, generator=torch.Generator().manual_seed(1))
+        labels = torch.randperm(E, generator=seeds.generator(1))
         moved = copy.deepcopy(moe)
         for p in (moved.w_gate_up, moved.w_down, moved.gate.router.weight):
             p.copy_(p[labels])
@@ -166,7 +166,7 @@ def test_not_a_number_stays_in_its_token() -> None:
 
 
 def test_one_expert_of_one_is_a_feed_forward_network() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     moe, x = MoE(D, H, 1, 1, dtype=F64), tokens(6)
     g, v = (x @ moe.w_gate_up[0].mT).chunk(2, -1)
     assert_same(moe(x).detach(), ((nn.functional.silu(g) * v) @ moe.w_down[0].mT).detach())
@@ -190,7 +190,7 @@ def test_activation_memory_does_not_grow_with_k_or_width(backend: str) -> None:
     N, width = 64, 32
     kept = {}
     for k, hidden in ((1, 16), (8, 16), (1, 256), (8, 256)):
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         moe = MoE(width, hidden, 8, k)
         own, saved = {p.data_ptr() for p in moe.parameters()}, {}
 

@@ -18,6 +18,7 @@ from fastroute.networks import Loss, NegLossReward
 from fastroute.networks import loss as module
 from fastroute.networks.entries import Entries
 from fastroute.networks.record import Record
+from tests.helpers import seeds
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.networks import LEARNING, F, decision, start
 from tests.helpers.opcheck import assert_same
@@ -42,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
 
 
 def records(layers: list[Any], mask: bool = False, added: bool = False) -> Any:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x = torch.randn(B, F, dtype=next(layers[0].parameters()).dtype)
     meta = start(x)
     for t, layer in enumerate(layers):
@@ -54,7 +55,7 @@ def records(layers: list[Any], mask: bool = False, added: bool = False) -> Any:
 
 
 def routing(meta: Any, dtype: torch.dtype = F64, gamma: float = 0.7, **options: Any) -> Tensor:
-    losses = torch.randn(B, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype)
+    losses = torch.randn(B, generator=seeds.generator(3), dtype=F64).to(dtype)
     made: Tensor = Loss(nn.MSELoss(), NegLossReward(), gamma, **options)(
         torch.zeros(B, 1), meta, None, external_losses=losses, reduce=False
     )[1]
@@ -119,7 +120,7 @@ def test_views(calls: list[list[str]]) -> None:
     layers = [decision("ActorCritic", 3, dtype=F64) for _ in range(2)]
     meta = records(layers, mask=True)
     whole, rows = routing(meta), [4, 0, 5]
-    losses = torch.randn(B, generator=torch.Generator().manual_seed(3), dtype=F64)[rows]
+    losses = torch.randn(B, generator=seeds.generator(3), dtype=F64)[rows]
     for part in (meta[rows], [meta[i] for i in rows]):
         loss = Loss(nn.MSELoss(), NegLossReward(), 0.7)
         made = loss(torch.zeros(3, 1), part, None, external_losses=losses, reduce=False)[1]
@@ -188,7 +189,7 @@ def test_algorithms(cls: type[networks.Decision], algorithm: str | None) -> None
 
 def test_a_users_subclass(calls: list[list[str]]) -> None:
     for cls in (SameLoss, OwnLoss, OwnAdvantage):
-        torch.manual_seed(0)
+        seeds.manual_seed(0)
         meta = records([cls(3, F, dtype=F64)])
         column = meta.records[0].columns
         made = routing(meta)
@@ -218,7 +219,7 @@ def test_who_does_not_go_through_the_op(calls: list[list[str]]) -> None:
 
 
 def told_reward() -> Tensor:
-    return -torch.randn(B, generator=torch.Generator().manual_seed(3), dtype=F64).float()
+    return -torch.randn(B, generator=seeds.generator(3), dtype=F64).float()
 
 
 # ----------------------------------------------------------------------------------------------------- what it takes

@@ -22,7 +22,7 @@ from fastroute.networks import (
     RoutingLSTMCell,
     Trajectory,
 )
-from tests.helpers import golden
+from tests.helpers import golden, seeds
 
 B, IN, H, K = 7, 5, 4, 3
 CELLS = [RoutingLSTMCell, RoutingGRUCell]
@@ -39,13 +39,13 @@ each_setting = pytest.mark.parametrize(("routed", "depth", "recurrent"), SETTING
 
 def build(cell_class: Any, routed: tuple[bool, bool], depth: int, recurrent: bool, **options: Any) -> Any:
     options = {"dtype": torch.float64, "routing_agent": REINFORCE, **options}
-    torch.manual_seed(3)
+    seeds.manual_seed(3)
     agent = options.pop("routing_agent")
     return cell_class(IN, H, K, depth, agent, *routed, recurrent, **options)
 
 
 def inputs(cell: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Any]:
-    generator = torch.Generator().manual_seed(5)
+    generator = seeds.generator(5)
     x, h, c = (torch.randn(B, n, dtype=dtype, generator=generator) for n in (IN, H, H))
     return x, (h, c) if isinstance(cell, RoutingLSTMCell) else h
 
@@ -53,7 +53,7 @@ def inputs(cell: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Any]:
 def random_actions(cell: Any, seed: int = 0) -> Tensor:
     decisions = cell.depth_routing * (cell.route_i2h + cell.route_h2h)
     choices = K + 1 if cell.recurrent else K
-    return torch.randint(choices, (decisions, B), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(choices, (decisions, B), generator=seeds.generator(seed))
 
 
 def parts(state: Any) -> tuple[Tensor, ...]:
@@ -278,7 +278,7 @@ def test_a_trajectory_replays(cell_class: Any, recurrent: bool) -> None:
     cell = build(cell_class, (True, True), 3, recurrent)
     x, state = inputs(cell)
     mask = torch.arange(B) != 4
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     found, meta = cell(x, state, mask=mask)
     again, replayed = cell(x, state, mask=mask, forced_actions=meta.actions)
     assert all(torch.equal(a, b) for a, b in zip(parts(found), parts(again), strict=True))
@@ -326,7 +326,7 @@ class Last(nn.Module):
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_sequences_train(cell_class: Any, recurrent: bool) -> None:
     """Which half of a sequence has the larger sum: learned with the decisions of all time steps in one trajectory."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     xs = torch.randn(128, 4, 2)
     ys = (xs[:, :2, 0].sum(1) > xs[:, 2:, 0].sum(1)).long()
     model = Last(cell_class(2, 12, 2, 2, REINFORCE, True, True, recurrent), 2)
@@ -372,7 +372,7 @@ SUMS = [
 @pytest.mark.parametrize(("algo", "formula"), SUMS)
 def test_a_decision_taken_again_is_two_alike(algo: str, formula: str) -> None:
     """One decision object at every step learns what as many copies of it learn together."""
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     decide = getattr(networks, algo)(K, IN, formula=formula, exploration=0.5, dtype=torch.float64)
     xs = torch.randn(3, B, IN, dtype=torch.float64)
     actions = torch.randint(K, (3, B))

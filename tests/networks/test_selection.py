@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastroute import use_backend
 from fastroute.networks import MLP, Selection, bank
+from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, gradients, linears, start
 from tests.helpers.opcheck import assert_same
@@ -93,7 +94,7 @@ STACKS = {**ALIKE, **UNLIKE}
 
 
 def made(name: str, seed: int = 0, **options: Any) -> tuple[Selection, Tensor]:
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     make, shape = STACKS[name]
     selection = Selection(*[make(k) for k in range(K)], **options).double()
     with torch.no_grad():  # norms start with ones and zeros, which would hide a mix-up
@@ -112,7 +113,7 @@ def test_the_same_as_one_by_one(name: str, backend: str) -> None:
         leaf = x.clone().requires_grad_()
         with use_backend(backend):
             y = one_by_one(selection._submodules, leaf, ACTIONS) if apart else selection(leaf, start(x), ACTIONS)[0]
-            y.backward(torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(1)))
+            y.backward(torch.randn(y.shape, dtype=F64, generator=seeds.generator(1)))
         assert leaf.grad is not None and (apart or not y[ACTIONS < 0].any()) and not leaf.grad[ACTIONS < 0].any()
         both.append({"y": y.detach(), "x": leaf.grad, **gradients(selection)})
     for key, expected in both[1].items():
@@ -222,7 +223,7 @@ def test_large_images_are_not_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dropout_is_drawn_per_element() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     selection = Selection(*[nn.Sequential(nn.Identity(), nn.Dropout(0.5)) for _ in range(3)])
     x, actions = torch.ones(3000, 4), torch.arange(3000) % 3
     y = selection(x, start(x), actions)[0]
@@ -234,7 +235,7 @@ def test_dropout_is_drawn_per_element() -> None:
 @pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.Hardtanh(inplace=True), nn.Dropout(0.5, inplace=True)])
 @pytest.mark.parametrize("where", ["alone", "first", "last"])
 def test_working_in_place_leaves_the_input_alone(act: nn.Module, where: str) -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
 
     def module() -> nn.Module:
         one = copy.deepcopy(act)
@@ -311,7 +312,7 @@ def test_modules_may_be_exchanged() -> None:
 
 
 def test_options_may_change() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     selection = Selection(
         *[nn.Sequential(nn.Linear(F, 4), nn.LeakyReLU(0.1), nn.LayerNorm(4)) for _ in range(4)]
     ).double()
@@ -327,7 +328,7 @@ def test_options_may_change() -> None:
 
 def test_batchnorm_in_training() -> None:
     """Every module's statistics are of its own samples, in one call."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     selection = Selection(*[nn.Sequential(nn.Linear(F, 3), nn.BatchNorm1d(3)) for _ in range(K)])
     apart = copy.deepcopy(selection._submodules)
     x = torch.randn(B, F)

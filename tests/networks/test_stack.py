@@ -14,6 +14,7 @@ from fastroute import use_backend
 from fastroute.networks import MLP, RELAX, Loss, NegLossReward, Selection, bank
 from fastroute.networks.stack import Stack
 from fastroute.ops import dispatch
+from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import LEARNING, F, decision, play, scatter_tables, start
 from tests.helpers.opcheck import assert_same
@@ -32,7 +33,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def modules(kind: str) -> nn.ModuleList:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     made = nn.ModuleList(KINDS[kind]() for _ in range(K)).double()
     with torch.no_grad():
         for p in made.parameters():  # norms start out alike
@@ -152,7 +153,7 @@ def test_what_cannot_be_stacked(unlike: list[nn.Module]) -> None:
 
 
 def network(algo: str, storage: str, stacked: bool, hidden: tuple[int, ...] = ()) -> nn.ModuleDict:
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     decisions = nn.ModuleList(
         decision(algo, K, 3, policy_storage_type=storage, approx_hidden_dims=hidden, stacked=stacked) for _ in range(2)
     )

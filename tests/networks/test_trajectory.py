@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastroute import networks
 from fastroute.networks import Loss, NegLossReward, SampleMetaInformation, Trajectory
+from tests.helpers import seeds
 from tests.helpers.networks import F, decision, linears, play, start
 
 KEYS = {"actions", "is_exploratory", "states", "loss_funcs", "reward_func"}
@@ -23,7 +24,7 @@ def routed(
     B: int = 6, tasks: Any = (), mask: Tensor | None = None, seed: int = 0
 ) -> tuple[Tensor, Any, list[Any], Any]:
     """Two layers, WPL then REINFORCE; the mask is the second's."""
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
     x = torch.randn(B, F)
     layers = [decision("WPL", 4), decision("REINFORCE", 3)]
     y, meta, actions = play(layers, [linears(4), linears(3)], x, tasks=tasks, masks=(None, mask))
@@ -219,7 +220,7 @@ def test_rewards_are_added(kind: Any) -> None:
 
 def test_rewards_of_each_step() -> None:
     """Between the decisions, they are the first one's."""
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x = torch.randn(4, F)
     layers = [decision("REINFORCE", 3) for _ in range(2)]
     forced = torch.tensor([0, 1, 2, 0])
@@ -246,7 +247,7 @@ def meta_log(layer: Any, x: Tensor, forced: Tensor) -> Tensor:
 
 
 def test_a_decision_on_a_part_writes_into_the_whole() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     x = torch.randn(6, F)
     meta = start(x, list(range(6)))
     layer, rows = decision("AAC", 3), [4, 1, 2]

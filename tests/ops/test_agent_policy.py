@@ -19,7 +19,7 @@ import fastroute
 from fastroute import ops, use_backend
 from fastroute.ops import dispatch
 from fastroute.ops.policy import KINDS
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.agent_policy_cases import (
     DIFFERENTIABLE,
     NETS,
@@ -126,7 +126,7 @@ def test_choices_are_those_of_policy(backend: str, data: st.DataObject) -> None:
     K = data.draw(st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 33])))
     kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(strategies.seeds)
     net = data.draw(st.sampled_from(sorted(NETS)))
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     options: dict[str, Any] = {"kind": kind, "temperature": data.draw(st.sampled_from([0.1, 1.0, 3.0]))}
     if data.draw(st.booleans()):
         options["uniform"] = torch.rand(N, K, generator=generator, dtype=F64)
@@ -192,7 +192,7 @@ def test_layouts(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
 @each_backend
 def test_what_is_not_a_number_stays_in_its_row(backend: str) -> None:
     case = case_of(torch.arange(12) % 3, 3, 4, 5, "critic", F32).with_inputs(forced=None)
-    u = torch.rand(12, 5, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(12, 5, generator=seeds.generator(0))
     bad = case.inputs["x"].clone()  # type: ignore[union-attr]
     bad[4, 2] = torch.nan
     clean, spoiled = (evaluate(op(backend), case.with_inputs(uniform=u, x=x)) for x in (case.inputs["x"], bad))
@@ -208,7 +208,7 @@ def test_what_is_not_a_number_stays_in_its_row(backend: str) -> None:
 
 
 def parameters_of(A: int, F: int, K: int, dtype: torch.dtype = F32) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     weights = [torch.randn(K, F, generator=generator).to(dtype).requires_grad_() for _ in range(A)]
     return weights, [torch.randn(K, generator=generator).to(dtype).requires_grad_() for _ in range(A)]
 
@@ -326,7 +326,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
 @pytest.mark.parametrize("backend, kind", [*((b, "softmax") for b in HERE), (HERE[-1], "shifted")])
 def test_compile(backend: str, kind: str) -> None:
     """Without looking at counts, on the reference in another order of sums."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     weights, biases = parameters_of(3, 4, 5, F64)
     critic, _ = parameters_of(3, 4, 5, F64)
     calls = [
@@ -361,7 +361,7 @@ class Greedy(nn.Module):
 
 @each_backend
 def test_export(backend: str) -> None:
-    example, *others = [torch.randn(B, 4, generator=torch.Generator().manual_seed(B)) for B in (6, 2, 33)]
+    example, *others = [torch.randn(B, 4, generator=seeds.generator(B)) for B in (6, 2, 33)]
     with use_backend(backend):
         check_exported(Greedy(), example, others, {0: torch.export.Dim("batch", min=2)})
 

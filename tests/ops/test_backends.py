@@ -16,7 +16,7 @@ from fastroute.ops._backends import Case, Decision, choose, decide, is_strict, m
 from fastroute.reference import tiles
 from tests.helpers.backends import HERE
 from tests.helpers.routing_cases import Size, vector_case, vector_op
-from tests.helpers.subprocesses import check_python, run_python
+from tests.helpers.subprocesses import check_python
 
 NATIVE = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 A_CASE = Case("vector_routing", "cpu", torch.float32, (("B", 2), ("n", 33), ("m", 5), ("d", 12)))
@@ -145,21 +145,28 @@ def test_auto_falls_back_for_a_dtype_that_native_does_not_take(on_reference: Spy
 
 
 def test_environment() -> None:
+    """It is read once per process, so in processes of their own, which share the import of PyTorch."""
     code = """
-import torch, fastroute
-print(fastroute.explain(fastroute.EfficientVectorRouting(4, 3, 6, 5), torch.zeros(2, 4, 6))[0].backend)
+import os
+import torch, torch._dynamo
+for name in ("reference", "", "fast"):
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    if name:
+        os.environ["FASTROUTE_BACKEND"] = name
+    import fastroute
+    layer, x = fastroute.EfficientVectorRouting(4, 3, 6, 5), torch.zeros(2, 4, 6)
+    try:
+        layer(x)
+        print(fastroute.explain(layer, x)[0].backend, flush=True)
+    except ValueError as error:
+        print(error, flush=True)
+    os._exit(0)
 """
-    assert check_python(code, {"FASTROUTE_BACKEND": "reference"}) == "reference\n"
-    assert check_python(code, {"FASTROUTE_BACKEND": None}) == ("native\n" if "native" in HERE else "reference\n")
-
-
-def test_environment_with_an_unknown_name() -> None:
-    ran = run_python(
-        "import torch, fastroute; fastroute.EfficientVectorRouting(4, 3, 6, 5)(torch.zeros(2, 4, 6))",
-        {"FASTROUTE_BACKEND": "fast"},
-    )
-    assert ran.returncode == 1
-    assert "ValueError: FASTROUTE_BACKEND: expected one of auto, triton, native, reference, got 'fast'" in ran.stderr
+    named, free, unknown = check_python(code, {"FASTROUTE_BACKEND": None}).splitlines()
+    assert named == "reference" and free == ("native" if "native" in HERE else "reference")
+    assert unknown == "FASTROUTE_BACKEND: expected one of auto, triton, native, reference, got 'fast'"
 
 
 # --------------------------------------------------------------------------------------------------- the machine

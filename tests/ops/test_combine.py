@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastroute.ops import combine
 from fastroute.reference.combine import combine as reference
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.opcheck import assert_same, check_compiled, gradcheck
@@ -23,7 +24,7 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 def combine_case(B: int, k: int, M: int, *, dropped: bool = True, dtype: torch.dtype = F32, seed: int = 0) -> Case:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=F64).to(dtype)

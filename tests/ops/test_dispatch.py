@@ -14,6 +14,7 @@ from torch import Tensor
 from fastroute import use_backend
 from fastroute.ops import dispatch
 from fastroute.reference import dispatch as reference
+from tests.helpers import seeds
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.dispatch_cases import HISTOGRAMS, actions_of
 from tests.helpers.opcheck import opcheck
@@ -93,7 +94,7 @@ def test_actions_as_users_give_them() -> None:
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_plans_of_several_modules_a_sample(backend: str, k: int) -> None:
     """Entries are those of the flattened actions; a sample may name a module twice, or none."""
-    actions = torch.randint(-1, 4, (17, k), generator=torch.Generator().manual_seed(0))
+    actions = torch.randint(-1, 4, (17, k), generator=seeds.generator(0))
     with use_backend(backend):
         made, flat = dispatch.plan(actions, 4), dispatch.plan(actions.reshape(-1), 4)
     assert all(map(torch.equal, made[:3], flat[:3])) and made.bounds == flat.bounds and made.per_sample == k

@@ -21,7 +21,7 @@ from fastroute import use_backend
 from fastroute.ops import dispatch, expert_ffn
 from fastroute.reference import expert_ffn as reference
 from fastroute.reference.grouped_linear import ACTIVATIONS
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -49,7 +49,7 @@ def ffn_case(
     actions: list[list[int]] | Tensor, D: int = 9, H: int = 6, P: int = 8, *, K: int = 5, gated: bool = True,
     weights: bool = True, dtype: torch.dtype = F32, seed: int = 0,
 ) -> Case:  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
@@ -139,7 +139,7 @@ def test_any_histogram(backend: str, data: st.DataObject) -> None:
     """In float64, against the definition."""
     K, k, B = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 40))
     names = data.draw(st.lists(st.integers(-1, K - 1), min_size=1, max_size=4))  # few names: many empty experts
-    picks = torch.randint(len(names), (B, k), generator=torch.Generator().manual_seed(data.draw(strategies.seeds)))
+    picks = torch.randint(len(names), (B, k), generator=seeds.generator(data.draw(strategies.seeds)))
     gated, activation = data.draw(st.booleans()), data.draw(st.sampled_from(sorted(ACTIVATIONS)))
     case = ffn_case(
         torch.tensor(names)[picks], data.draw(strategies.widths), data.draw(strategies.widths),
@@ -261,7 +261,7 @@ def test_a_dropped_sample_may_be_anything(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=pytest.mark.long)], ids=["fp32", "bf16"])
 def test_opcheck(backend: str, gated: bool, dtype: torch.dtype) -> None:
     for weighted in (True, False):
         case = ffn_case(ACTIONS["mixed"], 4, 3, 2, gated=gated, weights=weighted, dtype=dtype)
@@ -278,7 +278,7 @@ class Layer(nn.Module):
 
     def __init__(self, dtype: torch.dtype = F32) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = seeds.generator(0)
         self.w_in = nn.Parameter(torch.randn(3, 10, 4, dtype=dtype, generator=generator))
         self.w_out = nn.Parameter(torch.randn(3, 6, 5, dtype=dtype, generator=generator))
 
@@ -289,7 +289,7 @@ class Layer(nn.Module):
 
 @each_backend
 def test_compile(backend: str) -> None:
-    layer, generator = Layer(), torch.Generator().manual_seed(0)
+    layer, generator = Layer(), seeds.generator(0)
     calls = [(torch.randn(B, 4, generator=generator).requires_grad_(),) for B in (16, 7, 33)]
     with use_backend(backend):
         check_compiled(layer, calls, parameters=list(layer.parameters()))
@@ -297,7 +297,7 @@ def test_compile(backend: str) -> None:
 
 @each_backend
 def test_export(backend: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     example, *others = [torch.randn(B, 4, generator=generator) for B in (6, 2, 33)]
     with use_backend(backend):
         check_exported(Layer(), example, others, {0: torch.export.Dim("batch", min=2, max=4096)})

@@ -12,6 +12,7 @@ from fastroute import use_backend
 from fastroute.ops import grouped_linear
 from fastroute.ops._backends import missing
 from fastroute.ops.dispatch import plan
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same
@@ -32,11 +33,11 @@ SIZES = (
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
 
 
 def some_actions(rows: int, modules: int) -> Tensor:
-    return torch.randint(-1, modules, (rows,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(-1, modules, (rows,), generator=seeds.generator(0))
 
 
 def run(

@@ -21,7 +21,7 @@ import fastroute
 from fastroute import ops, use_backend
 from fastroute.reference import policy as reference
 from fastroute.reference.policy import KINDS
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -35,12 +35,12 @@ needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extensio
 
 
 def draws(N: int, K: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.rand(N, K, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(N, K, dtype=dtype, generator=seeds.generator(seed))
 
 
 def value_case(N: int, K: int, dtype: torch.dtype = F32, seed: int = 0, scale: float = 2.0) -> Case:
     """Of forced actions, some negative: then no rounding can change a choice."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     acc = torch.promote_types(dtype, F32)
     scores = (torch.randn(N, K, generator=generator, dtype=F64) * scale).to(dtype)
     forced = torch.randint(-1, K, (N,), generator=generator)
@@ -104,7 +104,7 @@ def test_choices(backend: str, data: st.DataObject) -> None:
     N = data.draw(st.integers(0, 20))
     K = data.draw(st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 33, 100])))
     kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(strategies.seeds)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeds.generator(seed)
     scores = torch.randn(N, K, generator=generator, dtype=F64)
     options: dict[str, Any] = {"kind": kind, "temperature": data.draw(st.sampled_from([0.1, 1.0, 3.0]))}
     if data.draw(st.booleans()):
@@ -136,7 +136,7 @@ def test_choices(backend: str, data: st.DataObject) -> None:
 
 @each_backend
 def test_a_coin_without_uniform_is_greedy(backend: str) -> None:
-    scores = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(30, 4, generator=seeds.generator(0))
     made = chosen(backend, scores, coin=torch.zeros(30), exploration=1.0)
     assert torch.equal(made.actions, scores.argmax(1))
 
@@ -155,7 +155,7 @@ def test_ties(backend: str, kind: str) -> None:
 @each_kind
 @each_dtype
 def test_what_is_not_a_number_stays_in_its_row(backend: str, kind: str, dtype: torch.dtype) -> None:
-    scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores = torch.randn(6, 4, generator=seeds.generator(0)).to(dtype)
     uniform = draws(6, 4, dtype=torch.promote_types(dtype, F32))
     clean, clean_grad = _with_gradient(backend, scores, kind, uniform)
     for spoiled in (math.nan, math.inf, -math.inf):
@@ -233,7 +233,7 @@ def test_draws_have_their_probabilities(backend: str, kind: str, temperature: fl
 @each_backend
 def test_coins_have_their_frequency(backend: str) -> None:
     N, exploration = 20_000, 0.3
-    coin = torch.rand(N, generator=torch.Generator().manual_seed(0))
+    coin = torch.rand(N, generator=seeds.generator(0))
     scores = torch.tensor([0.0, 1.0, 0.5, 0.2]).expand(N, 4)
     made = chosen(backend, scores, kind="score", uniform=draws(N, 4), coin=coin, exploration=exploration)
     counts = torch.bincount(made.actions, minlength=4)
@@ -262,7 +262,7 @@ def test_opcheck(dtype: torch.dtype, kind: str) -> None:
 
 @pytest.mark.parametrize("backend, kind", [*((b, "softmax") for b in HERE), (HERE[0], "shifted"), (HERE[-1], "score")])
 def test_compile(backend: str, kind: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     calls = [
         (torch.randn(B, 4, generator=generator, dtype=F64).requires_grad_(), draws(B, 4, B, F64),
          torch.rand(B, generator=generator, dtype=F64))
@@ -297,7 +297,7 @@ class Greedy(nn.Module):
 
 @each_backend
 def test_export(backend: str) -> None:
-    example, *others = [torch.randn(B, 4, generator=torch.Generator().manual_seed(B)) for B in (6, 2, 33)]
+    example, *others = [torch.randn(B, 4, generator=seeds.generator(B)) for B in (6, 2, 33)]
     with use_backend(backend):
         check_exported(Greedy(), example, others, {0: torch.export.Dim("batch", min=2)})
 

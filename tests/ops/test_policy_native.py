@@ -9,6 +9,7 @@ from torch import Tensor
 from fastroute import use_backend
 from fastroute.ops._backends import missing
 from fastroute.ops.policy import KINDS, policy
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same
@@ -21,7 +22,7 @@ WAYS = ("greedy", "draw", "coin", "forced")
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
 
 
 def some_choices(way: str, N: int, K: int, dtype: torch.dtype) -> dict[str, Tensor]:

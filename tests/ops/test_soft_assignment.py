@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastroute
 from fastroute import ops, use_backend
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.assignment_cases import FORMS, SHARED, case_of, op, truth
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
@@ -231,7 +231,7 @@ class Mean(nn.Module):
 
 @each_backend
 def test_compile(backend: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeds.generator(0)
     calls = [
         (torch.randn(B, 7, 4, generator=generator, dtype=F64, requires_grad=True),
          torch.randn(B, 7, 1, 6, generator=generator, dtype=F64, requires_grad=True))
@@ -244,7 +244,7 @@ def test_compile(backend: str) -> None:
 
 @each_backend
 def test_export(backend: str) -> None:
-    example, *others = [torch.randn(B, 5, 4, generator=torch.Generator().manual_seed(B)) for B in (6, 2, 33)]
+    example, *others = [torch.randn(B, 5, 4, generator=seeds.generator(B)) for B in (6, 2, 33)]
     with use_backend(backend):
         check_exported(Mean(), example, others, {0: torch.export.Dim("batch", min=2)})
 

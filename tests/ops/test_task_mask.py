@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastroute
 from fastroute import ops, use_backend
 from fastroute.reference import task_mask as reference
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -35,11 +35,11 @@ T = 7
 
 
 def random_mapping(C: int, tasks: int = T, seed: int = 0) -> Tensor:
-    return (torch.rand(tasks, C, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
+    return (torch.rand(tasks, C, generator=seeds.generator(seed)) < 0.5).float()
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(shape, generator=seeds.generator(seed), dtype=F64).to(dtype)
 
 
 def some_tasks(kind: str, B: int, seed: int = 0) -> int | Tensor:
@@ -47,7 +47,7 @@ def some_tasks(kind: str, B: int, seed: int = 0) -> int | Tensor:
         return 3
     if kind == "scalar":
         return torch.tensor(3)
-    tasks = torch.randint(0, T, (B,), generator=torch.Generator().manual_seed(seed))
+    tasks = torch.randint(0, T, (B,), generator=seeds.generator(seed))
     return tasks.int() if kind == "int32" else tasks
 
 
@@ -161,11 +161,11 @@ def test_any_call(backend: str, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(sizes, min_size=2, max_size=5)))
     hypothesis.assume(math.prod(shape) < 40_000)
     tasks, seed = data.draw(st.integers(1, 9)), data.draw(strategies.seeds)
-    mapping = (torch.rand(tasks, shape[1], generator=torch.Generator().manual_seed(seed)) < data.draw(
+    mapping = (torch.rand(tasks, shape[1], generator=seeds.generator(seed)) < data.draw(
         st.sampled_from([0.0, 0.2, 0.5, 1.0]))).to(data.draw(st.sampled_from([F32, BF16, torch.bool])))  # fmt: skip
     task: int | Tensor = data.draw(st.integers(0, tasks - 1))
     if data.draw(st.booleans()):
-        task = torch.randint(0, tasks, shape[:1], generator=torch.Generator().manual_seed(seed))
+        task = torch.randint(0, tasks, shape[:1], generator=seeds.generator(seed))
     x = randn(*shape, seed=seed, dtype=data.draw(strategies.dtypes(F32, F64, BF16)))
     x = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](x)
     relu, inplace = data.draw(st.booleans()), data.draw(st.booleans())
@@ -443,11 +443,11 @@ def test_samples_are_independent(backend: str, relu: bool) -> None:
     mapping, tasks, x = random_mapping(9), some_tasks("each", 6), randn(6, 9, 5)
     with use_backend(backend):
         y = ops.task_mask(x, mapping, tasks, relu=relu)
-        order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(6, generator=seeds.generator(0))
         assert torch.equal(ops.task_mask(x[order], mapping, tasks[order], relu=relu), y[order])  # type: ignore[index]
         parts = [ops.task_mask(x[b : b + 1], mapping, int(tasks[b]), relu=relu) for b in range(6)]  # type: ignore[index]
         assert torch.equal(torch.cat(parts), y)
-        names = torch.randperm(T, generator=torch.Generator().manual_seed(1))
+        names = torch.randperm(T, generator=seeds.generator(1))
         assert torch.equal(ops.task_mask(x, mapping[names.argsort()], names[tasks], relu=relu), y)
         assert torch.equal(ops.task_mask(y, mapping, tasks, relu=relu), y)
 
@@ -558,7 +558,7 @@ def test_export(backend: str, inplace: bool) -> None:
 def test_vmap(backend: str, relu: bool) -> None:
     """Over tasks, over inputs, over both, and of gradients."""
     mapping, x = random_mapping(5), randn(3, 5, 4)
-    many, each = randn(T, 3, 5, 4, seed=1), torch.randint(0, T, (T, 3), generator=torch.Generator().manual_seed(0))
+    many, each = randn(T, 3, 5, 4, seed=1), torch.randint(0, T, (T, 3), generator=seeds.generator(0))
     fn = partial(ops.task_mask, relu=relu)
     with use_backend(backend):
         for axes, *given in (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastroute import ops, use_backend
 from fastroute.reference import task_mask as reference
+from tests.helpers import seeds
 from tests.helpers.backends import HERE
 from tests.helpers.layouts import Fenced
 
@@ -19,7 +20,7 @@ LARGE = (3, 7, 731, 701)
 
 
 def mapping_of(C: int) -> Tensor:
-    return (torch.rand(T, C, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+    return (torch.rand(T, C, generator=seeds.generator(1)) < 0.5).float()
 
 
 def checked(x: Tensor, fence: Fenced, relu: bool, task: int | Tensor) -> None:

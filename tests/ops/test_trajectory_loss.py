@@ -21,7 +21,7 @@ from fastroute import ops, use_backend
 from fastroute.ops.trajectory_loss import laid_out
 from fastroute.reference import trajectory_loss as reference
 from fastroute.reference.trajectory_loss import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
-from tests.helpers import strategies
+from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check, yardstick_of
 from tests.helpers.cases import Case, Results, evaluate
@@ -202,7 +202,11 @@ def test_no_second_derivative(backend: str) -> None:
 
 
 @needs_native
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype",
+    [F32, *(pytest.param(d, marks=pytest.mark.long) for d in (F64, BF16, F16))],
+    ids=["fp32", "fp64", "bf16", "fp16"],
+)
 @pytest.mark.parametrize("want", [True, False])
 def test_opcheck(dtype: torch.dtype, want: bool) -> None:
     for kinds in (KINDS, ("QLearning",), (SILENT,)):
@@ -242,7 +246,7 @@ class Evaluated(nn.Module):
 
 @each_backend
 def test_export(backend: str) -> None:
-    example, *others = [torch.randn(B, 3, generator=torch.Generator().manual_seed(B)) for B in (6, 2, 33)]
+    example, *others = [torch.randn(B, 3, generator=seeds.generator(B)) for B in (6, 2, 33)]
     with use_backend(backend):
         check_exported(Evaluated(), example, others, {0: torch.export.Dim("batch", min=2)})
 

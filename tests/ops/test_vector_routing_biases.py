@@ -11,6 +11,7 @@ from torch import Tensor
 from fastroute import use_backend
 from fastroute.ops import vector_routing
 from fastroute.ops._backends import missing
+from tests.helpers import seeds
 
 F32, F64 = torch.float32, torch.float64
 
@@ -24,7 +25,7 @@ def test_a_bias_is_not_rounded_alike_in_all_rows() -> None:
     """A constant added to numbers that are rounded already is rounded the same way in each of them, and p, the sum of
     all rows, collects that. Two plain sums of such numbers, made in float64, are what the kernel has to beat."""
     n, d, m = 20_000, 16, 64
-    g = torch.Generator().manual_seed(0)
+    g = seeds.generator(0)
     x, use, ign = torch.randn(1, n, d, generator=g), *torch.randn(2, m, d, generator=g) / 8
     bias_use, bias_ign = (torch.rand(2, m, generator=g) - 0.5) / 16
     gate, prior = torch.rand(1, n, generator=g), torch.full((m,), 1 / m)

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from fastroute.tasks import live, route, set_task
+from tests.helpers import seeds
 
 T = 5  #: tasks
 Task = int | Tensor
 
 
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return seeds.generator(seed)
 
 
 def conv_net(batch_norm: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
     """Three convolutions with routers, and a classifier with a routed hidden layer."""
-    torch.manual_seed(seed)
+    seeds.manual_seed(seed)
 
     def block(i: int, o: int) -> list[nn.Module]:
         return [nn.Conv2d(i, o, 3, padding=1), *([nn.BatchNorm2d(o)] if batch_norm else []), nn.ReLU(inplace=True)]

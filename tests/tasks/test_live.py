@@ -22,6 +22,7 @@ from fastroute.tasks import (
     set_task,
     vgg11_bn,
 )
+from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget
 from tests.tasks.nets import T, assert_same, conv_net, generator, images, passes, train, twin
 
@@ -168,7 +169,7 @@ def test_gradcheck() -> None:
 
 @st.composite
 def stacks(draw: st.DrawFn) -> tuple[nn.Sequential, int]:
-    torch.manual_seed(draw(st.integers(0, 99)))
+    seeds.manual_seed(draw(st.integers(0, 99)))
     width, found = 3, []
     for _ in range(draw(st.integers(1, 4))):
         out, kernel = draw(st.integers(1, 7)), draw(st.sampled_from([1, 3]))
@@ -323,7 +324,7 @@ def test_dropout_draws_as_before() -> None:
     slim = twin(masked)
     results = []
     for model in (slim, masked):
-        torch.manual_seed(5)
+        seeds.manual_seed(5)
         results.append(passes(model, images(), 2))
     assert_same(*results)
 
@@ -354,7 +355,7 @@ def test_routers_at_different_tasks() -> None:
     assert_same({"y": slim(images())}, {"y": masked(images())})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vgg() -> None:
     masked = vgg11_bn(task_count=3, sigma=0.75, generator=generator(), dtype=torch.float32)
     slim = twin(masked)
@@ -412,7 +413,7 @@ def test_routed_layers(kind: type[nn.Module], ends: tuple[bool, bool], task: int
     inp, out = routers()
     a, b = inp if ends[0] else None, out if ends[1] else None
     sizes = (6, 8, 3) if kind is RoutedConv2d else (6, 8)
-    torch.manual_seed(0)
+    seeds.manual_seed(0)
     layer = kind(*sizes, input_router=a, output_router=b).double()
     plain = (nn.Conv2d if kind is RoutedConv2d else nn.Linear)(*sizes).double()
     plain.load_state_dict(layer.state_dict())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastroute
 from fastroute.tasks import TaskRouter, set_task
+from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import evaluate
 from tests.helpers.layouts import LAYOUTS
@@ -47,7 +48,7 @@ def test_draws() -> None:
     expected = drawn.argsort(1).argsort(1) >= 3
     np.random.seed(3)
     TaskRouter(8, 4, 0)
-    torch.manual_seed(1)
+    seeds.manual_seed(1)
     for options in ({}, {"dtype": torch.float64}, {"inplace": True}):
         np.random.seed(3)
         assert (TaskRouter(8, 4, 3, **options).get_unit_mapping().numpy() == expected).all()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastroute
 from fastroute import use_backend
 from fastroute.tasks import VGG, TaskRouter, set_task, vgg, vgg11, vgg11_bn
+from tests.helpers import seeds
 from tests.helpers.opcheck import assert_same
 from tests.helpers.tasks import T, images, small_vgg, tasks_of
 
@@ -128,14 +129,14 @@ def test_training_a_batch_of_tasks() -> None:
 def test_random_draws(batch_norm: bool) -> None:
     """Masks in the order of the layers from NumPy; weights as torchvision's are, from torch."""
     np.random.seed(4)
-    torch.manual_seed(4)
+    seeds.manual_seed(4)
     model = small_vgg(batch_norm, seed=4)
     np.random.seed(4)
     for router in (m for m in model.modules() if isinstance(m, TaskRouter)):
         drawn = np.random.rand(T, router.unit_count)
         off = router.unit_count // 2
         assert (router.get_unit_mapping().numpy() == (drawn.argsort(1).argsort(1) >= off)).all()
-    torch.manual_seed(4)
+    seeds.manual_seed(4)
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
     for layer in layers:
         type(layer).reset_parameters(copy.deepcopy(layer))  # the constructors' draws
@@ -154,9 +155,7 @@ def test_options() -> None:
     plain = small_vgg(init_weights=False)
     assert (plain.classifier_0[0].bias != 0).any()
     made = [
-        vgg11(
-            False, 4, 0.5, generator=torch.Generator().manual_seed(1), balanced=True, init_weights=False, active_task=3
-        )
+        vgg11(False, 4, 0.5, generator=seeds.generator(1), balanced=True, init_weights=False, active_task=3)
         for _ in range(2)
     ]
     for a, b in zip(made[0].modules(), made[1].modules(), strict=True):

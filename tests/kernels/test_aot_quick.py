@@ -1,0 +1,29 @@
+"""A case of every file of kernels, compiled for one architecture: that they still compile, and fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import aot
+
+from . import (
+    test_aot,
+    test_aot_dispatch,
+    test_aot_policy,
+    test_matrix_routing_aot,
+    test_soft_assignment_aot,
+    test_task_mask_aot,
+    test_trajectory_loss_aot,
+)
+
+pytest.importorskip("triton")
+CASES = {
+    test_aot: "small-ieee", test_aot_dispatch: "selection", test_aot_policy: "routed", test_task_mask_aot: "first-fp32",
+    test_trajectory_loss_aot: "wpl", test_soft_assignment_aot: "routing", test_matrix_routing_aot: "odd-bf16",
+}  # fmt: skip
+
+
+def test_fits() -> None:
+    found = aot.reports_of([(str(file.__file__), name) for file, name in CASES.items()], 90)
+    for (file, name), reports in zip(CASES.items(), found, strict=True):
+        file.check(name, reports)
