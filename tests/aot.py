@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  #: bytes a block may use, by compute capability
+FIRST_LEVEL = {80: 192 << 10, 90: 256 << 10, 100: 256 << 10}  #: bytes of a multiprocessor, shared memory included
 _TENSOR_OPS = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,8 +46,14 @@ class Report(NamedTuple):
     shared: int  #: bytes per block
     registers: int  #: per thread
     stack: int  #: bytes per thread: spilled registers, 0 is none
+    threads: int  #: per block
     tensor_ops: dict[str, int]  #: matrix instructions by kind, as they stand in the code
     async_copies: int
+
+
+def spills_stay_near(r: Report) -> bool:
+    """What a block spills fits into its multiprocessor's first-level cache, beside its shared memory."""
+    return r.shared + r.stack * r.threads <= FIRST_LEVEL[r.arch]
 
 
 def record(call: Callable[[], Any]) -> list[Launch]:
@@ -111,6 +118,7 @@ def compile_for(launch: Launch, arch: int, case: str = "") -> Report:
         shared=compiled.metadata.shared,
         registers=registers,
         stack=stack,
+        threads=32 * launch.warps,
         tensor_ops={op: count for op, count in tensor_ops.items() if count},
         async_copies=len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", ptx)),
     )

@@ -64,7 +64,7 @@ def run(isa: str, threads: int, arguments: Sequence[str]) -> bool:
         print(f"{isa}, {threads} threads: not so: torch has {count}, {capability}, the kernels {ours}", flush=True)
         return False
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short", "-n", "auto"]
-    command += ["--maxprocesses", "4", "--dist", "worksteal", "-m", "numeric and not gpu"]
+    command += ["--maxprocesses", "4", "--dist", "worksteal", "-m", "numeric and not gpu and not long"]
     command += ["--ignore", "tests/ops/test_isa.py", *arguments]  # which goes through our variants itself
     began = time.monotonic()
     ran = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -28,9 +28,9 @@ from .rounding import Rounded
 
 #: An implementation may do its sums in another way than the reference's operators do.
 FACTOR = 1.25
-SPREAD = 10.0
+SPREAD = 6.0
 #: Draws after which to look, and how many sd to allow then. Most results are far within after the first few.
-LOOKS = ((3, 0.0), (8, 4.0), (32, SPREAD))
+LOOKS = ((3, 0.0), (8, 3.0), (32, SPREAD))
 NORMS = (("largest entry", math.inf), ("Frobenius norm", 2.0))
 
 

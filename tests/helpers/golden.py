@@ -28,6 +28,19 @@ def names(family: str, pattern: str) -> list[str]:
     return found
 
 
+def assert_same_draws(found: Tensor, expected: Tensor, what: str) -> None:
+    """Normal numbers from a seed: bit for bit where PyTorch has vector code, which is where the files were made.
+
+    Elsewhere it computes r cos t and r sin t, r = sqrt(-2 log u) < 5.8, with functions that have other last bits.
+    """
+    assert found.dtype == expected.dtype and found.shape == expected.shape, what
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert torch.equal(found, expected), what
+    else:
+        error = float((found - expected).abs().max()) if found.numel() else 0.0
+        assert error <= 4 * torch.finfo(found.dtype).eps * 5.8, f"{what}: {error:.3g}"
+
+
 @dataclass(frozen=True)
 class Golden:
     """A file, and the module it asks for."""

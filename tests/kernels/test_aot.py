@@ -66,12 +66,12 @@ def launches(case: Case, first: bool) -> Iterator[Any]:
 def check(name: str, found: list[aot.Report]) -> None:
     """Shared memory is within every architecture's limit, registers suffice, and products are on tensor cores.
 
-    Nothing spills on sm_90. On sm_80 and sm_100 the widest tiles may keep up to 96 registers of a thread in memory.
+    Nothing spills on sm_90. On sm_80 and sm_100 what the widest tiles spill stays in first-level cache.
     """
     assert {r.kernel for r in found} >= {"forward_kernel", "backward_kernel", "aggregate_kernel", "spread_kernel"}
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack <= (0 if r.arch == 90 else 96 * 4), r
+        assert r.stack == 0 if r.arch == 90 else aot.spills_stay_near(r), r
         if r.kernel in ("aggregate_kernel", "spread_kernel", "score_kernel") and "ieee" not in name:
             assert r.tensor_ops, r
 

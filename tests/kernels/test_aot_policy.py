@@ -72,13 +72,13 @@ def launches(case: Case) -> Iterator[Any]:
 def check(name: str, found: list[aot.Report]) -> None:
     """Shared memory is within every architecture's limit.
 
-    Nothing spills on sm_90 but the widest tiles; those, and others elsewhere, keep up to 96 registers in memory.
+    Nothing spills on sm_90 but the widest tiles; what those, and others elsewhere, spill stays in first-level cache.
     """
     kernels = {"forward_kernel", "backward_kernel", "agent_forward_kernel", "agent_parameters_kernel"}
     assert {r.kernel for r in found} >= kernels | (set() if "tables" in name else {"agent_input_kernel"})
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack <= (0 if r.arch == 90 and CASES[name].K <= 128 else 96 * 4), r
+        assert r.stack == 0 if r.arch == 90 and CASES[name].K <= 128 else aot.spills_stay_near(r), r
         if r.kernel.startswith("agent") and "16" in name:
             assert r.tensor_ops, r
 

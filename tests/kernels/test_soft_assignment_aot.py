@@ -65,7 +65,7 @@ def launches(case: Case) -> Iterator[Any]:
 
 
 def check(name: str, found: list[aot.Report]) -> None:
-    """Shared memory is within every architecture's limit; nothing spills on sm_90, at most 16 registers elsewhere."""
+    """Shared memory is within every architecture's limit; nothing spills on sm_90, nor beyond the cache elsewhere."""
     assert {(r.kernel, r.arch) for r in found} == {
         (kernel, arch)
         for kernel in ("forward_kernel", "backward_kernel", "votes_kernel")
@@ -73,7 +73,7 @@ def check(name: str, found: list[aot.Report]) -> None:
     }
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack <= (0 if r.arch == 90 else 16 * 4), r
+        assert r.stack == 0 if r.arch == 90 else aot.spills_stay_near(r), r
 
 
 @pytest.mark.long

@@ -46,10 +46,10 @@ def launches(case: str) -> Iterator[Any]:
 
 
 def check(name: str, found: list[aot.Report]) -> None:
-    """Shared memory is what a reduction takes. Nothing spills on sm_80 and sm_90; on sm_100 two registers may."""
+    """Shared memory is what a reduction takes. Nothing spills on sm_80 and sm_90, nor beyond the cache on sm_100."""
     assert {r.kernel for r in found} == KERNELS
     for r in found:
-        assert r.stack <= (8 if r.arch == 100 else 0), r
+        assert aot.spills_stay_near(r) if r.arch == 100 else r.stack == 0, r
         assert r.shared <= 48 << 10, r
 
 

@@ -54,6 +54,9 @@ def _same(a: Results, b: Results) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- power
 
+#: A fault that moves no result by more typical errors than this is lost among them.
+LOST = 3.0
+
 
 def old_budget(yardstick: Yardstick, plain: list[Results]) -> dict[tuple[str, str], float]:
     """What the budget was: twice the root mean square of plain PyTorch's error in some orders, and one rounding."""
@@ -68,6 +71,17 @@ def old_budget(yardstick: Yardstick, plain: list[Results]) -> dict[tuple[str, st
     return found
 
 
+def effect(yardstick: Yardstick, found: Results, plain: Results) -> float:
+    """How far the fault moves a result, in typical rounding errors of it: at least this where it is most."""
+    moved = [0.0]
+    for name, t in results(found):
+        for _, p in NORMS:
+            typical = statistics.fmean(yardstick.errors(name, t.dtype, p, LOOKS[-1][0]))
+            if typical:
+                moved.append(budget._distance(t, plain[name], p) / typical)  # type: ignore[arg-type]
+    return max(moved)
+
+
 def power_of(op: str, seed: int = 0) -> dict[str, Any]:
     truth, case, letters = problem(op, seed, LONG)
     yardstick = yardstick_of(truth, case, F32)
@@ -76,10 +90,11 @@ def power_of(op: str, seed: int = 0) -> dict[str, Any]:
     draws = [plain, *(back(evaluate(truth, turned)) for turned, back in orders(case, letters, 3))]
     old = old_budget(yardstick, draws)
     new = {(name, norm): allowed for name, norm, _, allowed in shares(yardstick, plain)}
+    width = {key: new[key] / old[key] for key in old if old[key]}
     row: dict[str, Any] = {
         "plain": max(e / a for _, _, e, a in shares(yardstick, plain) if a),
-        "width": {norm: statistics.geometric_mean(new[k] / old[k] for k in old if k[1] == norm) for norm, _ in NORMS},
-        "widest": max(new[k] / old[k] for k in old),
+        "width": {norm: statistics.geometric_mean(w for (_, n), w in width.items() if n == norm) for norm, _ in NORMS},
+        "widest": max(width.values()),
         "faults": {},
     }
     for fault in FAULTS:
@@ -94,6 +109,7 @@ def power_of(op: str, seed: int = 0) -> dict[str, Any]:
                 wild = any(not t.isfinite().all() for _, t in results(found))
                 places.append(
                     {
+                        "effect": math.inf if wild else effect(yardstick, found, plain),
                         "new": math.inf if wild else max(e / a for _, _, e, a in by if a),
                         "old": math.inf if wild else max(e / old[n, norm] for n, norm, e, _ in by if old[n, norm]),
                     }
@@ -167,11 +183,12 @@ def _power_table(ops: dict[str, Any]) -> str:
     for op, row in ops.items():
         cells = []
         for fault in FAULTS:
-            places = row["faults"][fault]
-            caught = sum(p["new"] > 1 for p in places)
-            least = min((p["new"] for p in places), default=0.0)
-            old = sum(p["old"] > 1 for p in places)
-            cells.append(f"{caught} of {len(places)}, least {least:.2g}× (old rule {old})" if places else "–")
+            shown = [p for p in row["faults"][fault] if p["effect"] > LOST]
+            lost = len(row["faults"][fault]) - len(shown)
+            caught, old = (sum(p[rule] > 1 for p in shown) for rule in ("new", "old"))
+            least = min((p["new"] for p in shown), default=0.0)
+            text = f"{caught} of {len(shown)}, least {least:.2g}× ({old})" if shown else "–"
+            cells.append(text + (f"; {lost} lost" if lost else ""))
         lines.append(f"| {op} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -54,7 +54,7 @@ PROBLEMS: dict[str, tuple[Function, Callable[[int, int], Case], str]] = {
     ),
     "matrix_routing": (
         matrix_cases.matrix_truth(2),
-        lambda seed, n: matrix_cases.matrix_case(matrix_cases.Size(1, n // 4, 5, 2, 3, 4), seed=seed),
+        lambda seed, n: matrix_cases.matrix_case(matrix_cases.Size(1, n, 5, 2, 3, 4), seed=seed),
         "nmdh",
     ),
     "soft_assignment": (

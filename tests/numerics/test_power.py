@@ -1,0 +1,36 @@
+"""The error budget finds faults: planted one by one, as in the table of docs/numerics.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.numerics.__main__ import power_of
+from tests.numerics.faults import FAULTS
+from tests.numerics.problems import PROBLEMS
+
+QUICK = ("vector_routing, betas from x", "trajectory_loss")
+
+#: Faults that move a result by more typical errors than this are seen whatever its own error is: 1 + 1.25 (1 + 6 sd).
+SURE = 9.0
+
+
+def assert_power(op: str) -> dict[str, Any]:
+    faults: dict[str, Any] = power_of(op)["faults"]
+    for fault, places in faults.items():
+        missed = [place for place in places if place["effect"] > SURE and not place["new"] > 1]
+        assert not missed, f"{fault}: not seen in {len(missed)} of {len(places)} places: {missed}"
+    return faults
+
+
+@pytest.mark.parametrize("op", QUICK)
+def test_planted_faults_are_seen(op: str) -> None:
+    faults = assert_power(op)
+    assert set(faults) == set(FAULTS) and any(faults.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("op", [op for op in PROBLEMS if op not in QUICK])
+def test_planted_faults_are_seen_in_every_op(op: str) -> None:
+    assert_power(op)
