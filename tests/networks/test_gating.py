@@ -219,14 +219,17 @@ def test_not_a_number_stays_in_its_sample() -> None:
 
 
 def test_a_moving_bias_evens_the_load() -> None:
-    """Samples that nearly all prefer one module end up spread; the weights do not see the bias."""
+    """Samples that nearly all prefer one module end up spread; the weights do not see the bias.
+
+    At the end loads swing about even by as many samples as a step of the bias moves: few, for a small step.
+    """
     seeds.manual_seed(0)
-    gate = TopKGating(4, 4, 1, bias_balancing=0.02, balance_loss=0, scores="sigmoid", normalize=False)
+    gate = TopKGating(4, 4, 1, bias_balancing=0.005, balance_loss=0, scores="sigmoid", normalize=False)
     with torch.no_grad():
         gate.router.weight.copy_(torch.eye(4))
     x = 0.3 * torch.randn(512, 4) + torch.tensor([2.0, 0.5, 0.0, -0.5])
     share = []
-    for _ in range(150):
+    for _ in range(200):
         made = gate.route(x)
         share.append(made.counts / 512)
         rebalance(nn.ModuleList([gate]))
