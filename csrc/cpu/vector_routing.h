@@ -356,7 +356,8 @@ void parallel_pieces(int64_t pieces, const F& f) {
   });
 }
 
-// What multiplies x, per sample [groups m, d]: the rows of [dM] [P] [use] [ign], those there are; and its transpose.
+// What multiplies x, per sample [groups m, d]: the rows of [P] [use] [ign] [dM], those there are; and its transpose.
+// dx is one sum over all of them, and phi dM mostly its largest part: coming last, it leaves the others their digits.
 template <class T>
 struct Operand {
   int64_t d, groups_m;
@@ -369,8 +370,8 @@ struct Operand {
     torch::stable::parallel_for(0, q.B, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         T *first = rows + b * groups_m * d, *to = first, *turned = columns + b * groups_m * d;
-        for (const T* from : {dM == nullptr ? nullptr : dM + b * block, q.first ? nullptr : q.pred + b * block,
-                              q.use_weight, q.ign_weight}) {
+        for (const T* from : {q.first ? nullptr : q.pred + b * block, q.use_weight, q.ign_weight,
+                              dM == nullptr ? nullptr : dM + b * block}) {
           if (from != nullptr) {
             to = std::copy_n(from, block, to);
           }

@@ -178,15 +178,15 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
         const Matrix<const T> x = load_x(q, b0, samples, start, count, static_cast<T*>(x_copy));
         T* block = make_block(x, operand.by_column(b0, samples));
         if (q.linear) {
-          T* betas_from = block + (1 + !q.first) * m;
+          T* betas_from = block + !q.first * m;
           add_biases(q, betas_from, betas_from + m, samples * count, ld);
         }
         for (int64_t k = 0; k < samples; ++k) {
           const int64_t b = b0 + k;
-          a.phi = block + k * count * ld;
-          a.L = a.phi + m;
+          a.L = block + k * count * ld;
+          a.phi = a.L + (groups - 1) * m;
           if (q.linear) {
-            a.use = a.duse = a.phi + (1 + !q.first) * m;
+            a.use = a.duse = a.L + !q.first * m;
             if (q.has_ign) {
               a.ign = a.dign = a.duse + m;
             }
@@ -206,7 +206,7 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
         }
         const Matrix<T> blocks = Matrix<T>(block, count, ld, ld).batched(samples, count * ld);
         if (reduced > 0) {
-          const Matrix<T> columns = Matrix<T>(block + m, count, reduced * m, ld).batched(samples, count * ld);
+          const Matrix<T> columns = Matrix<T>(block, count, reduced * m, ld).batched(samples, count * ld);
           const T* sums = make_sums(columns.transposed(), x);
           for (int64_t k = 0; k < samples; ++k, sums += reduced * m * d) {
             if (!q.first) {

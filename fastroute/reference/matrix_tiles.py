@@ -152,7 +152,7 @@ def backward(step: MatrixStep, out: OutputGrads, grads: MatrixGrads) -> Previous
             at = None if shared else tile.rows
             axes = (0, 1) if shared else 0
             dW = "brcd,brjch->jdh" if shared else "brcd,brjch->rjdh"
-            _add(grads.W, at, torch.einsum(dW, tile.mu_inp, dV), fresh)
+            _add(grads.W, at, (einsum_in_runs if shared else torch.einsum)(dW, tile.mu_inp, dV), fresh)
             _add(grads.bias, at, dV.sum(axes), fresh)
             _add(grads.beta_use, at, (da * tile.D).sum(axes), fresh)
             _add(grads.beta_ign, at, (-da * ignored).sum(axes), fresh)

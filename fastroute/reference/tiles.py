@@ -45,14 +45,17 @@ def tile_rows(batch: int, n: int, width: int, itemsize: int, device: torch.devic
     return min(n, max(64, room // (batch * width * itemsize) // 64 * 64))
 
 
-_RUN = 256
+_RUN = 512  #: terms of a sum that are added one by one, as in csrc/common/gemm.h
+
+
+def add_products(out: Tensor, rows: Tensor, x: Tensor) -> None:
+    """out [B, m, d] += rows [B, r, m]^T x [B, r, d], in runs: where m and d are small, libraries add term by term."""
+    for some, of_x in zip(rows.split(_RUN, 1), x.split(_RUN, 1), strict=True):
+        out.baddbmm_(some.mT, of_x)
 
 
 def einsum_in_runs(equation: str, a: Tensor, b: Tensor) -> Tensor:
-    """``torch.einsum``, its sum over the axis "r" in runs that are added up afterwards.
-
-    Where a product is of a row and a matrix, libraries add the terms one by one, however many there are.
-    """
+    """``torch.einsum``, its sum over the axis "r" in runs that are added up afterwards: see :func:`add_products`."""
     rows = [letters.index("r") for letters in equation.split("->")[0].split(",")]
     parts = zip(a.split(_RUN, rows[0]), b.split(_RUN, rows[1]), strict=True)
     return reduce(torch.add, (torch.einsum(equation, x, y) for x, y in parts))
@@ -125,7 +128,7 @@ def forward(step: Step) -> tuple[Tensor, Tensor, Tensor]:
     gate = step.x.new_empty((B, n), dtype=step.acc) if step.gate is None else step.gate
     for tile in _tiles(step, gate):
         phi = _row(step, tile).phi
-        M.baddbmm_(phi.mT, tile.x)
+        add_products(M, phi, tile.x)
         p += phi.sum(1)
     return M, p, gate
 
@@ -186,7 +189,7 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
                     weights.append((dign, step.ign, grads.ign, grads.ign_bias))
                 for dbeta, weight, dweight, dbias in weights:
                     if wants:
-                        _add(dweight, None, torch.einsum("brm,brd->md", dbeta, x), False)
+                        _add(dweight, None, einsum_in_runs("brm,brd->md", dbeta, x), False)
                         _add(dbias, None, dbeta.sum((0, 1)), False)
                     if dx is not None:
                         dx += dbeta @ weight.to(step.acc)
@@ -199,7 +202,7 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
             dR = f * row.benefit * dphi
             dz = row.R * (dR - (row.R * dR).sum(-1, keepdim=True)) * torch.sigmoid(-row.z)
             dL = dz * _per_row(step.score_weight, rows, step.acc)
-            dpred.baddbmm_(dL.mT, x)
+            add_products(dpred, dL, x)
             if dx is not None:
                 dx.baddbmm_(dL, step.pred)
             if wants:

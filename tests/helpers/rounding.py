@@ -155,7 +155,8 @@ _AS_COMPUTED = {
 
 
 @cache
-def _decomposition(func: Any) -> Callable[..., Any] | None:
+def decomposition(func: Any) -> Callable[..., Any] | None:
+    """What an operator of several roundings is made of; None for those that are one."""
     return None if _name(func) in _WHOLE else _AS_COMPUTED.get(func) or decomposition_table.get(func)
 
 
@@ -230,7 +231,7 @@ class Rounded(TorchDispatchMode):
             if isinstance(made, Tensor) and made.dtype.is_floating_point:
                 return _write(args[0], made)
             return func(*args, **kwargs)
-        if (decomposed := _decomposition(func)) is not None:
+        if (decomposed := decomposition(func)) is not None:
             with self:
                 made = decomposed(*args, **kwargs)
             if made is not NotImplemented:

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.rounding import decomposition
 
 aten = torch.ops.aten
 TILE = 32
 
-#: Taken apart, so that there are sums to plant faults in.
-_APART = ("_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "addmm", "baddbmm")
 _SLOPES = ("sigmoid_backward", "threshold_backward", "tanh_backward", "log_sigmoid_backward", "silu_backward", "where")
 
 Terms = Callable[[Tensor], Tensor]  # all terms of a sum [..., n] to its value
@@ -78,17 +77,19 @@ class Planted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        if name in _APART and func in decomposition_table:
+        if (
+            name not in _SLOPES and (parts := decomposition(func)) is not None
+        ):  # where there are sums to plant faults in
             with self:
-                return decomposition_table[func](*args, **kwargs)
+                return parts(*args, **kwargs)
         if self.fault in SUMS:
             total, least = SUMS[self.fault]
             if name in ("mm", "bmm") and args[0].shape[-1] >= least and self._here():
                 return _product(total, *args)
-            if name == "sum" and args[0].is_floating_point():
+            if name in ("sum", "mean") and args[0].is_floating_point():
                 terms, shape = _terms(*args, **kwargs)
                 if terms.shape[-1] >= least and self._here():
-                    return total(terms).reshape(shape)
+                    return total(terms).reshape(shape) / (terms.shape[-1] if name == "mean" else 1)
         if self.fault == ROUNDED_BIAS and name in ("add", "sub") and _is_broadcast(args) and self._here():
             smaller = 0 if _own(args[0]) < _own(args[1]) else 1
             return func(*(_coarse(a) if k == smaller else a for k, a in enumerate(args)), **kwargs)

@@ -12,7 +12,7 @@ from tests.numerics.problems import PROBLEMS
 
 QUICK = ("vector_routing, betas from x", "trajectory_loss")
 
-#: Faults that move a result by more typical errors than this are seen whatever its own error is: 1 + 1.25 (1 + 6 sd).
+#: Faults that move a result by more typical errors than this are seen whatever its own error is: 1 + 1.5 (1 + 6 sd).
 SURE = 9.0
 
 

