@@ -17,6 +17,7 @@ from ..reference import agent_policy as reference
 from ..reference.agent_policy import AgentChoice as AgentChoice
 from ..reference.grouped_linear import is_stacked
 from ..reference.policy import KINDS
+from ._autocast import autocast_dtype
 from ._autograd import apply
 from ._backends import note
 from ._checks import shown
@@ -238,10 +239,9 @@ def _inputs(x: Tensor | None, nets: list[_Net]) -> tuple[Tensor | None, list[Ten
             raise ValueError("x: expected a tensor [N, F] to multiply, got None")
         if x.dim() != 2 or x.shape[1] != features:
             raise ValueError(f"x: expected [N, {features}], as the agents take, got {shown(x)}")
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            to = torch.get_autocast_dtype(device)
-            x, parameters = x.to(to), [p.to(to) for p in parameters]
+        autocast = autocast_dtype(x.device.type)
+        if autocast is not None and x.dtype != torch.float64:
+            x, parameters = x.to(autocast), [p.to(autocast) for p in parameters]
         x = x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
         dtype = x.dtype
     for p in parameters:

@@ -168,14 +168,14 @@ def laid_out(
             raise ValueError(f"{name}[{t}]: expected shape {list(shape)} (B), got {shown(x)}")
         if x.device != device:
             raise ValueError(f"{name}[{t}]: expected a tensor on {device} like f, got one on {x.device}")
-        if into is masks:
+        if name == "active":
             if x.dtype != torch.bool:
                 raise TypeError(f"{name}[{t}]: expected bool, got {x.dtype}")
         elif not x.is_floating_point():
             if name != "own":
                 floating(f"{name}[{t}]", x)
             x = x.to(f.dtype)
-        into.append(x.detach() if x.requires_grad and into is others else x)
+        into.append(x.detach() if x.requires_grad and name not in ("s0", "s1") else x)
         return len(into) - 1
 
     for t, kind in enumerate(kinds):
