@@ -17,7 +17,7 @@ from ..reference import grouped_linear as reference
 from ..reference.grouped_linear import ACTIVATIONS, TOLD_BY_VALUE
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
 from ._autocast import autocast_dtype
-from ._autograd import apply
+from ._autograd import apply, own
 from ._backends import native_refuses, note, offer, taken
 from ._checks import shown
 from ._triton_dispatch import grouped_linear_refuses
@@ -60,7 +60,7 @@ class _GroupedLinear(torch.autograd.Function):
             y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         ctx.save_for_backward(x, order, samples, offsets, before, *weights)
-        return y  # type: ignore[no-any-return]
+        return own(y)
 
     @staticmethod
     @once_differentiable
