@@ -97,13 +97,12 @@ class Experts(nn.Module):
         # put in order before the activation: backward then needs one copy, too, and torch.compile's loops half the time
         return self._second(act(u.transpose(0, 1).contiguous())).transpose(0, 1)
 
-    def run_grouped(self, x: Tensor) -> Tensor:
-        """[G, N, D] -> [N, E, P]: experts g E / G and following ones take x_g."""
-        G, N = x.shape[:2]
-        w, b = self.w_in.unflatten(0, (G, -1)), self.b_in.unflatten(0, (G, -1))
-        u = x.unsqueeze(1) @ w.mT
-        u = u + b.unsqueeze(2).to(u.dtype)  # which autocast does for a linear layer, but not for a sum
-        h = ACTIVATIONS[self.activation](u).reshape(self.num_experts, N, w.shape[2])
+    def run_grouped(self, xs: Sequence[Tensor]) -> Tensor:
+        """G times [N, D] -> [N, E, P]: experts g E / G and following ones take x_g."""
+        x = torch.stack([x for x in xs for _ in range(self.num_experts // len(xs))])  # expanding would copy it again
+        u = torch.bmm(x, self.w_in.mT)
+        u = u + self.b_in.unsqueeze(1).to(u.dtype)  # which autocast does for a linear layer, but not for a sum
+        h = ACTIVATIONS[self.activation](u)
         return (h if self.w_out is None else self._second(h)).transpose(0, 1)
 
     def _second(self, h: Tensor) -> Tensor:

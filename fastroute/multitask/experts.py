@@ -279,7 +279,7 @@ def _run(bank: nn.Module, xs: Sequence[Tensor], lead: torch.Size) -> tuple[Tenso
     if xs[0].shape[:-1] != lead:
         raise ValueError(f"gate_input: expected the axes of x, {list(xs[0].shape[:-1])} and one more, got {list(lead)}")
     flat = [x.reshape(-1, D) for x in xs]
-    return bank.run(flat[0]) if len(flat) == 1 else bank.run_grouped(torch.stack(flat)), torch.Size([bank.out_features])
+    return bank.run(flat[0]) if len(flat) == 1 else bank.run_grouped(flat), torch.Size([bank.out_features])
 
 
 def _mix(g: Tensor, e: Tensor, tasks: int | None = None) -> Tensor:

@@ -27,4 +27,4 @@ def own(output: Tensor) -> Tensor:
     return output.view_as(output) if _LOSES_GRADIENTS and torch.compiler.is_compiling() else output
 
 
-_LOSES_GRADIENTS = torch.__version__ < (2, 12)  # TorchVersion compares numbers
+_LOSES_GRADIENTS = torch.__version__ < "2.12"  # a TorchVersion: it compares numbers
