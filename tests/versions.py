@@ -101,6 +101,7 @@ class Run:
             print("+", *command, file=log, flush=True)
             environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "VIRTUAL_ENV"))}
             environment["OMP_NUM_THREADS"] = "1"
+            environment.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")  # where there is an nvcc: that it compiles
             cwd = cwd or self.source
             return subprocess.run(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
 
@@ -130,7 +131,8 @@ class Run:
         code = "from importlib.metadata import version; print(version('triton'), version('numpy'))"
         triton, numpy = subprocess.run([self.python, "-c", code], capture_output=True, text=True).stdout.split()
         built = json.loads((self.source / "fastroute" / "_build_info.json").read_text())
-        return triton, numpy, "built" if built["built"] else f"not built: {built['reason']}"
+        extension = "C++ and CUDA" if built["cuda"] else "C++" if built["built"] else f"none: {built['reason']}"
+        return triton, numpy, extension
 
     def pytest(self, name: str, command: Callable[[str], int]) -> tuple[int, int, int]:
         """(passed, failed, skipped) of a run that is told to write a report; prints what failed."""
