@@ -1,4 +1,4 @@
-# `make` builds .venv once and reuses it. Variables: PYTHON, VENV, ARGS (for demo, test, bench), and TORCH and TORCH_ARGS,
+# `make` builds .venv once and reuses it. Variables: PYTHON, VENV, ARGS (for demo, the tests, bench), and TORCH and TORCH_ARGS,
 # what pip is told: on a Linux machine without a GPU, TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 # takes the small CPU build where PyPI would give the CUDA one.
 # NO_VENV=1 uses $(PYTHON) as it is, torch included, and installs nothing but this checkout: no network needed.
@@ -27,9 +27,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test test-all test-isa bench lint gpu-test gpu-bench wheel clean
+.PHONY: help demo test test-all test-isa test-versions bench lint gpu-test gpu-bench wheel clean
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMPS)/ready ## learn handwritten digits with a capsule router
 	$(PY) -m fastroute demo $(ARGS)
@@ -45,6 +45,9 @@ test-all: $(STAMPS)/ready ## every test that runs without a GPU; ARGS='-m long':
 
 test-isa: $(STAMPS)/ready ## the numeric tests under each instruction set and on 1 to 3 threads (FULL=1: every pair)
 	@$(PY) -m tests.isa $(ARGS)
+
+test-versions: ## the tests under every Python and torch that we claim, rewrite docs/compatibility.md
+	@$(PYTHON) -m tests.versions
 
 bench: $(STAMPS)/ready ## time the CPU, rewrite docs/benchmarks.md
 	$(PY) -m bench run $(ARGS)

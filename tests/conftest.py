@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -11,7 +12,11 @@ import hypothesis
 import pytest
 
 from tests.helpers import seeds
+from tests.helpers.interpreter import let_scalars_be_ints
 from tests.helpers.poison import poisoned_memory
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    let_scalars_be_ints()
 
 # The same examples on every machine and in every run; --hypothesis-profile=search looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=40, deadline=None, database=None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, soft_assignment
+from ..ops._autocast import autocast_dtype
 from ..reference.soft_assignment import accumulating, share
 from ..reference.vector_routing import row_is_live
 
@@ -156,7 +157,7 @@ class DefinableVectorRouting(nn.Module):
         a_inp = self._scores_of_use(self.A(x_inp), batch, n)
         V = self._votes(self.F(x_inp), batch, n)
         dtype = torch.promote_types(torch.promote_types(x_inp.dtype, use.dtype), V.dtype)
-        if torch.is_autocast_enabled(x_inp.device.type):
+        if autocast_dtype(x_inp.device.type) is not None:
             dtype = torch.promote_types(dtype, torch.float32)
         acc = accumulating(dtype)
         votes = V.to(acc) if acc == torch.float64 else V

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._autocast import autocast_off
 from ..ops._checks import at_least_one, floating, shown, tensor
-from .expert_bank import as_it_is, floating_dtype
+from .expert_bank import floating_dtype
 from .outputs import ByTask, by_task, task_names
 
 
@@ -76,7 +77,7 @@ class CrossStitch(nn.Module):
         """
         xs = self._inputs(inputs)
         alpha = self.alpha.to(xs[0].dtype)
-        with as_it_is(xs[0]):
+        with autocast_off(xs[0].device.type):
             if self.channels is None:
                 x = torch.stack(list(xs))
                 y = alpha @ x.reshape(self.num_tasks, xs[0].numel())

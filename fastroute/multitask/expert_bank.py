@@ -7,13 +7,13 @@ of experts, each with an input of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._checks import at_least_one, floating, shown, tensor
 from ..reference.grouped_linear import ACTIVATIONS
 from ..reference.policy import accumulating
@@ -97,13 +97,12 @@ class Experts(nn.Module):
         # put in order before the activation: backward then needs one copy, too, and torch.compile's loops half the time
         return self._second(act(u.transpose(0, 1).contiguous())).transpose(0, 1)
 
-    def run_grouped(self, x: Tensor) -> Tensor:
-        """[G, N, D] -> [N, E, P]: experts g E / G and following ones take x_g."""
-        G, N = x.shape[:2]
-        w, b = self.w_in.unflatten(0, (G, -1)), self.b_in.unflatten(0, (G, -1))
-        u = x.unsqueeze(1) @ w.mT
-        u = u + b.unsqueeze(2).to(u.dtype)  # which autocast does for a linear layer, but not for a sum
-        h = ACTIVATIONS[self.activation](u).reshape(self.num_experts, N, w.shape[2])
+    def run_grouped(self, xs: Sequence[Tensor]) -> Tensor:
+        """G times [N, D] -> [N, E, P]: experts g E / G and following ones take x_g."""
+        x = torch.stack([x for x in xs for _ in range(self.num_experts // len(xs))])  # expanding would copy it again
+        u = torch.bmm(x, self.w_in.mT)
+        u = u + self.b_in.unsqueeze(1).to(u.dtype)  # which autocast does for a linear layer, but not for a sum
+        h = ACTIVATIONS[self.activation](u)
         return (h if self.w_out is None else self._second(h)).transpose(0, 1)
 
     def _second(self, h: Tensor) -> Tensor:
@@ -162,7 +161,7 @@ class Gates(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """Unchecked: [N, D] -> [N, T, E]."""
-        with as_it_is(x):
+        with autocast_off(x.device.type):
             x, w, b = self._cast(x)
             z = F.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
             weights: Tensor = z.unflatten(1, (self.num_tasks, -1)).softmax(-1)
@@ -170,7 +169,7 @@ class Gates(nn.Module):
 
     def run_grouped(self, x: Tensor) -> Tensor:
         """[T, N, D] -> [N, T, E]: a task's gate sees the task's own input."""
-        with as_it_is(x):
+        with autocast_off(x.device.type):
             x, w, b = self._cast(x)
             z = torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT)
             weights: Tensor = z.softmax(-1).transpose(0, 1)
@@ -201,22 +200,13 @@ class ModuleBank(nn.ModuleList):
         return torch.stack(made, len(lead)).reshape(lead.numel(), len(made), -1), tail
 
 
-def as_it_is(x: Tensor) -> AbstractContextManager[Any]:
-    """Where autocast changes no dtype, on x's device."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
 def features(name: str, x: Tensor, D: int, like: Tensor | None = None) -> None:
     """Raises unless x is [..., D], floating, and of the dtype of the parameter ``like``, or autocast is on."""
     tensor(name, x, "a tensor [..., in_features]")
     floating(name, x)
     if x.dim() < 1 or x.shape[-1] != D:
         raise ValueError(f"{name}: expected [..., {D}], got {shown(x)}")
-    if like is None or x.dtype == like.dtype:
-        return
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if like is not None and x.dtype != like.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"{name}: expected the experts' dtype {like.dtype}, got {x.dtype}")
 
 

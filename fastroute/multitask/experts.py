@@ -12,8 +12,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..ops._autocast import autocast_off
 from ..ops._checks import at_least_one, floating, integer, tensor
-from .expert_bank import Experts, Gates, ModuleBank, as_it_is, features
+from .expert_bank import Experts, Gates, ModuleBank, features
 from .outputs import ByTask, by_task, task_names
 
 
@@ -278,12 +279,12 @@ def _run(bank: nn.Module, xs: Sequence[Tensor], lead: torch.Size) -> tuple[Tenso
     if xs[0].shape[:-1] != lead:
         raise ValueError(f"gate_input: expected the axes of x, {list(xs[0].shape[:-1])} and one more, got {list(lead)}")
     flat = [x.reshape(-1, D) for x in xs]
-    return bank.run(flat[0]) if len(flat) == 1 else bank.run_grouped(torch.stack(flat)), torch.Size([bank.out_features])
+    return bank.run(flat[0]) if len(flat) == 1 else bank.run_grouped(flat), torch.Size([bank.out_features])
 
 
 def _mix(g: Tensor, e: Tensor, tasks: int | None = None) -> Tensor:
     """Weights [N, T, E] (or with ``tasks`` [N T, 1, E]) of experts' outputs [., E, F] -> [N, T, F], in those' dtype."""
-    with as_it_is(e):
+    with autocast_off(e.device.type):
         y = torch.bmm(g.to(e.dtype), e)
         return y if tasks is None else y.reshape(-1, tasks, y.shape[-1])
 

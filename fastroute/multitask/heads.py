@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from ..ops._modules import options
 from .products import Layer, chains
 from .schedule import Call
 from .storage import SideBySide
@@ -37,10 +38,6 @@ Signature = tuple[Any, ...]
 
 def _has_hooks(m: nn.Module) -> bool:
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
-def _options(m: nn.Module) -> tuple[Any, ...]:
-    return tuple((k, v) for k, v in m.__dict__.items() if k[0] != "_" and k != "training")
 
 
 def _signature(m: nn.Module, leaves: list[nn.Module], static: bool) -> Signature | None:
@@ -72,7 +69,7 @@ def _signature(m: nn.Module, leaves: list[nn.Module], static: bool) -> Signature
         return ((kind, *_like(weight), *(() if bias is None else _like(bias))),)  # type: ignore[arg-type]
     if kind in _ELEMENTWISE:
         leaves.append(m)
-        return ((kind, *_options(m)),)
+        return ((kind, *options(m)),)
     return None
 
 
@@ -186,7 +183,7 @@ class _Recipe:
             [id(p) for d in self._owners for p in d.values()],  # no references: nothing is to be kept alive
             any(self._empty),
             list(map(bool, self._hooks)),
-            [(m.training, _options(m)) for m in self._changing],
+            [(m.training, options(m)) for m in self._changing],
         )
 
     def is_fresh(self, heads: Sequence[nn.Module]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch, grouped_linear
+from ..ops._modules import options
 from ..ops.dispatch import Plan
 from .mlp import MLP
 
@@ -51,7 +52,7 @@ def _hooks(m: nn.Module) -> list[dict[int, Any]]:
 def _leaves(m: nn.Module, into: list[Leaf]) -> bool:
     """Append what a module does, in order; False if that cannot be told."""
     kind = type(m)
-    if any(_hooks(m)):
+    if any(_hooks(m)) or "forward" in m.__dict__:
         return False
     if kind is nn.Sequential:
         return all(_leaves(child, into) for child in m._modules.values() if child is not None)
@@ -67,10 +68,6 @@ def _leaves(m: nn.Module, into: list[Leaf]) -> bool:
         into.append(m)
         return True
     return False
-
-
-def _options(m: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in m.__dict__.items() if k[0] != "_"}
 
 
 @dataclass
@@ -112,8 +109,8 @@ class _Stage:
                     return False
             self._seen = self.weights()
             return True
-        options = _options(first)
-        if any(_options(leaf) != options for leaf in self.leaves[1:]):
+        same = first.training, options(first)
+        if any((leaf.training, options(leaf)) != same for leaf in self.leaves[1:]):
             return False
         if kind is nn.Flatten:
             return bool(first.start_dim >= 1)  # type: ignore[operator]

@@ -17,7 +17,8 @@ from ..reference import agent_policy as reference
 from ..reference.agent_policy import AgentChoice as AgentChoice
 from ..reference.grouped_linear import is_stacked
 from ..reference.policy import KINDS
-from ._autograd import apply
+from ._autocast import autocast_dtype
+from ._autograd import apply, own
 from ._backends import note
 from ._checks import shown
 from .dispatch import Plan
@@ -48,6 +49,7 @@ class _Options(NamedTuple):
     agents: int
     stacked: bool
     critic_stacked: bool
+    critic_width: int  #: 0 without one
     kind: str
     temperature: float
     exploration: float
@@ -93,9 +95,10 @@ class _AgentPolicy(torch.autograd.Function):
                 nets = [_stacked(of, 3 - i % 2) for i, of in enumerate(nets)]
             op = getattr(torch.ops.fastroute, f"_agent_policy_{options.backend}")
             made = op(x, order, offsets, *nets, uniform, coin, forced, KINDS.index(options.kind), *rest)
+        made = [own(t) for t in made]
         ctx.mark_non_differentiable(made[0], made[2], *made[6:])
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.critic_width = options, made[4].shape[1] if len(made) > 4 else 0
+        ctx.options = options
         ctx.weights, ctx.shapes = len(nets[0]), [p.shape for p in parameters]
         ctx.save_for_backward(x, order, offsets, made[3], made[0], *nets[0], *nets[2])
         return tuple(made)
@@ -113,7 +116,7 @@ class _AgentPolicy(torch.autograd.Function):
         if o.backend == "reference":
             dx, *made = reference.backward(
                 grad_value, grad_scores, grad_critic, grad_at, scores, actions, x, order, offsets, weights,
-                critic_weights, o.agents, ctx.critic_width, o.kind, o.temperature, needs[0],
+                critic_weights, o.agents, o.critic_width, o.kind, o.temperature, needs[0],
                 (wants[0], wants[1]), (wants[2], wants[3]), o.stacked, o.critic_stacked,
             )  # fmt: skip
         else:
@@ -121,7 +124,7 @@ class _AgentPolicy(torch.autograd.Function):
             stacked = (True, True) if o.backend == "triton" else (o.stacked, o.critic_stacked)
             dense = [None if g is None else g.contiguous() for g in (grad_value, grad_scores, grad_critic, grad_at)]
             dx, *made = op(
-                *dense, scores, actions, x, order, offsets, weights, critic_weights, o.agents, ctx.critic_width,
+                *dense, scores, actions, x, order, offsets, weights, critic_weights, o.agents, o.critic_width,
                 KINDS.index(o.kind), o.temperature, needs[0], *wants, *stacked, o.bounds is None,
             )  # fmt: skip
             if o.backend == "triton":
@@ -194,6 +197,7 @@ def agent_policy(
         nets[0].agents,
         nets[0].stacked,
         len(nets) > 1 and nets[1].stacked,
+        nets[1].outputs if len(nets) > 1 else 0,
         kind,
         float(temperature),
         float(exploration),
@@ -238,10 +242,9 @@ def _inputs(x: Tensor | None, nets: list[_Net]) -> tuple[Tensor | None, list[Ten
             raise ValueError("x: expected a tensor [N, F] to multiply, got None")
         if x.dim() != 2 or x.shape[1] != features:
             raise ValueError(f"x: expected [N, {features}], as the agents take, got {shown(x)}")
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            to = torch.get_autocast_dtype(device)
-            x, parameters = x.to(to), [p.to(to) for p in parameters]
+        autocast = autocast_dtype(x.device.type)
+        if autocast is not None and x.dtype != torch.float64:
+            x, parameters = x.to(autocast), [p.to(autocast) for p in parameters]
         x = x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
         dtype = x.dtype
     for p in parameters:

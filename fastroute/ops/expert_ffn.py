@@ -17,6 +17,7 @@ from ..reference.grouped_linear import ACTIVATIONS
 from ..reference.policy import accumulating
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled products
 from . import grouped_linear as _grouped_linear  # noqa: F401  (says which backends there are)
+from ._autocast import autocast_dtype
 from ._backends import note, taken
 from ._checks import floating, shown
 from ._registry import define, no_second_derivative
@@ -213,9 +214,9 @@ def expert_ffn(
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     _check(x, plan, weights, w_in, w_out, gated)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+    autocast = autocast_dtype(device)
+    if autocast is not None and x.dtype != torch.float64:
+        x, w_in, w_out = x.to(autocast), w_in.to(autocast), w_out.to(autocast)
     for name, t in (("w_in", w_in), ("w_out", w_out)):
         if t.dtype != x.dtype:
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")

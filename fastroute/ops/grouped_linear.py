@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from ..reference import grouped_linear as reference
 from ..reference.grouped_linear import ACTIVATIONS, TOLD_BY_VALUE
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
-from ._autograd import apply
+from ._autocast import autocast_dtype
+from ._autograd import apply, own
 from ._backends import native_refuses, note, offer, taken
 from ._checks import shown
 from ._triton_dispatch import grouped_linear_refuses
@@ -59,7 +60,7 @@ class _GroupedLinear(torch.autograd.Function):
             y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         ctx.save_for_backward(x, order, samples, offsets, before, *weights)
-        return y  # type: ignore[no-any-return]
+        return own(y)
 
     @staticmethod
     @once_differentiable
@@ -182,10 +183,9 @@ def grouped_linear(
         raise ValueError("x: expected a tensor [N, F] to multiply, got None")
     else:
         x = _rows(x, plan, F, is_sorted, keep_sorted)
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            x, parameters = x.to(dtype), tuple(p.to(dtype) for p in parameters)
+        autocast = autocast_dtype(x.device.type)
+        if autocast is not None and x.dtype != torch.float64:
+            x, parameters = x.to(autocast), tuple(p.to(autocast) for p in parameters)
     dtype = parameters[0].dtype if x is None else x.dtype
     for p in parameters:
         if p.dtype != dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..reference.matrix_routing import Capsules
 from ..reference.matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, settle
 from . import _checks
+from ._autocast import autocast_dtype
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -274,7 +275,7 @@ def matrix_routing(
     dtype = torch.promote_types(mu_inp.dtype, w.W.dtype)
     if dtype == torch.float64:  # one dtype of sums, whatever is wide
         mu_inp, w = mu_inp.to(dtype), Capsules(*(t.to(dtype) for t in w))
-    if torch.is_autocast_enabled(mu_inp.device.type):
+    if autocast_dtype(mu_inp.device.type) is not None:
         dtype = torch.promote_types(dtype, torch.float32)
     a, mu, sig2, *_ = torch.ops.fastroute.matrix_routing(
         a_inp, mu_inp, *w, mask, n_iters, p_model, float(eps), requested()

@@ -16,7 +16,7 @@ from ..reference.policy import KINDS as KINDS
 from ..reference.policy import Choice as Choice
 from . import _compiled_policy as _compiled_policy  # defines the compiled ops
 from . import _triton_policy as _triton_policy  # implements some of them
-from ._autograd import apply
+from ._autograd import apply, own
 from ._backends import BackendName, Case, decide, native_refuses, note, offer, requested, taken
 from ._checks import floating, shape
 
@@ -72,6 +72,7 @@ class _Policy(torch.autograd.Function):
         else:
             op = getattr(torch.ops.fastroute, f"_policy_{backend}")
             actions, value, greedy = op(scores, uniform, coin, forced, KINDS.index(kind), temperature, exploration)
+        actions, value, greedy = map(own, (actions, value, greedy))
         ctx.mark_non_differentiable(actions, greedy)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scores, actions)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import task_mask as reference
 from . import _native_task_mask as _native_task_mask  # defines the compiled ops
+from ._autograd import own
 from ._backends import Case, is_strict, native_refuses, note, offer, taken
 from ._checks import floating, integer, shape, shown, tensor, together
 
@@ -74,7 +75,7 @@ class _Gate(torch.autograd.Function):
     def forward(
         g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int, backend: str
     ) -> Tensor:  # fmt: skip
-        return _run(backend, "gate", g, y, mapping, tasks, task)  # type: ignore[no-any-return]
+        return own(_run(backend, "gate", g, y, mapping, tasks, task))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,7 +94,7 @@ class _Gate(torch.autograd.Function):
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, backend: str) -> Tensor:
-        return _run(backend, "rectify", x, mapping, tasks, task)  # type: ignore[no-any-return]
+        return own(_run(backend, "rectify", x, mapping, tasks, task))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -160,6 +161,7 @@ class _BatchNorm(torch.autograd.Function):
         y, mean, scale = _run(
             backend, "batch_norm", x, mapping, tasks, task, *running, weight, bias, training, momentum, eps, relu
         )
+        y = own(y)
         # the compiled backends find out again, from x, where y is positive
         kept = y if relu and backend == "reference" else None
         statistics = (None, None) if training else running

@@ -21,7 +21,7 @@ from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
-from ._autograd import apply
+from ._autograd import apply, own
 from ._backends import Case, note, offer, taken
 from ._checks import floating, shown
 
@@ -68,7 +68,7 @@ class _TrajectoryLoss(torch.autograd.Function):
         made, slopes = _forward(backend, f, learning, rest[:others], rest[others:], layout, gamma, normalize, True)
         ctx.save_for_backward(slopes)
         ctx.native, ctx.dtypes, ctx.rest = backend == "native", [t.dtype for t in learning], len(rest)
-        return made if made.dtype == dtype else made.to(dtype)
+        return own(made if made.dtype == dtype else made.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -168,14 +168,14 @@ def laid_out(
             raise ValueError(f"{name}[{t}]: expected shape {list(shape)} (B), got {shown(x)}")
         if x.device != device:
             raise ValueError(f"{name}[{t}]: expected a tensor on {device} like f, got one on {x.device}")
-        if into is masks:
+        if name == "active":
             if x.dtype != torch.bool:
                 raise TypeError(f"{name}[{t}]: expected bool, got {x.dtype}")
         elif not x.is_floating_point():
             if name != "own":
                 floating(f"{name}[{t}]", x)
             x = x.to(f.dtype)
-        into.append(x.detach() if x.requires_grad and into is others else x)
+        into.append(x.detach() if x.requires_grad and name not in ("s0", "s1") else x)
         return len(into) - 1
 
     for t, kind in enumerate(kinds):

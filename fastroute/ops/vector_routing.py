@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference.step import Grads, Step
 from . import _checks
+from ._autocast import autocast_dtype
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -44,9 +45,8 @@ def precision_of(x: Tensor, autocast: str) -> str:
 
 def autocast_precision(device_type: str) -> str:
     """What torch.autocast asks for on this device, "bf16" or "fp16"; outside it, ""."""
-    if not torch.is_autocast_enabled(device_type):
-        return ""
-    return "fp16" if torch.get_autocast_dtype(device_type) == torch.float16 else "bf16"
+    dtype = autocast_dtype(device_type)
+    return "" if dtype is None else "fp16" if dtype == torch.float16 else "bf16"
 
 
 def _triton_refuses(case: Case) -> str | None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._autocast import autocast_dtype
 from .active import traced
 from .units import Groups
 
@@ -207,8 +208,8 @@ def grouped(layer: Mixing, x: Tensor, out: Tensor | None, inp: Tensor | None, gr
     It has no second derivative.
     """
     W, b = weight_of(layer), layer.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         made: Tensor = _Grouped.apply(x, W, b, out, inp, groups.bounds, layer)  # type: ignore[no-untyped-call]

@@ -78,7 +78,7 @@ def check(name: str, found: list[aot.Report]) -> None:
     assert {r.kernel for r in found} >= kernels | (set() if "tables" in name else {"agent_input_kernel"})
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack == 0 if r.arch == 90 and CASES[name].K <= 128 else aot.spills_stay_near(r), r
+        assert r.stack <= aot.SPARE if r.arch == 90 and CASES[name].K <= 128 else aot.spills_stay_near(r), r
         if r.kernel.startswith("agent") and "16" in name:
             assert r.tensor_ops, r
 

@@ -73,7 +73,7 @@ def check(name: str, found: list[aot.Report]) -> None:
     }
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack == 0 if r.arch == 90 else aot.spills_stay_near(r), r
+        assert r.stack <= aot.SPARE if r.arch == 90 else aot.spills_stay_near(r), r
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...ops import dispatch, grouped_linear
+from ...ops._autocast import autocast_dtype
 from ...ops.dispatch import Plan
 from .. import bank
 from ..mlp import MLP
@@ -173,7 +174,7 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
     K, F = weights[0].shape[-2:]
     if storages.outputs != K or given.dim() != 2 or given.shape[1] != F:
         return None
-    if given.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
+    if given.dtype != weights[0].dtype and autocast_dtype(x.device.type) is None:
         return None
     if plan is None and given.shape[0] * K * F > _LARGE:
         return None
