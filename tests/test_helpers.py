@@ -138,3 +138,25 @@ def test_operators_that_are_not_known_are_an_error() -> None:
         rounded(
             lambda: torch.fft.rfft(torch.randn(8, dtype=torch.float64)).real + torch.special.i0(torch.ones(3).double())
         )
+
+
+@pytest.mark.parametrize("op", ["index_put", "index_add", "scatter_add", "embedding"])
+def test_rounding_of_sums_by_index(op: str) -> None:
+    """Of 1000 terms in three places, added one by one: far more than a rounding, and what float32 does."""
+    x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    where = torch.arange(1000) % 3
+
+    def sums(x: Tensor) -> Tensor:
+        to = torch.zeros(3, 4, dtype=x.dtype)
+        if op == "index_put":
+            return to.index_put((where,), x, accumulate=True)
+        if op == "index_add":
+            return to.index_add(0, where, x)
+        if op == "scatter_add":
+            return to.scatter_add(0, where[:, None].expand(1000, 4), x)
+        return torch.ops.aten.embedding_dense_backward(x, where, 3, -1, False)  # type: ignore[no-any-return]
+
+    exact = sums(x.double())
+    drawn = torch.stack([rounded(lambda: sums(x.double()), seed) - exact for seed in range(20)]).square().mean().sqrt()
+    plain = (sums(x).double() - exact).square().mean().sqrt()
+    assert plain / 2 < drawn < 4 * plain

@@ -49,14 +49,14 @@ _EXACT = {
     "_local_scalar_dense", "_reshape_copy", "_to_copy", "_unsafe_index", "_unsafe_view", "abs", "amax", "amin",
     "arange", "argmax", "argmin", "as_strided_scatter", "bernoulli", "cat", "ceil", "clamp", "clamp_max",
     "clamp_min", "clone", "constant_pad_nd", "copy", "diag_embed", "diagonal_scatter", "embedding", "empty",
-    "empty_like", "empty_strided", "eq", "fill", "flip", "floor", "gather", "ge", "gt", "index", "index_put",
-    "index_select", "isfinite", "isnan", "le", "lift_fresh_copy", "lt", "masked_fill", "masked_scatter",
-    "masked_select", "max", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "maximum", "min",
-    "minimum", "ne", "neg", "new_empty", "new_empty_strided", "new_ones", "new_zeros", "nonzero", "ones",
-    "ones_like", "relu", "repeat", "repeat_interleave", "resize_", "roll", "round", "scatter", "select_backward",
-    "select_scatter", "set_", "sign", "slice_backward", "slice_scatter", "sort", "stack", "threshold_backward",
-    "topk", "tril", "triu", "trunc", "unfold_backward", "unique_consecutive", "value_selecting_reduction_backward",
-    "where", "zero", "zeros", "zeros_like",
+    "empty_like", "empty_strided", "eq", "fill", "flip", "floor", "gather", "ge", "gt", "index", "index_select",
+    "isfinite", "isnan", "le", "lift_fresh_copy", "lt", "masked_fill", "masked_scatter", "masked_select", "max",
+    "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "maximum", "min", "minimum", "ne", "neg",
+    "new_empty", "new_empty_strided", "new_ones", "new_zeros", "nonzero", "ones", "ones_like", "relu", "repeat",
+    "repeat_interleave", "resize_", "roll", "round", "scatter", "select_backward", "select_scatter", "set_", "sign",
+    "slice_backward", "slice_scatter", "sort", "stack", "threshold_backward", "topk", "tril", "triu", "trunc",
+    "unfold_backward", "unique_consecutive", "value_selecting_reduction_backward", "where", "zero", "zeros",
+    "zeros_like",
 }  # fmt: skip
 
 #: Good to a unit in the last place, not half of one.
@@ -68,16 +68,18 @@ _ELEMENTARY = {
 #: One rounding each.
 _ELEMENTWISE = {
     "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "add", "addcdiv", "addcmul", "atan2", "avg_pool2d",
-    "avg_pool2d_backward", "cumsum", "div", "embedding_dense_backward", "exponential", "fmod", "full", "full_like",
-    "index_add", "lerp", "linspace", "mul", "native_dropout", "new_full", "normal", "rand", "rand_like", "randn",
-    "randn_like", "reciprocal", "remainder", "rsub", "scalar_tensor", "scatter_add", "sqrt", "square", "sub",
-    "uniform",
+    "avg_pool2d_backward", "cumsum", "div", "exponential", "fmod", "full", "full_like", "lerp", "linspace", "mul",
+    "native_dropout", "new_full", "normal", "rand", "rand_like", "randn", "randn_like", "reciprocal", "remainder",
+    "rsub", "scalar_tensor", "sqrt", "square", "sub", "uniform",
 }  # fmt: skip
+
+#: Where each entry is a sum of what its index finds, one by one.
+_BY_INDEX = {"index_put", "scatter_add", "index_add", "embedding_dense_backward"}
 
 #: Bilinear operators: of squares they are the sum of squared terms.
 _PRODUCTS = {"mm", "bmm", "convolution", "convolution_backward", "dot", "mv"}
 _SUMS = {"sum", "mean"}
-_WHOLE = {*_PRODUCTS, *_SUMS, *_EXACT, *_ELEMENTWISE, *_ELEMENTARY}
+_WHOLE = {*_PRODUCTS, *_SUMS, *_BY_INDEX, *_EXACT, *_ELEMENTWISE, *_ELEMENTARY}
 
 
 def _name(func: Any) -> str:
@@ -243,6 +245,8 @@ class Rounded(TorchDispatchMode):
         made = func(*args, **kwargs)
         if name in _EXACT:
             return made
+        if name in _BY_INDEX:
+            return self._added_by_index(func, made, args, kwargs)
         if name in _PRODUCTS or name in _SUMS:
             return self._reduced(func, name, made, args, kwargs)
         times = 2.0 if name in _ELEMENTARY else 1.0
@@ -312,11 +316,24 @@ class Rounded(TorchDispatchMode):
             )
         return self._summed(made, func(*squared, **kwargs), args[0].shape[-1])
 
-    def _summed(self, total: Tensor, squares: Tensor, n: float, is_product: bool = True) -> Tensor:
+    def _added_by_index(self, func: Any, made: Tensor, args: Any, kwargs: Any) -> Tensor:
+        if not made.is_floating_point() or (_name(func) == "index_put" and not (len(args) > 3 and args[3])):
+            return made  # nothing is added
+
+        def of(f: Callable[[Tensor], Tensor]) -> Tensor:
+            return func(*(f(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), **kwargs)  # type: ignore[no-any-return]
+
+        additions = of(torch.ones_like) - 1
+        variance = additions * (made.square() / 3 + of(torch.square) / 6)
+        return self._with_noise(made, variance.clamp_min_(0).sqrt_())
+
+    def _with_noise(self, total: Tensor, sd: Tensor) -> Tensor:
         noise = torch.randn(total.shape, generator=self.normal, dtype=torch.float64).to(total.device)
-        of_total, of_squares = _coefficients(n, PRODUCT_RUN if is_product else SUM_RUN, not is_product)
-        sd = (total.square() * of_total + squares * of_squares).clamp_min_(0).sqrt_()
         return self.rounded(torch.addcmul(total, noise, sd, value=self.acc_unit * math.sqrt(_ROUNDING)))
+
+    def _summed(self, total: Tensor, squares: Tensor, n: float, is_product: bool = True) -> Tensor:
+        of_total, of_squares = _coefficients(n, PRODUCT_RUN if is_product else SUM_RUN, not is_product)
+        return self._with_noise(total, (total.square() * of_total + squares * of_squares).clamp_min_(0).sqrt_())
 
 
 def _is_floating(made: Any) -> bool:

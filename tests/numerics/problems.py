@@ -14,7 +14,7 @@ from tests.ops import test_combine, test_expert_ffn, test_grouped_linear, test_p
 F32 = torch.float32
 #: Rows of a problem: of those that faults are planted in, and of those that plain PyTorch is tried on. In longer ones
 #: its products of a few numbers each add term by term, which is a fault that the budget finds (docs/numerics.md).
-LONG, USUAL = 4000, 1000
+LONG, USUAL = 4000, 500
 
 
 def _tokens(seed: int, count: int, experts: int = 5) -> torch.Tensor:
@@ -22,7 +22,7 @@ def _tokens(seed: int, count: int, experts: int = 5) -> torch.Tensor:
 
 
 def _batch_norm(seed: int, n: int) -> Case:
-    return test_task_mask.bn_case((n // 500, 5, 24, 24), F32, seed)
+    return test_task_mask.bn_case((max(2, n // 500), 5, 24, 24), F32, seed)
 
 
 def _bn_truth() -> Function:
