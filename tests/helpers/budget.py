@@ -28,9 +28,9 @@ from .rounding import Rounded
 
 #: An implementation may have two roundings where the reference has one, which is 1.41 times the error.
 FACTOR = 1.5
-SPREAD = 6.0
+SPREAD = 10.0
 #: Draws after which to look, and how many sd to allow then. Most results are far within after the first few.
-LOOKS = ((3, 0.0), (8, 3.0), (32, SPREAD))
+LOOKS = ((3, 0.0), (8, 4.0), (32, SPREAD))
 NORMS = (("largest entry", math.inf), ("Frobenius norm", 2.0))
 
 

@@ -44,6 +44,9 @@ TF32 = 2.0**-10
 
 _EXPONENT = 0x7FF0000000000000
 
+#: Of the gamma distribution of a random walk's mean square: its mean squared over its variance, (1/2)^2 / (1/3).
+_SHAPE = 0.75
+
 #: Operators that make no new values: nothing to round.
 _EXACT = {
     "_local_scalar_dense", "_reshape_copy", "_to_copy", "_unsafe_index", "_unsafe_view", "abs", "amax", "amin",
@@ -325,15 +328,22 @@ class Rounded(TorchDispatchMode):
 
         additions = of(torch.ones_like) - 1
         variance = additions * (made.square() / 3 + of(torch.square) / 6)
-        return self._with_noise(made, variance.clamp_min_(0).sqrt_())
+        return self._with_noise(made, variance, 1)
 
-    def _with_noise(self, total: Tensor, sd: Tensor) -> Tensor:
-        noise = torch.randn(total.shape, generator=self.normal, dtype=torch.float64).to(total.device)
-        return self.rounded(torch.addcmul(total, noise, sd, value=self.acc_unit * math.sqrt(_ROUNDING)))
+    def _with_noise(self, total: Tensor, variance: Tensor, runs: float) -> Tensor:
+        """In some orders partial sums stay small, in others not: the variance of a run is gamma distributed."""
+        shape = torch.full(total.shape, _SHAPE * runs, dtype=torch.float64)
+        order = torch._standard_gamma(shape, generator=self.normal).div_(_SHAPE * runs)
+        noise = torch.randn(total.shape, generator=self.normal, dtype=torch.float64).mul_(order.sqrt_())
+        sd = variance.clamp_min_(0).sqrt_()
+        return self.rounded(
+            torch.addcmul(total, noise.to(total.device), sd, value=self.acc_unit * math.sqrt(_ROUNDING))
+        )
 
     def _summed(self, total: Tensor, squares: Tensor, n: float, is_product: bool = True) -> Tensor:
-        of_total, of_squares = _coefficients(n, PRODUCT_RUN if is_product else SUM_RUN, not is_product)
-        return self._with_noise(total, (total.square() * of_total + squares * of_squares).clamp_min_(0).sqrt_())
+        run = PRODUCT_RUN if is_product else SUM_RUN
+        of_total, of_squares = _coefficients(n, run, not is_product)
+        return self._with_noise(total, total.square() * of_total + squares * of_squares, max(n / run, 1))
 
 
 def _is_floating(made: Any) -> bool:
