@@ -28,7 +28,7 @@ from tests.helpers.budget import LOOKS, NORMS, Yardstick, yardstick_of
 from tests.helpers.cases import Results, evaluate
 
 from .faults import FAULTS, Planted
-from .problems import LONG, PROBLEMS, USUAL, orders, problem
+from .problems import PROBLEMS, USUAL, orders, problem, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "numerics.md"
@@ -83,7 +83,7 @@ def effect(yardstick: Yardstick, found: Results, plain: Results) -> float:
 
 
 def power_of(op: str, seed: int = 0) -> dict[str, Any]:
-    truth, case, letters = problem(op, seed, LONG)
+    truth, case, letters = problem(op, seed, rows_of(op))
     yardstick = yardstick_of(truth, case, F32)
     with Planted(FAULTS[0], place=-1):  # none, but taken apart alike
         plain = evaluate(truth, case)

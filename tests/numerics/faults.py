@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.rounding import decomposition
+from tests.helpers.rounding import PRODUCT_RUN, decomposition
 
 aten = torch.ops.aten
 TILE = 32
@@ -93,6 +93,8 @@ class Planted(TorchDispatchMode):
         if self.fault == ROUNDED_BIAS and name in ("add", "sub") and _is_broadcast(args) and self._here():
             smaller = 0 if _own(args[0]) < _own(args[1]) else 1
             return func(*(_coarse(a) if k == smaller else a for k, a in enumerate(args)), **kwargs)
+        if name in ("mm", "bmm") and args[0].shape[-1] > PRODUCT_RUN:  # PyTorch adds the terms of small ones one by one
+            return _in_runs(func, *args)
         made = func(*args, **kwargs)
         if self.fault == SLOPE and name in _SLOPES and isinstance(made, Tensor) and made.is_floating_point():
             wrong = made.flatten().abs()
@@ -100,6 +102,11 @@ class Planted(TorchDispatchMode):
                 made = made.contiguous().clone()
                 made.view(-1)[int(wrong.argsort()[wrong.numel() // 2 :][0])] *= 1.01
         return made
+
+
+def _in_runs(product: Any, a: Tensor, b: Tensor) -> Tensor:
+    parts = zip(a.split(PRODUCT_RUN, -1), b.split(PRODUCT_RUN, -2), strict=True)
+    return torch.stack([product(x, y) for x, y in parts]).sum(0)
 
 
 def _product(total: Terms, a: Tensor, b: Tensor) -> Tensor:

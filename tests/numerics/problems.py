@@ -14,7 +14,7 @@ from tests.ops import test_combine, test_expert_ffn, test_grouped_linear, test_p
 F32 = torch.float32
 #: Rows of a problem: of those that faults are planted in, and of those that plain PyTorch is tried on. In longer ones
 #: its products of a few numbers each add term by term, which is a fault that the budget finds (docs/numerics.md).
-LONG, USUAL = 4000, 500
+LONG, VERY_LONG, USUAL = 4000, 40_000, 500
 
 
 def _tokens(seed: int, count: int, experts: int = 5) -> torch.Tensor:
@@ -93,6 +93,11 @@ PROBLEMS: dict[str, tuple[Function, Callable[[int, int], Case], str]] = {
     ),
     "combine": (test_combine.truth, lambda seed, n: test_combine.combine_case(n // 8, 40, 17, seed=seed), "bkm"),
 }
+
+
+def rows_of(op: str) -> int:
+    """For faults: where sums are short work, so long that how they are made shows."""
+    return VERY_LONG if op.startswith(("vector_routing", "efficient_routing", "soft_assignment")) else LONG
 
 
 def problem(op: str, seed: int, n: int) -> tuple[Function, Case, str]:
