@@ -1,0 +1,41 @@
+"""What modules of torch.nn are, apart from their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastroute.multitask import heads
+from fastroute.networks import Initialization, Selection, bank
+from fastroute.ops._modules import options
+from tests.helpers.opcheck import assert_same
+
+ARGUMENTS: dict[type, tuple[int, ...]] = {
+    nn.LayerNorm: (4,), nn.RMSNorm: (4,), nn.GroupNorm: (2, 4), nn.Conv2d: (3, 4, 2), nn.MaxPool2d: (2,),
+    nn.AvgPool2d: (2,), nn.AdaptiveAvgPool2d: (2,), nn.AdaptiveMaxPool2d: (2,),
+}  # fmt: skip
+KINDS: list[Any] = sorted(bank._FREE | bank._NORMS | heads._ELEMENTWISE | {nn.Conv2d}, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_are_all_that_is_public(kind: Any) -> None:
+    module = kind(*ARGUMENTS.get(kind, ()))
+    public = {name: value for name, value in vars(module).items() if name[0] != "_"}
+    fixed = {"training", "transposed"}  # a mode; and the same for every nn.Conv2d
+    assert dict(options(module)) == {name: value for name, value in public.items() if name not in fixed}
+
+
+def test_a_forward_of_its_own_is_called() -> None:
+    selection = Selection(*[nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2)]).double()
+    for module in selection.modules():
+        if isinstance(module, nn.ReLU):
+            module.forward = torch.tanh  # type: ignore[method-assign]
+    layers = [m for m in selection.modules() if isinstance(m, nn.Linear)]
+    x, actions = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    routed, meta, _ = Initialization()(x)
+    y = selection(routed, meta, actions)[0]
+    expected = torch.stack([torch.tanh(layers[int(a)](row)) for row, a in zip(x, actions, strict=True)])
+    assert_same(y.detach(), expected.detach())
