@@ -53,7 +53,7 @@ def reports(case: str) -> list[aot.Report]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_fits(case: str) -> None:
-    """Shared memory is what a reduction takes. An old assembler spills a little on sm_90, any one on sm_100."""
+    """Shared memory is what a reduction takes. Older Tritons spill a little on sm_90, all on sm_100."""
     found = reports(case)
     assert {r.arch for r in found} == set(aot.SHARED_LIMIT) and {r.kernel for r in found} == KERNELS
     for r in found:
