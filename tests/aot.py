@@ -22,9 +22,8 @@ from unittest import mock
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  #: bytes a block may use, by compute capability
 FIRST_LEVEL = {80: 192 << 10, 90: 256 << 10, 100: 256 << 10}  #: bytes of a multiprocessor, shared memory included
-#: Bytes of stack on sm_90 where a newer assembler needs none: Triton 3.6 brings CUDA 12.8's, which keeps up to four
-#: registers of some kernels in memory.
-SPARE = 16 if version("triton").startswith("3.6.") else 0
+#: Bytes of stack on sm_90 where Triton 3.9 needs none: older ones keep up to four registers of some kernels in memory.
+SPARE = 16 if tuple(map(int, version("triton").split(".")[:2])) < (3, 9) else 0
 _TENSOR_OPS = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
 _ROOT = Path(__file__).resolve().parents[1]
 

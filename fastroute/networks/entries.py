@@ -88,6 +88,9 @@ def rows_of(records: Sequence[Record], dtype: torch.dtype) -> Rows:
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
     """(a - b)^2, in the fewest operators that PyTorch has for it."""
+    if a.dtype != b.dtype:  # of which torch 2.11 has no gradient
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
     return F.mse_loss(a, b, reduction="none")
 
 

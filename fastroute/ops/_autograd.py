@@ -24,7 +24,7 @@ def own(output: Tensor) -> Tensor:
     Dynamo of torch 2.11 makes all of them outputs of the function, and an output's gradient is lost, silently, where
     one is the same tensor: after an operation in place, or a cast to the dtype that it has.
     """
-    return output.view_as(output) if _LOSES_GRADIENTS and torch.compiler.is_compiling() else output
+    return output.clone() if _LOSES_GRADIENTS and torch.compiler.is_compiling() else output
 
 
 _LOSES_GRADIENTS = torch.__version__ < "2.12"  # a TorchVersion: it compares numbers

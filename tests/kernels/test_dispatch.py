@@ -125,7 +125,7 @@ def test_linear(histogram: list[int]) -> None:
 @pytest.mark.parametrize("histogram", ["some empty", "one each"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 def test_half_precision(histogram: str, dtype: torch.dtype) -> None:
-    found = checked([linear_case(HISTOGRAMS[histogram], dtype=dtype, seed=seed) for seed in range(3)], dtype, 1)
+    found = checked([linear_case(HISTOGRAMS[histogram], dtype=dtype, seed=seed) for seed in range(2)], dtype)
     assert all(t is not None and t.dtype == dtype for t in found.values())
 
 
