@@ -284,15 +284,17 @@ class Rounded(TorchDispatchMode):
         if t.dtype != torch.float64 or not t.numel():
             return t
         moved = torch.where(t.isinf(), t, self._shaken(t, self.spacing * times))
+        if (
+            self.dtype.itemsize == 2
+        ):  # the digits of half precision, with the range of the float32 that it is computed in
+            return torch.where(t.isfinite(), _split(moved, self.spacing), t)
         return moved if self.dtype == torch.float64 else moved.to(self.dtype).to(torch.float64)
 
     def _operand(self, t: Any) -> Any:
         """Rounded as tensor cores round what they multiply."""
         if not isinstance(t, Tensor):
             return t
-        moved = self._shaken(t, self.operands)
-        wide = moved * (2.0**52 * self.operands + 1)  # Veltkamp's splitting
-        return wide - (wide - moved)
+        return _split(self._shaken(t, self.operands), self.operands)
 
     # ------------------------------------------------------------------------------------------------------ a sum
 
@@ -344,6 +346,12 @@ class Rounded(TorchDispatchMode):
         run = PRODUCT_RUN if is_product else SUM_RUN
         of_total, of_squares = _coefficients(n, run, not is_product)
         return self._with_noise(total, total.square() * of_total + squares * of_squares, max(n / run, 1))
+
+
+def _split(t: Tensor, spacing: float) -> Tensor:
+    """The nearest number with so few digits: Veltkamp's splitting."""
+    wide = t * (2.0**52 * spacing + 1)
+    return wide - (wide - t)
 
 
 def _is_floating(made: Any) -> bool:

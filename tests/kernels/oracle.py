@@ -158,8 +158,9 @@ def assert_within_budget(
 ) -> None:
     """Every output is within budget of the reference in float64. ``dtype``: that of the products, if not x's."""
     made = case.step.x.dtype
-    operands = case.step.precision if case.step.precision == "tf32" else dtype or (made if made.itemsize == 2 else None)
-    yardstick = Yardstick(lambda: answer(case, torch.float64, start=start), made, operands=operands)
+    half = dtype or (made if made.itemsize == 2 else None)  # p is the sum of the phi that the products take
+    operands = "tf32" if case.step.precision == "tf32" else None
+    yardstick = Yardstick(lambda: answer(case, torch.float64, start=start), made, stored=half, operands=operands)
     missing = set(yardstick.exact) - set(found) - set(but)
     assert not missing, missing
     for name in set(found) - set(yardstick.exact):
