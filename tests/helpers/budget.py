@@ -166,7 +166,7 @@ class Yardstick:
                 continue
             for excess in self.excess(name, actual):
                 wild = int((actual.isfinite() < self.exact[name].isfinite()).sum())  # type: ignore[union-attr]
-                assert not wild or excess.error <= excess.allowed, f"{label}: {wild} of {actual.numel()} not finite"
+                assert not wild, f"{label}: {wild} of {actual.numel()} not finite"  # however large the budget is
                 assert excess.error <= excess.allowed, f"{what} {excess}".strip()
 
 
@@ -207,8 +207,10 @@ def assert_within_budget(
     what: str = "",
     **how: Any,
 ) -> None:
-    """Every result is within budget of what ``run`` computes in float64; ``how`` goes to :class:`Yardstick`."""
-    Yardstick(run, dtype, **how).check(found, what)
+    """All results of ``run``, and no others, are within budget of it in float64; ``how`` goes to :class:`Yardstick`."""
+    yardstick = Yardstick(run, dtype, **how)
+    assert found.keys() == yardstick.exact.keys(), f"{what}: {sorted(found)}, expected {sorted(yardstick.exact)}"
+    yardstick.check(found, what)
 
 
 def yardstick_of(truth: Function, case: Case, dtype: torch.dtype, **how: Any) -> Yardstick:

@@ -94,18 +94,6 @@ def recorded_reward(name: str, K: int) -> Any:
     return cls(0.3, K, 16, formula="upstream")
 
 
-def moved(value: Any, generator: torch.Generator) -> Any:
-    """Every floating-point number within moved by up to one spacing of float32, at random: what rounding it may do."""
-    if isinstance(value, dict):
-        return {k: moved(v, generator) for k, v in value.items()}
-    if isinstance(value, list):
-        return [moved(v, generator) for v in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    step = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1
-    return (value.double() * (1 + torch.finfo(torch.float32).eps * step)).to(value.dtype)
-
-
 def _feed(decide: Any, algo: str, noise: Tensor) -> None:
     """Give a decision the draws of the recorded run."""
     if algo == "RELAX":

@@ -37,7 +37,7 @@ SUM_RUN, PRODUCT_RUN = 64, 512
 
 #: The mean square of a rounding error, relative to the number and in units of roundoff: 1/3 for numbers just above a
 #: power of two, a quarter of that just below the next.
-_ROUNDING = 1 / 3 * 3 / (8 * math.log(2))
+_ROUNDING = 1 / (8 * math.log(2))
 
 #: The spacing of TensorFloat-32, ten bits behind the point.
 TF32 = 2.0**-10
@@ -242,7 +242,7 @@ class Rounded(TorchDispatchMode):
             if made is not NotImplemented:
                 return made
         if name.startswith("_foreach_"):
-            return self._each(func, args, kwargs)
+            raise NotImplementedError(f"{func}: an optimizer with foreach=False is what can be followed")
         if self.operands and name in _PRODUCTS:
             args = tuple(map(self._operand, args))
         made = func(*args, **kwargs)
@@ -263,9 +263,6 @@ class Rounded(TorchDispatchMode):
             return type(made)(self.rounded(t, times) if isinstance(t, Tensor) else t for t in made)
         return made
 
-    def _each(self, func: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError(f"{func}: an optimizer with foreach=False is what can be followed")
-
     # ------------------------------------------------------------------------------------------------- one rounding
 
     def _shaken(self, t: Tensor, spacing: float) -> Tensor:
@@ -284,9 +281,7 @@ class Rounded(TorchDispatchMode):
         if t.dtype != torch.float64 or not t.numel():
             return t
         moved = torch.where(t.isinf(), t, self._shaken(t, self.spacing * times))
-        if (
-            self.dtype.itemsize == 2
-        ):  # the digits of half precision, with the range of the float32 that it is computed in
+        if self.dtype.itemsize == 2:  # its digits, with the range of the float32 that it is computed in
             return torch.where(t.isfinite(), _split(moved, self.spacing), t)
         return moved if self.dtype == torch.float64 else moved.to(self.dtype).to(torch.float64)
 
