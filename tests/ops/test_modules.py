@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastroute.multitask import heads
+from fastroute.multitask import MTLModel, heads
 from fastroute.networks import Initialization, Selection, bank
 from fastroute.ops._modules import options
 from tests.helpers.opcheck import assert_same
@@ -26,6 +26,28 @@ def test_options_are_all_that_is_public(kind: Any) -> None:
     public = {name: value for name, value in vars(module).items() if name[0] != "_"}
     fixed = {"training", "transposed"}  # a mode; and the same for every nn.Conv2d
     assert dict(options(module)) == {name: value for name, value in public.items() if name not in fixed}
+
+
+def test_a_forward_of_its_own_is_seen_by_heads_that_ran_together() -> None:
+    """Of a kind that is looked at in every call: not one of ``heads._PLAIN``."""
+    layers: list[Any] = [{"name": "trunk", "layers": nn.Linear(3, 4)}]
+    layers += [
+        {
+            "name": f"head{k}",
+            "layers": nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)),
+            "anchor_layer": "trunk",
+        }
+        for k in range(8)
+    ]
+    model, x = MTLModel(layers, [f"head{k}" for k in range(8)]).double(), torch.randn(6, 3, dtype=torch.float64)
+    before = model(x)[0]
+    gelu = next(m for m in model.modules() if isinstance(m, nn.GELU))
+    gelu.forward = torch.zeros_like  # type: ignore[method-assign]
+    after = model(x)[0]
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert sum(changed) == 1
+    last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 2][changed.index(True)]
+    assert_same(after[changed.index(True)].detach(), last.bias.detach().expand(6, 2))
 
 
 def test_a_forward_of_its_own_is_called() -> None:
