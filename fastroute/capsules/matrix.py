@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, matrix_routing
+from ..ops._autocast import autocast_dtype
 from ..ops.matrix_routing import P_MODELS
 from ..reference.matrix_routing import Capsules, first_or_next
 from ..reference.matrix_step import Outputs
@@ -192,7 +193,7 @@ class GenerativeMatrixRouting(nn.Module):
         """All iterations but the last on the fused op, the last one written out, in float32 at least."""
         dtype = torch.promote_types(mu.dtype, w.W.dtype)
         acc = torch.promote_types(dtype, torch.float32)
-        if torch.is_autocast_enabled(mu.device.type):
+        if autocast_dtype(mu.device.type) is not None:
             dtype = acc
         a, mu, w = a.to(acc), mu.to(acc), Capsules(*(t.to(acc) for t in w))
         with torch.autocast(mu.device.type, enabled=False):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import combine, dispatch, expert_ffn, grouped_linear
+from ..ops._autocast import autocast_dtype
 from ..reference.grouped_linear import ACTIVATIONS
 
 NAME = "fastroute"
@@ -54,7 +55,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.is_transposed:
         w_in, w_out = w_in.mT, w_out.mT
     plan = dispatch.plan(actions, E, "top_k_index")
-    x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(w_in.dtype)
+    x = hidden_states if autocast_dtype(hidden_states.device.type) is not None else hidden_states.to(w_in.dtype)
     name = _activation(self.act_fn) if hasattr(self, "act_fn") else None
     if name is not None and _is_plain(self):
         y = expert_ffn(x, plan, top_k_weights, w_in, w_out, activation=name, gated=self.has_gate)

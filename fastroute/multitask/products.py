@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..ops._autocast import autocast_dtype
+
 _aten: Any = torch.ops.aten
 _version = attrgetter("_version")
 
@@ -195,7 +197,7 @@ def chains(
     compiled = torch.compiler.is_compiling()
     plain = compiled or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if torch.is_grad_enabled() and not plain:
-        plain = torch.is_autocast_enabled(x.device.type) or parameters[0].dtype != x.dtype
+        plain = autocast_dtype(x.device.type) is not None or parameters[0].dtype != x.dtype
         if not plain and all(
             len(layer.then) < 2 and all(type(m) in _ACTIVATIONS for m in layer.then) for layer in layers
         ):
