@@ -34,7 +34,7 @@ LOOKS = ((3, 0.0), (8, 4.0), (32, SPREAD))
 NORMS = (("largest entry", math.inf), ("Frobenius norm", 2.0))
 
 
-def _size(t: Tensor, p: float) -> float:
+def size(t: Tensor, p: float) -> float:
     """The norm, piece by piece so as not to double a large tensor."""
     if not t.numel():
         return 0.0
@@ -42,10 +42,10 @@ def _size(t: Tensor, p: float) -> float:
     return max(pieces) if p == math.inf else math.hypot(*pieces)
 
 
-def _distance(t: Tensor, exact: Tensor, p: float) -> float:
+def distance(t: Tensor, exact: Tensor, p: float) -> float:
     """|t - exact|; infinite where t is not finite and exact is."""
     pieces = [
-        _size(torch.where(a.double() == b, 0.0, (a.double() - b).masked_fill(a.isnan() > b.isnan(), math.inf)), p)
+        size(torch.where(a.double() == b, 0.0, (a.double() - b).masked_fill(a.isnan() > b.isnan(), math.inf)), p)
         for a, b in zip(t.detach().reshape(-1).split(1 << 24), exact.reshape(-1).split(1 << 24), strict=True)
     ]
     return max(pieces, default=0.0) if p == math.inf else math.hypot(*pieces)
@@ -114,7 +114,7 @@ class Yardstick:
                     narrower = torch.finfo(dtype).eps > torch.finfo(rounding.dtype).eps
                     last = Rounded(dtype, seed).rounded(t.detach()) if narrower else t
                     own = math.sqrt(2) if self._dtype == torch.float64 else 1.0  # the exact answer is a draw, too
-                    known.append(tuple(own * _distance(last, exact, p) for _, p in NORMS))
+                    known.append(tuple(own * distance(last, exact, p) for _, p in NORMS))
 
     def errors(self, name: str, dtype: torch.dtype, p: float, count: int) -> list[float]:
         """Of that many draws of a result that is given in ``dtype``."""
@@ -132,21 +132,21 @@ class Yardstick:
         exact = self.exact[name]
         assert exact is not None
         return max(
-            FACTOR * (mean + spread * sd), torch.finfo(dtype).eps * _size(exact.masked_fill(exact.isinf(), 0.0), p)
+            FACTOR * (mean + spread * sd), torch.finfo(dtype).eps * size(exact.masked_fill(exact.isinf(), 0.0), p)
         )
 
-    def excess(self, name: str, actual: Tensor) -> Iterator[Excess]:
+    def excess(self, name: str, actual: Tensor, looks: Sequence[tuple[int, float]] = LOOKS) -> Iterator[Excess]:
         """Both norms of a result."""
         exact = self.exact[name]
         assert exact is not None, f"{name}: something, where the reference has nothing"
         assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
         for norm, p in NORMS:
-            error, allowed = _distance(actual, exact, p), 0.0
-            for count, spread in LOOKS:
+            error, allowed = distance(actual, exact, p), 0.0
+            for count, spread in looks:
                 allowed = self.allowed(name, actual.dtype, p, count, spread)
                 if error <= allowed:
                     break
-            yield Excess(name, norm, error, allowed, _size(exact, p), actual.dtype)
+            yield Excess(name, norm, error, allowed, size(exact, p), actual.dtype)
 
     def expects(self, found: Mapping[str, Tensor | None]) -> None:
         """In which dtypes results will come: then each draw is made once."""

@@ -113,15 +113,8 @@ def _listen(decide: Any, heard: dict[str, Tensor], t: int) -> None:
     decide.loss = listening
 
 
-def replay(g: dict[str, Any], dtype: torch.dtype = torch.float32, order: Tensor | None = None) -> dict[str, Any]:
-    """Every number of a golden trajectory, made by ours: outputs, losses, rewards, state columns and all gradients.
-
-    Args:
-        order: play the samples in this order and put the results back: another order of summation.
-    """
-    B = len(g["x"])
-    order = torch.arange(B) if order is None else order
-    back = order.argsort()
+def replay(g: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Every number of a golden trajectory, made by ours: outputs, losses, rewards, state columns and all gradients."""
     K, A, algo = g["num_selections"], g["agents"], g["algo"]
 
     def cast(value: Any) -> Any:
@@ -140,19 +133,18 @@ def replay(g: dict[str, Any], dtype: torch.dtype = torch.float32, order: Tensor 
             module.load_state_dict(state, strict=True)
             module.train(g["train"])
     for decide, noise in zip(decisions, g["noise"], strict=False):
-        _feed(decide, algo, noise.index_select(noise.dim() - 2, order))
+        _feed(decide, algo, noise)
 
     heard: dict[str, Tensor] = {}
     for t, decide in enumerate(decisions):
         _listen(decide, heard, t)
 
-    x = cast(g["x"])[order].requires_grad_()
-    tasks = [g["tasks"][i] for i in order.tolist()]
-    ys, meta, agents = PerTaskAssignment()(x, start(x, tasks))
-    forced = [a[order] for a in g["actions"]]
+    x = cast(g["x"]).clone().requires_grad_()
+    ys, meta, agents = PerTaskAssignment()(x, start(x, g["tasks"]))
+    forced = list(g["actions"])
     if g["dispatch"]:
         ys, meta, agents = decisions[0](ys, meta, None, forced_actions=forced.pop(0))
-    mask = None if g["mask3"] is None else torch.tensor(g["mask3"], dtype=torch.bool)[order]
+    mask = None if g["mask3"] is None else torch.tensor(g["mask3"], dtype=torch.bool)
     ys, meta, _ = play(
         decisions[-3:],
         selections,
@@ -166,20 +158,20 @@ def replay(g: dict[str, Any], dtype: torch.dtype = torch.float32, order: Tensor 
     loss = Loss(nn.CrossEntropyLoss(), final, normalize_per_action_rewards=g["npar"], formula="upstream")
     external = g["external_losses"]
     module_loss, routing_loss = loss(
-        ys, meta, g["y"][order], external_losses=None if external is None else cast(external)[order], reduce=False
+        ys, meta, g["y"], external_losses=None if external is None else cast(external), reduce=False
     )
     total = module_loss.mean() + routing_loss.mean()
     if total.requires_grad:
         total.backward()
     found = {
-        "output": ys.detach()[back], "module_loss": module_loss.detach()[back],
-        "routing_loss": routing_loss.detach()[back], "grad_x": None if x.grad is None else x.grad[back],
+        "output": ys.detach(), "module_loss": module_loss.detach(),
+        "routing_loss": routing_loss.detach(), "grad_x": x.grad,
     }  # fmt: skip
     for kind, modules in (("decisions", decisions), ("selections", selections)):
         for j, module in enumerate(modules):
             found |= {f"{kind}.{j}.{k}": grad for k, grad in gradients(module).items()}
-    found |= {k: t[back] for k, t in heard.items()}
+    found |= heard
     for t, record in enumerate(meta.records):
-        found[f"states.{t}"] = record.states().detach()[back]
-        found[f"active.{t}"] = torch.ones(B, dtype=torch.bool) if record.active is None else record.active[back]
+        found[f"states.{t}"] = record.states().detach()
+        found[f"active.{t}"] = torch.ones(len(x), dtype=torch.bool) if record.active is None else record.active
     return found

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.helpers import budget
-from tests.helpers.budget import LOOKS, NORMS, Yardstick, yardstick_of
+from tests.helpers.budget import LOOKS, NORMS, Excess, Yardstick, distance, size, yardstick_of
 from tests.helpers.cases import Results, evaluate
 
 from .faults import FAULTS, Planted
@@ -40,12 +39,9 @@ def results(found: Results) -> Iterator[tuple[str, Tensor]]:
     return ((k, t) for k, t in found.items() if t is not None and t.is_floating_point() and t.numel())
 
 
-def shares(yardstick: Yardstick, found: Results) -> Iterator[tuple[str, str, float, float]]:
-    """(result, norm, error, allowed after every draw)."""
-    for name, t in results(found):
-        for norm, p in NORMS:
-            error = budget._distance(t, yardstick.exact[name], p)  # type: ignore[arg-type]
-            yield name, norm, error, yardstick.allowed(name, t.dtype, p, *LOOKS[-1])
+def judged(yardstick: Yardstick, found: Results) -> list[Excess]:
+    """Every result in both norms, after every draw."""
+    return [excess for name, t in results(found) for excess in yardstick.excess(name, t, LOOKS[-1:])]
 
 
 def _same(a: Results, b: Results) -> bool:
@@ -65,9 +61,9 @@ def old_budget(yardstick: Yardstick, plain: list[Results]) -> dict[tuple[str, st
         exact = yardstick.exact[name]
         assert exact is not None
         for norm, p in NORMS:
-            errors = [budget._distance(r[name], exact, p) for r in plain]  # type: ignore[arg-type]
+            errors = [distance(r[name], exact, p) for r in plain]  # type: ignore[arg-type]
             rms = math.sqrt(sum(e * e for e in errors) / len(errors))
-            found[name, norm] = 2 * rms + torch.finfo(t.dtype).eps * budget._size(exact, p)
+            found[name, norm] = 2 * rms + torch.finfo(t.dtype).eps * size(exact, p)
     return found
 
 
@@ -78,8 +74,22 @@ def effect(yardstick: Yardstick, found: Results, plain: Results) -> float:
         for _, p in NORMS:
             typical = statistics.fmean(yardstick.errors(name, t.dtype, p, LOOKS[-1][0]))
             if typical:
-                moved.append(budget._distance(t, plain[name], p) / typical)  # type: ignore[arg-type]
+                moved.append(distance(t, plain[name], p) / typical)  # type: ignore[arg-type]
     return max(moved)
+
+
+def verdict(
+    yardstick: Yardstick, found: Results, plain: Results, old: dict[tuple[str, str], float]
+) -> dict[str, float]:
+    """How far a fault moves results, and the largest share that one takes of the new budget and of the old one."""
+    if any(not t.isfinite().all() for _, t in results(found)):
+        return dict.fromkeys(("effect", "new", "old"), math.inf)
+    by = judged(yardstick, found)
+    return {
+        "effect": effect(yardstick, found, plain),
+        "new": max(e.times for e in by),
+        "old": max(e.error / limit for e in by if (limit := old[e.name, e.norm])),
+    }
 
 
 def power_of(op: str, seed: int = 0) -> dict[str, Any]:
@@ -89,10 +99,10 @@ def power_of(op: str, seed: int = 0) -> dict[str, Any]:
         plain = evaluate(truth, case)
     draws = [plain, *(back(evaluate(truth, turned)) for turned, back in orders(case, letters, 3))]
     old = old_budget(yardstick, draws)
-    new = {(name, norm): allowed for name, norm, _, allowed in shares(yardstick, plain)}
-    width = {key: new[key] / old[key] for key in old if old[key]}
+    new = {(e.name, e.norm): e for e in judged(yardstick, plain)}
+    width = {key: new[key].allowed / old[key] for key in old if old[key]}
     row: dict[str, Any] = {
-        "plain": max(e / a for _, _, e, a in shares(yardstick, plain) if a),
+        "plain": max(e.times for e in new.values()),
         "width": {norm: statistics.geometric_mean(w for (_, n), w in width.items() if n == norm) for norm, _ in NORMS},
         "widest": max(width.values()),
         "faults": {},
@@ -105,15 +115,7 @@ def power_of(op: str, seed: int = 0) -> dict[str, Any]:
             if place >= planted.places:
                 break
             if not _same(found, plain):
-                by = list(shares(yardstick, found))
-                wild = any(not t.isfinite().all() for _, t in results(found))
-                places.append(
-                    {
-                        "effect": math.inf if wild else effect(yardstick, found, plain),
-                        "new": math.inf if wild else max(e / a for _, _, e, a in by if a),
-                        "old": math.inf if wild else max(e / old[n, norm] for n, norm, e, _ in by if old[n, norm]),
-                    }
-                )
+                places.append(verdict(yardstick, found, plain, old))
             place += 1
         row["faults"][fault] = places
     return row
@@ -146,7 +148,7 @@ def alarms(seeds: range, count: int, cache: Path) -> None:
                 exact, allowed = torch.load(known, weights_only=True)
             else:
                 yardstick = yardstick_of(truth, case, F32)
-                allowed = [(n, norm, a) for n, norm, _, a in shares(yardstick, evaluate(truth, case))]
+                allowed = [(e.name, e.norm, e.allowed) for e in judged(yardstick, evaluate(truth, case))]
                 exact = yardstick.exact
                 torch.save((exact, allowed), known)
             row = made.setdefault(op, {"comparisons": 0, "cases": 0, "largest": 0.0, "above": [0] * len(LEVELS)})
@@ -155,7 +157,7 @@ def alarms(seeds: range, count: int, cache: Path) -> None:
             for turned, back in orders(case, letters, count):
                 found = back(evaluate(truth, turned))
                 for name, norm, limit in allowed:
-                    share = budget._distance(found[name], exact[name], norms[norm]) / limit if limit else 0.0  # type: ignore[arg-type]
+                    share = distance(found[name], exact[name], norms[norm]) / limit if limit else 0.0  # type: ignore[arg-type]
                     row["comparisons"] += 1
                     row["largest"] = max(row["largest"], share)
                     for k, level in enumerate(LEVELS):
