@@ -85,18 +85,25 @@ def rounded(fn: Callable[[], Tensor], seed: int = 0, dtype: torch.dtype = torch.
 
 
 def test_rounding_is_to_a_neighbour_and_repeats() -> None:
-    x = torch.randn(1000, dtype=torch.float64)
-    draws = [rounded(lambda: x * 1.1, seed) for seed in range(20)]
+    x, factor = torch.randn(1000, dtype=torch.float64), torch.tensor(1.1, dtype=torch.float64)
+    draws = [rounded(lambda: x * factor, seed) for seed in range(20)]
     for y in draws:
         assert torch.equal(y.float().double(), y)
-        exact = x * 1.1
+        exact = x * factor
         spacing = exact.abs() * torch.finfo(torch.float32).eps
         assert ((y - exact).abs() <= spacing).all()
-    assert torch.equal(draws[3], rounded(lambda: x * 1.1, 3))
+    assert torch.equal(draws[3], rounded(lambda: x * factor, 3))
     assert not torch.equal(draws[0], draws[1])
-    errors = torch.stack(draws) - x * 1.1  # to either side alike, in the long run, and independent
+    errors = torch.stack(draws) - x * factor  # to either side alike, in the long run, and independent
     assert errors.mean().abs() < 4 * errors.std() / errors.numel() ** 0.5
     assert errors.mean(0).std() < 1.1 * errors.std() / len(draws) ** 0.5
+
+
+def test_numbers_from_python_are_rounded_to_the_nearest() -> None:
+    """As PyTorch's kernels take them: the same in every draw."""
+    ones = torch.ones(5, dtype=torch.float64)
+    assert (rounded(lambda: ones * 0.1, 0) == rounded(lambda: ones * 0.1, 1)).all()
+    assert (rounded(lambda: ones * 0.1) == torch.tensor(0.1).double()).all()
 
 
 def test_rounding_leaves_what_is_exact() -> None:

@@ -11,6 +11,7 @@ What needs no rounding is left as it is: zeros, masks, copies, powers of two.
 * A sum of n terms is n - 1 roundings of partial sums, in an order that nobody promises. How large the partial sums of
   terms in random order are is known (``_coefficients``), and with that the variance of all their errors, which is
   drawn at once.
+* A number that comes from Python is rounded to the nearest in what PyTorch computes in, which is the same every time.
 * exp, log and their like are good to one unit in the last place, as those of the vector libraries are.
 
 The idea is Monte Carlo arithmetic (Parker, 1997), with the roundings of sums drawn at once.
@@ -243,6 +244,9 @@ class Rounded(TorchDispatchMode):
                 return made
         if name.startswith("_foreach_"):
             raise NotImplementedError(f"{func}: an optimizer with foreach=False is what can be followed")
+        if self.acc != torch.float64:
+            args = tuple(_as_float32(a) if type(a) is float else a for a in args)
+            kwargs = {k: _as_float32(a) if type(a) is float else a for k, a in kwargs.items()}
         if self.operands and name in _PRODUCTS:
             args = tuple(map(self._operand, args))
         made = func(*args, **kwargs)
@@ -341,6 +345,11 @@ class Rounded(TorchDispatchMode):
         run = PRODUCT_RUN if is_product else SUM_RUN
         of_total, of_squares = _coefficients(n, run, not is_product)
         return self._with_noise(total, total.square() * of_total + squares * of_squares, max(n / run, 1))
+
+
+def _as_float32(number: float) -> float:
+    rounded: float = torch.tensor(number, dtype=torch.float32).item()
+    return rounded
 
 
 def _split(t: Tensor, spacing: float) -> Tensor:

@@ -126,23 +126,39 @@ def steps(model: Any, x: Tensor, y: list[Tensor], count: int, lr: float = 0.01) 
         yield float(loss.detach()), float(model.Task3_loss.detach())
 
 
-@each_class
-def test_sixty_steps_of_the_readme(cls: Any) -> None:
+def trained(model: Any, g: Any, y: list[Tensor], count: int) -> dict[str, Tensor]:
+    """Losses and learned weights of so many steps in the model's dtype, and its state after them."""
+    model, dtype = copy.deepcopy(model), next(model.parameters()).dtype
+    loss, weight = zip(*steps(model, g["X"].to(dtype), [t.to(dtype) for t in y], count), strict=True)
+    return {"loss": torch.tensor(loss, dtype=dtype), "weight": torch.tensor(weight, dtype=dtype), **model.state_dict()}
+
+
+def test_sixty_steps_of_the_readme() -> None:
+    """Upstream's losses, learned weights and state after 60 steps, and those of both classes, within budget."""
     g = load("mtl_readme_train60.pt")
-    model = build(cls, "readme")
-    model.load_state_dict(g["init"], strict=True)
-    trace = torch.tensor(list(steps(model, g["X"], g["y"], 60)))
-    torch.testing.assert_close(trace, torch.tensor(g["trace"]), rtol=1e-4, atol=0)
-    for name, t in model.state_dict().items():
-        torch.testing.assert_close(t, g["final"][name], rtol=1e-4, atol=1e-5)
+    models = [build(cls, "readme") for cls in (MTLModel, torchmtl.MTLModel)]
+    for model in models:
+        model.load_state_dict(g["init"], strict=True)
+    exact = copy.deepcopy(models[0]).double()
+    yardstick = Yardstick(lambda: trained(exact, g, g["y"], 60), torch.float32)
+    loss, weight = torch.tensor(g["trace"]).unbind(1)
+    yardstick.check({"loss": loss, "weight": weight, **g["final"]}, "upstream's")
+    for model in models:
+        found = trained(model, g, g["y"], 60)
+        assert found.keys() == yardstick.exact.keys() == {"loss", "weight", *g["final"]}
+        yardstick.check(found, type(model).__module__)
 
 
 def test_three_regressions() -> None:
-    """Upstream's first notebook: 500 steps."""
+    """Upstream's first notebook: 500 steps, the first 40 within budget."""
     g = load("mtl_triple_regression.pt")
     model = build(MTLModel, "triple_regression")
     model.load_state_dict(g["init"], strict=True)
     x, y = g["X"], [torch.full((16, 1), target) for target in (10.0, 20.0, 30.0)]
+    exact = copy.deepcopy(model).double()
+    yardstick = Yardstick(lambda: {"loss": trained(exact, g, y, 40)["loss"]}, torch.float32)
+    for loss in (trained(model, g, y, 40)["loss"], torch.tensor(g["trace"][:40])):
+        yardstick.check({"loss": loss})
     torch.testing.assert_close(model(x)[0], [t.requires_grad_() for t in g["first"]], rtol=1e-6, atol=1e-6)
     trace, weights = zip(*steps(model, x, y, 500), strict=True)
     torch.testing.assert_close(torch.tensor(trace), torch.tensor(g["trace"]), rtol=1e-2, atol=0)
