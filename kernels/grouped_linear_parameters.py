@@ -2,18 +2,22 @@
 
 A table holds addresses and nothing else, so it is kept by its contents: whoever lives at the same addresses may use it,
 and no parameter is kept alive or goes stale by it. A CUDA graph reads the table at every replay, so one that was handed
-out during a capture is never given back.
+out during a capture is never given back. One that is made while ``torch.compile(mode="reduce-overhead")`` warms up must
+not come from the graph's memory pool, which may hold nothing that outlives the call.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 #: Tables that are kept, those of graphs apart; some bytes for each module.
 KEPT = 256
@@ -49,16 +53,26 @@ def _copier(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _made(device: torch.device, addresses: tuple[int, ...]) -> _Table:
-    if device.type != "cuda":
-        return _Table(torch.tensor(addresses, dtype=torch.int64, device=device), set())
+def in_a_thread_of_its_own(make: Callable[[], _T]) -> _T:
+    """What ``make`` returns. A graph's memory pool takes what its thread allocates, on any stream, and nothing else."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
+def _copied(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
     host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
     with torch.cuda.stream(_copier(device)):
         table = host.to(device, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
     copied.synchronize()  # some microseconds, once: after that any stream may read it
-    return _Table(table, set())
+    return table
+
+
+def _made(device: torch.device, addresses: tuple[int, ...]) -> _Table:
+    if device.type != "cuda":
+        return _Table(torch.tensor(addresses, dtype=torch.int64, device=device), set())
+    return _Table(in_a_thread_of_its_own(lambda: _copied(device, addresses)), set())
 
 
 def _read_by_current_stream(table: _Table) -> None:

@@ -6,6 +6,7 @@ Axes: B samples, N (n) entries, K modules, F (f) features in, O (o) features out
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -332,6 +333,19 @@ def test_separate_gradients_are_views_of_one_tensor() -> None:
         {"y": case.cotangents["y"].to(DEVICE)}, case.axes, case.wrt,
     ))  # fmt: skip
     assert len({t.untyped_storage().data_ptr() for k, t in found.items() if t is not None and k[:2] == "dW"}) == 1
+
+
+def test_a_table_is_allocated_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cudagraph trees put what the calling thread allocates into the graph's pool, where a table may not stay."""
+    allocated: list[int] = []
+
+    def copied(device: torch.device, addresses: tuple[int, ...]) -> torch.Tensor:
+        allocated.append(threading.get_ident())
+        return torch.tensor(addresses)
+
+    monkeypatch.setattr(grouped_linear_parameters, "_copied", copied)
+    assert grouped_linear_parameters._made(torch.device("cuda", 0), (16, 32)).addresses.tolist() == [16, 32]
+    assert allocated and allocated[0] != threading.get_ident()
 
 
 def test_tables_are_kept_by_their_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

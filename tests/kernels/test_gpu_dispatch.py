@@ -210,6 +210,30 @@ def test_captures_without_a_table() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_reduce_overhead_with_separate_parameters() -> None:
+    """The first call ever with them is the warm-up of a compiled graph, whose pool is checked for what stays alive."""
+    from fastroute.kernels import grouped_linear_parameters
+
+    grouped_linear_parameters.forget()
+    linears = nn.ModuleList(nn.Linear(48, 32) for _ in range(6)).cuda()
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    x, actions = torch.randn(300, 48, device="cuda"), torch.randint(-1, 6, (300,), device="cuda")
+
+    def step(x: Tensor, actions: Tensor) -> Tensor:
+        return grouped_linear(x, dispatch.plan(actions, 6), weights, biases, activation="relu")
+
+    with use_backend("triton"):
+        compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+        for _ in range(4):  # warm-up, recording, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            linears.zero_grad()
+            compiled(x, actions).square().sum().backward()
+        found = [m.weight.grad.clone() for m in linears]
+        linears.zero_grad()
+        step(x, actions).square().sum().backward()
+    assert all(torch.equal(a, m.weight.grad) for a, m in zip(found, linears, strict=True))
+
+
 def test_a_step_of_an_optimizer_in_a_graph() -> None:
     """Parameters change in place between replays, and are read anew where they are."""
     seeds.manual_seed(0)
