@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +21,16 @@ from . import launch as start
 from .launch import DTYPES, cdiv, multiprocessors
 from .vector_routing_backward import backward_kernel
 from .vector_routing_forward import forward_kernel
-from .vector_routing_plan import MAX_OUTPUTS, Plan, padded, plan, product_dtype
+from .vector_routing_plan import MAX_OUTPUTS, Plan, leaves, padded, plan, product_dtype
 from .vector_routing_products import aggregate_kernel, score_kernel, spread_kernel
 
 __all__ = ["backward", "forward", "plan", "unsupported"]
 
 #: For tests: True or False takes that path wherever it exists; None lets ``plan`` choose.
 force_one_pass: bool | None = None
+
+#: Likewise: whether dx is written by the last pass of a backward alone, where several follow one another.
+force_left: bool | None = None
 
 
 def unsupported(device_type: str, dtype: torch.dtype, B: int, n: int, m: int, d: int) -> str | None:
@@ -117,6 +121,51 @@ class _Call:
         )  # fmt: skip
 
 
+class _Kept(NamedTuple):
+    """Coefficients of a chunk, from its first row on."""
+
+    coefficient: Tensor  # [batch, rows, operands, m padded]
+    rows: int  # from a sample to the next
+
+    @property
+    def row_stride(self) -> int:
+        return self.coefficient.stride(1)
+
+
+class _Left:
+    """What passes of a backward leave to the last one, which alone writes dx: their coefficients and operands."""
+
+    def __init__(self, call: _Call, grads: Grads) -> None:
+        pad, operands = padded(call.m), grads.to_come * call.operands
+        self.coefficient = call.x.new_empty((call.B, call.n, operands, pad), dtype=call.dtype)
+        self.packed = call.x.new_empty((call.B, operands, pad, call.d), dtype=call.dtype)
+        self.fresh, self.own = grads.fresh, slice(0, call.operands)
+
+    @classmethod
+    def of(cls, call: _Call, grads: Grads) -> _Left | None:
+        """Where this pass leaves its part of dx; None: it makes that part itself, and that of passes that left theirs."""
+        if grads.to_come == 0 or grads.x is None:
+            return None
+        if grads.left is not None:
+            grads.left.own = slice(grads.left.own.stop, grads.left.own.stop + call.operands)
+            return grads.left
+        sizes = call.n, call.m, call.d, call.operands, grads.to_come, call.step.x.dtype, call.step.precision
+        if not (leaves(*sizes) if force_left is None else force_left):
+            return None
+        grads.left = cls(call, grads)
+        return grads.left
+
+    def keep(self, samples: slice, packed: Tensor) -> None:
+        self.packed[samples, self.own] = packed
+
+    def part(self, samples: slice, first: int) -> _Kept:
+        """Of this pass."""
+        return _Kept(self.coefficient[samples, first:, self.own], self.coefficient.shape[1])
+
+    def whole(self, samples: slice, first: int) -> _Kept:
+        return _Kept(self.coefficient[samples, first:], self.coefficient.shape[1])
+
+
 class _Sums:
     """[B or 1, operands * m, d] sums over rows of some columns of ``coefficient``; splits are kept apart to the end."""
 
@@ -127,7 +176,7 @@ class _Sums:
         self.total = call.x.new_empty((splits, groups, width, call.d), dtype=torch.float32)
         self.sums = call.x.new_empty((splits, groups, width), dtype=torch.float32)
 
-    def add(self, samples: slice, first: int, last: int, coefficient: Tensor) -> None:
+    def add(self, samples: slice, first: int, last: int, kept: _Kept) -> None:
         call, tile = self.call, self.call.plan.aggregate
         pad = padded(call.m)
         k_tiles = cdiv((self.columns[1] - self.columns[0]) * pad, tile.rows)
@@ -136,12 +185,12 @@ class _Sums:
         own = slice(None) if self.over_batch else samples
         start.launch(
             aggregate_kernel, (splits * k_tiles * (cdiv(call.d, tile.columns) + 1), groups),
-            call.x[samples], call.x.stride(0), coefficient, self.total[:, own], self.sums[:, own],
+            call.x[samples], call.x.stride(0), kept.coefficient, self.total[:, own], self.sums[:, own],
             _part(call.step.lengths, samples),
             self.total.stride(0), self.total.stride(1), self.sums.stride(0), self.sums.stride(1),
-            first, last, call.plan.rows, splits, cdiv(cdiv(last - first, splits), tile.depth) * tile.depth,
+            first, last, kept.rows, splits, cdiv(cdiv(last - first, splits), tile.depth) * tile.depth,
             batch, batch if self.over_batch else 1,
-            K=coefficient.shape[2] * pad, K_FROM=self.columns[0] * pad, K_TO=self.columns[1] * pad, M=call.m, M_PAD=pad,
+            K=kept.row_stride, K_FROM=self.columns[0] * pad, K_TO=self.columns[1] * pad, M=call.m, M_PAD=pad,
             ADD=first > 0 or (self.over_batch and samples.start > 0), PRECISION=call.precision,
             BLOCK_K=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth, warps=tile.warps, stages=tile.stages,
             **call.common(),
@@ -205,7 +254,7 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
             GATE_ROW=_row_stride(gate_weight), GATE_BIAS_ROW=_row_stride(gate_bias), MAKE_GATE=make_gate,
             **call.row_constants(),
         )  # fmt: skip
-        M.add(samples, first, last, phi)
+        M.add(samples, first, last, _Kept(phi, chosen.rows))
     return *M.result(), gate
 
 
@@ -221,7 +270,8 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
     gate, dp, prior = _dense(step.gate), dp.contiguous(), _dense(step.prior)
     assert gate is not None  # the forward pass made it
     shared_score = call.scored and want_rows and _row_stride(call.score_weight) == 0
-    [coefficient] = call.scratch((call.operands, call.dtype))
+    left = _Left.of(call, grads)
+    coefficient = call.scratch((call.operands, call.dtype))[0] if left is None else None
     score = None if chosen.one_pass else call.scratch((call.operands, torch.float32))[0]
     dpred = _Sums(call, (1, 2), over_batch=False) if call.scored else None
     betas = (
@@ -235,6 +285,9 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
         if first == 0:
             packed = call.stack(samples, dM)
             assert packed is not None  # dM is in it
+            if left is not None:
+                left.keep(samples, packed)
+        kept = _Kept(coefficient, chosen.rows) if left is None else left.part(samples, first)
         if score is not None:
             call.score(samples, first, last, packed, score)
         batch = samples.stop - samples.start
@@ -245,20 +298,21 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
             backward_kernel, grid,
             call.x[samples], call.x.stride(0), gate[samples], packed, score, dp[samples],
             call.score_weight, call.score_bias, call.use, call.ign, step.use_bias, step.ign_bias, prior,
-            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), coefficient,
+            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), kept.coefficient,
             grads.gate[samples], grads.score_weight, grads.score_bias, grads.use, grads.ign, score_sums,
-            gate.stride(0), grads.gate.stride(0), first, last, chosen.rows, batch, per_program,
-            WANT_X=want_x, WANT_ROWS=want_rows, ADD_GATE=not grads.fresh, ADD_ROWS=not grads.fresh or samples.start > 0,
+            gate.stride(0), grads.gate.stride(0), first, last, chosen.rows, kept.rows, batch, per_program,
+            A_ROW=kept.row_stride, WANT_X=want_x, WANT_ROWS=want_rows, ADD_GATE=not grads.fresh, ADD_ROWS=not grads.fresh or samples.start > 0,
             **call.row_constants(),
         )  # fmt: skip
         if score_sums is not None:
             part = score_sums.sum(0)
             score_total = part if score_total is None else score_total + part
         if dpred is not None:
-            dpred.add(samples, first, last, coefficient)
+            dpred.add(samples, first, last, kept)
         if betas is not None:
-            betas.add(samples, first, last, coefficient)
-        gate_part.spread(samples, first, last, packed, coefficient)
+            betas.add(samples, first, last, kept)
+        if left is None:
+            gate_part.spread(samples, first, last, packed, kept)
 
     if betas is not None:
         weights, biases = betas.result()
@@ -297,13 +351,15 @@ class _GatePart:
         self.shared = _row_stride(self.weight) == 0
         self.total: Tensor | None = None
 
-    def spread(self, samples: slice, first: int, last: int, packed: Tensor, coefficient: Tensor) -> None:
+    def spread(self, samples: slice, first: int, last: int, packed: Tensor, kept: _Kept) -> None:
         call, grads, tile, dx = self.call, self.grads, self.call.plan.spread, self.grads.x
         if dx is None and not self.wanted:
             return
         batch = samples.stop - samples.start
         # With a row of its own per input row, the weight's gradient adds up over the samples inside one program.
         groups = 1 if self.wanted and not self.shared else batch
+        left: _Left | None = grads.left
+        before = kept if left is None else left.whole(samples, first)
         grid = (cdiv(last - first, tile.rows) * cdiv(call.d, tile.columns), groups)
         out = grads.gate_weight
         if self.wanted and self.shared:
@@ -311,14 +367,14 @@ class _GatePart:
         start.launch(
             spread_kernel, grid,
             call.x[samples], call.x.stride(0), _part(dx, samples), 0 if dx is None else dx.stride(0),
-            packed, coefficient,
+            packed, kept.coefficient, *((None, None) if left is None else (left.packed[samples], before.coefficient)),
             self.gate[samples], grads.gate[samples], self.weight, _part(self.scale, samples), out,
             _part(call.step.lengths, samples), self.gate.stride(0), grads.gate.stride(0),
-            first, last, call.plan.rows, batch, cdiv(batch, groups),
-            DX_ROW=0 if dx is None else dx.stride(1), K=call.operands * padded(call.m),
-            GATE_ROW=_row_stride(self.weight), MADE_GATE=self.made, WANT_X=dx is not None, WANT_GATE=self.wanted,
-            ADD_X=not grads.fresh, ADD_GATE=samples.start > 0, PRECISION=call.precision,
-            BLOCK_N=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth, warps=tile.warps, stages=tile.stages,
+            first, last, kept.rows, before.rows, batch, cdiv(batch, groups),
+            DX_ROW=0 if dx is None else dx.stride(1), K=kept.row_stride,
+            LEFT=0 if left is None else before.row_stride, GATE_ROW=_row_stride(self.weight), MADE_GATE=self.made, WANT_X=dx is not None, WANT_GATE=self.wanted,
+            ADD_X=not (grads.fresh if left is None else left.fresh), ADD_GATE=samples.start > 0,
+            PRECISION=call.precision, BLOCK_N=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth, warps=tile.warps, stages=tile.stages,
             **call.common(),
         )  # fmt: skip
         if self.wanted and self.shared:

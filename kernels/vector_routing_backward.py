@@ -33,11 +33,11 @@ def backward_kernel(
     score_weight, score_bias, use, ign, use_bias, ign_bias, prior,
     mask, mask_stride_b, mask_stride_n, mask_stride_m,
     lengths,
-    coefficient,  # out
+    coefficient,  # out: [batch, kept_rows, .] from the chunk's first row on, row stride A_ROW
     d_gate, d_score_weight, d_score_bias, d_use, d_ign,  # out: [batch, n], then [n, M]
     score_sums,  # out: [programs, 2, M], sums of the score parameters' gradients where one row serves all
-    gate_stride, d_gate_stride, first, last, rows, batch, batch_per_program,
-    X_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    gate_stride, d_gate_stride, first, last, rows, kept_rows, batch, batch_per_program,
+    X_ROW: tl.constexpr, A_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     SCORE_ROW: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, WANT_X: tl.constexpr, WANT_ROWS: tl.constexpr,
     ADD_GATE: tl.constexpr, ADD_ROWS: tl.constexpr, ONE_PASS: tl.constexpr,
@@ -126,7 +126,7 @@ def backward_kernel(
             dgate += tl.load(out, mask=inside, other=0.0)
         tl.store(out, dgate, mask=inside)
 
-        a_tile = (coefficient + (b * rows + local) * (G * M_PAD))[:, None] + j[None, :]
+        a_tile = (coefficient + (b * kept_rows + local) * A_ROW)[:, None] + j[None, :]
         a_keep = inside[:, None] & (j < M_PAD)[None, :]
         if WANT_X:
             tl.store(a_tile, tl.where(open_, f * t, 0.0).to(coefficient.dtype.element_ty), mask=a_keep)

@@ -6,7 +6,7 @@ counterparts phi, dL, duse and dign, so that one index structure serves every pr
 
     score        out_bik = sum_c x_bic packed_bkc            (logits, betas linear in x, dphi)
     aggregate    out_bkc = sum_i coefficient_bik x_bic       (M, dpred, gradients of shared betas), and out_bk = sum_i
-    spread       dx_bic += sum_k coefficient_bik packed_bkc
+    spread       dx_bic += sum_k coefficient_bik packed_bkc, of this pass and of what earlier ones left to it
 
 Reductions over rows are split into partial buffers that a second sum adds up: no atomics, the same bits every time.
 """
@@ -122,16 +122,33 @@ def aggregate_kernel(
 
 
 @triton.jit
+def spread_over(
+    acc, rows, operand, inside, c,
+    K: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + sum_k rows_k operand_kc."""
+    for column in range(0, K, BLOCK_K):
+        k = column + tl.arange(0, BLOCK_K)
+        a_tile = tl.load(rows[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
+        w_tile = tl.load(
+            (operand + k.to(tl.int64) * D)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < D)[None, :], other=0.0
+        )
+        acc = dot(a_tile, w_tile, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def spread_kernel(
-    x, x_stride_b, dx, dx_stride_b, packed, coefficient,
+    x, x_stride_b, dx, dx_stride_b, packed, coefficient, left_packed, left,
     gate, gate_grad, gate_weight, scale, gate_weight_grad,
-    lengths, gate_stride, gate_grad_stride, first, last, rows, batch, batch_per_program,
-    X_ROW: tl.constexpr, DX_ROW: tl.constexpr, K: tl.constexpr, D: tl.constexpr, GATE_ROW: tl.constexpr,
+    lengths, gate_stride, gate_grad_stride, first, last, rows, left_rows, batch, batch_per_program,
+    X_ROW: tl.constexpr, DX_ROW: tl.constexpr, K: tl.constexpr, LEFT: tl.constexpr, D: tl.constexpr,
+    GATE_ROW: tl.constexpr,
     MADE_GATE: tl.constexpr, WANT_X: tl.constexpr, WANT_GATE: tl.constexpr, RAGGED: tl.constexpr,
     ADD_X: tl.constexpr, ADD_GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles * c tiles, groups of samples).
+    """grid (row tiles * c tiles, groups of samples). left [batch, left_rows, LEFT] starts at the chunk's first row.
 
     Where the iteration made the gates, their part of dx is added, and with WANT_GATE their weight's gradient is made:
     [n, D] in the weight's own rows, or with GATE_ROW 0 one row of [row tiles, groups, D] per program.
@@ -160,17 +177,14 @@ def spread_kernel(
             acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
             if ADD_X:
                 acc = tl.load(out, mask=keep, other=0.0).to(tl.float32)
-            a_rows = coefficient + (b * rows + local) * K
-            operand = packed + b * (K * D)
-            for column in range(0, K, BLOCK_K):
-                k = column + tl.arange(0, BLOCK_K)
-                a_tile = tl.load(a_rows[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
-                w_tile = tl.load(
-                    (operand + k.to(tl.int64) * D)[:, None] + c[None, :],
-                    mask=(k < K)[:, None] & (c < D)[None, :],
-                    other=0.0,
-                )
-                acc = dot(a_tile, w_tile, acc, PRECISION)
+            acc = spread_over(
+                acc, coefficient + (b * rows + local) * K, packed + b * (K * D), inside, c, K, D, PRECISION, BLOCK_K
+            )
+            if LEFT > 0:
+                acc = spread_over(
+                    acc, left + (b * left_rows + local) * LEFT, left_packed + b * (LEFT * D), inside, c, LEFT, D,
+                    PRECISION, BLOCK_K,
+                )  # fmt: skip
             if MADE_GATE:
                 w = tl.load(
                     (gate_weight + i * GATE_ROW)[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0

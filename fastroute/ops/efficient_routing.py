@@ -212,12 +212,14 @@ def _differentiate(
         if first:
             break
         seen = predictions(saved.y[t - 1], w)
+        grads.to_come = t - call.uses_gram
         dP = kernel.backward(_step(call, scale, saved.gate, seen.P, first=False), dM, dp, grads)
         grads.fresh = False
         dy = predictions_backward(dP, seen, saved.y[t - 1], w, dw)
     if call.uses_gram:
         _differentiate_gram(call, saved, scale, dM, dp, dw, grads)
     else:
+        grads.to_come = 0
         kernel.backward(_step(call, scale, saved.gate, None, first=True), dM, dp, grads)
 
 

@@ -16,7 +16,7 @@ where, with R, D and phi as in ``reference/vector_routing.py`` and nothing of si
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class Step(NamedTuple):
 class Grads:
     """Buffers that the backward passes of all iterations, last first, fill together; None: not wanted.
 
-    ``fresh`` is True for the first pass to write them (they hold nothing yet) and False for those that add. Parameter
+    ``fresh`` is True for the first pass to write them (they hold nothing yet) and False for those that add. ``to_come``
+    is how many passes of the same backend follow this one: it may leave its part of ``x`` to the last. Parameter
     buffers are wanted all together or not at all (``use`` is None), apart from those that this kind of step lacks.
     A first iteration that made the gates is the last to be differentiated: ``gate`` is complete once it has added its
     own part, and it then fills ``gate_weight`` and ``gate_bias`` and adds the gates' part to ``x``.
@@ -85,3 +86,5 @@ class Grads:
     ign: Tensor | None = None
     use_bias: Tensor | None = None
     ign_bias: Tensor | None = None
+    to_come: int = 0
+    left: Any = None  # what a backend leaves for its next pass
