@@ -44,6 +44,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def nearest_tf32(a):
+    """The nearest TF32 numbers, halves away from zero: tensor cores cut off the digits that float32 has beyond."""
+    if _INTERPRETED:
+        bits = (a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(a == a, bits.to(tl.float32, bitcast=True), a)
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
+
+
 def power_of_2(value: int, at_least: int = 16) -> int:
     """The next power of two, at least what a tensor-core product needs."""
     return max(at_least, triton.next_power_of_2(value))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ __all__ = ["backward", "forward", "plan", "unsupported"]
 
 #: For tests: True or False takes that path wherever it exists; None lets ``plan`` choose.
 force_one_pass: bool | None = None
+
+#: Likewise: whether operands of TF32 products lie as tensor cores take them.
+force_turned: bool | None = None
 
 #: Likewise: whether dx is written by the last pass of a backward alone, where several follow one another.
 force_left: bool | None = None
@@ -59,6 +62,9 @@ class _Call:
         self.operands = int(backward) + int(self.scored) + len(self.betas)
         self.dtype = product_dtype(step.x.dtype, step.precision)
         self.precision = "tf32" if step.precision == "tf32" else "ieee"
+        single = self.dtype == torch.float32
+        self.nearest = single and self.precision == "tf32"
+        self.turned = single and (self.nearest if force_turned is None else force_turned)
         self.score_weight, self.score_bias = (
             (_dense(step.score_weight), _dense(step.score_bias)) if self.scored else (None, None)
         )
@@ -88,11 +94,19 @@ class _Call:
         packed = new(shape, dtype=self.dtype)
         for g, w in enumerate(found):
             packed[:, g, : self.m] = w
-        return packed
+        return nearest_tf32(packed) if self.nearest else packed
 
     def scratch(self, *operands_and_dtype: tuple[int, torch.dtype]) -> list[Tensor]:
         rows = (self.plan.batch, self.plan.rows)
         return [self.x.new_empty((*rows, g, padded(self.m)), dtype=t) for g, t in operands_and_dtype]
+
+    def phi(self) -> _Kept:
+        """Of the forward pass; if ``turned``, rows lie dense, with room for whole blocks of them."""
+        batch, rows, pad, depth = self.plan.batch, self.plan.rows, padded(self.m), self.plan.aggregate.depth
+        if not self.turned:
+            return _Kept(self.x.new_empty((batch, rows, pad), dtype=self.dtype), False)
+        made = self.x.new_empty((batch, pad, cdiv(rows, depth) * depth), dtype=self.dtype)
+        return _Kept(made.mT, True)
 
     def common(self) -> dict[str, object]:
         return {"X_ROW": self.x.stride(1), "D": self.d, "RAGGED": self.step.lengths is not None}
@@ -103,7 +117,8 @@ class _Call:
             **self.common(),
             "M": self.m, "M_PAD": padded(self.m), "G": self.operands,
             "SCORED": self.scored, "LINEAR": step.linear, "IGN": step.ign is not None,
-            "MASKED": self.mask is not None, "ONE_PASS": self.plan.one_pass, "PRECISION": self.precision,
+            "MASKED": self.mask is not None, "ONE_PASS": self.plan.one_pass, "NEAREST": self.nearest,
+            "PRECISION": self.precision,
             "SCORE_ROW": _row_stride(self.score_weight),
             "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth,
             "warps": tile.warps, "stages": tile.stages,
@@ -121,33 +136,39 @@ class _Call:
         )  # fmt: skip
 
 
+def _added(parts: Tensor, axis: int) -> Tensor:
+    return parts.select(axis, 0) if parts.shape[axis] == 1 else parts.sum(axis)
+
+
 class _Kept(NamedTuple):
-    """Coefficients of a chunk, from its first row on."""
+    """Coefficients of a chunk, from its first row on: [batch, rows, operands * m padded]."""
 
-    coefficient: Tensor  # [batch, rows, operands, m padded]
-    rows: int  # from a sample to the next
+    coefficient: Tensor
+    whole: bool = False  #: zeros follow the last row, to the end of a block
 
-    @property
-    def row_stride(self) -> int:
-        return self.coefficient.stride(1)
+    def args(self) -> tuple[Any, ...]:
+        return self.coefficient, *self.coefficient.stride()
 
 
 class _Left:
     """What passes of a backward leave to the last one, which alone writes dx: their coefficients and operands."""
 
     def __init__(self, call: _Call, grads: Grads) -> None:
-        pad, operands = padded(call.m), grads.to_come * call.operands
-        self.coefficient = call.x.new_empty((call.B, call.n, operands, pad), dtype=call.dtype)
-        self.packed = call.x.new_empty((call.B, operands, pad, call.d), dtype=call.dtype)
-        self.fresh, self.own = grads.fresh, slice(0, call.operands)
+        self.columns = call.operands * padded(call.m)
+        all_columns = grads.to_come * self.columns
+        self.coefficient = call.x.new_empty((call.B, call.n, all_columns), dtype=call.dtype)
+        shape = (call.d, all_columns) if call.turned else (all_columns, call.d)
+        self.packed = call.x.new_empty((call.B, *shape), dtype=call.dtype)
+        self.turned, self.fresh, self.own = call.turned, grads.fresh, slice(0, self.columns)
 
     @classmethod
     def of(cls, call: _Call, grads: Grads) -> _Left | None:
-        """Where this pass leaves its part of dx; None: it makes that part itself, and that of passes that left theirs."""
+        """Where this pass leaves its part of dx; None: it makes that, and what earlier passes left."""
         if grads.to_come == 0 or grads.x is None:
             return None
         if grads.left is not None:
-            grads.left.own = slice(grads.left.own.stop, grads.left.own.stop + call.operands)
+            before = grads.left.own.stop
+            grads.left.own = slice(before, before + grads.left.columns)
             return grads.left
         sizes = call.n, call.m, call.d, call.operands, grads.to_come, call.step.x.dtype, call.step.precision
         if not (leaves(*sizes) if force_left is None else force_left):
@@ -156,14 +177,16 @@ class _Left:
         return grads.left
 
     def keep(self, samples: slice, packed: Tensor) -> None:
-        self.packed[samples, self.own] = packed
+        """The operands of this pass, as ``spread`` takes them."""
+        of_all = self.packed.mT if self.turned else self.packed
+        of_all[samples, self.own] = packed.flatten(1, 2)
 
     def part(self, samples: slice, first: int) -> _Kept:
         """Of this pass."""
-        return _Kept(self.coefficient[samples, first:, self.own], self.coefficient.shape[1])
+        return _Kept(self.coefficient[samples, first:, self.own])
 
-    def whole(self, samples: slice, first: int) -> _Kept:
-        return _Kept(self.coefficient[samples, first:], self.coefficient.shape[1])
+    def all(self, samples: slice, first: int) -> _Kept:
+        return _Kept(self.coefficient[samples, first:])
 
 
 class _Sums:
@@ -174,7 +197,8 @@ class _Sums:
         groups, width = (1 if over_batch else call.B), (columns[1] - columns[0]) * call.m
         splits = call.plan.shared_splits if over_batch else call.plan.splits
         self.total = call.x.new_empty((splits, groups, width, call.d), dtype=torch.float32)
-        self.sums = call.x.new_empty((splits, groups, width), dtype=torch.float32)
+        # the gradients of linear betas' biases: over the batch too
+        self.sums = call.x.new_empty((splits, groups, width), dtype=torch.float32) if over_batch else None
 
     def add(self, samples: slice, first: int, last: int, kept: _Kept) -> None:
         call, tile = self.call, self.call.plan.aggregate
@@ -184,22 +208,30 @@ class _Sums:
         splits, groups = self.total.shape[0], 1 if self.over_batch else batch
         own = slice(None) if self.over_batch else samples
         start.launch(
-            aggregate_kernel, (splits * k_tiles * (cdiv(call.d, tile.columns) + 1), groups),
-            call.x[samples], call.x.stride(0), kept.coefficient, self.total[:, own], self.sums[:, own],
-            _part(call.step.lengths, samples),
-            self.total.stride(0), self.total.stride(1), self.sums.stride(0), self.sums.stride(1),
-            first, last, kept.rows, splits, cdiv(cdiv(last - first, splits), tile.depth) * tile.depth,
-            batch, batch if self.over_batch else 1,
-            K=kept.row_stride, K_FROM=self.columns[0] * pad, K_TO=self.columns[1] * pad, M=call.m, M_PAD=pad,
+            aggregate_kernel, (splits * k_tiles * (cdiv(call.d, tile.columns) + self.over_batch), groups),
+            call.x[samples], call.x.stride(0), *kept.args(), self.total[:, own],
+            None if self.sums is None else self.sums[:, own], _part(call.step.lengths, samples),
+            self.total.stride(0), self.total.stride(1), *((0, 0) if self.sums is None else self.sums.stride()[:2]),
+            first, last, splits, cdiv(cdiv(last - first, splits), tile.depth) * tile.depth,
+            batch, batch if self.over_batch else 1, 1.0,
+            K_FROM=self.columns[0] * pad, K_TO=self.columns[1] * pad, M=call.m, M_PAD=pad,
             ADD=first > 0 or (self.over_batch and samples.start > 0), PRECISION=call.precision,
+            TURNED=call.turned, WHOLE=kept.whole, SUMS=self.over_batch,
             BLOCK_K=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth, warps=tile.warps, stages=tile.stages,
             **call.common(),
         )  # fmt: skip
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        if self.total.shape[0] == 1:
-            return self.total[0], self.sums[0]
-        return self.total.sum(0), self.sums.sum(0)
+    def result(self) -> Tensor:
+        return _added(self.total, 0)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        assert self.sums is not None
+        return _added(self.total, 0), _added(self.sums, 0)
+
+
+def nearest_tf32(t: Tensor) -> Tensor:
+    """As ``launch.nearest_tf32``."""
+    return torch.where(t.isnan(), t, t.view(torch.int32).add(0x1000).bitwise_and_(-0x2000).view(torch.float32))
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -231,10 +263,11 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     gate = call.x.new_empty((call.B, call.n), dtype=torch.float32) if step.gate is None else _dense(step.gate)
     gate_weight, gate_bias, scale = (_dense(t) for t in (step.gate_weight, step.gate_bias, step.scale))
     prior = _dense(step.prior)
-    [phi] = call.scratch((1, call.dtype))
+    phi = call.phi()
     two_phase = not chosen.one_pass
     score = call.scratch((call.operands, torch.float32))[0] if two_phase else None
     M = _Sums(call, (0, 1), over_batch=False)
+    p = call.x.new_empty((call.B, call.m), dtype=torch.float32)
     assert gate is not None
     for samples, first, last in call.chunks():
         if first == 0:
@@ -244,18 +277,25 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
             call.score(samples, first, last, packed, score)
         batch = samples.stop - samples.start
         per_program = cdiv(batch, chosen.groups)
+        depth = chosen.aggregate.depth
+        rows = cdiv(last - first, depth) * depth if phi.whole else last - first
+        phi_sums = call.x.new_empty((batch, cdiv(rows, chosen.row.rows), call.m), dtype=torch.float32)
         start.launch(
-            forward_kernel, (cdiv(last - first, chosen.row.rows), cdiv(batch, per_program)),
+            forward_kernel, (phi_sums.shape[1], cdiv(batch, per_program)),
             call.x[samples], call.x.stride(0),
             gate[samples], gate_weight, gate_bias, _part(scale, samples),
             packed, score, call.score_weight, call.score_bias, call.use, call.ign, step.use_bias, step.ign_bias, prior,
-            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), phi,
-            gate.stride(0), first, last, chosen.rows, batch, per_program,
+            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), *phi.args(), phi_sums,
+            gate.stride(0), first, last, chosen.rows, rows, batch, per_program,
             GATE_ROW=_row_stride(gate_weight), GATE_BIAS_ROW=_row_stride(gate_bias), MAKE_GATE=make_gate,
             **call.row_constants(),
         )  # fmt: skip
-        M.add(samples, first, last, _Kept(phi, chosen.rows))
-    return *M.result(), gate
+        M.add(samples, first, last, phi)
+        if last - first == call.n and batch == call.B:
+            p = _added(phi_sums, 1)
+        else:
+            (p[samples].add_ if first else p[samples].copy_)(_added(phi_sums, 1))
+    return M.result(), p, gate
 
 
 def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
@@ -271,7 +311,7 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
     assert gate is not None  # the forward pass made it
     shared_score = call.scored and want_rows and _row_stride(call.score_weight) == 0
     left = _Left.of(call, grads)
-    coefficient = call.scratch((call.operands, call.dtype))[0] if left is None else None
+    own = None if left is not None else _Kept(call.scratch((call.operands, call.dtype))[0].flatten(2))
     score = None if chosen.one_pass else call.scratch((call.operands, torch.float32))[0]
     dpred = _Sums(call, (1, 2), over_batch=False) if call.scored else None
     betas = (
@@ -285,9 +325,10 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
         if first == 0:
             packed = call.stack(samples, dM)
             assert packed is not None  # dM is in it
+            to_spread = packed.flatten(1, 2).mT.contiguous() if call.turned else packed.flatten(1, 2)
             if left is not None:
                 left.keep(samples, packed)
-        kept = _Kept(coefficient, chosen.rows) if left is None else left.part(samples, first)
+        kept = own if left is None else left.part(samples, first)
         if score is not None:
             call.score(samples, first, last, packed, score)
         batch = samples.stop - samples.start
@@ -298,10 +339,10 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
             backward_kernel, grid,
             call.x[samples], call.x.stride(0), gate[samples], packed, score, dp[samples],
             call.score_weight, call.score_bias, call.use, call.ign, step.use_bias, step.ign_bias, prior,
-            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), kept.coefficient,
+            _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), *kept.args()[:3],
             grads.gate[samples], grads.score_weight, grads.score_bias, grads.use, grads.ign, score_sums,
-            gate.stride(0), grads.gate.stride(0), first, last, chosen.rows, kept.rows, batch, per_program,
-            A_ROW=kept.row_stride, WANT_X=want_x, WANT_ROWS=want_rows, ADD_GATE=not grads.fresh, ADD_ROWS=not grads.fresh or samples.start > 0,
+            gate.stride(0), grads.gate.stride(0), first, last, chosen.rows, batch, per_program,
+            WANT_X=want_x, WANT_ROWS=want_rows, ADD_GATE=not grads.fresh, ADD_ROWS=not grads.fresh or samples.start > 0,
             **call.row_constants(),
         )  # fmt: skip
         if score_sums is not None:
@@ -312,10 +353,10 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
         if betas is not None:
             betas.add(samples, first, last, kept)
         if left is None:
-            gate_part.spread(samples, first, last, packed, kept)
+            gate_part.spread(samples, first, last, to_spread, kept)
 
     if betas is not None:
-        weights, biases = betas.result()
+        weights, biases = betas.results()
         for g, (weight, bias) in enumerate(
             ((grads.use, grads.use_bias), (grads.ign, grads.ign_bias))[: len(call.betas)]
         ):
@@ -330,7 +371,7 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
             if buffer is not None:
                 buffer.zero_()
     gate_part.finish()
-    return None if dpred is None else dpred.result()[0]
+    return None if dpred is None else dpred.result()
 
 
 def _put(buffer: Tensor | None, value: Tensor, fresh: bool) -> None:
@@ -359,7 +400,7 @@ class _GatePart:
         # With a row of its own per input row, the weight's gradient adds up over the samples inside one program.
         groups = 1 if self.wanted and not self.shared else batch
         left: _Left | None = grads.left
-        before = kept if left is None else left.whole(samples, first)
+        before = (None,) * 4 if left is None else (left.packed[samples], *left.all(samples, first).args()[:3])
         grid = (cdiv(last - first, tile.rows) * cdiv(call.d, tile.columns), groups)
         out = grads.gate_weight
         if self.wanted and self.shared:
@@ -367,14 +408,16 @@ class _GatePart:
         start.launch(
             spread_kernel, grid,
             call.x[samples], call.x.stride(0), _part(dx, samples), 0 if dx is None else dx.stride(0),
-            packed, kept.coefficient, *((None, None) if left is None else (left.packed[samples], before.coefficient)),
+            packed, *kept.args()[:3], *before,
             self.gate[samples], grads.gate[samples], self.weight, _part(self.scale, samples), out,
             _part(call.step.lengths, samples), self.gate.stride(0), grads.gate.stride(0),
-            first, last, kept.rows, before.rows, batch, cdiv(batch, groups),
-            DX_ROW=0 if dx is None else dx.stride(1), K=kept.row_stride,
-            LEFT=0 if left is None else before.row_stride, GATE_ROW=_row_stride(self.weight), MADE_GATE=self.made, WANT_X=dx is not None, WANT_GATE=self.wanted,
+            first, last, batch, cdiv(batch, groups),
+            DX_ROW=0 if dx is None else dx.stride(1), K=packed.shape[2 if call.turned else 1],
+            LEFT=0 if left is None else left.coefficient.shape[2], GATE_ROW=_row_stride(self.weight),
+            MADE_GATE=self.made, WANT_X=dx is not None, WANT_GATE=self.wanted,
             ADD_X=not (grads.fresh if left is None else left.fresh), ADD_GATE=samples.start > 0,
-            PRECISION=call.precision, BLOCK_N=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth, warps=tile.warps, stages=tile.stages,
+            TURNED=call.turned, PRECISION=call.precision,
+            BLOCK_N=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth, warps=tile.warps, stages=tile.stages,
             **call.common(),
         )  # fmt: skip
         if self.wanted and self.shared:

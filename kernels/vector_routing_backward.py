@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import dot
+from .launch import dot, nearest_tf32
 from .vector_routing_forward import load_rows, open_lanes, prior_over_open, softmax_over_open
 
 
@@ -27,23 +27,33 @@ def put_rows(p, value, rows, columns, keep, STRIDE: tl.constexpr, ADD: tl.conste
 
 
 @triton.jit
+def put_coefficient(out, value, keep, NEAREST: tl.constexpr):
+    if NEAREST:
+        value = nearest_tf32(value)
+    tl.store(out, value.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def backward_kernel(
     x, x_stride_b,  # [batch, n, D], row stride X_ROW
     gate, packed, score, dp,  # [batch, n], ., ., [batch, M]
     score_weight, score_bias, use, ign, use_bias, ign_bias, prior,
     mask, mask_stride_b, mask_stride_n, mask_stride_m,
     lengths,
-    coefficient,  # out: [batch, kept_rows, .] from the chunk's first row on, row stride A_ROW
+    coefficient, a_b, a_n,  # out, strides of a sample and of a row
     d_gate, d_score_weight, d_score_bias, d_use, d_ign,  # out: [batch, n], then [n, M]
     score_sums,  # out: [programs, 2, M], sums of the score parameters' gradients where one row serves all
-    gate_stride, d_gate_stride, first, last, rows, kept_rows, batch, batch_per_program,
-    X_ROW: tl.constexpr, A_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    gate_stride, d_gate_stride, first, last, rows, batch, batch_per_program,
+    X_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     SCORE_ROW: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, WANT_X: tl.constexpr, WANT_ROWS: tl.constexpr,
-    ADD_GATE: tl.constexpr, ADD_ROWS: tl.constexpr, ONE_PASS: tl.constexpr,
+    ADD_GATE: tl.constexpr, ADD_ROWS: tl.constexpr, ONE_PASS: tl.constexpr, NEAREST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles of [first, last), groups of samples); one group where parameters have rows of their own."""
+    """grid (row tiles of [first, last), groups of samples); one group where parameters have rows of their own.
+
+    NEAREST: coefficients that products alone take are rounded to TF32; duse and dign are summed, too.
+    """
     local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = (first + local).to(tl.int64)
     local = local.to(tl.int64)
@@ -126,10 +136,10 @@ def backward_kernel(
             dgate += tl.load(out, mask=inside, other=0.0)
         tl.store(out, dgate, mask=inside)
 
-        a_tile = (coefficient + (b * kept_rows + local) * A_ROW)[:, None] + j[None, :]
+        a_tile = (coefficient + b * a_b + local * a_n)[:, None] + j[None, :]
         a_keep = inside[:, None] & (j < M_PAD)[None, :]
         if WANT_X:
-            tl.store(a_tile, tl.where(open_, f * t, 0.0).to(coefficient.dtype.element_ty), mask=a_keep)
+            put_coefficient(a_tile, tl.where(open_, f * t, 0.0), a_keep, NEAREST)
         duse = tl.where(open_, f * R * dphi, 0.0)
         dign = tl.where(open_, f * (R - 1.0) * dphi, 0.0)
         if LINEAR:
@@ -145,7 +155,7 @@ def backward_kernel(
             row_sum = tl.sum(tl.where(open_, R * dR, 0.0), 1)[:, None]
             dz = tl.where(open_, R * (dR - row_sum) * tl.sigmoid(-z), 0.0)
             dL = tl.where(open_, dz * weight, 0.0)
-            tl.store(a_tile + M_PAD, dL.to(coefficient.dtype.element_ty), mask=a_keep)
+            put_coefficient(a_tile + M_PAD, dL, a_keep, NEAREST)
             if WANT_ROWS:
                 dzL = tl.where(open_, dz * L, 0.0)
                 if SCORE_ROW == 0:

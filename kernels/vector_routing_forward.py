@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import dot
+from .launch import dot, nearest_tf32
 
 
 @triton.jit
@@ -63,15 +63,16 @@ def forward_kernel(
     score_weight, score_bias, use, ign, use_bias, ign_bias, prior,
     mask, mask_stride_b, mask_stride_n, mask_stride_m,
     lengths,
-    phi,  # out [batch, rows, M_PAD], in the dtype of the products
-    gate_stride, first, last, rows, batch, batch_per_program,
+    phi, phi_b, phi_n, phi_m,  # out [batch, rows of the chunk, M_PAD] and strides, in the dtype of the products
+    phi_sums,  # out [batch, row tiles, M], of what phi is before it is rounded
+    gate_stride, first, last, rows, write_rows, batch, batch_per_program,
     X_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     GATE_ROW: tl.constexpr, GATE_BIAS_ROW: tl.constexpr, SCORE_ROW: tl.constexpr,
     MAKE_GATE: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEAREST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles of [first, last), groups of samples)."""
+    """grid (tiles of write_rows rows from first on, groups of samples); NEAREST: phi is rounded to TF32."""
     local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = (first + local).to(tl.int64)
     local = local.to(tl.int64)
@@ -143,6 +144,10 @@ def forward_kernel(
         t = benefit * R
         if IGN:
             t -= cost * (1.0 - R)
-        value = tl.where(open_, f[:, None] * t, 0.0).to(phi.dtype.element_ty)
-        out = (phi + (b * rows + local) * M_PAD)[:, None] + j[None, :]
-        tl.store(out, value, mask=inside[:, None] & (j < M_PAD)[None, :])
+        value = tl.where(open_, f[:, None] * t, 0.0)
+        sums = phi_sums + (b * tl.num_programs(0) + tl.program_id(0)) * M + j
+        tl.store(sums, tl.sum(value, 0), mask=j < M)
+        if NEAREST:
+            value = nearest_tf32(value)
+        out = (phi + b * phi_b + local * phi_n)[:, None] + (j.to(tl.int64) * phi_m)[None, :]
+        tl.store(out, value.to(phi.dtype.element_ty), mask=(local < write_rows)[:, None] & (j < M_PAD)[None, :])

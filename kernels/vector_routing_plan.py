@@ -128,8 +128,8 @@ def _whole_row_tile(n: int, m: int, d: int, sms: int) -> Tile:
 def leaves(n: int, m: int, d: int, operands: int, passes: int, dtype: torch.dtype, precision: str = "ieee") -> bool:
     """Whether passes of the backward leave their part of dx to the last: coefficients and operands are kept till then.
 
-    A pass that adds to dx reads and writes it, 2 d numbers a row; one that leaves it keeps ``operands`` padded(m). It is
-    taken where all that is kept is at most a quarter of x.
+    A pass that adds to dx reads and writes it, 2 d numbers a row; one that leaves it keeps ``operands`` padded(m).
+    Taken where all that is kept is at most a quarter of x.
     """
     kept = passes * operands * padded(m) * (n + d) * product_dtype(dtype, precision).itemsize
     return 4 * kept <= n * d * dtype.itemsize

@@ -8,6 +8,9 @@ counterparts phi, dL, duse and dign, so that one index structure serves every pr
     aggregate    out_bkc = sum_i coefficient_bik x_bic       (M, dpred, gradients of shared betas), and out_bk = sum_i
     spread       dx_bic += sum_k coefficient_bik packed_bkc, of this pass and of what earlier ones left to it
 
+Tensor cores take TF32 operands from shared memory only where the axis that is summed lies dense. So with TURNED, x goes
+through registers in ``aggregate``, which makes out^T, and ``spread`` finds packed as [batch, D, K].
+
 Reductions over rows are split into partial buffers that a second sum adds up: no atomics, the same bits every time.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import dot
+from .launch import dot, nearest_tf32
 
 
 @triton.jit
@@ -49,28 +52,36 @@ def score_kernel(
 
 @triton.jit
 def aggregate_kernel(
-    x, x_stride_b, coefficient, total, sums, lengths,
+    x, x_stride_b, coefficient, a_b, a_n, a_k, total, sums, lengths,
     total_stride_s, total_stride_b, sums_stride_s, sums_stride_b,
-    first, last, rows, splits, rows_per_split, batch, batch_per_program,
-    X_ROW: tl.constexpr, K: tl.constexpr, K_FROM: tl.constexpr, K_TO: tl.constexpr, M: tl.constexpr,
+    first, last, splits, rows_per_split, batch, batch_per_program, one,
+    X_ROW: tl.constexpr, K_FROM: tl.constexpr, K_TO: tl.constexpr, M: tl.constexpr,
     M_PAD: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, WHOLE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grid (splits * (k tiles * c tiles + k tiles), groups of samples): columns K_FROM to K_TO of coefficient.
+    """grid (splits * (k tiles * c tiles [+ k tiles]), groups of samples): columns K_FROM to K_TO of coefficient.
 
     total [splits, groups, operands * M, D] and sums [splits, groups, operands * M] without the padding of M_PAD; ADD:
     to what earlier chunks of rows left there. The tiles of one split are neighbours, and share its rows in L2; the
-    last splits * k tiles programs only make sums.
+    last splits * k tiles programs only make sums, with SUMS. WHOLE: coefficient has zeros after its last row, as far as
+    blocks go.
     """
     k_tiles: tl.constexpr = (K_TO - K_FROM + BLOCK_K - 1) // BLOCK_K
     c_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
-    products = program < splits * (k_tiles * c_tiles)
-    rest = program - splits * (k_tiles * c_tiles)
-    share = tl.where(products, program // (k_tiles * c_tiles), rest // k_tiles)
-    k_tile = tl.where(products, program % (k_tiles * c_tiles) // c_tiles, rest % k_tiles)
+    share = program // (k_tiles * c_tiles)
+    k_tile = program % (k_tiles * c_tiles) // c_tiles
+    if SUMS:
+        products = program < splits * (k_tiles * c_tiles)
+        rest = program - splits * (k_tiles * c_tiles)
+        share = tl.where(products, share, rest // k_tiles)
+        k_tile = tl.where(products, k_tile, rest % k_tiles)
+    else:
+        products: tl.constexpr = True
     k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     keep_k = k < K_TO - K_FROM
+    columns = (K_FROM + k).to(tl.int64) * a_k
     j = k % M_PAD
     place = (k // M_PAD * M + j).to(tl.int64)
     real = keep_k & (j < M)
@@ -84,7 +95,12 @@ def aggregate_kernel(
         c = program % c_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
         out = (total + split * total_stride_s + group * total_stride_b + place * D)[:, None] + c[None, :]
         keep = real[:, None] & (c < D)[None, :]
-        acc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        if TURNED:
+            out = tl.trans(out)
+            keep = tl.trans(keep)
+            acc = tl.zeros([BLOCK_D, BLOCK_K], dtype=tl.float32)
+        else:
+            acc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
         if ADD:
             acc = tl.load(out, mask=keep, other=0.0)
         for sample in range(start, stop):
@@ -94,15 +110,18 @@ def aggregate_kernel(
                 row_end = tl.minimum(row_stop, tl.load(lengths + b) - first).to(tl.int32)
             for row in range(row_start, row_end, BLOCK_N):
                 r = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
-                a_tile = tl.load(
-                    (coefficient + (b * rows + r) * K + K_FROM)[None, :] + k[:, None],
-                    mask=(r < row_end)[None, :] & keep_k[:, None], other=0.0,
-                )  # fmt: skip
+                a_keep = keep_k[:, None] & (r == r)[None, :] if WHOLE else keep_k[:, None] & (r < row_end)[None, :]
+                a_tile = tl.load((coefficient + b * a_b + r * a_n)[None, :] + columns[:, None], mask=a_keep, other=0.0)
                 x_tile = tl.load(
                     (x + b * x_stride_b + (first + r) * X_ROW)[:, None] + c[None, :],
                     mask=(r < row_end)[:, None] & (c < D)[None, :], other=0.0,
                 )  # fmt: skip
-                acc = dot(a_tile, x_tile.to(coefficient.dtype.element_ty), acc, PRECISION)
+                if TURNED:
+                    turned = tl.trans(x_tile) * one  # what keeps it from being copied to where it lies turned
+                    turned = nearest_tf32(turned) if PRECISION == "tf32" else turned
+                    acc = dot(turned, tl.trans(a_tile), acc, PRECISION)
+                else:
+                    acc = dot(a_tile, x_tile.to(coefficient.dtype.element_ty), acc, PRECISION)
         tl.store(out, acc, mask=keep)
     else:
         sum_ = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -111,7 +130,7 @@ def aggregate_kernel(
             for row in range(row_start, row_stop, BLOCK_N):
                 r = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
                 a_tile = tl.load(
-                    (coefficient + (b * rows + r) * K + K_FROM)[:, None] + k[None, :],
+                    (coefficient + b * a_b + r * a_n)[:, None] + columns[None, :],
                     mask=(r < row_stop)[:, None] & keep_k[None, :], other=0.0,
                 )  # fmt: skip
                 sum_ += tl.sum(a_tile.to(tl.float32), 0)
@@ -124,31 +143,33 @@ def aggregate_kernel(
 @triton.jit
 def spread_over(
     acc, rows, operand, inside, c,
-    K: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + sum_k rows_k operand_kc."""
     for column in range(0, K, BLOCK_K):
         k = column + tl.arange(0, BLOCK_K)
         a_tile = tl.load(rows[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
-        w_tile = tl.load(
-            (operand + k.to(tl.int64) * D)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < D)[None, :], other=0.0
-        )
+        if TURNED:
+            w_rows = operand + k[:, None] + (c.to(tl.int64) * K)[None, :]
+        else:
+            w_rows = (operand + k.to(tl.int64) * D)[:, None] + c[None, :]
+        w_tile = tl.load(w_rows, mask=(k < K)[:, None] & (c < D)[None, :], other=0.0)
         acc = dot(a_tile, w_tile, acc, PRECISION)
     return acc
 
 
 @triton.jit
 def spread_kernel(
-    x, x_stride_b, dx, dx_stride_b, packed, coefficient, left_packed, left,
+    x, x_stride_b, dx, dx_stride_b, packed, coefficient, a_b, a_n, left_packed, left, left_b, left_n,
     gate, gate_grad, gate_weight, scale, gate_weight_grad,
-    lengths, gate_stride, gate_grad_stride, first, last, rows, left_rows, batch, batch_per_program,
+    lengths, gate_stride, gate_grad_stride, first, last, batch, batch_per_program,
     X_ROW: tl.constexpr, DX_ROW: tl.constexpr, K: tl.constexpr, LEFT: tl.constexpr, D: tl.constexpr,
     GATE_ROW: tl.constexpr,
     MADE_GATE: tl.constexpr, WANT_X: tl.constexpr, WANT_GATE: tl.constexpr, RAGGED: tl.constexpr,
-    ADD_X: tl.constexpr, ADD_GATE: tl.constexpr, PRECISION: tl.constexpr,
+    ADD_X: tl.constexpr, ADD_GATE: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles * c tiles, groups of samples). left [batch, left_rows, LEFT] starts at the chunk's first row.
+    """grid (row tiles * c tiles, groups of samples). left [batch, ., LEFT] starts at the chunk's first row.
 
     Where the iteration made the gates, their part of dx is added, and with WANT_GATE their weight's gradient is made:
     [n, D] in the weight's own rows, or with GATE_ROW 0 one row of [row tiles, groups, D] per program.
@@ -178,11 +199,20 @@ def spread_kernel(
             if ADD_X:
                 acc = tl.load(out, mask=keep, other=0.0).to(tl.float32)
             acc = spread_over(
-                acc, coefficient + (b * rows + local) * K, packed + b * (K * D), inside, c, K, D, PRECISION, BLOCK_K
+                acc,
+                coefficient + b * a_b + local * a_n,
+                packed + b * (K * D),
+                inside,
+                c,
+                K,
+                D,
+                TURNED,
+                PRECISION,
+                BLOCK_K,
             )
             if LEFT > 0:
                 acc = spread_over(
-                    acc, left + (b * left_rows + local) * LEFT, left_packed + b * (LEFT * D), inside, c, LEFT, D,
+                    acc, left + b * left_b + local * left_n, left_packed + b * (LEFT * D), inside, c, LEFT, D, TURNED,
                     PRECISION, BLOCK_K,
                 )  # fmt: skip
             if MADE_GATE:

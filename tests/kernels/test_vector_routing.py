@@ -221,6 +221,30 @@ def test_chunks(kind: str, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_within_budget(run(vector_routing, case, start=2.0), case, start=2.0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_turned(kind: str, precision: str, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands of products as TF32's tensor cores take them, over chunks that do not fill their blocks."""
+    real = vector_routing.plan
+    monkeypatch.setattr(vector_routing, "force_turned", True)
+    monkeypatch.setattr(
+        vector_routing, "plan", lambda *a, **k: real(*a, **{**k, "sms": 2})._replace(rows=24, splits=2, batch=2)
+    )
+    case = make(Size(3, 57, 5, 24), precision=precision, lengths=[57, 0, 31], **KINDS[kind])
+    assert_within_budget(run(vector_routing, case), case)
+
+
+def test_operands_of_tf32_products_are_rounded() -> None:
+    """Tensor cores cut digits off, which is twice as far off, and always towards zero."""
+    values = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-11 - 2**-23, -1 - 3 * 2**-11, 3e38, -0.0, 1e-40])
+    expected = [1.0, 1 + 2**-10, 1.0, -1 - 2**-9, 3e38, -0.0, 1e-40]
+    found = vector_routing.nearest_tf32(torch.cat([values, torch.tensor([float("inf"), float("nan")])]))
+    assert found[-2] == float("inf") and found[-1].isnan()
+    torch.testing.assert_close(found[:-2], torch.tensor(expected), rtol=2**-11, atol=1e-41)
+    assert not (found[:-2].view(torch.int32) & 0x1FFF).any()
+    assert found[1] == 1 + 2**-10 and found[2] == 1.0
+
+
 PASSES = {
     "two": (["next", "first-made"], {}),
     "three": (["next", "next", "first"], {"lengths": [33, 17]}),

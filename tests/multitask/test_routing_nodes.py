@@ -53,9 +53,10 @@ INPUTS = [node("x", SimpleSelect("x")), node("task", SimpleSelect("task"))]
 
 
 def batch(B: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Every task has a sample, if there are that many."""
     generator = seeds.generator(seed)
     x = torch.randn(B, F, generator=generator, dtype=F64)
-    return {"x": x, "task": torch.randint(T, (B,), generator=generator)}
+    return {"x": x, "task": (torch.arange(B) % T)[torch.randperm(B, generator=generator)]}
 
 
 def per_task(layer: Any) -> list[dict[str, Any]]:
