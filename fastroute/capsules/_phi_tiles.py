@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _checks, efficient_routing
+from ..ops._autocast import autocast_off
 from ..reference.efficient_routing import Parameters, cast, input_scale, predict
 from ..reference.tiles import tile_rows
 from ..reference.vector_routing import assign, gates, row_is_live
@@ -40,7 +41,7 @@ class PhiTiles:
             lengths = _checks.as_lengths(lengths, self.batch, n, x_inp.device)
         self.mask, self.lengths, self.n_out = mask, lengths, layer.n_out
         self.x = x_inp.detach().reshape(math.prod(self.batch), n, x_inp.shape[-1])
-        with torch.no_grad(), torch.autocast(x_inp.device.type, enabled=False):
+        with torch.no_grad(), autocast_off(x_inp.device.type):
             w = layer._parameters_by_name()
             dtype = torch.promote_types(self.x.dtype, w.W_F2.dtype)
             self.x, self.w = self.x.to(dtype), cast(w, dtype)

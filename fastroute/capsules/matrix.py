@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, matrix_routing
-from ..ops._autocast import autocast_dtype
+from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops.matrix_routing import P_MODELS
 from ..reference.matrix_routing import Capsules, first_or_next
 from ..reference.matrix_step import Outputs
@@ -196,7 +196,7 @@ class GenerativeMatrixRouting(nn.Module):
         if autocast_dtype(mu.device.type) is not None:
             dtype = acc
         a, mu, w = a.to(acc), mu.to(acc), Capsules(*(t.to(acc) for t in w))
-        with torch.autocast(mu.device.type, enabled=False):
+        with autocast_off(mu.device.type):
             before: Outputs | None = None
             if self.n_iters > 1:
                 before = matrix_routing(

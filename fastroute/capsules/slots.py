@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
-from ..ops._autocast import autocast_dtype
+from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops.soft_assignment import soft_assignment
 from ..reference.vector_routing import row_is_live
 
@@ -153,7 +153,7 @@ class SlotAttention(nn.Module):
         k, v = self.k(inputs), self.v(inputs)
         slots = slots.to(dtype).reshape(samples, m, self.d_slot)
         autocast = autocast_dtype(device) is not None
-        with torch.autocast(device, enabled=False):  # what is per slot is small, and is kept between iterations
+        with autocast_off(device):  # what is per slot is small, and is kept between iterations
             for _ in range(self.n_iters):
                 q = self.q(self.norm_slots(slots)) * self.d_slot**-0.5
                 scores = torch.bmm(k, q.to(k.dtype).mT)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
-from ..ops._autocast import autocast_dtype
+from ..ops._autocast import autocast_dtype, autocast_off
 from ..reference.efficient_routing import Parameters, cast, first_or_next, input_scale, norm
 from ..reference.vector_routing import row_is_live
 from .stream import Chunks, stream
@@ -210,7 +210,7 @@ class EfficientVectorRouting(nn.Module):
         """All iterations but the last on the fused op, the last one written out."""
         kwargs = {"mask": mask, "lengths": lengths}
         autocast = autocast_dtype(x.device.type) is not None
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             dtype = torch.promote_types(x.dtype, w.W_F2.dtype)
             if autocast:
                 dtype = torch.promote_types(dtype, torch.float32)

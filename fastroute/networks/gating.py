@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch
+from ..ops._autocast import autocast_off
 from ..ops._backends import is_strict
 from ..ops._checks import at_least_one, floating, shown, tensor
 from ..reference.policy import accumulating
@@ -176,7 +177,7 @@ class TopKGating(nn.Module):
             raise ValueError(f"batch: expected {self._in_features} features a sample, got {shown(x)}")
         active = as_mask(mask, B, x.device)
         forced = None if forced_actions is None else self._forced(forced_actions, B, x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             z = self._logits(flat, active)
             scores = z.softmax(1) if self.scores == "softmax" else z.sigmoid()
             actions = self._choose(z, scores) if forced is None else forced

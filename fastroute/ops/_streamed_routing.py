@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..reference.efficient_routing import Parameters, norm
 from ..reference.step import Grads, Step
 from . import _gram as gram
+from ._autocast import autocast_off
 from ._backends import choose
 from ._routing_outputs import (
     Predictions,
@@ -293,7 +294,7 @@ class _RowGradients:
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Streamed, *w: Tensor | None) -> Tensor:
-        with torch.autocast(call.scale.device.type, enabled=False):
+        with autocast_off(call.scale.device.type):
             y, saved = _forward(call, Parameters(*w))  # type: ignore[arg-type]
         ctx.call, ctx.saved = call, saved
         ctx.save_for_backward(*w)
@@ -305,7 +306,7 @@ class _Route(torch.autograd.Function):
         call: Streamed = ctx.call
         w = Parameters(*ctx.saved_tensors)
         needs = dict(zip(Parameters._fields, ctx.needs_input_grad[1:], strict=True))
-        with torch.autocast(call.scale.device.type, enabled=False):
+        with autocast_off(call.scale.device.type):
             found = _backward(call, w, ctx.saved, dy.to(call.acc), any(needs[k] for k in _LINEAR))
         unused = ("prior", *(_UNUSED_IN_ONE_ITERATION if call.n_iters == 1 else ()))
         grads = (
@@ -320,5 +321,5 @@ def route(call: Streamed, w: Parameters) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in w):
         made: Tensor = _Route.apply(call, *w)  # type: ignore[no-untyped-call]
         return made
-    with torch.no_grad(), torch.autocast(call.scale.device.type, enabled=False):
+    with torch.no_grad(), autocast_off(call.scale.device.type):
         return _forward(call, w)[0]

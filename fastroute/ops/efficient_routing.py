@@ -15,6 +15,7 @@ from torch import Tensor
 from ..reference.efficient_routing import Parameters, cast, input_scale, norm
 from ..reference.step import Grads, Step
 from . import _gram as gram
+from ._autocast import autocast_off
 from ._backends import choose, record, requested
 from ._registry import define, no_second_derivative
 from ._routing_outputs import (
@@ -116,7 +117,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     saved = _new_saved(call)
     if call.is_empty:
         return saved.y[0].to(call.out_dtype, copy=True), *saved
-    with torch.autocast(call.x.device.type, enabled=False):
+    with autocast_off(call.x.device.type):
         return _routed(call, saved), *saved
 
 
@@ -180,7 +181,7 @@ def _backward(*args: Any) -> list[Tensor]:
     dx, dw = _new_grads(call, want_x)
     if call.is_empty:
         return [t.zero_() for t in _listed(dx, dw)]
-    with torch.autocast(call.x.device.type, enabled=False):
+    with autocast_off(call.x.device.type):
         _differentiate(call, _Saved(gate, M, p, y, G, g), dout.to(call.acc), dx if want_x else None, dw, want_rows)
     return _listed(dx, dw)
 

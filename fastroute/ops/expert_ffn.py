@@ -17,7 +17,7 @@ from ..reference.grouped_linear import ACTIVATIONS
 from ..reference.policy import accumulating
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled products
 from . import grouped_linear as _grouped_linear  # noqa: F401  (says which backends there are)
-from ._autocast import autocast_dtype
+from ._autocast import autocast_dtype, autocast_off
 from ._backends import note, taken
 from ._checks import floating, shown
 from ._registry import define, no_second_derivative
@@ -71,7 +71,7 @@ def _forward(
     x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
     activation: str, gated: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         samples, w = _rows(order, offsets, weights, k, x.dtype)
         u = _product(backend, x, samples, None, offsets, w_in)
         h = reference.Hidden(u, activation, gated).weighted(w)
@@ -93,7 +93,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The hidden layer is computed again; the experts' outputs are not needed: <g, W h> = <W^T g, h>."""
     made: list[Tensor] = [x.new_empty(0) for _ in range(4)]
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         samples, w = _rows(order, offsets, weights, k, x.dtype)
         u = _product(backend, x, samples, None, offsets, w_in)
         g = dy.index_select(0, samples)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference.matrix_routing import Capsules
 from ..reference.matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, settle
 from . import _checks
-from ._autocast import autocast_dtype
+from ._autocast import autocast_dtype, autocast_off
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -106,7 +106,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         out = settle(_at(saved, -1), call.eps)
         return out.a.clone(), out.mu, out.sig2, *saved  # type: ignore[return-value]
     kernel = choose(call.case, call.backend)
-    with torch.autocast(call.mu_inp.device.type, enabled=False):
+    with autocast_off(call.mu_inp.device.type):
         step = call.step(call.gate(), None)
         for t in range(call.n_iters):
             made: Moments = kernel.forward(step)
@@ -148,7 +148,7 @@ def _backward(*args: Any) -> list[Tensor]:
     if call.is_empty:
         return [t.zero_() for t in _listed(call, grads.gate, grads)]
     kernel = choose(call.case, call.backend)
-    with torch.autocast(call.mu_inp.device.type, enabled=False):
+    with autocast_off(call.mu_inp.device.type):
         gate = call.gate()
         step = call.step(gate, None)
         d = Outputs(da, dmu, dsig2)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..reference.soft_assignment import Grads, Pairs, accumulating, sizes
 from . import _checks
 from . import _native_soft_assignment as _native_soft_assignment  # defines the native ops
+from ._autocast import autocast_off
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -54,7 +55,7 @@ def _forward(votes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if B == 0 or n == 0 or h == 0:
         M, p = _empty(votes, pairs)
         return M.zero_(), p.zero_()
-    with torch.autocast(votes.device.type, enabled=False):
+    with autocast_off(votes.device.type):
         made: tuple[Tensor, Tensor] = choose(case_of(votes, pairs), backend).forward(votes, pairs)
     return made
 
@@ -82,7 +83,7 @@ def _backward(votes: Tensor, *rest: Any) -> list[Tensor]:
     B, n, _, h = sizes(votes, pairs)
     if B == 0 or n == 0 or h == 0:
         return [t.zero_() for t in _listed(votes, grads)]
-    with torch.autocast(votes.device.type, enabled=False):
+    with autocast_off(votes.device.type):
         choose(case_of(votes, pairs), backend).backward(votes, pairs, dM, dp, grads)
     return _listed(votes, grads)
 

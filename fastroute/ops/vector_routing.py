@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference.step import Grads, Step
 from . import _checks
-from ._autocast import autocast_dtype
+from ._autocast import autocast_dtype, autocast_off
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -73,7 +73,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     B, n, d = step.x.shape
     if B == 0 or n == 0:
         return step.x.new_zeros((B, step.n_out, d), dtype=step.acc), step.x.new_zeros((B, step.n_out), dtype=step.acc)
-    with torch.autocast(step.x.device.type, enabled=False):
+    with autocast_off(step.x.device.type):
         M, p, _ = choose(case_of(step.x, step.n_out), backend).forward(step)
     return M, p
 
@@ -115,7 +115,7 @@ def _backward(*args: Any) -> list[Tensor]:
         dpred = None if step.pred is None else torch.zeros_like(step.pred)
     else:
         filled = buffers
-        with torch.autocast(step.x.device.type, enabled=False):
+        with autocast_off(step.x.device.type):
             dpred = choose(case_of(step.x, step.n_out), backend).backward(step, dM, dp, Grads(True, **buffers))
     return _as_list(step, filled, dpred)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._autocast import autocast_dtype
+from ..ops._autocast import autocast_dtype, autocast_off
 from .active import traced
 from .units import Groups
 
@@ -211,6 +211,6 @@ def grouped(layer: Mixing, x: Tensor, out: Tensor | None, inp: Tensor | None, gr
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         made: Tensor = _Grouped.apply(x, W, b, out, inp, groups.bounds, layer)  # type: ignore[no-untyped-call]
     return made

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import _checks, matrix_routing
-from ...ops._autocast import autocast_dtype
+from ...ops._autocast import autocast_dtype, autocast_off
 from ...ops.matrix_routing import P_MODELS
 from ...reference.matrix_routing import Capsules, first_or_next
 from ...reference.matrix_step import Outputs
@@ -140,7 +140,7 @@ class Routing(nn.Module):
             dtype = torch.promote_types(mu.dtype, w.W.dtype)
             acc = torch.promote_types(dtype, torch.float32)
             dtype = acc if autocast_dtype(mu.device.type) is not None else dtype
-            with torch.autocast(mu.device.type, enabled=False):
+            with autocast_off(mu.device.type):
                 a, mu, w = a.to(acc), mu.to(acc), Capsules(*(t.to(acc) for t in w))
                 before: Outputs | None = None
                 if self.n_iters > 1:
