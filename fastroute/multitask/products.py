@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..ops._autocast import autocast_dtype
+from ..ops._autograd import asked_again, through, transformed
 
 _aten: Any = torch.ops.aten
 _version = attrgetter("_version")
@@ -33,10 +33,6 @@ _ACTIVATIONS: dict[type, _Activation] = {
         torch.sigmoid_, lambda g, y, into: _aten.sigmoid_backward.grad_input(g, y, grad_input=into)
     ),
 }
-
-
-#: Of tensors that are many at a time.
-_MANY = tuple(map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched")))
 
 
 class Layer(NamedTuple):
@@ -124,9 +120,8 @@ class _Chains(torch.autograd.Function):
                 "parameter of a head, between the forward and the backward pass"
             )
         first: Any = grads[used[0]]
-        # Somebody wants its derivative, too; or many at a time (is_grads_batched), which nothing can be written into.
-        if torch.is_grad_enabled() or any(map(torch._C._dispatch_keys(first).has, _MANY)):  # type: ignore[arg-type]
-            return _through_chain(ctx, grads, used)
+        if asked_again(first):
+            return _through_chain(ctx, grads)
         # Some networks' outputs alone: of one, where a task's gradient is asked for by itself.
         low, high = used[0], used[-1] + 1
         here = slice(low, high)
@@ -162,15 +157,15 @@ class _Chains(torch.autograd.Function):
         return (dx, None, None, None, *(t for part in reversed(made) for t in part))
 
 
-def _through_chain(ctx: Any, grads: Sequence[Tensor | None], used: Sequence[int]) -> tuple[Any, ...]:
+def _through_chain(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """The gradients of ``chain``, made anew."""
-    x, parameters, again, T = ctx.saved_tensors[0], ctx.parameters, torch.is_grad_enabled(), ctx.T
-    with torch.enable_grad():
-        x = x if again else x.detach().requires_grad_(x.requires_grad)
-        y = chain(x, ctx.layers, _by_layer(ctx.layers, _put_side_by_side(parameters, T)), T).unbind()
-    wanted = [t for t in (x, *parameters) if t.requires_grad]
-    found = iter(torch.autograd.grad([y[t] for t in used], wanted, [grads[t] for t in used], create_graph=again))
-    dx, *rest = [next(found) if t.requires_grad else None for t in (x, *parameters)]
+    layers, T, parameters = ctx.layers, ctx.T, ctx.parameters
+
+    def plain(x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        return chain(x, layers, _by_layer(layers, _put_side_by_side(own, T)), T).unbind()
+
+    needs = ctx.needs_input_grad
+    dx, *rest = through(plain, (ctx.saved_tensors[0], *parameters), (needs[0], *needs[4:]), grads)
     return (dx, None, None, None, *(t if grads[i % T] is not None else None for i, t in enumerate(rest)))
 
 
@@ -194,8 +189,7 @@ def chains(
     Returns:
         T tensors [N, O], contiguous.
     """
-    compiled = torch.compiler.is_compiling()
-    plain = compiled or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    plain = torch.compiler.is_compiling() or transformed()
     if torch.is_grad_enabled() and not plain:
         plain = autocast_dtype(x.device.type) is not None or parameters[0].dtype != x.dtype
         if not plain and all(

@@ -1,5 +1,6 @@
 """The contracts: one registered op per file, its checks, its fake, its gradient, and the choice of a backend."""
 
+from . import _flops as _flops
 from . import dispatch as dispatch
 from .agent_policy import agent_policy as agent_policy
 from .combine import combine as combine

@@ -1,11 +1,82 @@
-"""Calls of autograd functions."""
+"""Calls of autograd functions, and what is asked of them beyond a first derivative.
+
+Kernels have a gradient of their own, and no other rules. Whatever needs more goes through plain PyTorch, whose every
+step has them: torch.func's transforms and forward mode, from the op's call on (``transformed``); a gradient that is to
+be differentiated again, or many at a time, from the backward pass on (``asked_again``). That is slower, and right.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) or forward mode looks on."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
+
+
+def asked_again(*grads: Tensor | None) -> bool:
+    """In a backward pass: whether what it gives is differentiated itself, or these are many gradients at a time."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled():
+        return True
+    keys = [torch._C._dispatch_keys(g) for g in grads if type(g) is Tensor]
+    return any(of.has(many) for of in keys for many in _MANY)  # type: ignore[arg-type]
+
+
+def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, ...]:
+    """Parameters, some for each module, with those of modules that have no row taken out of the graph.
+
+    They get None as gradient either way. But autograd would hand that None to hooks, which expect a tensor.
+    """
+    if bounds is None or not torch.is_grad_enabled():
+        return tuple(parameters)
+    idle = [k for k in range(len(bounds) - 1) if bounds[k] == bounds[k + 1]]
+    hooked = [i for k in idle for i in range(k, len(parameters), len(bounds) - 1) if parameters[i]._backward_hooks]
+    if not hooked:
+        return tuple(parameters)
+    made = list(parameters)
+    for i in hooked:
+        made[i] = made[i].detach()
+    return tuple(made)
+
+
+_MANY = tuple(map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched")))  # of tensors that are many at a time
+
+
+def through(
+    plain: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of ``inputs`` (None for those that need none) as autograd makes them from ``plain(*inputs)``.
+
+    ``grads`` are those of its outputs. The inputs are those that the graph knows, as they were saved.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [
+            (t.view_as(t) if again else t.detach().requires_grad_()) if need and isinstance(t, Tensor) else t
+            for t, need in zip(inputs, needs, strict=True)
+        ]
+        outputs = plain(*own)
+    pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+    wanted = [i for i, (t, need) in enumerate(zip(own, needs, strict=True)) if need and isinstance(t, Tensor)]
+    found: list[Tensor | None] = [None] * len(own)
+    if not pairs or not wanted:
+        return found
+    made = torch.autograd.grad(
+        [y for y, _ in pairs], [own[i] for i in wanted], [g for _, g in pairs], create_graph=again, allow_unused=True
+    )
+    for i, g in zip(wanted, made, strict=True):
+        found[i] = g
+    return found
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

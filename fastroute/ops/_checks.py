@@ -9,6 +9,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from ..reference.dispatch import has_numbers
 from ._backends import is_strict
 
 
@@ -88,8 +89,7 @@ def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, de
     if tuple(lengths.shape) != tuple(batch):
         raise ValueError(f"lengths: expected one length per sample, shape {list(batch)}, got {shown(lengths)}")
     lengths = lengths.reshape(-1).to(torch.int64)
-    known = lengths.device.type == "cpu" or is_strict()
-    if known and not torch.compiler.is_compiling() and not isinstance(lengths, torch._subclasses.FakeTensor):
+    if (lengths.device.type == "cpu" or is_strict()) and has_numbers(lengths):
         bad = int(((lengths < 0) | (lengths > n)).sum())
         if bad:
             raise ValueError(

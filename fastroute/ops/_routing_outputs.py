@@ -35,6 +35,15 @@ def predictions(y: Tensor, w: Parameters) -> Predictions:
     return Predictions(z, Q, torch.addcmul(w.B_G2.to(Q.dtype), Q, w.W_G2.to(Q.dtype)))
 
 
+#: What the first iteration does not use.
+LATER = ("W_G1", "W_G2", "B_G2", "W_S", "B_S")
+
+
+def used(w: Parameters, n_iters: int) -> Parameters:
+    """What a single iteration does not use, taken out of the graph: autograd would hand None to hooks on it."""
+    return w if n_iters > 1 else w._replace(**{name: getattr(w, name).detach() for name in LATER})
+
+
 def norm_backward(dz: Tensor, y: Tensor) -> Tensor:
     h = y.shape[-1:]
     if h[0] == 1:

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference.efficient_routing import Parameters, norm
 from ..reference.step import Grads, Step
 from . import _gram as gram
 from ._autocast import autocast_off
+from ._autograd import asked_again, transformed
 from ._backends import choose
 from ._routing_outputs import (
+    LATER,
     Predictions,
     first_betas,
     norm_backward,
@@ -27,12 +28,12 @@ from ._routing_outputs import (
     outputs_backward,
     predictions,
     predictions_backward,
+    used,
 )
 from .vector_routing import case_of, precision_of
 
 _ROWS = ("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign")
 _LINEAR = (*_ROWS, "bias_use", "bias_ign")
-_UNUSED_IN_ONE_ITERATION = ("W_G1", "W_G2", "B_G2", "W_S", "B_S")
 
 
 class Streamed(NamedTuple):
@@ -301,14 +302,17 @@ class _Route(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if asked_again(dy):
+            raise NotImplementedError(
+                "stream: its gradient is not differentiated again; give the layer the vectors in one tensor for that"
+            )
         call: Streamed = ctx.call
         w = Parameters(*ctx.saved_tensors)
         needs = dict(zip(Parameters._fields, ctx.needs_input_grad[1:], strict=True))
         with autocast_off(call.scale.device.type):
             found = _backward(call, w, ctx.saved, dy.to(call.acc), any(needs[k] for k in _LINEAR))
-        unused = ("prior", *(_UNUSED_IN_ONE_ITERATION if call.n_iters == 1 else ()))
+        unused = ("prior", *(LATER if call.n_iters == 1 else ()))
         grads = (
             found[k].to(t.dtype) if t is not None and needs[k] and k not in unused else None
             for k, t in w._asdict().items()
@@ -318,8 +322,12 @@ class _Route(torch.autograd.Function):
 
 def route(call: Streamed, w: Parameters) -> Tensor:
     """[B, m, h] in the dtype of sums; parameters have gradients, the vectors have none."""
+    if transformed():
+        raise NotImplementedError(
+            "stream: expected no torch.func transform and no forward mode; give the layer the vectors in one tensor"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in w):
-        made: Tensor = _Route.apply(call, *w)  # type: ignore[no-untyped-call]
+        made: Tensor = _Route.apply(call, *used(w, call.n_iters))  # type: ignore[no-untyped-call]
         return made
     with torch.no_grad(), autocast_off(call.scale.device.type):
         return _forward(call, w)[0]

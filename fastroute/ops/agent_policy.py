@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference import agent_policy as reference
 from ..reference.agent_policy import AgentChoice as AgentChoice
 from ..reference.grouped_linear import is_stacked
 from ..reference.policy import KINDS
-from ._autocast import autocast_dtype
-from ._autograd import apply, own
+from ._autocast import autocast_dtype, autocast_off
+from ._autograd import apply, asked_again, own, through, transformed, without_gradient
 from ._backends import note
 from ._checks import shown
 from .dispatch import Plan
@@ -101,11 +100,14 @@ class _AgentPolicy(torch.autograd.Function):
         ctx.options = options
         ctx.weights, ctx.shapes = len(nets[0]), [p.shape for p in parameters]
         ctx.save_for_backward(x, order, offsets, made[3], made[0], *nets[0], *nets[2])
+        if not torch.compiler.is_compiling():  # for a second derivative alone
+            ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
         return tuple(made)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if asked_again(*grads):
+            return _again(ctx, grads)
         o: _Options = ctx.options
         grad_value, grad_scores = grads[1], grads[3]
         grad_critic, grad_at = grads[4:6] if len(grads) > 4 else (None, None)
@@ -136,6 +138,24 @@ class _AgentPolicy(torch.autograd.Function):
                 each = [g if a < b else None for g, (a, b) in zip(each, pairwise(o.bounds), strict=True)]
             found += each
         return (dx if needs[0] and dx.shape == x.shape else None, *[None] * 6, *found)
+
+
+def _again(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    o: _Options = ctx.options
+    if ctx.versions != [p._version for p in ctx.parameters]:
+        raise RuntimeError("agent_policy: a parameter was changed in place between the forward and the backward pass")
+    x, order, offsets, _, actions, *_ = ctx.saved_tensors
+
+    def plain(x: Tensor | None, *parameters: Tensor) -> list[Tensor]:
+        rest = o.kind, o.temperature, 0.0
+        made = reference.on_plan(x, order, offsets, o.split(parameters), None, None, actions, *rest)
+        return [t for t in (made.value, made.scores, made.critic, made.critic_at) if t is not None]
+
+    of_outputs = [grads[1], grads[3], *grads[4:6]]
+    needs = ctx.needs_input_grad
+    with autocast_off(actions.device.type):
+        dx, *rest = through(plain, (x, *ctx.parameters), (needs[0], *needs[7:]), of_outputs)
+    return (dx, *[None] * 6, *rest)
 
 
 def agent_policy(
@@ -177,7 +197,7 @@ def agent_policy(
         ``AgentChoice(actions [N] int64, value [N], greedy [N] int64, scores [N, K], critic [N, C], critic_at [N],
         expected [N])``, the last three None where not asked for. Scores and critic are in the parameters' dtype, what
         is read of them in float32 or float64. ``value``, ``scores``, ``critic`` and ``critic_at`` have gradients, to x
-        only where it needs one; there is no second derivative.
+        only where it needs one. A second derivative and torch.func go through plain PyTorch.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit the others.
@@ -206,6 +226,12 @@ def agent_policy(
         None if keep_empty or plan is None else plan.bounds,
     )
     order, offsets = (None, None) if plan is None else (plan.order, plan.offsets)
+    if transformed():
+        rest = kind, options.temperature, options.exploration, expected
+        with autocast_off(like.device.type):
+            return reference.on_plan(x, order, offsets, options.split(parameters), uniform, coin, forced, *rest)
+    if not (options.stacked or options.critic_stacked):
+        parameters = list(without_gradient(parameters, options.bounds))
     made = apply(_AgentPolicy, x, order, offsets, uniform, coin, forced, options, *parameters)
     return AgentChoice(*made)
 

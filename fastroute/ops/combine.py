@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference.policy import accumulating
-from ._autograd import own
+from ._autograd import asked_again, own, through, transformed
 from ._checks import floating, shown
 
 
@@ -21,22 +20,31 @@ def _selected(weights: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tens
     return w if valid is None else torch.where(valid, w, 0)
 
 
+def _combined(z: Tensor, weights: Tensor, valid: Tensor | None) -> Tensor:
+    w = _selected(weights, valid, z.dtype)
+    y = z[:, 0].to(w.dtype) * w[:, 0, None]
+    for j in range(1, z.shape[1]):
+        y = torch.addcmul(y, z[:, j].to(w.dtype), w[:, j, None])
+    return y.to(z.dtype)
+
+
+def _plain(z: Tensor, weights: Tensor, valid: Tensor | None) -> list[Tensor]:
+    return [_combined(z if valid is None else torch.where(valid[:, :, None], z, 0), weights, valid)]
+
+
 class _Combine(torch.autograd.Function):
     """Autograd would keep a float32 copy of every entry."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weights: Tensor, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, weights, valid)
-        w = _selected(weights, valid, z.dtype)
-        y = z[:, 0].to(w.dtype) * w[:, 0, None]
-        for j in range(1, z.shape[1]):
-            y = torch.addcmul(y, z[:, j].to(w.dtype), w[:, j, None])
-        return own(y.to(z.dtype))
+        return own(_combined(z, weights, valid))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, weights, valid = ctx.saved_tensors
+        if asked_again(grad):
+            return tuple(through(_plain, (z, weights, valid), ctx.needs_input_grad, [grad]))
         dz = d_weights = None
         w = _selected(weights, valid, z.dtype)
         g = grad.to(w.dtype)
@@ -71,5 +79,6 @@ def combine(z: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
     for name, t in (("weights", weights), ("valid", valid)):
         if t is not None and t.shape != z.shape[:2]:
             raise ValueError(f"{name}: expected one per entry, {list(z.shape[:2])}, got {shown(t)}")
-    made: Tensor = _Combine.apply(z[:, :, None] if z.dim() == 2 else z.flatten(2), weights, valid)
+    flat = z[:, :, None] if z.dim() == 2 else z.flatten(2)
+    made: Tensor = _plain(flat, weights, valid)[0] if transformed() else _Combine.apply(flat, weights, valid)
     return made.reshape(z.shape[0], *z.shape[2:])

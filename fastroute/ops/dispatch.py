@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..reference import dispatch as reference
 from ..reference.dispatch import Plan as Plan
+from ..reference.dispatch import has_numbers as has_numbers
 from ..reference.dispatch import module_of_row as module_of_row
 from ..reference.dispatch import on_host as on_host
 from ..reference.dispatch import read as read
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
+from ._autograd import transformed
 from ._backends import Case, decide, is_strict, note, offer, requested, taken
 from ._checks import shown, tensor
 from ._triton_dispatch import dispatch_refuses
@@ -83,6 +85,10 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
         raise ValueError(f"{name}: expected [B] or [B, k], got {shown(actions)}")
     per_sample = 1 if actions.dim() == 1 else actions.shape[1]
     flat = actions if actions.dim() == 1 else actions.reshape(-1)
+    if transformed() and not has_numbers(flat):
+        made = reference.plan_of_many(flat, modules)
+        samples = None if per_sample == 1 else torch.div(made.order, per_sample, rounding_mode="floor")
+        return made._replace(samples=samples, per_sample=per_sample)
     note("dispatch", flat, N=flat.shape[0], K=modules)
     backend = taken("dispatch", flat.device.type, flat.dtype)
     if backend == "native" and flat.device.type == "cuda":  # which depends on sizes
@@ -100,7 +106,7 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
 
 def _check_beyond(order: Tensor, beyond: Tensor, bounds: list[int] | None, modules: int, name: str) -> None:
     """IndexError for actions out of range, where looking costs nothing or ``strict`` asks for it."""
-    if bounds is None and (torch.compiler.is_compiling() or type(beyond) is not Tensor or not is_strict()):
+    if bounds is None and not (is_strict() and has_numbers(beyond)):
         return
     if bounds is not None and bounds[-1] == order.shape[0]:
         return  # nothing was dropped

@@ -12,19 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import efficient_routing as reference
 from ..reference.efficient_routing import Parameters, cast, input_scale, norm
 from ..reference.step import Grads, Step
 from . import _gram as gram
 from ._autocast import autocast_off
+from ._autograd import asked_again, through, transformed
 from ._backends import choose, record, requested
 from ._registry import define, no_second_derivative
 from ._routing_outputs import (
+    LATER,
     first_betas,
     norm_backward,
     outputs,
     outputs_backward,
     predictions,
     predictions_backward,
+    used,
 )
 from .vector_routing import autocast_precision, case_of, precision_of
 
@@ -40,7 +44,7 @@ def _at(*names: str) -> tuple[int, ...]:
 
 
 _ROWS = _at("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign", "bias_use", "bias_ign")
-_UNUSED_IN_ONE_ITERATION = _at("W_G1", "W_G2", "B_G2", "W_S", "B_S")
+_UNUSED_IN_ONE_ITERATION = _at(*LATER)
 
 
 class _Call(NamedTuple):
@@ -255,12 +259,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, *rest[: _N + 2], *output[1:])
 
 
+def _plain(call: _Call) -> Tensor:
+    """The reference, in the dtype of sums."""
+    with autocast_off(call.x.device.type):
+        y = reference.efficient_routing(
+            call.x.to(call.acc), cast(call.w, call.acc), n_iters=call.n_iters, normalize=call.normalize,
+            mask=call.mask, lengths=call.lengths,
+        )  # fmt: skip
+    return y.to(call.out_dtype)
+
+
 def _gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     nothing = (None,) * 6
     if dout is None:
         return (*[None] * (1 + _N), *nothing)
-    inputs, saved = ctx.saved_tensors[: _N + 3], ctx.saved_tensors[_N + 3 :]
+    tensors = ctx.saved_tensors  # once: under checkpointing each look is a computation
+    inputs, saved = tensors[: _N + 3], tensors[_N + 3 :]
+    if asked_again(dout):
+
+        def plain(*given: Any) -> list[Tensor]:
+            return [_plain(_Call.of((*given, *ctx.options)))]
+
+        return *through(plain, inputs, needs[: _N + 3], [dout]), *nothing[2:]
     made = torch.ops.fastroute.efficient_routing_backward(
         *inputs, *ctx.options, dout.contiguous(), *saved, needs[0], any(needs[i] for i in _ROWS)
     )
@@ -319,7 +340,8 @@ def efficient_routing(
     x, w = _promoted(x, w)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
-    out: Tensor = torch.ops.fastroute.efficient_routing(
-        x, *w, mask, lengths, n_iters, normalize, requested(), autocast
-    )[0]
+    args = x, *used(w, n_iters), mask, lengths, n_iters, normalize, requested(), autocast
+    if transformed():
+        return _plain(_Call.of(args))
+    out: Tensor = torch.ops.fastroute.efficient_routing(*args)[0]
     return out

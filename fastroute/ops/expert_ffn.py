@@ -18,10 +18,11 @@ from ..reference.policy import accumulating
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled products
 from . import grouped_linear as _grouped_linear  # noqa: F401  (says which backends there are)
 from ._autocast import autocast_dtype, autocast_off
+from ._autograd import asked_again, through, transformed
 from ._backends import note, taken
 from ._checks import floating, shown
 from ._registry import define, no_second_derivative
-from .dispatch import Plan
+from .dispatch import Plan, on_host
 
 OP = "expert_ffn"
 _INPUTS = (
@@ -131,11 +132,30 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:6])
 
 
+def _plain(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool,
+) -> Tensor:  # fmt: skip
+    """On slices of the sorted entries, with every derivative there is."""
+    with autocast_off(x.device.type):
+        samples, w = _rows(order, offsets, weights, k, x.dtype)
+        bounds = on_host(offsets)
+        u = linear.of_sorted(x, order, samples, offsets, bounds, [w_in], (), "none", True, False)
+        h = reference.Hidden(u, activation, gated).weighted(w)
+        return _summed(linear.of_sorted(h, order, None, offsets, bounds, [w_out], (), "none", False, True), k)
+
+
 def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if dy is None:
         return (None,) * 10
     inputs = ctx.saved_tensors
+    if asked_again(dy):
+
+        def plain(*given: Any) -> list[Tensor]:
+            return [_plain(*given, *ctx.options[:3])]
+
+        return (*through(plain, inputs, needs[:6], [dy]), *(None,) * 4)
     wants = needs[0], needs[3] and inputs[3] is not None, needs[4], needs[5]
     made = torch.ops.fastroute.expert_ffn_backward(*inputs, *ctx.options, dy.contiguous(), *wants)
     dx, d_weights, d_in, d_out = (g if want else None for g, want in zip(made, wants, strict=True))
@@ -205,7 +225,8 @@ def expert_ffn(
 
     Returns:
         y [B, P] in x's dtype (autocast's, under autocast). Half precision is rounded after each of the two products and
-        after the activation; sums over features and over k are made in float32. There is no second derivative.
+        after the activation; sums over features and over k are made in float32. A second
+        derivative and torch.func go through plain PyTorch.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -222,6 +243,8 @@ def expert_ffn(
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
     if x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
+    if transformed():
+        return _plain(x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated)
     N = plan.order.shape[0]
     for w in (w_in, w_out):
         note("grouped_linear", x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])

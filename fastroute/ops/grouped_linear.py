@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference import grouped_linear as reference
 from ..reference.grouped_linear import ACTIVATIONS, TOLD_BY_VALUE
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
-from ._autocast import autocast_dtype
-from ._autograd import apply, own
+from ._autocast import autocast_dtype, autocast_off
+from ._autograd import apply, asked_again, own, through, transformed, without_gradient
 from ._backends import native_refuses, note, offer, taken
 from ._checks import shown
 from ._triton_dispatch import grouped_linear_refuses
@@ -60,13 +59,16 @@ class _GroupedLinear(torch.autograd.Function):
             y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         ctx.save_for_backward(x, order, samples, offsets, before, *weights)
+        if wants_gradients and not torch.compiler.is_compiling():  # for a second derivative alone
+            ctx.biases, ctx.versions = biases, [b._version for b in biases]
         return own(y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         takes, puts, K, n_weights, activation, backend, bounds, stacked, has_biases = ctx.options
         x, order, samples, offsets, kept, *weights = ctx.saved_tensors
+        if asked_again(grad):
+            return _again(ctx, x, order, samples, offsets, weights, grad)
         take, spread, put = _indices(order, samples, takes or x is None, puts)
         source = offsets if x is None else x
         needs = ctx.needs_input_grad
@@ -98,6 +100,24 @@ class _GroupedLinear(torch.autograd.Function):
                 [None if bounds[k] == bounds[k + 1] else g for k, g in enumerate(grads)] for grads in per_module
             ]
         return (dx if wants[0] else None, *[None] * (first - 1), *(g for grads in per_module for g in grads))
+
+
+def _again(
+    ctx: Any, x: Tensor | None, order: Tensor, samples: Tensor | None, offsets: Tensor, weights: Sequence[Tensor],
+    grad: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    takes, puts, _, n_weights, activation, _, bounds, _, _ = ctx.options
+    if ctx.versions != [b._version for b in ctx.biases]:
+        raise RuntimeError("grouped_linear: a bias was changed in place between the forward and the backward pass")
+
+    def plain(x: Tensor | None, *parameters: Tensor) -> list[Tensor]:
+        w, b = parameters[:n_weights], parameters[n_weights:]
+        return [reference.of_sorted(x, order, samples, offsets, bounds, w, b, activation, takes, puts)]
+
+    needs = ctx.needs_input_grad
+    with autocast_off(grad.device.type):
+        dx, *rest = through(plain, (x, *weights, *ctx.biases), (needs[0], *needs[12:]), [grad])
+    return (dx, *[None] * 11, *rest)
 
 
 def _rows(x: Tensor, plan: Plan, width: int, is_sorted: bool, keep_sorted: bool) -> Tensor:
@@ -164,7 +184,8 @@ def grouped_linear(
             counts are not read, and with stacked weights they always get zeros.)
 
     Returns:
-        y [N, O], contiguous. Sums are accumulated in float32 for half precision. There is no second derivative.
+        y [N, O], contiguous. Sums are accumulated in float32 for half precision. A second derivative and torch.func go
+        through plain PyTorch.
 
     Raises:
         ValueError, TypeError: x is not of the plan's rows, or not of the modules' width or dtype.
@@ -191,8 +212,15 @@ def grouped_linear(
         if p.dtype != dtype:
             raise TypeError(f"x: expected the modules' dtype {p.dtype}, got {dtype}")
     like = parameters[0]
+    if transformed():
+        w, b = parameters[: len(weights)], parameters[len(weights) :]
+        rest = activation, not is_sorted, not keep_sorted
+        with autocast_off(like.device.type):
+            return reference.of_sorted(x, plan.order, plan.samples, plan.offsets, plan.bounds, w, b, *rest)
     note(OP, like, N=plan.order.shape[0] if x is None else x.shape[0], K=K, F=F, O=O)
     backend = taken(OP, like.device.type, like.dtype)
+    if not keep_empty and len(parameters) >= K:  # each its own
+        parameters = without_gradient(parameters, plan.bounds)
     after = activation if backend == "native" and activation not in _NATIVE_ACTIVATIONS else "none"
     made: Tensor = apply(
         _GroupedLinear,

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import matrix_routing as reference
 from ..reference.matrix_routing import Capsules
 from ..reference.matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, settle
 from . import _checks
 from ._autocast import autocast_dtype, autocast_off
+from ._autograd import asked_again, through, transformed
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -177,12 +179,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:7], *output[3:])
 
 
+def _plain(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference, in the dtype of sums."""
+    w = Capsules(*(t.to(call.acc) for t in call.w))
+    options = {"n_iters": call.n_iters, "p_model": call.p_model, "eps": call.eps, "mask": call.mask}
+    with autocast_off(call.mu_inp.device.type):
+        made = reference.matrix_routing(call.a_inp.to(call.acc), call.mu_inp.to(call.acc), w, **options)  # type: ignore[arg-type]
+    return made.a_out, made.mu_out, made.sig2_out
+
+
 def _gradient(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    tensors = ctx.saved_tensors  # once: under checkpointing each look is a computation
+    inputs, saved = tensors[:7], tensors[7:]
     needs = ctx.needs_input_grad
     nothing = (None,) * 5
     if all(t is None for t in d[:3]):
         return (*[None] * 6, *nothing)
+    if asked_again(*d[:3]):
+
+        def plain(*given: Any) -> tuple[Tensor, ...]:
+            return _plain(_Call.of((*given, *ctx.options)))
+
+        return *through(plain, inputs, needs[:7], d[:3]), *nothing[1:]
     N0, mean = saved[:2]
     given = [
         torch.zeros_like(like[0]) if t is None else t.contiguous()
@@ -277,7 +295,6 @@ def matrix_routing(
         mu_inp, w = mu_inp.to(dtype), Capsules(*(t.to(dtype) for t in w))
     if autocast_dtype(mu_inp.device.type) is not None:
         dtype = torch.promote_types(dtype, torch.float32)
-    a, mu, sig2, *_ = torch.ops.fastroute.matrix_routing(
-        a_inp, mu_inp, *w, mask, n_iters, p_model, float(eps), requested()
-    )
+    args = a_inp, mu_inp, *w, mask, n_iters, p_model, float(eps), requested()
+    a, mu, sig2, *_ = _plain(_Call.of(args)) if transformed() else torch.ops.fastroute.matrix_routing(*args)
     return Outputs(a.to(dtype), mu.to(dtype), sig2)

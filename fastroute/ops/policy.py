@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference import policy as reference
 from ..reference.policy import KINDS as KINDS
 from ..reference.policy import Choice as Choice
 from . import _compiled_policy as _compiled_policy  # defines the compiled ops
 from . import _triton_policy as _triton_policy  # implements some of them
-from ._autograd import apply, own
+from ._autograd import apply, asked_again, own, through, transformed
 from ._backends import BackendName, Case, decide, native_refuses, note, offer, requested, taken
 from ._checks import floating, shape
 
@@ -80,12 +79,17 @@ class _Policy(torch.autograd.Function):
         return actions, value, greedy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: None, grad: Tensor | None, __: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 8
         kind, temperature, backend = ctx.options
         scores, actions = ctx.saved_tensors
+        if asked_again(grad):
+
+            def plain(z: Tensor) -> list[Tensor]:
+                return [reference.at(reference.values(z, kind, temperature), actions)]
+
+            return (*through(plain, (scores,), (True,), [grad]), *[None] * 7)
         if backend == "reference":
             made = reference.backward(grad, scores, actions, kind, temperature)
         else:
@@ -130,6 +134,8 @@ def policy(
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     N, K = scores.shape
     check_draws(uniform, coin, forced, N, K)
+    if transformed():
+        return reference.policy(scores, uniform, coin, forced, kind, float(temperature), float(exploration))
     note(OP, scores, N=N, K=K)
     backend = backend_for(scores, K)
     if backend != "reference" and not scores.is_contiguous():

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import soft_assignment as reference
 from ..reference.soft_assignment import Grads, Pairs, accumulating, sizes
 from . import _checks
 from . import _native_soft_assignment as _native_soft_assignment  # defines the native ops
 from ._autocast import autocast_off
+from ._autograd import asked_again, through, transformed
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -100,10 +102,26 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def _plain(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The reference, in the dtype of sums."""
+    acc = accumulating(votes.dtype)
+    wide: dict[str, Any] = {
+        name: t.to(acc) for name, t in pairs._asdict().items() if isinstance(t, Tensor) and t.is_floating_point()
+    }
+    with autocast_off(votes.device.type):
+        return reference.soft_assignment(votes.to(acc), pairs._replace(**wide))
+
+
 def _gradient(ctx: Any, dM: Tensor, dp: Tensor) -> tuple[Tensor | None, ...]:
-    wants = list(ctx.needs_input_grad[:5])
+    wants, tensors = list(ctx.needs_input_grad[:5]), ctx.saved_tensors
+    if asked_again(dM, dp):
+
+        def plain(votes: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+            return _plain(votes, Pairs(*(*given, ctx.eps)))
+
+        return (*through(plain, tensors, ctx.needs_input_grad[: len(tensors)], [dM, dp]), None, None)
     found = torch.ops.fastroute.soft_assignment_backward(
-        *ctx.saved_tensors, ctx.eps, ctx.backend, dM.contiguous(), dp.contiguous(), wants
+        *tensors, ctx.eps, ctx.backend, dM.contiguous(), dp.contiguous(), wants
     )
     return (*(g if want else None for g, want in zip(found, wants, strict=True)), *[None] * 5)
 
@@ -211,8 +229,10 @@ def soft_assignment(
         raise ValueError("mean: expected no use and no ign, whose weights could be negative")
     if eps and not mean:
         raise ValueError(f"eps: expected 0 without mean, got {eps}")
-    made: tuple[Tensor, Tensor] = torch.ops.fastroute.soft_assignment(
-        votes, scores, gate, *betas, None if scores is not None else prior, mask, lengths, float(eps), requested()
-    )
-    M, p = made
+    use, ign = betas
+    pairs = Pairs(scores, gate, use, ign, None if scores is not None else prior, mask, lengths, float(eps))
+    if transformed():
+        M, p = _plain(votes, pairs)
+    else:
+        M, p = torch.ops.fastroute.soft_assignment(votes, *pairs, requested())
     return M / torch.where(p > 0, p, 1.0)[..., None] if mean else M

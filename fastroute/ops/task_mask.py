@@ -6,17 +6,16 @@ tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from ..reference import task_mask as reference
+from ..reference.dispatch import has_numbers
 from . import _native_task_mask as _native_task_mask  # defines the compiled ops
-from ._autograd import own
+from ._autograd import asked_again, own, through, transformed
 from ._backends import Case, is_strict, native_refuses, note, offer, taken
 from ._checks import floating, integer, shape, shown, tensor, together
 
@@ -52,62 +51,31 @@ def _run(backend: str, name: str, *args: Any) -> Any:
     return getattr(torch.ops.fastroute, f"_task_mask_{name}_{backend}")(*args)
 
 
-def _flat(t: Tensor | None, axis: int | None, N: int) -> Tensor | None:
-    """[B, ...] with a batch axis somewhere (or none: the same N times) as [N B, ...]."""
-    if t is None:
-        return None
-    t = t.movedim(axis, 0) if axis is not None else t.expand(N, *t.shape)
-    return t.reshape(-1, *t.shape[2:])
-
-
-def _flat_tasks(tasks: Tensor | None, axis: int | None, N: int, B: int) -> Tensor | None:
-    """The tasks of N batches of B samples, one after the other."""
-    if tasks is None or (axis is None and tasks.dim() == 0):
-        return tasks
-    tasks = tasks.movedim(axis, 0) if axis is not None else tasks.expand(N, B)
-    return (tasks if tasks.dim() == 2 else tasks[:, None].expand(N, B)).reshape(-1)
-
-
 class _Gate(torch.autograd.Function):
-    """Linear in g, and its own gradient."""
+    """Linear in x, and its own gradient."""
 
     @staticmethod
-    def forward(
-        g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int, backend: str
-    ) -> Tensor:  # fmt: skip
-        return own(_run(backend, "gate", g, y, mapping, tasks, task))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, y, mapping, tasks, *ctx.options = inputs
-        ctx.save_for_backward(y, mapping, tasks)
+    def forward(ctx: Any, x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, backend: str) -> Tensor:
+        ctx.save_for_backward(mapping, tasks)
+        ctx.options = task, backend
+        return own(_run(backend, "gate", x, None, mapping, tasks, task))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _gate(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, axes: Sequence[Any], g: Tensor, y: Any, mapping: Tensor, tasks: Any, *rest: Any) -> Any:
-        return _batched(_Gate, info.batch_size, axes, (g, y), mapping, tasks, *rest)
+        return _gate(grad, None, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 class _Rectify(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, backend: str) -> Tensor:
-        return own(_run(backend, "rectify", x, mapping, tasks, task))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, mapping, tasks, *ctx.options = inputs
-        ctx.save_for_backward(output, mapping, tasks)
+    def forward(ctx: Any, x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, backend: str) -> Tensor:
+        y = own(_run(backend, "rectify", x, mapping, tasks, task))
+        ctx.save_for_backward(y, mapping, tasks)
+        ctx.options = task, backend
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _gate(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, axes: Sequence[Any], x: Tensor, mapping: Tensor, tasks: Any, *rest: Any) -> Any:
-        return _batched(_Rectify, info.batch_size, axes, (x,), mapping, tasks, *rest)
 
 
 class _InPlace(torch.autograd.Function):
@@ -126,26 +94,12 @@ class _InPlace(torch.autograd.Function):
         return _gate(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
-def _gate(*args: Any) -> Tensor:
-    """``_Gate.apply``; torch.compile traces no autograd in a backward, nor needs it."""
-    if torch.compiler.is_compiling():
-        return _Gate.forward(*args)
-    made: Tensor = _Gate.apply(*args)
-    return made
-
-
-def _batched(
-    function: type[torch.autograd.Function], N: int, axes: Sequence[Any], tensors: Sequence[Tensor | None],
-    mapping: Tensor, tasks: Tensor | None, *rest: Any,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """One call for all N batches of a vmap."""
-    *own, of_mapping, of_tasks = axes[: len(tensors) + 2]
-    if of_mapping is not None:
-        raise NotImplementedError("mapping: expected one for all of a vmap, got one for each")
-    flat = [_flat(t, axis, N) for t, axis in zip(tensors, own, strict=True)]
-    rows = flat[0].shape[0]  # type: ignore[union-attr]
-    made: Tensor = function.apply(*flat, mapping, _flat_tasks(tasks, of_tasks, N, rows // N), *rest)
-    return made.reshape(N, rows // N, *made.shape[1:]), 0
+def _gate(g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int, backend: str) -> Tensor:
+    """The gradient of a mask, which is a mask again."""
+    if asked_again(g):
+        alive = reference.over(reference.live(mapping, tasks, task), g)
+        return torch.where(alive if y is None else alive & (y > 0), g, 0)
+    return own(_run(backend, "gate", g, y, mapping, tasks, task))
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -175,13 +129,22 @@ class _BatchNorm(torch.autograd.Function):
         return (y, *made)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 14
         task, training, eps, relu, backend = ctx.options
         x, y, mapping, tasks, *statistics = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if asked_again(grad):
+            running, of_whom = statistics[:2], task if tasks is None else tasks
+
+            def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+                args = x, mapping, of_whom, *running, weight, bias, training, 0.0, eps, relu
+                return [reference.batch_norm_mask_relu(*args)]
+
+            inputs = x, *statistics[2:4]
+            dx, dw, db = through(plain, inputs, (needs[0], needs[6], needs[7]), [grad])
+            return (dx, *[None] * 5, dw, db, *[None] * 6)
         wants = [needs[0], needs[6], needs[7]]
         made = _run(
             backend, "batch_norm_backward", grad, x, y, mapping, tasks, task, *statistics, training, eps, relu, needs[0]
@@ -191,11 +154,6 @@ class _BatchNorm(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------------ the public face
-
-
-def _transformed() -> bool:
-    """Whether torch.compile or torch.func looks on: then nothing is written in place behind their backs."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _check_range(count: int, total: int, T: int, detail: str = "") -> None:
@@ -220,7 +178,7 @@ def _as_task(task: int | Tensor, x: Tensor, T: int) -> tuple[Tensor | None, int]
         raise ValueError(f"task: expected a scalar or one task per sample, shape [{x.shape[0]}], got {shown(task)}")
     if task.dtype != torch.int64:
         task = task.to(torch.int64)
-    if _transformed() or isinstance(x, FakeTensor) or type(task) is not Tensor:
+    if isinstance(x, FakeTensor) or not has_numbers(task):
         return task, 0
     on_cpu = task.device.type == "cpu"
     if on_cpu and task.dim() == 0:
@@ -296,18 +254,21 @@ def task_mask(
     mapping, tasks, number, backend = _prepare(OP, x, mapping, task)
     if inplace:
         _refuse_to_overwrite(x)
-        if not _transformed():
-            if x.requires_grad and torch.is_grad_enabled():
-                made: Tensor = _InPlace.apply(x, mapping, tasks, number, relu, backend)
-                return made
-            _run(backend, "mask_", x, mapping, tasks, number, relu)
-            if not x.is_inference():
-                torch.autograd.graph.increment_version(x)
-            return x
+    if transformed():
+        y = reference.task_mask(x, mapping, number if tasks is None else tasks, relu)
+        return x.copy_(y) if inplace else y
+    if inplace and not torch.compiler.is_compiling():
+        if x.requires_grad and torch.is_grad_enabled():
+            made: Tensor = _InPlace.apply(x, mapping, tasks, number, relu, backend)
+            return made
+        _run(backend, "mask_", x, mapping, tasks, number, relu)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+        return x
     if relu:
-        y: Tensor = _Rectify.apply(x, mapping, tasks, number, backend)
+        y = _Rectify.apply(x, mapping, tasks, number, backend)
     else:
-        y = _Gate.apply(x, None, mapping, tasks, number, backend)
+        y = _Gate.apply(x, mapping, tasks, number, backend)
     return x.copy_(y) if inplace else y
 
 
@@ -341,7 +302,8 @@ def batch_norm_mask_relu(
         relu: rectify, too.
 
     Returns:
-        y in x's shape and dtype; in its layout, if that is contiguous or channels last. There is no second derivative.
+        y in x's shape and dtype; in its layout, if that is contiguous or channels last. A second derivative goes
+        through plain PyTorch.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`task_mask`; a batch of one value per channel in training.
@@ -364,6 +326,9 @@ def batch_norm_mask_relu(
         return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if backend != "reference":
         x = _dense(x)
+    if transformed():
+        args = running_mean, running_var, weight, bias, training, momentum, eps, relu
+        return reference.batch_norm_mask_relu(x, mapping, number if tasks is None else tasks, *args)
     functional = training and running_mean is not None and torch.compiler.is_compiling()
     y, *running = _BatchNorm.apply(
         x, mapping, tasks, number, running_mean, running_var, weight, bias, training, momentum, eps, relu, backend,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference import trajectory_loss as reference
 from ..reference.trajectory_loss import AIDED as AIDED
@@ -21,7 +20,7 @@ from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
-from ._autograd import apply, own
+from ._autograd import apply, asked_again, own, through, transformed
 from ._backends import Case, note, offer, taken
 from ._checks import floating, shown
 
@@ -68,12 +67,15 @@ class _TrajectoryLoss(torch.autograd.Function):
         made, slopes = _forward(backend, f, learning, rest[:others], rest[others:], layout, gamma, normalize, True)
         ctx.save_for_backward(slopes)
         ctx.native, ctx.dtypes, ctx.rest = backend == "native", [t.dtype for t in learning], len(rest)
+        if not torch.compiler.is_compiling():  # for a second derivative alone
+            ctx.again, ctx.versions = (f, call, tensors), [t._version for t in tensors]
         return own(made if made.dtype == dtype else made.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (slopes,) = ctx.saved_tensors
+        if asked_again(grad):
+            return _again(ctx, grad)
         grad = grad if grad.dtype == slopes.dtype else grad.to(slopes.dtype)
         if ctx.native:
             made = torch.ops.fastroute._trajectory_loss_native_backward(grad, slopes)
@@ -81,6 +83,19 @@ class _TrajectoryLoss(torch.autograd.Function):
             made = reference.backward(grad, slopes)
         back = [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(made, ctx.dtypes, strict=True)]
         return (None, None, *back, *[None] * ctx.rest)
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    f, (_, columns, others, _, layout, gamma, normalize), tensors = ctx.again
+    if ctx.versions != [t._version for t in tensors]:
+        raise RuntimeError("trajectory_loss: a column was changed in place between the forward and the backward pass")
+    rest = tensors[columns:]
+
+    def plain(*learning: Tensor) -> list[Tensor]:
+        return [reference.forward(f, learning, rest[:others], rest[others:], layout, gamma, normalize, False)[0]]
+
+    needs = ctx.needs_input_grad[2 : 2 + columns]
+    return (None, None, *through(plain, tensors[:columns], needs, [grad]), *[None] * len(rest))
 
 
 def trajectory_loss(
@@ -138,6 +153,9 @@ def trajectory_loss(
     widest = _promoted(f, *columns, *others)
     # what comes next is read in whatever dtype, and makes nobody's
     dtype = widest if widest == f.dtype else _promoted(f, *columns, *(others[i] for i in _wide(layout)))
+    if transformed():
+        loss, _ = reference.forward(f, columns, others, masks, layout, float(gamma), bool(normalize), False)
+        return loss if loss.dtype == dtype else loss.to(dtype)
     note(OP, f, B=f.shape[0], T=T)
     backend = taken(OP, f.device.type, widest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in columns):

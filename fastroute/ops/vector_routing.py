@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import vector_routing as reference
 from ..reference.step import Grads, Step
 from . import _checks
 from ._autocast import autocast_dtype, autocast_off
+from ._autograd import asked_again, through, transformed
 from ._backends import Case, choose, native_refuses, offer, record, requested
 from ._registry import define, no_second_derivative
 
@@ -139,9 +141,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def _plain(x: Tensor, gate: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The reference, in the dtype of sums."""
+    *parameters, use_bias, ign_bias, prior, mask, lengths = (
+        t.to(gate.dtype) if t is not None and t.is_floating_point() else t for t in rest
+    )
+    more = {"use_bias": use_bias, "ign_bias": ign_bias, "prior": prior, "mask": mask, "lengths": lengths}
+    return reference.vector_routing(x.to(gate.dtype), gate, *parameters, **more)  # type: ignore[arg-type]
+
+
 def _gradient(ctx: Any, dM: Tensor, dp: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    if asked_again(dM, dp):
+        return (*through(_plain, tensors, needs[: len(tensors)], [dM, dp]), None, None)
     found = torch.ops.fastroute.vector_routing_backward(
         *tensors, ctx.backend, ctx.precision, dM.contiguous(), dp.contiguous(), needs[0], any(needs[3:9])
     )
@@ -238,6 +251,10 @@ def vector_routing(
         mask = _checks.as_mask(mask, (B,), n, m)
     if lengths is not None:
         lengths = _checks.as_lengths(lengths, (B,), n, x.device)
+    if transformed():
+        rest = pred, score_weight, score_bias, use, ign, use_bias, ign_bias, prior, mask, lengths
+        with autocast_off(x.device.type):
+            return _plain(x, gate, *rest)
     M, p = torch.ops.fastroute.vector_routing(
         _rows_contiguous(x), gate, pred, score_weight, score_bias, use, ign, use_bias, ign_bias, prior, mask, lengths,
         requested(), autocast_precision(x.device.type),

@@ -65,6 +65,36 @@ def agent_policy(
     return choice._replace(critic=critic, critic_at=_critic_at(critic, actions), expected=mean)
 
 
+def on_plan(
+    x: Tensor | None, order: Tensor | None, offsets: Tensor | None, nets: Sequence[Tensors], uniform: Tensor | None,
+    coin: Tensor | None, forced: Tensor | None, kind: str, temperature: float, exploration: float,
+    expected: bool = False,
+) -> AgentChoice:  # fmt: skip
+    """The same on a plan of the agents, or without one for a single agent, with every derivative there is."""
+
+    def scores_of(weights: Tensors, biases: Tensors) -> Tensor:
+        if order is None or offsets is None:
+            assert x is not None
+            each = [linear._each(of, dims)[0] if of else None for of, dims in ((weights, 3), (biases, 2))]
+            made = x @ each[0].mT if each[0] is not None else x.new_zeros(())
+            return made if each[1] is None else made + each[1].reshape(1, -1).expand(len(x), -1)
+        return linear.of_sorted(x, order, None, offsets, on_host(offsets), weights, biases, "none")
+
+    scores = scores_of(*nets[:2])
+    made = single.policy(scores, uniform, coin, forced, kind, temperature, exploration)
+    actions, value = made.actions, made.value
+    if order is not None and offsets is not None:
+        has_agent = (torch.arange(len(order), device=order.device) < offsets[-1])[order.argsort()]
+        actions = actions if forced is not None else torch.where(has_agent, actions, 0)
+        value = torch.where(has_agent, value, 0)
+    choice = AgentChoice(actions, value, made.greedy, scores)
+    if not nets[2] and not nets[3]:
+        return choice
+    critic = scores_of(*nets[2:])
+    mean = _expected(scores, critic, kind, temperature) if expected else None
+    return choice._replace(critic=critic, critic_at=_critic_at(critic, actions), expected=mean)
+
+
 def _critic_at(critic: Tensor, actions: Tensor) -> Tensor:
     critic = critic.to(accumulating(critic.dtype))
     return critic[:, 0] if critic.shape[1] == 1 else single.at(critic, actions)

@@ -30,9 +30,23 @@ def plan(actions: Tensor, modules: int) -> Plan:
     return Plan(order, torch.searchsorted(key[order], bounds), (actions >= modules).sum().reshape(1))
 
 
+def plan_of_many(actions: Tensor, modules: int) -> Plan:
+    """The same by what torch.vmap knows, N K comparisons."""
+    key = torch.where((actions >= 0) & (actions < modules), actions, modules)
+    bounds = torch.arange(modules + 1, device=actions.device)
+    return Plan(key.argsort(stable=True), (key[:, None] < bounds).sum(0), (actions >= modules).sum().reshape(1))
+
+
+def has_numbers(t: Tensor) -> bool:
+    """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap."""
+    if type(t) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not (torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t))
+
+
 def on_host(offsets: Tensor) -> list[int] | None:
-    """The numbers, where reading them waits for nothing and torch.compile does not look on; else None."""
-    if offsets.device.type != "cpu" or type(offsets) is not Tensor or torch.compiler.is_compiling():
+    """The numbers, where reading them waits for nothing; else None."""
+    if offsets.device.type != "cpu" or not has_numbers(offsets):
         return None
     return offsets.tolist()  # type: ignore[no-any-return]
 

@@ -55,6 +55,40 @@ def grouped_linear(
     return y
 
 
+def of_sorted(
+    x: Tensor | None, order: Tensor, samples: Tensor | None, offsets: Tensor, bounds: Sequence[int] | None,
+    weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str, takes: bool = True, puts: bool = True,
+) -> Tensor:  # fmt: skip
+    """The same on a plan, with every derivative there is: a slice of the sorted rows for each module.
+
+    Where nobody may read the counts (``bounds`` is None), every module gets all rows, zeros for those of others.
+    """
+    weights, biases, act = _each(weights, 3), _each(biases, 2), ACTIVATIONS[activation]
+    K, N, like = len(weights or biases), order.shape[0], (weights or biases)[0]
+    if x is not None and weights:
+        x = x.index_select(0, order if samples is None else samples) if takes else x
+        N = x.shape[0]
+
+    def of(k: int, rows: Tensor | None, count: int) -> Tensor:
+        if rows is None:
+            return biases[k].reshape(1, -1).expand(count, -1)
+        made = rows @ weights[k].mT
+        return act(made + biases[k] if biases else made)
+
+    if bounds is not None:
+        parts = [
+            of(k, None if x is None or not weights else x[a:b], b - a) for k, (a, b) in enumerate(pairwise(bounds))
+        ]
+        y = torch.cat([*parts, like.new_zeros(N - bounds[-1], _width(weights, biases))])
+    else:
+        ids = (torch.arange(N, device=offsets.device)[:, None] >= offsets[1:]).sum(1)
+        y = like.new_zeros(N, _width(weights, biases))
+        for k in range(K):
+            here = (ids == k)[:, None]
+            y = torch.where(here, of(k, None if x is None or not weights else torch.where(here, x, 0), N), y)
+    return y.index_select(0, order.argsort()) if puts else y
+
+
 # ------------------------------------------------------------------- the op's contract, on a plan (backend "reference")
 
 

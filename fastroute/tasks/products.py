@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._autocast import autocast_dtype, autocast_off
+from ..ops._autograd import asked_again, through
 from .active import traced
 from .units import Groups
 
@@ -120,6 +121,16 @@ def positions(layer: Mixing, x: Tensor) -> int:
     return made
 
 
+def _by_groups(
+    x: Tensor, W: Tensor, b: Tensor | None, out: Tensor | None, inp: Tensor | None, bounds: list[int], layer: Mixing
+) -> Tensor:
+    parts = []
+    for g, (start, end) in enumerate(pairwise(bounds)):
+        o, i = _of(out, g), _of(inp, g)
+        parts.append(apply(layer, x[start:end], gather_weight(W, o, i), gather_bias(b, o)))
+    return torch.cat(parts)
+
+
 class _Grouped(torch.autograd.Function):
     """A convolution or a linear layer, group by group; the weights' gradients are summed in one dense tensor.
 
@@ -139,16 +150,19 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, W, out, inp)
         ctx.bounds, ctx.layer, ctx.biased = bounds, layer, b is not None
-        parts = []
-        for g, (start, end) in enumerate(pairwise(bounds)):
-            o, i = _of(out, g), _of(inp, g)
-            parts.append(apply(layer, x[start:end], gather_weight(W, o, i), gather_bias(b, o)))
-        return torch.cat(parts)
+        return _by_groups(x, W, b, out, inp, bounds, layer)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, out, inp = ctx.saved_tensors
+        if asked_again(dy):
+            rest = out, inp, ctx.bounds, ctx.layer
+
+            def plain(x: Tensor, W: Tensor, b: Tensor | None) -> list[Tensor]:
+                return [_by_groups(x, W, b, *rest)]
+
+            zeros = W.new_zeros(len(W)) if ctx.biased else None  # whatever it holds
+            return (*through(plain, (x, W, zeros), ctx.needs_input_grad[:3], [dy]), *[None] * 4)
         O, I = W.shape[:2]
         needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
         dW = W.new_zeros(O * I, W[0, 0].numel()) if needs_W else None
@@ -203,10 +217,7 @@ def can_group(layer: Mixing) -> bool:
 
 
 def grouped(layer: Mixing, x: Tensor, out: Tensor | None, inp: Tensor | None, groups: Groups) -> Tensor:
-    """Sorted samples [B, li, ...] -> [B, lo, ...], each with the channels [G, lo], [G, li] of its group.
-
-    It has no second derivative.
-    """
+    """Sorted samples [B, li, ...] -> [B, lo, ...], each with the channels [G, lo], [G, li] of its group."""
     W, b = weight_of(layer), layer.bias
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:

@@ -445,13 +445,6 @@ def test_two_backward_passes_and_accumulation(n_inp: int) -> None:
     assert x.grad is not None and torch.equal(x.grad, 2 * first[0])
 
 
-def test_a_second_derivative_is_refused_by_name() -> None:
-    x = inputs(2).requires_grad_()
-    (g,) = torch.autograd.grad(make()(x).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="efficient_routing has no second derivative"):
-        g.square().sum().backward()
-
-
 def test_no_grad_saves_nothing() -> None:
     saved: list[Tensor] = []
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -248,16 +248,6 @@ def test_only_what_is_wanted(backend: str) -> None:
 
 
 @each_backend
-def test_no_second_derivative(backend: str) -> None:
-    weights, biases = parameters_of(1, 3, 5)
-    with use_backend(backend):
-        value = ops.agent_policy(torch.randn(4, 3), None, weights, biases).value
-    (grad,) = torch.autograd.grad(value.square().sum(), weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@each_backend
 def test_autocast(backend: str) -> None:
     weights, biases = parameters_of(2, 8, 5)
     with use_backend(backend), torch.autocast("cpu", BF16):

@@ -318,16 +318,6 @@ def test_autocast(backend: str) -> None:
         assert evaluate(op(backend), case.to(F64))["y"].dtype == F64  # type: ignore[union-attr]
 
 
-@each_backend
-def test_no_second_derivative(backend: str) -> None:
-    case = ffn_case(ACTIONS["mixed"])
-    x = case.inputs["x"].requires_grad_()  # type: ignore[union-attr]
-    y = op(backend)(**case.inputs)["y"]
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="expert_ffn has no second derivative"):
-        grad.sum().backward()
-
-
 def test_explain() -> None:
     for backend in HERE:
         with use_backend(backend):

@@ -362,17 +362,6 @@ def test_export(backend: str) -> None:
 
 
 @each_backend
-def test_no_second_derivative(backend: str) -> None:
-    x, order, offsets, W, b = arguments()
-    x.requires_grad_()
-    with use_backend(backend):
-        y = grouped_linear(x, dispatch.Plan(order, offsets, torch.zeros(1)), W, b)
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
-
-
-@each_backend
 def test_autocast(backend: str) -> None:
     case = linear_case(HISTOGRAMS["some empty"])
     with torch.autocast("cpu", dtype=BF16):

@@ -444,16 +444,6 @@ def test_explain(backend: str) -> None:
     )
 
 
-def test_no_second_derivative() -> None:
-    case = matrix_case(SMALL)
-    mu = case.inputs["mu_inp"].requires_grad_()  # type: ignore[union-attr]
-    out = matrix_op(2)(**case.inputs)["mu"]
-    assert out is not None
-    (g,) = torch.autograd.grad(out.square().sum(), mu, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        g.sum().backward()
-
-
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mu_inp": torch.zeros(2, 23, 4)}, ValueError, r"mu_inp: expected \[B, n, c, d\], got \[2, 23, 4\]"),
     ({"a_inp": torch.zeros(2, 22)}, ValueError, r"a_inp: expected shape \[2, 23\] \(B, n\), got \[2, 22\]"),

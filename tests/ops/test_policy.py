@@ -303,15 +303,6 @@ def test_export(backend: str) -> None:
 
 
 @each_backend
-def test_no_second_derivative(backend: str) -> None:
-    scores = torch.randn(5, 3).requires_grad_()
-    value = chosen(backend, scores).value
-    (grad,) = torch.autograd.grad(value.square().sum(), scores, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@each_backend
 def test_choices_have_no_gradient(backend: str) -> None:
     made = chosen(backend, torch.randn(5, 3).requires_grad_())
     assert made.value.requires_grad and not made.actions.requires_grad and not made.greedy.requires_grad

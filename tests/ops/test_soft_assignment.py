@@ -249,16 +249,6 @@ def test_export(backend: str) -> None:
         check_exported(Mean(), example, others, {0: torch.export.Dim("batch", min=2)})
 
 
-@each_backend
-def test_no_second_derivative(backend: str) -> None:
-    scores = torch.randn(2, 5, 3, requires_grad=True)
-    with use_backend(backend):
-        y = ops.soft_assignment(scores, torch.randn(2, 5, 3, 4))
-        (grad,) = torch.autograd.grad(y.square().sum(), scores, create_graph=True)
-        with pytest.raises(NotImplementedError, match="soft_assignment has no second derivative"):
-            grad.sum().backward()
-
-
 def test_nothing_but_the_inputs_is_saved() -> None:
     case = case_of("routing", SIZE, "", F32)
     leaves = {k: t.requires_grad_() for k, t in case.inputs.items() if t is not None}

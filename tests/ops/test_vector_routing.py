@@ -182,6 +182,17 @@ def test_extreme_scores(backend: str, dtype: torch.dtype, low: float) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("m", [33, 700])
+def test_a_prior_of_equal_shares_is_shared_out_anew_to_the_last_digit(backend: str, m: int) -> None:
+    """Behind a mask the shares of a first iteration are divided by the sum of many equal numbers."""
+    mask = torch.zeros(31, m, dtype=torch.bool)
+    case = vector_case(Size(1, 31, m, 1), dtype=F32, first=True, ign=False, mask=mask)
+    masked, open_ = checked(backend, case), checked(backend, case.with_inputs(mask=None))
+    for name, value in open_.items():
+        torch.testing.assert_close(masked[name], value, rtol=3e-7, atol=3e-7 * float(value.abs().max()))  # type: ignore[union-attr]
+
+
+@each_backend
 @hypothesis.given(data=st.data())
 def test_any_call(backend: str, data: st.DataObject) -> None:
     """In float64 to the formula; in others within budget."""

@@ -1,0 +1,287 @@
+"""Every derivative of every layer: right, whoever asks for it. Second ones, forward mode, torch.func, checkpointing.
+
+The layers are small, in float64, and each is a function of its parameters and its inputs (``functional_call``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import fastroute
+from fastroute import multitask, networks, tasks
+from tests.helpers import seeds
+
+F64 = torch.float64
+F, K, B, T = 6, 3, 5, 3
+TASKS = [f"task {t}" for t in range(T)]
+
+
+class Law:
+    """A layer and what it is called with: floating-point inputs, which have derivatives, and the rest."""
+
+    def __init__(self, build: Callable[[], nn.Module], *inputs: Tensor, rest: Any = (), **options: Any) -> None:
+        self.build, self.inputs, self.rest, self.options = build, inputs, rest, options
+
+    def layer(self) -> nn.Module:
+        seeds.manual_seed(0)
+        return self.build().to(F64)
+
+    def function(self, layer: nn.Module) -> Callable[..., Tensor]:
+        """f(parameters, *inputs): all outputs that have derivatives, in one row."""
+
+        def f(parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+            made = functional_call(layer, parameters, (*inputs, *self.rest), self.options)
+            return torch.cat([t.reshape(-1) for t in tree_leaves(made) if isinstance(t, Tensor) and t.dtype == F64])
+
+        return f
+
+
+def rand(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=seeds.generator(seed), dtype=F64)
+
+
+def linears(**options: Any) -> networks.Selection:
+    modules = (nn.Sequential(nn.Linear(F, 4), nn.Tanh(), nn.Linear(4, F)) for _ in range(K))
+    return networks.Selection(*modules, **options)
+
+
+class Selected(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.select = linears(**options)
+
+    def forward(self, x: Tensor, actions: Tensor) -> Tensor:
+        made: Tensor = self.select(x, networks.Initialization()(x)[1], actions)[0]
+        return made
+
+
+class Scores(nn.Module):
+    def forward(self, x: Tensor, pred: Tensor) -> Tensor:
+        return x @ pred.mT
+
+
+class Masked(nn.Module):
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.first, self.router, self.last = (
+            nn.Linear(F, 8),
+            tasks.TaskRouter(8, T, 0.5, generator=seeds.generator(0)),
+            nn.Linear(8, 4),
+        )
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        made: Tensor = self.last(self.router(self.first(x), task).tanh())
+        return made
+
+
+ACTIONS = torch.tensor([0, 2, -1, 1, 0])
+TASK = torch.tensor([0, 2, 1, 1, 0])
+evr = fastroute.EfficientVectorRouting
+LAWS: dict[str, Law] = {
+    "EfficientVectorRouting": Law(lambda: evr(4, 3, F, 5), rand(2, 4, F)),
+    "EfficientVectorRouting, any length": Law(lambda: evr(-1, 3, F, 5), rand(2, 4, F), lengths=torch.tensor([4, 2])),
+    "EfficientVectorRouting, masked": Law(
+        lambda: evr(4, 3, F, 5, n_iters=3), rand(2, 4, F), mask=rand(2, 4, 3, seed=2) > 0.7
+    ),
+    "DefinableVectorRouting": Law(
+        lambda: fastroute.DefinableVectorRouting(
+            nn.Linear(F, 1), nn.Linear(F, 6), nn.Linear(2, F), Scores(), n_inp=4, n_out=3
+        ),
+        rand(2, 4, F),
+    ),
+    "GenerativeMatrixRouting": Law(
+        lambda: fastroute.GenerativeMatrixRouting(4, 3, 2, 2, 2), rand(2, 4), rand(2, 4, 2, 2, seed=2)
+    ),
+    "SlotAttention": Law(lambda: fastroute.SlotAttention(3, F, F), rand(2, 4, F), slots=rand(2, 3, F, seed=3)),
+    "Selection": Law(Selected, rand(B, F), rest=(ACTIONS,)),
+    "Selection, stacked": Law(lambda: Selected(stacked=True), rand(B, F), rest=(ACTIONS,)),
+    "Selection, zeros": Law(lambda: Selected(unused_grad="zeros"), rand(B, F), rest=(ACTIONS,)),
+    "MoE": Law(lambda: networks.MoE(F, 4, K, 2, shared_experts=1), rand(B, F)),
+    "TaskRouter": Law(Masked, rand(B, F), rest=(TASK,)),
+    "MMoE": Law(lambda: multitask.MMoE(F, K, T, hidden_features=4, out_features=F), rand(B, F)),
+    "PLE": Law(lambda: multitask.PLE(F, 1, 2, T, hidden_features=4, out_features=F), rand(B, F)),
+    "MultiHead": Law(lambda: multitask.MultiHead(F, 4, 2, T), rand(B, F)),
+}
+each_law = pytest.mark.parametrize("name", LAWS)
+
+
+def given(name: str) -> tuple[Callable[..., Tensor], dict[str, Tensor], tuple[Tensor, ...]]:
+    law = LAWS[name]
+    layer = law.layer()
+    parameters = {k: p.detach().clone() for k, p in layer.named_parameters()}
+    return law.function(layer), parameters, law.inputs
+
+
+def cotangent(y: Tensor) -> Tensor:
+    return rand(*y.shape, seed=9)
+
+
+def by_autograd(f: Callable[..., Tensor], parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (*parameters.values(), *inputs)]
+    own = dict(zip(parameters, leaves, strict=False))
+    y = f(own, *leaves[len(own) :])
+    made = torch.autograd.grad(y, leaves, cotangent(y), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(made, leaves, strict=True)]
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@each_law
+def test_forward_mode(name: str) -> None:
+    """<w, J v> = <J^T w, v>, and J v is not nothing."""
+    f, parameters, inputs = given(name)
+    v = (
+        {k: rand(*p.shape, seed=i) for i, (k, p) in enumerate(parameters.items())},
+        *(rand(*t.shape, seed=7) for t in inputs),
+    )
+    y, tangent = jvp(f, (parameters, *inputs), v)
+    close(y, f(parameters, *inputs))
+    expected = sum((g * t).sum() for g, t in zip(by_autograd(f, parameters, inputs), tree_leaves(v), strict=True))
+    close((cotangent(y) * tangent).sum(), expected)  # type: ignore[arg-type]
+    assert tangent.abs().max() > 1e-3
+
+
+@each_law
+def test_torch_func_grad(name: str) -> None:
+    f, parameters, inputs = given(name)
+
+    def loss(parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        y = f(parameters, *inputs)
+        return (y * cotangent(y)).sum()
+
+    found = grad(loss, argnums=tuple(range(1 + len(inputs))))(parameters, *inputs)
+    for a, b in zip(tree_leaves(found), by_autograd(f, parameters, inputs), strict=True):
+        close(a, b)
+
+
+@each_law
+def test_second_derivative(name: str) -> None:
+    """Of a gradient penalty: against torch.func's forward over reverse, and against finite differences."""
+    f, parameters, inputs = given(name)
+
+    def penalty(*leaves: Tensor) -> Tensor:
+        own = dict(zip(parameters, leaves, strict=False))
+        x = leaves[len(own) :]
+        y = f(own, *x)
+        made = torch.autograd.grad((y * cotangent(y)).sum(), x, create_graph=True)
+        return sum((g.square().sum() for g in made), y.new_zeros(()))
+
+    leaves = [t.clone().requires_grad_() for t in (*parameters.values(), *inputs)]
+    found = torch.autograd.grad(penalty(*leaves), leaves, allow_unused=True)
+    direction = [rand(*t.shape, seed=3 + i) for i, t in enumerate(leaves)]
+    slope = sum(
+        ((g * v).sum() for g, v in zip(found, direction, strict=True) if g is not None), torch.zeros((), dtype=F64)
+    )
+    step = 1e-5
+
+    def at(k: int) -> Tensor:
+        moved = (t.detach() + k * step * v for t, v in zip(leaves, direction, strict=True))
+        return penalty(*(t.requires_grad_() for t in moved)).detach()
+
+    by_differences = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
+    assert slope.abs() > 1e-3
+    torch.testing.assert_close(slope, by_differences, rtol=1e-6, atol=1e-7)
+
+
+@each_law
+def test_jacobians(name: str) -> None:
+    f, parameters, inputs = given(name)
+    by_rows, by_columns = jacrev(f, 1)(parameters, *inputs), jacfwd(f, 1)(parameters, *inputs)
+    close(by_rows, by_columns)
+    x = inputs[0].clone().requires_grad_()
+    y = f(parameters, x, *inputs[1:])
+    each = torch.stack([torch.autograd.grad(y[i], x, retain_graph=True)[0] for i in range(len(y))])
+    close(by_rows, each)
+    many = torch.autograd.grad(y, x, torch.eye(len(y), dtype=F64), is_grads_batched=True)[0]
+    close(many, each)
+
+
+@each_law
+def test_an_ensemble(name: str) -> None:
+    """vmap over stacked parameters: as one after the other."""
+    f, parameters, inputs = given(name)
+    several = {k: torch.stack([p, 0.5 * p, -p]) for k, p in parameters.items()}
+    found = vmap(f, (0, *[None] * len(inputs)))(several, *inputs)
+    for i, row in enumerate(found):
+        close(row, f({k: p[i] for k, p in several.items()}, *inputs))
+
+
+@each_law
+def test_gradients_of_each_sample(name: str) -> None:
+    """vmap over grad, every sample with its own actions, tasks and lengths: as one after the other."""
+    law = LAWS[name]
+    _, parameters, inputs = given(name)
+    layer = law.layer()
+    size, zero = len(inputs[0]), torch.zeros((), dtype=F64)
+    options = {k: v for k, v in law.options.items() if isinstance(v, Tensor) and len(v) == size}
+
+    def loss(parameters: dict[str, Tensor], inputs: Any, rest: Any, options: Any) -> Tensor:
+        one = [t[None] for t in (*inputs, *rest)]
+        made = functional_call(
+            layer, parameters, tuple(one), {**law.options, **{k: t[None] for k, t in options.items()}}
+        )
+        return sum((t.square().sum() for t in tree_leaves(made) if isinstance(t, Tensor) and t.dtype == F64), zero)
+
+    found = vmap(grad(loss), (None, 0, 0, 0))(parameters, inputs, tuple(law.rest), options)
+    for b in range(size):
+        leaves = {k: p.clone().requires_grad_() for k, p in parameters.items()}
+        own = {k: t[b] for k, t in options.items()}
+        y = loss(leaves, [t[b] for t in inputs], [t[b] for t in law.rest], own)
+        made = torch.autograd.grad(y, list(leaves.values()), allow_unused=True)
+        for (k, p), g in zip(leaves.items(), made, strict=True):
+            close(found[k][b], torch.zeros_like(p) if g is None else g)
+
+
+@each_law
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(name: str, use_reentrant: bool) -> None:
+    """What is computed again gives the same gradients, to the bit."""
+    law = LAWS[name]
+    found = []
+    for again in (False, True):
+        layer = law.layer()
+        inputs = [t.clone().requires_grad_() for t in law.inputs]
+
+        def run(*x: Tensor, layer: nn.Module = layer) -> Tensor:
+            made = tree_leaves(layer(*x, *law.rest, **law.options))
+            return torch.cat([t.reshape(-1) for t in made if isinstance(t, Tensor) and t.dtype == F64])
+
+        y = checkpoint(run, *inputs, use_reentrant=use_reentrant) if again else run(*inputs)
+        y.square().sum().backward()
+        found.append([t.grad for t in (*layer.parameters(), *inputs)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+# ------------------------------------------------------------------------------------------------------------ hooks
+
+UNUSED: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
+    "one iteration": lambda: (evr(4, 3, F, 5, n_iters=1), (rand(2, 4, F).float(),)),
+    "modules without a sample": lambda: (Selected(), (rand(B, F).float(), torch.zeros(B, dtype=torch.int64))),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_hooks_are_given_tensors(name: str) -> None:
+    """A hook on a parameter that gets no gradient is not called: autograd would call it with None."""
+    layer, given = UNUSED[name]()
+    seen: dict[str, object] = {}
+    for key, p in layer.named_parameters():
+        p.register_hook(lambda g, key=key: seen.__setitem__(key, g))
+    layer(*given).sum().backward()
+    assert seen and all(isinstance(g, Tensor) for g in seen.values())
+    assert (
+        set(seen)
+        == {key for key, p in layer.named_parameters() if p.grad is not None}
+        < dict(layer.named_parameters()).keys()
+    )
