@@ -15,109 +15,17 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import fastroute
-from fastroute import multitask, networks, tasks
-from tests.helpers import seeds
+from tests.helpers.layers import LAYERS, Selected, evr, rand
 
 F64 = torch.float64
-F, K, B, T = 6, 3, 5, 3
-TASKS = [f"task {t}" for t in range(T)]
-
-
-class Law:
-    """A layer and what it is called with: floating-point inputs, which have derivatives, and the rest."""
-
-    def __init__(self, build: Callable[[], nn.Module], *inputs: Tensor, rest: Any = (), **options: Any) -> None:
-        self.build, self.inputs, self.rest, self.options = build, inputs, rest, options
-
-    def layer(self) -> nn.Module:
-        seeds.manual_seed(0)
-        return self.build().to(F64)
-
-    def function(self, layer: nn.Module) -> Callable[..., Tensor]:
-        """f(parameters, *inputs): all outputs that have derivatives, in one row."""
-
-        def f(parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-            made = functional_call(layer, parameters, (*inputs, *self.rest), self.options)
-            return torch.cat([t.reshape(-1) for t in tree_leaves(made) if isinstance(t, Tensor) and t.dtype == F64])
-
-        return f
-
-
-def rand(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=seeds.generator(seed), dtype=F64)
-
-
-def linears(**options: Any) -> networks.Selection:
-    modules = (nn.Sequential(nn.Linear(F, 4), nn.Tanh(), nn.Linear(4, F)) for _ in range(K))
-    return networks.Selection(*modules, **options)
-
-
-class Selected(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.select = linears(**options)
-
-    def forward(self, x: Tensor, actions: Tensor) -> Tensor:
-        made: Tensor = self.select(x, networks.Initialization()(x)[1], actions)[0]
-        return made
-
-
-class Scores(nn.Module):
-    def forward(self, x: Tensor, pred: Tensor) -> Tensor:
-        return x @ pred.mT
-
-
-class Masked(nn.Module):
-    def __init__(self, norm: bool = False) -> None:
-        super().__init__()
-        self.first, self.router, self.last = (
-            nn.Linear(F, 8),
-            tasks.TaskRouter(8, T, 0.5, generator=seeds.generator(0)),
-            nn.Linear(8, 4),
-        )
-
-    def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        made: Tensor = self.last(self.router(self.first(x), task).tanh())
-        return made
-
-
-ACTIONS = torch.tensor([0, 2, -1, 1, 0])
-TASK = torch.tensor([0, 2, 1, 1, 0])
-evr = fastroute.EfficientVectorRouting
-LAWS: dict[str, Law] = {
-    "EfficientVectorRouting": Law(lambda: evr(4, 3, F, 5), rand(2, 4, F)),
-    "EfficientVectorRouting, any length": Law(lambda: evr(-1, 3, F, 5), rand(2, 4, F), lengths=torch.tensor([4, 2])),
-    "EfficientVectorRouting, masked": Law(
-        lambda: evr(4, 3, F, 5, n_iters=3), rand(2, 4, F), mask=rand(2, 4, 3, seed=2) > 0.7
-    ),
-    "DefinableVectorRouting": Law(
-        lambda: fastroute.DefinableVectorRouting(
-            nn.Linear(F, 1), nn.Linear(F, 6), nn.Linear(2, F), Scores(), n_inp=4, n_out=3
-        ),
-        rand(2, 4, F),
-    ),
-    "GenerativeMatrixRouting": Law(
-        lambda: fastroute.GenerativeMatrixRouting(4, 3, 2, 2, 2), rand(2, 4), rand(2, 4, 2, 2, seed=2)
-    ),
-    "SlotAttention": Law(lambda: fastroute.SlotAttention(3, F, F), rand(2, 4, F), slots=rand(2, 3, F, seed=3)),
-    "Selection": Law(Selected, rand(B, F), rest=(ACTIONS,)),
-    "Selection, stacked": Law(lambda: Selected(stacked=True), rand(B, F), rest=(ACTIONS,)),
-    "Selection, zeros": Law(lambda: Selected(unused_grad="zeros"), rand(B, F), rest=(ACTIONS,)),
-    "MoE": Law(lambda: networks.MoE(F, 4, K, 2, shared_experts=1), rand(B, F)),
-    "TaskRouter": Law(Masked, rand(B, F), rest=(TASK,)),
-    "MMoE": Law(lambda: multitask.MMoE(F, K, T, hidden_features=4, out_features=F), rand(B, F)),
-    "PLE": Law(lambda: multitask.PLE(F, 1, 2, T, hidden_features=4, out_features=F), rand(B, F)),
-    "MultiHead": Law(lambda: multitask.MultiHead(F, 4, 2, T), rand(B, F)),
-}
-each_law = pytest.mark.parametrize("name", LAWS)
+each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def given(name: str) -> tuple[Callable[..., Tensor], dict[str, Tensor], tuple[Tensor, ...]]:
-    law = LAWS[name]
-    layer = law.layer()
+    case = LAYERS[name]
+    layer = case.layer()
     parameters = {k: p.detach().clone() for k, p in layer.named_parameters()}
-    return law.function(layer), parameters, law.inputs
+    return case.function(layer), parameters, case.inputs
 
 
 def cotangent(y: Tensor) -> Tensor:
@@ -136,7 +44,7 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@each_law
+@each_layer
 def test_forward_mode(name: str) -> None:
     """<w, J v> = <J^T w, v>, and J v is not nothing."""
     f, parameters, inputs = given(name)
@@ -151,7 +59,7 @@ def test_forward_mode(name: str) -> None:
     assert tangent.abs().max() > 1e-3
 
 
-@each_law
+@each_layer
 def test_torch_func_grad(name: str) -> None:
     f, parameters, inputs = given(name)
 
@@ -164,7 +72,7 @@ def test_torch_func_grad(name: str) -> None:
         close(a, b)
 
 
-@each_law
+@each_layer
 def test_second_derivative(name: str) -> None:
     """Of a gradient penalty: against torch.func's forward over reverse, and against finite differences."""
     f, parameters, inputs = given(name)
@@ -193,7 +101,7 @@ def test_second_derivative(name: str) -> None:
     torch.testing.assert_close(slope, by_differences, rtol=1e-6, atol=1e-7)
 
 
-@each_law
+@each_layer
 def test_jacobians(name: str) -> None:
     f, parameters, inputs = given(name)
     by_rows, by_columns = jacrev(f, 1)(parameters, *inputs), jacfwd(f, 1)(parameters, *inputs)
@@ -206,7 +114,7 @@ def test_jacobians(name: str) -> None:
     close(many, each)
 
 
-@each_law
+@each_layer
 def test_an_ensemble(name: str) -> None:
     """vmap over stacked parameters: as one after the other."""
     f, parameters, inputs = given(name)
@@ -216,44 +124,44 @@ def test_an_ensemble(name: str) -> None:
         close(row, f({k: p[i] for k, p in several.items()}, *inputs))
 
 
-@each_law
+@each_layer
 def test_gradients_of_each_sample(name: str) -> None:
     """vmap over grad, every sample with its own actions, tasks and lengths: as one after the other."""
-    law = LAWS[name]
+    case = LAYERS[name]
     _, parameters, inputs = given(name)
-    layer = law.layer()
+    layer = case.layer()
     size, zero = len(inputs[0]), torch.zeros((), dtype=F64)
-    options = {k: v for k, v in law.options.items() if isinstance(v, Tensor) and len(v) == size}
+    options = {k: v for k, v in case.options.items() if isinstance(v, Tensor) and len(v) == size}
 
     def loss(parameters: dict[str, Tensor], inputs: Any, rest: Any, options: Any) -> Tensor:
         one = [t[None] for t in (*inputs, *rest)]
         made = functional_call(
-            layer, parameters, tuple(one), {**law.options, **{k: t[None] for k, t in options.items()}}
+            layer, parameters, tuple(one), {**case.options, **{k: t[None] for k, t in options.items()}}
         )
         return sum((t.square().sum() for t in tree_leaves(made) if isinstance(t, Tensor) and t.dtype == F64), zero)
 
-    found = vmap(grad(loss), (None, 0, 0, 0))(parameters, inputs, tuple(law.rest), options)
+    found = vmap(grad(loss), (None, 0, 0, 0))(parameters, inputs, tuple(case.rest), options)
     for b in range(size):
         leaves = {k: p.clone().requires_grad_() for k, p in parameters.items()}
         own = {k: t[b] for k, t in options.items()}
-        y = loss(leaves, [t[b] for t in inputs], [t[b] for t in law.rest], own)
+        y = loss(leaves, [t[b] for t in inputs], [t[b] for t in case.rest], own)
         made = torch.autograd.grad(y, list(leaves.values()), allow_unused=True)
         for (k, p), g in zip(leaves.items(), made, strict=True):
             close(found[k][b], torch.zeros_like(p) if g is None else g)
 
 
-@each_law
+@each_layer
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(name: str, use_reentrant: bool) -> None:
     """What is computed again gives the same gradients, to the bit."""
-    law = LAWS[name]
+    case = LAYERS[name]
     found = []
     for again in (False, True):
-        layer = law.layer()
-        inputs = [t.clone().requires_grad_() for t in law.inputs]
+        layer = case.layer()
+        inputs = [t.clone().requires_grad_() for t in case.inputs]
 
         def run(*x: Tensor, layer: nn.Module = layer) -> Tensor:
-            made = tree_leaves(layer(*x, *law.rest, **law.options))
+            made = tree_leaves(layer(*x, *case.rest, **case.options))
             return torch.cat([t.reshape(-1) for t in made if isinstance(t, Tensor) and t.dtype == F64])
 
         y = checkpoint(run, *inputs, use_reentrant=use_reentrant) if again else run(*inputs)
@@ -266,8 +174,8 @@ def test_checkpointing(name: str, use_reentrant: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------ hooks
 
 UNUSED: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
-    "one iteration": lambda: (evr(4, 3, F, 5, n_iters=1), (rand(2, 4, F).float(),)),
-    "modules without a sample": lambda: (Selected(), (rand(B, F).float(), torch.zeros(B, dtype=torch.int64))),
+    "one iteration": lambda: (evr(4, 3, 6, 5, n_iters=1), (rand(2, 4, 6).float(),)),
+    "modules without a sample": lambda: (Selected(), (rand(5, 6).float(), torch.zeros(5, dtype=torch.int64))),
 }
 
 
