@@ -106,7 +106,7 @@ def in_dtype(dtype: torch.dtype) -> Callable[[LayerCase], None]:
         layer = case.layer().to(dtype)
         made = outputs(layer, case, dtype)
         exact = outputs(case.layer().to(dtype).to(F64), case)
-        size = max(float(t.abs().max()) for t in exact)
+        size = max(float(t.detach().abs().max()) for t in exact)
         for a, b in zip(made, exact, strict=True):
             assert a.isfinite().all() and float((a.to(F64) - b).abs().max()) < 0.1 * size
         sum((t.float().sum() for t in made), torch.zeros(())).backward()
@@ -120,7 +120,7 @@ def under_autocast(case: LayerCase) -> None:
     exact = outputs(layer, case, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         made = outputs(layer, case, torch.float32)
-    size = max(float(t.abs().max()) for t in exact)
+    size = max(float(t.detach().abs().max()) for t in exact)
     for a, b in zip(made, exact, strict=True):
         assert float((a.float() - b).abs().max()) < 0.1 * size
 
@@ -230,7 +230,7 @@ def page() -> str:
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     parts = [
         "# What works with what",
-        "Each cell is a test, in `tests/test_works_with.py` or `tests/test_derivatives.py`, on a CPU with small layers.\n"
+        "Each cell is a test in `tests/test_works_with.py` or `tests/test_derivatives.py`, on a CPU with small layers.\n"
         "This page is written from the tests' table.",
         "\n".join([head, "|---" * (len(COLUMNS) + 1) + "|", *rows]),
         "\n".join(f"* **{c.title}**: {c.what}" for c in COLUMNS),
