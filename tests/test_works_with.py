@@ -230,8 +230,8 @@ def page() -> str:
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     parts = [
         "# What works with what",
-        "Each cell is a test in `tests/test_works_with.py` or `tests/test_derivatives.py`, on a CPU with small layers.\n"
-        "This page is written from the tests' table.",
+        "Each cell is a test in `tests/test_works_with.py` or `tests/test_derivatives.py`, on a CPU, with small layers."
+        "\nThis page is written from the tests' table.",
         "\n".join([head, "|---" * (len(COLUMNS) + 1) + "|", *rows]),
         "\n".join(f"* **{c.title}**: {c.what}" for c in COLUMNS),
     ]
