@@ -83,7 +83,7 @@ def test_fits(name: str) -> None:
 
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
     for case_name in sys.argv[1].split(","):
         for first in (True, False):
             aot.print_reports([(f"{case_name} t{int(not first)}", list(launches(CASES[case_name], first)))], archs)

@@ -86,6 +86,6 @@ def test_fits(name: str) -> None:
 
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
     for case_name in sys.argv[1].split(","):
         aot.print_reports([(case_name, list(launches(CASES[case_name])))], archs)

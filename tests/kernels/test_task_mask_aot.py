@@ -60,5 +60,5 @@ def test_fits(name: str) -> None:
 
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
     aot.print_reports([(sys.argv[1], list(launches(sys.argv[1])))], archs)

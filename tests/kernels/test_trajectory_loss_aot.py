@@ -65,5 +65,5 @@ def test_fits(name: str) -> None:
 pytest.importorskip("triton")
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
     aot.print_reports([(name, list(launches(cases()[name]))) for name in sys.argv[1].split(",")], archs)
