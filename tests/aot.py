@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from tests import ranges
+
 #: Bytes that a block may use, and those of a multiprocessor's first-level cache, shared memory included, by compute
 #: capability: tables "Technical Specifications per Compute Capability" of the CUDA programming guide.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -142,11 +144,11 @@ def record_ops(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
 class _Driver:
     """Of a GPU that is not there. Triton keeps kernels by device, whose number is the architecture's."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, arch: int, device: int | None = None) -> None:
+        self.arch, self.device = arch, arch if device is None else device
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -164,6 +166,42 @@ def warm(launch: Launch, arch: int) -> Any:
     with mock.patch.object(driver, "_active", _Driver(arch)):
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
         return launch.kernel.warmup(*launch.args, grid=launch.grid, **options, **launch.constants)
+
+
+def first_ir(launch: Launch) -> str:
+    """Triton's own IR of a launch, before anything that depends on an architecture."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime import driver
+
+    made = []
+
+    def lower(key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: Any) -> None:
+        from triton._C.libtriton import ir
+
+        kernel, backend, context = launch.kernel, make_backend(active.get_current_target()), ir.context()
+        source = kernel.ASTSource(kernel, signature, constants, attributes)
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        codegen, modules, stages = backend.get_codegen_implementation(options), backend.get_module_map(), {}
+        backend.add_stages(stages, options, source.language)
+        module = source.make_ir(active.get_current_target(), options, codegen, modules, context)
+        made.append(str(stages["ttir"](module, {})))
+
+    active = _Driver(90, device=-1)
+    with mock.patch.object(driver, "_active", active), mock.patch.object(launch.kernel, "_do_compile", lower):
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **options, **launch.constants)
+    return made[0]
+
+
+def overflows(launch: Launch) -> list[ranges.Overflow]:
+    """The 32-bit integers that a launch could make overflow."""
+    import torch
+
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    tensors = [a for a in launch.args if isinstance(a, torch.Tensor)]
+    longest = max((size for t in tensors for size in t.shape), default=0)
+    return ranges.overflows(first_ir(launch), launch.grid, arguments, longest)
 
 
 def move_cache(folder: Path) -> int:
