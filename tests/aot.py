@@ -175,7 +175,9 @@ def first_ir(launch: Launch) -> str:
 
     made = []
 
-    def lower(key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: Any) -> None:
+    def lower(
+        key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: Any
+    ) -> None:
         from triton._C.libtriton import ir
 
         kernel, backend, context = launch.kernel, make_backend(active.get_current_target()), ir.context()
@@ -194,14 +196,24 @@ def first_ir(launch: Launch) -> str:
     return made[0]
 
 
-def overflows(launch: Launch) -> list[ranges.Overflow]:
-    """The 32-bit integers that a launch could make overflow."""
+class Facts(NamedTuple):
+    """What a launch does, whatever the architecture."""
+
+    overflows: list[ranges.Overflow]  #: 32-bit integers that may not hold what they should
+    shared: set[tuple[str, str]]  #: (an argument that is read, one that is written), in the same memory
+
+
+def facts_of(launch: Launch) -> Facts:
+    """Found by interval arithmetic over the launch's IR: no code is made, so it takes some 50 ms."""
     import torch
 
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    tensors = [a for a in launch.args if isinstance(a, torch.Tensor)]
-    longest = max((size for t in tensors for size in t.shape), default=0)
-    return ranges.overflows(first_ir(launch), launch.grid, arguments, longest)
+    tensors = {name: a for name, a in arguments.items() if isinstance(a, torch.Tensor)}
+    longest = max((size for t in tensors.values() for size in t.shape), default=0)
+    found = ranges.facts(first_ir(launch), launch.grid, arguments, longest)
+    storage = {name: t.untyped_storage()._cdata for name, t in tensors.items()}
+    both = {(r, w) for r in found.read for w in found.written if storage[r] == storage[w]}
+    return Facts(found.overflows, both)
 
 
 def move_cache(folder: Path) -> int:

@@ -1,8 +1,10 @@
-"""Which 32-bit integers of a kernel a launch could make overflow: interval arithmetic over Triton's first IR.
+"""What a launch does to integers and memory, by Triton's first IR: which 32-bit integers could overflow, which tensors
+are read and written.
 
 Every argument and the grid of a recorded launch are known, so each integer of the kernel has a known range, but for
 what it loads. A loaded integer is taken to be an index or a count: from -1 to the most elements along an axis of the
-launch's tensors. A sum that a loop carries grows by as much in each step as in the first, or is not known at all.
+launch's tensors. A sum that a loop carries grows by as much in each step as in the first. A cast to 32 bits is the
+kernel's own promise.
 """
 
 from __future__ import annotations
@@ -97,6 +99,11 @@ class _Kernel:
         self.places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ir, re.MULTILINE))
         self.loaded, self.arguments = loaded, arguments
         self.values: dict[str, Range] = {}
+        self.tensors: dict[str, set[str]] = {}  #: arguments that a pointer may point into
+        self.compared: dict[str, tuple[str, str, str]] = {}
+        self.at_least: set[tuple[str, str]] = set()  #: in the branch that runs, the first is not less than the second
+        self.read: set[str] = set()
+        self.written: set[str] = set()
         self.found: dict[Overflow, None] = {}
         self.listening = True
         lines = [line.strip() for line in ir.splitlines() if line.strip() and not line.startswith("#")]
@@ -105,6 +112,7 @@ class _Kernel:
         for name, kind in re.findall(r"(%\w+): (i\d+)", function.line):
             value = arguments[name[1:]]
             self.values[name] = (value, value)
+        self.tensors = {f"%{name}": {name} for name in re.findall(r"%(\w+): !tt\.ptr", function.line)}
         self.run(function.regions[0])
 
     def place(self, text: str) -> str:
@@ -146,19 +154,30 @@ class _Kernel:
         if found is None:  # the label of a block
             return
         name, many, operation, rest = found.groups()
+        if operation == "store":
+            self.written |= self.tensors.get(re.search(r"%[\w-]+(?:#\d+)?", rest)[0], set())  # type: ignore[index]
         results = [f"{name}#{i}" for i in range(int(many))] if many else [name] if name else []
         if operation == "for":
             self.loop(block, rest, results)
         elif operation == "if":
             self.branch(block, rest, results)
         elif results and not many:
-            operands = [self.known(o) for o in re.findall(r"%[\w-]+(?:#\d+)?", rest)]
+            names = re.findall(r"%[\w-]+(?:#\d+)?", rest)
+            operands = [self.known(o) for o in names]
+            if operation == "load":
+                self.read |= self.tensors.get(names[0], set())
+            elif "tt.ptr" in rest:
+                self.tensors[name] = set().union(*(self.tensors.get(o, set()) for o in names))
             kind = re.split(r" (?:to|->) ", rest)[-1] if re.search(r" (?:to|->) ", rest) else rest.rsplit(" : ", 1)[-1]
             if operation == "load":
                 kind = re.sub(r"!tt\.ptr<(\w+)>", r"\1", kind)
             if operation.startswith("cmp"):
                 kind = "i1"
-            self.put(name, kind.strip(), self._made(operation, operands, rest, block), block)
+                self.compared[name] = rest.split(",")[0].strip(), *names[:2]
+            made = self._made(operation, operands, rest, block)
+            if operation == "subi" and made and tuple(names[:2]) in self.at_least:
+                made = max(0, made[0]), made[1]
+            self.put(name, kind.strip(), made, block)
 
     def _made(self, operation: str, operands: list[Range | None], rest: str, block: _Block) -> Range | None:
         given = [o for o in operands if o is not None]
@@ -185,8 +204,7 @@ class _Kernel:
         if operation == "select" and len(given) == 3:
             return min(given[1][0], given[2][0]), max(given[1][1], given[2][1])
         if operation == "trunci" and given:
-            limits = _of_type(re.split(r" to ", rest)[-1])
-            return given[0] if limits and limits[0] <= given[0][0] and given[0][1] <= limits[1] else None
+            return max(given[0][0], -(2**31)), min(given[0][1], 2**31 - 1)
         if operation in _SAME and len(given) == 1:
             return given[0]
         if operation in _BINARY and len(given) == 2:
@@ -196,7 +214,18 @@ class _Kernel:
         return None
 
     def branch(self, block: _Block, rest: str, results: list[str]) -> None:
-        yields = [self.run(region) for region in block.regions]
+        how, *pair = self.compared.get(rest.split()[0], ("", "", ""))
+        order = {
+            "slt": (pair[::-1], pair),
+            "sle": (pair[::-1], pair),
+            "sgt": (pair, pair[::-1]),
+            "sge": (pair, pair[::-1]),
+        }
+        yields = []
+        for region, known in zip(block.regions, order.get(how, ((), ())), strict=False):
+            before, self.at_least = self.at_least, self.at_least | ({tuple(known)} if known else set())
+            yields.append(self.run(region))
+            self.at_least = before
         kinds = re.search(r"-> \((.*)\) \{", rest)
         for i, (result, kind) in enumerate(zip(results, kinds[1].split(", ") if kinds else (), strict=True)):
             known = [r for made in yields if (r := made[i]) is not None]
@@ -227,6 +256,15 @@ class _Kernel:
                 self.values[result] = min(after[0], start[0]), max(after[1], start[1])
 
 
-def overflows(ir: str, grid: tuple[int, ...], arguments: dict[str, Any], loaded: int) -> list[Overflow]:
+class Facts(NamedTuple):
+    """Of a launch."""
+
+    overflows: list[Overflow]
+    read: set[str]  #: arguments
+    written: set[str]
+
+
+def facts(ir: str, grid: tuple[int, ...], arguments: dict[str, Any], loaded: int) -> Facts:
     """Of a kernel's IR with a launch's grid and arguments; ``loaded``: the largest integer that it loads."""
-    return list(_Kernel(ir, grid, arguments, loaded).found)
+    made = _Kernel(ir, grid, arguments, loaded)
+    return Facts(list(made.found), made.read, made.written)

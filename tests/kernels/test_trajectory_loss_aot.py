@@ -31,13 +31,13 @@ def cases() -> dict[str, Case]:
     }
 
 
-def launches(case: Case) -> Iterator[Any]:
+def launches(case: Case, B: int = 1000) -> Iterator[Any]:
     import torch
 
     from fastroute.kernels import trajectory_loss
     from fastroute.ops.trajectory_loss import laid_out
 
-    T, B = len(case.kinds), 1000
+    T = len(case.kinds)
     x, mask = torch.empty(B, device="meta"), torch.empty(B, dtype=torch.bool, device="meta")
     rows = [x] * T
     args = laid_out(
