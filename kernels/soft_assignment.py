@@ -277,10 +277,10 @@ class _Call:
 
     def constants(self, **more: Any) -> dict[str, Any]:
         N, M, H = self.blocks
+        warps = 4 if self.as_product or N * M * H <= _NUMBERS else 8
         return {
-            "M": self.m, "H": self.h, "SAME": self.same_outputs, "DOT": self.as_product,
-            "PRECISION": self.precision, "BLOCK_N": N, "BLOCK_M": M, "BLOCK_H": H, "warps": 4 if N * M * H <= _NUMBERS else 8, "stages": 2,
-            **more,
+            "M": self.m, "H": self.h, "SAME": self.same_outputs, "DOT": self.as_product, "PRECISION": self.precision,
+            "BLOCK_N": N, "BLOCK_M": M, "BLOCK_H": H, "warps": warps, "stages": 2, **more,
         }  # fmt: skip
 
 
@@ -322,9 +322,10 @@ def backward(votes: Tensor, pairs: Pairs, dM: Tensor, dp: Tensor, grads: Grads) 
             parts.append((False, grads.scores, grads.gate, *betas))
         if adds and len(parts) == 2 and all(t is None for t in betas):
             parts = [(True, grads.scores, grads.gate, *parts[0][3:])]
+        columns = call.blocks.h if call.blocks.m <= 256 else call.blocks.h // 2  # beside it, gradients of wide rows
         for add, *targets in parts:
             per_program = B if add else 1
             launch.launch(
                 backward_kernel, (tiles * cdiv(B, per_program),), *call.votes, *call.pairs, dM, dp, *targets,
-                n, B, per_program, **call.constants(ADD=add),
+                n, B, per_program, **call.constants(ADD=add, BLOCK_H=columns),
             )  # fmt: skip

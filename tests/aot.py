@@ -1,11 +1,13 @@
-"""Triton kernels compiled where there is no GPU: record the launches an op would make, compile them for a GPU, report.
+"""Triton kernels compiled where there is no GPU: record the launches that an op would make, compile them, report.
 
-* ``record(call)`` runs functions of ``fastroute.kernels`` on meta tensors (no memory, any size) and keeps their launches;
+* ``record(call)`` runs functions of ``fastroute.kernels`` on meta tensors (no memory, any size) and keeps the launches;
   ``record_ops(call)`` does the same for public functions and layers, gradients included.
 * ``warm(launch, arch)`` compiles one exactly as its launch would: through Triton's own warm-up, under a driver that
   reports a GPU, so types, divisibility and ``do_not_specialize`` are Triton's. It leaves the kernel in Triton's disk
-  cache (TRITON_CACHE_DIR) under the key that a launch on such a GPU looks up; ``move_cache`` makes a copied cache valid.
+  cache (TRITON_CACHE_DIR) under the key that a launch on such a GPU looks up. The key has Triton's and ptxas' versions,
+  the kernels' source, the architecture and TRITON_ variables in it; ``move_cache`` makes a copied cache valid.
 * ``compile_for(launch, arch)`` reads shared memory, registers, spills and instructions from the machine code.
+* ``facts_of(launch)`` finds 32-bit integers that could overflow, and memory that is read and written.
 
 TRITON_INTERPRET must be off when triton is first imported, so a test file compiles in a process of its own:
 ``report_of(__file__, name)`` runs the file as a program, which calls ``print_reports``, and returns what it printed.

@@ -47,7 +47,7 @@ def _quotient(a: Range, b: Range) -> Range:
 
 def _rest(a: Range, b: Range) -> Range:
     most = max(1, b[1]) - 1
-    if 0 <= a[0] and a[1] < b[0]:
+    if a[0] >= 0 and a[1] < b[0]:
         return a
     return (0 if a[0] >= 0 else -most), min(most, max(a[1], 0))
 
@@ -109,7 +109,7 @@ class _Kernel:
         lines = [line.strip() for line in ir.splitlines() if line.strip() and not line.startswith("#")]
         [module] = _parsed(lines[::-1])
         [function] = [block for block in module.regions[0] if "tt.func public" in block.line]
-        for name, kind in re.findall(r"(%\w+): (i\d+)", function.line):
+        for name in re.findall(r"(%\w+): i\d+", function.line):
             value = arguments[name[1:]]
             self.values[name] = (value, value)
         self.tensors = {f"%{name}": {name} for name in re.findall(r"%(\w+): !tt\.ptr", function.line)}

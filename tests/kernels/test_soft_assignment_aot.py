@@ -33,6 +33,7 @@ CASES = {
     "slots": Case(16, 4096, 11, 64, shared="m", padded=True),
     "slots bf16": Case(16, 4096, 7, 64, "bfloat16", shared="m"),
     "wide": Case(2, 512, 500, 96),
+    "wide gradients": Case(4, 1000, 512, 8, betas="shared", padded=True),
     "many slots": Case(2, 512, 64, 96, shared="m"),
     "wide slots": Case(2, 512, 500, 96, shared="m"),
 }

@@ -58,6 +58,10 @@ def check(name: str, found: list[aot.Report]) -> None:
     for r in found:
         assert aot.spills_stay_near(r) if r.arch == 100 else r.stack <= aot.SPARE, r
         assert r.shared <= 48 << 10, r
+        if r.kernel in ("mask_kernel", "sums_kernel", "normalise_kernel"):
+            assert r.loads.get("2", 0) <= (r.kernel == "sums_kernel") and "2" not in r.stores, (
+                r
+            )  # a shift of each channel
 
 
 @pytest.mark.long
