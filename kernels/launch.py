@@ -32,7 +32,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes that a block may use: what plans keep the operands of products within."""
     if device.type != "cuda":
         return SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)  # ROCm: 64 KB
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:

@@ -17,6 +17,7 @@ TRITON_INTERPRET must be off when triton is first imported, so a test file compi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -98,9 +99,12 @@ def _recording(arch: int) -> Iterator[list[Launch]]:
         yield found
 
 
-def record(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
+_planned_for = 90  #: the architecture that launches are recorded for, unless their recorder says otherwise
+
+
+def record(call: Callable[[], Any], arch: int | None = None) -> list[Launch]:
     """The launches that ``call`` makes of kernels on meta tensors, without making them."""
-    with _recording(arch) as found:
+    with _recording(arch or _planned_for) as found:
         call()
     return found
 
@@ -286,16 +290,15 @@ def _disassembled(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def print_reports(cases: Iterable[tuple[str, list[Launch]]], archs: Iterable[int] = ARCHS) -> None:
-    """Compile every launch, each that is not the same kernel once, and print one report a line."""
-    for name, launches in cases:
-        seen = set()
-        for launch in launches:
-            for arch in archs:
-                key = warm(launch, arch).hash
-                if key not in seen:
-                    seen.add(key)
-                    print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
+def print_reports(cases: Iterable[tuple[str, Callable[[], Iterable[Launch]]]], archs: Iterable[int] = ARCHS) -> None:
+    """Compile every launch as each architecture plans it, the same kernel once, and print one report a line."""
+    for (name, launches), arch in itertools.product(cases, archs):
+        with mock.patch("tests.aot._planned_for", arch):
+            seen: dict[str, Launch] = {}
+            for launch in launches():
+                seen.setdefault(warm(launch, arch).hash, launch)
+        for launch in seen.values():
+            print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
 
 
 def _printed(*arguments: str) -> str:
@@ -312,10 +315,10 @@ def _read(text: str) -> list[Report]:
     return [Report(**json.loads(line)) for line in text.splitlines()]
 
 
-def report_of(file: str, name: str) -> list[Report]:
-    """A test file's case on every architecture."""
-    found = _read(_printed(file, name))
-    assert {r.arch for r in found} == set(ARCHS)
+def report_of(file: str, name: str, archs: Sequence[int] = ARCHS) -> list[Report]:
+    """A test file's case on some architectures."""
+    found = _read(_printed(file, name, *map(str, archs)))
+    assert {r.arch for r in found} == set(archs)
     return found
 
 
@@ -327,3 +330,40 @@ def reports_of(cases: Sequence[tuple[str, str]], arch: int) -> list[list[Report]
     found = [_read(part) for part in parts]
     assert not found.pop() and all({r.arch for r in of} == {arch} for of in found)
     return found
+
+
+def table(arch: int = 90) -> str:
+    """Markdown: every case of the test files, each kernel and tile once, on one architecture."""
+    from tests.kernels import test_aot_quick
+
+    rows = [
+        "| op | case | kernel | tile | registers | spilled | shared | mathematics | loads | stores |",
+        "|---" * 10 + "|",
+    ]
+    for module in test_aot_quick.CASES:
+        op = module.__doc__.split("``")[1] if module.__doc__ else ""
+        names = list(getattr(module, "CASES", None) or module.cases())
+        for reports in reports_of([(str(module.__file__), name) for name in names], arch):
+            for r in {(r.case, r.kernel, r.tile): r for r in reversed(reports)}.values():
+                counts = [" ".join(f"{op} {n}" for op, n in r.math.items())]
+                loads = [f"{n} x {width} B" for width, n in r.loads.items()]
+                loads += [f"{n} x {width} B async" for width, n in r.copies.items()]
+                counts += [", ".join(loads), ", ".join(f"{n} x {width} B" for width, n in r.stores.items())]
+                cells = [
+                    op,
+                    r.case,
+                    r.kernel,
+                    r.tile,
+                    r.registers,
+                    f"{r.stack} B",
+                    f"{r.shared / 1024:.4g} KB",
+                    *counts,
+                ]
+                rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["table"]:
+        raise SystemExit("python -m tests.aot table")
+    print(table())

@@ -197,3 +197,13 @@ def test_larger_assignments_are_refused() -> None:
     for sizes in ((2**31, 1, 2, 2), (1, 2, 2, 2**31), (2**22, 2**16, 2, 2)):
         assert "in 32 bits" in str(unsupported("cuda", torch.float32, *sizes))
     assert unsupported("cuda", torch.float32, 65536, 1000, 100, 64) is None
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_rows_of_pairs_have_one_for_each_thread(backward: bool) -> None:
+    """They are read and written in one place: a second thread with the same pair could read what the first wrote."""
+    from fastroute.kernels.matrix_routing_plan import MAX_OUTPUTS, plan
+
+    for m in (1, 2, 3, 4, 100, 1000, MAX_OUTPUTS):
+        row = plan(2, 100, m, 2, 2, 2, shared=False, backward=backward).row
+        assert row.inputs * row.outputs >= 32 * row.warps, m

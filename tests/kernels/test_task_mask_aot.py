@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,4 +73,4 @@ def test_fits(name: str) -> None:
 
 if __name__ == "__main__":
     archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
-    aot.print_reports([(sys.argv[1], list(launches(sys.argv[1])))], archs)
+    aot.print_reports([(sys.argv[1], partial(launches, sys.argv[1]))], archs)

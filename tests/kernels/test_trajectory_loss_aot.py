@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -66,4 +67,4 @@ pytest.importorskip("triton")
 
 if __name__ == "__main__":
     archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
-    aot.print_reports([(name, list(launches(cases()[name]))) for name in sys.argv[1].split(",")], archs)
+    aot.print_reports([(name, partial(launches, cases()[name])) for name in sys.argv[1].split(",")], archs)
