@@ -187,7 +187,7 @@ def _sloped(grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None) -
     g = grad.new_empty(N, O)
     wide = min(128, power_of_2(O))
     start.launch(
-        slope_kernel, (cdiv(N, 2048 // wide), cdiv(O, wide)), grad, grad.stride(0), kept, kept.stride(0), put, g, N,
+        slope_kernel, (cdiv(N, 2048 // wide) * cdiv(O, wide),), grad, grad.stride(0), kept, kept.stride(0), put, g, N,
         OUT=O, SLOPE=slope, BLOCK_N=2048 // wide, BLOCK_OUT=wide, warps=4, stages=2,
     )  # fmt: skip
     return g

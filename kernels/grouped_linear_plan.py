@@ -12,7 +12,8 @@ Counts stay on the device, so tiles are chosen as if rows were spread evenly, N 
   without them 64 x 64;
 * what a step reads, in all its stages, stays within a block's shared memory: a tile is smaller where that is small,
   which also keeps the sum in registers on GPUs whose products read their operands from registers;
-* rows of halves that do not lie at multiples of 4 bytes are loaded one by one, through registers: 64 x 64 at most;
+* rows of halves that do not lie at multiples of 4 bytes are loaded one by one, through registers: 64 x 64 at most,
+  and 16 deep;
 * a step is 64 halves or 32 floats deep, a cache line and no more, for every tile: deeper ones save nothing where loads
   are pipelined;
 * weights' gradients are summed by one program each, unless a module with all the rows would keep the machine waiting:
@@ -65,7 +66,8 @@ def _tile(
 
     ``sloped``: the first operand is made of two tensors.
     """
-    step, stages = min(64 if itemsize == 2 and words else 32, power_of_2(depth)), 3 if cores else 2
+    deep = 16 if not words else 64 if itemsize == 2 else 32
+    step, stages = min(deep, power_of_2(depth)), 3 if cores else 2
     for high, wide in _TENSOR_CORE_TILES if cores else _PLAIN_TILES:
         if high > max(16, rows) or wide >= max(32, 2 * columns) or (high * wide > 64 * 64 and not words):
             continue

@@ -341,7 +341,7 @@ def table(arch: int = 90) -> str:
         "|---" * 10 + "|",
     ]
     for module in test_aot_quick.CASES:
-        op = module.__doc__.split("``")[1] if module.__doc__ else ""
+        op = ", ".join(re.findall(r"``(\w+)``", module.__doc__ or ""))
         names = list(getattr(module, "CASES", None) or module.cases())
         for reports in reports_of([(str(module.__file__), name) for name in names], arch):
             for r in {(r.case, r.kernel, r.tile): r for r in reversed(reports)}.values():

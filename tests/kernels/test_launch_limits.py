@@ -96,8 +96,8 @@ PRODUCTS = {
     "batches": batches(grouped, 20, 128, 48), "ones": partial(grouped, (1, 1, 1, 1)),
     "most rows": partial(grouped, (MOST, 3, 16, 16), (MOST, 3, 1, 8), activation=4),
     "2^31 weights": partial(grouped, (1000, 1024, 2048, 2048), stacked=True, activation=1),
-    "wide": partial(grouped, (10, 2, 2**23, 300), (10, 2, 300, 2**23)),
-    "many modules": partial(grouped, (50, 2**20, 7, 9), stacked=True),
+    "wide": partial(grouped, (10, 2, 2**23, 300), (10, 2, 300, 2**23), activation=1),
+    "many modules": partial(grouped, (50, 2**20, 7, 9), (9000, 2**21, 1, 1), stacked=True),
 }  # fmt: skip
 EDGES: dict[str, dict[str, Callable[[], Iterable[aot.Launch]]]] = {
     "vector_routing": {
