@@ -14,6 +14,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 import fastroute  # noqa: F401 (ops are offered when they are imported)
 from fastroute.ops import _backends
@@ -163,6 +165,32 @@ def distinct(launches: Iterable[aot.Launch]) -> list[aot.Launch]:
         kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in launch.args)
         found.setdefault((launch.name, str(launch.constants), kinds), []).append(launch)
     return [launch for alike in found.values() for launch in (alike[0], *alike[1:][-1:])]
+
+
+@triton.jit
+def running_sums(x, out, rows, row, WIDE: tl.constexpr):
+    """grid (rows,): of what a row's 128 numbers are times their number, each 128 rows apart."""
+    i = tl.program_id(0) * row
+    if WIDE:
+        i = tl.program_id(0).to(tl.int64) * row
+    total = tl.zeros([128], tl.float32)
+    for start in range(0, rows, 128):
+        total += tl.load(x + i + tl.arange(0, 128)) * start
+    tl.store(out + i + tl.arange(0, 128), total)
+
+
+def test_what_is_found() -> None:
+    """An offset of 2^31, if it is made in 32 bits, and memory that is read and written: in the place where that is."""
+
+    def facts(rows: int, *, wide: bool = False, apart: bool = True) -> aot.Facts:
+        x, out = (torch.empty(2**31, device="meta") for _ in range(2))
+        args = x, out if apart else x, rows, 1024
+        return aot.facts_of(aot.Launch(running_sums, (rows,), args, 4, 1, {"WIDE": wide}))
+
+    assert facts(2**21) == facts(2**22, wide=True) == ([], set())
+    [overflow] = facts(2**21 + 1).overflows
+    assert overflow.place.startswith("test_launch_limits.py:") and overflow.range == (0, 2**31)
+    assert facts(5, apart=False).shared == {("x", "out")}
 
 
 CASES = {id(edges): (op, edges) for op, edges in EDGES.items()}.values()
