@@ -172,9 +172,9 @@ def agent_parameters_kernel(
     column = tl.program_id(0) % column_tiles
     split = tl.program_id(1)
     if offsets is None:
-        begin, end = rows * 0, rows
+        begin, end = tl.cast(0, tl.int64), tl.cast(rows, tl.int64)
     else:
-        begin, end = tl.load(offsets + agent).to(tl.int32), tl.load(offsets + agent + 1).to(tl.int32)
+        begin, end = tl.load(offsets + agent), tl.load(offsets + agent + 1)
     share = ((end - begin + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
     begin = begin + split * share
     end = tl.minimum(begin + share, end)
@@ -183,7 +183,7 @@ def agent_parameters_kernel(
     w_acc, w_sum = tl.zeros([BLOCK_K, BLOCK_F], tl.float32), tl.zeros([BLOCK_K], tl.float32)
     q_acc, q_sum = tl.zeros([BLOCK_C, BLOCK_F], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     for start in range(begin, end, BLOCK_N):
-        place = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        place = start + tl.arange(0, BLOCK_N)
         live = place < end
         b = place
         if order is not None:

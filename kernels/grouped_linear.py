@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import launch as start
 from .grouped_linear_parameters import gathered
-from .grouped_linear_plan import Tile, row_tiles, rows_tile, search, slope_apart, sums_tile
+from .grouped_linear_plan import Device, Tile, row_tiles, rows_tile, search, slope_apart, sums_tile
 from .grouped_linear_products import gradients_kernel, reduce_kernel, rows_kernel, slope_kernel, sums_kernel
-from .launch import DTYPES, cdiv, multiprocessors, power_of_2
+from .launch import DTYPES, cdiv, multiprocessors, power_of_2, shared_memory
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -42,6 +42,10 @@ def unsupported(
 
 def _on(t: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _device(t: Tensor) -> Device:
+    return Device(multiprocessors(t.device), shared_memory(t.device))
 
 
 def _dense_rows(t: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def _rows(
     b, b_strides, b_pointers = None, (0, 0), False
     if biases:
         b, b_strides, b_pointers, _ = _of_biases(biases, K, OUT, tables=not weights)
-    tile = rows_tile(N, K, IN, OUT, y.dtype, precision, multiprocessors(y.device))
+    tile = rows_tile(N, K, IN, OUT, y.dtype, precision, _device(y), slope > 0)
     tiles = row_tiles(N, K, tile.rows)
     args = (
         x if weights else None, x.stride(0) if weights and x is not None else 0,
@@ -170,9 +174,9 @@ def backward(
 
 
 def _apart(N: int, K: int, F: int, O: int, wants: tuple[bool, bool, bool], like: Tensor, precision: str) -> bool:
-    sms = multiprocessors(like.device)
-    rows = rows_tile(N, K, O, F, like.dtype, precision, sms) if wants[0] else None
-    sums = sums_tile(N, K, F if wants[1] else 0, O, like.dtype, precision, sms) if wants[1] or wants[2] else None
+    device = _device(like)
+    rows = rows_tile(N, K, O, F, like.dtype, precision, device) if wants[0] else None
+    sums = sums_tile(N, K, F if wants[1] else 0, O, like.dtype, precision, device) if wants[1] or wants[2] else None
     return slope_apart(N, O, rows, sums, F)
 
 
@@ -183,7 +187,7 @@ def _sloped(grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None) -
     g = grad.new_empty(N, O)
     wide = min(128, power_of_2(O))
     start.launch(
-        slope_kernel, (cdiv(N, 2048 // wide), cdiv(O, wide)), grad, grad.stride(0), kept, kept.stride(0), put, g, N,
+        slope_kernel, (cdiv(N, 2048 // wide) * cdiv(O, wide),), grad, grad.stride(0), kept, kept.stride(0), put, g, N,
         OUT=O, SLOPE=slope, BLOCK_N=2048 // wide, BLOCK_OUT=wide, warps=4, stages=2,
     )  # fmt: skip
     return g
@@ -222,7 +226,7 @@ class _Sums(NamedTuple):
         dw = dw if F else None
         if K * O == 0 or (dw is None and db is None):
             return None
-        tile, piece, pieces = sums_tile(N, K, F, O, grad.dtype, precision, multiprocessors(grad.device))
+        tile, piece, pieces = sums_tile(N, K, F, O, grad.dtype, precision, _device(grad), slope > 0)
         into, dw_stride, db_stride, partial = (dw, db), O * F, O, None
         if piece:
             dw_stride = db_stride = O * F + (0 if db is None else O)

@@ -10,7 +10,10 @@ Counts stay on the device, so tiles are chosen as if rows were spread evenly, N 
   shrinks until there are tiles for three quarters of the multiprocessors;
 * with tensor cores the largest is 128 x 256 of 8 warps (128 numbers of the sum in each thread), 128 x 128 for float32;
   without them 64 x 64;
-* rows of halves that do not lie at multiples of 4 bytes are loaded one by one, through registers: 64 x 64 at most;
+* what a step reads, in all its stages, stays within a block's shared memory: a tile is smaller where that is small,
+  which also keeps the sum in registers on GPUs whose products read their operands from registers;
+* rows of halves that do not lie at multiples of 4 bytes are loaded one by one, through registers: 64 x 64 at most,
+  and 16 deep;
 * a step is 64 halves or 32 floats deep, a cache line and no more, for every tile: deeper ones save nothing where loads
   are pipelined;
 * weights' gradients are summed by one program each, unless a module with all the rows would keep the machine waiting:
@@ -24,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from .launch import SMS, cdiv, power_of_2
+from .launch import SHARED, SMS, cdiv, power_of_2
 
 PARTIAL = 64 << 20
 PIECE = 512
@@ -45,17 +48,36 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(rows: int, columns: int, depth: int, copies: int, itemsize: int, cores: bool, words: bool, sms: int) -> Tile:
-    """Of a product of [rows, depth] by [depth, columns], so many times; ``words``: rows lie at multiples of 4 bytes."""
-    step = min(64 if itemsize == 2 and words else 32, power_of_2(depth))
+class Device(NamedTuple):
+    """What plans ask a GPU."""
+
+    sms: int = SMS  #: multiprocessors
+    shared: int = SHARED  #: bytes of shared memory that a block may use
+
+
+_HERE = Device()
+
+
+def _tile(
+    rows: int, columns: int, depth: int, copies: int, itemsize: int, cores: bool, words: bool, sloped: bool,
+    device: Device,
+) -> Tile:  # fmt: skip
+    """Of a product of [rows, depth] by [depth, columns], so many times; ``words``: rows lie at multiples of 4 bytes.
+
+    ``sloped``: the first operand is made of two tensors.
+    """
+    deep = 16 if not words else 64 if itemsize == 2 else 32
+    step, stages = min(deep, power_of_2(depth)), 3 if cores else 2
     for high, wide in _TENSOR_CORE_TILES if cores else _PLAIN_TILES:
         if high > max(16, rows) or wide >= max(32, 2 * columns) or (high * wide > 64 * 64 and not words):
             continue
         if wide == 256 and itemsize == 4:  # its steps and its result take twice the room
             continue
-        if 4 * copies * cdiv(rows, high) * cdiv(columns, wide) >= 3 * sms:
+        if (high * (1 + sloped) + wide) * step * itemsize * stages > device.shared:
+            continue
+        if 4 * copies * cdiv(rows, high) * cdiv(columns, wide) >= 3 * device.sms:
             break
-    return Tile(high, wide, step, 8 if high * wide >= 128 * 128 else 4, 3 if cores else 2)
+    return Tile(high, wide, step, 8 if high * wide >= 128 * 128 else 4, stages)
 
 
 def _cores(dtype: torch.dtype, precision: str) -> bool:
@@ -63,10 +85,13 @@ def _cores(dtype: torch.dtype, precision: str) -> bool:
 
 
 @lru_cache(4096)
-def rows_tile(N: int, K: int, IN: int, OUT: int, dtype: torch.dtype, precision: str = "ieee", sms: int = SMS) -> Tile:
+def rows_tile(
+    N: int, K: int, IN: int, OUT: int, dtype: torch.dtype, precision: str = "ieee", device: Device = _HERE,
+    sloped: bool = False,
+) -> Tile:  # fmt: skip
     """Of ``rows_kernel``: (rows of a module, OUT, IN)."""
     words = IN * dtype.itemsize % 4 == 0 and OUT * dtype.itemsize % 4 == 0
-    return _tile(cdiv(N, K), OUT, IN, min(N, K), dtype.itemsize, _cores(dtype, precision), words, sms)
+    return _tile(cdiv(N, K), OUT, IN, min(N, K), dtype.itemsize, _cores(dtype, precision), words, sloped, device)
 
 
 class Sums(NamedTuple):
@@ -78,12 +103,16 @@ class Sums(NamedTuple):
 
 
 @lru_cache(4096)
-def sums_tile(N: int, K: int, IN: int, OUT: int, dtype: torch.dtype, precision: str = "ieee", sms: int = SMS) -> Sums:
+def sums_tile(
+    N: int, K: int, IN: int, OUT: int, dtype: torch.dtype, precision: str = "ieee", device: Device = _HERE,
+    sloped: bool = False,
+) -> Sums:  # fmt: skip
     """Of ``sums_kernel``; IN is 0 where biases alone are summed."""
     words = IN * dtype.itemsize % 4 == 0 and OUT * dtype.itemsize % 4 == 0
-    tile = _tile(OUT, max(IN, 1), cdiv(N, K), min(N, K), dtype.itemsize, _cores(dtype, precision), words, sms)
+    cores = _cores(dtype, precision)
+    tile = _tile(OUT, max(IN, 1), cdiv(N, K), min(N, K), dtype.itemsize, cores, words, sloped, device)
     tiles = cdiv(OUT, tile.rows) * (cdiv(IN, tile.columns) + 1)
-    piece = power_of_2(cdiv(N * tiles, 2 * sms), at_least=PIECE)
+    piece = power_of_2(cdiv(N * tiles, 2 * device.sms), at_least=PIECE)
     while piece < N and (N // piece + K) * (OUT * IN + OUT) * 4 > PARTIAL:
         piece *= 2
     if 4 * piece > N:

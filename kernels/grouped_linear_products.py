@@ -103,14 +103,14 @@ def _rows(
             if biases is not None:
                 b = _of_module(biases, k, b_module, y, B_POINTERS, False)
                 acc += tl.load(b + o.to(tl.int64) * b_out, mask=o < OUT, other=0.0).to(tl.float32)[None, :]
-        where = _at(put, i, live)[:, None] * OUT + o[None, :]
         inside = live[:, None] & (o < OUT)[None, :]
-        if before is not None:
-            tl.store(before + where, acc.to(y.dtype.element_ty), mask=inside)
+        where = _at(put, i, live) * OUT
         made = activated(acc, ACTIVATION, y.dtype.element_ty == tl.float32)
         if ACTIVATION == 3:  # nothing is not mapped to a half
             made = tl.where(k < K, made, 0.0)
-        tl.store(y + where, made.to(y.dtype.element_ty), mask=inside)
+        tl.store((y + where)[:, None] + o[None, :], made.to(y.dtype.element_ty), mask=inside)
+        if before is not None:
+            tl.store((before + where)[:, None] + o[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -260,9 +260,10 @@ def slope_kernel(
     grad, g_row, kept, kept_row, put, g, N,
     OUT: tl.constexpr, SLOPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles, column tiles): g [N, OUT] = the gradient before the activation, in sorted order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    """grid (row tiles * column tiles): g [N, OUT] = the gradient before the activation, in sorted order."""
+    column_tiles: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    i = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = tl.program_id(0) % column_tiles * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask = (i < N)[:, None] & (o < OUT)[None, :]
     row = _at(put, i, i < N)
     g_tile = tl.load(grad + (row * g_row)[:, None] + o[None, :], mask=mask, other=0.0)

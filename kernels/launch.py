@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Multiprocessors assumed where no GPU can be asked (an H200 has 132).
+#: Multiprocessors, and bytes of shared memory a block, that are assumed where no GPU can be asked: an H200's.
 SMS = 132
+SHARED = 227 << 10
 
 #: Element types that the kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,6 +26,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 2  # interpreted one after another: large tiles cost the least
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may use: what plans keep the operands of products within."""
+    if device.type != "cuda":
+        return SHARED
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)  # ROCm: 64 KB
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:

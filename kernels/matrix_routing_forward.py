@@ -312,14 +312,14 @@ def merge_kernel(
 ):  # fmt: skip
     """The splits put together, in their order: Chan's formula. grid (outputs x c x h of all samples)."""
     e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    keep = e < outputs * CH
+    width = tl.cast(outputs, tl.int64)
+    keep = e < width * CH
     o = e // CH
     total = tl.zeros([BLOCK_E], dtype=tl.float32)
     center = tl.zeros([BLOCK_E], dtype=tl.float32)
     rest = tl.zeros([BLOCK_E], dtype=tl.float32)
     square = tl.zeros([BLOCK_E], dtype=tl.float32)
     a_total = tl.zeros([BLOCK_E], dtype=tl.float32)
-    width = tl.cast(outputs, tl.int64)
     for slot in range(0, slots, BLOCK_S):
         s = (slot + tl.arange(0, BLOCK_S)).to(tl.int64)
         inside = (s < slots)[:, None] & keep[None, :]

@@ -79,8 +79,9 @@ def _vote_tile(lanes: int, m: int, c: int, d: int, h: int, per_thread: int) -> V
 
 
 def _row_tile(m: int, pairs: int) -> RowTile:
+    """At least a pair for each thread: the kernel writes where it reads, and no two threads may have the same pair."""
     wide = power_of_2(m, 1)
-    high = max(1, min(32, pairs // wide))
+    high = max(1, min(max(32, 128 // wide), pairs // wide))
     return RowTile(high, wide, max(4, min(32, high * wide // (pairs // 4))))
 
 

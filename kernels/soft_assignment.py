@@ -26,7 +26,12 @@ def unsupported(device: str, dtype: torch.dtype, B: int, n: int, m: int, h: int)
     """Why the kernels would not take a case, or None."""
     if dtype not in DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return f"the Triton kernels take up to {OUTPUTS} outputs, not {m}" if m > OUTPUTS else None
+    if m > OUTPUTS:
+        return f"the Triton kernels take up to {OUTPUTS} outputs, not {m}"
+    N, _, H = blocks(n, m, h, False)
+    if h >= 2**31 - 2**16 or B * cdiv(n, N) * cdiv(h, H) >= 2**31:
+        return f"the Triton kernels count columns, and tiles of votes, in 32 bits: B={B}, n={n}, m={m}, h={h}"
+    return None
 
 
 @triton.jit
@@ -77,10 +82,14 @@ def forward_kernel(
     M: tl.constexpr, H: tl.constexpr, SAME: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """grid (pieces of the rows, column tiles, batch)."""
-    piece, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """grid (batch * pieces of the rows * column tiles)."""
+    COLUMNS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    column = tl.program_id(0) % COLUMNS
+    pieces = (n - 1) // piece_rows + 1
+    piece = (tl.program_id(0) // COLUMNS % pieces).to(tl.int64)
+    b = (tl.program_id(0) // COLUMNS // pieces).to(tl.int64)
     j = tl.arange(0, BLOCK_M)
-    c = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c = column * BLOCK_H + tl.arange(0, BLOCK_H)
     made = tl.zeros([BLOCK_M, BLOCK_H], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     first = piece * piece_rows
@@ -105,7 +114,7 @@ def forward_kernel(
             made += tl.sum(w[:, :, None] * tl.load(lanes, mask=keep, other=0.0).to(tl.float32), 0)
     out = (piece * batch + b) * M + j
     tl.store((moments + out * H)[:, None] + c[None, :], made, mask=(j < M)[:, None] & (c < H)[None, :])
-    if tl.program_id(1) == 0:
+    if column == 0:
         tl.store(sums + out, total, mask=j < M)
 
 
@@ -118,15 +127,16 @@ def backward_kernel(
     M: tl.constexpr, H: tl.constexpr, SAME: tl.constexpr, DOT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles, groups of samples). ADD: betas are one for all samples, and one group's samples are all."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """grid (groups of samples * row tiles). ADD: betas are one for all samples, and one group's samples are all."""
+    tiles = (n - 1) // BLOCK_N + 1
+    i = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_M)
     inside = i < n
     at = (i * M)[:, None] + j[None, :]
     there = inside[:, None] & (j < M)[None, :]
     of_use = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     of_ign = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    first = tl.program_id(1) * batch_per_program
+    first = tl.program_id(0) // tiles * batch_per_program
     for sample in range(first, tl.minimum(first + batch_per_program, batch)):
         b = tl.cast(sample, tl.int64)
         R, t, _w, open_, f = weigh(
@@ -185,17 +195,20 @@ def votes_kernel(
     M: tl.constexpr, H: tl.constexpr, SAME: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """grid (row tiles, column tiles, samples of dvotes): what votes get back, for which no vote is needed."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """grid (samples of dvotes * row tiles * column tiles): what votes get back, for which no vote is needed."""
+    COLUMNS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    tiles = (n - 1) // BLOCK_N + 1
+    tile = tl.program_id(0) // COLUMNS
+    i = (tile % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_M)
-    c = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c = tl.program_id(0) % COLUMNS * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = i < n
-    own = tl.program_id(2).to(tl.int64)
+    own = (tile // tiles).to(tl.int64)
     if SAME:
         made = tl.zeros([BLOCK_N, BLOCK_H], dtype=tl.float32)
     else:
         made = tl.zeros([BLOCK_N, BLOCK_M, BLOCK_H], dtype=tl.float32)
-    first = tl.program_id(2) * batch_per_program
+    first = tile // tiles * batch_per_program
     for sample in range(first, tl.minimum(first + batch_per_program, batch)):
         b = tl.cast(sample, tl.int64)
         _R, _t, w, _open, _f = weigh(
@@ -264,9 +277,10 @@ class _Call:
 
     def constants(self, **more: Any) -> dict[str, Any]:
         N, M, H = self.blocks
+        warps = 4 if self.as_product or N * M * H <= _NUMBERS else 8
         return {
-            "M": self.m, "H": self.h, "SAME": self.same_outputs, "DOT": self.as_product,
-            "PRECISION": self.precision, "BLOCK_N": N, "BLOCK_M": M, "BLOCK_H": H, "warps": 4, "stages": 2, **more,
+            "M": self.m, "H": self.h, "SAME": self.same_outputs, "DOT": self.as_product, "PRECISION": self.precision,
+            "BLOCK_N": N, "BLOCK_M": M, "BLOCK_H": H, "warps": warps, "stages": 2, **more,
         }  # fmt: skip
 
 
@@ -280,7 +294,7 @@ def forward(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     moments = votes.new_empty((pieces, B, m, h), dtype=torch.float32)
     sums = votes.new_empty((pieces, B, m), dtype=torch.float32)
     launch.launch(
-        forward_kernel, (pieces, columns, B), *call.votes, *call.pairs, moments, sums, n, piece_rows, B,
+        forward_kernel, (B * pieces * columns,), *call.votes, *call.pairs, moments, sums, n, piece_rows, B,
         **call.constants(),
     )  # fmt: skip
     return (moments[0], sums[0]) if pieces == 1 else (moments.sum(0), sums.sum(0))
@@ -294,7 +308,7 @@ def backward(votes: Tensor, pairs: Pairs, dM: Tensor, dp: Tensor, grads: Grads) 
     if grads.votes is not None:
         samples, columns = grads.votes.shape[0], cdiv(call.h, call.blocks.h)
         launch.launch(
-            votes_kernel, (tiles, columns, samples), *call.pairs, dM, grads.votes, n, B, B // samples,
+            votes_kernel, (samples * tiles * columns,), *call.pairs, dM, grads.votes, n, B, B // samples,
             **call.constants(),
         )  # fmt: skip
     if any(t is not None for t in grads[1:]):
@@ -308,9 +322,10 @@ def backward(votes: Tensor, pairs: Pairs, dM: Tensor, dp: Tensor, grads: Grads) 
             parts.append((False, grads.scores, grads.gate, *betas))
         if adds and len(parts) == 2 and all(t is None for t in betas):
             parts = [(True, grads.scores, grads.gate, *parts[0][3:])]
+        columns = call.blocks.h if call.blocks.m <= 256 else call.blocks.h // 2  # beside it, gradients of wide rows
         for add, *targets in parts:
             per_program = B if add else 1
             launch.launch(
-                backward_kernel, (tiles, cdiv(B, per_program)), *call.votes, *call.pairs, dM, dp, *targets,
-                n, B, per_program, **call.constants(ADD=add),
+                backward_kernel, (tiles * cdiv(B, per_program),), *call.votes, *call.pairs, dM, dp, *targets,
+                n, B, per_program, **call.constants(ADD=add, BLOCK_H=columns),
             )  # fmt: skip

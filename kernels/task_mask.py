@@ -1,8 +1,9 @@
-"""``task_mask`` on a GPU: dead channels are written without being read, whatever their layout.
+"""``task_mask`` on a GPU: a dead channel is written, and where it is a plane of its own it is never read.
 
 Axes: b sample, c channel, s position: the axes after the channels, walked as one. A program has a tile of channels and
-positions of one sample, so the row of the mapping that it needs is a vector; lanes of dead channels load nothing.
-Whichever axis is dense has stride 1, which Triton compiles in and makes wide accesses of.
+positions of one sample, so the row of the mapping that it needs is a vector. Whichever axis is dense has stride 1,
+which Triton compiles in and makes wide accesses of. Where that is the channels (DENSE: channels last, or no positions)
+a load takes dead lanes along, from sectors that are read anyway: one that is masked lane by lane would be narrow.
 """
 
 from __future__ import annotations
@@ -53,6 +54,23 @@ def addresses(p, b, c, s, stride_b, stride_c, stride_s, WIDE: tl.constexpr):
 
 
 @triton.jit
+def kept(p, b, c, s, stride_b, stride_c, stride_s, inside, keep, DENSE: tl.constexpr, WIDE: tl.constexpr):
+    """A tile, and zeros where it is not to be kept, whatever is there."""
+    at = addresses(p, b, c, s, stride_b, stride_c, stride_s, WIDE)
+    if DENSE:
+        made = tl.where(keep, tl.load(at, mask=inside, other=0.0), 0.0)
+    else:
+        made = tl.load(at, mask=keep, other=0.0)
+    return made
+
+
+@triton.jit
+def row(p, number: tl.constexpr, C):
+    """A row of a matrix of C columns."""
+    return p + tl.cast(C, tl.int64) * number
+
+
+@triton.jit
 def place(C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """(b, c, s) of this program's tile: positions first, then channels, then samples."""
     pid = tl.program_id(0)
@@ -67,8 +85,8 @@ def place(C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
 def mask_kernel(
     out, x, y, mapping, tasks, task, C, S, T, task_stride,
     out_b, out_c, out_s, x_b, x_c, x_s, y_b, y_c, y_s,
-    EACH: tl.constexpr, GATE: tl.constexpr, RELU: tl.constexpr, ONLY_DEAD: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    EACH: tl.constexpr, GATE: tl.constexpr, RELU: tl.constexpr, ONLY_DEAD: tl.constexpr, DENSE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """grid (tiles,). ONLY_DEAD: out is x, and live channels stay as they are."""
     b, c, s = place(C, S, BLOCK_C, BLOCK_S)
@@ -79,11 +97,11 @@ def mask_kernel(
         tl.store(to, tl.zeros([BLOCK_C, BLOCK_S], out.dtype.element_ty), mask=inside & (live == 0))
     else:
         keep = inside & live
-        v = tl.load(addresses(x, b, c, s, x_b, x_c, x_s, WIDE), mask=keep, other=0.0)
+        v = kept(x, b, c, s, x_b, x_c, x_s, inside, keep, DENSE, WIDE)
         if RELU:
             v = tl.where(v.to(tl.float32) < 0.0, 0.0, v)  # the interpreter compares the bits of bfloat16
         if GATE:
-            decides = tl.load(addresses(y, b, c, s, y_b, y_c, y_s, WIDE), mask=keep, other=0.0)
+            decides = kept(y, b, c, s, y_b, y_c, y_s, inside, keep, DENSE, WIDE)
             v = tl.where(decides.to(tl.float32) <= 0.0, 0.0, v)
         tl.store(to, v, mask=inside)
 
@@ -101,7 +119,7 @@ def shift_of(x, c, x_c, C, WIDE: tl.constexpr):
 def sums_kernel(
     partial, g, x, mapping, tasks, task, affine, B, C, S, T, task_stride, units,
     g_b, g_c, g_s, x_b, x_c, x_s,
-    EACH: tl.constexpr, BACKWARD: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
+    EACH: tl.constexpr, BACKWARD: tl.constexpr, RELU: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """grid (tiles of channels, splits): partial [splits, 3, C] of the moments of x about ``shift_of``.
@@ -112,9 +130,9 @@ def sums_kernel(
     split = tl.program_id(1)
     tiles = tl.cdiv(S, BLOCK_S)
     if BACKWARD:
-        about = tl.load(affine + 2 * C + c, mask=c < C, other=0.0)[:, None]
+        about = tl.load(row(affine, 2, C) + c, mask=c < C, other=0.0)[:, None]
         factor = tl.load(affine + c, mask=c < C, other=0.0)[:, None]
-        term = tl.load(affine + C + c, mask=c < C, other=0.0)[:, None]
+        term = tl.load(row(affine, 1, C) + c, mask=c < C, other=0.0)[:, None]
     else:
         about = shift_of(x, c, x_c, C, WIDE)[:, None]
     first = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
@@ -124,15 +142,16 @@ def sums_kernel(
     for unit in range(begin, tl.minimum(begin + units, B * tiles)):
         b = unit // tiles
         s = (unit % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
-        keep = (c < C)[:, None] & (s < S)[None, :]
+        inside = (c < C)[:, None] & (s < S)[None, :]
+        keep = inside
         if BACKWARD:
             live = live_channels(mapping, tasks, task, b, c, C, T, task_stride, EACH)
             alive = tl.where(live, 1.0, alive)
-            keep = keep & live[:, None]
-        v = tl.load(addresses(x, b, c, s, x_b, x_c, x_s, WIDE), mask=keep, other=0.0).to(tl.float32)
+            keep = inside & live[:, None]
+        v = kept(x, b, c, s, x_b, x_c, x_s, inside, keep, DENSE, WIDE).to(tl.float32)
         d = tl.where(keep, v - about, 0.0)
         if BACKWARD:
-            dz = tl.load(addresses(g, b, c, s, g_b, g_c, g_s, WIDE), mask=keep, other=0.0).to(tl.float32)
+            dz = kept(g, b, c, s, g_b, g_c, g_s, inside, keep, DENSE, WIDE).to(tl.float32)
             if RELU:
                 dz = tl.where(v * factor + term <= 0.0, 0.0, dz)
             first += dz
@@ -142,8 +161,8 @@ def sums_kernel(
             second += d * d
     to = partial + split.to(tl.int64) * 3 * C + c
     tl.store(to, tl.sum(first.to(tl.float64), 1), mask=c < C)
-    tl.store(to + C, tl.sum(second.to(tl.float64), 1), mask=c < C)
-    tl.store(to + 2 * C, alive, mask=c < C)
+    tl.store(row(to, 1, C), tl.sum(second.to(tl.float64), 1), mask=c < C)
+    tl.store(row(to, 2, C), alive, mask=c < C)
 
 
 @triton.jit
@@ -156,11 +175,11 @@ def parameter(p, c, C, GIVEN: tl.constexpr, otherwise: tl.constexpr):
 
 
 @triton.jit
-def total(partial, c, C, row: tl.constexpr, splits, BLOCK_C: tl.constexpr):
+def total(partial, c, C, number: tl.constexpr, splits, BLOCK_C: tl.constexpr):
     """The sum of the splits, in float64 like them: there are few."""
     sum_ = tl.zeros([BLOCK_C], tl.float64)
     for k in range(splits):
-        sum_ += tl.load(partial + tl.cast(k, tl.int64) * 3 * C + row * C + c, mask=c < C, other=0.0)
+        sum_ += tl.load(row(partial + tl.cast(k, tl.int64) * 3 * C, number, C) + c, mask=c < C, other=0.0)
     return sum_
 
 
@@ -199,8 +218,8 @@ def statistics_kernel(
         r = (1.0 / tl.sqrt(var32.to(tl.float64) + EPS)).to(tl.float32)
     a = r * parameter(weight, c, C, WEIGHT, 1.0)
     tl.store(affine + c, a, mask=inside)
-    tl.store(affine + C + c, parameter(bias, c, C, BIAS, 0.0) - m * a, mask=inside)
-    tl.store(affine + 2 * C + c, m, mask=inside)
+    tl.store(row(affine, 1, C) + c, parameter(bias, c, C, BIAS, 0.0) - m * a, mask=inside)
+    tl.store(row(affine, 2, C) + c, m, mask=inside)
 
 
 @triton.jit
@@ -220,38 +239,37 @@ def gradients_kernel(
         r = 1.0 / tl.sqrt(tl.load(running_var + c, mask=inside, other=1.0).to(tl.float64) + EPS)
     tl.store(dbias + c, sum_.to(tl.float32), mask=inside)
     tl.store(dweight + c, (by * r).to(tl.float32), mask=inside)
-    tl.store(affine + 3 * C + c, (sum_ / count).to(tl.float32), mask=inside)
-    tl.store(affine + 4 * C + c, (by * r * r / count).to(tl.float32), mask=inside)
-    tl.store(affine + 5 * C + c, tl.where(alive > 0.0, 1.0, 0.0), mask=inside)
+    tl.store(row(affine, 3, C) + c, (sum_ / count).to(tl.float32), mask=inside)
+    tl.store(row(affine, 4, C) + c, (by * r * r / count).to(tl.float32), mask=inside)
+    tl.store(row(affine, 5, C) + c, tl.where(alive > 0.0, 1.0, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["task"])
 def normalise_kernel(
     out, g, x, mapping, tasks, task, affine, C, S, T, task_stride,
     out_b, out_c, out_s, g_b, g_c, g_s, x_b, x_c, x_s,
-    EACH: tl.constexpr, BACKWARD: tl.constexpr, TRAINING: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    EACH: tl.constexpr, BACKWARD: tl.constexpr, TRAINING: tl.constexpr, RELU: tl.constexpr, DENSE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """grid (tiles,): y from x, or (BACKWARD) dx from g and x."""
     b, c, s = place(C, S, BLOCK_C, BLOCK_S)
     live = live_channels(mapping, tasks, task, b, c, C, T, task_stride, EACH)[:, None]
     inside = (c < C)[:, None] & (s < S)[None, :]
     factor = tl.load(affine + c, mask=c < C, other=0.0)[:, None]
-    term = tl.load(affine + C + c, mask=c < C, other=0.0)[:, None]
+    term = tl.load(row(affine, 1, C) + c, mask=c < C, other=0.0)[:, None]
     touched = inside & live
     if BACKWARD and TRAINING:  # a sample that drops a channel moves its statistics still
-        touched = inside & (tl.load(affine + 5 * C + c, mask=c < C, other=0.0) > 0.0)[:, None]
-    v = tl.load(addresses(x, b, c, s, x_b, x_c, x_s, WIDE), mask=touched, other=0.0).to(tl.float32)
+        touched = inside & (tl.load(row(affine, 5, C) + c, mask=c < C, other=0.0) > 0.0)[:, None]
+    v = kept(x, b, c, s, x_b, x_c, x_s, inside, touched, DENSE, WIDE).to(tl.float32)
     z = v * factor + term
     if BACKWARD:
-        keep = inside & live
-        dz = tl.load(addresses(g, b, c, s, g_b, g_c, g_s, WIDE), mask=keep, other=0.0).to(tl.float32)
+        dz = kept(g, b, c, s, g_b, g_c, g_s, inside, inside & live, DENSE, WIDE).to(tl.float32)
         if RELU:
             dz = tl.where(z <= 0.0, 0.0, dz)
         if TRAINING:
-            mean = tl.load(affine + 2 * C + c, mask=c < C, other=0.0)[:, None]
-            k = tl.load(affine + 3 * C + c, mask=c < C, other=0.0)[:, None]
-            q = tl.load(affine + 4 * C + c, mask=c < C, other=0.0)[:, None]
+            mean = tl.load(row(affine, 2, C) + c, mask=c < C, other=0.0)[:, None]
+            k = tl.load(row(affine, 3, C) + c, mask=c < C, other=0.0)[:, None]
+            q = tl.load(row(affine, 4, C) + c, mask=c < C, other=0.0)[:, None]
             dz = dz - k - (v - mean) * q
         made = dz * factor
     else:
@@ -274,17 +292,24 @@ class Walk(NamedTuple):
     strides: tuple[int, ...]  #: three of each tensor
     block_c: int
     block_s: int
+    dense: bool  #: channels are next to each other
     wide: bool
 
     def tiles(self) -> int:
         return self.B * cdiv(self.C, self.block_c) * cdiv(self.S, self.block_s)
+
+    def constants(self) -> dict[str, int]:
+        return {"DENSE": self.dense, "WIDE": self.wide, "BLOCK_C": self.block_c, "BLOCK_S": self.block_s}
 
     def of(self, k: int) -> tuple[int, ...]:
         return self.strides[3 * k : 3 * k + 3]
 
 
 def walk(*tensors: Tensor) -> Walk | None:
-    """None where the axes after the channels do not follow one another in memory, in the same order in all."""
+    """None where the axes after the channels do not follow one another in memory, in the same order in all.
+
+    Nor where there are more tiles than a grid has programs, at some 2^31 numbers.
+    """
     first = tensors[0]
     B, C = first.shape[:2]
     axes = sorted((d for d in range(2, first.dim()) if first.shape[d] != 1), key=lambda d: -first.stride(d))
@@ -293,7 +318,8 @@ def walk(*tensors: Tensor) -> Walk | None:
             return None
     S = first[0, 0].numel() if first.dim() > 2 else 1
     strides = tuple(v for t in tensors for v in (t.stride(0), t.stride(1), t.stride(axes[-1]) if axes else 1))
-    if first.stride(1) == 1 and C > 1:  # channels last, or no positions
+    dense = first.stride(1) == 1 and C > 1  # channels last, or no positions
+    if dense:
         block_c = min(power_of_2(C, 1), 256 if S > 1 else _TILE)
         block_s = min(power_of_2(S, 1), _TILE // block_c)
     else:
@@ -302,7 +328,8 @@ def walk(*tensors: Tensor) -> Walk | None:
     extent = max(
         (C - 1) * abs(t[1]) + (S - 1) * abs(t[2]) for t in (strides[i : i + 3] for i in range(0, len(strides), 3))
     )
-    return Walk(B, C, S, strides, block_c, block_s, force_wide or extent + _TILE * 2 >= 2**31)
+    made = Walk(B, C, S, strides, block_c, block_s, dense, force_wide or extent + _TILE * 2 >= 2**31)
+    return made if made.tiles() < 2**31 - 2**16 else None
 
 
 force_wide = False  #: tests check 64-bit addresses on small tensors
@@ -328,8 +355,8 @@ def _mask(
     launch.launch(
         mask_kernel, (way.tiles(),), out, x, y, *which, way.C, way.S, T, task_stride,
         *way.of(0), *way.of(1), *(way.of(0) if y is None else way.of(2)), warps=4, stages=1,
-        EACH=each, GATE=y is not None, RELU=relu, ONLY_DEAD=out is x and not relu, WIDE=way.wide,
-        BLOCK_C=way.block_c, BLOCK_S=way.block_s,
+        EACH=each, GATE=y is not None, RELU=relu, ONLY_DEAD=out is x and not relu and not way.dense,
+        **way.constants(),
     )  # fmt: skip
     return True
 
@@ -393,14 +420,14 @@ def batch_norm(
     y = torch.empty_like(x)
     way = walk(x, y)
     if way is None:
-        raise ValueError("x: expected contiguous or channels last")
+        raise ValueError("x: expected contiguous or channels last, of fewer than 2^31 tiles")
     C = way.C
     affine = x.new_empty(3, C, dtype=torch.float32)
     mean = x.new_empty(C if training else 0, dtype=torch.float32)
     scale = torch.empty_like(mean)
     which, (T, task_stride), each = _task(mapping, tasks, task)
     split = _split(x, way) if training else None
-    tile = {"WIDE": way.wide, "BLOCK_C": way.block_c, "BLOCK_S": way.block_s}
+    tile = way.constants()
     if split is not None:
         launch.launch(
             sums_kernel, (cdiv(C, way.block_c), split.splits), split.partial, x, x, *which, affine, way.B, C, way.S, T,
@@ -426,14 +453,14 @@ def batch_norm_backward(
         g = torch.empty_like(x).copy_(g)
     way = walk(x, g, dx)
     if way is None:
-        raise ValueError("x: expected contiguous or channels last")
+        raise ValueError("x: expected contiguous or channels last, of fewer than 2^31 tiles")
     C = way.C
     affine = x.new_empty(6, C, dtype=torch.float32)
     dw, db = (x.new_empty(C, dtype=torch.float32 if p is None else p.dtype) for p in (weight, bias))
     _statistics(x, way, None, affine, mean, scale, running_mean, running_var, weight, bias, training, 0.0, eps)
     which, (T, task_stride), each = _task(mapping, tasks, task)
     split = _split(x, way)
-    tile = {"WIDE": way.wide, "BLOCK_C": way.block_c, "BLOCK_S": way.block_s}
+    tile = way.constants()
     launch.launch(
         sums_kernel, (cdiv(C, way.block_c), split.splits), split.partial, g, x, *which, affine, way.B, C, way.S, T,
         task_stride, split.units, *way.of(1), *way.of(0), warps=8, stages=2, EACH=each, BACKWARD=True, RELU=relu,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastroute.reference.step import Grads, Step
 
 from . import launch as start
-from .launch import DTYPES, cdiv, multiprocessors
+from .launch import DTYPES, cdiv, multiprocessors, shared_memory
 from .vector_routing_backward import backward_kernel
 from .vector_routing_forward import forward_kernel
 from .vector_routing_plan import MAX_OUTPUTS, Plan, leaves, padded, plan, product_dtype
@@ -73,6 +73,7 @@ class _Call:
             self.B, self.n, self.m, self.d, step.x.dtype, step.precision,
             operands=self.operands, backward=backward, made_gate=backward and step.gate_weight is not None,
             own_rows=want_rows and own_rows, one_pass=force_one_pass, sms=multiprocessors(step.x.device),
+            shared=shared_memory(step.x.device),
         )  # fmt: skip
         self.mask = None if step.mask is None else step.mask.expand(self.B, self.n, self.m).view(torch.uint8)
         self.mask_strides = (0, 0, 0) if self.mask is None else self.mask.stride()

@@ -20,7 +20,10 @@ the chunk, once, in the dtype of the products; then ``aggregate`` (coefficient^T
 
 A chunk's coefficient and score take at most SCRATCH bytes (but it has at least 16 rows of one sample), and so do the
 stacked operands of its samples; partial sums over rows take at most PARTIAL bytes, or one buffer of the result's size.
-Tiles shrink while there are fewer programs than multiprocessors.
+Tiles shrink while there are fewer programs than multiprocessors. The buffers of a product's operands, all stages of
+them, stay within a block's shared memory: a product takes a smaller tile, which holds its sums without spilling where
+products are not asynchronous, and the row kernel, whose outputs are all on chip, goes in shallower steps, or in two
+phases.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from .launch import SMS, cdiv, power_of_2
+from .launch import SHARED, SMS, cdiv, power_of_2
 
 SCRATCH = 64 << 20
 PARTIAL = 24 << 20
@@ -88,17 +91,20 @@ _PLAIN_TILES = ((128, 64), (64, 64), (32, 64), (32, 32), (16, 32), (16, 16))
 
 
 def _product_tile(
-    rows: int, columns: int, depth: int, copies: int, itemsize: int, cores: bool, sms: int, largest: int = 256 * 128
-) -> Tile:
+    rows: int, columns: int, depth: int, copies: int, itemsize: int, cores: bool, sms: int, shared: int,
+    largest: int = 256 * 128,
+) -> Tile:  # fmt: skip
     """Tile of a matrix product of [rows, depth] by [depth, columns], ``copies`` of them in one launch."""
-    step = min(64 if itemsize == 2 else 32, power_of_2(depth))
+    step, stages = min(64 if itemsize == 2 else 32, power_of_2(depth)), 3 if cores else 2
     for high, wide in _TENSOR_CORE_TILES if cores else _PLAIN_TILES:
         if high * wide > largest or high > 2 * rows or wide > 2 * columns:
+            continue
+        if (high + wide) * step * itemsize * stages > shared:
             continue
         if 4 * cdiv(rows, high) * cdiv(columns, wide) * copies >= 3 * sms:
             break
     high, wide = min(high, power_of_2(rows)), min(wide, power_of_2(columns))
-    return Tile(high, wide, step, 8 if high * wide >= 64 * 128 else 4, 3 if cores else 2)
+    return Tile(high, wide, step, 8 if high * wide >= 64 * 128 else 4, stages)
 
 
 def _pairs(loops: bool) -> int:
@@ -106,13 +112,18 @@ def _pairs(loops: bool) -> int:
     return 256 * (8 if loops else 16)
 
 
-def _row_tile(n: int, groups: int, m: int, d: int, pairs: int, depth: int, cores: bool, sms: int) -> Tile:
+def _row_tile(
+    n: int, groups: int, m: int, d: int, pairs: int, operands: int, itemsize: int, cores: bool, sms: int, shared: int
+) -> Tile:
     """Tile of the row kernel that makes its own products."""
     wide = power_of_2(m)
     high = min(128, max(16, pairs // wide), power_of_2(n))
     while high > 16 and cdiv(n, high) * groups < sms:
         high //= 2
-    return Tile(high, wide, min(depth, power_of_2(d)), 8 if 2 * high * wide > pairs else 4, 3 if cores else 2)
+    depth, stages = min(64 if itemsize == 2 else 32, power_of_2(d)), 3 if cores else 2
+    while depth > 16 and (high + operands * wide) * depth * itemsize * stages > shared:
+        depth //= 2
+    return Tile(high, wide, depth, 8 if 2 * high * wide > pairs else 4, stages)
 
 
 def _whole_row_tile(n: int, m: int, d: int, sms: int) -> Tile:
@@ -149,6 +160,7 @@ def plan(
     made_gate: bool = False,
     one_pass: bool | None = None,
     sms: int = SMS,
+    shared: int = SHARED,
 ) -> Plan:
     """Blocks and path for one iteration.
 
@@ -159,6 +171,7 @@ def plan(
         made_gate: the backward pass of an iteration that made its gates.
         one_pass: force the path; None chooses.
         sms: multiprocessors to fill.
+        shared: bytes of shared memory that a block may use.
     """
     kind = product_dtype(dtype, precision)
     cores = kind != torch.float32 or precision == "tf32"
@@ -168,7 +181,8 @@ def plan(
     pairs = _pairs(backward and own_rows and B > 1)
     if one_pass is None:
         high = pairs // wide
-        one_pass = high >= 64 or (high >= 16 and B * cdiv(n, high) <= 2 * sms)
+        fits = (high + operands * wide) * 16 * size * (3 if cores else 2) <= shared
+        one_pass = fits and (high >= 64 or (high >= 16 and B * cdiv(n, high) <= 2 * sms))
     one_pass = one_pass or operands == 0
     coefficients = operands if backward else 1
 
@@ -188,16 +202,16 @@ def plan(
     if backward:
         groups = 1 if own_rows else batch
     if one_pass and operands:
-        row = _row_tile(rows, groups, m, d, pairs, 64 if size == 2 else 32, cores, sms)
+        row = _row_tile(rows, groups, m, d, pairs, operands, size, cores, sms, shared)
     else:
         row = _whole_row_tile(rows, m, d, sms)
         if not backward:
             groups = min(batch, cdiv(2 * sms, cdiv(rows, row.rows)))
 
     K = coefficients * outputs
-    score = _product_tile(rows, operands * outputs, d, batch, size, cores, sms)
-    spread = _product_tile(rows, d, K, batch, size, cores, sms, largest=(64 if made_gate else 128) * 128)
-    aggregate = _product_tile(outputs, d, rows, batch * cdiv(rows, 256), size, cores, sms)
+    score = _product_tile(rows, operands * outputs, d, batch, size, cores, sms, shared)
+    spread = _product_tile(rows, d, K, batch, size, cores, sms, shared, largest=(64 if made_gate else 128) * 128)
+    aggregate = _product_tile(outputs, d, rows, batch * cdiv(rows, 256), size, cores, sms, shared)
     tiles = cdiv(outputs, aggregate.rows) * cdiv(d, aggregate.columns)
     programs = sms if aggregate.rows * aggregate.columns > 128 * 128 else 2 * sms
     most = cdiv(rows, 4 * aggregate.depth)

@@ -1,27 +1,44 @@
-"""Triton kernels compiled where there is no GPU: record the launches an op would make, compile them for a GPU, report.
+"""Triton kernels compiled where there is no GPU: record the launches that an op would make, compile them, report.
 
-``record`` runs an op on meta tensors (no memory, any size) and keeps its launches; ``compile_for`` compiles one exactly
-as its launch would, and reads shared memory, registers and stack (spills) from the machine code. TRITON_INTERPRET must
-be off when triton is first imported, so a test file does this in a process of its own: ``report_of(__file__, name)``
-runs the file as a program, which calls ``print_reports``, and returns what it printed.
+* ``record(call)`` runs functions of ``fastroute.kernels`` on meta tensors (no memory, any size) and keeps the launches;
+  ``record_ops(call)`` does the same for public functions and layers, gradients included.
+* ``warm(launch, arch)`` compiles one exactly as its launch would: through Triton's own warm-up, under a driver that
+  reports a GPU, so types, divisibility and ``do_not_specialize`` are Triton's. It leaves the kernel in Triton's disk
+  cache (TRITON_CACHE_DIR) under the key that a launch on such a GPU looks up. The key has Triton's and ptxas' versions,
+  the kernels' source, the architecture and TRITON_ variables in it; ``move_cache`` makes a copied cache valid.
+* ``compile_for(launch, arch)`` reads shared memory, registers, spills and instructions from the machine code.
+* ``facts_of(launch)`` finds 32-bit integers that could overflow, and memory that is read and written.
+
+TRITON_INTERPRET must be off when triton is first imported, so a test file compiles in a process of its own:
+``report_of(__file__, name)`` runs the file as a program, which calls ``print_reports``, and returns what it printed.
+``python -m tests.aot table`` prints all test files' cases as a table.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  #: bytes a block may use, by compute capability
-FIRST_LEVEL = {80: 192 << 10, 90: 256 << 10, 100: 256 << 10}  #: bytes of a multiprocessor, shared memory included
+from tests import ranges
+
+#: Bytes that a block may use, and those of a multiprocessor's first-level cache, shared memory included, by compute
+#: capability: tables "Technical Specifications per Compute Capability" of the CUDA programming guide.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+FIRST_LEVEL = {80: 192 << 10, 86: 128 << 10, 89: 128 << 10, 90: 256 << 10, 100: 256 << 10, 120: 128 << 10}
+ARCHS = (80, 90, 100)  #: one of each kind: those that tests compile for unless they say otherwise
 #: Bytes of stack on sm_90 where Triton 3.9 needs none: older ones keep up to four registers of some kernels in memory.
 SPARE = 16 if tuple(map(int, version("triton").split(".")[:2])) < (3, 9) else 0
 _TENSOR_OPS = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
@@ -38,6 +55,10 @@ class Launch(NamedTuple):
     stages: int
     constants: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
 
 class Report(NamedTuple):
     """What a kernel takes on one architecture."""
@@ -46,12 +67,16 @@ class Report(NamedTuple):
     case: str
     arch: int
     grid: tuple[int, ...]
+    tile: str  #: the constants that say how large a block's tile is, with warps and stages
     shared: int  #: bytes per block
     registers: int  #: per thread
     stack: int  #: bytes per thread: spilled registers, 0 is none
     threads: int  #: per block
     tensor_ops: dict[str, int]  #: matrix instructions by kind, as they stand in the code
-    async_copies: int
+    math: dict[str, int]  #: matrix instructions and scalar multiply-adds of the machine code
+    loads: dict[str, int]  #: loads from global memory, by bytes of a thread's access
+    copies: dict[str, int]  #: asynchronous copies from global to shared memory, likewise
+    stores: dict[str, int]  #: stores to global memory, likewise
 
 
 def spills_stay_near(r: Report) -> bool:
@@ -59,105 +84,221 @@ def spills_stay_near(r: Report) -> bool:
     return r.shared + r.stack * r.threads <= FIRST_LEVEL[r.arch]
 
 
-def record(call: Callable[[], Any]) -> list[Launch]:
-    """The launches that ``call`` makes through ``fastroute.kernels.launch``, without making them."""
+@contextmanager
+def _recording(arch: int) -> Iterator[list[Launch]]:
+    """Launches through ``fastroute.kernels.launch`` are kept, not made; plans see the shared memory of ``arch``."""
     found: list[Launch] = []
 
     def keep(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:
         found.append(Launch(kernel, grid, args, warps, stages, constants))
 
-    with mock.patch("fastroute.kernels.launch.launch", keep):
+    with (
+        mock.patch("fastroute.kernels.launch.launch", keep),
+        mock.patch("fastroute.kernels.launch.SHARED", SHARED_LIMIT[arch]),
+    ):
+        yield found
+
+
+_planned_for = 90  #: the architecture that launches are recorded for, unless their recorder says otherwise
+
+
+def record(call: Callable[[], Any], arch: int | None = None) -> list[Launch]:
+    """The launches that ``call`` makes of kernels on meta tensors, without making them."""
+    with _recording(arch or _planned_for) as found:
         call()
     return found
 
 
-def _specialised(value: Any) -> tuple[str, Any, list[list[Any]]]:
-    """(type, constant, attributes) that a launch with this argument compiles for."""
+def record_ops(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
+    """The launches that ops and layers in ``call`` would make on a GPU; all its tensors are on "meta".
+
+    Every op runs what it is registered to run on CUDA, with the backend that it would choose there.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fastroute.ops import _backends
+
+    decide, autocast = _backends.decide, torch.autocast
+
+    class OnGpu(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace != "fastroute":
+                return func(*args, **(kwargs or {}))
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **(kwargs or {}))
+
+    def chosen(case: Any, request: str) -> Any:
+        return decide(dataclasses.replace(case, device="cuda"), request)
+
+    def cast(device: str, **options: Any) -> Any:
+        return autocast("cpu" if device == "meta" else device, **options)
+
+    try:
+        with (
+            mock.patch.object(_backends, "decide", chosen),
+            mock.patch("torch.autocast", cast),
+            _recording(arch) as found,
+            OnGpu(),
+        ):
+            call()
+    finally:
+        _backends._taken.cache_clear()
+    return found
+
+
+class _Driver:
+    """Of a GPU that is not there. Triton keeps kernels by device, whose number is the architecture's."""
+
+    def __init__(self, arch: int, device: int | None = None) -> None:
+        self.arch, self.device = arch, arch if device is None else device
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def warm(launch: Launch, arch: int) -> Any:
+    """The compiled kernel of a launch on compute capability ``arch``, from Triton's cache if it is there."""
+    from triton.runtime import driver
+
+    with mock.patch.object(driver, "_active", _Driver(arch)):
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **options, **launch.constants)
+
+
+def first_ir(launch: Launch) -> str:
+    """Triton's own IR of a launch, before anything that depends on an architecture."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime import driver
+
+    made = []
+
+    def lower(
+        key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: Any
+    ) -> None:
+        from triton._C.libtriton import ir
+
+        kernel, backend, context = launch.kernel, make_backend(active.get_current_target()), ir.context()
+        source = kernel.ASTSource(kernel, signature, constants, attributes)
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        codegen, modules, stages = backend.get_codegen_implementation(options), backend.get_module_map(), {}
+        backend.add_stages(stages, options, source.language)
+        module = source.make_ir(active.get_current_target(), options, codegen, modules, context)
+        made.append(str(stages["ttir"](module, {})))
+
+    active = _Driver(90, device=-1)
+    with mock.patch.object(driver, "_active", active), mock.patch.object(launch.kernel, "_do_compile", lower):
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **options, **launch.constants)
+    return made[0]
+
+
+class Facts(NamedTuple):
+    """What a launch does, whatever the architecture."""
+
+    overflows: list[ranges.Overflow]  #: 32-bit integers that may not hold what they should
+    shared: set[tuple[str, str]]  #: (an argument that is read, one that is written), in the same memory
+
+
+def facts_of(launch: Launch) -> Facts:
+    """Found by interval arithmetic over the launch's IR: no code is made, so it takes some 50 ms."""
     import torch
 
-    names = {
-        torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-        torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32",
-    }  # fmt: skip
-    if value is None:
-        return "constexpr", None, []
-    if isinstance(value, torch.Tensor):
-        return "*" + names[value.dtype], None, [["tt.divisibility", 16]]
-    if isinstance(value, float):
-        return "fp32", None, []
-    if value == 1:
-        return "constexpr", 1, []
-    return ("i32" if -(2**31) <= value < 2**31 else "i64"), None, ([["tt.divisibility", 16]] if value % 16 == 0 else [])
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    tensors = {name: a for name, a in arguments.items() if isinstance(a, torch.Tensor)}
+    longest = max((size for t in tensors.values() for size in t.shape), default=0)
+    found = ranges.facts(first_ir(launch), launch.grid, arguments, longest)
+    storage = {name: t.untyped_storage()._cdata for name, t in tensors.items()}
+    both = {(r, w) for r in found.read for w in found.written if storage[r] == storage[w]}
+    return Facts(found.overflows, both)
+
+
+def move_cache(folder: Path) -> int:
+    """Make the kernels of a cache that was copied to ``folder`` found there; how many they are.
+
+    Triton notes a kernel's files with their whole paths.
+    """
+    groups = list(folder.glob("*/__grp__*.json"))
+    for group in groups:
+        names = json.loads(group.read_text())["child_paths"]
+        here = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
+        group.write_text(json.dumps({"child_paths": here}))
+    return len(groups)
 
 
 def compile_for(launch: Launch, arch: int, case: str = "") -> Report:
-    """Compile a recorded launch for compute capability ``arch`` (80, 90, 100)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(launch.kernel.arg_names):
-        if name in launch.constants:
-            signature[name], constants[(index,)] = "constexpr", launch.constants[name]
-            continue
-        kind, constant, attribute = _specialised(launch.args[index])
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[(index,)] = constant
-        if attribute:
-            attributes[(index,)] = attribute
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    """Compile a recorded launch for compute capability ``arch``."""
+    compiled = warm(launch, arch)
     ptx = compiled.asm["ptx"]
-    registers, stack = _resources(compiled.asm["cubin"])
+    code = _disassembled(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", code)
+    assert found is not None, code
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", code, re.MULTILINE)
+    math = Counter(op.split(".")[0] for op in opcodes)
     tensor_ops = {op: len(re.findall(rf"\s{pattern}", ptx)) for op, pattern in _TENSOR_OPS.items()}
+    blocks = " ".join(f"{k}{v}" for k, v in launch.constants.items() if _IS_BLOCK.match(k))
     return Report(
-        kernel=launch.kernel.fn.__name__,
+        kernel=launch.name,
         case=case,
         arch=arch,
         grid=launch.grid,
+        tile=f"{blocks} w{launch.warps} s{launch.stages}",
         shared=compiled.metadata.shared,
-        registers=registers,
-        stack=stack,
+        registers=int(found[1]),
+        stack=int(found[2]),
         threads=32 * launch.warps,
         tensor_ops={op: count for op, count in tensor_ops.items() if count},
-        async_copies=len(re.findall(r"cp\.async\.c[ag]|cp\.async\.bulk\.tensor", ptx)),
+        math={op: math[op] for op in ("HGMMA", "UTCHMMA", "HMMA", "DFMA", "FFMA") if math[op]},
+        loads=_by_bytes(opcodes, "LDG"),
+        copies=_by_bytes(opcodes, "LDGSTS"),
+        stores=_by_bytes(opcodes, "STG"),
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+_IS_BLOCK = re.compile(r"BLOCK|ROWS_|SUMS_|PIECE$|S$|CP$|J$|HP$")
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+def _by_bytes(opcodes: Iterable[str], kind: str) -> dict[str, int]:
+    """{bytes: how many}, widest first, of one kind of access; 4 bytes are what an opcode does not mention."""
+    found = Counter(
+        next((_BYTES[part] for part in op.split(".")[1:] if part in _BYTES), 4)
+        for op in opcodes
+        if op.split(".")[0] == kind
+    )
+    return {str(width): found[width] for width in sorted(found, reverse=True)}
+
+
+def _disassembled(cubin: bytes) -> str:
+    """Resource usage and machine code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, text
-    return int(found[1]), int(found[2])
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def print_reports(cases: Iterable[tuple[str, list[Launch]]], archs: Iterable[int] = tuple(SHARED_LIMIT)) -> None:
-    """Compile every launch, each (kernel, element types, constants, architecture) once, and print one report a line."""
-    for name, launches in cases:
-        seen = set()
-        for launch in launches:
-            key = (
-                launch.kernel,
-                str(launch.constants),
-                launch.warps,
-                tuple(getattr(a, "dtype", None) for a in launch.args),
-            )
-            if key in seen:
-                continue
-            seen.add(key)
-            for arch in archs:
-                print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
+def print_reports(cases: Iterable[tuple[str, Callable[[], Iterable[Launch]]]], archs: Iterable[int] = ARCHS) -> None:
+    """Compile every launch as each architecture plans it, the same kernel once, and print one report a line."""
+    for (name, launches), arch in itertools.product(cases, archs):
+        with mock.patch("tests.aot._planned_for", arch):
+            seen: dict[str, Launch] = {}
+            for launch in launches():
+                seen.setdefault(warm(launch, arch).hash, launch)
+        for launch in seen.values():
+            print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
 
 
 def _printed(*arguments: str) -> str:
@@ -174,10 +315,10 @@ def _read(text: str) -> list[Report]:
     return [Report(**json.loads(line)) for line in text.splitlines()]
 
 
-def report_of(file: str, name: str) -> list[Report]:
-    """A test file's case on every architecture."""
-    found = _read(_printed(file, name))
-    assert {r.arch for r in found} == set(SHARED_LIMIT)
+def report_of(file: str, name: str, archs: Sequence[int] = ARCHS) -> list[Report]:
+    """A test file's case on some architectures."""
+    found = _read(_printed(file, name, *map(str, archs)))
+    assert {r.arch for r in found} == set(archs)
     return found
 
 
@@ -189,3 +330,40 @@ def reports_of(cases: Sequence[tuple[str, str]], arch: int) -> list[list[Report]
     found = [_read(part) for part in parts]
     assert not found.pop() and all({r.arch for r in of} == {arch} for of in found)
     return found
+
+
+def table(arch: int = 90) -> str:
+    """Markdown: every case of the test files, each kernel and tile once, on one architecture."""
+    from tests.kernels import test_aot_quick
+
+    rows = [
+        "| op | case | kernel | tile | registers | spilled | shared | mathematics | loads | stores |",
+        "|---" * 10 + "|",
+    ]
+    for module in test_aot_quick.CASES:
+        op = ", ".join(re.findall(r"``(\w+)``", module.__doc__ or ""))
+        names = list(getattr(module, "CASES", None) or module.cases())
+        for reports in reports_of([(str(module.__file__), name) for name in names], arch):
+            for r in {(r.case, r.kernel, r.tile): r for r in reversed(reports)}.values():
+                counts = [" ".join(f"{op} {n}" for op, n in r.math.items())]
+                loads = [f"{n} x {width} B" for width, n in r.loads.items()]
+                loads += [f"{n} x {width} B async" for width, n in r.copies.items()]
+                counts += [", ".join(loads), ", ".join(f"{n} x {width} B" for width, n in r.stores.items())]
+                cells = [
+                    op,
+                    r.case,
+                    r.kernel,
+                    r.tile,
+                    r.registers,
+                    f"{r.stack} B",
+                    f"{r.shared / 1024:.4g} KB",
+                    *counts,
+                ]
+                rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["table"]:
+        raise SystemExit("python -m tests.aot table")
+    print(table())

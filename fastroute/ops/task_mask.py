@@ -240,8 +240,8 @@ def task_mask(
         mapping: [T, C] of 0 and 1, the channels of each task. It has no gradient.
         task: the task, an int or a 0-d integer tensor; or one for each sample, an integer tensor [B].
         relu: y = max(x, 0) in live channels instead.
-        inplace: write into x, which is returned, so that autograd knows. Without ``relu`` only dead channels are
-            written. torch.compile and vmap make a new tensor and copy it.
+        inplace: write into x, which is returned, so that autograd knows. Without ``relu`` live channels keep what they
+            hold. torch.compile and vmap make a new tensor and copy it.
 
     Returns:
         y in x's shape, dtype and layout. A task tensor is not compiled in: one graph serves all tasks.

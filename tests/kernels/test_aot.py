@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +29,7 @@ CASES = {
     "million-tf32": Case(1, 1_000_000, 100, 1024, "float32", "tf32"),
     "wide-bf16": Case(4, 2000, 1000, 1024, "bfloat16"),
     "head-bf16": Case(50, 4925, 64, 1024, "bfloat16", linear=True),
+    "one-pass-bf16": Case(1, 500, 250, 256, "bfloat16", linear=True),
     "small-ieee": Case(4, 100, 10, 256, "float32", masked=True),
 }
 
@@ -82,8 +84,15 @@ def test_fits(name: str) -> None:
     check(name, aot.report_of(__file__, name))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["million-tf32", "wide-bf16", "one-pass-bf16"])
+def test_fits_where_shared_memory_is_small(name: str) -> None:
+    check(name, aot.report_of(__file__, name, (86,)))
+
+
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
     for case_name in sys.argv[1].split(","):
         for first in (True, False):
-            aot.print_reports([(f"{case_name} t{int(not first)}", list(launches(CASES[case_name], first)))], archs)
+            case = partial(launches, CASES[case_name], first)
+            aot.print_reports([(f"{case_name} t{int(not first)}", case)], archs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -66,15 +67,16 @@ def launches(case: Case) -> Iterator[Any]:
 def check(name: str, found: list[aot.Report]) -> None:
     """Shared memory is within every architecture's limit, and products are on tensor cores where they can be.
 
-    What spills, after the product of the widest tiles (an activation of 128 numbers a thread) and where rows of halves
-    are read one by one, stays in first-level cache.
+    Nothing spills on sm_90 but after the widest tiles' product, in SiLU of 128 numbers a thread. What that and others
+    elsewhere spill stays in first-level cache.
     """
     case = CASES[name]
     backward = {"sums_kernel"} if name.startswith("experts") else {"gradients_kernel"}
     assert {r.kernel for r in found} >= {"rows_kernel"} | backward
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert aot.spills_stay_near(r), r
+        wide = r.kernel == "rows_kernel" and case.activation == 4
+        assert r.stack <= aot.SPARE if r.arch == 90 and not wide else aot.spills_stay_near(r), r
         if r.kernel in ("rows_kernel", "sums_kernel", "gradients_kernel"):
             assert bool(r.tensor_ops) == (case.dtype != "float32" or case.precision == "tf32"), r
 
@@ -85,7 +87,13 @@ def test_fits(name: str) -> None:
     check(name, aot.report_of(__file__, name))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["experts-up", "experts-tf32"])
+def test_fits_where_shared_memory_is_small(name: str) -> None:
+    check(name, aot.report_of(__file__, name, (86,)))
+
+
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
     for case_name in sys.argv[1].split(","):
-        aot.print_reports([(case_name, list(launches(CASES[case_name])))], archs)
+        aot.print_reports([(case_name, partial(launches, CASES[case_name]))], archs)

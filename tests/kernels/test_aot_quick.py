@@ -18,7 +18,7 @@ from . import (
 
 pytest.importorskip("triton")
 CASES = {
-    test_aot: "small-ieee", test_aot_dispatch: "selection", test_aot_policy: "routed", test_task_mask_aot: "first-fp32",
+    test_aot: "small-ieee", test_aot_dispatch: "selection", test_aot_policy: "routed", test_task_mask_aot: "last-bf16",
     test_trajectory_loss_aot: "wpl", test_soft_assignment_aot: "routing", test_matrix_routing_aot: "odd-bf16",
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastroute.kernels.vector_routing_plan import PARTIAL, SCRATCH, Plan, padded, plan
+from fastroute.kernels.vector_routing_plan import PARTIAL, SCRATCH, Plan, padded, plan, product_dtype
 
 SHAPES = [
     (1, 1, 2, 1),
@@ -55,6 +55,21 @@ def test_tiles_are_legal(shape: tuple[int, int, int, int], precision: str) -> No
         for tile in products:
             assert all(side >= 16 and side & (side - 1) == 0 for side in tile[:3])
         assert chosen.row.columns >= padded(m) and chosen.row.rows & (chosen.row.rows - 1) == 0
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 500, 250, 256), (4, 200, 250, 1024)])
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+def test_operands_fit(shape: tuple[int, int, int, int], precision: str, shared: int) -> None:
+    """All stages of the tiles that a product's step reads."""
+    size = product_dtype(torch.float32, precision).itemsize
+    for options in OPTIONS:
+        chosen = plan(*shape, torch.float32, precision, shared=shared, **options)
+        products = [(tile, tile.columns) for tile in (chosen.score, chosen.aggregate, chosen.spread)]
+        if chosen.one_pass:
+            products.append((chosen.row, options["operands"] * chosen.row.columns))
+        for tile, columns in products:
+            assert (tile.rows + columns) * tile.depth * size * tile.stages <= shared
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from fastroute.kernels.grouped_linear_plan import (
     PARTIAL,
+    Device,
     row_tiles,
     rows_tile,
     search,
@@ -51,13 +52,29 @@ def test_every_row_has_one_tile(counts: list[int], dropped: int, R: int) -> None
 @pytest.mark.parametrize("sms", [2, 132])
 def test_tiles_are_legal(size: tuple[int, ...], dtype: torch.dtype, precision: str, sms: int) -> None:
     N, K, F, O = size
+    device = Device(sms)
     for tile in (
-        rows_tile(N, K, F, O, dtype, precision, sms), rows_tile(N, K, O, F, dtype, precision, sms),
-        sums_tile(N, K, F, O, dtype, precision, sms).tile, sums_tile(N, K, 0, O, dtype, precision, sms).tile,
+        rows_tile(N, K, F, O, dtype, precision, device), rows_tile(N, K, O, F, dtype, precision, device),
+        sums_tile(N, K, F, O, dtype, precision, device).tile, sums_tile(N, K, 0, O, dtype, precision, device).tile,
     ):  # fmt: skip
         assert all(side >= 16 and side & (side - 1) == 0 for side in tile[:3])
         staged = (tile.rows + tile.columns) * tile.depth * dtype.itemsize * tile.stages
         assert staged <= 160 << 10 and tile.rows * tile.columns <= 128 * 32 * tile.warps
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype, precision", KINDS, ids=str)
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize("sloped", [False, True])
+def test_operands_fit(size: tuple[int, ...], dtype: torch.dtype, precision: str, shared: int, sloped: bool) -> None:
+    """All stages of what a step reads, twice as much of the operand that is made of two tensors."""
+    N, K, F, O = size
+    for IN, OUT in ((F, O), (O, F)):
+        rows = rows_tile(N, K, IN, OUT, dtype, precision, Device(132, shared), sloped)
+        sums = sums_tile(N, K, IN, OUT, dtype, precision, Device(132, shared), sloped).tile
+        for tile in (rows, sums):
+            a_step = (tile.rows * (1 + sloped) + tile.columns) * tile.depth * dtype.itemsize
+            assert a_step * tile.stages <= shared
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

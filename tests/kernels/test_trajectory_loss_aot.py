@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,13 +32,13 @@ def cases() -> dict[str, Case]:
     }
 
 
-def launches(case: Case) -> Iterator[Any]:
+def launches(case: Case, B: int = 1000) -> Iterator[Any]:
     import torch
 
     from fastroute.kernels import trajectory_loss
     from fastroute.ops.trajectory_loss import laid_out
 
-    T, B = len(case.kinds), 1000
+    T = len(case.kinds)
     x, mask = torch.empty(B, device="meta"), torch.empty(B, dtype=torch.bool, device="meta")
     rows = [x] * T
     args = laid_out(
@@ -65,5 +66,5 @@ def test_fits(name: str) -> None:
 pytest.importorskip("triton")
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.SHARED_LIMIT)
-    aot.print_reports([(name, list(launches(cases()[name]))) for name in sys.argv[1].split(",")], archs)
+    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
+    aot.print_reports([(name, partial(launches, cases()[name])) for name in sys.argv[1].split(",")], archs)
