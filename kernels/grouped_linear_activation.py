@@ -1,7 +1,7 @@
 """What follows a module's product, and its slope, by the number that ``reference.grouped_linear.ACTIVATIONS`` gives it.
 
-In float32. EXACT: what is made stays in float32, so exponentials are good to a rounding or two (the hardware's own lose a
-rounding for every unit of the exponent), and quotients are rounded as they should be; else the fast ones will do.
+In float32. EXACT: what is made stays in float32, so exponentials are good to a rounding or two (the hardware's own lose
+a rounding for every unit of the exponent), and quotients are rounded as they should be; else the fast ones will do.
 Axes: any.
 """
 
