@@ -18,7 +18,7 @@ from ..reference.grouped_linear import ACTIVATIONS
 from ..reference.policy import accumulating
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled products
 from . import grouped_linear as _grouped_linear  # noqa: F401  (says which backends there are)
-from ._autocast import autocast_dtype
+from ._autocast import autocast_dtype, autocast_off
 from ._backends import note, taken
 from ._checks import floating, shown
 from ._registry import define, no_second_derivative
@@ -90,7 +90,7 @@ def _forward(
     x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
     activation: str, gated: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         if _is_fused(backend):
             options = k, _NUMBERS[activation], gated, precision_of(x, "")
             h, _ = _kernels().hidden(x, order, offsets, weights, w_in, *options)
@@ -154,7 +154,7 @@ def _backward(
     want_u = want_x or want_in
     if not (want_u or want_weights or want_out):
         return made[0], made[1], made[2], made[3]
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         samples = _samples(order, k)
         of_hidden = _hidden_backward_fused if _is_fused(backend) else _hidden_backward
         d_u, d_weights, made[3] = of_hidden(
