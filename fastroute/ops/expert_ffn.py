@@ -81,6 +81,11 @@ def _weights(order: Tensor, offsets: Tensor, weights: Tensor | None, dtype: torc
     return torch.where(torch.arange(len(order), device=order.device) < offsets[-1], w, 0)
 
 
+def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Of the sorted entries: their samples and weights."""
+    return _samples(order, k), _weights(order, offsets, weights, dtype)
+
+
 def _summed(entries: Tensor, k: int) -> Tensor:
     """[N, ...] -> [B, ...], in float32 for half precision."""
     return entries if k == 1 else entries.view(-1 if len(entries) else 0, k, entries.shape[1]).sum(1)
@@ -95,8 +100,9 @@ def _forward(
             options = k, _NUMBERS[activation], gated, precision_of(x, "")
             h, _ = _kernels().hidden(x, order, offsets, weights, w_in, *options)
         else:
-            u = _product(backend, x, _samples(order, k), None, offsets, w_in)
-            h = reference.Hidden(u, activation, gated).weighted(_weights(order, offsets, weights, x.dtype))
+            samples, w = _rows(order, offsets, weights, k, x.dtype)
+            u = _product(backend, x, samples, None, offsets, w_in)
+            h = reference.Hidden(u, activation, gated).weighted(w)
             del u
         return _summed(_product(backend, h, None, order, offsets, w_out), k)
 
