@@ -142,8 +142,11 @@ def backward(
     weights: Sequence[Tensor], modules: int, wants: tuple[bool, bool, bool], activation: int = 0,
     kept: Tensor | None = None, precision: str = "ieee",
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """As ``reference.grouped_linear.backward`` of stacked parameters, whether or not they are."""
-    N, O = grad.shape
+    """As ``reference.grouped_linear.backward`` of stacked parameters, whether or not they are.
+
+    Several sorted rows may read the same row of ``grad``.
+    """
+    N, O = _sorted_shape(grad, put)
     take, spread, put = _dense(take), _dense(spread), _dense(put)
     grad, offsets = _dense_rows(grad), offsets.contiguous()
     kept = None if kept is None else _dense_rows(kept)
@@ -173,6 +176,11 @@ def backward(
     return dx, [] if dw is None else [dw], [] if db is None else [db]
 
 
+def _sorted_shape(grad: Tensor, put: Tensor | None) -> tuple[int, int]:
+    """(N, O) of a gradient as sorted rows read it."""
+    return grad.shape[0] if put is None else put.shape[0], grad.shape[1]
+
+
 def _apart(N: int, K: int, F: int, O: int, wants: tuple[bool, bool, bool], like: Tensor, precision: str) -> bool:
     device = _device(like)
     rows = rows_tile(N, K, O, F, like.dtype, precision, device) if wants[0] else None
@@ -183,7 +191,7 @@ def _apart(N: int, K: int, F: int, O: int, wants: tuple[bool, bool, bool], like:
 def _sloped(grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None) -> Tensor:
     """The gradient before the activation [N, O], sorted."""
     assert kept is not None
-    N, O = grad.shape
+    N, O = _sorted_shape(grad, put)
     g = grad.new_empty(N, O)
     wide = min(128, power_of_2(O))
     start.launch(
@@ -221,7 +229,7 @@ class _Sums(NamedTuple):
         cls, grad: Tensor, kept: Tensor | None, slope: int, put: Tensor | None, x: Tensor | None, take: Tensor | None,
         offsets: Tensor, dw: Tensor | None, db: Tensor | None, precision: str,
     ) -> _Sums | None:  # fmt: skip
-        N, O = grad.shape
+        N, O = _sorted_shape(grad, put)
         K, F = offsets.shape[0] - 1, 0 if dw is None else dw.shape[2]
         dw = dw if F else None
         if K * O == 0 or (dw is None and db is None):

@@ -60,6 +60,38 @@ def _sloped(grad, kept, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _place(program, row_tiles, column_tiles: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of a program: GROUP row tiles go through the columns together."""
+    group = program // (GROUP * column_tiles)
+    high = tl.minimum(row_tiles - group * GROUP, GROUP)
+    within = program - group * (GROUP * column_tiles)
+    return group * GROUP + within % high, within // high
+
+
+@triton.jit
+def _rows_by_columns(
+    acc, x_rows, kept_rows, live, w_columns, inside, w_in,
+    IN: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """acc + the products of the rows of x, those that are live, with the columns of a module's W that are inside."""
+    for column in range(0, IN, BLOCK_IN):
+        c = column + tl.arange(0, BLOCK_IN)
+        if IN % BLOCK_IN == 0:
+            x_mask = live[:, None]
+            w_mask = inside[None, :]
+        else:
+            x_mask = live[:, None] & (c < IN)[None, :]
+            w_mask = (c < IN)[:, None] & inside[None, :]
+        x_tile = tl.load(x_rows[:, None] + c[None, :], mask=x_mask, other=0.0)
+        if SLOPE > 0:
+            at = tl.load(kept_rows[:, None] + c[None, :], mask=x_mask, other=0.0)
+            x_tile = _sloped(x_tile, at, SLOPE).to(x_tile.dtype)
+        w_tile = tl.load(w_columns[None, :] + (c.to(tl.int64) * w_in)[:, None], mask=w_mask, other=0.0)
+        acc = dot(x_tile, w_tile, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _rows(
     program, x, x_row, kept, kept_row, take, weights, w_module, w_out, w_in, biases, b_module, b_out,
     offsets, put, y, before, N, K, row_tiles,
@@ -68,12 +100,8 @@ def _rows(
     BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``rows_kernel``."""
-    column_tiles: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    group = program // (GROUP * column_tiles)
-    high = tl.minimum(row_tiles - group * GROUP, GROUP)
-    within = program - group * (GROUP * column_tiles)
-    tile = group * GROUP + within % high
-    o = within // high * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    tile, column_tile = _place(program, row_tiles, (OUT + BLOCK_OUT - 1) // BLOCK_OUT, GROUP)
+    o = column_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     k, start = _tile_of(tile, offsets, K, BLOCK_N, SEARCH)
     end = tl.load(offsets + k + 1, mask=k < K, other=N)
     if start < end:
@@ -83,23 +111,12 @@ def _rows(
         if k < K:
             if weights is not None:
                 row = _at(take, i, live)
-                x_rows = x + row * x_row
                 w = _of_module(weights, k, w_module, y, W_POINTERS, W_ALIGNED)
-                w_columns = w + o.to(tl.int64) * w_out
-                for column in range(0, IN, BLOCK_IN):
-                    c = column + tl.arange(0, BLOCK_IN)
-                    if IN % BLOCK_IN == 0:
-                        x_mask = live[:, None]
-                        w_mask = (o < OUT)[None, :]
-                    else:
-                        x_mask = live[:, None] & (c < IN)[None, :]
-                        w_mask = (c < IN)[:, None] & (o < OUT)[None, :]
-                    x_tile = tl.load(x_rows[:, None] + c[None, :], mask=x_mask, other=0.0)
-                    if SLOPE > 0:
-                        at = tl.load(kept + (row * kept_row)[:, None] + c[None, :], mask=x_mask, other=0.0)
-                        x_tile = _sloped(x_tile, at, SLOPE).to(x_tile.dtype)
-                    w_tile = tl.load(w_columns[None, :] + (c.to(tl.int64) * w_in)[:, None], mask=w_mask, other=0.0)
-                    acc = dot(x_tile, w_tile, acc, PRECISION)
+                kept_rows = kept + row * kept_row if SLOPE > 0 else None
+                acc = _rows_by_columns(
+                    acc, x + row * x_row, kept_rows, live, w + o.to(tl.int64) * w_out, o < OUT, w_in,
+                    IN, SLOPE, PRECISION, BLOCK_IN,
+                )  # fmt: skip
             if biases is not None:
                 b = _of_module(biases, k, b_module, y, B_POINTERS, False)
                 acc += tl.load(b + o.to(tl.int64) * b_out, mask=o < OUT, other=0.0).to(tl.float32)[None, :]

@@ -6,6 +6,7 @@ Axes: B samples, k experts that each takes, N = B k entries, K experts, D featur
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,12 +24,26 @@ from ._backends import note, taken
 from ._checks import floating, shown
 from ._registry import define, no_second_derivative
 from .dispatch import Plan, on_host
+from .vector_routing import precision_of
 
 OP = "expert_ffn"
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _INPUTS = (
     "Tensor x, Tensor order, Tensor offsets, Tensor? weights, Tensor w_in, Tensor w_out, int per_sample, "
     "str activation, bool gated, str backend"
 )
+
+
+@cache
+def _kernels() -> Any:
+    from ..kernels import expert_ffn
+
+    return expert_ffn
+
+
+def _is_fused(backend: str) -> bool:
+    """Whether the hidden layer is made by kernels of its own, not by a product and PyTorch."""
+    return backend == "triton" and _kernels().is_fused()  # type: ignore[no-any-return]
 
 
 def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, offsets: Tensor, w: Tensor) -> Tensor:
@@ -40,27 +55,36 @@ def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, o
 
 
 def _product_backward(
-    backend: str, grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, offsets: Tensor, w: Tensor,
-    want_x: bool, want_w: bool,
+    backend: str, grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None,
+    offsets: Tensor, w: Tensor, want_x: bool, want_w: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (a row for each reading of it) and of w, for sorted rows of ``grad``."""
+    """Gradients of x (a row for each reading of it) and of w; sorted row i of ``grad`` is put[i], or i."""
     K = w.shape[0]
     if backend == "reference":
         wants = want_x, want_w, False
-        dx, dw, _ = linear.backward(grad, x, take, spread, None, offsets, [w], K, wants, stacked=True)
+        dx, dw, _ = linear.backward(grad, x, take, spread, put, offsets, [w], K, wants, stacked=True)
     else:
         op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}_backward")
-        dx, dw, _ = op(grad, x, take, spread, None, offsets, [w], K, want_x, want_w, False, 0, None, True, True)
+        dx, dw, _ = op(grad, x, take, spread, put, offsets, [w], K, want_x, want_w, False, 0, None, True, True)
     return dx, dw[0] if want_w else w.new_empty(0)
 
 
-def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Of the sorted entries: their samples, and their weights, zero for those that are dropped whatever is there."""
-    samples = order if k == 1 else torch.div(order, k, rounding_mode="floor")
+def _samples(order: Tensor, k: int) -> Tensor:
+    """Of the sorted entries."""
+    return order if k == 1 else torch.div(order, k, rounding_mode="floor")
+
+
+def _weights(order: Tensor, offsets: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Of the sorted entries, zero for those that are dropped whatever is there."""
     if weights is None:
-        return samples, None
+        return None
     w = weights.reshape(-1).index_select(0, order).to(accumulating(dtype))
-    return samples, torch.where(torch.arange(len(order), device=order.device) < offsets[-1], w, 0)
+    return torch.where(torch.arange(len(order), device=order.device) < offsets[-1], w, 0)
+
+
+def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Of the sorted entries: their samples and weights."""
+    return _samples(order, k), _weights(order, offsets, weights, dtype)
 
 
 def _summed(entries: Tensor, k: int) -> Tensor:
@@ -73,10 +97,14 @@ def _forward(
     activation: str, gated: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     with autocast_off(x.device.type):
-        samples, w = _rows(order, offsets, weights, k, x.dtype)
-        u = _product(backend, x, samples, None, offsets, w_in)
-        h = reference.Hidden(u, activation, gated).weighted(w)
-        del u
+        if _is_fused(backend):
+            options = k, _NUMBERS[activation], gated, precision_of(x, "")
+            h, _ = _kernels().hidden(x, order, offsets, weights, w_in, *options)
+        else:
+            samples, w = _rows(order, offsets, weights, k, x.dtype)
+            u = _product(backend, x, samples, None, offsets, w_in)
+            h = reference.Hidden(u, activation, gated).weighted(w)
+            del u
         return _summed(_product(backend, h, None, order, offsets, w_out), k)
 
 
@@ -87,6 +115,42 @@ def _forward_fake(
     return x.new_empty(x.shape[0], w_out.shape[1])
 
 
+def _hidden_backward(
+    backend: str, x: Tensor, samples: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor,
+    w_out: Tensor, k: int, activation: str, gated: bool, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """The gradients of u, of weights and of w_out: the hidden layer by a product and PyTorch."""
+    w = _weights(order, offsets, weights, x.dtype)
+    u = _product(backend, x, samples, None, offsets, w_in)
+    g = dy.index_select(0, samples)
+    hidden = reference.Hidden(u, activation, gated)
+    h = hidden.weighted(w) if want_out else u[:, : w_out.shape[2]]  # of which then only the width is looked at
+    t, d_out = _product_backward(backend, g, h, None, None, None, offsets, w_out, want_u or want_weights, want_out)
+    del g, h, u
+    t = t.to(hidden.a.dtype)
+    d_weights = None
+    if want_weights and weights is not None:
+        dw = hidden.weights_backward(t)
+        d_weights = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
+    return hidden.backward(t, w) if want_u else None, d_weights, d_out
+
+
+def _hidden_backward_fused(
+    backend: str, x: Tensor, samples: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor,
+    w_out: Tensor, k: int, activation: str, gated: bool, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """The same by kernels of the hidden layer; entries read their sample's row of ``dy`` where it is."""
+    options, inside = (_NUMBERS[activation], gated), want_u or want_weights
+    given = order, offsets, weights
+    h, u = _kernels().hidden(x, *given, w_in, k, *options, precision_of(x, ""), want_h=want_out, want_u=inside)
+    source = u[:, : w_out.shape[2]] if h is None else h  # of which then only the width is looked at
+    t, d_out = _product_backward(backend, dy, source, None, None, samples, offsets, w_out, inside, want_out)
+    d_u, d_weights = None, None
+    if inside:
+        d_u, d_weights = _kernels().backward(t, u, *given, *options, want_u=want_u, want_weights=want_weights)
+    return d_u, d_weights, d_out
+
+
 def _backward(
     x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
     activation: str, gated: bool, backend: str, dy: Tensor, want_x: bool, want_weights: bool, want_in: bool,
@@ -94,23 +158,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The hidden layer is computed again; the experts' outputs are not needed: <g, W h> = <W^T g, h>."""
     made: list[Tensor] = [x.new_empty(0) for _ in range(4)]
+    want_u = want_x or want_in
+    if not (want_u or want_weights or want_out):
+        return made[0], made[1], made[2], made[3]
     with autocast_off(x.device.type):
-        samples, w = _rows(order, offsets, weights, k, x.dtype)
-        u = _product(backend, x, samples, None, offsets, w_in)
-        g = dy.index_select(0, samples)
-        hidden = reference.Hidden(u, activation, gated)
-        h = hidden.weighted(w) if want_out else u[:, : w_out.shape[2]]  # of which then only the width is looked at
-        inside = want_x or want_weights or want_in
-        t, made[3] = _product_backward(backend, g, h, None, None, offsets, w_out, inside, want_out)
-        del g, h, u
-        t = t.to(hidden.a.dtype)
-        if want_weights and weights is not None:
-            dw = hidden.weights_backward(t)
-            made[1] = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
-        if want_x or want_in:
-            du = hidden.backward(t, w)
-            del t, hidden
-            dx, made[2] = _product_backward(backend, du, x, samples, order, offsets, w_in, want_x, want_in)
+        samples = _samples(order, k)
+        of_hidden = _hidden_backward_fused if _is_fused(backend) else _hidden_backward
+        d_u, d_weights, made[3] = of_hidden(
+            backend, x, samples, order, offsets, weights, w_in, w_out, k, activation, gated, dy,
+            want_u, want_weights, want_out,
+        )  # fmt: skip
+        made[1] = made[1] if d_weights is None else d_weights
+        if d_u is not None:
+            dx, made[2] = _product_backward(backend, d_u, x, samples, order, None, offsets, w_in, want_x, want_in)
             made[0] = _summed(dx, k) if want_x else made[0]
     return made[0], made[1], made[2], made[3]
 

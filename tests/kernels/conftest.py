@@ -19,5 +19,6 @@ _kernels = (
     "task_mask",
     "soft_assignment",
     "matrix_routing",
+    "expert_ffn",
 )
 collect_ignore = [] if _runs else [f"test_{name}.py" for name in _kernels]

@@ -10,6 +10,7 @@ from . import (
     test_aot,
     test_aot_dispatch,
     test_aot_policy,
+    test_expert_ffn_aot,
     test_matrix_routing_aot,
     test_soft_assignment_aot,
     test_task_mask_aot,
@@ -20,6 +21,7 @@ pytest.importorskip("triton")
 CASES = {
     test_aot: "small-ieee", test_aot_dispatch: "selection", test_aot_policy: "routed", test_task_mask_aot: "last-bf16",
     test_trajectory_loss_aot: "wpl", test_soft_assignment_aot: "routing", test_matrix_routing_aot: "odd-bf16",
+    test_expert_ffn_aot: "small",
 }  # fmt: skip
 
 
