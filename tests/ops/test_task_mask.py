@@ -580,9 +580,10 @@ def test_vmap(backend: str, relu: bool) -> None:
             assert torch.equal(grads, torch.stack([torch.func.grad(loss)(x, t) for x, t in rows]))
 
 
-def test_vmap_over_mappings_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"^mapping"):
-        torch.vmap(lambda m: ops.task_mask(torch.ones(2, 4), m, 0))(torch.ones(3, 2, 4))
+def test_vmap_over_mappings() -> None:
+    mappings = (torch.rand(3, 2, 4, generator=seeds.generator(0)) < 0.5).float()
+    found = torch.vmap(lambda m: ops.task_mask(torch.ones(2, 4), m, 1))(mappings)
+    assert torch.equal(found, mappings[:, 1:].expand(3, 2, 4))
 
 
 def test_explain() -> None:
