@@ -309,7 +309,7 @@ class Truth:
 
     def relative(self, name: str, actual: Tensor) -> float:
         """What a result's error may be by norm, as a share of the result's."""
-        by_norm = [e for e in self._yardstick.excess(name, actual, LOOKS[-1:]) if e.norm == NORMS[1][0]][0]
+        by_norm = next(e for e in self._yardstick.excess(name, actual, LOOKS[-1:]) if e.norm == NORMS[1][0])
         return by_norm.allowed / by_norm.scale
 
 
@@ -437,8 +437,8 @@ def race(
 ) -> None:
     """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``.
 
-    There are 5 to ``most`` rounds. A contestant with ``every`` (see :class:`Step`) is only in some of them. A rival that
-    fails is left out, and so are the compiled ones of a late run.
+    There are 5 to ``most`` rounds. A contestant with ``every`` (see :class:`Step`) is only in some of them. A rival
+    that fails is left out, and so are the compiled ones of a late run.
     """
     excess, left_out = {subject.name: truth.excess(subject.results())}, {}
     for one in rivals:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from bench.gpu_first import plugin, predicted, processes, records, verdict, waves
@@ -140,19 +141,17 @@ def tables(run: Run) -> None:
 
 def everything(run: Run) -> int:
     """All stages; what comes later gets what is left. The status is 0 if nothing that was looked at is wrong."""
-    steps: list[tuple[str, Callable[[], object]]] = [
-        (f"tests: {w.name}", lambda w=w: wave(run, w)) for w in waves.WAVES
-    ]  # type: ignore[misc]
-    steps += [("timings", lambda: time_rows(run)), ("tools", lambda: tools(run)), ("tables", lambda: tables(run))]
+    steps: list[Callable[[Run], object]] = [partial(wave, of=of) for of in waves.WAVES]
+    steps += [time_rows, tools, tables]
     records.write("run", dry=run.dry, seconds=run.end - run.began)
     facts(run)
     builder = build(run)
     try:
-        for name, step in steps:
+        for step in steps:
             try:
-                step()
-            except Exception as error:
-                records.write("stage", name=name, ended=f"driver: {type(error).__name__}: {error}", seconds=0.0)
+                step(run)
+            except Exception as error:  # a full disk, say: what comes after may still do
+                records.write("stage", name=str(step), ended=f"driver: {type(error).__name__}: {error}", seconds=0.0)
     finally:
         if builder is not None:
             processes.kill(builder)

@@ -67,8 +67,6 @@ def launch_microseconds(device: str) -> float:
 
 
 def gather(dry: bool) -> None:
-    _fact("python", lambda: sys.version.split()[0])
-    _fact("cores", os.cpu_count)  # type: ignore[arg-type]
     _fact("nvidia-smi", _smi)
     for tool in TOOLS:
         _fact(tool, lambda tool=tool: shutil.which(tool) or "absent")  # type: ignore[misc]
@@ -110,9 +108,7 @@ def build() -> int:
     major, minor = torch.cuda.get_device_capability()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "fastroute"
-        left_out = shutil.ignore_patterns(
-            ".git", ".venv", "build", "*.so", ".gpu-cache", "tests", "docs", "bench", "shared"
-        )
+        left_out = shutil.ignore_patterns(".*", "build", "*.so", "tests", "docs", "bench", "shared")
         shutil.copytree(ROOT, copy, ignore=left_out, symlinks=True)
         env = os.environ | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "FASTROUTE_BUILD": "require"}
         began = time.monotonic()

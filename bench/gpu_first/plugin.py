@@ -1,7 +1,7 @@
 """A pytest plugin: a record for each test when it ends, a time limit for each, and no test in a broken CUDA context.
 
-``-p bench.gpu_first.plugin`` loads it. Tests that fail tell their message. A benchmark's row tells its figures. A process
-that CUDA refuses after a failure ends at once: pytest-xdist replaces it, and the driver starts a new one.
+``-p bench.gpu_first.plugin`` loads it. Tests that fail tell their message. A benchmark's row tells its figures. A
+process that CUDA refuses after a failure ends at once: pytest-xdist replaces it, or the driver starts a new one.
 """
 
 from __future__ import annotations

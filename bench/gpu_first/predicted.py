@@ -96,7 +96,8 @@ PREDICTIONS = (
     Prediction(_MATRIX.format("forward"), "57 GFLOP of FMA / (0.5 fp32)", by_flops(57, "fp32", 0.5),
                "settle inside merge: 50 launches less"),
     Prediction(_HEADS, "300 us of the host", by_launches(1, 300.0), "a graph"),
-    Prediction(_vector(_MILLION_FP32, "forward"), "615 GFLOP / (0.7 fp32)", by_flops(615, "fp32", 0.7), "TF32 products"),
+    Prediction(_vector(_MILLION_FP32, "forward"), "615 GFLOP / (0.7 fp32)", by_flops(615, "fp32", 0.7),
+               "TF32 products"),
 )  # fmt: skip
 
 #: Everything that is timed, in order.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 #: The output of all stages together. More than this is dropped, so that the file stays within what may be copied.
@@ -16,10 +17,8 @@ LOG_BYTES = 12 << 20
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """The whole group: workers and tools that the stage started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

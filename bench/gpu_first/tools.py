@@ -1,4 +1,4 @@
-"""compute-sanitizer over small launches and Nsight Compute over large ones; a tool that is absent is recorded as such."""
+"""compute-sanitizer over small launches and Nsight Compute over large ones. An absent tool is recorded as absent."""
 
 from __future__ import annotations
 
