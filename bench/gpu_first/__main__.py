@@ -18,6 +18,9 @@ def main() -> int:
     runs.add_argument("--total", type=float, default=driver.TOTAL, help="seconds of the whole run")
     shown = commands.add_parser("verdict", help="make gpu-first.md of a folder, also of a run that was cut off")
     shown.add_argument("out", type=Path)
+    kept = commands.add_parser("cache", help="compile the kernels of tests and rows for a GPU that is not here")
+    kept.add_argument("--arch", type=int, default=90, help="compute capability")
+    kept.add_argument("--seconds", type=float, default=1800, help="after which nothing more is compiled")
     parts = [commands.add_parser(name) for name in ("facts", "build", "tools", "tables", "small", "large")]
     for part in (runs, *parts):
         part.add_argument("--dry", action="store_true", help="without a GPU: small sizes, on the CPU")
@@ -30,8 +33,10 @@ def main() -> int:
         print(verdict.make(args.out))
         return 0
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from bench.gpu_first import facts, tables, tools, workloads
+    from bench.gpu_first import cache, facts, tables, tools, workloads
 
+    if args.command == "cache":
+        return cache.make(args.arch, args.seconds)
     if args.command == "build":
         return facts.build()
     steps = {

@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from bench.gpu_first import plugin, predicted, processes, records, verdict, waves
+from bench.gpu_first import cache, plugin, predicted, processes, records, verdict, waves
 
 ROOT = waves.ROOT
 #: Seconds of a whole run, and what is kept of them for the verdict.
 TOTAL, VERDICT_SECONDS = 540.0, 5.0
-#: Kernels compiled elsewhere for this GPU: ``python -m bench.gpu_first cache`` makes them.
-CACHE = ROOT / ".gpu-cache"
 #: A stage that has less time left than this is not started.
 LEAST = 3.0
 
@@ -40,8 +38,10 @@ class Run:
         os.environ.update({k: mine[k] for k in (records.FILE, records.BEGAN)})
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTROUTE_") and k != "TRITON_INTERPRET"}
         self.env = inherited | mine
-        if CACHE.is_dir() and not dry:
-            self.env["TRITON_CACHE_DIR"] = str(CACHE)
+        self.env["TRITON_CACHE_DIR"] = str(self.scratch / "triton")
+        records.write(
+            "cached", kernels=0 if dry or not cache.ARCHIVE.exists() else cache.unpack(self.scratch / "triton")
+        )
 
     def left(self) -> float:
         return self.end - time.monotonic()

@@ -87,7 +87,6 @@ def gather(dry: bool) -> None:
         _fact("memory, GB", lambda: round(properties.total_memory / 1e9, 1))
     elif not dry:
         _fact("gpu", lambda: "torch sees none")
-    _fact("cached kernels", lambda: len(list(Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin"))))
     _fact("launch, us", lambda: round(launch_microseconds(device), 2))
     for name, dtype, tf32 in (
         ("bf16", torch.bfloat16, False),

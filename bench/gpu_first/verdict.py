@@ -42,7 +42,7 @@ def is_bad(found: Sequence[Record]) -> bool:
     tools = any(str(t["ended"]).startswith("exit") for t in _of(found, "tool"))
     tables = any("ms" not in t for t in _of(found, "table"))
     # pytest's own status of failed tests, which have told more, and of a new process with nothing left to run
-    known = {"ok", "time", "no time left", "exit 1", "exit 5"}
+    known = {"ok", "time", "no time left", "exit 1", *["exit 5"] * (not any(r.get("dry") for r in _of(found, "run")))}
     stages = any(s["ended"] not in (known if s["name"].startswith("ti") or ": " in s["name"] else known - {"exit 1"})
                  for s in _of(found, "stage"))  # fmt: skip
     return tests or tools or tables or stages
@@ -131,7 +131,8 @@ def page(found: Sequence[Record]) -> str:
                for t in _of(found, "table")])]  # fmt: skip
     hits, misses = (sum(r.get(k, 0) for r in _of(found, "cache")) for k in ("hits", "misses"))
     parts += ["## Machine", _table(["fact", "value"], [[r["name"], r["value"]] for r in _of(found, "fact")])]
-    parts += [f"Kernels found in the cache: {hits}; compiled: {misses}."]
+    brought = sum(r["kernels"] for r in _of(found, "cached"))
+    parts += [f"Kernels brought along: {brought}. Found in the cache: {hits}; compiled: {misses}."]
     parts += ["## Stages", _table(["stage", "ended", "s"], [[s["name"], s["ended"], s["seconds"]] for s in stages])]
     skipped = Counter(str(t.get("message", "")) for t in tests.values() if t["outcome"] == "skipped")
     if skipped:
