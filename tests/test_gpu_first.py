@@ -17,7 +17,7 @@ import torch
 
 from bench import __main__ as bench
 from bench import bench_vector_routing, harness
-from bench.gpu_first import driver, plugin, predicted, processes, records, tables, tools, verdict, waves
+from bench.gpu_first import cache, driver, plugin, predicted, processes, records, tables, tools, verdict, waves
 from tests.helpers.budget import Yardstick
 
 ROOT = waves.ROOT
@@ -31,7 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> driver.Run:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(records.FILE, "")  # what a run sets is undone after the test
     monkeypatch.setenv(records.BEGAN, "0")
-    return driver.Run(tmp_path / "out", dry=True, total=60)
+    return driver.Run(tmp_path / "out", dry=True, total=120)
 
 
 def python(code: str) -> list[str]:
@@ -102,7 +102,7 @@ def test_a_test_loses_itself_alone(run: driver.Run, tmp_path: Path, side_by_side
     file = tmp_path / "test_them.py"
     file.write_text(TESTS)
     asked = ["-p", "no:benchmark", "-c", os.devnull, f"--rootdir={tmp_path}", *side_by_side, str(file)]
-    driver.again(run, "tests: them", 40, run.pytest(*asked), {plugin.ITEM_SECONDS: "2"})
+    driver.again(run, "tests: them", 100, run.pytest(*asked), {plugin.ITEM_SECONDS: "4"})
     found = {r["id"].split("::")[1]: r for r in run.read() if r["kind"] == "test"}
     outcomes = {name: r["outcome"] for name, r in found.items()}
     lost = "failed" if side_by_side else "lost"
@@ -159,6 +159,23 @@ def test_a_half_finished_run_can_be_read(tmp_path: Path) -> None:
     assert f"| {expected:.3g} | 9 | {9 / expected:.3g} | **missed: 5 ms** |" in page
     assert "read x twice" in page and "eager 27 (3.00x)" in page and "Rerun what had no time: timings" in page
     assert verdict.is_bad(some_records()) and not verdict.is_bad([r for r in some_records() if r["kind"] != "test"])
+
+
+def test_want_of_memory_is_tried_again(run: driver.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and only that: what it then says counts."""
+    asked: list[str] = []
+    monkeypatch.setattr(driver, "again", lambda run, name, seconds, command, env: asked.extend(
+        Path(env[plugin.IDS]).read_text().splitlines()))  # fmt: skip
+    records.write("test", id="a.py::wrong", outcome="failed", message="AssertionError: off")
+    driver.without_neighbours(run)
+    assert asked == []
+    records.write("test", id="a.py::large", outcome="failed", message="torch.OutOfMemoryError: CUDA out of memory")
+    driver.without_neighbours(run)
+    assert asked == ["a.py::large"]
+    records.write("test", id="a.py::large", outcome="passed")
+    assert (
+        verdict.page(run.read()).count("1 passed, 1 failed") + verdict.page(run.read()).count("1 failed, 1 passed") == 1
+    )
 
 
 def test_the_slowest_kernels_of_a_profile() -> None:
@@ -232,6 +249,25 @@ def test_nothing_is_installed() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- rows
+
+
+def test_compiled_kernels_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without intermediate code, and with the paths of the folder that they come to."""
+    kernel = tmp_path / "work" / "KEY"
+    kernel.mkdir(parents=True)
+    for name in ("k.cubin", "k.ptx", "k.json"):
+        (kernel / name).write_text(name)
+    names = {name: str(kernel / name) for name in ("k.cubin", "k.ptx", "k.json")}
+    (kernel / "__grp__k.json").write_text(json.dumps({"child_paths": names}))
+    monkeypatch.setattr(cache, "ARCHIVE", tmp_path / "kernels.tar.xz")
+    assert cache.pack(tmp_path / "work") == 0
+    assert cache.unpack(tmp_path / "there") == 1
+    there = tmp_path / "there" / "KEY"
+    found = json.loads((there / "__grp__k.json").read_text())["child_paths"]
+    assert found == {name: str(there / name) for name in ("k.cubin", "k.json")}
+    assert sorted(p.name for p in there.iterdir()) == ["__grp__k.json", "k.cubin", "k.json"]
+    monkeypatch.setattr(cache, "LARGEST", 1)
+    assert cache.pack(tmp_path / "work") == 1
 
 
 def test_many_rows_have_a_gate_that_fits_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

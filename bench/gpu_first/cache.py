@@ -61,6 +61,8 @@ def make(arch: int, seconds: float, python: str = sys.executable) -> int:
         asked = ["--bench-gpu", "--bench-uncompiled", "--benchmark-only", *timed]
         subprocess.run([*pytest, *asked], env=env | {plugin.IDS: rows.name}, cwd=ROOT, check=False)
         for wave in waves.WAVES:
+            if time.monotonic() > end:
+                break
             tests = ["-p", "no:benchmark", "-m", "gpu", *waves.files()]
             subprocess.run([*pytest, *tests], env=env | {plugin.WAVE: wave.name}, cwd=ROOT, check=False)
     return pack(work)

@@ -90,13 +90,23 @@ def build(run: Run) -> subprocess.Popen[bytes] | None:
 
 def wave(run: Run, of: waves.Wave) -> None:
     env = {plugin.ITEM_SECONDS: str(of.item_seconds), "OMP_NUM_THREADS": "1"}
-    side_by_side = ["-n", str(min(of.workers, os.cpu_count() or 1) if not run.dry else 1), "--max-worker-restart", "99"]
+    side_by_side = ["-n", str(min(of.workers, os.cpu_count() or 1)), "--maxschedchunk=2", "--max-worker-restart=99"]
     asked = ["-p", "no:benchmark", *(side_by_side if of.workers > 1 else [])]
     if run.dry:
         chosen, env = list(of.dry), env | {"TRITON_INTERPRET": "1"}
     else:
         chosen, env = ["-m", "gpu", *waves.files()], env | {plugin.WAVE: of.name}
     again(run, f"tests: {of.name}", of.seconds, run.pytest(*asked, *chosen), env)
+
+
+def without_neighbours(run: Run) -> None:
+    """Once more, one after the other: tests for which the others beside them left no memory."""
+    ids = sorted({r["id"] for r in run.read() if r["kind"] == "test" and verdict.lacked_memory(r)})
+    if ids:
+        listed = run.scratch / "lacked-memory"
+        listed.write_text("\n".join(ids), encoding="utf-8")
+        command = run.pytest("-p", "no:benchmark", *dict.fromkeys(i.split("::")[0] for i in ids))
+        again(run, "tests: without neighbours", 20, command, {plugin.ITEM_SECONDS: "20", plugin.IDS: str(listed)})
 
 
 def again(run: Run, name: str, seconds: float, command: Sequence[str], env: Mapping[str, str]) -> None:
@@ -142,7 +152,7 @@ def tables(run: Run) -> None:
 def everything(run: Run) -> int:
     """All stages; what comes later gets what is left. The status is 0 if nothing that was looked at is wrong."""
     steps: list[Callable[[Run], object]] = [partial(wave, of=of) for of in waves.WAVES]
-    steps += [time_rows, tools, tables]
+    steps += [without_neighbours, time_rows, tools, tables]
     records.write("run", dry=run.dry, seconds=run.end - run.began)
     facts(run)
     builder = build(run)

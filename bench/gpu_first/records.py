@@ -34,7 +34,8 @@ def write(kind: str, **values: Any) -> None:
     target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(target, line.encode())  # one call, so lines of several processes do not mix
-        os.fsync(target)
+        if kind != "start":
+            os.fsync(target)
     finally:
         os.close(target)
 

@@ -27,11 +27,17 @@ def _of(found: Sequence[Record], kind: str) -> list[Record]:
     return [r for r in found if r["kind"] == kind]
 
 
+def lacked_memory(test: Record) -> bool:
+    """Whether a test failed for want of memory, which the tests beside it may have had."""
+    return test["outcome"] in BAD and "OutOfMemoryError" in str(test.get("message"))
+
+
 def _tests(found: Sequence[Record]) -> dict[str, Record]:
-    """The last word on each test; a test that was lost and a failure are never overruled."""
+    """The last word on each test. A failure and a loss stay, but for want of memory."""
     by: dict[str, Record] = {}
     for record in _of(found, "test"):
-        if by.get(record["id"], {}).get("outcome") not in BAD:
+        before = by.get(record["id"])
+        if before is None or before["outcome"] not in BAD or lacked_memory(before):
             by[record["id"]] = record
     return by
 
