@@ -66,14 +66,15 @@ gpu-bench: $(STAMPS)/ready ## time the GPU
 # Installs and builds nothing first: what there is, is taken as it is.
 FIRST_PY := $(if $(NO_VENV)$(if $(wildcard $(VENV)/bin/python),,1),$(PYTHON),$(VENV)/bin/python)
 TOTAL ?= 540
+FIRST_OUT := $(if $(filter file,$(origin OUT)),build/gpu-first,$(OUT))
 gpu-first: ## everything about a bare GPU machine in nine minutes, into OUT; DRY=1: on a CPU, in small
-	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first run --out $(OUT) --total $(TOTAL) $(if $(DRY),--dry)
+	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first run --out $(FIRST_OUT) --total $(TOTAL) $(if $(DRY),--dry)
 
 gpu-cache: ## compile the kernels of the GPU's tests and rows here, for ARCH=90, into .gpu-cache, which gpu-first takes
 	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first cache --arch $(or $(ARCH),90) $(ARGS)
 
 gpu-verdict: ## gpu-first.md of the results in OUT, also of a run that was cut off
-	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first verdict $(OUT)
+	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first verdict $(FIRST_OUT)
 
 wheel: $(STAMPS)/installed ## one abi3 wheel in dist/
 	rm -rf build/lib* build/bdist*

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, invalidate_caches
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def link_kernels() -> str:
         return "found"
     except ModuleNotFoundError:
         (ROOT / "fastroute" / "kernels").symlink_to("../kernels")
+    invalidate_caches()
     import_module("fastroute.kernels")
     return "linked"
 
