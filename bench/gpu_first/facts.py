@@ -49,7 +49,8 @@ def _smi() -> str:
 
 def _loads() -> bool | str:
     """Loaded in a process of its own: an extension for another torch may crash."""
-    command = [sys.executable, "-c", "import torch, fastroute._C"]
+    code = "import torch, fastroute, fastroute._C; fastroute.EfficientVectorRouting(8, 2, 4, 4)(torch.ones(1, 8, 4))"
+    command = [sys.executable, "-c", code]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     return True if ran.returncode == 0 else ran.stderr.strip().splitlines()[-1] if ran.stderr else str(ran.returncode)
 
