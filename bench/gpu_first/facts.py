@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import import_module, invalidate_caches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,11 @@ def _fact(name: str, value: Callable[[], Any]) -> None:
 
 
 def link_kernels() -> str:
-    """``fastroute.kernels`` lies beside the package: where nothing is installed, a link makes it importable."""
-    try:
-        import_module("fastroute.kernels")
+    """``fastroute.kernels`` lies beside the package: where this checkout is not installed, a link makes it importable."""
+    found = find_spec("fastroute.kernels")
+    if found is not None and found.origin and Path(found.origin).resolve().parent == ROOT / "kernels":
         return "found"
-    except ModuleNotFoundError:
-        (ROOT / "fastroute" / "kernels").symlink_to("../kernels")
-    invalidate_caches()
-    import_module("fastroute.kernels")
+    (ROOT / "fastroute" / "kernels").symlink_to("../kernels")
     return "linked"
 
 
