@@ -30,7 +30,7 @@ def _fact(name: str, value: Callable[[], Any]) -> None:
 
 
 def link_kernels() -> str:
-    """``fastroute.kernels`` lies beside the package: where this checkout is not installed, a link makes it importable."""
+    """``fastroute.kernels`` lies beside the package: a link makes it importable where nothing is installed."""
     found = find_spec("fastroute.kernels")
     if found is not None and found.origin and Path(found.origin).resolve().parent == ROOT / "kernels":
         return "found"
