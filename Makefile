@@ -27,7 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test test-all test-isa test-versions bench lint gpu-test gpu-bench wheel clean
+.PHONY: help demo test test-all test-isa test-versions bench lint gpu-test gpu-bench gpu-first gpu-cache gpu-verdict wheel clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
@@ -57,11 +57,24 @@ lint: $(STAMPS)/ready ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-gpu-test: $(STAMPS)/ready ## the tests that need an NVIDIA GPU
+gpu-test: $(STAMPS)/ready ## the tests that need an NVIDIA GPU; without a network NO_VENV=1, side by side ARGS='-n 12'
 	@env -u TRITON_INTERPRET $(PY) -m pytest -q -p no:benchmark -m gpu $(ARGS)
 
 gpu-bench: $(STAMPS)/ready ## time the GPU
 	env -u TRITON_INTERPRET $(PY) -m bench run --gpu --out $(OUT) $(ARGS)
+
+# Installs and builds nothing first: what there is, is taken as it is.
+FIRST_PY := $(if $(NO_VENV)$(if $(wildcard $(VENV)/bin/python),,1),$(PYTHON),$(VENV)/bin/python)
+TOTAL ?= 540
+FIRST_OUT := $(if $(filter file,$(origin OUT)),build/gpu-first,$(OUT))
+gpu-first: ## everything about a bare GPU machine in nine minutes, into OUT; DRY=1: on a CPU, in small
+	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first run --out $(FIRST_OUT) --total $(TOTAL) $(if $(DRY),--dry)
+
+gpu-cache: ## compile the kernels of the GPU's tests and rows here, for ARCH=90, into .gpu-cache, which gpu-first takes
+	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first cache --arch $(or $(ARCH),90) $(ARGS)
+
+gpu-verdict: ## gpu-first.md of the results in OUT, also of a run that was cut off
+	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first verdict $(FIRST_OUT)
 
 wheel: $(STAMPS)/installed ## one abi3 wheel in dist/
 	rm -rf build/lib* build/bdist*

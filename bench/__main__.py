@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from . import report
@@ -15,8 +17,15 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
 
+#: Most valuable first, for a run that is cut off.
+ORDER = ("vector_routing", "experts", "dispatch", "networks", "task_mask", "tasks", "matrix_routing", "soft_assignment",
+         "multitask", "stream")  # fmt: skip
+
+
 def suites() -> list[Path]:
-    return sorted(HERE.glob("bench_*.py"))
+    """In that order, and what it does not name behind."""
+    rank = {name: k for k, name in enumerate(ORDER)}
+    return sorted(HERE.glob("bench_*.py"), key=lambda p: (rank.get(p.stem.removeprefix("bench_"), len(rank)), p.stem))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTROUTE_BACKEND", "FASTROUTE_GEMM")}
     env |= {"OMP_WAIT_POLICY": "PASSIVE"}  # a suite is a process of its own, so torch is not imported before this
+    env.setdefault("FASTROUTE_BENCH_BEGAN", repr(time.monotonic()))  # all suites share the run's clock
     status, written = 0, []
     for suite in suites():
         name = suite.stem.removeprefix("bench_")
@@ -50,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
         if code == 5:  # no test selected
             continue
         status = status or code
-        if path.exists():
+        if path.exists() and json.loads(path.read_text())["benchmarks"]:
             written.append(path)
+        else:  # a suite without rows for this device
+            path.unlink(missing_ok=True)
     for path in written:
         print(f"\n{path}\n\n{report.tables(path)}")
     if args.out.resolve() == RESULTS and not partial:

@@ -187,6 +187,7 @@ def stacked_step(p: Problem, device: str) -> Step:
 def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
     found = [stacked_step(p, device)]
     found += [] if gpu else [fastroute_step(p, "fastroute, reference", "reference", device)]
+    found += [harness.replayed(one) for one in (fastroute_step(p, "fastroute", "auto", device), *found)] if gpu else []
     ways: list[tuple[str, Callable[..., Tensor], int]] = [
         ("module loop", _loop, 1),
         ("MoE loop", moe_loop, 1),
@@ -257,7 +258,7 @@ def test_dispatch(benchmark: Any, row: Row, options: harness.Options, settings: 
         rivals,
         harness.floors(made, torch.float32, device),
         checked,
-        quick=options.quick,
+        options=options,
         seconds=2.5,
         most=300,
     )

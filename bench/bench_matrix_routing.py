@@ -278,7 +278,7 @@ def settings(row: Row, options: Options) -> Iterator[Case]:
 
 def rivals_of(case: Case, row: Row, options: Options) -> list[Any]:
     names = ["eager"]
-    if row.compiled and not options.is_late():
+    if row.compiled:
         names.append("torch.compile")
     if not options.gpu and row.case == _LARGE:
         names.append("fastroute, tiles")
@@ -309,7 +309,7 @@ def test_matrix_routing(benchmark: Any, row: Row, options: Options, settings: Ca
     info |= {"GFLOP": flops(case, row.what) / 1e9, "GB": moved(case, row.what) / 1e9}
     benchmark.extra_info.update(info, backend=fastroute.explain(p.layer, p.a_inp, p.mu_inp)[0].backend)
     rivals = rivals_of(case, row, options)
-    harness.race(benchmark, subject, rivals, [], checked, quick=options.quick, seconds=2)
+    harness.race(benchmark, subject, rivals, [], checked, options=options, seconds=2)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
     if row.memory and (device == "cuda" or not options.gpu):

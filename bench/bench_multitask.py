@@ -467,7 +467,7 @@ def test_multitask(benchmark: Any, row: Row, options: harness.Options, settings:
     benchmark.extra_info.update(info)
     subject, *rivals = (contestant(p, way, case, device) for way in (p.ways[1], p.ways[0], *p.ways[2:]))
     floors = harness.floors(made, torch.float32, device) if case.what not in ("readme", "chain", "joiners") else []
-    harness.race(benchmark, subject, rivals, floors, checked, quick=options.quick, seconds=3, most=100)
+    harness.race(benchmark, subject, rivals, floors, checked, options=options, seconds=3, most=100)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))

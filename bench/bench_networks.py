@@ -336,6 +336,7 @@ def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
     case, layers = p.case, layers_of(p.net)
     found = [stacked_step(p, device)]
     found += [] if gpu else [fastroute_step(p, "fastroute, reference", "reference", device)]
+    found += [harness.replayed(one) for one in (fastroute_step(p, "fastroute", "auto", device), *found)] if gpu else []
     for name, way in (("module loop", LOOP), ("sorted loop", SORTED)):
         found.append(rival_step(p, name, Batched(case.algorithm, layers, way, case.collaborates), device))
     if not gpu and case.B <= 256:
@@ -434,7 +435,7 @@ def test_networks(benchmark: Any, row: Row, options: harness.Options, settings: 
         rivals,
         harness.floors(made, torch.float32, device),
         checked,
-        quick=options.quick,
+        options=options,
         seconds=4,
         most=200,
     )

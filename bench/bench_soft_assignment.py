@@ -175,7 +175,7 @@ def test_soft_assignment(benchmark: Any, row: Row, options: harness.Options, set
     info |= {"GFLOP": work / 1e9, "GB": moved(p, case.training) / 1e9}
     info["backend"] = taken("soft_assignment", torch.device(device).type, torch.float32)
     benchmark.extra_info.update(info)
-    harness.race(benchmark, subject, rivals, [], checked, quick=options.quick, seconds=4, most=60)
+    harness.race(benchmark, subject, rivals, [], checked, options=options, seconds=4, most=60)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))

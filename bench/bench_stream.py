@@ -153,9 +153,7 @@ def test_stream(benchmark: Any, row: Row, options: Options, settings: Case) -> N
         backend=fastroute.explain(layer, x)[0].backend,
         **{"pass": row.what},
     )
-    harness.race(
-        benchmark, subject, rivals, harness.floors(made, case.torch_dtype, device), checked, quick=options.quick
-    )
+    harness.race(benchmark, subject, rivals, harness.floors(made, case.torch_dtype, device), checked, options=options)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, case.torch_dtype, case.tf32, options.quick)
     elif row.memory:

@@ -227,7 +227,7 @@ def test_tasks(benchmark: Any, row: Row, options: harness.Options, settings: Cas
     info["GB"] = sum(4 * q.numel() for q in p.net.features.parameters()) / 1e9  # type: ignore[union-attr]
     benchmark.extra_info.update(info)
     floors = harness.floors(made, torch.float32, device)
-    harness.race(benchmark, subject, rivals, floors, checked, quick=options.quick, seconds=12, most=15)
+    harness.race(benchmark, subject, rivals, floors, checked, options=options, seconds=12, most=15)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))
@@ -251,4 +251,4 @@ def test_switching(benchmark: Any, options: harness.Options) -> None:
     benchmark.extra_info.update(info | {"GFLOP": 0.0, "GB": 0.0})
     nothing = Truth(lambda: {}, torch.float32)
     nothing.excess = lambda found: ("", 0.0)  # type: ignore[method-assign]
-    harness.race(benchmark, subject, [rival], [], nothing, quick=options.quick, seconds=2)
+    harness.race(benchmark, subject, [rival], [], nothing, options=options, seconds=2)

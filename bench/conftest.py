@@ -21,10 +21,12 @@ _KEPT = ("min", "max", "median", "iqr", "rounds")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-gpu", action="store_true", help="time the GPU's rows")
     parser.addoption("--bench-quick", action="store_true", help="small sizes and few rounds")
+    parser.addoption("--bench-seconds", type=float, help="of a row's rounds, at most")
+    parser.addoption("--bench-uncompiled", action="store_true", help="without the rivals that torch.compile makes")
 
 
 def options_of(config: pytest.Config) -> Options:
-    return Options(config.getoption("--bench-gpu"), config.getoption("--bench-quick"))
+    return Options(*(config.getoption(f"--bench-{name}") for name in Options._fields))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,10 +36,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tests.helpers.budget import Yardstick
+from tests.helpers.budget import LOOKS, NORMS, Yardstick
 
 Results = dict[str, Tensor]
-_BEGAN = time.monotonic()
+#: ``time.monotonic()`` when the run began, of which a suite's process is one part.
+BEGAN = "FASTROUTE_BENCH_BEGAN"
+_BEGAN = float(os.environ.get(BEGAN, time.monotonic()))
 
 
 class Options(NamedTuple):
@@ -47,6 +49,8 @@ class Options(NamedTuple):
 
     gpu: bool
     quick: bool
+    seconds: float | None = None  # of a row's rounds, at most
+    uncompiled: bool = False  # without the rivals that torch.compile makes
 
     @property
     def device(self) -> str:
@@ -220,6 +224,44 @@ class Step:
         pass
 
 
+def _capture(call: Callable[[], Any], before: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of one pass, and the tensors in which each replay leaves its results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # kernels are compiled and workspaces made
+            before()
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    before()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    before()  # gradients live in the graph's memory
+    return graph, kept
+
+
+def replayed(one: Step | Here) -> Step:
+    """The same pass as a CUDA graph, which is what a training loop would replay; on a CPU, the pass itself."""
+    step = one if isinstance(one, Step) else Step(one.name, one.run, one.run, one.reset, one.device)
+    name = f"{step.name}, graph"
+    if step.device != "cuda":
+        return replace(step, name=name)
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
+
+    def replay(what: str) -> Any:
+        graph, kept = graphs[what]
+        graph.replay()
+        return kept
+
+    def check() -> Results:
+        graphs.update(check=_capture(step.check, step.before), run=_capture(step.run, step.before))
+        found: Results = replay("check")
+        return found
+
+    return Step(name, check, lambda: replay("run"), device=step.device, every=step.every)
+
+
 #: Questions about a tensor's place in the graph, which seen.events() leaves out too.
 _NO_OPERATORS = ("aten::is_leaf", "aten::output_nr", "aten::_version")
 
@@ -264,6 +306,18 @@ class Truth:
                 by[name] = max(e.times for e in self._yardstick.excess(name, value)) if fits else float("inf")
         name = max(by, key=by.__getitem__)
         return name, by[name]
+
+    def relative(self, name: str, actual: Tensor) -> float:
+        """What a result's error may be by norm, as a share of the result's."""
+        by_norm = next(e for e in self._yardstick.excess(name, actual, LOOKS[-1:]) if e.norm == NORMS[1][0])
+        return by_norm.allowed / by_norm.scale
+
+
+class Gate(Protocol):
+    """What says whether results are right."""
+
+    def excess(self, found: Results) -> tuple[str, float]:
+        """(which result misses the exact one by most, how many times what it may)."""
 
 
 # ---------------------------------------------------------------------------------------------- the floor
@@ -375,17 +429,27 @@ def race(
     subject: Contestant,
     rivals: Sequence[Contestant],
     floor: Sequence[Contestant],
-    truth: Truth,
+    truth: Gate,
     *,
-    quick: bool = False,
+    options: Options,
     seconds: float = 8,
     most: int = 50,
 ) -> None:
     """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``.
 
-    There are 5 to ``most`` rounds. A contestant with ``every`` (see :class:`Step`) is only in some of them.
+    There are 5 to ``most`` rounds. A contestant with ``every`` (see :class:`Step`) is only in some of them. A rival
+    that fails is left out, and so are the compiled ones of a late run.
     """
-    excess = {one.name: truth.excess(one.results()) for one in (subject, *rivals)}
+    excess, left_out = {subject.name: truth.excess(subject.results())}, {}
+    for one in rivals:
+        if "torch.compile" in one.name and (options.uncompiled or options.is_late()):
+            left_out[one.name] = "no time to compile"
+            continue
+        try:
+            excess[one.name] = truth.excess(one.results())
+        except (RuntimeError, AssertionError) as error:  # out of memory, a graph that cannot be captured
+            left_out[one.name] = f"{type(error).__name__}: {error}"
+    rivals = [one for one in rivals if one.name in excess]
     ours = [one.name for one in (subject, *rivals) if one.name.startswith("fastroute")]
     wrong = {k for k, (_, times) in excess.items() if not times <= 1 and (k in ours or not times < float("inf"))}
     others = [one for one in (*rivals, *floor) if one.name not in wrong]
@@ -399,7 +463,8 @@ def race(
         began = time.perf_counter()
         one.sample()
         round_s += (time.perf_counter() - began) / every[one.name]
-    count = 2 if quick else min(max(int(seconds / round_s), 5), most)
+    seconds = min(seconds, options.seconds or seconds)
+    count = 2 if options.quick else min(max(int(seconds / round_s), 5), most)
     turns = itertools.count()
 
     def time_others() -> None:
@@ -437,6 +502,8 @@ def race(
         share_of_floor=min(shares, default=None),
         load=[round(v, 1) for v in os.getloadavg()],
     )
+    if left_out:
+        benchmark.extra_info["left out"] = "; ".join(f"{name} ({why})" for name, why in left_out.items())
 
 
 def fail_if_wrong(benchmark: Any, row: str) -> None:
@@ -447,6 +514,8 @@ def fail_if_wrong(benchmark: Any, row: str) -> None:
         FAULTY.append({"name": row, "stats": None, "extra_info": info})
         benchmark.skipped = True
         raise AssertionError(f"{mine['off']} is off by {mine['times_the_budget']:.2f} times its budget: no time")
+    failed = [why for why in info.get("left out", "").split("; ") if why.startswith("fastroute")]
+    assert not failed, failed
 
 
 # ---------------------------------------------------------------------------------------------- a GPU's own

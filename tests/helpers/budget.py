@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +51,23 @@ def distance(t: Tensor, exact: Tensor, p: float) -> float:
         for a, b in zip(t.detach().reshape(-1).split(1 << 24), exact.reshape(-1).split(1 << 24), strict=True)
     ]
     return max(pieces, default=0.0) if p == math.inf else math.hypot(*pieces)
+
+
+def beyond(t: Tensor, exact: Tensor, bound: float) -> str:
+    """The shape, and which entries are off by more than ``bound`` or are not finite where ``exact`` is."""
+    count, first, start = 0, None, 0
+    flat, true = t.detach().reshape(-1), exact.reshape(-1)
+    for a, b in zip(flat.split(1 << 24), true.split(1 << 24), strict=True):
+        bad = ((a.double() - b).abs() > bound) | (a.isfinite() < b.isfinite())
+        here = int(bad.sum())
+        if here and first is None:
+            first = start + int(bad.byte().argmax())
+        count, start = count + here, start + len(a)
+    if first is None:
+        return f"shape {list(t.shape)}"
+    index = [int(i) for i in np.unravel_index(first, t.shape)]
+    values = f"{float(flat[first]):.6g} for {float(true[first]):.6g}"
+    return f"shape {list(t.shape)}, {count} of {t.numel()} entries are off, the first at {index}: {values}"
 
 
 class Excess(NamedTuple):
@@ -166,8 +185,12 @@ class Yardstick:
                 continue
             for excess in self.excess(name, actual):
                 wild = int((actual.isfinite() < self.exact[name].isfinite()).sum())  # type: ignore[union-attr]
-                assert not wild, f"{label}: {wild} of {actual.numel()} not finite"  # however large the budget is
-                assert excess.error <= excess.allowed, f"{what} {excess}".strip()
+                where = partial(beyond, actual, self.exact[name])
+                assert not wild, (
+                    f"{label}: {wild} of {actual.numel()} not finite; {where(math.inf)}"
+                )  # whatever the budget
+                each = excess.allowed / (1 if excess.norm == NORMS[0][0] else math.sqrt(max(actual.numel(), 1)))
+                assert excess.error <= excess.allowed, f"{what} {excess}; {where(each)}".strip()
 
 
 def check(
