@@ -1,12 +1,11 @@
 """Kernels and launchers compiled here for a GPU elsewhere, in one archive that travels with the tree.
 
 Triton's cache is a folder for each kernel. Of its files a launch needs the machine code and two of JSON; the
-intermediate code stays behind. The files name each other by whole paths, which ``unpack`` makes those of its folder.
+intermediate code stays behind.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from bench.gpu_first import plugin, predicted, waves
 from bench.gpu_first.waves import ROOT
+from tests.aot import move_cache
 
 #: Git ignores it: name it among what the GPU machine is to get.
 FOLDER = ROOT / ".gpu-cache"
@@ -44,19 +44,8 @@ def make(arch: int, seconds: float, python: str = sys.executable) -> int:
             "PYTHONPATH": str(ROOT),
         }
         env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        pytest = [
-            python,
-            "-m",
-            "pytest",
-            "-q",
-            "-W",
-            "ignore",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "bench.gpu_first.plugin",
-        ]
-        pytest += ["-p", "bench.gpu_first.recording"]
+        pytest = [python, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+        pytest += ["-p", "bench.gpu_first.plugin", "-p", "bench.gpu_first.recording"]
         timed = list(dict.fromkeys(i.split("::")[0] for i in predicted.ROWS))
         asked = ["--bench-gpu", "--bench-uncompiled", "--benchmark-only", *timed]
         subprocess.run([*pytest, *asked], env=env | {plugin.IDS: rows.name}, cwd=ROOT, check=False)
@@ -83,8 +72,5 @@ def unpack(target: Path) -> int:
     """Make Triton's cache of the archive; how many kernels there are."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(target, filter="data")
-    for group in target.glob("*/__grp__*.json"):
-        names = json.loads(group.read_text())["child_paths"]
-        here = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
-        group.write_text(json.dumps({"child_paths": here}))
+    move_cache(target)
     return len(list(target.glob("*/*.cubin")))

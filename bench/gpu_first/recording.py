@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -116,23 +116,14 @@ def _key(launch: Any) -> Any:
     return launch.kernel, str(launch.constants), launch.warps, launch.stages, tuple(map(kind, launch.args))
 
 
-def _record(call: Callable[[], object]) -> list[Any]:
-    """Ops choose as on a GPU."""
-    launches: list[Any] = getattr(aot, "record_ops", aot.record)(call)
-    return launches
-
-
 def _compile(launch: Any) -> None:
     """Into Triton's cache, under the key of a launch on the GPU; its launcher, which is C, as well."""
-    kernel = getattr(aot, "warm", aot.compile_for)(launch, int(os.environ[ARCH]))
-    if hasattr(kernel, "src"):
-        from triton.backends.nvidia import driver
+    from triton.backends.nvidia import driver
 
-        with (
-            mock.patch.object(driver, "library_dirs", lambda: [_stubs()]),
-            suppress(ImportError),
-        ):  # no driver to load it
-            driver.CudaLauncher(kernel.src, kernel.metadata)
+    kernel = aot.warm(launch, int(os.environ[ARCH]))
+    # nothing here can load it
+    with mock.patch.object(driver, "library_dirs", lambda: [_stubs()]), suppress(ImportError):
+        driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
 @cache
@@ -172,7 +163,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
         with suppress(Exception, pytest.skip.Exception, pytest.fail.Exception), _on_an_h100():
             pyfuncitem.obj(**given)
 
-    launches = _record(call)
+    launches = aot.record_ops(call, int(os.environ[ARCH]))
     counts["tests"] += 1
     counts["with launches"] += bool(launches)
     for launch in launches:
