@@ -224,7 +224,7 @@ def output_grads_kernel(
     da, dmu, dsig2,  # gradients of its outputs (if GIVEN)
     A0_part, A1_part, A2_part,  # else what the next iteration's sums give: [A0_slots, outputs], [A_slots, outputs, CH]
     g1, g2, k, da_out,  # out
-    N_before, mean_before, M2_before, mu_before, sig2_before,  # moments of the iteration before (if BEFORE); out: settled
+    N_before, mean_before, M2_before, mu_before, sig2_before,  # of the iteration before (if BEFORE); out: settled
     eps, outputs, A0_slots, A_slots,
     GIVEN: tl.constexpr, GAUSSIAN: tl.constexpr, BEFORE: tl.constexpr,
     CH: tl.constexpr, CHP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -290,7 +290,7 @@ def shared_sums_kernel(
     W_size, bias_size, slots, beta_slots,
     ADD: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of shared parameters' gradients into their buffers. grid (tiles of W, then of bias, then of betas)."""
+    """Partial sums of shared parameters' gradients into their buffers. grid (tiles of W, bias and betas)."""
     W_tiles = tl.cdiv(W_size, BLOCK)
     bias_tiles = tl.cdiv(bias_size, BLOCK)
     tile = tl.program_id(0)
