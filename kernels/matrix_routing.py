@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,26 @@ from fastroute.reference.matrix_step import (
 
 from . import launch as start
 from .launch import DTYPES, cdiv, multiprocessors, power_of_2
-from .matrix_routing_backward import assign_backward_kernel, gradient_kernel
+from .matrix_routing_backward import assign_backward_kernel, gradient_kernel, output_grads_kernel, shared_sums_kernel
 from .matrix_routing_forward import assign_kernel, merge_kernel, moments_kernel, pairs_kernel
 from .matrix_routing_plan import MAX_CAPSULE, MAX_OUTPUTS, Plan, VoteTile, capsule, plan
 
-__all__ = ["backward", "forward", "plan", "unsupported"]
+__all__ = ["backward", "folded", "folded_backward", "folded_forward", "force_folded", "forward", "plan", "unsupported"]
+
+force_folded: bool | None = None  #: None: folded, which has fewer launches and less traffic for every shape
+
+
+def folded() -> bool:
+    """Whether the op should call ``folded_forward`` and ``folded_backward``."""
+    return force_folded is not False
+
+
+class Sums(NamedTuple):
+    """``PreviousGrads`` before the sums over slots."""
+
+    A0: Tensor  # [slots, B, m]
+    A1: Tensor  # [slots, B, m, c, h]
+    A2: Tensor  # [slots, B, m, c, h]
 
 
 def unsupported(device_type: str, dtype: torch.dtype, B: int, n: int, m: int, c: int, d: int, h: int) -> str | None:
@@ -133,12 +149,27 @@ def forward(step: MatrixStep) -> Moments:
         return _forward(_Call(step, backward=False))
 
 
+def folded_forward(step: MatrixStep, kept: Moments, eps: float) -> Outputs:
+    """The moments go to ``kept``, the settled outputs into new memory; at least one sample and one input."""
+    with _on(step.mu_inp):
+        call = _Call(step, backward=False)
+        out = Outputs(call.new(*kept.a.shape), *(call.new(*kept.mean.shape) for _ in range(2)))
+        _moments(call, kept, out, eps)
+        return out
+
+
 def _forward(call: _Call) -> Moments:
+    few, many = (call.B, call.m), (call.B, call.m, call.c, call.h)
+    made = Moments(*(call.new(*shape) for shape in (few, many, many, few, many)))
+    if call.B == 0 or call.n == 0:
+        return Moments(*(t.zero_() for t in made if t is not None))
+    _moments(call, made, None, 0.0)
+    return made
+
+
+def _moments(call: _Call, made: Moments, out: Outputs | None, eps: float) -> None:
     chosen, B, m, c, h = call.plan, call.B, call.m, call.c, call.h
-    N0, a = call.new(B, m), call.new(B, m)
-    mean, low, M2 = (call.new(B, m, c, h) for _ in range(3))
-    if B == 0 or call.n == 0:
-        return Moments(*(t.zero_() for t in (N0, mean, M2, a, low)))
+    N0, mean, M2, a, low = made
     slots, a_slots = call.slots(chosen.light_split), call.slots(chosen.row_split)
     parts = [call.new(slots, B, m), *(call.new(slots, B, m, c, h) for _ in range(3))]
     a_part = call.new(a_slots, B, m)
@@ -167,23 +198,61 @@ def _forward(call: _Call) -> Moments:
     block = max(16, 1024 // ahead)
     start.launch(
         merge_kernel, (cdiv(B * m * c * h, block),),
-        *parts, a_part, N0, mean, low, M2, a, B * m, slots, a_slots,
-        CH=c * h, BLOCK_E=block, BLOCK_S=ahead, warps=4, stages=1,
+        *parts, a_part, N0, mean, low, M2, a, *((None,) * 3 if out is None else out), eps, B * m, slots, a_slots,
+        SETTLE=out is not None, CH=c * h, BLOCK_E=block, BLOCK_S=ahead, warps=4, stages=1,
     )  # fmt: skip
-    return Moments(N0, mean, M2, a, low)
 
 
 def backward(step: MatrixStep, out: OutputGrads, grads: MatrixGrads) -> PreviousGrads | None:
     """What the previous iteration's outputs get, None in a first iteration; the rest goes to ``grads``."""
     with _on(step.mu_inp):
-        return _backward(_Call(step, backward=True), OutputGrads(*(t.contiguous() for t in out)), grads)
+        call = _Call(step, backward=True)
+        if call.B == 0 or call.n == 0:
+            return _nothing(call, grads)
+        sums = _backward(call, OutputGrads(*(t.contiguous() for t in out)), grads)
+        return None if sums is None else PreviousGrads(*(t.sum(0) for t in sums))
 
 
-def _backward(call: _Call, out: OutputGrads, grads: MatrixGrads) -> PreviousGrads | None:
+def folded_backward(
+    step: MatrixStep, kept: Moments, before: Moments | None, d: Outputs | Sums, eps: float, grads: MatrixGrads
+) -> Sums | None:
+    """As ``backward``, from the moments of this iteration and of the one before; the caller hands on what comes back.
+
+    At least one sample and one input. ``step.previous`` is not read.
+    """
+    with _on(step.mu_inp):
+        out, previous = _output_grads(kept, before, d, eps, step.p_model == "gaussian")
+        return _backward(_Call(step._replace(previous=previous), backward=True), out, grads, folded=True)
+
+
+def _output_grads(
+    kept: Moments, before: Moments | None, d: Outputs | Sums, eps: float, gaussian: bool
+) -> tuple[OutputGrads, Outputs | None]:
+    g1, g2 = torch.empty_like(kept.mean), torch.empty_like(kept.mean)
+    k, da = torch.empty_like(kept.a), torch.empty_like(kept.a)
+    previous = None
+    if before is not None:
+        previous = Outputs(before.a, torch.empty_like(before.mean), torch.empty_like(before.mean))
+    given = isinstance(d, Outputs)
+    slots = (0, 0) if isinstance(d, Outputs) else (d.A0.shape[0], d.A1.shape[0])
+    outputs, numbers = kept.a.numel(), kept.mean.shape[-2] * kept.mean.shape[-1]
+    padded = power_of_2(numbers, 1)
+    ahead = max(1, min(32, power_of_2(max(slots), 1), 1024 // padded))
+    group = max(1, 1024 // (ahead * padded))
+    start.launch(
+        output_grads_kernel, (cdiv(outputs, group),),
+        *kept, *(d if given else (None,) * 3), *((None,) * 3 if given else d), g1, g2, k, da,
+        *((None,) * 3 if before is None else before[:3]), *((None,) * 2 if previous is None else previous[1:]),
+        eps, outputs, *slots,
+        GIVEN=given, GAUSSIAN=gaussian, BEFORE=before is not None,
+        CH=numbers, CHP=padded, BLOCK_O=group, BLOCK_S=ahead, warps=4, stages=1,
+    )  # fmt: skip
+    return OutputGrads(kept.mean, g1, g2, k, da), previous
+
+
+def _backward(call: _Call, out: OutputGrads, grads: MatrixGrads, folded: bool = False) -> Sums | None:
     chosen, B, m, c, d, h = call.plan, call.B, call.m, call.c, call.d, call.h
     want_rows, want_mu = grads.W is not None, grads.mu_inp is not None
-    if B == 0 or call.n == 0:
-        return _nothing(call, grads)
     tile, row, rows = chosen.heavy, chosen.row, chosen.rows
     outputs = cdiv(m, tile.outputs)
     weight, slope = call.new(chosen.batch, rows, m), call.new(chosen.batch, rows, m)
@@ -192,7 +261,7 @@ def _backward(call: _Call, out: OutputGrads, grads: MatrixGrads) -> PreviousGrad
     if scored:
         A0 = call.new(call.slots(row.inputs), B, m)
         A1, A2 = (call.new(call.slots(chosen.heavy_split), B, m, c, h) for _ in range(2))
-    shared_sums = _SharedSums(grads)
+    shared_sums = _SharedSums(grads, folded)
     for samples, first, last in call.chunks():
         batch = samples.stop - samples.start
         call.pairs(samples, first, last, weight, out, slope)
@@ -233,23 +302,33 @@ def _backward(call: _Call, out: OutputGrads, grads: MatrixGrads) -> PreviousGrad
             made = d_mu[0] if outputs == 1 else d_mu.sum(0)
             (own.copy_ if grads.fresh else own.add_)(made[:, : last - first])
         if beta_sums is not None and d_W is not None and d_bias is not None:
-            shared_sums.add(d_W.sum(0), d_bias.sum(0), *beta_sums.sum(0))
+            shared_sums.add(d_W, d_bias, beta_sums)
     if A0 is None or A1 is None or A2 is None:
         return None
-    return PreviousGrads(A0.sum(0), A1.sum(0), A2.sum(0))
+    return Sums(A0, A1, A2)
 
 
 class _SharedSums:
     """Gradients of parameters that serve every input: chunk by chunk into their buffers."""
 
-    def __init__(self, grads: MatrixGrads) -> None:
+    def __init__(self, grads: MatrixGrads, folded: bool) -> None:
         self.buffers = (grads.W, grads.bias, grads.beta_use, grads.beta_ign)
-        self.fresh = grads.fresh
+        self.fresh, self.folded = grads.fresh, folded
 
-    def add(self, *sums: Tensor) -> None:
-        for buffer, value in zip(self.buffers, sums, strict=True):
-            if buffer is not None:
-                (buffer[0].copy_ if self.fresh else buffer[0].add_)(value)
+    def add(self, d_W: Tensor, d_bias: Tensor, beta_sums: Tensor) -> None:
+        if self.folded:
+            sizes = d_W[0].numel(), d_bias[0].numel()
+            ahead = min(32, power_of_2(max(d_W.shape[0], beta_sums.shape[0]), 1))
+            block = 1024 // ahead
+            start.launch(
+                shared_sums_kernel, (sum(cdiv(size, block) for size in (*sizes, beta_sums[0].numel())),),
+                d_W, d_bias, beta_sums, *self.buffers, *sizes, d_W.shape[0], beta_sums.shape[0],
+                ADD=not self.fresh, M=beta_sums.shape[2], BLOCK=block, BLOCK_S=ahead, warps=4, stages=1,
+            )  # fmt: skip
+        else:
+            for buffer, value in zip(self.buffers, (d_W.sum(0), d_bias.sum(0), *beta_sums.sum(0)), strict=True):
+                if buffer is not None:
+                    (buffer[0].copy_ if self.fresh else buffer[0].add_)(value)
         self.fresh = False
 
 

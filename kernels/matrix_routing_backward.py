@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import dot
-from .matrix_routing_forward import capsule_rows, lanes, open_pairs, routing_weights, votes
+from .matrix_routing_forward import capsule_rows, lanes, open_pairs, routing_weights, settled, votes
 
 
 @triton.jit
@@ -205,3 +205,114 @@ def gradient_kernel(
                 at1 = base + (b * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
                 tl.store(A1_part + at1, A1, mask=keep1)
                 tl.store(A2_part + at1, A2, mask=keep1)
+
+
+@triton.jit
+def slot_sums(part, at, width, slots, keep, SIZE: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Sums over slots of ``part`` [slots, width] at the positions ``at`` [SIZE]."""
+    total = tl.zeros([SIZE], dtype=tl.float32)
+    for slot in range(0, slots, BLOCK_S):
+        s = (slot + tl.arange(0, BLOCK_S)).to(tl.int64)
+        inside = (s < slots)[:, None] & keep[None, :]
+        total += tl.sum(tl.load(part + (s * width)[:, None] + at[None, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def output_grads_kernel(
+    N, mean, M2, a, low,  # moments of this iteration: [outputs], [outputs, CH], ...
+    da, dmu, dsig2,  # gradients of its outputs (if GIVEN)
+    A0_part, A1_part, A2_part,  # else what the next iteration's sums give: [A0_slots, outputs], [A_slots, outputs, CH]
+    g1, g2, k, da_out,  # out
+    N_before, mean_before, M2_before, mu_before, sig2_before,  # of the iteration before (if BEFORE); out: settled
+    eps, outputs, A0_slots, A_slots,
+    GIVEN: tl.constexpr, GAUSSIAN: tl.constexpr, BEFORE: tl.constexpr,
+    CH: tl.constexpr, CHP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """``PreviousGrads.of``, ``OutputGrads.of`` and ``settle`` of a group of outputs. grid (groups of outputs)."""
+    SIZE: tl.constexpr = BLOCK_O * CHP
+    lane = tl.arange(0, SIZE)
+    o = tl.program_id(0).to(tl.int64) * BLOCK_O + lane // CHP
+    ch = lane % CHP
+    keep = (o < outputs) & (ch < CH)
+    per_output = keep & (ch == 0)
+    e = o * CH + ch
+    width = tl.cast(outputs, tl.int64)
+    N_o = tl.load(N + o, mask=keep, other=1.0)
+    center = tl.load(mean + e, mask=keep, other=0.0)
+    square = tl.load(M2 + e, mask=keep, other=0.0)
+    rounded = tl.load(low + e, mask=keep, other=0.0)
+    if GIVEN:
+        d_a = tl.load(da + o, mask=keep, other=0.0)
+        d_mu = tl.load(dmu + e, mask=keep, other=0.0)
+        d_sig2 = tl.load(dsig2 + e, mask=keep, other=0.0)
+    else:
+        A0 = slot_sums(A0_part, o, width, A0_slots, keep, SIZE, BLOCK_S)
+        A1 = slot_sums(A1_part, e, width * CH, A_slots, keep, SIZE, BLOCK_S)
+        a_o = tl.load(a + o, mask=keep, other=0.0)
+        small = tl.exp(-tl.abs(a_o))
+        d_a = A0 * tl.div_rn(tl.where(a_o > 0.0, small, 1.0), 1.0 + small)
+        if GAUSSIAN:
+            A2 = slot_sums(A2_part, e, width * CH, A_slots, keep, SIZE, BLOCK_S)
+            _, sig2 = settled(N_o, center, square, eps)
+            precision = tl.div_rn(1.0, sig2)
+            d_mu = A1 * precision
+            d_sig2 = 0.5 * precision * (A2 * precision - A0)
+        else:
+            d_mu = 2.0 * A1
+            d_sig2 = tl.zeros([SIZE], dtype=tl.float32)
+    s = N_o + eps
+    rest = tl.div_rn(eps, s)
+    shift = rest * center
+    along = d_mu + 2.0 * rest * d_sig2 * shift
+    through = d_mu - 2.0 * rest * d_sig2 * (center - shift)
+    part = d_sig2 * (tl.div_rn(square, s) - rest * (shift * shift)) - through * shift
+    part += rounded * (along - d_sig2 * rounded)
+    along -= 2.0 * d_sig2 * rounded
+    tl.store(g1 + e, tl.div_rn(along, s), mask=keep)
+    tl.store(g2 + e, tl.div_rn(d_sig2, s), mask=keep)
+    tl.store(da_out + o, d_a, mask=per_output)
+    sums = tl.sum(tl.reshape(tl.where(keep, tl.div_rn(part, s), 0.0), [BLOCK_O, CHP]), 1)
+    own = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    tl.store(k + own, sums, mask=own < outputs)
+    if BEFORE:
+        N_b = tl.load(N_before + o, mask=keep, other=1.0)
+        mean_b = tl.load(mean_before + e, mask=keep, other=0.0)
+        mu, sig2_b = settled(N_b, mean_b, tl.load(M2_before + e, mask=keep, other=0.0), eps)
+        tl.store(mu_before + e, mu, mask=keep)
+        tl.store(sig2_before + e, sig2_b, mask=keep)
+
+
+@triton.jit
+def shared_sums_kernel(
+    W_part, bias_part, beta_part,  # [slots, W_size], [slots, bias_size], [beta_slots, 2, M]
+    W, bias, use, ign,  # out
+    W_size, bias_size, slots, beta_slots,
+    ADD: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of shared parameters' gradients into their buffers. grid (tiles of W, bias and betas)."""
+    W_tiles = tl.cdiv(W_size, BLOCK)
+    bias_tiles = tl.cdiv(bias_size, BLOCK)
+    tile = tl.program_id(0)
+    if tile < W_tiles:
+        at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        keep = at < W_size
+        total = slot_sums(W_part, at, tl.cast(W_size, tl.int64), slots, keep, BLOCK, BLOCK_S)
+        if ADD:
+            total += tl.load(W + at, mask=keep)
+        tl.store(W + at, total, mask=keep)
+    elif tile < W_tiles + bias_tiles:
+        at = (tile - W_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        keep = at < bias_size
+        total = slot_sums(bias_part, at, tl.cast(bias_size, tl.int64), slots, keep, BLOCK, BLOCK_S)
+        if ADD:
+            total += tl.load(bias + at, mask=keep)
+        tl.store(bias + at, total, mask=keep)
+    else:
+        at = (tile - W_tiles - bias_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        total = slot_sums(beta_part, at, tl.cast(2 * M, tl.int64), beta_slots, at < 2 * M, BLOCK, BLOCK_S)
+        used, ignored = at < M, (at >= M) & (at < 2 * M)
+        if ADD:
+            total += tl.load(use + at, mask=used, other=0.0) + tl.load(ign + at - M, mask=ignored, other=0.0)
+        tl.store(use + at, total, mask=used)
+        tl.store(ign + at - M, total, mask=ignored)

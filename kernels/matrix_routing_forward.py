@@ -303,12 +303,22 @@ def moments_kernel(
 
 
 @triton.jit
+def settled(N, mean, M2, eps):
+    """mu and sig2 of an output, as ``reference.matrix_step.settle``."""
+    s = N + eps
+    share = tl.div_rn(N, s)
+    shift = mean * tl.div_rn(eps, s)
+    return share * mean, tl.div_rn(M2, s) + share * (shift * shift) + eps
+
+
+@triton.jit
 def merge_kernel(
     N_part, mean_part, low_part, M2_part,  # [slots, outputs], [slots, outputs, CH] three times
     a_part,  # [a_slots, outputs]
     N, mean, low, M2, a,  # out, without slots
+    a_out, mu_out, sig2_out, eps,  # out (if SETTLE): a again, mu and sig2
     outputs, slots, a_slots,
-    CH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+    SETTLE: tl.constexpr, CH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The splits put together, in their order: Chan's formula. grid (outputs x c x h of all samples)."""
     e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -349,3 +359,8 @@ def merge_kernel(
     per_output = keep & (e % CH == 0)
     tl.store(N + o, total, mask=per_output)
     tl.store(a + o, a_total, mask=per_output)
+    if SETTLE:
+        mu, sig2 = settled(total, center, square, eps)
+        tl.store(mu_out + e, mu, mask=keep)
+        tl.store(sig2_out + e, sig2, mask=keep)
+        tl.store(a_out + o, a_total, mask=per_output)

@@ -95,6 +95,11 @@ class _Call(NamedTuple):
         return Moments(*(self.mu_inp.new_empty(size, dtype=self.acc) for size in (few, many, many, few, many)))
 
 
+def _folds(kernel: Any) -> bool:
+    """Whether a backend does what is per output in its own kernels."""
+    return bool(getattr(kernel, "folded", bool)())
+
+
 def _at(saved: Moments, t: int) -> Moments:
     return Moments(*(part[t] for part in saved))  # type: ignore[index]
 
@@ -111,6 +116,10 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     with autocast_off(call.mu_inp.device.type):
         step = call.step(call.gate(), None)
         for t in range(call.n_iters):
+            if _folds(kernel):
+                out = kernel.folded_forward(step, _at(saved, t), call.eps)
+                step = step._replace(previous=out)
+                continue
             made: Moments = kernel.forward(step)
             for kept, part in zip(saved, made, strict=True):
                 if part is None:
@@ -155,6 +164,10 @@ def _backward(*args: Any) -> list[Tensor]:
         step = call.step(gate, None)
         d = Outputs(da, dmu, dsig2)
         for t in reversed(range(call.n_iters)):
+            if _folds(kernel):
+                d = kernel.folded_backward(step, _at(saved, t), _at(saved, t - 1) if t else None, d, call.eps, grads)
+                grads.fresh = False
+                continue
             previous = settle(_at(saved, t - 1), call.eps) if t else None
             sums = kernel.backward(step._replace(previous=previous), OutputGrads.of(_at(saved, t), d, call.eps), grads)
             grads.fresh = False

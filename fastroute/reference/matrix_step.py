@@ -27,7 +27,15 @@ inputs). Where N0_j is 0, mean_j and M2_j are 0. A row whose gate is exactly 0, 
 nothing whatever its votes are, not-a-numbers included. M2 must not be made by subtracting two large numbers: tiles of
 rows make their own mean and centred M2, and Chan's formula puts them together. Threads do not change the order of sums.
 
-What follows from the moments is per output, and the op layer's: ``settle`` and ``OutputGrads.of``.
+What follows from the moments is per output, and the op layer's: ``settle`` and ``OutputGrads.of``. A backend may do it
+itself. It then has ``folded() -> bool``, and where that is True the op layer calls, for at least one sample and input,
+
+    folded_forward(step, kept: Moments, eps) -> Outputs
+    folded_backward(step, kept: Moments, before: Moments | None, d, eps, grads: MatrixGrads) -> d
+
+instead. ``kept`` and ``before`` are the moments of this iteration and of the one before it; the forward pass fills
+``kept``. ``d`` is the gradient of an iteration's outputs: ``Outputs`` for the last iteration, and then whatever the
+backend returned for the iteration after.
 """
 
 from __future__ import annotations

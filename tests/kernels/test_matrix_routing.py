@@ -230,3 +230,45 @@ def test_what_is_not_supported_says_why() -> None:
     assert capsule(65, 64) > MAX_CAPSULE
     assert "32 bits" in str(refuse(DEVICE, torch.float32, 1, 9, 16000, 1, 400, 400))
     assert "meta" in str(refuse("meta", torch.float32, 1, 9, 5, 4, 4, 4))
+
+
+FOLDED = {
+    "own": (2, Size(2, 7, 5, 2, 3, 4), {}),
+    "shared": (3, Size(2, 7, 5, 2, 3, 4), {"shared": True}),
+    "one": (1, Size(1, 4, 1, 1, 3, 1), {}),
+    "masked": (3, Size(2, 7, 5, 2, 3, 4), {"masked": True}),
+    "skm": (2, Size(2, 7, 5, 3, 3, 3), {"p_model": "skm", "shared": True}),
+    "batch-40": (2, Size(40, 2, 2, 1, 1, 2), {}),
+}
+
+
+@pytest.mark.parametrize("force", [True, False], ids=["folded", "apart"])
+@pytest.mark.parametrize("name", FOLDED)
+def test_both_designs(name: str, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_routing, "force_folded", force)
+    n_iters, (B, n, m, c, d, h), options = FOLDED[name]
+    n1, p_model = 1 if options.get("shared") else n, options.get("p_model", "gaussian")
+    mask = random_mask(B, n, m).to(DEVICE) if options.get("masked") else None
+    given = {"a_inp": (B, n), "mu_inp": (B, n, c, d), "W": (n1, m, d, h), "B": (n1, m, c, h)}
+    given |= {"use": (n1, m), "ign": (n1, m)}
+    ends = {"a_out": (B, m), "mu_out": (B, m, c, h), "sig2_out": (B, m, c, h)}
+    some = []
+    for seed in range(3):
+        generator = seeds.generator(seed)
+        inputs = {key: torch.randn(shape, generator=generator).to(DEVICE) for key, shape in given.items()}
+        inputs["a_inp"][0, 1] = -math.inf
+        cotangents = {key: torch.randn(shape, generator=generator).to(DEVICE) for key, shape in ends.items()}
+        some.append(Case(inputs, cotangents, {**AXES, "a_inp": "bi", "B": "ijch"}, tuple(given)))
+
+    def op(a_inp: Tensor, mu_inp: Tensor, **w: Tensor) -> dict[str, Tensor | None]:
+        with use_backend("triton"):
+            made = matrix_routing_op(a_inp, mu_inp, Capsules(*w.values()), n_iters=n_iters, p_model=p_model, mask=mask)
+        return dict(zip(ends, made, strict=True))
+
+    def truth(a_inp: Tensor, mu_inp: Tensor, **w: Tensor) -> dict[str, Tensor | None]:
+        made = reference(a_inp, mu_inp, Capsules(*w.values()), n_iters=n_iters, p_model=p_model, mask=mask)
+        return {key: getattr(made, key) for key in ends}
+
+    check(op, truth, some, dtype=torch.float32)
+    once, again = evaluate(op, some[0]), evaluate(op, some[0])
+    assert all(torch.equal(t, again[key]) for key, t in once.items())  # type: ignore[arg-type]
