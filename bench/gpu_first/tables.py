@@ -25,8 +25,21 @@ class Table(NamedTuple):
     work: Callable[[str, bool], Call]
 
 
-def _million(device: str, dry: bool) -> Call:
-    return workloads.vector_routing(device, 500 if dry else 1_000_000, 100, 32 if dry else 1024, 32, training=False)
+def _million(device: str, dry: bool, training: bool = False) -> Call:
+    return workloads.vector_routing(device, 500 if dry else 1_000_000, 100, 32 if dry else 1024, 32, training=training)
+
+
+def _trained_million(device: str, dry: bool) -> Call:
+    return _million(device, dry, training=True)
+
+
+def _mixture(device: str, dry: bool) -> Call:
+    sizes = (64, 2, 4, 32, 16) if dry else (32_768, 8, 128, 2048, 768)
+    return workloads.mixture(device, *sizes, torch.float32 if dry else torch.bfloat16)
+
+
+def _matrix(device: str, dry: bool) -> Call:
+    return workloads.matrix_routing(device, *((2, 20, 5) if dry else (16, 4096, 64)))
 
 
 def _experts(device: str, dry: bool, training: bool = False) -> Call:
@@ -39,6 +52,13 @@ def _outputs(m: int) -> Callable[[str, bool], Call]:
 
 
 TABLES = (
+    *(Table(f"second designs: {what}", *setting, [None, False], work) for what, setting, work in (
+        ("vector_routing, 1,000,000 rows, training: dx at once", ("vector_routing", "force_left"), _trained_million),
+        ("vector_routing, 1,000,000 rows, forward: TF32 operands as they are taken", ("vector_routing", "force_turned"),
+         _million),
+        ("expert_ffn, 128 experts, training: gate and product in one", ("expert_ffn", "force_fused"), _mixture),
+        ("matrix_routing, 4096 to 64, training: outputs in the kernels", ("matrix_routing", "force_folded"), _matrix),
+    )),
     Table("vector_routing, 1,000,000 rows, forward: bytes of a chunk", "vector_routing_plan", "SCRATCH",
           [None, 16 << 20, 32 << 20, 128 << 20], _million),
     Table("grouped_linear, 128 experts, forward: tiles", "grouped_linear_plan", "_TENSOR_CORE_TILES",

@@ -50,6 +50,21 @@ def experts(
     return call
 
 
+def mixture(device: str, tokens: int, k: int, K: int, features: int, hidden: int, dtype: torch.dtype) -> Call:
+    """A training pass of gated experts."""
+    moe = fastroute.MoE(features, hidden, K, k, device=device, dtype=dtype)
+    x = torch.randn(tokens, features, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(tokens, features, device=device, dtype=dtype)
+    return lambda: moe(x).backward(dy)
+
+
+def matrix_routing(device: str, B: int, n: int, m: int) -> Call:
+    """A training pass, capsules of 4 x 4."""
+    layer = fastroute.GenerativeMatrixRouting(n, m, 4, 4, 4, device=device)
+    a, mu = torch.randn(B, n, device=device), torch.randn(B, n, 4, 4, device=device)
+    return lambda: layer(a, mu)[1].sum().backward()
+
+
 def plan(device: str, entries: int, K: int) -> Call:
     actions = torch.randint(K, (entries,), device=device)
     return lambda: dispatch.plan(actions, K)
