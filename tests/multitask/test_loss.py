@@ -363,8 +363,9 @@ def test_a_task_without_a_label_in_the_batch(kind: Any) -> None:
 
 def test_a_models_weighting() -> None:
     plain, model = two_tasks(), two_tasks(weighting="uncertainty")
-    assert list(plain.state_dict()) == list(model.state_dict())[:-1]  # absent by default, and last
-    assert list(model.state_dict())[-1] == "weighting.log_variance"
+    own = ["weighting.log_variance", "weighting.task_names"]
+    assert [*plain.state_dict(), *own] == list(model.state_dict())  # absent by default, and last
+    assert list(plain.state_dict()) == list(two_tasks(weighting="equal").state_dict())  # which has nothing to keep
     assert model.weighting is not None and model.weighting.tasks == ("a", "b")
     x, y = batch()
     total, found = model.loss(model(x), y)

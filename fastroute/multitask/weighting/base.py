@@ -5,12 +5,15 @@ Axes: T tasks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..accumulators import Accumulating
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
 Present = Mapping[str, Tensor | bool | None] | Sequence[Tensor | bool | None] | Tensor
@@ -57,21 +60,63 @@ def in_order(argument: str, given: Mapping[str, Any] | Sequence[Any] | Tensor, t
     return list(given)
 
 
-class Weighting(nn.Module):
+def numbers(
+    argument: str, given: Mapping[str, float] | Sequence[float], tasks: Sequence[str], default: float | None = None
+) -> list[float]:
+    """One number per task; ``default`` where a dict has none."""
+    found = [default if v is None else v for v in in_order(argument, given, tasks)]
+    for name, value in zip(tasks, found, strict=True):
+        if value is None:
+            raise ValueError(f"{argument}: expected a number for {name!r}, got none")
+    return [float(value) for value in found]
+
+
+def fill(t: Tensor, values: Sequence[float]) -> None:
+    """Copy numbers into a tensor on any device."""
+    with torch.no_grad():
+        t.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
+
+
+def memory_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """Of what a weighting remembers: float32 at least."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+
+def encoded(tasks: Sequence[str]) -> Tensor:
+    """Names as bytes of JSON: what every format of state dicts can hold."""
+    return torch.tensor(list(json.dumps(tasks).encode()), dtype=torch.uint8, device="cpu")
+
+
+def decoded(names: Tensor) -> list[str]:
+    """The names in such a tensor; none if that is not what it holds."""
+    try:
+        found = json.loads(bytes(names.tolist()))
+    except ValueError:
+        return []
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+class Weighting(Accumulating):
     """The losses of several tasks to the one number that is minimised.
 
     ``weighting(losses)`` is that number. The methods below it are there in every weighting, so that one training loop
     does for all: ``step()`` at the end of an epoch, ``update(losses)`` after the optimizer's step. Most need neither.
 
-    What a weighting learns or remembers is in its state dict, one entry per task in the order of ``tasks``.
+    What a weighting learns or remembers is in its state dict, with the tasks on the last axis in the order of
+    ``tasks``. Where tasks have names, the entry ``task_names`` has them, and another order of the same tasks is put
+    right when the state is loaded. A state dict without that entry is loaded by position.
 
     Args:
         tasks: names, or how many.
-        device, dtype: of what it learns or remembers.
+        device, dtype: of what it learns or remembers; what it remembers is in float32 at least.
 
     Attributes:
         tasks: tuple of names.
+        stateless: of the class: whether it neither learns nor remembers.
     """
+
+    stateless: ClassVar[bool] = False
+    task_names: Tensor
 
     def __init__(
         self,
@@ -82,6 +127,47 @@ class Weighting(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks = names_of(tasks)
+        if not (self.stateless or isinstance(tasks, int)):
+            names = encoded(self.tasks)
+            self.register_buffer("task_names", torch.empty(names.shape, dtype=names.dtype, device=device).copy_(names))
+
+    def reset_parameters(self) -> None:
+        """Set what it learns or remembers, and every other tensor, to what it is in a new one."""
+        if "task_names" in self._buffers:
+            self.task_names.copy_(encoded(self.tasks))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Every task takes what has its name."""
+        key = prefix + "task_names"
+        saved = state_dict.pop(key, None)
+        if "task_names" in self._buffers:
+            if saved is not None and not saved.is_meta:
+                place = {name: k for k, name in enumerate(decoded(saved))}
+                if place.keys() != set(self.tasks):
+                    error_msgs.append(f"{key}: expected the tasks {sorted(self.tasks)}, got {sorted(place)}")
+                    return
+                self._reorder(state_dict, prefix, [place[name] for name in self.tasks])
+            device = self.task_names.device if saved is None else saved.device
+            state_dict[key] = encoded(self.tasks).to(device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _reorder(self, state_dict: Any, prefix: str, order: list[int]) -> None:
+        if order == sorted(order):
+            return
+        for key in (prefix + name for name in (*self._parameters, *self._buffers)):
+            if key in state_dict and state_dict[key].shape[-1:] == (len(order),):
+                state_dict[key] = state_dict[key][..., order]
 
     def extra_repr(self) -> str:
         return f"tasks={len(self.tasks)}"
@@ -125,9 +211,7 @@ class Weighting(nn.Module):
             if t is not None and not (isinstance(t, Tensor) and t.numel() == 1):
                 raise ValueError(f"losses: expected a tensor of one element for {name!r}, got {_shown(t)}")
         flags = [None] * len(given) if present is None else in_order("present", present, self.tasks)
-        values = torch.stack([first.new_zeros(()) if t is None else t.reshape(()) for t in given])
-        if values.dtype in (torch.float16, torch.bfloat16):
-            values = values.float()
+        values = wide(torch.stack([first.new_zeros(()) if t is None else t.reshape(()) for t in given]))
         if all(t is not None for t in given) and all(f is None or f is True for f in flags):
             return values, None
         here = torch.stack([
@@ -140,6 +224,11 @@ class Weighting(nn.Module):
 
 def _shown(t: object) -> str:
     return f"one of shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+
+
+def wide(t: Tensor) -> Tensor:
+    """Half precision as float32: sums of many parts, exponentials."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def total(values: Tensor, present: Tensor | None) -> Tensor:
