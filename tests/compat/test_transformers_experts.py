@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.integrations import moe
 
 from fastroute import use_backend
 from fastroute.compat import transformers_experts
@@ -17,12 +19,6 @@ from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.opcheck import assert_same, check_compiled
-
-try:
-    import transformers
-    from transformers.integrations import moe
-except ImportError as error:
-    pytest.skip(f"transformers with its experts interface is not installed: {error}", allow_module_level=True)
 
 F64 = torch.float64
 N, D, H, E, k = 11, 8, 6, 5, 3
