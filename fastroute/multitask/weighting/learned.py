@@ -19,21 +19,22 @@ UNBOUNDED = (
 )
 
 
-#: Of |s|: exp(80) is far below float32's largest number, and no loss that is meant is below exp(-80).
-_FARTHEST = 80.0
+#: Of |s|: an optimizer squares gradients, and exp(80) is a number in float32. No loss that is meant is below exp(-40).
+_FARTHEST = 40.0
 
 
 def _balanced(s: Tensor, losses: Tensor) -> Tensor:
     """exp(-s) L + s of each task, whose minimum is at s = log L.
 
     s has no gradient where L is exactly 0, since that minimum is infinitely far away, nor one that leads it farther
-    than ``_FARTHEST``.
+    than ``_FARTHEST``, where it is held.
     """
     s = wide(s)
     with torch.no_grad():
-        uphill = 1 - (-s).exp() * losses
+        held = s.clamp(-_FARTHEST, _FARTHEST)
+        uphill = 1 - (-held).exp() * losses
         stop = (losses == 0) | ((s.abs() > _FARTHEST) & (s * uphill < 0))
-    s = torch.where(stop, s.detach(), s)
+    s = held + torch.where(stop, 0, s - s.detach())
     return (-s).exp() * losses + s
 
 
@@ -80,7 +81,7 @@ class Uncertainty(Weighting):
     as in TorchJD and LibMTL; the paper's classification tasks have no 1/2 before the loss, which only adds log 2 to
     their s. TorchJD begins with s = 0 as here, LibMTL with s = -0.5.
 
-    A loss that is exactly 0 does not move its s, which would go on to minus infinity; s is held within 80 of 0.
+    A loss that is exactly 0 does not move its s, which would go on to minus infinity; s is held within 40 of 0.
 
     Args:
         tasks: names, or how many.
@@ -118,7 +119,7 @@ class IMTL(Weighting):
     s_i is learned along with the model; its optimum makes every exp(s_i) L_i one. (IMTL-G, which balances gradients,
     is TorchJD's.)
 
-    A loss that is exactly 0 does not move its s, which would go on to infinity; s is held within 80 of 0.
+    A loss that is exactly 0 does not move its s, which would go on to infinity; s is held within 40 of 0.
 
     Args:
         tasks: names, or how many.
