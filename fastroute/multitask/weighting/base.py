@@ -64,11 +64,13 @@ def numbers(
     argument: str, given: Mapping[str, float] | Sequence[float], tasks: Sequence[str], default: float | None = None
 ) -> list[float]:
     """One number per task; ``default`` where a dict has none."""
-    found = [default if v is None else v for v in in_order(argument, given, tasks)]
-    for name, value in zip(tasks, found, strict=True):
-        if value is None:
+    found = []
+    for name, value in zip(tasks, in_order(argument, given, tasks), strict=True):
+        number = default if value is None else value
+        if number is None:
             raise ValueError(f"{argument}: expected a number for {name!r}, got none")
-    return [float(value) for value in found]
+        found.append(float(number))
+    return found
 
 
 def fill(t: Tensor, values: Sequence[float]) -> None:
@@ -104,7 +106,8 @@ class Weighting(Accumulating):
 
     What a weighting learns or remembers is in its state dict, with the tasks on the last axis in the order of
     ``tasks``. Where tasks have names, the entry ``task_names`` has them, and another order of the same tasks is put
-    right when the state is loaded. A state dict without that entry is loaded by position.
+    right when the state is loaded; other tasks are an error, or with ``strict=False`` left out. A state dict without
+    that entry is loaded by position.
 
     Args:
         tasks: names, or how many.
@@ -152,22 +155,29 @@ class Weighting(Accumulating):
         if "task_names" in self._buffers:
             if saved is not None and not saved.is_meta:
                 place = {name: k for k, name in enumerate(decoded(saved))}
-                if place.keys() != set(self.tasks):
-                    error_msgs.append(f"{key}: expected the tasks {sorted(self.tasks)}, got {sorted(place)}")
-                    return
-                self._reorder(state_dict, prefix, [place[name] for name in self.tasks])
+                missing_keys += [f"{key}[{name!r}]" for name in self.tasks if name not in place]
+                unexpected_keys += [f"{key}[{name!r}]" for name in place if name not in self.tasks]
+                self._by_name(state_dict, prefix, place)
             device = self.task_names.device if saved is None else saved.device
             state_dict[key] = encoded(self.tasks).to(device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _reorder(self, state_dict: Any, prefix: str, order: list[int]) -> None:
-        if order == sorted(order):
+    def _by_name(self, state_dict: Any, prefix: str, place: Mapping[str, int]) -> None:
+        """Bring entries into the order of ``tasks``; those of a task that has no ``place`` there stay as they are."""
+        mine = [k for k, name in enumerate(self.tasks) if name in place]
+        theirs = [place[self.tasks[k]] for k in mine]
+        if [*place] == [*self.tasks]:
             return
-        for key in (prefix + name for name in (*self._parameters, *self._buffers)):
-            if key in state_dict and state_dict[key].shape[-1:] == (len(order),):
-                state_dict[key] = state_dict[key][..., order]
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            saved = state_dict.get(prefix + name)
+            if own is None or saved is None or saved.shape[-1:] != (len(place),):
+                continue
+            made = saved[..., theirs]
+            if len(mine) < len(self.tasks):
+                made = own.detach().clone().index_copy(-1, torch.tensor(mine, device=own.device), made.to(own))
+            state_dict[prefix + name] = made
 
     def extra_repr(self) -> str:
         return f"tasks={len(self.tasks)}"

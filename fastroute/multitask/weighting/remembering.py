@@ -53,10 +53,10 @@ class Remembering(Weighting):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Records [T] are of a time when all calls counted."""
+        """Records [T] are of a version in which all calls counted."""
         for key in (prefix + name for name in self.records):
             if key in state_dict and state_dict[key].dim() == 1:
-                state_dict[key] = torch.stack([state_dict[key], torch.zeros_like(state_dict[key])])
+                state_dict[key] = torch.stack([state_dict[key]] * 2)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -198,7 +198,9 @@ class FAMO(Remembering):
             self.register_buffer(name, torch.empty(T, device=device, dtype=dtype))
         self.register_buffer("before", torch.empty(2, T, device=device, dtype=dtype))
         self.register_buffer("steps", torch.empty((), device=device, dtype=dtype))
-        self.register_buffer("seen", torch.empty(2, T, device=device, dtype=torch.bool))
+        self.register_buffer(
+            "seen", torch.empty(2, T, device=device, dtype=dtype)
+        )  # 0 or 1: some tools average buffers
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -221,7 +223,7 @@ class FAMO(Remembering):
     def record(self, row: int, losses: Tensor, present: Tensor | None) -> None:
         """Keep log D from before the optimizer's step."""
         self.before[row].copy_(self._log(losses))
-        self.seen[row].copy_(torch.ones_like(losses, dtype=torch.bool) if present is None else present)
+        self.seen[row].copy_(torch.ones_like(losses) if present is None else present)
 
     @torch.no_grad()
     def update(self, losses: Losses, present: Present | None = None) -> None:
@@ -233,7 +235,7 @@ class FAMO(Remembering):
         """
         values, here = self.gather(losses, present)
         trained = self.seen[TRAINED].any()
-        seen, before = of_training(self.seen, trained), of_training(self.before, trained)
+        seen, before = of_training(self.seen, trained) > 0, of_training(self.before, trained)
         self.seen[TRAINED].zero_()
         both = seen if here is None else seen & here
         delta = torch.where(both, before - self._log(values), 0).to(self.logits.dtype)
