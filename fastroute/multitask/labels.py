@@ -30,7 +30,7 @@ def known(y: Tensor, mask: Tensor | None, ignore_index: int | None = None) -> Te
 
 def are_alike(x: Tensor, y: Tensor) -> bool:
     """Whether shapes are the same but for axes of one element."""
-    return [n for n in x.shape if n != 1] == [n for n in y.shape if n != 1]
+    return x.shape == y.shape or [n for n in x.shape if n != 1] == [n for n in y.shape if n != 1]
 
 
 def like(x: Tensor, y: Tensor, of: str = "") -> Tensor:

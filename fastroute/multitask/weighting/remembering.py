@@ -28,12 +28,13 @@ class Remembering(Weighting):
     """
 
     records: ClassVar[tuple[str, ...]]
+    is_recording = True  #: of an instance: whether it needs what it would record
 
     def forward(self, losses: Losses, present: Present | None = None) -> Tensor:
         """As every weighting's."""
         values, here = self.gather(losses, present)
         made = self.combine(values, here)
-        if self.training and torch.is_grad_enabled():
+        if self.is_recording and self.training and torch.is_grad_enabled():
             read = values.detach()
             self.record(CALLED, read, here)
             if made.requires_grad and not torch.compiler.is_compiling():
@@ -223,7 +224,10 @@ class FAMO(Remembering):
     def record(self, row: int, losses: Tensor, present: Tensor | None) -> None:
         """Keep log D from before the optimizer's step."""
         self.before[row].copy_(self._log(losses))
-        self.seen[row].copy_(torch.ones_like(losses) if present is None else present)
+        if present is None:
+            self.seen[row].fill_(1)
+        else:
+            self.seen[row].copy_(present)
 
     @torch.no_grad()
     def update(self, losses: Losses, present: Present | None = None) -> None:
@@ -286,7 +290,7 @@ class STCH(EpochMeans):
         if warmup < 0:
             raise ValueError(f"warmup: expected a number of epochs, got {warmup}")
         super().__init__(tasks, device=device, dtype=dtype)
-        self.mu, self.warmup = float(mu), warmup
+        self.mu, self.warmup, self.is_recording = float(mu), warmup, warmup > 0
         T = len(self.tasks)
         self._weights = [1 / T] * T if weights is None else numbers("weights", weights, self.tasks)
         self._reference = [0.0] * T if reference is None else numbers("reference", reference, self.tasks)
@@ -303,11 +307,6 @@ class STCH(EpochMeans):
         fill(self.reference, self._reference)
         self.nadir.fill_(1)
         self.epoch.zero_()
-
-    def record(self, row: int, losses: Tensor, present: Tensor | None) -> None:
-        """Add to the epoch's sums, if there is a warm-up that needs them."""
-        if self.warmup:
-            super().record(row, losses, present)
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
         f = losses if self.warmup == 0 else log(losses) - self.nadir.log()
