@@ -220,6 +220,16 @@ def test_sums_stay_float64() -> None:
     assert not error.state_dict()
 
 
+@pytest.mark.parametrize("metric", [Accuracy(), F1(3), L1()])
+def test_reset_parameters_sets_all_sums(metric: Any) -> None:
+    """Of memory that ``to_empty`` left as it was."""
+    metric.to("meta").to_empty(device="cpu")
+    for t in metric.buffers():
+        t.fill_(7)
+    metric.reset_parameters()
+    assert all((t == 0).all() for t in metric.buffers())
+
+
 def test_tasks() -> None:
     class Theirs:
         """In the way of torchmetrics."""
