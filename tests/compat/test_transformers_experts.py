@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.integrations import moe
 
 from fastroute import use_backend
 from fastroute.compat import transformers_experts
@@ -18,8 +16,11 @@ from fastroute.ops import expert_ffn as expert_ffn_op
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget
+from tests.helpers.extras import needed
 from tests.helpers.opcheck import assert_same, check_compiled
 
+transformers = needed("transformers")
+moe = needed("transformers.integrations.moe")
 F64 = torch.float64
 N, D, H, E, k = 11, 8, 6, 5, 3
 

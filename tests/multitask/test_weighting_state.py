@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fastroute.multitask import MTLModel
 from fastroute.multitask import weighting as w
 from tests.helpers import seeds
+from tests.helpers.extras import needed
 from tests.multitask.test_weighting import MAKERS, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:'auto' multiplies:UserWarning")  # which has a test of its own
 
+safetensors = needed("safetensors.torch")
 HEADS = [f"h{k}" for k in range(8)]
 KEEPING = [name for name in MAKERS if name not in ("equal", "fixed", "rlw", "geometric")]
 RECORDS = ("summed", "counted", "before", "seen")
@@ -62,7 +62,7 @@ FORMATS = {
     "as it is": lambda state: state,
     "a plain dict": dict,
     "torch.save": through_a_file,
-    "safetensors": lambda state: load_safetensors(save_safetensors(dict(state))),
+    "safetensors": lambda state: safetensors.load(safetensors.save(dict(state))),
 }
 
 
