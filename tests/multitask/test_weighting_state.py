@@ -97,6 +97,8 @@ def test_of_a_model(assign: bool) -> None:
     x, y = torch.randn(5, 4), {h: torch.randn(5, 1) for h in HEADS}
     torch.testing.assert_close(first.loss(first(x), y)[0], second.loss(second(x), y)[0])
     third = model_of(HEADS, "uncertainty")
+    third.load_state_dict({k: v.bfloat16() for k, v in second.state_dict().items()})
+    assert torch.equal(third.weighting.log_variance, first.weighting.log_variance)
     third.load_state_dict(second.state_dict())  # the names that it saves are those of its own order
     assert torch.equal(third.weighting.log_variance, first.weighting.log_variance)
 

@@ -76,7 +76,7 @@ def numbers(
 def fill(t: Tensor, values: Sequence[float]) -> None:
     """Copy numbers into a tensor on any device."""
     with torch.no_grad():
-        t.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        t.copy_(torch.tensor(values, dtype=t.dtype, device="cpu"))
 
 
 def memory_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -90,9 +90,9 @@ def encoded(tasks: Sequence[str]) -> Tensor:
 
 
 def decoded(names: Tensor) -> list[str]:
-    """The names in such a tensor; none if that is not what it holds."""
+    """The names in such a tensor, of whatever dtype a state was cast to; none if that is not what it holds."""
     try:
-        found = json.loads(bytes(names.tolist()))
+        found = json.loads(bytes(names.to(torch.uint8).tolist()))
     except ValueError:
         return []
     return [str(name) for name in found] if isinstance(found, list) else []
