@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .labels import are_alike, classes, known, like, shown, spread
+from .weighting.base import wide
+
 #: PyTorch's losses that compare elements, and what they are made with.
 _ELEMENTS: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.MSELoss: (F.mse_loss, ()),
@@ -78,6 +81,9 @@ def task_losses(
     taken for it), "sum" or "batchmean"; and for any callable with an attribute ``reduction = "none"`` that gives a
     value per element or per sample. Every other loss is called as it is with what there is, NaN included.
 
+    A target has the prediction's shape but for axes of one element, and gets it, whatever the loss: PyTorch would
+    broadcast [B] against [B, 1] to [B, B]. Class indices are [B, ...] or [B, 1, ...].
+
     Args:
         outputs: predictions by task.
         targets: labels by task; None, or no entry, is a task without a target.
@@ -113,34 +119,32 @@ def task_losses(
 
 def _task(name: str, loss: Any, x: Tensor, y: Any, mask: Tensor | None) -> _Task:
     """What there is to compute, with the target in the form of the prediction."""
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask[{name!r}]: expected a bool tensor, got {_shown(mask)}")
-        if not isinstance(y, Tensor):
-            raise TypeError(f"mask[{name!r}]: expected a target that is a tensor, got {_shown(y)}")
+    of = f"[{name!r}]"
+    if mask is not None and not isinstance(y, Tensor):
+        raise TypeError(f"mask{of}: expected a target that is a tensor, got {shown(y)}")
+    tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
     task = _Task(name, loss, x, y, mask)
     hooked = isinstance(loss, nn.Module) and (loss._forward_hooks or loss._forward_pre_hooks)
     kind: Any = type(loss) if isinstance(loss, nn.Module) else loss
-    known = not hooked and isinstance(x, Tensor) and isinstance(y, Tensor)
-    if known and isinstance(kind, type):
+    readable = not hooked and tensors
+    if readable and isinstance(kind, type):
         if found := _ELEMENTS.get(kind) or _CLASSES.get(kind):
             task.call, names = found
             task.options = tuple((k, getattr(loss, k)) for k in names)
             task.reduction = loss.reduction
             task.ignore_index = getattr(loss, "ignore_index", None)
-    elif known and _is_in(kind, _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS):
+    elif readable and _is_in(kind, _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS):
         task.call = kind
         task.ignore_index = -100 if kind in _CLASS_FUNCTIONS else None
     if task.call is None:
-        return task
-    if task.ignore_index is None:
-        task.y = _like(name, x, y)
-        task.mask = None if mask is None else _spread(name, mask, task.y)
+        if tensors and are_alike(x, y):
+            task.y = like(x, y, of)
+    elif task.ignore_index is None:
+        y = like(x, y, of)
+        task.y = y if y.is_floating_point() else y.to(x.dtype)
+        task.mask = None if mask is None else spread(mask, y, of)
     else:
-        if x.dim() == 1:
-            task.x, task.y = x[None], y[None]
-            mask = None if mask is None else mask[None]
-        task.y, task.mask = _labels(name, task.x, task.y, mask)
+        task.x, task.y, task.mask = classes(x, y, mask, of)
     return task
 
 
@@ -151,56 +155,13 @@ def _is_in(function: Any, functions: frozenset[Any]) -> bool:
         return False
 
 
-def _like(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """The target in the prediction's shape. PyTorch would broadcast [B] against [B, 1] to [B, B]."""
-    if x.shape != y.shape:
-        if [n for n in x.shape if n != 1] != [n for n in y.shape if n != 1]:
-            raise ValueError(f"y[{name!r}]: expected the prediction's shape {_shown(x)}, got {_shown(y)}")
-        y = y.reshape(x.shape)
-    return y if y.is_floating_point() else y.to(x.dtype)
-
-
-def _spread(name: str, mask: Tensor, y: Tensor) -> Tensor:
-    """A mask of the target's shape."""
-    if mask.numel() == y.numel() and mask.shape != y.shape and mask.shape[:1] == y.shape[:1]:
-        return mask.reshape(y.shape)
-    if mask.shape != y.shape and mask.dim() == 1 and y.dim() > 1 and mask.shape == y.shape[:1]:
-        mask = mask.reshape(-1, *[1] * (y.dim() - 1))
-    try:
-        return mask.expand_as(y)
-    except RuntimeError:
-        raise ValueError(f"mask[{name!r}]: expected the target's shape {_shown(y)}, got {_shown(mask)}") from None
-
-
-def _labels(name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Class indices [B, ...] or probabilities [B, C, ...], and a mask [B, ...]."""
-    rows = (*x.shape[:1], *x.shape[2:])
-    if y.shape == x.shape and y.is_floating_point() and x.dim() > 1:
-        return y, None if mask is None else _spread(name, mask, x.select(1, 0))
-    if y.dim() == x.dim() and y.dim() > 1 and y.shape[1] == 1:
-        y = y.squeeze(1)  # [B, 1] as regression targets are
-    if tuple(y.shape) != rows:
-        raise ValueError(f"y[{name!r}]: expected class indices of shape {list(rows)}, got {_shown(y)}")
-    mask = None if mask is None else _spread(name, mask, y)
-    if y.is_floating_point():
-        there = ~y.isnan()
-        mask = there if mask is None else mask & there
-        y = torch.where(there, y, 0).long()
-    return y.long(), mask
-
-
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _wide(t: Tensor) -> Tensor:
-    """Half precision as float32: sums of many elements."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
 def _reduce(values: Tensor, there: Tensor, norm: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """(losses [G], whether there was a label [G]) of values [G, ...] that are 0 where there is none."""
-    total = _wide(values).flatten(1).sum(1)
+    total = wide(values).flatten(1).sum(1)
     some = there.flatten(1).any(1)
     if reduction != "sum":
         total = total / torch.where(some, norm, 1)
@@ -241,7 +202,7 @@ def _classes(group: Sequence[_Task]) -> tuple[Tensor, Tensor]:
     x = torch.where(there.unsqueeze(1), x, 0)
     made = torch.where(there, task.call(x, y, reduction="none", **options), 0)  # type: ignore[misc]
     made, there, norms = (t.reshape(G, -1) for t in (made, there, norms))
-    return _reduce(made, there, _wide(norms).sum(1), task.reduction)
+    return _reduce(made, there, wide(norms).sum(1), task.reduction)
 
 
 def _own(task: _Task) -> tuple[Tensor, Tensor | bool]:
@@ -257,9 +218,7 @@ def _own(task: _Task) -> tuple[Tensor, Tensor | bool]:
             raise TypeError(f"losses[{task.name!r}]: expected it to give a tensor, got {type(made).__name__}")
         return (made.reshape(()) if made.numel() == 1 else made.mean()), True
     y = task.y
-    there = ~y.isnan() if y.is_floating_point() else torch.ones_like(y, dtype=torch.bool)
-    if task.mask is not None:
-        there = there & _spread(task.name, task.mask, y)
+    there = known(y, None if task.mask is None else spread(task.mask, y, f"[{task.name!r}]"))
     x = task.x
     if x.shape == y.shape:
         x = torch.where(there, x, 0)
@@ -269,13 +228,7 @@ def _own(task: _Task) -> tuple[Tensor, Tensor | bool]:
     made = task.loss(x, torch.where(there, y, 0))
     if made.shape != there.shape:
         if made.shape != there.shape[: made.dim()]:
-            raise ValueError(
-                f"losses[{task.name!r}]: expected it to give {_shown(y)} or [B] values, got {_shown(made)}"
-            )
+            raise ValueError(f"losses[{task.name!r}]: expected it to give {shown(y)} or [B] values, got {shown(made)}")
         there = there.flatten(made.dim()).all(-1)
     values, some = _reduce(torch.where(there, made, 0)[None], there[None], there.sum()[None], "mean")
     return values[0], some[0]
-
-
-def _shown(value: Any) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

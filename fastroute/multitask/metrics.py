@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import labels
+from .accumulators import Accumulating
 from .weighting.base import in_order, unknown
 
+#: The class that is predicted by a score of NaN.
+_NONE = -1
 
-class Metric(nn.Module):
+
+class Metric(Accumulating):
     """A number made of sums over batches. ``update`` reads nothing from the device; ``compute`` gives a tensor."""
 
     higher_is_better = True
@@ -28,8 +33,9 @@ class Metric(nn.Module):
 
         Args:
             y_hat: predictions.
-            y: labels; NaN, and whatever the metric ignores, is left out.
-            mask: bool of the labels' shape, True where there is one.
+            y: labels, of the predictions' shape but for axes of one element; NaN, and whatever the metric ignores, is
+                left out.
+            mask: bool of the labels' shape or [B], True where there is one.
         """
         raise NotImplementedError
 
@@ -42,79 +48,118 @@ class Metric(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
+    def reset_parameters(self) -> None:
+        """The same as ``reset``."""
+        self.reset()
+
     def _sum(self, name: str, size: Sequence[int] = ()) -> None:
         self.register_buffer(name, torch.zeros(tuple(size), dtype=torch.float64), persistent=False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Sums follow the model to a device, but stay float64 where that exists: they are made of many small parts."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype and new.device.type != "mps":
-                self._buffers[name] = old.to(new.device)
-        return self
+
+def _binary(
+    y_hat: Tensor, y: Tensor, mask: Tensor | None, ignore_index: int, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(predicted class, true class, which labels are there) of scores and labels 0 or 1 of one shape."""
+    y = labels.like(y_hat, y)
+    there = labels.known(y, None if mask is None else labels.spread(mask, y), ignore_index)
+    return torch.where(y_hat.isnan(), _NONE, (y_hat > threshold).long()), (y > 0.5).long(), there
 
 
-def _there(y: Tensor, mask: Tensor | None, ignore_index: int | None = None) -> Tensor:
-    there = ~y.isnan() if y.is_floating_point() else torch.ones_like(y, dtype=torch.bool)
-    if ignore_index is not None:
-        there = there & (y != ignore_index)
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
-        there = there & mask.reshape(there.shape)
-    return there
+def _classes(y_hat: Tensor, y: Tensor, mask: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of scores [B, C, ...] and classes [B, ...] or class probabilities [B, C, ...]."""
+    scores, true, mask = labels.classes(y_hat, y, mask)
+    there = labels.known(true, None, ignore_index)
+    if true.is_floating_point():
+        there, true = there.all(1), true.argmax(1)
+    return torch.where(scores.isnan().any(1), _NONE, scores.argmax(1)), true, there if mask is None else there & mask
 
 
-def _classes(y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(predicted, true) classes of scores [B, C, ...] and indices [B, ...], or of logits and 0 or 1 of one shape."""
-    if y_hat.shape == y.shape or y_hat.numel() == y.numel():
-        return (y_hat > 0).long().reshape(y.shape), y
-    if y_hat.dim() == y.dim() and y.shape[1] == 1:
-        y = y.squeeze(1)
-    if (*y_hat.shape[:1], *y_hat.shape[2:]) != tuple(y.shape):
-        raise ValueError(f"y: expected labels for scores {list(y_hat.shape)}, got {list(y.shape)}")
-    return y_hat.argmax(1), y
+def _are_probabilities(y: Tensor, there: Tensor) -> Tensor:
+    """Whether labels [B, C, ...] are class probabilities: not all 0 or 1, and 1 in sum, as rounded in bfloat16."""
+    within = there & (y > 0) & (y < 1)
+    off = (y.float().sum(1) - 1).abs()
+    return within.any() & ((off <= 0.01) | ~there.all(1)).all()
 
 
-class Accuracy(Metric):
-    """The share of labels that were predicted: argmax of scores [B, C, ...], or logits above 0.
+class _Classification(Metric):
+    """A metric of predicted classes.
+
+    Args:
+        classes: C, for scores [B, C, ...].
+        ignore_index: a label that is none.
+        threshold: what a score of class 1 is above, where there is no score per class; None is 0.
+    """
+
+    def __init__(self, classes: int | None, ignore_index: int, threshold: float | None) -> None:
+        super().__init__()
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float, type(None))):
+            raise TypeError(f"threshold: expected a number, got {threshold!r}")
+        self.classes, self.ignore_index, self.threshold = classes, ignore_index, threshold
+
+    def _read(self, y_hat: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(predicted class, true class, which labels are there)."""
+        C = y_hat.shape[min(1, y_hat.dim() - 1)] if y_hat.dim() else 1
+        if self.classes == C and y_hat.shape == y.shape and y_hat.dim() > 1:
+            y = y.to(torch.promote_types(y.dtype, torch.bfloat16))  # one-hot ones may be integers
+        elif labels.are_alike(y_hat, y):
+            return _binary(y_hat, y, mask, self.ignore_index, self.threshold or 0.0)
+        elif self.classes not in (None, C):
+            raise ValueError(f"y_hat: expected scores [B, {self.classes}, ...], got {labels.shown(y_hat)}")
+        return _classes(y_hat, y, mask, self.ignore_index)
+
+
+class Accuracy(_Classification):
+    """The share of labels that were predicted.
+
+    The prediction is the largest of scores [B, C, ...], for labels that are classes [B, ...] or class probabilities
+    [B, C, ...]; or whether a score is above ``threshold``, for labels 0 or 1 of the same shape. A score of NaN predicts
+    nothing.
+
+    Labels of the scores' shape are class probabilities if a batch of them is not all 0 or 1 and every row sums to 1.
+    With ``classes`` they always are, one-hot ones too; with ``threshold`` alone they never are.
 
     Args:
         ignore_index: a label that is none.
+        classes: C, for scores [B, C, ...].
+        threshold: 0 for logits, as without it; 0.5 for probabilities, of a head that ends in Sigmoid.
     """
 
     right: Tensor
     count: Tensor
 
-    def __init__(self, ignore_index: int = -100) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
+    def __init__(self, ignore_index: int = -100, *, classes: int | None = None, threshold: float | None = None) -> None:
+        super().__init__(classes, ignore_index, threshold)
         self._sum("right")
         self._sum("count")
 
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch of scores [B, C, ...] and classes [B, ...], or of logits and 0 or 1."""
-        predicted, true = _classes(y_hat, y)
-        there = _there(true, None if mask is None else mask, self.ignore_index)
-        self.right += (there & (predicted == true)).sum()
-        self.count += there.sum()
+        """Add a batch of scores [B, C, ...] and classes [B, ...], or of scores and 0 or 1."""
+        predicted, true, there = self._read(y_hat, y, mask)
+        right, count = (there & (predicted == true)).sum(), there.sum()
+        if self.threshold is None and there.shape == y_hat.shape and y_hat.dim() > 1 and y.is_floating_point():
+            y = labels.like(y_hat, y)
+            soft = _are_probabilities(y, there)
+            predicted, true, there = _classes(y_hat, y, there, self.ignore_index)
+            right = torch.where(soft, (there & (predicted == true)).sum(), right)
+            count = torch.where(soft, there.sum(), count)
+        self.right += right
+        self.count += count
 
     def compute(self) -> Tensor:
         """Between 0 and 1."""
         return self.right / self.count
 
 
-class F1(Metric):
-    """2 TP / (2 TP + FP + FN): of class 1 for logits and 0 or 1; with ``classes``, its mean over the classes.
+class F1(_Classification):
+    """2 TP / (2 TP + FP + FN): of class 1 for scores and 0 or 1; with ``classes``, its mean over the classes.
 
-    A class that was neither predicted nor there counts 0, as in scikit-learn.
+    A class that was neither predicted nor there counts 0, as in scikit-learn. A score of NaN predicts nothing.
 
     Args:
-        classes: C, for scores [B, C, ...].
+        classes: C, for scores [B, C, ...] and classes [B, ...] or class probabilities [B, C, ...].
         ignore_index: a label that is none.
+        threshold: 0 for logits, as without it; 0.5 for probabilities, of a head that ends in Sigmoid.
     """
 
     hits: Tensor
@@ -122,20 +167,18 @@ class F1(Metric):
     true: Tensor
     count: Tensor
 
-    def __init__(self, classes: int | None = None, ignore_index: int = -100) -> None:
-        super().__init__()
-        self.classes, self.ignore_index = classes, ignore_index
+    def __init__(self, classes: int | None = None, ignore_index: int = -100, *, threshold: float | None = None) -> None:
+        super().__init__(classes, ignore_index, threshold)
         for name in ("hits", "predicted", "true"):
             self._sum(name, [classes or 2])
         self._sum("count")
 
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch of scores [B, C, ...] and classes [B, ...], or of logits and 0 or 1."""
-        predicted, true = _classes(y_hat, y)
-        there = _there(true, mask, self.ignore_index).flatten()
+        """Add a batch of scores [B, C, ...] and classes [B, ...], or of scores and 0 or 1."""
+        predicted, true, there = (t.flatten() for t in self._read(y_hat, y, mask))
         kinds = torch.arange(self.hits.shape[0], device=there.device)[:, None]
-        p, t = ((c.flatten() == kinds) & there for c in (predicted, true))
+        p, t = ((c == kinds) & there for c in (predicted, true))
         self.hits += (p & t).sum(1)
         self.predicted += p.sum(1)
         self.true += t.sum(1)
@@ -163,10 +206,9 @@ class L1(Metric):
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of predictions and labels of one shape."""
-        if y_hat.numel() != y.numel():
-            raise ValueError(f"y: expected the prediction's shape {list(y_hat.shape)}, got {list(y.shape)}")
-        there = _there(y, mask)
-        off = (y_hat.reshape(y.shape).to(self.error.dtype) - y.to(self.error.dtype)).abs()
+        y = labels.like(y_hat, y)
+        there = labels.known(y, None if mask is None else labels.spread(mask, y))
+        off = (y_hat.to(self.error.dtype) - y.to(self.error.dtype)).abs()
         self.error += torch.where(there, off, 0).sum()
         self.count += there.sum()
 

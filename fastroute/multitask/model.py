@@ -27,6 +27,7 @@ _OWN = (
         "_anchors",
         "_empty",
         "_flat",
+        "_initial",
         "_keep",
         "_kept",
         "_learned",
@@ -121,9 +122,15 @@ class MTLModel(Objective):
         self._losses = {node.name: node.loss[0] for node in nodes if node.loss}
         self._loss_weights = {node.name: node.loss_weight[0] for node in nodes if node.loss_weight}
         self._learned = {node.name: node.weight_name for node in nodes if node.init is not None}
+        self._initial = {node.weight_name: node.init for node in nodes if node.init is not None}
         hold(self, self._losses)
         self.output_tasks = output_tasks  # type: ignore[assignment]
         self._weigh(weighting, self._losses, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Set learned weights of losses to where they begin. Layers and the weighting have their own method."""
+        for name, value in self._initial.items():
+            nn.init.constant_(getattr(self, name), value)
 
     @staticmethod
     def _learned_weight(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:

@@ -16,9 +16,6 @@ from .sharing import feature_names, shared_parameters, task_parameters
 from .weighting import UNBOUNDED, WEIGHTINGS, Weighting, as_weighting
 from .weighting.base import in_order, unknown
 
-#: Weightings that neither learn nor remember, so that a call may bring its own.
-_STATELESS = ("equal", "rlw", "geometric")
-
 
 def by_task(argument: str, given: Any, tasks: Sequence[str]) -> dict[str, Any]:
     """What users give per task, a dict or a list in the order of ``tasks``, by name. A name twice counts once."""
@@ -161,9 +158,7 @@ class Objective(nn.Module):
     def _weighting_of(self, kind: Any, losses: Mapping[str, Any]) -> Weighting | None:
         if kind is None or isinstance(kind, Weighting):
             return self.weighting if kind is None else kind
-        if isinstance(kind, str) and kind not in _STATELESS:
-            if kind not in WEIGHTINGS:
-                as_weighting(kind, 1)  # raises
+        if isinstance(kind, str) and kind in WEIGHTINGS and not WEIGHTINGS[kind].stateless:
             raise ValueError(
                 f"weighting: {kind!r} learns or remembers; make it once, MTLModel(..., weighting={kind!r}), or give a "
                 "Weighting"

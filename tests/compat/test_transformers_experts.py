@@ -16,14 +16,11 @@ from fastroute.ops import expert_ffn as expert_ffn_op
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget
+from tests.helpers.extras import needed
 from tests.helpers.opcheck import assert_same, check_compiled
 
-try:
-    import transformers
-    from transformers.integrations import moe
-except ImportError as error:
-    pytest.skip(f"transformers with its experts interface is not installed: {error}", allow_module_level=True)
-
+transformers = needed("transformers")
+moe = needed("transformers.integrations.moe")
 F64 = torch.float64
 N, D, H, E, k = 11, 8, 6, 5, 3
 

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,56 @@ def test_shapes_are_not_broadcast() -> None:
     labels = torch.arange(6) % 3
     same(one(scores, labels[:, None], nn.CrossEntropyLoss())[0], F.cross_entropy(scores, labels))
     same(one(scores[0], labels[0], nn.CrossEntropyLoss())[0], F.cross_entropy(scores[0], labels[0]))
+
+
+@pytest.mark.parametrize("shapes", [((10, 1), (10,)), ((10,), (10, 1)), ((10, 4, 1), (10, 4)), ((10, 1, 4), (10, 4))])
+@pytest.mark.parametrize("kind", ["function", "module", "partial", "subclass", "hooked", "per element", "known"])
+def test_no_loss_broadcasts_its_target(kind: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Whoever wrote it: [B, 1] against [B] is a number per sample."""
+
+    class Own(nn.Module):
+        def forward(self, p: Tensor, t: Tensor) -> Tensor:
+            return ((p - t) ** 2).mean()
+
+    class PerElement(nn.Module):
+        reduction = "none"
+
+        def forward(self, p: Tensor, t: Tensor) -> Tensor:
+            return (p - t) ** 2
+
+    class Mine(nn.MSELoss): ...
+
+    hooked = nn.MSELoss()
+    hooked.register_forward_hook(lambda *_: None)
+    loss = {
+        "function": lambda p, t: ((p - t) ** 2).mean(), "module": Own(), "subclass": Mine(), "hooked": hooked,
+        "partial": partial(F.mse_loss, reduction="mean"), "per element": PerElement(), "known": nn.MSELoss(),
+    }[kind]  # fmt: skip
+    seeds.manual_seed(0)
+    x, y = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    same(one(x, y, loss)[0], ((x.flatten() - y.flatten()) ** 2).mean())
+    if kind in ("per element", "known"):
+        first = torch.arange(10) < 3  # [B]
+        same(one(x, y, loss, first)[0], ((x[:3].flatten() - y[:3].flatten()) ** 2).mean())
+
+
+def test_a_target_of_another_kind_comes_as_it_is() -> None:
+    seen: list[Any] = []
+    loss = lambda p, t: seen.append(t) or p.sum()  # noqa: E731
+    labels = torch.arange(10) % 3
+    one(torch.randn(10, 3), labels, loss)
+    assert seen[0] is labels
+
+
+def test_a_mask_of_probabilities() -> None:
+    """[B], or of their shape."""
+    x, y = torch.randn(5, 3).double(), torch.rand(5, 3).double().softmax(1)
+    kept = torch.tensor([True, False, True, True, False])
+    whole = torch.ones(5, 3, dtype=torch.bool)
+    whole[1, 2] = whole[4] = False
+    expected = F.cross_entropy(x[kept], y[kept])
+    for mask in (kept, kept[:, None], whole):
+        same(one(x, y, nn.CrossEntropyLoss(), mask)[0], expected)
 
 
 def test_half_precision_is_summed_in_float32() -> None:
@@ -363,8 +414,9 @@ def test_a_task_without_a_label_in_the_batch(kind: Any) -> None:
 
 def test_a_models_weighting() -> None:
     plain, model = two_tasks(), two_tasks(weighting="uncertainty")
-    assert list(plain.state_dict()) == list(model.state_dict())[:-1]  # absent by default, and last
-    assert list(model.state_dict())[-1] == "weighting.log_variance"
+    own = ["weighting.log_variance", "weighting.task_names"]
+    assert [*plain.state_dict(), *own] == list(model.state_dict())  # absent by default, and last
+    assert list(plain.state_dict()) == list(two_tasks(weighting="equal").state_dict())  # which has nothing to keep
     assert model.weighting is not None and model.weighting.tasks == ("a", "b")
     x, y = batch()
     total, found = model.loss(model(x), y)

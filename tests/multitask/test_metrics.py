@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastroute.multitask import F1, L1, Accuracy, TaskMetrics, relative_improvement
+from fastroute.multitask import F1, L1, Accuracy, TaskMetrics, relative_improvement, task_losses
 from tests.helpers import seeds
 
 sk = pytest.importorskip("sklearn.metrics")
@@ -70,6 +70,147 @@ def test_before_the_first_label(metric: Any) -> None:
     assert metric.compute().isnan()
 
 
+@pytest.mark.parametrize("shape", [(20,), (20, 1), (20, 3)])
+def test_probabilities_of_two_classes(shape: tuple[int, ...]) -> None:
+    """Of a head that ends in Sigmoid, as BCELoss wants one."""
+    seeds.manual_seed(0)
+    p, y = torch.rand(shape), torch.randint(2, shape).float()
+    accuracy, f1 = Accuracy(threshold=0.5), F1(threshold=0.5)
+    accuracy.update(p, y)
+    f1.update(p, y)
+    guess, t = (p > 0.5).flatten().numpy(), y.flatten().numpy()
+    assert float(accuracy.compute()) == pytest.approx(sk.accuracy_score(t, guess))
+    assert float(f1.compute()) == pytest.approx(sk.f1_score(t, guess))
+    logits = Accuracy(threshold=0)
+    logits.update(p - 0.5, y)
+    assert torch.equal(logits.compute(), accuracy.compute())
+
+
+@pytest.mark.parametrize("trailing", [(), (4,)])
+def test_labels_that_are_probabilities(trailing: tuple[int, ...]) -> None:
+    seeds.manual_seed(0)
+    scores, y = torch.randn(30, 5, *trailing), torch.randn(30, 5, *trailing).softmax(1)
+    hard = torch.nn.functional.one_hot(y.argmax(1), 5).movedim(-1, 1)
+    p, t = scores.argmax(1).flatten().numpy(), y.argmax(1).flatten().numpy()
+    right, macro = sk.accuracy_score(t, p), sk.f1_score(t, p, average="macro")
+    for metric, labels, expected in (
+        (Accuracy(), y, right), (Accuracy(), y.bfloat16(), right), (Accuracy(), y.argmax(1), right),
+        (Accuracy(classes=5), y, right), (Accuracy(classes=5), hard, right), (Accuracy(classes=5), hard.float(), right),
+        (F1(5), y, macro), (F1(5), hard.float(), macro), (F1(5), y.argmax(1), macro),
+    ):  # fmt: skip
+        metric.update(scores, labels)
+        assert float(metric.compute()) == pytest.approx(expected)
+    hidden = y.clone()
+    hidden[::3, 1] = math.nan  # of such a row, all is missing
+    for metric in (Accuracy(), F1(5)):
+        metric.update(scores, hidden)
+        got = metric.compute()
+        metric.reset()
+        metric.update(scores, y, torch.arange(30) % 3 != 0)
+        assert torch.equal(got, metric.compute())
+
+
+def test_labels_between_0_and_1_of_several_questions() -> None:
+    """Smoothed ones, whose rows do not sum to 1, and those that margin losses have."""
+    seeds.manual_seed(0)
+    logits, y = torch.randn(20, 3), torch.randint(2, (20, 3)).float()
+    expected = sk.accuracy_score(y.flatten().numpy(), (logits > 0).flatten().numpy())
+    for labels in (y, 0.05 + 0.9 * y, 2 * y - 1):
+        accuracy = Accuracy()
+        accuracy.update(logits, labels)
+        assert float(accuracy.compute()) == pytest.approx(expected)
+    pairs = torch.tensor([[0.2, 0.8], [0.9, 0.1]])  # they may as well be two questions
+    told = Accuracy(threshold=0)
+    told.update(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), pairs)
+    assert float(told.compute()) == 0.5
+    told = Accuracy()
+    told.update(torch.tensor([[0.5, 1.0], [0.5, 1.0]]), pairs)
+    assert float(told.compute()) == 0.5 and told.count == 2
+
+
+def test_a_score_of_nan_predicts_nothing() -> None:
+    nan = math.nan
+    scores, y = torch.tensor([[nan, 0.0], [nan, 9.0], [0.0, nan], [0.0, 1.0]]), torch.tensor([0, 1, 0, 1])
+    for metric, expected in ((Accuracy(), 1 / 4), (F1(2), (0 + 2 / 3) / 2)):
+        metric.update(scores, y)
+        assert float(metric.compute()) == pytest.approx(expected)
+    for metric, expected in ((Accuracy(), 1 / 4), (F1(), 2 / 3)):
+        metric.update(torch.tensor([nan, nan, nan, 1.0]), y)
+        assert float(metric.compute()) == pytest.approx(expected)
+        metric.reset()
+        metric.update(torch.tensor([nan, nan, nan, 1.0]), y, torch.tensor([False, False, False, True]))
+        assert float(metric.compute()) == 1
+
+
+MASKABLE = [
+    (Accuracy(), (10, 3), (10, 3)), (Accuracy(), (10, 1), (10,)), (Accuracy(), (10, 4), (10,)),
+    (Accuracy(), (10, 4), (10, 1)), (Accuracy(), (10, 4, 2), (10, 2)), (F1(), (10, 3), (10, 3)),
+    (F1(4), (10, 4, 2), (10, 2)), (L1(), (10, 3), (10, 3)), (L1(), (10, 1), (10,)), (L1(), (10,), (10, 1)),
+    (L1(), (10, 2, 1), (10, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("metric", "x", "y"), MASKABLE)
+def test_masking_equals_deleting(metric: Any, x: tuple[int, ...], y: tuple[int, ...]) -> None:
+    """A mask of the labels' shape, of the predictions' where that is the same but for axes of one, or [B]."""
+    seeds.manual_seed(0)
+    scores, labels = torch.randn(x), torch.randint(2, y).float()
+    rows = torch.arange(10) % 3 > 0
+
+    def of(*given: Tensor) -> Tensor:
+        metric.reset()
+        metric.update(*given)
+        return metric.compute()
+
+    expected = of(scores[rows], labels[rows])
+    each = rows.reshape(-1, *[1] * (len(y) - 1)).expand(y)
+    masks = [rows, each]
+    if math.prod(x) == math.prod(y):
+        masks.append(each.reshape(x))
+    for mask in masks:
+        assert torch.equal(of(scores, labels, mask), expected)
+    assert torch.equal(of(scores, labels.masked_fill(~each, math.nan)), expected)
+
+
+PAIRS = [
+    ((10, 1), (10,)),
+    ((10,), (10, 1)),
+    ((10, 3), (10, 3)),
+    ((10, 2, 1), (10, 2)),
+    ((10, 3), (10,)),
+    ((10, 4), (3, 4)),
+]
+
+
+@pytest.mark.parametrize(("x", "y"), PAIRS)
+@pytest.mark.parametrize("mask", [None, (10,), (10, 1), (10, 3), (3,)])
+def test_a_loss_and_its_metric_read_alike(x: tuple[int, ...], y: tuple[int, ...], mask: tuple[int, ...] | None) -> None:
+    """The same numbers, or an error for both."""
+    seeds.manual_seed(0)
+    given = (torch.randn(x), torch.randn(y), None if mask is None else torch.rand(mask) < 0.7)
+
+    def loss() -> Tensor:
+        masks = None if given[2] is None else {"t": given[2]}
+        return task_losses({"t": given[0]}, {"t": given[1]}, {"t": nn.L1Loss()}, masks)[0]["t"]
+
+    def metric() -> Tensor:
+        error = L1()
+        error.update(*given)
+        return error.compute().float()
+
+    def outcome(run: Callable[[], Tensor]) -> Tensor | str:
+        try:
+            return run()
+        except ValueError as error:
+            return str(error).split(":")[1]
+
+    got, expected = outcome(metric), outcome(loss)
+    if isinstance(expected, str):
+        assert got == expected
+    else:
+        torch.testing.assert_close(got, expected)
+
+
 def test_sums_stay_float64() -> None:
     """A mean of 2^25 small things: float32 would stop counting at 2^24."""
     error = L1().half()
@@ -77,6 +218,16 @@ def test_sums_stay_float64() -> None:
     error.update(torch.ones(3).half(), torch.zeros(3).half())
     assert error.count == 2**24 + 3
     assert not error.state_dict()
+
+
+@pytest.mark.parametrize("metric", [Accuracy(), F1(3), L1()])
+def test_reset_parameters_sets_all_sums(metric: Any) -> None:
+    """Of memory that ``to_empty`` left as it was."""
+    metric.to("meta").to_empty(device="cpu")
+    for t in metric.buffers():
+        t.fill_(7)
+    metric.reset_parameters()
+    assert all((t == 0).all() for t in metric.buffers())
 
 
 def test_tasks() -> None:
@@ -123,6 +274,15 @@ def test_relative_improvement() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: Accuracy(threshold="0.5"), TypeError, "threshold: expected a number, got '0.5'"),
+        (lambda: F1(threshold=True), TypeError, "threshold: expected a number, got True"),
+        (lambda: F1(3).update(torch.ones(4, 2), torch.ones(4)), ValueError, r"y_hat: expected scores \[B, 3, ...\]"),
+        (
+            lambda: L1().update(torch.ones(4, 3), torch.ones(3, 4)),
+            ValueError,
+            r"expected the prediction's shape \[4, 3",
+        ),
+        (lambda: L1().update(torch.ones(4), torch.ones(4), torch.ones(5) > 0), ValueError, r"the target's shape \[4\]"),
         (lambda: TaskMetrics({}), ValueError, "metrics: expected one"),
         (lambda: TaskMetrics({"a": nn.Linear(1, 1)}), TypeError, r"metrics\['a'\]: expected a metric, got Linear"),
         (lambda: TaskMetrics({"abc": L1()})["abd"], ValueError, "did you mean 'abc'"),

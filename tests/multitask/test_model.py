@@ -192,6 +192,13 @@ def test_learned_weights() -> None:
     assert MTLModel(readme(), README_TASKS, device="meta").Task3_loss.is_meta
 
 
+def test_learned_weights_are_reset() -> None:
+    model = MTLModel(readme(init=2), README_TASKS, device="meta")  # type: ignore[arg-type]
+    model._parameters["Task3_loss"] = nn.Parameter(torch.full((1,), 9.0))
+    model.reset_parameters()
+    assert model.Task3_loss.tolist() == [2.0]
+
+
 def test_gradients_by_functional_call() -> None:
     model = model_of_readme()
     parameters = {k: p.detach() for k, p in model.named_parameters()}

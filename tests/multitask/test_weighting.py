@@ -340,6 +340,88 @@ def test_a_model_learns(name: str) -> None:
     assert all(float(last[k].detach()) < first[k] for k in first), (first, last)
 
 
+# ------------------------------------------------------------------------------------------------------ losses of zero
+
+
+def weight_of(weighting: w.Weighting, value: float) -> tuple[Tensor, Tensor]:
+    """Its total, and what it multiplies the second task's loss by."""
+    given = losses([1.0, value], torch.float32)
+    total = weighting(given)
+    (grad,) = torch.autograd.grad(total, given[1])
+    return total, grad
+
+
+@pytest.mark.parametrize("steps", [0, 200])
+@pytest.mark.parametrize("name", ["uncertainty", "imtl"])
+def test_a_loss_of_zero_leaves_its_weight(name: str, steps: int) -> None:
+    """AutomaticWeightedLoss#2: s would move by lr at every step of Adam; from 88 / lr steps on all is NaN."""
+    weighting = make(name, ("a", "b"), dtype=torch.float32)
+    lr = 0.1
+    adam = torch.optim.Adam(weighting.parameters(), lr)
+
+    def train(value: float, steps: int) -> None:
+        for _ in range(steps):
+            adam.zero_grad()
+            weighting(losses([1.0, value], torch.float32)).backward()
+            adam.step()
+
+    train(2.0, steps)
+    _, before = weight_of(weighting, 2.0)
+    train(0.0, 2000)
+    for t in (*weighting.parameters(), weighting(losses([1.0, 0.0], torch.float32))):
+        assert t.isfinite().all()
+    total, after = weight_of(weighting, 2.0)
+    assert total.isfinite()
+    assert abs(float((after / before).log())) < 10 * lr  # what Adam's momentum may go on for
+    train(2.0, 300)
+    assert weight_of(weighting, 2.0)[1] == pytest.approx({"uncertainty": 0.25, "imtl": 0.5}[name], rel=0.05)
+
+
+@pytest.mark.parametrize("value", [1e-44, 1e-30, 1e-17])
+@pytest.mark.parametrize("name", ["uncertainty", "imtl"])
+def test_a_loss_that_vanishes_keeps_s_finite(name: str, value: float) -> None:
+    """Without being 0: the optimum of 1e-44 is where exp(-s) is no number in float32."""
+    weighting = make(name, ("a", "b"), dtype=torch.float32)
+    adam = torch.optim.Adam(weighting.parameters(), 0.5)
+    found = []
+    for b in (value, 1.0):  # and then it comes back
+        for _ in range(600):
+            adam.zero_grad()
+            total = weighting(losses([1.0, b], torch.float32))
+            total.backward()
+            adam.step()
+            assert total.isfinite() and all(s.isfinite().all() for s in weighting.parameters())
+        (s,) = weighting.parameters()
+        found.append(abs(float(s.detach()[1])))
+    assert found[0] < 50 and found[1] <= found[0]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_loss_may_be_zero_for_epochs(name: str) -> None:
+    weighting = make(name, dtype=torch.float32)
+    adam = torch.optim.Adam([*weighting.parameters(), nn.Parameter(torch.zeros(1))], 0.1)
+    for values in [(1.0, 2.0, 3.0)] * 2 + [(1.0, 0.0, 3.0)] * 3 + [(0.0, 0.0, 0.0)] * 3 + [(1.0, 0.5, 3.0)] * 3:
+        for _ in range(20):
+            given = losses(values, torch.float32)
+            total = weighting(given)
+            adam.zero_grad()
+            total.backward()
+            adam.step()
+            weighting.update(losses(values, torch.float32))
+            for t in (total, *(v.grad for v in given), *weighting.parameters(), *weighting.buffers()):
+                assert t is not None and not t.isinf().any()
+                assert not t.isnan().any() or t is getattr(weighting, "last", None)
+        weighting.step()
+
+
+def test_stch_takes_no_nadir_of_zero() -> None:
+    stch = w.STCH(("a", "b"), warmup=1, dtype=torch.float64)
+    stch(losses([4.0, 0.0]))
+    stch.step()
+    f = [math.log(2 / 4), math.log(3)]
+    close(stch(losses([2.0, 3.0])), math.log(sum(math.exp(v / 2) for v in f)))
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .base import Losses, Present, Weighting, unknown
-from .fixed import RLW, STCH, EqualWeights, FixedWeights, GeometricMean
-from .learned import DWA, FAMO, IMTL, UNBOUNDED, LearnedWeights, Uncertainty
+from .fixed import RLW, EqualWeights, FixedWeights, GeometricMean
+from .learned import IMTL, UNBOUNDED, LearnedWeights, Uncertainty
+from .remembering import DWA, FAMO, STCH
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
     "equal": EqualWeights,

@@ -1,4 +1,4 @@
-"""Weightings that learn: by gradient descent along with the model, or from how the losses went.
+"""Weightings that learn by gradient descent along with the model.
 
 Axes: T tasks.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Losses, Present, Weighting, in_order, softmax, total
+from .base import Weighting, fill, numbers, total, wide
 
 UNBOUNDED = (
     "'auto' multiplies a loss by a weight that is learned, with nothing to hold it: its gradient is the loss itself, "
@@ -19,14 +19,15 @@ UNBOUNDED = (
 )
 
 
-class _Options:
-    """How a weighting's tensors are made."""
+#: A loss that is no larger does not move its s. At its minimum, exp(|s|) squared is still a number in float32.
+_NOTHING = 1e-18
 
-    def __init__(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.device, self.dtype = device, dtype or torch.get_default_dtype()
 
-    def full(self, T: int, value: float) -> Tensor:
-        return torch.full((T,), float(value), device=self.device, dtype=self.dtype)
+def _balanced(s: Tensor, losses: Tensor) -> Tensor:
+    """exp(-s) L + s of each task, whose minimum is at s = log L: of a loss of 0 infinitely far away."""
+    s = wide(s)
+    s = torch.where(losses.abs() > _NOTHING, s, s.detach())
+    return (-s).exp() * losses + s
 
 
 class LearnedWeights(Weighting):
@@ -48,15 +49,17 @@ class LearnedWeights(Weighting):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(tasks)
+        super().__init__(tasks, device=device)
         warnings.warn(UNBOUNDED, UserWarning, stacklevel=2)
-        self.weight = nn.Parameter(_Options(device, dtype).full(len(self.tasks), 1.0))
-        if not isinstance(init, (int, float)):
-            values = in_order("init", init, self.tasks)
-            with torch.no_grad():
-                self.weight.copy_(torch.tensor([1.0 if v is None else float(v) for v in values]))
-        else:
-            nn.init.constant_(self.weight, init)
+        T = len(self.tasks)
+        self._init = [float(init)] * T if isinstance(init, (int, float)) else numbers("init", init, self.tasks, 1.0)
+        self.weight = nn.Parameter(torch.empty(T, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin with ``init`` again."""
+        super().reset_parameters()
+        fill(self.weight, self._init)
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
         return total(self.weight * losses, present)
@@ -69,6 +72,8 @@ class Uncertainty(Weighting):
     decay. Its optimum is s_i = log L_i. The constants are those of the paper's regression likelihood, for every task,
     as in TorchJD and LibMTL; the paper's classification tasks have no 1/2 before the loss, which only adds log 2 to
     their s. TorchJD begins with s = 0 as here, LibMTL with s = -0.5.
+
+    A loss of 0 (1e-18 and less) does not move its s, which would go on to minus infinity. None is to be negative.
 
     Args:
         tasks: names, or how many.
@@ -86,12 +91,18 @@ class Uncertainty(Weighting):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(tasks)
-        self.log_variance = nn.Parameter(_Options(device, dtype).full(len(self.tasks), init))
+        super().__init__(tasks, device=device)
+        self._init = float(init)
+        self.log_variance = nn.Parameter(torch.empty(len(self.tasks), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin with ``init`` again."""
+        super().reset_parameters()
+        nn.init.constant_(self.log_variance, self._init)
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
-        s = self.log_variance
-        return total(0.5 * ((-s).exp() * losses + s), present)
+        return total(0.5 * _balanced(self.log_variance, losses), present)
 
 
 class IMTL(Weighting):
@@ -99,6 +110,8 @@ class IMTL(Weighting):
 
     s_i is learned along with the model; its optimum makes every exp(s_i) L_i one. (IMTL-G, which balances gradients,
     is TorchJD's.)
+
+    A loss of 0 (1e-18 and less) does not move its s, which would go on to infinity. None is to be negative.
 
     Args:
         tasks: names, or how many.
@@ -116,154 +129,18 @@ class IMTL(Weighting):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(tasks)
-        self.log_scale = nn.Parameter(_Options(device, dtype).full(len(self.tasks), init))
+        super().__init__(tasks, device=device)
+        self._init = float(init)
+        self.log_scale = nn.Parameter(torch.empty(len(self.tasks), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin with ``init`` again."""
+        super().reset_parameters()
+        nn.init.constant_(self.log_scale, self._init)
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
-        s = self.log_scale
-        return total(s.exp() * losses - s, present)
+        return total(_balanced(-self.log_scale, losses), present)
 
 
-class DWA(Weighting):
-    """Dynamic weight average (Liu, Johns and Davison 2019, eq. 7): sum_i w_i L_i, w = T softmax(r / temperature).
-
-    r_i is the mean loss of the last epoch over that of the one before: what falls slowly weighs more. In the first two
-    epochs all weigh 1, and so does for r a task that had no loss in one of the two. Means are made of the losses of
-    calls in training; ``step()`` ends an epoch.
-
-    Args:
-        tasks: names, or how many.
-        temperature: above 0; the larger, the more even.
-
-    Attributes:
-        weights: w of this epoch, [T].
-    """
-
-    weights: Tensor
-    last: Tensor
-    summed: Tensor
-    counted: Tensor
-
-    def __init__(
-        self,
-        tasks: Sequence[str] | int,
-        temperature: float = 2.0,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(tasks)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected more than 0, got {temperature}")
-        self.temperature = float(temperature)
-        options = _Options(device, dtype)
-        T = len(self.tasks)
-        self.register_buffer("weights", options.full(T, 1))
-        self.register_buffer("last", options.full(T, torch.nan))  # NaN: not seen yet
-        self.register_buffer("summed", options.full(T, 0))
-        self.register_buffer("counted", options.full(T, 0))
-
-    def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
-        if self.training:
-            self.summed.add_(losses.detach())
-            self.counted.add_(1 if present is None else present)
-        # A copy: the buffer may change before the backward pass.
-        return total(self.weights.clone() * losses, present)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """The end of an epoch: weights for the next, from the means of this one and the one before."""
-        mean = self.summed / self.counted  # NaN without a loss
-        ratio = mean / self.last
-        ratio = torch.where(ratio.isfinite(), ratio, 1)
-        self.weights.copy_(len(self.tasks) * (ratio / self.temperature).softmax(0))
-        self.last.copy_(mean)
-        self.summed.zero_()
-        self.counted.zero_()
-
-
-class FAMO(Weighting):
-    """Fast adaptive multitask optimization (Liu et al. 2023, algorithm 1): sum_i z_i log(D_i) / sum_j (z_j / D_j).
-
-    D_i = L_i - min_i + 1e-8, z = softmax(xi), the denominator without gradient. ``update(losses)``, with the losses of
-    the same batch after the optimizer's step, moves xi by Adam along J_softmax(xi)^T (log D - log D'), so that the
-    losses fall at the same rate. xi is no parameter of the model and has its own optimizer here.
-
-    Args:
-        tasks: names, or how many.
-        min_losses: the lowest that each loss could be; 0 by default. What is below counts as there.
-        lr: Adam's, of xi.
-        weight_decay: of xi, added to its gradient.
-
-    Attributes:
-        logits: xi, [T].
-    """
-
-    logits: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    steps: Tensor
-    before: Tensor
-    seen: Tensor
-    min_losses: Tensor
-
-    def __init__(
-        self,
-        tasks: Sequence[str] | int,
-        min_losses: Mapping[str, float] | Sequence[float] | None = None,
-        lr: float = 0.025,
-        weight_decay: float = 1e-3,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(tasks)
-        self.lr, self.weight_decay = lr, weight_decay
-        options = _Options(device, dtype)
-        T = len(self.tasks)
-        lowest = [0.0] * T if min_losses is None else in_order("min_losses", min_losses, self.tasks)
-        values = torch.tensor([0.0 if v is None else float(v) for v in lowest], device=device, dtype=options.dtype)
-        self.register_buffer("min_losses", values, persistent=False)
-        for name in ("logits", "exp_avg", "exp_avg_sq", "before"):
-            self.register_buffer(name, options.full(T, 0))
-        self.register_buffer("steps", torch.zeros((), device=device, dtype=options.dtype))
-        self.register_buffer("seen", torch.zeros(T, device=device, dtype=torch.bool))
-
-    def _log(self, losses: Tensor) -> Tensor:
-        return ((losses - self.min_losses).clamp_min(0) + 1e-8).log()
-
-    def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
-        logs = self._log(losses)
-        if self.training:
-            self.before.copy_(logs.detach())
-            if present is None:
-                self.seen.fill_(True)
-            else:
-                self.seen.copy_(present)
-        z = softmax(self.logits, present)
-        c = (z * (-logs.detach()).exp()).sum()
-        c = torch.where(c > 0, c, 1)  # nothing is there
-        return total(z * logs, present) / c
-
-    @torch.no_grad()
-    def update(self, losses: Losses, present: Present | None = None) -> None:
-        """Move the weights.
-
-        Args:
-            losses: of the last call's batch, after the optimizer's step, in the same form.
-            present: as in ``forward``.
-        """
-        values, here = self.gather(losses, present)
-        both = self.seen if here is None else self.seen & here
-        delta = torch.where(both, self.before - self._log(values), 0).to(self.logits.dtype)
-        z = softmax(self.logits, both)
-        grad = z * (delta - (z * delta).sum()) + self.weight_decay * self.logits
-        self.steps.add_(1)
-        self.exp_avg.lerp_(grad, 0.1)
-        self.exp_avg_sq.lerp_(grad.square(), 0.001)
-        mean = self.exp_avg / (1 - 0.9**self.steps)
-        spread = self.exp_avg_sq / (1 - 0.999**self.steps)
-        self.logits.sub_(self.lr * mean / (spread.sqrt() + 1e-8))
-
-
-__all__ = ["DWA", "FAMO", "IMTL", "UNBOUNDED", "LearnedWeights", "Uncertainty"]
+__all__ = ["IMTL", "UNBOUNDED", "LearnedWeights", "Uncertainty"]
