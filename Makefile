@@ -27,7 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test test-all test-isa test-versions bench lint gpu-test gpu-bench gpu-first gpu-cache gpu-verdict wheel clean
+.PHONY: help demo test test-all test-isa test-versions bench lint gpu-test gpu-bench gpu-first gpu-cache gpu-model gpu-verdict wheel clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
@@ -72,6 +72,9 @@ gpu-first: ## everything about a bare GPU machine in nine minutes, into OUT; DRY
 
 gpu-cache: ## compile the kernels of the GPU's tests and rows here, for ARCH=90, into .gpu-cache, which gpu-first takes
 	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first cache --arch $(or $(ARCH),90) $(ARGS)
+
+gpu-model: ## what every kernel takes on a GPU that is not here, from its machine code: the table of bench/GPU.md
+	@env -u TRITON_INTERPRET PYTHONPATH=. $(FIRST_PY) -m tests.aot table
 
 gpu-verdict: ## gpu-first.md of the results in OUT, also of a run that was cut off
 	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first verdict $(FIRST_OUT)
