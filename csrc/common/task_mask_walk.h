@@ -2,16 +2,42 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
+
+#include "common/check.h"
 
 namespace fastroute::task_mask {
 
 constexpr size_t kOperands = 3;  // what is written, what is read, and what decides
+
+// The mapping [T, C] and the tasks of x [B, C, ...]: one, or one for each sample.
+inline void check_tasks(const Check& check, const torch::stable::Tensor& mapping,
+                        const std::optional<torch::stable::Tensor>& tasks, const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  check.tensor("mapping", mapping, ScalarType::Float, {kAny, x.size(1)});
+  if (tasks.has_value() && tasks->dim() == 0) {
+    check.tensor("task", *tasks, ScalarType::Long, {});
+  } else {
+    check.tensor("task", tasks, ScalarType::Long, {x.size(0)}, Layout::kStrided);
+  }
+}
+
+// What is read, of some dtype, and what decides, like it: at least two axes.
+inline void check_operands(const Check& check, const torch::stable::Tensor& x, const torch::stable::Tensor* y,
+                           Layout layout = Layout::kStrided) {
+  check.that(x.dim() >= 2, "x: expected [B, C, ...], got ", x.dim(), " axes");
+  check.like("x", x, x, layout);
+  if (y != nullptr) {
+    check.like("y", *y, x);
+  }
+}
 
 struct Axis {
   int64_t size;
