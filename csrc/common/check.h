@@ -171,6 +171,25 @@ class Check {
     if (type != device_type_ || (index_ >= 0 && t.get_device_index() != index_)) {
       fail(name, ": expected all tensors on one device");
     }
+    // Memory can be taken away under a tensor: sharding resizes storages.
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+    if (bytes < (t.storage_offset() + extent(t)) * static_cast<int64_t>(t.element_size())) {
+      fail(name, ": expected a tensor whose memory is there");
+    }
+  }
+
+  // How many numbers there are from a tensor's first to its last, those between included.
+  static int64_t extent(const Tensor& t) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    int64_t last = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      if (sizes[d] == 0) {
+        return 0;
+      }
+      last += (sizes[d] - 1) * strides[d];
+    }
+    return last + 1;
   }
 
   void shape(const char* name, const Tensor& t, Sizes expected) const {
@@ -223,15 +242,9 @@ class Check {
   }
 
   static Span span(const Tensor& t) {
-    if (t.numel() == 0) {
-      return {0, 0};
-    }
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) {
-      last += (t.size(d) - 1) * t.stride(d);
-    }
-    const auto from = reinterpret_cast<uintptr_t>(t.data_ptr());
-    return {from, from + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(t.element_size()))};
+    const int64_t count = extent(t);
+    const auto from = count == 0 ? 0 : reinterpret_cast<uintptr_t>(t.data_ptr());
+    return {from, from + static_cast<uintptr_t>(count * static_cast<int64_t>(t.element_size()))};
   }
 
   const char* op_;

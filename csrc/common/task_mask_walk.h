@@ -17,11 +17,15 @@ namespace fastroute::task_mask {
 
 constexpr size_t kOperands = 3;  // what is written, what is read, and what decides
 
-// The mapping [T, C] and the tasks of x [B, C, ...]: one, or one for each sample.
+// The mapping [T, C] and the tasks of x [B, C, ...]: a number, a tensor of one, or one for each sample. In tensors any
+// number may stand: where there is no such task, no channel takes part.
 inline void check_tasks(const Check& check, const torch::stable::Tensor& mapping,
-                        const std::optional<torch::stable::Tensor>& tasks, const torch::stable::Tensor& x) {
+                        const std::optional<torch::stable::Tensor>& tasks, int64_t task,
+                        const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;
   check.tensor("mapping", mapping, ScalarType::Float, {kAny, x.size(1)});
+  const int64_t T = mapping.size(0);
+  check.that(T >= 1 && (tasks.has_value() || (task >= 0 && task < T)), "task: expected 0 to ", T - 1, ", got ", task);
   if (tasks.has_value() && tasks->dim() == 0) {
     check.tensor("task", *tasks, ScalarType::Long, {});
   } else {

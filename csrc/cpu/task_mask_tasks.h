@@ -32,7 +32,7 @@ class Live {
   Live(const torch::stable::Tensor& mapping, const std::optional<torch::stable::Tensor>& tasks, int64_t task,
        const torch::stable::Tensor& x)
       : C_(x.size(1)), task_(task) {
-    check_tasks(Check("task_mask"), mapping, tasks, x);
+    check_tasks(Check("task_mask"), mapping, tasks, task, x);
     mapping_ = static_cast<const float*>(mapping.data_ptr());
     T_ = mapping.size(0);
     if (tasks.has_value()) {

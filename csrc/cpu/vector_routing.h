@@ -446,8 +446,8 @@ struct Fitting {
     check.that(std::min({B, n, m, d}) >= 1, "x, use: expected none empty");
     check_betas(check, in);
     check.that(in.gate_weight.has_value() == in.gate_bias.has_value() &&
-                   in.gate_weight.has_value() == in.scale.has_value(),
-               "gate_weight: expected with gate_bias and scale, or none of them");
+                   (!in.gate_weight.has_value() || in.scale.has_value()),
+               "gate_weight: expected with gate_bias and scale");
     check.that(in.gate.has_value() || in.gate_weight.has_value(), "gate: expected one, or what makes it");
     check.tensor("gate", in.gate, sums, {B, n});
     check.tensor("scale", in.scale, sums, {B});

@@ -245,7 +245,7 @@ void run(const Tensor& out, const Tensor& x, const Tensor* y, const Tensor& mapp
          int64_t task, bool relu) {
   const Check check = Check::on_gpu("task_mask", out);
   check_operands(check, x, y, out.data_ptr() == x.data_ptr() ? Layout::kApart : Layout::kStrided);
-  check_tasks(check, mapping, tasks, x);
+  check_tasks(check, mapping, tasks, task, x);
   if (out.numel() == 0) {
     return;
   }

@@ -1,8 +1,8 @@
 """Direct calls of every op that C++ implements, with arguments that do not fit: an error, or the reference's result.
 
-``python -m tests.cpp.boundary CALLS TRACE [LIBRARY]`` makes so many calls, of this build of the extension, and keeps the
-last one in a file, for whoever finds that the process crashed. Calls of the public functions are recorded, then one or
-two arguments are changed as the schema allows. float64 throughout, so that results are compared at its spacing.
+``python -m tests.cpp.boundary CALLS TRACE [LIBRARY]`` makes so many calls, of this build of the extension, and keeps
+the last one in a file, for whoever finds that the process crashed. Calls of the public functions are recorded, then
+one or two arguments are changed. Everything is float64, so that results are compared at its spacing.
 """
 
 from __future__ import annotations
@@ -53,9 +53,22 @@ def names() -> list[str]:
 
 
 def _copied(args: Any) -> Any:
-    """The same values in memory of their own; a tensor that is given twice stays one."""
-    made: dict[int, Tensor] = {}
-    return tree_map_only(Tensor, lambda t: made.setdefault(id(t), t.detach().clone()), args)
+    """The same values and strides in other memory; what shared memory still does."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def one(t: Tensor) -> Tensor:
+        if t.is_meta or is_freed(t):  # set_ would give it new memory
+            return t
+        storage = t.untyped_storage()
+        copied = storages.setdefault(storage._cdata, storage.clone())
+        return torch.empty(0, dtype=t.dtype).set_(copied, t.storage_offset(), t.shape, t.stride())
+
+    return tree_map_only(Tensor, one, args)
+
+
+def is_freed(t: Tensor) -> bool:
+    """Whether its memory was taken away, as sharding does; PyTorch's own clone would crash."""
+    return t.device.type == "cpu" and t.numel() > 0 and t.untyped_storage().nbytes() == 0
 
 
 @contextmanager
@@ -219,10 +232,6 @@ def _agents_backward(*args: Any) -> Any:
     return reference_agents.backward(*given, KINDS[kind], temperature, want_x, *wants, stacked, critic_stacked)
 
 
-def _normed(*args: Any) -> Any:
-    return reference_mask.batch_norm(*args)
-
-
 def _normed_backward(*args: Any) -> Any:
     """With y found again where the op finds it out from x."""
     g, x, _, mapping, tasks, task, mean, var, weight, bias, of_batch, scale, training, eps, relu, want_x = args
@@ -249,7 +258,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "_task_mask_gate_native": reference_mask.gate,
     "_task_mask_rectify_native": reference_mask.rectify,
     "_task_mask_mask__native": reference_mask.mask_,
-    "_task_mask_batch_norm_native": _normed,
+    "_task_mask_batch_norm_native": reference_mask.batch_norm,
     "_task_mask_batch_norm_backward_native": _normed_backward,
     "_vector_routing_native": _vector,
     "_vector_routing_native_backward": _vector_backward,
@@ -257,6 +266,10 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "_soft_assignment_native": _assignment,
     "_soft_assignment_native_backward": _assignment_backward,
 }
+
+
+#: Where C++ reads parameters and statistics of any dtype, and empty batches; PyTorch's batch norm does not.
+TAKES_MORE = ("_task_mask_batch_norm_native", "_task_mask_batch_norm_backward_native")
 
 
 def written(name: str) -> list[int]:
@@ -276,7 +289,12 @@ def compare(name: str, args: tuple[Any, ...], found: Sequence[Tensor]) -> None:
     """What an accepted call gave against the reference."""
     if name not in REFERENCE:
         return
-    expected = outcome(name, REFERENCE[name], args)
+    try:
+        expected = outcome(name, REFERENCE[name], args)
+    except RuntimeError:
+        if name not in TAKES_MORE:
+            raise
+        return
     if name != "_matrix_routing_native":
         assert len(found) == len(expected), f"{name}: {len(found)} results, not {len(expected)}"
     for k, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
@@ -310,7 +328,7 @@ def _spread_out(t: Tensor) -> Tensor:
     return wide[..., ::2]
 
 
-def _freed(t: Tensor) -> Tensor:
+def freed(t: Tensor) -> Tensor:
     t = t.clone()
     t.untyped_storage().resize_(0)
     return t
@@ -324,6 +342,8 @@ def _with_value(t: Tensor, at: int, value: int) -> Tensor:
 
 def changed_tensor(draw: Callable[[st.SearchStrategy[Any]], Any], t: Tensor, others: Sequence[Tensor]) -> Any:
     """Another tensor in its place: dtype, sizes, strides, device, values, none at all, another argument's."""
+    if is_freed(t):
+        return t
     ways: list[str] = ["dtype", "none", "meta", "extra axis", "other", "scalar"]
     ways += ["fewer", "more", "empty", "expanded", "freed", "all axes"] if t.dim() and t.numel() else []
     ways += ["strided", "transposed"] if t.dim() > 1 and t.numel() else []
@@ -343,7 +363,7 @@ def changed_tensor(draw: Callable[[st.SearchStrategy[Any]], Any], t: Tensor, oth
         "more": lambda: _grown(t, dim, 1),
         "empty": lambda: t.narrow(dim, 0, 0),
         "expanded": lambda: t.narrow(dim, 0, 1).expand(t.shape),
-        "freed": lambda: _freed(t),
+        "freed": lambda: freed(t),
         "all axes": lambda: t.flatten(),
         "strided": lambda: _spread_out(t),
         "transposed": lambda: t.mT.contiguous().mT,
@@ -388,8 +408,14 @@ def fuzz(calls: int, trace: int | None = None) -> tuple[int, int]:
     valid = valid_calls()
     counts = {"raised": 0, "accepted": 0}
 
-    @hypothesis.settings(max_examples=calls, derandomize=True, database=None, deadline=None,
-                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    @hypothesis.settings(
+        max_examples=calls,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(st.data())
     def one(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(valid)))
@@ -409,7 +435,10 @@ def fuzz(calls: int, trace: int | None = None) -> tuple[int, int]:
             counts["raised"] += 1
             return
         counts["accepted"] += 1
-        assert all(t.device.type == "cpu" for t in found), f"{name}: results on another device"
+        devices = {t.device.type for t in (*tree_leaves(args), *found) if isinstance(t, Tensor)}
+        assert len(devices) == 1, f"{name}: accepted tensors on {devices}"
+        if devices == {"meta"}:
+            return
         compare(name, tuple(args), found)
 
     one()

@@ -61,18 +61,32 @@ def plan(**changes: Any) -> None:
 
 
 def linear(**changes: Any) -> None:
-    given = {"x": zeros(3, 4), "take": torch.arange(3), "put": torch.arange(3), "offsets": torch.tensor([0, 2, 3]),
-             "weights": [zeros(5, 4)] * 2, "biases": [zeros(5)] * 2, "activation": 0, "keep": False, **changes}  # fmt: skip
-    OPS._grouped_linear_native(*given.values())
+    rows = {"x": zeros(3, 4), "take": torch.arange(3), "put": torch.arange(3), "offsets": torch.tensor([0, 2, 3])}
+    modules = {"weights": [zeros(5, 4)] * 2, "biases": [zeros(5)] * 2, "activation": 0, "keep": False}
+    OPS._grouped_linear_native(*{**rows, **modules, **changes}.values())
 
 
 def policy_gradient(**changes: Any) -> None:
-    given = {"grad": zeros(3), "scores": zeros(3, 2), "actions": torch.tensor([0, 1, -1]), "kind": 0, "t": 1.0, **changes}
+    given = {
+        "grad": zeros(3),
+        "scores": zeros(3, 2),
+        "actions": torch.tensor([0, 1, -1]),
+        "kind": 0,
+        "t": 1.0,
+        **changes,
+    }
     OPS._policy_native_backward(*given.values())
 
 
 def mask(**changes: Any) -> None:
-    given = {"g": zeros(2, 3), "y": None, "mapping": torch.ones(4, 3), "tasks": torch.tensor([0, 9]), "task": 0, **changes}
+    given = {
+        "g": zeros(2, 3),
+        "y": None,
+        "mapping": torch.ones(4, 3),
+        "tasks": torch.tensor([0, 9]),
+        "task": 0,
+        **changes,
+    }
     OPS._task_mask_gate_native(*given.values())
 
 
@@ -86,20 +100,42 @@ def loss(layout: list[int]) -> None:
 
 def vector(**changes: Any) -> None:
     given = dict.fromkeys(("gate_weight", "gate_bias", "scale", "pred", "score_weight", "score_bias"))
-    after = {"use": zeros(3, 2), "ign": None, "use_bias": None, "ign_bias": None, "prior": zeros(2), "mask": None,
-             "lengths": None}  # fmt: skip
-    OPS._vector_routing_native(*{"x": zeros(2, 3, 4), "gate": zeros(2, 3), **given, **after, **changes}.values())
+    after = {"use": zeros(3, 2), **dict.fromkeys(("ign", "use_bias", "ign_bias"))}
+    last = {"prior": zeros(2), "mask": None, "lengths": None}
+    first = {"x": zeros(2, 3, 4), "gate": zeros(2, 3)}
+    OPS._vector_routing_native(*{**first, **given, **after, **last, **changes}.values())
 
 
 def matrix(**changes: Any) -> None:
-    given = {"gate": zeros(2, 3), "mu_inp": zeros(2, 3, 2, 2), "W": zeros(3, 4, 2, 2), "bias": zeros(3, 4, 2, 2),
-             "use": zeros(3, 4), "ign": zeros(3, 4), "mask": None, "prior": None, "mu": None, "weight": None, **changes}  # fmt: skip
+    given = {
+        "gate": zeros(2, 3),
+        "mu_inp": zeros(2, 3, 2, 2),
+        "W": zeros(3, 4, 2, 2),
+        "bias": zeros(3, 4, 2, 2),
+        "use": zeros(3, 4),
+        "ign": zeros(3, 4),
+        "mask": None,
+        "prior": None,
+        "mu": None,
+        "weight": None,
+        **changes,
+    }
     OPS._matrix_routing_native(*given.values())
 
 
 def votes(**changes: Any) -> None:
-    given = {"votes": zeros(2, 3, 4, 5), "scores": zeros(2, 3, 4), "gate": None, "use": None, "ign": None, "prior": None,
-             "mask": None, "lengths": None, "eps": 0.0, **changes}  # fmt: skip
+    given = {
+        "votes": zeros(2, 3, 4, 5),
+        "scores": zeros(2, 3, 4),
+        "gate": None,
+        "use": None,
+        "ign": None,
+        "prior": None,
+        "mask": None,
+        "lengths": None,
+        "eps": 0.0,
+        **changes,
+    }
     OPS._soft_assignment_native(*given.values())
 
 
@@ -117,7 +153,7 @@ WRONG: dict[str, tuple[Callable[[], None], str]] = {
     "offsets fall": (lambda: linear(offsets=torch.tensor([0, 3, 2])), "offsets: expected numbers from 0"),
     "no modules": (lambda: linear(weights=[], biases=[]), "weights: expected some"),
     "fewer biases": (lambda: linear(biases=[zeros(5)]), "biases: expected 2, got 1"),
-    "another dtype": (lambda: linear(weights=[zeros(5, 4), zeros(5, 4).float()]), "weights: expected Double, got Float"),
+    "another dtype": (lambda: linear(weights=[zeros(5, 4), zeros(5, 4).float()]), "weights: expected Double"),
     "another width": (lambda: linear(x=zeros(3, 3)), "x: expected sizes"),
     "columns": (lambda: linear(x=zeros(4, 3).mT), "x: expected a contiguous last axis"),
     "activation": (lambda: linear(activation=99), "activation: there is none"),
@@ -128,6 +164,8 @@ WRONG: dict[str, tuple[Callable[[], None], str]] = {
     "expanded grad": (lambda: policy_gradient(grad=zeros(1).expand(3)), "grad: expected a contiguous"),
     "short y": (lambda: mask(y=zeros(1, 3)), "y: expected"),
     "fewer tasks": (lambda: mask(tasks=torch.tensor([0])), "task: expected sizes"),
+    "no such task": (lambda: mask(tasks=None, task=4), "task: expected 0 to 3, got 4"),
+    "no memory": (lambda: mask(g=boundary.freed(zeros(2, 3))), "x: expected a tensor whose memory is there"),
     "one axis": (lambda: mask(g=zeros(3)), "x: expected .B, C"),
     "in one place": (lambda: mask_(zeros(2, 1).expand(2, 3)), "x: expected every number in a place of its own"),
     "layout": (lambda: loss([0, 3, 0, -1, -1, -1, -1]), "layout: expected 8 numbers"),
