@@ -232,9 +232,19 @@ def _agents_backward(*args: Any) -> Any:
     return reference_agents.backward(*given, KINDS[kind], temperature, want_x, *wants, stacked, critic_stacked)
 
 
+def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """PyTorch's batch norm reads parameters and statistics as if they were contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _normed(*args: Any) -> Any:
+    return reference_mask.batch_norm(*args[:6], *_dense(*args[6:8]), *args[8:])
+
+
 def _normed_backward(*args: Any) -> Any:
     """With y found again where the op finds it out from x."""
-    g, x, _, mapping, tasks, task, mean, var, weight, bias, of_batch, scale, training, eps, relu, want_x = args
+    g, x, _, mapping, tasks, task, *given, training, eps, relu, want_x = args
+    mean, var, weight, bias, of_batch, scale = _dense(*given)
     about, by = (of_batch, scale) if training else (mean, (var + eps).rsqrt())
     shape = (-1, *[1] * (x.dim() - 2))
     y = (x - about.view(shape)) * (by * (1 if weight is None else weight)).view(shape)
@@ -258,7 +268,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "_task_mask_gate_native": reference_mask.gate,
     "_task_mask_rectify_native": reference_mask.rectify,
     "_task_mask_mask__native": reference_mask.mask_,
-    "_task_mask_batch_norm_native": reference_mask.batch_norm,
+    "_task_mask_batch_norm_native": _normed,
     "_task_mask_batch_norm_backward_native": _normed_backward,
     "_vector_routing_native": _vector,
     "_vector_routing_native_backward": _vector_backward,
