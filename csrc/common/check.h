@@ -174,7 +174,8 @@ class Check {
     // Memory can be taken away under a tensor: sharding resizes storages.
     int64_t bytes = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
-    if (bytes < (t.storage_offset() + extent(t)) * static_cast<int64_t>(t.element_size())) {
+    const int64_t count = extent(t);
+    if (count > 0 && bytes < (t.storage_offset() + count) * static_cast<int64_t>(t.element_size())) {
       fail(name, ": expected a tensor whose memory is there");
     }
   }
