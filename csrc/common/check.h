@@ -115,14 +115,14 @@ class Check {
   void permutation(const char* name, const Tensor& t) const {
     const int64_t N = t.size(0), stride = t.stride(0);
     const auto* at = static_cast<const int64_t*>(t.data_ptr());
-    std::vector<bool> seen(N);
+    std::vector<char> seen(N, 0);
     bool holds = true;
-    for (int64_t i = 0; i < N && holds; ++i) {
+    for (int64_t i = 0; i < N; ++i) {
       const int64_t v = at[i * stride];
-      holds = v >= 0 && v < N && !seen[v];
-      if (holds) {
-        seen[v] = true;
-      }
+      const bool is_within = v >= 0 && v < N;
+      char& mark = seen[is_within ? v : 0];
+      holds &= is_within && mark == 0;
+      mark = 1;
     }
     that(holds, name, ": expected each of 0 to ", N - 1, " once");
   }
