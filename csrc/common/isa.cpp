@@ -39,6 +39,9 @@ std::vector<std::string> isas() {
 }
 
 std::string choose(std::string asked, std::vector<std::string> here) {
+  if (here.empty()) {
+    throw std::invalid_argument("here: expected at least one variant");
+  }
   if (asked.empty() || asked == "auto") {
     return here.back();
   }

@@ -2,16 +2,46 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
+
+#include "common/check.h"
 
 namespace fastroute::task_mask {
 
 constexpr size_t kOperands = 3;  // what is written, what is read, and what decides
+
+// The mapping [T, C] and the tasks of x [B, C, ...]: a number, a tensor of one, or one for each sample. In tensors any
+// number may stand: where there is no such task, no channel takes part.
+inline void check_tasks(const Check& check, const torch::stable::Tensor& mapping,
+                        const std::optional<torch::stable::Tensor>& tasks, int64_t task,
+                        const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  check.tensor("mapping", mapping, ScalarType::Float, {kAny, x.size(1)});
+  const int64_t T = mapping.size(0);
+  check.that(T >= 1 && (tasks.has_value() || (task >= 0 && task < T)), "task: expected 0 to ", T - 1, ", got ", task);
+  if (tasks.has_value() && tasks->dim() == 0) {
+    check.tensor("task", *tasks, ScalarType::Long, {});
+  } else {
+    check.tensor("task", tasks, ScalarType::Long, {x.size(0)}, Layout::kStrided);
+  }
+}
+
+// What is read, of some dtype, and what decides, like it: at least two axes.
+inline void check_operands(const Check& check, const torch::stable::Tensor& x, const torch::stable::Tensor* y,
+                           Layout layout = Layout::kStrided) {
+  check.that(x.dim() >= 2, "x: expected [B, C, ...], got ", x.dim(), " axes");
+  check.like("x", x, x, layout);
+  if (y != nullptr) {
+    check.like("y", *y, x);
+  }
+}
 
 struct Axis {
   int64_t size;

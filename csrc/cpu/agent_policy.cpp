@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/check.h"
 #include "common/empty.h"
 #include "cpu/grouped_linear.h"
 #include "cpu/policy.h"
@@ -50,6 +51,12 @@ T* data(Tensor& t) {
 template <class T>
 const T* data(const OptionalTensor& t) {
   return t.has_value() ? data<T>(*t) : nullptr;
+}
+
+// Both parts of a plan, or neither. What is in them is for grouped_linear to check.
+void check_plan(const Check& check, const OptionalTensor& order, const OptionalTensor& offsets) {
+  check.that(order.has_value() == offsets.has_value(), "order: expected with offsets, or neither");
+  check.tensor("order", order, ScalarType::Long, {kAny}, Layout::kStrided);
 }
 
 // Of a plan, or of one agent that has all rows.
@@ -97,7 +104,9 @@ Tensors forward_op(
     const Tensors& biases, const Tensors& critic_weights, const Tensors& critic_biases, const OptionalTensor& uniform,
     const OptionalTensor& coin, const OptionalTensor& forced, int64_t kind, double temperature, double exploration,
     bool expected) {
-  STD_TORCH_CHECK(x.has_value() || order.has_value(), "agent_policy: nothing tells the number of rows");
+  const Check check("agent_policy");
+  check_plan(check, order, offsets);
+  check.that(x.has_value() || order.has_value(), "x: nothing tells the number of rows");
   const int64_t N = order.has_value() ? order->size(0) : x->size(0);
   const Tensor starts = offsets_or(offsets, N);
   const Tensor& source = x.has_value() ? *x : starts;
@@ -112,7 +121,8 @@ Tensors forward_op(
         grouped_linear::forward_op(source, order, order, starts, critic_weights, critic_biases, 0, false));
   }
   const int64_t K = scores.size(1), C = critic.size(1);
-  STD_TORCH_CHECK(!has_critic || C == K || (C == 1 && !expected), "agent_policy: a critic of another width");
+  check.that(!has_critic || C == K || (C == 1 && !expected), "critic: expected ", K, " outputs, or 1, got ", C);
+  check.that(has_critic || !expected, "expected: expected a critic");
   Tensor at = empty_cpu<1>({has_critic ? N : 0}, value.scalar_type());
   Tensor mean = empty_cpu<1>({expected ? N : 0}, value.scalar_type());
   with_types(scores.scalar_type(), [&](auto s, auto t) {
@@ -176,7 +186,15 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward_op(
     int64_t agents, int64_t critic_width, int64_t kind, double temperature, bool want_x, bool want_weights,
     bool want_biases, bool want_critic_weights, bool want_critic_biases, bool stacked, bool critic_stacked,
     bool keep_empty) {
-  const int64_t N = scores.size(0);
+  const Check check("agent_policy");
+  check_plan(check, order, offsets);
+  check.tensor("scores", scores, kFloats, {kAny, kAny}, Layout::kStrided);
+  const int64_t N = scores.size(0), C = critic_width;
+  const ScalarType type = scores.scalar_type();
+  check.that(C == 0 || C == 1 || C == scores.size(1), "critic_width: expected that of scores, 1 or 0, got ", C);
+  check.tensor("actions", actions, ScalarType::Long, {N});
+  check.tensor("grad_critic", grad_critic, type, {N, C});
+  check.tensor("grad_critic_at", grad_critic_at, type == ScalarType::Double ? type : ScalarType::Float, {N});
   const Tensor starts = offsets_or(offsets, N);
   const Tensor& source = x.has_value() ? *x : starts;
   const auto back = [&](const Tensor& grad, const Tensors& w, bool x_too, bool w_too, bool b_too, bool is_stacked) {
@@ -197,7 +215,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward_op(
     }
   }
   if (grad_critic.has_value() || grad_critic_at.has_value()) {
-    const Tensor grad = critic_gradient(grad_critic, grad_critic_at, actions, critic_width, scores.scalar_type());
+    const Tensor grad = critic_gradient(grad_critic, grad_critic_at, actions, C, type);
     Tensor made;
     std::tie(made, critic_dw, critic_db) =
         back(grad, critic_weights, want_x, want_critic_weights, want_critic_biases, critic_stacked);

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/check.h"
 #include "common/empty.h"
 
 namespace fastroute {
@@ -14,6 +15,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor> dispatch_plan(const Tensor& actions, int64_t modules) {
+  const Check check("dispatch");
+  check.tensor("actions", actions, ScalarType::Long, {kAny}, Layout::kStrided);
+  check.that(modules >= 0 && modules <= kMaxModules, "modules: expected 0 to ", kMaxModules, ", got ", modules);
   const int64_t B = actions.size(0), stride = actions.stride(0);
   const auto* action = static_cast<const int64_t*>(actions.data_ptr());
   Tensor order = empty_cpu<1>({B}, ScalarType::Long), offsets = empty_cpu<1>({modules + 1}, ScalarType::Long);

@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/check.h"
 #include "common/empty.h"
 #include "cpu/activation.h"
 #include "cpu/grouped_linear.h"
@@ -304,7 +305,7 @@ void backward(
       if ((to.dw.empty() || to.dw[k] == nullptr) && (to.db.empty() || to.db[k] == nullptr)) {
         continue;
       }
-      const int64_t parts = std::clamp<int64_t>(rows * O * width >> 20, 1, (O + 47) / 48);
+      const int64_t parts = std::max<int64_t>(1, std::min(rows * O * width >> 20, (O + 47) / 48));
       const int64_t step = (O + parts * kPanel - 1) / (parts * kPanel) * kPanel;
       for (int64_t o = 0; o < O; o += step) {
         const int64_t end = std::min(o + step, O);
@@ -348,19 +349,56 @@ void with_type(ScalarType type, const F& f) {
   }
 }
 
-// K weights [O, F] and biases of O numbers, or one of each, stacked.
-void check_shapes(const Tensors& weights, const Tensors& biases, int64_t O, int64_t F) {
+// How many modules there are, of weights [O, F] (or one [K, O, F]) and biases of O numbers (or one [K, O]), or one of both.
+int64_t check_modules(const Check& check, const Tensors& weights, const Tensors& biases, ScalarType type, int64_t O,
+                      int64_t F) {
+  const bool are_stacked = weights.size() == 1 && weights[0].dim() == 3;
+  const auto K = are_stacked ? weights[0].size(0) : static_cast<int64_t>(weights.size());
   for (const Tensor& w : weights) {
-    const bool is_stacked = w.dim() == 3 && weights.size() == 1;
-    STD_TORCH_CHECK(
-        (w.dim() == 2 || is_stacked) && w.size(w.dim() - 2) == O && w.size(w.dim() - 1) == F,
-        "grouped_linear: weights of unlike shape");
+    if (are_stacked) {
+      check.tensor("weights", w, type, {K, O, F}, Layout::kStrided);
+    } else {
+      check.tensor("weights", w, type, {O, F}, Layout::kStrided);
+    }
   }
+  int64_t of_biases = 0;
   for (const Tensor& b : biases) {
-    STD_TORCH_CHECK(
-        b.dim() > 0 && b.size(b.dim() - 1) == O && (b.dim() == 1 || b.size(0) == 1 || biases.size() == 1),
-        "grouped_linear: biases of unlike shape");
+    if (b.dim() == 1) {
+      check.tensor("biases", b, type, {O}, Layout::kStrided);
+      of_biases += 1;
+    } else {
+      check.tensor("biases", b, type, {biases.size() == 1 ? kAny : 1, O}, Layout::kStrided);
+      of_biases += b.size(0);
+    }
   }
+  check.that(weights.empty() || biases.empty() || K == of_biases, "biases: expected ", K, ", got ", of_biases);
+  return weights.empty() ? of_biases : K;
+}
+
+// N places that rows are read from, below `below`; or written to, each once.
+void check_places(const Check& check, const char* name, const OptionalTensor& t, int64_t N, int64_t below) {
+  check.tensor(name, t, ScalarType::Long, {N}, Layout::kStrided);
+  if (t.has_value()) {
+    check.in_range(name, *t, 0, below);
+  }
+}
+void check_written(const Check& check, const char* name, const OptionalTensor& t, int64_t N) {
+  check.tensor(name, t, ScalarType::Long, {N}, Layout::kStrided);
+  if (t.has_value()) {
+    check.permutation(name, *t);
+  }
+}
+
+// The plan of N rows, and x [X, F], which they are read from where there are weights.
+void check_rows(const Check& check, const Tensor& x, const OptionalTensor& take, const Tensor& offsets, bool reads_x,
+                ScalarType type, int64_t N, int64_t F, int64_t modules) {
+  check.that(modules >= 1, "modules: expected at least 1, got ", modules);
+  if (reads_x) {
+    check.tensor("x", x, type, {take.has_value() ? kAny : N, F}, Layout::kRows);
+    check_places(check, "take", take, N, x.size(0));
+  }
+  check.tensor("offsets", offsets, ScalarType::Long, {modules + 1}, Layout::kStrided);
+  check.offsets("offsets", offsets, N);
 }
 
 }  // namespace
@@ -368,20 +406,23 @@ void check_shapes(const Tensors& weights, const Tensors& biases, int64_t O, int6
 std::tuple<Tensor, Tensor> forward_op(
     const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
     const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
-  const Tensor& like = weights.empty() ? biases.at(0) : weights[0];
-  const int64_t O = like.size(like.dim() - (weights.empty() ? 1 : 2)), N = take.has_value() ? take->size(0) : x.size(0);
-  check_shapes(weights, biases, O, weights.empty() ? 0 : x.size(1));
-  STD_TORCH_CHECK(kind >= 0 && kind < activation::kKinds, "grouped_linear: no such activation here");
+  const Check check("grouped_linear");
+  const bool has_weights = !weights.empty();
+  check.that(has_weights || !biases.empty(), "weights: expected some, or biases");
+  const Tensor& like = has_weights ? weights[0] : biases[0];
+  const int64_t O = like.size(like.dim() - (has_weights ? 2 : 1)), F = has_weights ? like.size(like.dim() - 1) : 0;
+  const int64_t N = take.has_value() ? take->size(0) : x.size(0);
   const ScalarType type = like.scalar_type();
+  const int64_t modules = check_modules(check, weights, biases, type, O, F);
+  check_rows(check, x, take, offsets, has_weights, type, N, F, modules);
+  check_written(check, "put", put, N);
+  check.that(kind >= 0 && kind < activation::kKinds, "activation: there is none of number ", kind);
+  check.that(kind == activation::kNone ? !keep : has_weights, "activation: expected one to keep for, after weights");
   Tensor y = empty_cpu<2>({N, O}, type), before = keep ? empty_cpu<2>({N, O}, type) : empty_cpu<1>({0}, type);
   with_type(type, [&](auto s) {
     using S = decltype(s);
     const auto w = weights_of<S>(weights);
     const auto b = biases_of<S>(biases);
-    STD_TORCH_CHECK(
-        w.empty() || b.empty() || w.size() == b.size(), "grouped_linear: as many biases as weights, or none");
-    STD_TORCH_CHECK(
-        static_cast<int64_t>(std::max(w.size(), b.size())) < offsets.size(0), "grouped_linear: a plan of fewer modules");
     forward<S>(
         static_cast<S*>(y.data_ptr()), keep ? static_cast<S*>(before.data_ptr()) : nullptr, x, Index(take), Index(put),
         Index(offsets), N, w, b, O, kind);
@@ -393,10 +434,19 @@ std::tuple<Tensor, Tensors, Tensors> backward_op(
     const Tensor& grad, const Tensor& x, const OptionalTensor& take, const OptionalTensor& spread,
     const OptionalTensor& put, const Tensor& offsets, const Tensors& weights, int64_t modules, bool want_x,
     bool want_weights, bool want_biases, int64_t kind, const OptionalTensor& kept, bool stacked, bool keep_empty) {
-  const Index starts(offsets);
+  const Check check("grouped_linear");
   const bool has_weights = !weights.empty();
-  const int64_t N = grad.size(0), O = grad.size(1), F = has_weights ? x.size(1) : 0;
   const ScalarType type = grad.scalar_type();
+  check.tensor("grad", grad, type, {kAny, kAny});
+  const int64_t N = grad.size(0), O = grad.size(1), F = has_weights ? weights[0].size(weights[0].dim() - 1) : 0;
+  const int64_t of_weights = check_modules(check, weights, {}, type, O, F);
+  check.that(!has_weights || modules == of_weights, "modules: expected ", of_weights, ", got ", modules);
+  check_rows(check, x, take, offsets, has_weights, type, N, F, modules);
+  check_written(check, "spread", spread, N);
+  check_places(check, "put", put, N, N);
+  check.that(kind >= 0 && kind < activation::kKinds, "activation: there is none of number ", kind);
+  check.tensor("kept", kept, type, {N, O});
+  const Index starts(offsets);
   want_x = want_x && has_weights;
   want_weights = want_weights && has_weights;
   Tensor dx = want_x ? empty_cpu<2>({N, F}, type) : empty_cpu<1>({0}, type);

@@ -241,6 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
     const Tensor& gate, const Tensor& mu_inp, const Tensor& W, const Tensor& bias, const Tensor& use, const Tensor& ign,
     const OptionalTensor& mask, const OptionalTensor& prior, const OptionalTensor& mu, const OptionalTensor& weight) {
   const Inputs in{gate, mu_inp, W, bias, use, ign, mask, prior, mu, weight};
+  check_inputs(Check("matrix_routing"), in);
   return with_types(in, [&](auto t, auto p) { return forward<decltype(t), decltype(p)>(in); });
 }
 
@@ -251,6 +252,28 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
     Tensor dgate, OptionalTensor dmu_inp, OptionalTensor dW, OptionalTensor dbias, OptionalTensor duse,
     OptionalTensor dign) {
   const Inputs in{gate, mu_inp, W, bias, use, ign, mask, prior, mu, weight};
+  const Check check("matrix_routing");
+  check_inputs(check, in);
+  const ScalarType sums = sum_type(in);
+  const int64_t B = mu_inp.size(0), n = mu_inp.size(1), c = mu_inp.size(2), d = mu_inp.size(3);
+  const int64_t sets = W.size(0), m = W.size(1), h = W.size(3);
+  for (const Tensor* t : {&center, &g1, &g2}) {
+    check.tensor("center, g1, g2", *t, sums, {B, m, c, h});
+  }
+  check.tensor("k", k, sums, {B, m});
+  check.tensor("da", da, sums, {B, m});
+  check.tensor("dgate", dgate, sums, {B, n});
+  check.tensor("dmu_inp", dmu_inp, sums, {B, n, c, d});
+  check.tensor("dW", dW, sums, {sets, m, d, h});
+  check.tensor("dbias", dbias, sums, {sets, m, c, h});
+  check.tensor("duse", duse, sums, {sets, m});
+  check.tensor("dign", dign, sums, {sets, m});
+  check.that(dW.has_value() == dbias.has_value() && dW.has_value() == duse.has_value() &&
+                 dW.has_value() == dign.has_value(),
+             "dW: expected with all gradients of parameters, or none of them");
+  check.apart({&dgate, if_given(dmu_inp), if_given(dW), if_given(dbias), if_given(duse), if_given(dign)},
+              {&gate, &mu_inp, &W, &bias, &use, &ign, if_given(mask), if_given(prior), if_given(mu), if_given(weight),
+               &center, &g1, &g2, &k, &da});
   const GradTensors out{center, g1, g2, k, da, fresh, dgate, dmu_inp, dW, dbias, duse, dign};
   return with_types(in, [&](auto t, auto p) { return backward<decltype(t), decltype(p)>(in, out); });
 }

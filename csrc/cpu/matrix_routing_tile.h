@@ -17,6 +17,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "common/check.h"
 #include "common/empty.h"
 #include "cpu/matrix_routing.h"
 
@@ -109,6 +110,33 @@ struct Inputs {
   const Tensor &gate, &mu_inp, &W, &bias, &use, &ign;
   const OptionalTensor &mask, &prior, &mu, &weight;
 };
+
+inline ScalarType sum_type(const Inputs& in) {
+  return in.mu_inp.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// All that a pass reads fits mu_inp [B, n, c, d] and W [n or 1, m, d, h].
+inline void check_inputs(const Check& check, const Inputs& in) {
+  const ScalarType sums = sum_type(in);
+  check.tensor("mu_inp", in.mu_inp, sums, {kAny, kAny, kAny, kAny});
+  const int64_t B = in.mu_inp.size(0), n = in.mu_inp.size(1), c = in.mu_inp.size(2), d = in.mu_inp.size(3);
+  const ScalarType type = sums == ScalarType::Float && in.W.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16
+                                                                                                : sums;
+  check.tensor("W", in.W, type, {kAny, kAny, d, kAny});
+  const int64_t sets = in.W.size(0), m = in.W.size(1), h = in.W.size(3);
+  check.that(sets == n || sets == 1, "W: expected parameters of ", n, " inputs, or of 1, got ", sets);
+  check.that(std::min({B, n, m, c, d, h}) >= 1, "mu_inp, W: expected none empty");
+  check.tensor("bias", in.bias, type, {sets, m, c, h});
+  check.tensor("beta_use", in.use, type, {sets, m});
+  check.tensor("beta_ign", in.ign, type, {sets, m});
+  check.tensor("gate", in.gate, sums, {B, n});
+  check.tensor("mask", in.mask, ScalarType::Bool, {B, n, m}, Layout::kStrided);
+  check.tensor("prior", in.prior, sums, {B, m});
+  check.tensor("mu", in.mu, sums, {B, m, c, h});
+  check.tensor("weight", in.weight, sums, {B, m, c, h});
+  check.that(in.prior.has_value() == in.mu.has_value() && in.mu.has_value() == in.weight.has_value(),
+             "prior: expected with mu and weight, or none of them");
+}
 
 // T is the dtype of sums, P that of parameters.
 template <class T, class P>

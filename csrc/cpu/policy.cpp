@@ -10,10 +10,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
 
+#include "common/check.h"
 #include "common/empty.h"
 
 namespace fastroute::policy {
@@ -34,6 +36,13 @@ void with_type(ScalarType type, const F& f) {
     case ScalarType::BFloat16: return f(static_cast<const BFloat16*>(nullptr));
     default: STD_TORCH_CHECK(false, "policy: expected float32, float64 or bfloat16");
   }
+}
+
+// scores [N, K], and what is made of them
+void check_scores(const Check& check, const Tensor& scores, int64_t kind) {
+  check.tensor("scores", scores, kFloats, {kAny, kAny}, Layout::kStrided);
+  check.that(scores.size(1) >= 1, "scores: expected at least one choice");
+  check.that(kind >= kSoftmax && kind <= kShifted, "kind: expected 0 to ", int64_t{kShifted}, ", got ", kind);
 }
 
 // A tensor [N, K] or [N] of any of the dtypes and any strides, read in tiles.
@@ -131,8 +140,12 @@ bool force(int64_t* actions, const Tensor& forced, int64_t start, int64_t rows, 
 std::tuple<Tensor, Tensor, Tensor> forward_op(
     const Tensor& scores, const OptionalTensor& uniform, const OptionalTensor& coin, const OptionalTensor& forced,
     int64_t kind, double temperature, double exploration) {
+  const Check check("policy");
+  check_scores(check, scores, kind);
   const int64_t N = scores.size(0), K = scores.size(1);
-  STD_TORCH_CHECK(K >= 1 && kind >= kSoftmax && kind <= kShifted, "policy: no such kind, or no choice");
+  check.tensor("uniform", uniform, kFloats, {N, K}, Layout::kStrided);
+  check.tensor("coin", coin, kFloats, {N}, Layout::kStrided);
+  check.tensor("forced", forced, ScalarType::Long, {N}, Layout::kStrided);
   const bool is_double = scores.scalar_type() == ScalarType::Double;
   Tensor actions = empty_cpu<1>({N}, ScalarType::Long), greedy = empty_cpu<1>({N}, ScalarType::Long);
   Tensor value = empty_cpu<1>({N}, is_double ? ScalarType::Double : ScalarType::Float);
@@ -173,8 +186,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
 Tensor gradient(
     const OptionalTensor& grad, const OptionalTensor& also, const Tensor& scores, const Tensor& actions, int64_t kind,
     double temperature) {
+  const Check check("policy");
+  check_scores(check, scores, kind);
   const int64_t N = scores.size(0), K = scores.size(1);
   const ScalarType type = scores.scalar_type();
+  check.tensor("grad", grad, type == ScalarType::Double ? type : ScalarType::Float, {N});
+  check.tensor("grad_scores", also, type, {N, K});
+  check.tensor("actions", actions, ScalarType::Long, {N});
+  check.in_range("actions", actions, std::numeric_limits<int64_t>::min(), K);
   Tensor made = empty_cpu<2>({N, K}, type);
   const auto* action = static_cast<const int64_t*>(actions.data_ptr());
   with_type(type, [&](auto* as) {

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/check.h"
 #include "common/empty.h"
 #include "common/gemm.h"
 
@@ -50,6 +51,42 @@ void with_types(ScalarType type, const F& f) {
     default: STD_TORCH_CHECK(false, "soft_assignment: expected float32, float64 or bfloat16");
   }
 }
+
+// The sizes of a call whose arguments fit one another.
+struct Sizes {
+  int64_t B, n, m, h;
+  ScalarType sums;
+
+  Sizes(const Check& check, const Inputs& in) {
+    check.tensor("votes", in.votes, kFloats, {kAny, kAny, kAny, kAny}, Layout::kRows);
+    sums = in.votes.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    check.that(in.scores.has_value() || (in.gate.has_value() && in.prior.has_value()),
+               "scores: expected some, or a gate and a prior");
+    check.tensor("scores", in.scores, sums, {kAny, kAny, kAny});
+    check.tensor("gate", in.gate, sums, {kAny, kAny});
+    check.tensor("prior", in.prior, sums, {kAny});
+    const Tensor& known = in.scores.has_value() ? *in.scores : *in.gate;
+    B = known.size(0);
+    n = known.size(1);
+    m = in.scores.has_value() ? in.scores->size(2) : in.prior->size(0);
+    h = in.votes.size(3);
+    check.that(std::min({B, n, m, h}) >= 1, "votes: expected none empty");
+    check.tensor("votes", in.votes, in.votes.scalar_type(), {shared(in.votes, 0, B), n, shared(in.votes, 2, m), h},
+                 Layout::kRows);
+    check.tensor("gate", in.gate, sums, {B, n});
+    check.tensor("prior", in.prior, sums, {m});
+    for (const OptionalTensor* beta : {&in.use, &in.ign}) {
+      check.tensor("betas", *beta, sums, {kAny, n, m});
+      check.that(!beta->has_value() || shared(**beta, 0, B) == (*beta)->size(0), "betas: expected ", B, " samples, or 1");
+    }
+    check.tensor("mask", in.mask, ScalarType::Bool, {B, n, m}, Layout::kStrided);
+    check.tensor("lengths", in.lengths, ScalarType::Long, {B});
+  }
+
+ private:
+  // What the size of an axis has to be: 1 where it is, else full.
+  static int64_t shared(const Tensor& t, int64_t dim, int64_t full) { return t.size(dim) == 1 ? 1 : full; }
+};
 
 // The call as plain numbers. Everything but votes and mask is dense, in T.
 template <class T, class X>
@@ -99,7 +136,7 @@ struct Problem {
   }
   // How many of the rows from start to stop there are in sample b.
   int64_t live(int64_t b, int64_t start, int64_t stop) const {
-    return lengths == nullptr ? stop - start : std::clamp<int64_t>(lengths[b] - start, 0, stop - start);
+    return lengths == nullptr ? stop - start : std::clamp(lengths[b], start, stop) - start;
   }
   const X* votes_at(int64_t b, int64_t start) const { return votes + b * vote_sample + start * vote_row; }
 };
@@ -226,6 +263,7 @@ std::tuple<Tensor, Tensor> forward_op(
     const OptionalTensor& ign, const OptionalTensor& prior, const OptionalTensor& mask, const OptionalTensor& lengths,
     double eps) {
   const Inputs in{votes, scores, gate, use, ign, prior, mask, lengths, eps};
+  const Sizes fitting(Check("soft_assignment"), in);
   Tensor M, p;
   with_types(votes.scalar_type(), [&](auto zero, auto vote) {
     using T = decltype(zero);
@@ -342,6 +380,22 @@ void backward_op(
     double eps, const Tensor& dM, const Tensor& dp, const OptionalTensor& dvotes, const OptionalTensor& dscores,
     const OptionalTensor& dgate, const OptionalTensor& duse, const OptionalTensor& dign) {
   const Inputs in{votes, scores, gate, use, ign, prior, mask, lengths, eps};
+  const Check check("soft_assignment");
+  const Sizes s(check, in);
+  check.tensor("dM", dM, s.sums, {s.B, s.m, s.h});
+  check.tensor("dp", dp, s.sums, {s.B, s.m});
+  check.tensor("dvotes", dvotes, votes.scalar_type(), {votes.size(0), s.n, votes.size(2), s.h});
+  check.tensor("dscores", dscores, s.sums, {s.B, s.n, s.m});
+  check.tensor("dgate", dgate, s.sums, {s.B, s.n});
+  for (const auto& [grad, of] : {std::pair{&duse, &use}, std::pair{&dign, &ign}}) {
+    check.tensor("gradients of betas", *grad, s.sums, {of->has_value() ? (*of)->size(0) : 0, s.n, s.m});
+  }
+  check.that((!dscores.has_value() || scores.has_value()) && (!dgate.has_value() || gate.has_value()) &&
+                 (!duse.has_value() || use.has_value()) && (!dign.has_value() || ign.has_value()),
+             "expected gradients of what is given alone");
+  check.apart({if_given(dvotes), if_given(dscores), if_given(dgate), if_given(duse), if_given(dign)},
+              {&votes, if_given(scores), if_given(gate), if_given(use), if_given(ign), if_given(prior), if_given(mask),
+               if_given(lengths), &dM, &dp});
   with_types(votes.scalar_type(), [&](auto zero, auto vote) {
     using T = decltype(zero);
     using X = decltype(vote);

@@ -218,7 +218,6 @@ void run(const Tensor& out, const Tensor& x, const Tensor* y, const Live& live, 
   }
   with_type(out.scalar_type(), [&](auto number) {
     using S = decltype(number);
-    STD_TORCH_CHECK(y == nullptr || y->scalar_type() == out.scalar_type(), "y: expected the dtype of g");
     Masking<S>(walk, live, static_cast<S*>(out.data_ptr()), static_cast<const S*>(x.data_ptr()),
                y == nullptr ? nullptr : static_cast<const S*>(y->data_ptr()), relu)
         .run();
@@ -226,19 +225,27 @@ void run(const Tensor& out, const Tensor& x, const Tensor* y, const Live& live, 
 }
 
 Tensor gate_op(const Tensor& g, const OptionalTensor& y, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
+  check_operands(Check("task_mask"), g, if_given(y));
+  const Live live(mapping, tasks, task, g);
   Tensor out = empty_like_on_huge_pages(g);
-  run(out, g, y.has_value() ? &*y : nullptr, Live(mapping, tasks, task, g.size(1)), false);
+  run(out, g, if_given(y), live, false);
   return out;
 }
 
 Tensor rectify_op(const Tensor& x, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
+  check_operands(Check("task_mask"), x, nullptr);
+  const Live live(mapping, tasks, task, x);
   Tensor out = empty_like_on_huge_pages(x);
-  run(out, x, nullptr, Live(mapping, tasks, task, x.size(1)), true);
+  run(out, x, nullptr, live, true);
   return out;
 }
 
 void mask_op(Tensor x, const Tensor& mapping, const OptionalTensor& tasks, int64_t task, bool relu) {
-  run(x, x, nullptr, Live(mapping, tasks, task, x.size(1)), relu);
+  const Check check("task_mask");
+  check_operands(check, x, nullptr, Layout::kApart);
+  const Live live(mapping, tasks, task, x);
+  check.apart({&x}, {&mapping, if_given(tasks)});
+  run(x, x, nullptr, live, relu);
 }
 
 }  // namespace

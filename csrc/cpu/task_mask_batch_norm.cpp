@@ -330,6 +330,16 @@ class Norm {
   std::vector<T> a_, b_, mean_, k_, q_;
 };
 
+void check_channels(const Check& check, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                    const OptionalTensor& weight, const OptionalTensor& bias, bool training, int64_t C) {
+  check.that(running_mean.has_value() == running_var.has_value() && (training || running_mean.has_value()),
+             "running_mean: expected with running_var, or neither in training");
+  check.tensor("running_mean", running_mean, kFloats, {C}, Layout::kApart);
+  check.tensor("running_var", running_var, kFloats, {C}, Layout::kApart);
+  check.tensor("weight", weight, kFloats, {C}, Layout::kStrided);
+  check.tensor("bias", bias, kFloats, {C}, Layout::kStrided);
+}
+
 ScalarType sum_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -338,15 +348,22 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
     const Tensor& x, const Tensor& mapping, const OptionalTensor& tasks, int64_t task, OptionalTensor running_mean,
     OptionalTensor running_var, const OptionalTensor& weight, const OptionalTensor& bias, bool training, double momentum,
     double eps, bool relu) {
+  const Check check("batch_norm_mask_relu");
+  check_operands(check, x, nullptr);
   const Shape shape(x);
   const int64_t C = shape.C, N = shape.count();
+  check_channels(check, running_mean, running_var, weight, bias, training, C);
+  if (training) {
+    check.apart({if_given(running_mean), if_given(running_var)},
+                {&x, &mapping, if_given(tasks), if_given(weight), if_given(bias)});
+  }
+  const Live live(mapping, tasks, task, x);
   Tensor y = empty_like_on_huge_pages(x);
   Tensor mean = empty_cpu<1>({training ? C : 0}, sum_type(x)), scale = empty_cpu<1>({training ? C : 0}, sum_type(x));
   auto means = numbers(running_mean, C, 0.0), vars = numbers(running_var, C, 1.0);
   const auto old_means = means, old_vars = vars;
   std::vector<double> scales(C, 0.0);
   if (x.numel() > 0) {
-    const Live live(mapping, tasks, task, C);
     with_type(x.scalar_type(), [&](auto number) {
       using S = decltype(number);
       Norm<S>(shape, live, training, relu)
@@ -375,8 +392,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
     int64_t task, const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& weight,
     const OptionalTensor& bias, const Tensor& mean, const Tensor& scale, bool training, double eps, bool relu,
     bool want_x) {
+  const Check check("batch_norm_mask_relu");
+  check_operands(check, x, &g);
   const Shape shape(x);
   const int64_t C = shape.C;
+  check_channels(check, running_mean, running_var, weight, bias, training, C);
+  check.tensor("mean", mean, sum_type(x), {training ? C : kAny}, Layout::kStrided);
+  check.tensor("scale", scale, sum_type(x), {training ? C : kAny}, Layout::kStrided);
+  const Live live(mapping, tasks, task, x);
   Tensor same = g;  // in the layout of x
   bool as_x = true;
   for (int64_t d = 0; d < x.dim(); ++d) {
@@ -393,7 +416,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
   if (x.numel() > 0) {
     auto means = numbers(training ? OptionalTensor(mean) : running_mean, C, 0.0);
     auto scales = numbers(training ? OptionalTensor(scale) : running_var, C, 1.0);
-    const Live live(mapping, tasks, task, C);
     with_type(x.scalar_type(), [&](auto number) {
       using S = decltype(number);
       using T = SumOf<S>;

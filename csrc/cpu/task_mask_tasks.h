@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "common/task_mask_walk.h"
+
 namespace fastroute::task_mask {
 
 constexpr int64_t kThreadNumbers = 32768;  // worth waking a thread for
@@ -27,14 +29,13 @@ void with_type(torch::headeronly::ScalarType type, const F& f) {
 // The mapping [T, C] and the tasks: one for all, or one for each sample.
 class Live {
  public:
-  Live(const torch::stable::Tensor& mapping, const std::optional<torch::stable::Tensor>& tasks, int64_t task, int64_t C)
-      : mapping_(static_cast<const float*>(mapping.data_ptr())), T_(mapping.size(0)), C_(C), task_(task) {
-    STD_TORCH_CHECK(
-        mapping.dim() == 2 && mapping.size(1) == C && mapping.is_contiguous() &&
-            mapping.scalar_type() == torch::headeronly::ScalarType::Float,
-        "mapping: expected a contiguous float32 tensor [T, ", C, "]");
+  Live(const torch::stable::Tensor& mapping, const std::optional<torch::stable::Tensor>& tasks, int64_t task,
+       const torch::stable::Tensor& x)
+      : C_(x.size(1)), task_(task) {
+    check_tasks(Check("task_mask"), mapping, tasks, task, x);
+    mapping_ = static_cast<const float*>(mapping.data_ptr());
+    T_ = mapping.size(0);
     if (tasks.has_value()) {
-      STD_TORCH_CHECK(tasks->scalar_type() == torch::headeronly::ScalarType::Long, "task: expected int64");
       tasks_ = static_cast<const int64_t*>(tasks->data_ptr());
       stride_ = tasks->dim() > 0 ? tasks->stride(0) : 0;
       if (tasks->dim() == 0) {

@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/check.h"
 #include "common/empty.h"
 
 namespace fastroute::trajectory_loss {
@@ -31,6 +32,14 @@ enum Kind : int64_t {
   kReinforce, kBaseline1, kBaseline2, kEGreedyReinforce, kQLearning, kSarsa, kActorCritic, kAAC, kBootstrapAAC,
   kEGreedyAAC, kAdvantage, kBootstrapAdvantage, kSurprise, kWPL, kSilent,
 };
+
+// Those with a second column, and those that read an auxiliary number.
+bool has_critic(int64_t kind) {
+  return kind != kReinforce && kind != kEGreedyReinforce && kind != kQLearning && kind != kSarsa && kind != kSilent;
+}
+bool is_aided(int64_t kind) {
+  return kind == kBaseline1 || kind == kBaseline2 || kind == kEGreedyReinforce || kind == kEGreedyAAC || kind == kWPL;
+}
 
 // Numbers [B] of any dtype and stride; without any, zeros.
 class Numbers {
@@ -117,6 +126,44 @@ std::vector<Decision> decisions(
                     at[7] < 0 ? Mask() : Mask(masks[at[7]])});
   }
   return made;
+}
+
+constexpr Types kNumbers{ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+
+// All [B], and a layout whose places are in their lists. Each column is the first or the second of one decision, which
+// needs it; so what is written about columns is written, and once.
+void check_layout(const Check& check, const Tensor& f, const Tensors& columns, const Tensors& others,
+                  const Tensors& masks, const std::vector<int64_t>& layout) {
+  check.tensor("f", f, kNumbers, {kAny}, Layout::kStrided);
+  const int64_t B = f.size(0);
+  for (const Tensors* list : {&columns, &others}) {
+    for (const Tensor& t : *list) {
+      check.tensor("columns, others", t, kNumbers, {B}, Layout::kStrided);
+    }
+  }
+  for (const Tensor& t : masks) {
+    check.tensor("masks", t, ScalarType::Bool, {B}, Layout::kStrided);
+  }
+  check.that(layout.size() % 8 == 0, "layout: expected 8 numbers for each decision");
+  std::vector<bool> used(columns.size());
+  for (size_t k = 0; k < layout.size(); k += 8) {
+    const int64_t* at = layout.data() + k;
+    check.that(at[0] >= kReinforce && at[0] <= kSilent, "layout: there is no kind ", at[0]);
+    const auto within = [&](int64_t place, size_t count) { return place >= -1 && place < static_cast<int64_t>(count); };
+    check.that(within(at[2], columns.size()) && within(at[3], columns.size()) && within(at[4], others.size()) &&
+                   within(at[5], others.size()) && within(at[6], others.size()) && within(at[7], masks.size()),
+               "layout: expected places in the lists, or -1");
+    check.that((at[2] >= 0) == (at[0] != kSilent) && (at[3] >= 0) == has_critic(at[0]) &&
+                   (at[4] >= 0 || !is_aided(at[0])),
+               "layout: expected the columns that kind ", at[0], " has, and what it needs");
+    for (const int64_t c : {at[2], at[3]}) {
+      check.that(c < 0 || !used[c], "layout: expected column ", c, " in one place");
+      if (c >= 0) {
+        used[c] = true;
+      }
+    }
+  }
+  check.that(std::find(used.begin(), used.end(), false) == used.end(), "layout: expected all columns in it");
 }
 
 // The loss of one decision for one sample, and its derivatives by both columns.
@@ -339,6 +386,7 @@ void for_tiles(int64_t B, int64_t entries, const F& f) {
 std::tuple<Tensor, Tensor> forward_op(
     const Tensor& f, Tensors columns, Tensors others, Tensors masks, std::vector<int64_t> layout, double gamma,
     bool normalize, bool want_slopes) {
+  check_layout(Check("trajectory_loss"), f, columns, others, masks, layout);
   const int64_t B = f.size(0), C = want_slopes ? static_cast<int64_t>(columns.size()) : 0;
   const bool in_double = f.scalar_type() == ScalarType::Double || is_double(columns) || is_double(others);
   const ScalarType type = in_double ? ScalarType::Double : ScalarType::Float;
@@ -360,6 +408,9 @@ std::tuple<Tensor, Tensor> forward_op(
 }
 
 Tensors backward_op(const Tensor& grad, const Tensor& slopes) {
+  const Check check("trajectory_loss");
+  check.tensor("slopes", slopes, {ScalarType::Float, ScalarType::Double}, {kAny, kAny}, Layout::kDense);
+  check.tensor("grad", grad, slopes.scalar_type(), {slopes.size(1)}, Layout::kStrided);
   const int64_t C = slopes.size(0), B = slopes.size(1), stride = grad.stride(0);
   const ScalarType type = slopes.scalar_type();
   Tensors made;

@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/check.h"
 #include "common/gemm.h"
 
 namespace fastroute::vector_routing {
@@ -168,7 +169,7 @@ struct Problem {
   }
 
   int64_t live(int64_t b, int64_t start, int64_t stop) const {
-    return std::clamp<int64_t>((lengths == nullptr ? n : lengths[b]) - start, 0, stop - start);
+    return lengths == nullptr ? stop - start : std::clamp(lengths[b], start, stop) - start;
   }
 };
 
@@ -423,5 +424,72 @@ inline ScalarType parameter_type(const Inputs& in) {
   return in.use_bias.has_value() ? (in.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float)
                                  : in.use.scalar_type();
 }
+
+// What a call's tensors are, once they are known to fit one another.
+struct Fitting {
+  int64_t B, n, m, d;
+  ScalarType sums, parameters;  // dtypes; the second, of what has a row per input
+  bool linear;
+
+  Fitting(const Check& check, const Inputs& in) {
+    check.tensor("x", in.x, kFloats, {kAny, kAny, kAny}, Layout::kRows);
+    const ScalarType x = in.x.scalar_type();
+    B = in.x.size(0);
+    n = in.x.size(1);
+    d = in.x.size(2);
+    sums = x == ScalarType::Double ? x : ScalarType::Float;
+    linear = in.use_bias.has_value();
+    const bool halves = x == ScalarType::BFloat16 && parameter_type(in) == ScalarType::BFloat16;
+    parameters = halves ? ScalarType::BFloat16 : sums;
+    check.axes("use", in.use, 2);
+    m = in.use.size(linear ? 0 : 1);
+    check.that(std::min({B, n, m, d}) >= 1, "x, use: expected none empty");
+    check_betas(check, in);
+    check.that(in.gate_weight.has_value() == in.gate_bias.has_value() &&
+                   (!in.gate_weight.has_value() || in.scale.has_value()),
+               "gate_weight: expected with gate_bias and scale");
+    check.that(in.gate.has_value() || in.gate_weight.has_value(), "gate: expected one, or what makes it");
+    check.tensor("gate", in.gate, sums, {B, n});
+    check.tensor("scale", in.scale, sums, {B});
+    check_rows(check, "gate_weight, gate_bias", in, in.gate_weight, in.gate_bias, d, false);
+    check.that(in.pred.has_value() ? in.score_weight.has_value() : in.prior.has_value(),
+               "pred: expected with score_weight, or a prior");
+    check.tensor("pred", in.pred, sums, {B, m, d});
+    check.tensor("prior", in.prior, sums, {m});
+    check.that(in.score_weight.has_value() == in.score_bias.has_value(), "score_weight: expected with score_bias");
+    check_rows(check, "score_weight, score_bias", in, in.score_weight, in.score_bias, m, true);
+    check.tensor("mask", in.mask, ScalarType::Bool, {B, n, m}, Layout::kStrided);
+    check.tensor("lengths", in.lengths, ScalarType::Long, {B});
+  }
+
+ private:
+  void check_betas(const Check& check, const Inputs& in) const {
+    if (linear) {
+      check.tensor("use", in.use, sums, {m, d});
+      check.tensor("ign", in.ign, sums, {m, d});
+      check.tensor("use_bias", in.use_bias, sums, {m});
+      check.tensor("ign_bias", in.ign_bias, sums, {m});
+    } else {
+      check.tensor("use", in.use, parameters, {n, m});
+      check.tensor("ign", in.ign, parameters, {n, m});
+    }
+    check.that(in.ign_bias.has_value() == (linear && in.ign.has_value()), "ign_bias: expected with ign and use_bias");
+  }
+  // weight [rows, width] and bias [rows, width] or [rows], of n rows or of one for all
+  void check_rows(const Check& check, const char* name, const Inputs& in, const OptionalTensor& weight,
+                  const OptionalTensor& bias, int64_t width, bool wide_bias) const {
+    if (!weight.has_value()) {
+      return;
+    }
+    check.axes(name, *weight, 2);
+    const int64_t rows = in.one_row(weight) ? 1 : n;
+    check.tensor(name, weight, parameters, {rows, width});
+    if (wide_bias) {
+      check.tensor(name, bias, parameters, {rows, width});
+    } else {
+      check.tensor(name, bias, parameters, {rows});
+    }
+  }
+};
 
 }  // namespace fastroute::vector_routing

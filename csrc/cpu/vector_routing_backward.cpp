@@ -291,6 +291,41 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
   }
 }
 
+struct ParameterGradients {
+  const OptionalTensor &gate_weight, &gate_bias, &score_weight, &score_bias, &use, &ign, &use_bias, &ign_bias;
+};
+
+// None of them, or those of every parameter there is; rows for all inputs in the dtype of sums. A first iteration may have
+// scores' gradients without scores: they are zero.
+void check_gradients(const Check& check, const Inputs& in, const Fitting& s, const ParameterGradients& g) {
+  const bool wanted = g.use.has_value();
+  check.that(g.gate_weight.has_value() == (wanted && in.gate_weight.has_value()) &&
+                 g.gate_bias.has_value() == g.gate_weight.has_value() &&
+                 g.ign.has_value() == (wanted && in.ign.has_value()) &&
+                 g.use_bias.has_value() == (wanted && s.linear) &&
+                 g.ign_bias.has_value() == (wanted && in.ign_bias.has_value()) &&
+                 g.score_bias.has_value() == g.score_weight.has_value() && (wanted || !g.score_weight.has_value()),
+             "duse: expected with the gradients of all parameters, or none of them");
+  check.that(!wanted || in.pred.has_value() <= g.score_weight.has_value(), "dscore_weight: expected with duse");
+  if (g.gate_weight.has_value()) {
+    const bool one = in.one_row(in.gate_weight);
+    check.tensor("dgate_weight", g.gate_weight, one ? s.sums : s.parameters, {one ? 1 : s.n, s.d});
+    check.tensor("dgate_bias", g.gate_bias, one ? s.sums : s.parameters, {one ? 1 : s.n});
+  }
+  if (g.score_weight.has_value()) {
+    check.axes("dscore_weight", *g.score_weight, 2);
+    const bool one = in.one_row(g.score_weight);
+    check.that(!in.pred.has_value() || one == in.one_row(in.score_weight), "dscore_weight: expected the rows of scores");
+    check.tensor("dscore_weight", g.score_weight, one ? s.sums : s.parameters, {one ? 1 : s.n, s.m});
+    check.tensor("dscore_bias", g.score_bias, one ? s.sums : s.parameters, {one ? 1 : s.n, s.m});
+  }
+  const int64_t rows = s.linear ? s.m : s.n, width = s.linear ? s.d : s.m;
+  check.tensor("duse", g.use, s.linear ? s.sums : s.parameters, {rows, width});
+  check.tensor("dign", g.ign, s.linear ? s.sums : s.parameters, {rows, width});
+  check.tensor("duse_bias", g.use_bias, s.sums, {s.m});
+  check.tensor("dign_bias", g.ign_bias, s.sums, {s.m});
+}
+
 Tensor backward_op(
     Tensor x, Tensor gate, OptionalTensor gate_weight, OptionalTensor gate_bias, OptionalTensor scale,
     OptionalTensor pred, OptionalTensor score_weight, OptionalTensor score_bias, Tensor use, OptionalTensor ign,
@@ -301,6 +336,18 @@ Tensor backward_op(
   const OptionalTensor optional_gate(gate);
   const Inputs in{x, optional_gate, gate_weight, gate_bias, scale, pred, score_weight, score_bias, use, ign, use_bias,
                   ign_bias, prior, mask, lengths};
+  const Check check("vector_routing");
+  const Fitting s(check, in);
+  check.tensor("dM", dM, s.sums, {s.B, s.m, s.d});
+  check.tensor("dp", dp, s.sums, {s.B, s.m});
+  check.tensor("dgate", dgate, s.sums, {s.B, s.n});
+  check.tensor("dx", dx, x.scalar_type(), {s.B, s.n, s.d});
+  check_gradients(check, in, s, {dgate_weight, dgate_bias, dscore_weight, dscore_bias, duse, dign, duse_bias, dign_bias});
+  check.apart({&dgate, if_given(dx), if_given(dgate_weight), if_given(dgate_bias), if_given(dscore_weight),
+               if_given(dscore_bias), if_given(duse), if_given(dign), if_given(duse_bias), if_given(dign_bias)},
+              {&x, &gate, if_given(gate_weight), if_given(gate_bias), if_given(scale), if_given(pred),
+               if_given(score_weight), if_given(score_bias), &use, if_given(ign), if_given(use_bias),
+               if_given(ign_bias), if_given(prior), if_given(mask), if_given(lengths), &dM, &dp});
   Tensor dpred;
   with_types(x.scalar_type(), parameter_type(in), [&](auto t, auto x_type, auto p_type) {
     using T = decltype(t);

@@ -89,6 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
     OptionalTensor lengths) {
   const Inputs in{x, gate, gate_weight, gate_bias, scale, pred, score_weight, score_bias, use, ign, use_bias, ign_bias,
                   prior, mask, lengths};
+  const Check check("vector_routing");
+  const Fitting fitting(check, in);
+  check.that(!(gate.has_value() && gate_weight.has_value()), "gate: expected one, or what makes it");
   Tensor M, p, made;
   with_types(x.scalar_type(), parameter_type(in), [&](auto t, auto x_type, auto p_type) {
     using T = decltype(t);

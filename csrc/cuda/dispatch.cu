@@ -10,6 +10,7 @@
 
 #include <tuple>
 
+#include "common/check.h"
 #include "common/dispatch_plan.h"
 
 namespace fastroute {
@@ -72,9 +73,11 @@ __global__ void __launch_bounds__(1024) plan_kernel(PlanArguments arguments) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> dispatch_plan_cuda(const Tensor& actions, int64_t modules) {
+  const Check check = Check::on_gpu("dispatch", actions);
+  check.tensor("actions", actions, torch::headeronly::ScalarType::Long, {kAny}, Layout::kStrided);
   const int64_t N = actions.size(0);
-  STD_TORCH_CHECK(N <= kPlanEntries && modules <= kPlanModules, "actions: expected at most ", kPlanEntries,
-                  " entries and ", kPlanModules, " modules, got ", N, " and ", modules);
+  check.that(N <= kPlanEntries && modules >= 0 && modules <= kPlanModules, "actions: expected at most ", kPlanEntries,
+             " entries and 0 to ", kPlanModules, " modules, got ", N, " and ", modules);
   const int32_t device = actions.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor order = torch::stable::new_empty(actions, {N}), offsets = torch::stable::new_empty(actions, {modules + 1});

@@ -243,6 +243,9 @@ void launch(S* out, const S* x, const S* y, const Walk& walk, const Way& way, co
 
 void run(const Tensor& out, const Tensor& x, const Tensor* y, const Tensor& mapping, const OptionalTensor& tasks,
          int64_t task, bool relu) {
+  const Check check = Check::on_gpu("task_mask", out);
+  check_operands(check, x, y, out.data_ptr() == x.data_ptr() ? Layout::kApart : Layout::kStrided);
+  check_tasks(check, mapping, tasks, task, x);
   if (out.numel() == 0) {
     return;
   }
@@ -259,13 +262,8 @@ void run(const Tensor& out, const Tensor& x, const Tensor* y, const Tensor& mapp
       way.outer_strides[d][k] = walk.outer[d].strides[k];
     }
   }
-  STD_TORCH_CHECK(
-      mapping.dim() == 2 && mapping.size(1) == way.C && mapping.is_contiguous() &&
-          mapping.scalar_type() == ScalarType::Float,
-      "mapping: expected a contiguous float32 tensor [T, ", way.C, "]");
   Rows rows{static_cast<const float*>(mapping.data_ptr()), nullptr, task, 0, mapping.size(0), way.C};
   if (tasks.has_value()) {
-    STD_TORCH_CHECK(tasks->scalar_type() == ScalarType::Long, "task: expected int64");
     rows.tasks = static_cast<const int64_t*>(tasks->data_ptr());
     rows.stride = tasks->dim() > 0 ? tasks->stride(0) : 0;
   }

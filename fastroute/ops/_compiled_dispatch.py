@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._registry import library
+from ._registry import library, register_fake
 
 
 def _plan(actions: Tensor, modules: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,4 +77,4 @@ for _backend in ("native", "triton"):
         (f"_grouped_linear_{_backend}", _forward),
         (f"_grouped_linear_{_backend}_backward", _backward if _backend == "native" else _backward_stacked),
     ):
-        torch.library.register_fake(f"fastroute::{_name}", _fake, lib=library)
+        register_fake(_name, _fake)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference.policy import accumulating
-from ._registry import library
+from ._registry import library, register_fake
 
 Tensors = Sequence[Tensor]
 
@@ -99,4 +99,4 @@ for _backend in ("native", "triton"):
         (f"_agent_policy_{_backend}", _agent_policy),
         (f"_agent_policy_{_backend}_backward", _agent_policy_backward),
     ):
-        torch.library.register_fake(f"fastroute::{_name}", _fake, lib=library)
+        register_fake(_name, _fake)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.task_mask import sum_dtype
-from ._registry import library
+from ._registry import library, register_fake
 
 _TASK = "Tensor mapping, Tensor? tasks, int task"
 
@@ -70,6 +70,6 @@ for _backend in ("native", "triton"):
         ),
     ):
         library.define(f"_task_mask_{_name}_{_backend}{_schema}", tags=(torch.Tag.needs_fixed_stride_order,))
-        torch.library.register_fake(f"fastroute::_task_mask_{_name}_{_backend}", _fake, lib=library)
+        register_fake(f"_task_mask_{_name}_{_backend}", _fake)
         if _backend == "triton":
             library.impl(f"_task_mask_{_name}_triton", _in_triton(_name), "CompositeExplicitAutograd")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.trajectory_loss import sums
-from ._registry import define, library
+from ._registry import define, library, register_fake
 
 #: f [B], then what ``reference.trajectory_loss.laid_out`` makes -> (loss [B], slopes [C, B])
 SCHEMA = (
@@ -39,9 +39,11 @@ define("_trajectory_loss_triton", SCHEMA, _in_triton, _fake)
 
 library.define("_trajectory_loss_native" + SCHEMA)
 library.define("_trajectory_loss_native_backward(Tensor grad, Tensor slopes) -> Tensor[]")
-torch.library.register_fake("fastroute::_trajectory_loss_native", _fake, lib=library)
 
 
-@torch.library.register_fake("fastroute::_trajectory_loss_native_backward", lib=library)
-def _(grad: Tensor, slopes: Tensor) -> list[Tensor]:
+def _fake_backward(grad: Tensor, slopes: Tensor) -> list[Tensor]:
     return [torch.empty_like(slope) for slope in slopes.unbind()]
+
+
+register_fake("_trajectory_loss_native", _fake)
+register_fake("_trajectory_loss_native_backward", _fake_backward)

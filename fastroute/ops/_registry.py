@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.library import Library
+from torch.utils._pytree import tree_leaves
 
 library = Library("fastroute", "DEF")
 
@@ -28,6 +29,18 @@ def no_second_derivative(op: str) -> tuple[Callable[..., Any], Callable[..., Any
     return backward, setup_context
 
 
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """``fake`` for fake and for meta tensors; the latter only all together, which PyTorch leaves to the op."""
+
+    def on_one_device(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if len({t.device.type == "meta" for t in tensors}) > 1:
+            raise RuntimeError(f"{name}: expected all tensors on one device, got some on meta")
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"fastroute::{name}", on_one_device, lib=library)
+
+
 def define(
     name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, autograd: Any = None
 ) -> None:
@@ -35,7 +48,7 @@ def define(
     library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
     library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
     implementations[name] = implementation
-    torch.library.register_fake(f"fastroute::{name}", fake, lib=library)
+    register_fake(name, fake)
     if autograd is not None:
         backward, setup_context = autograd
         torch.library.register_autograd(f"fastroute::{name}", backward, setup_context=setup_context, lib=library)

@@ -81,6 +81,10 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
         the entries order[offsets[k]:offsets[k + 1]], in rising order, which are of samples order // k; dropped ones
         come last. ``bounds`` are the offsets as a list of ints on a CPU, else None.
     """
+    tensor(name, actions, "an integer tensor [B] or [B, k]")
+    if actions.dtype != torch.int64:
+        _integers(actions, name, "[B] or [B, k]")
+        actions = actions.to(torch.int64)
     if actions.dim() not in (1, 2):
         raise ValueError(f"{name}: expected [B] or [B, k], got {shown(actions)}")
     per_sample = 1 if actions.dim() == 1 else actions.shape[1]

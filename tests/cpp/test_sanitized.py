@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cpp import cases
+from tests.cpp.test_boundary import fuzz
 from tests.helpers.backends import HERE
 from tests.helpers.subprocesses import ROOT, check_python
 
@@ -36,22 +37,36 @@ def test_native_between_fences() -> None:
     cases.run()
 
 
-@pytest.mark.long
-@pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
-@pytest.mark.skipif(None in LIBRARIES, reason="the compiler has no shared AddressSanitizer")
-def test_native_under_sanitizers(tmp_path: Path) -> None:
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+ENVIRONMENT: dict[str, str | None] = {
+    "LD_PRELOAD": " ".join(filter(None, LIBRARIES)),
+    # new[] gives NaN, however much of it; torch's own leaks at exit are not ours to find
+    "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sanitized build."""
+    if CXX is None:
+        pytest.skip("there is no C++ compiler")
+    if None in LIBRARIES:
+        pytest.skip("the compiler has no shared AddressSanitizer")
+    folder = tmp_path_factory.mktemp("sanitized")
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
     environment = {**os.environ, "FASTROUTE_SANITIZE": "1", "FASTROUTE_BUILD": "require"}
     built = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-4000:]
-    (library,) = (tmp_path / "fastroute").glob("_C*.so")
-    printed = check_python(
-        f"from tests.cpp import cases; cases.load({str(library)!r}); cases.run()",
-        {
-            "LD_PRELOAD": " ".join(filter(None, LIBRARIES)),
-            # new[] gives NaN, however much of it; torch's own leaks at exit are not ours to find
-            "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
-            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        },
-    )
+    (found,) = (folder / "fastroute").glob("_C*.so")
+    return str(found)
+
+
+@pytest.mark.long
+def test_native_under_sanitizers(library: str) -> None:
+    printed = check_python(f"from tests.cpp import cases; cases.load({library!r}); cases.run()", ENVIRONMENT)
     assert printed.splitlines()[-1] == "no findings"
+
+
+@pytest.mark.long
+def test_random_calls_under_sanitizers(library: str, tmp_path: Path) -> None:
+    fuzz(20_000, tmp_path / "trace", library, ENVIRONMENT)
