@@ -1,10 +1,47 @@
-"""What a module of torch.nn is, apart from its parameters."""
+"""Whether a module may be read: its parameters taken and used for what a call of it does.
+
+Whatever changes what a call does without changing the class (a hook, a forward of its own, a parametrization, a tensor
+subclass, an adapter) is seen here, and only here. Whoever reads modules asks here first, and calls them where the
+answer is no.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as global_hooks
+
+_AFFINE = ("weight", "bias")
+#: The parameters and buffers that the classes which are read have, under their names.
+_TENSORS: dict[type, tuple[str, ...]] = {
+    **dict.fromkeys((nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d), _AFFINE),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _AFFINE),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _AFFINE),
+    **dict.fromkeys((nn.RMSNorm, nn.PReLU), ("weight",)),
+}
+#: What an instance shadows by having it in its ``__dict__``: what a call runs, and the tensors that it uses.
+_SHADOWED = frozenset({
+    "forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl", "_compiled_call_impl",
+    "_slow_forward", "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+})  # fmt: skip
+#: What a class runs in a call.
+_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "_conv_forward", "_check_input_dim")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
+                 "_global_backward_pre_hooks")  # fmt: skip
+_hooks_of = attrgetter(*_HOOKS)
+_global_hooks = attrgetter(*_GLOBAL_HOOKS)
+_PLAIN = (nn.Parameter, Tensor, type(None))
+
+#: By class: the names of what a call of it runs, and what those were when the class was first seen; None if by then
+#: somebody had replaced one.
+_originals: dict[type, tuple[attrgetter[Any], Any] | None] = {}
 
 
 def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -14,3 +51,152 @@ def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
     """
     own = ("forward",) if "forward" in m.__dict__ else ()
     return tuple((name, getattr(m, name)) for name in (*getattr(type(m), "__constants__", ()), *own))
+
+
+# ------------------------------------------------------------------------------------------------------- what is looked at
+
+
+def _original(cls: type) -> tuple[attrgetter[Any], Any] | None:
+    names = [name for name in _METHODS if hasattr(cls, name)]
+    for name in names:
+        owner = next(base for base in cls.__mro__ if name in vars(base))
+        function = vars(owner)[name]
+        own = getattr(function, "__qualname__", "").startswith(f"{owner.__qualname__}.")
+        if not own or getattr(function, "__module__", None) != owner.__module__ or hasattr(function, "__wrapped__"):
+            return None
+    look = attrgetter(*names)
+    return look, look(cls)
+
+
+def is_pristine(cls: type) -> bool:
+    """Whether a call of an instance runs what the class was written with: nobody has replaced a method of it."""
+    if cls not in _originals:
+        _originals[cls] = _original(cls)
+    known = _originals[cls]
+    return known is not None and known[0](cls) == known[1]
+
+
+def are_watched() -> bool:
+    """Whether somebody looks at every module's calls."""
+    return any(_global_hooks(global_hooks))
+
+
+def are_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work: tensors may be wrapped."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_plain(t: Any) -> bool:
+    """Whether it is a tensor, and nothing but one, or None."""
+    kind = type(t)
+    if kind not in _PLAIN:  # a trace's stand-in is read as what it stands for
+        return bool(kind.__module__.startswith("torch._subclasses."))
+    if t is None or not are_transformed():
+        return True
+    return not torch._C._functorch.is_functorch_wrapped_tensor(t) and forward_ad.unpack_dual(t).tangent is None
+
+
+def why_called(m: nn.Module) -> str | None:
+    """Why a module has to be called rather than read, its children apart; None if it may be read.
+
+    That its class is one which the reader knows is the reader's to see.
+    """
+    cls = type(m)
+    own = m.__dict__
+    if torch.compiler.is_compiling():  # whose graphs are not guarded by what classes run
+        shadows = any(name in own for name in _SHADOWED)
+    else:
+        if not is_pristine(cls):
+            return f"a method of {cls.__name__} is replaced"
+        shadows = not _SHADOWED.isdisjoint(own)
+    if shadows:
+        return "a forward or a tensor of its own in place of the class's"
+    if any(_hooks_of(m)):
+        return "a hook"
+    if any(_global_hooks(global_hooks)):
+        return "a hook on all modules"
+    names = _TENSORS.get(cls)
+    if names is not None:
+        found = m._parameters
+        if len(found) != len(names) or any(name not in found for name in names):
+            return "parameters that its class does not have"
+    for t in (*m._parameters.values(), *m._buffers.values()):
+        if not _is_plain(t):
+            return f"a {type(t).__name__} for a parameter"
+    return None
+
+
+def may_be_read(m: nn.Module) -> bool:
+    """Whether a call of a module does what its class and its tensors say; its children are to be asked for themselves.
+
+    Seen are: methods replaced on the instance or the class, own and global hooks of every kind, parametrizations (which
+    change the class, too), ``weight_norm``, ``spectral_norm`` and ``prune`` of the old style, tensor subclasses, wrapped
+    tensors, lazy and offloaded parameters.
+    """
+    return why_called(m) is None
+
+
+def signature(m: nn.Module) -> tuple[Any, ...]:
+    """What else than its class and its tensors' values tells what a module does; alike modules have the same."""
+    tensors = (*m._parameters.items(), *m._buffers.items())
+    return m.training, options(m), tuple((name, None if t is None else _form(t)) for name, t in tensors)
+
+
+def _form(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.device
+
+
+# --------------------------------------------------------------------------------------------------------------- memos
+
+
+class Proof:
+    """Shows at little cost that what was found out by looking at modules, and all in them, is still so.
+
+    It holds as long as nothing has changed that ``why_called``, ``signature`` or the tree of modules depends on. To
+    compare a dict with a copy takes as many comparisons of addresses as it has values.
+    """
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        every = [m for one in modules if isinstance(one, nn.Module) for m in one.modules()]
+        self._modules = list(modules)
+        self._dicts = [m.__dict__ for m in every]
+        self._copies = [d.copy() for d in self._dicts]
+        self._children = [d["_modules"] for d in self._dicts if d["_modules"]]
+        self._owners = [d[kind] for d in self._dicts for kind in ("_parameters", "_buffers") if d[kind]]
+        hooks = [d[name] for d in self._dicts for name in _HOOKS]
+        self._empty, self._full = [d for d in hooks if not d], [d for d in hooks if d]
+        self._classes = dict.fromkeys(map(type, every))
+        self._originals = [is_pristine(cls) for cls in self._classes]
+        self._watched = are_watched()
+        self._state = self._look()
+
+    def _look(self) -> tuple[Any, ...]:
+        named = list(chain.from_iterable(map(dict.values, self._owners)))
+        tensors = [t for t in named if t is not None]
+        return (
+            list(chain.from_iterable(map(dict.items, self._children))),
+            list(chain.from_iterable(self._owners)),
+            list(map(type, named)),
+            [t.shape for t in tensors],
+            [t.dtype for t in tensors],
+            list(map(Tensor.get_device, tensors)),
+            [t.is_meta for t in tensors],
+        )
+
+    def holds(self, modules: Sequence[Any]) -> bool:
+        """Whether it does, and is about these modules."""
+        if are_transformed() or any(self._empty) or not all(self._full) or are_watched() != self._watched:
+            return False
+        try:
+            if self._modules != modules or self._dicts != self._copies:
+                return False
+        except (RuntimeError, ValueError, TypeError):  # tensors or arrays, which have no one answer: one has changed
+            return False
+        return self._look() == self._state and list(map(is_pristine, self._classes)) == self._originals
+
+
+def all_in(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules may be read, and all in them."""
+    return all(may_be_read(m) for one in modules for m in one.modules())
