@@ -33,10 +33,6 @@ _SHADOWED = frozenset({
 #: What a class runs in a call.
 _METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "_conv_forward", "_check_input_dim")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-                 "_global_backward_pre_hooks")  # fmt: skip
-_hooks_of = attrgetter(*_HOOKS)
-_global_hooks = attrgetter(*_GLOBAL_HOOKS)
 _PLAIN = (nn.Parameter, Tensor, type(None))
 
 #: By class: the names of what a call of it runs, and what those were when the class was first seen; None if by then
@@ -68,6 +64,7 @@ def _original(cls: type) -> tuple[attrgetter[Any], Any] | None:
     return look, look(cls)
 
 
+@torch.compiler.assume_constant_result
 def is_pristine(cls: type) -> bool:
     """Whether a call of an instance runs what the class was written with: nobody has replaced a method of it."""
     if cls not in _originals:
@@ -78,7 +75,12 @@ def is_pristine(cls: type) -> bool:
 
 def are_watched() -> bool:
     """Whether somebody looks at every module's calls."""
-    return any(_global_hooks(global_hooks))
+    return bool(
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    )
 
 
 def are_transformed() -> bool:
@@ -105,17 +107,13 @@ def why_called(m: nn.Module) -> str | None:
     """
     cls = type(m)
     own = m.__dict__
-    if torch.compiler.is_compiling():  # whose graphs are not guarded by what classes run
-        shadows = any(name in own for name in _SHADOWED)
-    else:
-        if not is_pristine(cls):
-            return f"a method of {cls.__name__} is replaced"
-        shadows = not _SHADOWED.isdisjoint(own)
-    if shadows:
+    if not is_pristine(cls):
+        return f"a method of {cls.__name__} is replaced"
+    if any(name in own for name in _SHADOWED) if torch.compiler.is_compiling() else not _SHADOWED.isdisjoint(own):
         return "a forward or a tensor of its own in place of the class's"
-    if any(_hooks_of(m)):
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return "a hook"
-    if any(_global_hooks(global_hooks)):
+    if are_watched():
         return "a hook on all modules"
     names = _TENSORS.get(cls)
     if names is not None:
