@@ -30,14 +30,14 @@ _SHADOWED = frozenset({
     "forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl", "_compiled_call_impl",
     "_slow_forward", "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
 })  # fmt: skip
-#: What a class runs in a call.
-_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "_conv_forward", "_check_input_dim")
+#: What a class runs in a call; the latter is another's while something traces.
+_METHODS = ("forward", "_conv_forward", "_check_input_dim")
+_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (nn.Parameter, Tensor, type(None))
 
-#: By class: the names of what a call of it runs, and what those were when the class was first seen; None if by then
-#: somebody had replaced one.
-_originals: dict[type, tuple[attrgetter[Any], Any] | None] = {}
+#: By class: what looks up what a call of it runs, and what that was when the class was first seen.
+_originals: dict[tuple[type, bool], tuple[attrgetter[Any], Any]] = {}
 
 
 def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -52,8 +52,9 @@ def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
 # ------------------------------------------------------------------------------------------------------- what is looked at
 
 
-def _original(cls: type) -> tuple[attrgetter[Any], Any] | None:
-    names = [name for name in _METHODS if hasattr(cls, name)]
+def _original(cls: type, names: Sequence[str]) -> tuple[attrgetter[Any], Any] | None:
+    """None if somebody has replaced one of them."""
+    names = [name for name in names if hasattr(cls, name)]
     for name in names:
         owner = next(base for base in cls.__mro__ if name in vars(base))
         function = vars(owner)[name]
@@ -67,10 +68,14 @@ def _original(cls: type) -> tuple[attrgetter[Any], Any] | None:
 @torch.compiler.assume_constant_result
 def is_pristine(cls: type) -> bool:
     """Whether a call of an instance runs what the class was written with: nobody has replaced a method of it."""
-    if cls not in _originals:
-        _originals[cls] = _original(cls)
-    known = _originals[cls]
-    return known is not None and known[0](cls) == known[1]
+    key = cls, torch.compiler.is_compiling()
+    known = _originals.get(key)
+    if known is None:
+        known = _original(cls, _METHODS if key[1] else _METHODS + _CALLS)
+        if known is None:
+            return False
+        _originals[key] = known
+    return bool(known[0](cls) == known[1])
 
 
 def are_watched() -> bool:
