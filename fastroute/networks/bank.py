@@ -64,18 +64,29 @@ def _perceptron(m: Any) -> list[Any]:
 CHAINS: dict[type, Callable[[Any], list[Any]]] = {nn.Sequential: _sequence, MLP: _perceptron}
 
 
-def _leaves(m: Any, into: list[Leaf]) -> bool:
+class _Seen(NamedTuple):
+    """The modules that were looked at, and those of whom the class was enough."""
+
+    read: list[Any]
+    others: list[Any]
+
+
+def _leaves(m: Any, into: list[Leaf], seen: _Seen) -> bool:
     """Append what a module does, in order; False if that cannot be told, or the module has to be called."""
     if not isinstance(m, nn.Module):
         into.append(m)
         return m in _FREE_FUNCTIONS
     kind = type(m)
+    if not (kind in CHAINS or kind is nn.Linear or kind is nn.Conv2d or kind in _NORMS or kind in _FREE):
+        seen.others.append(m)
+        return False
+    seen.read.append(m)
     if not may_be_read(m):
         return False
     if kind in CHAINS:
-        return all(_leaves(part, into) for part in CHAINS[kind](m))
+        return all(_leaves(part, into, seen) for part in CHAINS[kind](m))
     into.append(m)
-    return kind is nn.Linear or kind is nn.Conv2d or kind in _NORMS or kind in _FREE
+    return True
 
 
 @dataclass
@@ -157,24 +168,26 @@ class Recipe:
 
     def stages(self, modules: list[Any]) -> list[_Stage] | None:
         """The steps that all modules have in common; None where they differ, are not known, or have to be called."""
+        seen = _Seen([], [])
         if torch.compiler.is_compiling() or are_transformed():  # a graph is guarded by what it reads, not by a memo
-            return _stages(modules)
+            return _stages(modules, seen)
         made = self._made
         if made is None or not made.proof.holds(modules):
-            made = self._made = _Made(Proof(modules), _stages(modules))
+            stages = _stages(modules, seen)
+            made = self._made = _Made(Proof(modules, *seen), stages)
         return made.stages
 
 
 def are_alike(modules: Sequence[nn.Module]) -> bool:
     """Whether they do the same with parameters of the same shapes, so that they can run together."""
-    return _stages(modules) is not None
+    return _stages(modules, _Seen([], [])) is not None
 
 
-def _stages(modules: Sequence[nn.Module]) -> list[_Stage] | None:
+def _stages(modules: Sequence[nn.Module], seen: _Seen) -> list[_Stage] | None:
     rows: list[list[Leaf]] = []
     for m in modules:
         leaves: list[Leaf] = []
-        if not _leaves(m, leaves) or (rows and len(leaves) != len(rows[0])):
+        if not _leaves(m, leaves, seen) or (rows and len(leaves) != len(rows[0])):
             return None
         rows.append(leaves)
     made: list[_Stage] = []

@@ -7,7 +7,7 @@ answer is no.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -155,30 +155,42 @@ def _form(t: Tensor) -> tuple[Any, ...]:
 
 
 class Proof:
-    """Shows at little cost that what was found out by looking at modules, and all in them, is still so.
+    """Shows at little cost that what was found out by looking at modules is still so.
 
-    It holds as long as nothing has changed that ``why_called``, ``signature`` or the tree of modules depends on. To
-    compare a dict with a copy takes as many comparisons of addresses as it has values.
+    It holds as long as nothing has changed that ``why_called`` and ``signature`` of these modules, or their children,
+    depend on. To compare a dict with a copy takes as many comparisons of addresses as it has values.
+
+    Args:
+        modules: what it is about.
+        read: the modules that were looked at.
+        others: modules of whom only the classes were looked at.
+        changing: modules that may be read, and keep what changes from call to call among their attributes.
     """
 
-    def __init__(self, modules: Sequence[Any]) -> None:
-        every = [m for one in modules if isinstance(one, nn.Module) for m in one.modules()]
-        self._modules = list(modules)
-        self._dicts = [m.__dict__ for m in every]
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        read: Sequence[nn.Module],
+        others: Sequence[Any] = (),
+        changing: Sequence[nn.Module] = (),
+    ) -> None:
+        every = (*read, *changing)
+        self._modules, self._every = list(modules), (*every, *others)
+        self._dicts = [m.__dict__ for m in read]
         self._copies = [d.copy() for d in self._dicts]
-        self._children = [d["_modules"] for d in self._dicts if d["_modules"]]
-        self._owners = [d[kind] for d in self._dicts for kind in ("_parameters", "_buffers") if d[kind]]
-        hooks = [d[name] for d in self._dicts for name in _HOOKS]
+        self._changing = [m.__dict__ for m in changing]
+        self._children = [m._modules for m in every if m._modules]
+        self._owners = [d for m in every for d in (m._parameters, m._buffers) if d]
+        hooks = [m.__dict__[name] for m in every for name in _HOOKS]
         self._empty, self._full = [d for d in hooks if not d], [d for d in hooks if d]
         self._classes = dict.fromkeys(map(type, every))
-        self._originals = [is_pristine(cls) for cls in self._classes]
-        self._watched = are_watched()
         self._state = self._look()
 
     def _look(self) -> tuple[Any, ...]:
         named = list(chain.from_iterable(map(dict.values, self._owners)))
         tensors = [t for t in named if t is not None]
         return (
+            list(map(type, self._every)),
             list(chain.from_iterable(map(dict.items, self._children))),
             list(chain.from_iterable(self._owners)),
             list(map(type, named)),
@@ -186,20 +198,16 @@ class Proof:
             [t.dtype for t in tensors],
             list(map(Tensor.get_device, tensors)),
             [t.is_meta for t in tensors],
+            list(map(is_pristine, self._classes)),
+            list(map(_SHADOWED.isdisjoint, self._changing)),
+            are_watched(),
         )
 
     def holds(self, modules: Sequence[Any]) -> bool:
         """Whether it does, and is about these modules."""
-        if are_transformed() or any(self._empty) or not all(self._full) or are_watched() != self._watched:
+        if any(self._empty) or not all(self._full) or self._modules != modules:
             return False
         try:
-            if self._modules != modules or self._dicts != self._copies:
-                return False
-        except (RuntimeError, ValueError, TypeError):  # tensors or arrays, which have no one answer: one has changed
+            return self._dicts == self._copies and self._look() == self._state
+        except (RuntimeError, ValueError, TypeError):  # of tensors or arrays, one of which has changed
             return False
-        return self._look() == self._state and list(map(is_pristine, self._classes)) == self._originals
-
-
-def all_in(modules: Iterable[nn.Module]) -> bool:
-    """Whether modules may be read, and all in them."""
-    return all(may_be_read(m) for one in modules for m in one.modules())

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..ops._modules import why_called
 from .chain import DROP, KEEP, Leaf, leaves, sequences
 from .export import _checked, routers_of
 from .live import LiveSequential
 from .router import TaskRouter
 from .vgg import VGG
+
+
+#: What a router's zeros can be moved into.
+_FOLDED: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
 
 
 def fold(model: nn.Module, task: int) -> nn.Module:
@@ -58,6 +67,14 @@ def _layer_before(chain: list[Leaf], n: int) -> nn.Module:
     """What a router's zeros can be moved into: m f(x) = f(m x) where f gives every channel its own and 0 for 0."""
     for leaf in reversed(chain[:n]):
         if isinstance(leaf.module, (_ConvNd, nn.Linear, _BatchNorm)):
+            why = why_called(leaf.module)
+            if why is None and type(leaf.module) not in _FOLDED:
+                why = "a subclass"
+            if why is not None:
+                raise ValueError(
+                    f"{leaf.name}: expected a layer before the router whose weights say what it does, got a "
+                    f"{type(leaf.module).__name__}: {why}"
+                )
             return leaf.module
         if leaf.kind not in (KEEP, DROP):
             break
@@ -75,9 +92,7 @@ def _into(layer: nn.Module, router: Leaf, off: Tensor) -> None:
         layer.weight = nn.Parameter((~off).to(router.module._unit_mapping.dtype))  # type: ignore[operator,arg-type,union-attr]
         layer.bias = nn.Parameter(torch.zeros_like(layer.weight))
         return
-    weight = layer.weight
-    if not isinstance(weight, nn.Parameter):
-        raise ValueError(f"{router.name}: expected a plain parameter before it, got a parametrized weight")
+    weight: Any = layer.weight
     axis = int(isinstance(layer, _ConvTransposeNd))
     if len(off) != weight.shape[axis] or (axis and layer.groups != 1):
         raise ValueError(f"{router.name}: expected {len(off)} outputs of the layer before, got {weight.shape[axis]}")
