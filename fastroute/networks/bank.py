@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch, grouped_linear
-from ..ops._modules import Proof, are_transformed, may_be_read, signature
+from ..ops._modules import Memo, Proof, are_transformed, may_be_read, signature
 from ..ops.dispatch import Plan
 from .mlp import MLP
 
@@ -150,31 +150,20 @@ class _Made(NamedTuple):
     stages: list[_Stage] | None
 
 
-class Recipe:
-    """What a list of modules has in common, worked out once and proved at every call.
+class Recipe(Memo):
+    """What a list of modules has in common, worked out once and proved at every call."""
 
-    Whatever changes what the modules do is seen; a copy starts without one. What is remembered is replaced as a whole:
-    threads see all of it or nothing.
-    """
-
-    def __init__(self) -> None:
-        self._made: _Made | None = None
-
-    def __deepcopy__(self, memo: Any) -> Recipe:
-        return Recipe()
-
-    def __reduce__(self) -> Any:
-        return Recipe, ()
+    known: _Made | None
 
     def stages(self, modules: list[Any]) -> list[_Stage] | None:
         """The steps that all modules have in common; None where they differ, are not known, or have to be called."""
         seen = _Seen([], [])
         if torch.compiler.is_compiling() or are_transformed():  # a graph is guarded by what it reads, not by a memo
             return _stages(modules, seen)
-        made = self._made
+        made = self.known
         if made is None or not made.proof.holds(modules):
             stages = _stages(modules, seen)
-            made = self._made = _Made(Proof(modules, *seen), stages)
+            made = self.known = _Made(Proof(modules, *seen), stages)
         return made.stages
 
 

@@ -18,14 +18,13 @@ from ..ops import dispatch
 from ..ops._autocast import autocast_off
 from ..ops._backends import is_strict
 from ..ops._checks import at_least_one, floating, shown, tensor
-from ..ops._modules import may_be_read
+from ..ops._modules import call, may_be_read
 from ..reference.policy import accumulating
 from .decisions.base import Triplet, as_mask
 from .record import Mixture
 from .trajectory import SampleMetaInformation, Trajectory
 
 Scores = Literal["softmax", "sigmoid"]
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class Routed(NamedTuple):
@@ -217,8 +216,7 @@ class TopKGating(nn.Module):
         if type(router) is nn.Linear and may_be_read(router):
             bias = router.bias
             return F.linear(x, router.weight.to(to), None if bias is None else bias.to(to))
-        other = {name: p.to(to) for name, p in router.named_parameters() if p.dtype in _HALF and type(p) is nn.Parameter}
-        z: Tensor = torch.func.functional_call(router, other, (x,)) if other else router(x)
+        z = call(router, x)
         tensor("router", z, "a module that gives a tensor")
         if z.shape != (x.shape[0], self._num_selections):
             raise ValueError(f"router: expected to return [{x.shape[0]}, {self._num_selections}], got {shown(z)}")

@@ -141,6 +141,17 @@ def may_be_read(m: nn.Module) -> bool:
     return why_called(m) is None
 
 
+def call(m: nn.Module, x: Tensor) -> Tensor:
+    """What a module gives for x, its floating-point parameters taken in x's dtype."""
+    other = {
+        name: p.to(x.dtype)
+        for name, p in m.named_parameters()
+        if type(p) is nn.Parameter and p.is_floating_point() and p.dtype != x.dtype
+    }
+    made: Tensor = torch.func.functional_call(m, other, (x,)) if other else m(x)
+    return made
+
+
 def signature(m: nn.Module) -> tuple[Any, ...]:
     """What else than its class and its tensors' values tells what a module does; alike modules have the same."""
     tensors = (*m._parameters.items(), *m._buffers.items())
@@ -152,6 +163,19 @@ def _form(t: Tensor) -> tuple[Any, ...]:
 
 
 # --------------------------------------------------------------------------------------------------------------- memos
+
+
+class Memo:
+    """Holds what was found out about modules, and is given it complete: threads see all of it or None. Copies are empty."""
+
+    def __init__(self) -> None:
+        self.known: Any = None
+
+    def __deepcopy__(self, memo: Any) -> Memo:
+        return type(self)()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
 
 
 class Proof:

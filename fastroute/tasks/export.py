@@ -236,7 +236,7 @@ def _copied(leaf: Leaf) -> nn.Module:
     reasons = [why for m in leaf.module.modules() if (why := why_called(m)) is not None]
     if foreign or reasons:
         raise ValueError(
-            f"{leaf.name}: expected modules of torch.nn that do what their class says, got {(foreign or reasons)[0]}"
+            f"{leaf.name}: expected modules of torch.nn without hooks, got {(foreign or reasons)[0]}"
         )
     return copy.deepcopy(leaf.module)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops._modules import Proof
+from ..ops._modules import Memo, Proof
 from .active import Task, is_mapped
 from .chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
 from .router import TaskRouter
@@ -87,19 +87,6 @@ class _Plan(NamedTuple):
         return _Plan(chain, steps(found), routers, Proof([sequence], read, others, routers))
 
 
-class _Memo:
-    """Holds a plan, which is replaced as a whole; a copy starts without one."""
-
-    def __init__(self) -> None:
-        self.plan: _Plan | None = None
-
-    def __deepcopy__(self, memo: Any) -> _Memo:
-        return _Memo()
-
-    def __reduce__(self) -> Any:
-        return _Memo, ()
-
-
 class LiveSequential(nn.Sequential):
     """A Sequential with TaskRouters that computes live channels only; see :func:`live`.
 
@@ -123,15 +110,15 @@ class LiveSequential(nn.Sequential):
             raise ValueError(f'batch_norm: expected "exact" or "live", got {batch_norm!r}')
         self.__dict__.update(sequence.__dict__)
         self.batch_norm = batch_norm
-        self._memo = _Memo()
+        self._memo = Memo()
         self._kept: dict[int, Any] = {}
         self._plan()
 
     def _plan(self) -> _Plan:
         """How to run the layers as they are."""
-        made = self._memo.plan
+        made: _Plan | None = self._memo.known
         if made is None or torch.compiler.is_compiling() or not made.proof.holds([self]):
-            made = self._memo.plan = _Plan.of(self)
+            made = self._memo.known = _Plan.of(self)
         return made
 
     def extra_repr(self) -> str:
