@@ -89,7 +89,8 @@ def _layer_before(chain: list[Leaf], n: int) -> nn.Module:
 def _into(layer: nn.Module, router: Leaf, off: Tensor) -> None:
     if isinstance(layer, _BatchNorm) and not layer.affine:
         layer.affine = True
-        layer.weight = nn.Parameter((~off).to(router.module._unit_mapping.dtype))  # type: ignore[operator,arg-type,union-attr]
+        like: Any = router.module._unit_mapping if layer.running_mean is None else layer.running_mean
+        layer.weight = nn.Parameter((~off).to(like.dtype))
         layer.bias = nn.Parameter(torch.zeros_like(layer.weight))
         return
     weight: Any = layer.weight
@@ -105,8 +106,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """LiveSequentials have nothing live to look for any more."""
     if isinstance(model, LiveSequential):
         made = nn.Sequential()
-        made._modules.update(model._modules)
-        made.training = model.training
+        made.__dict__.update({name: value for name, value in model.__dict__.items() if name not in LiveSequential.OWN})
         model = made
     for key, child in model._modules.items():
         if child is not None:

@@ -102,6 +102,9 @@ class LiveSequential(nn.Sequential):
         batch_norm: "exact" or "live", see :func:`live`.
     """
 
+    #: What it has among its attributes beside those of a Sequential.
+    OWN = ("batch_norm", "_memo", "_kept")
+
     def __init__(self, sequence: nn.Sequential, *, batch_norm: str = "exact") -> None:
         super().__init__()
         if not is_sequence(sequence):
