@@ -84,6 +84,7 @@ def _leaves(m: Any, into: list[Leaf], seen: _Seen) -> bool:
     if not may_be_read(m):
         return False
     if kind in CHAINS:
+        seen.read.extend(child for child in m._modules.values() if type(child) is nn.ModuleList)
         return all(_leaves(part, into, seen) for part in CHAINS[kind](m))
     into.append(m)
     return True
