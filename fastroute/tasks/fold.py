@@ -43,6 +43,11 @@ def fold(model: nn.Module, task: int) -> nn.Module:
         ValueError: naming a router that nothing before it can take in.
     """
     task = _checked(task, next(iter(routers_of(model).values())).task_count)
+    for name, sequence in sequences(model):
+        chain = list(leaves(sequence, name))
+        for n, leaf in enumerate(chain):
+            if isinstance(leaf.module, TaskRouter) and leaf.module.use_routing:
+                _layer_before(chain, n)  # which says what is wrong before anything is copied
     model = copy.deepcopy(model)
     for name, sequence in list(sequences(model)):
         chain = list(leaves(sequence, name))

@@ -49,7 +49,7 @@ class Way(Protocol):
 def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
     """A layer of a chain, with its routers, or itself if it is one, at work on a task (None: on their active tasks)."""
     if isinstance(layer, TaskRouter):
-        return layer(x, task)  # type: ignore[no-any-return]
+        return layer(x) if task is None else layer(x, task=task)  # type: ignore[no-any-return]
     inside = [] if task is None else [(part, part._active, part._active_id) for part in aware_parts(layer)[0]]
     try:
         for part, _, on in inside:
