@@ -41,7 +41,7 @@ def rows(seed: int = 0, *shape: int, dtype: torch.dtype = F64) -> Tensor:
 ACTIONS = torch.arange(B) % K
 
 
-# ------------------------------------------------------------------------------------------------- ways to change a module
+# ------------------------------------------------------------ ways to change a module
 
 
 class Triple(nn.Module):
@@ -174,7 +174,9 @@ CHANGES: dict[str, Change] = {
     "pre-hook with kwargs": on(
         lambda m: m.register_forward_pre_hook(lambda m, x, k: ((x[0] + 1,), k), with_kwargs=True)
     ),
-    "backward hook": on(lambda m: m.register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else 2 * g for g in gi))),
+    "backward hook": on(
+        lambda m: m.register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else 2 * g for g in gi))
+    ),
     "backward pre-hook": on(lambda m: m.register_full_backward_pre_hook(lambda m, go: tuple(2 * g for g in go))),
     "own forward": own_forward,
     "class changed": class_changed,
@@ -192,7 +194,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- layers that take modules
+# ------------------------------------------------------------ layers that take modules
 
 
 class Case(NamedTuple):
@@ -210,8 +212,8 @@ def chosen(selection: nn.Module, x: Tensor) -> Tensor:
 
 
 def each_chosen(selection: Any, x: Tensor) -> Tensor:
-    made = [selection._submodules[k](x[ACTIONS == k]) for k in range(K)]
-    order = torch.cat([(ACTIONS == k).nonzero()[:, 0] for k in range(K)])
+    made = [selection._submodules[k](x[k == ACTIONS]) for k in range(K)]
+    order = torch.cat([(k == ACTIONS).nonzero()[:, 0] for k in range(K)])
     return torch.cat(made)[order.argsort()]
 
 
@@ -312,7 +314,7 @@ class Masked(nn.Module):
         r = self.router[0]
         task = r.active_task
         mask = r._unit_mapping[task].to(x.dtype)
-        return x * (mask if mask.dim() == 1 else mask).reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
+        return x * mask.reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
 
 
 def masked(net: Any, x: Tensor) -> Tensor:
@@ -449,7 +451,7 @@ def test_quantized_modules_are_called() -> None:
             assert made(x).shape == (4, 5) and not torch.equal(made(x), capsule(x))
 
 
-# ------------------------------------------------------------------------------------------- what is not a Linear's change
+# ------------------------------------------------------------ what is not a Linear's change
 
 
 def test_hooks_see_the_gating_of_a_mixture() -> None:
@@ -495,7 +497,9 @@ def test_hooks_on_what_stands_between_layers() -> None:
         case = Case(layer, None, "", chosen, each_chosen, rows())
         check(case)
         calls: list[int] = []
-        layer._submodules[1].get_submodule(path).register_forward_hook(lambda m, x, y, calls=calls: calls.append(1) or 2 * y)
+        layer._submodules[1].get_submodule(path).register_forward_hook(
+            lambda m, x, y, calls=calls: calls.append(1) or 2 * y
+        )
         check(case)
         assert calls
 
@@ -506,7 +510,9 @@ def test_a_nonlinearity_that_sees_the_batch() -> None:
     check(Case(layer, None, "", chosen, each_chosen, rows()))
 
 
-@pytest.mark.parametrize("change", ["forward hook", "pre-hook", "backward hook", "own forward", "parametrization", "prune"])
+@pytest.mark.parametrize(
+    "change", ["forward hook", "pre-hook", "backward hook", "own forward", "parametrization", "prune"]
+)
 def test_stacked_modules_are_called(change: str) -> None:
     torch.manual_seed(0)
     modules = [two_layers().to(F64) for _ in range(K)]
@@ -621,7 +627,7 @@ def test_why_costs_little() -> None:
     assert min(timeit.repeat(lambda: proof.holds(modules), number=100, repeat=20)) / 100 < 20 * 2e-5
 
 
-# ----------------------------------------------------------------------------------------- plans are proved at every call
+# ------------------------------------------------------------ plans are proved at every call
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
@@ -686,7 +692,7 @@ def test_modules_that_return_indices_are_refused() -> None:
         chosen(layer, x)
 
 
-# ------------------------------------------------------------------------------------------------------- LiveSequential
+# ------------------------------------------------------------ LiveSequential
 
 
 def same_as_masked(net: Any, x: Tensor) -> None:
@@ -805,7 +811,7 @@ def test_fold_refuses_what_it_cannot_read(change: str) -> None:
         fold(net, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- threads
+# ------------------------------------------------------------ threads
 
 
 def in_threads(work: Callable[[int], Any], threads: int = 4) -> list[Any]:

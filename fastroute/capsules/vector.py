@@ -107,7 +107,7 @@ class EfficientVectorRouting(nn.Module):
             self.beta_use = normal(n_inp, n_out, std=1.0)
             self.beta_ign = normal(n_inp, n_out, std=1.0)
 
-        # Upstream's submodules without parameters. The op does what they do; where they may not be read they are called.
+        # Upstream's submodules without parameters. The op does what they do; they are called if they may not be read.
         self.N = nn.LayerNorm(d_out, elementwise_affine=False) if d_out > 1 else nn.Identity()
         self.f = nn.Sigmoid()
         self.log_f = nn.LogSigmoid()
@@ -137,7 +137,9 @@ class EfficientVectorRouting(nn.Module):
             return False
         if self.d_out > 1 and (norm.weight is not None or norm.bias is not None):
             return False
-        if self.d_out > 1 and not torch.compiler.is_compiling() and norm.eps != 1e-5:  # a graph would take it as an input
+        if (
+            self.d_out > 1 and not torch.compiler.is_compiling() and norm.eps != 1e-5
+        ):  # a graph would take it as an input
             return False
         if self.n_inp == -1:
             for beta in (self.compute_beta_use, self.compute_beta_ign):
@@ -157,25 +159,25 @@ class EfficientVectorRouting(nn.Module):
     def _parameters_by_name(self, x: Tensor | None = None) -> Parameters:
         """The parameters; given x [B, n, d], with the betas that its vectors have, by calls of what makes them."""
         betas: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-        if self.n_inp == -1:
-            use, ign = self.compute_beta_use, self.compute_beta_ign
-            if x is None:
-                betas = (use.weight, ign.weight, use.bias, ign.bias)
-            else:
-                betas = (self._checked_betas("use", call(use, x)), self._checked_betas("ign", call(ign, x)), None, None)
-        else:
+        if self.n_inp != -1:
             betas = (self.beta_use, self.beta_ign, None, None)
+        elif x is None:
+            use, ign = self.compute_beta_use, self.compute_beta_ign
+            betas = (use.weight, ign.weight, use.bias, ign.bias)
+        else:
+            betas = (self._betas("compute_beta_use", x), self._betas("compute_beta_ign", x), None, None)
+        beta_use, beta_ign, bias_use, bias_ign = betas
         return Parameters(
             self.W_A, self.B_A, self.W_F1, self.W_F2, self.B_F2, self.W_G1, self.W_G2, self.B_G2,
-            self.W_S, self.B_S, *betas, self.CONST_ones_over_n_out,
+            self.W_S, self.B_S, beta_use, beta_ign, bias_use, bias_ign, self.CONST_ones_over_n_out,
         )  # fmt: skip
 
-    def _checked_betas(self, name: str, made: Tensor) -> Tensor:
-        _checks.tensor(f"compute_beta_{name}", made, "its output to be a tensor [..., n_inp, n_out]")
-        if made.dim() != 3 or made.shape[-1] != self.n_out:
-            raise ValueError(
-                f"compute_beta_{name}: expected to return [..., n_inp, {self.n_out}], got {_checks.shown(made)}"
-            )
+    def _betas(self, name: str, x: Tensor) -> Tensor:
+        """[B, n, m]"""
+        made = call(getattr(self, name), x)
+        _checks.tensor(name, made, "its output to be a tensor [..., n_inp, n_out]")
+        if made.shape != (*x.shape[:-1], self.n_out):
+            raise ValueError(f"{name}: expected to return {[*x.shape[:-1], self.n_out]}, got {_checks.shown(made)}")
         return made
 
     def _check_input(self, x_inp: Tensor) -> None:

@@ -89,7 +89,7 @@ class Experts(nn.Module):
         return y.reshape(*x.shape[:-1], self.num_experts, self.out_features)
 
     def ask(self, xs: Sequence[Tensor]) -> Tensor:
-        """One input [N, D] for all, or G for as many groups -> [N, E, P], by calls where the experts may not be read."""
+        """One input [N, D] for all, or G for as many groups -> [N, E, P]; called where the experts may not be read."""
         if type(self) is Experts and may_be_read(self):
             return self.run(xs[0]) if len(xs) == 1 else self.run_grouped(xs)
         each = self.num_experts // len(xs)

@@ -165,7 +165,11 @@ class TopKGating(nn.Module):
         meta = Trajectory.of(meta, batch.shape[0])
         made = self.route(batch, mask, forced_actions)
         active = as_mask(mask, batch.shape[0], batch.device)
-        meta.mix(Mixture(self, made.actions, made.weights, self._num_selections, made.losses, active=active, counts=made.counts))
+        meta.mix(
+            Mixture(
+                self, made.actions, made.weights, self._num_selections, made.losses, active=active, counts=made.counts
+            )
+        )
         return batch, meta, made.actions
 
     def route(self, x: Tensor, mask: Tensor | None = None, forced_actions: Tensor | None = None) -> Routed:

@@ -49,7 +49,7 @@ def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, getattr(m, name)) for name in (*getattr(type(m), "__constants__", ()), *own))
 
 
-# ------------------------------------------------------------------------------------------------------- what is looked at
+# ---------------------------------------------------------------------------------------------------- what is looked at
 
 
 def _original(cls: type, names: Sequence[str]) -> tuple[attrgetter[Any], Any] | None:
@@ -114,7 +114,8 @@ def why_called(m: nn.Module) -> str | None:
     own = m.__dict__
     if not is_pristine(cls):
         return f"a method of {cls.__name__} is replaced"
-    if any(name in own for name in _SHADOWED) if torch.compiler.is_compiling() else not _SHADOWED.isdisjoint(own):
+    compiling = torch.compiler.is_compiling()  # Dynamo goes through no __dict__
+    if any(name in own for name in _SHADOWED) if compiling else not _SHADOWED.isdisjoint(own):
         return "a forward or a tensor of its own in place of the class's"
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return "a hook"
@@ -135,8 +136,8 @@ def may_be_read(m: nn.Module) -> bool:
     """Whether a call of a module does what its class and its tensors say; its children are to be asked for themselves.
 
     Seen are: methods replaced on the instance or the class, own and global hooks of every kind, parametrizations (which
-    change the class, too), ``weight_norm``, ``spectral_norm`` and ``prune`` of the old style, tensor subclasses, wrapped
-    tensors, lazy and offloaded parameters.
+    change the class, too), ``weight_norm``, ``spectral_norm`` and ``prune`` of the old style, tensor subclasses,
+    wrapped tensors, lazy and offloaded parameters.
     """
     return why_called(m) is None
 
@@ -166,7 +167,7 @@ def _form(t: Tensor) -> tuple[Any, ...]:
 
 
 class Memo:
-    """Holds what was found out about modules, and is given it complete: threads see all of it or None. Copies are empty."""
+    """Holds what was found out about modules, given complete: threads see all of it or nothing. Copies are empty."""
 
     def __init__(self) -> None:
         self.known: Any = None
@@ -204,14 +205,14 @@ class Proof:
         self._copies = [d.copy() for d in self._dicts]
         self._changing = [m.__dict__ for m in changing]
         self._children = [m._modules for m in every if m._modules]
-        self._owners = [d for m in every for d in (m._parameters, m._buffers) if d]
+        self._owners: list[dict[str, Any]] = [d for m in every for d in (m._parameters, m._buffers) if d]
         hooks = [m.__dict__[name] for m in every for name in _HOOKS]
         self._empty, self._full = [d for d in hooks if not d], [d for d in hooks if d]
         self._classes = dict.fromkeys(map(type, every))
         self._state = self._look()
 
     def _look(self) -> tuple[Any, ...]:
-        named = list(chain.from_iterable(map(dict.values, self._owners)))
+        named: list[Any] = [t for d in self._owners for t in d.values()]
         tensors = [t for t in named if t is not None]
         return (
             list(map(type, self._every)),

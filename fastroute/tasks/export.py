@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .active import task_index
 from ..ops._modules import why_called
+from .active import task_index
 from .chain import ALONE, DROP, FLAT, KEEP, MIX, NORM, Leaf
 from .flow import flow
 from .layers import _shape
@@ -235,9 +235,7 @@ def _copied(leaf: Leaf) -> nn.Module:
     foreign = [type(m).__name__ for m in leaf.module.modules() if not type(m).__module__.startswith("torch.nn.")]
     reasons = [why for m in leaf.module.modules() if (why := why_called(m)) is not None]
     if foreign or reasons:
-        raise ValueError(
-            f"{leaf.name}: expected modules of torch.nn without hooks, got {(foreign or reasons)[0]}"
-        )
+        raise ValueError(f"{leaf.name}: expected modules of torch.nn without hooks, got {(foreign or reasons)[0]}")
     return copy.deepcopy(leaf.module)
 
 

@@ -17,7 +17,6 @@ from .live import LiveSequential
 from .router import TaskRouter
 from .vgg import VGG
 
-
 #: What a router's zeros can be moved into.
 _FOLDED: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),

@@ -68,8 +68,8 @@ class _Routed(nn.Module):
         if not _is_read(self):
             if compact_in or compact_out:
                 raise ValueError(
-                    "compact_input, compact_output: expected a layer without padding modes, groups and a _conv_forward of "
-                    "its own, whose channels can be left out"
+                    "compact_input, compact_output: expected a layer without padding modes, groups and a _conv_forward "
+                    "of its own, whose channels can be left out"
                 )
             return self._dense(x, task, inp, out)
         step = Step(MIX, self, None, out)
@@ -103,7 +103,6 @@ class _Routed(nn.Module):
             if not compact_out:
                 y = way.expand(y, outside, out.unit_count)
         return way.end(y)
-
 
     def _dense(self, x: Tensor, task: Task | None, inp: TaskRouter | None, out: TaskRouter | None) -> Tensor:
         x = x if inp is None else inp(x, task)

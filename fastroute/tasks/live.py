@@ -90,9 +90,9 @@ class _Plan(NamedTuple):
 class LiveSequential(nn.Sequential):
     """A Sequential with TaskRouters that computes live channels only; see :func:`live`.
 
-    Its layers, their parameters and their names are those of the Sequential it is made of, and can be indexed, replaced,
-    added and removed like those. Layers that may not be read (hooks, a forward of their own, parametrizations, adapters,
-    subclasses: see ``ops._modules``) are called, with inputs of the full width.
+    Its layers, their parameters and their names are those of the Sequential it is made of, and can be indexed,
+    replaced, added and removed like those. Layers that may not be read (hooks, a forward of their own,
+    parametrizations, adapters, subclasses: see ``ops._modules``) are called, with inputs of the full width.
 
     In eval mode and without gradients the gathered weights of the last task are kept until a parameter or the task
     changes. Writing through ``parameter.data`` is a change nobody can see: call ``eval()`` or ``train()`` after it.

@@ -128,9 +128,7 @@ class Single:
     tasks = 1
     turned = False
 
-    def __init__(
-        self, tasks: dict[int, Task], exact: bool, kept: dict[int, Any], given: Task | None = None
-    ) -> None:
+    def __init__(self, tasks: dict[int, Task], exact: bool, kept: dict[int, Any], given: Task | None = None) -> None:
         self._tasks, self._exact, self._kept, self._given = tasks, exact, kept, given
         self._index: dict[int, Tensor] = {}
 
