@@ -150,7 +150,8 @@ class MoE(nn.Module):
         made = meta.mixtures[-1]
         counts = made.counts
         if counts is None:
-            counts = torch.bincount(actions[actions >= 0], minlength=self.num_experts)
+            taken = torch.where(actions >= 0, actions, self.num_experts).reshape(-1)
+            counts = taken.new_zeros(self.num_experts + 1).index_add(0, taken, torch.ones_like(taken))[:-1]
         return Routed(actions, weights, made.losses, counts)
 
     def _shared(self, x: Tensor, mask: Tensor | None, w_in: Tensor, w_out: Tensor) -> Tensor:

@@ -209,20 +209,23 @@ class Proof:
         hooks = [m.__dict__[name] for m in every for name in _HOOKS]
         self._empty, self._full = [d for d in hooks if not d], [d for d in hooks if d]
         self._classes = dict.fromkeys(map(type, every))
+        tensors = [t for d in self._owners for t in d.values()]
+        self._all_on_cpu = all(t.is_cpu for t in tensors if t is not None)  # which is told faster than a device
         self._state = self._look()
 
     def _look(self) -> tuple[Any, ...]:
         named: list[Any] = [t for d in self._owners for t in d.values()]
-        tensors = [t for t in named if t is not None]
+        kinds = list(map(type, named))
+        tensors = [t for t in named if t is not None] if type(None) in kinds else named
+        where = [t.is_cpu for t in tensors] if self._all_on_cpu else [t.device for t in tensors]
         return (
             list(map(type, self._every)),
             list(chain.from_iterable(map(dict.items, self._children))),
             list(chain.from_iterable(self._owners)),
-            list(map(type, named)),
+            kinds,
             [t.shape for t in tensors],
             [t.dtype for t in tensors],
-            list(map(Tensor.get_device, tensors)),
-            [t.is_meta for t in tensors],
+            where,
             list(map(is_pristine, self._classes)),
             list(map(_SHADOWED.isdisjoint, self._changing)),
             are_watched(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -197,11 +198,15 @@ class VGG(TaskAware):
 
     def _classify_each(self, x: Tensor, task: Tensor) -> Tensor:
         """Every head called with the samples of its task."""
-        dispatch.plan(task.contiguous(), self.task_count, "task")  # which says what is wrong with the tasks
-        rows = [(task == t).nonzero()[:, 0] for t in range(self.task_count)]
-        made = torch.cat([self.get_layer(f"classifier_{t}")(x[r]) for t, r in enumerate(rows) if len(r)] or [x[:, :2]])
-        order = torch.cat(rows)
-        return made.new_zeros(x.shape[0], made.shape[1]).index_copy(0, order, made)
+        plan = dispatch.plan(task.contiguous(), self.task_count, "task")
+        bounds, x = plan.bounds or dispatch.read(plan.offsets), x.index_select(0, plan.order)
+        parts = [
+            self.get_layer(f"classifier_{t}")(x[a:b])
+            for t, (a, b) in enumerate(pairwise(bounds))
+            if a < b or (t == self.task_count - 1 and not bounds[-1])
+        ]
+        made = torch.cat(parts)
+        return made.new_zeros(x.shape[0], made.shape[1]).index_copy(0, plan.order[: len(made)], made)
 
     def _initialize_weights(self) -> None:
         for module in self.modules():
