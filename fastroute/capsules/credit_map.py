@@ -68,12 +68,12 @@ class Credit:
 
         Of an ``EfficientVectorRouting``, phi is made in tiles of rows whenever it is multiplied and never stored: the
         memory is that of x_inp, which must not be changed meanwhile. Of a ``DefinableVectorRouting``, whose S may look
-        at all inputs at once, it is stored.
+        at all inputs at once, and of a layer whose submodules have to be called, it is stored.
         """
-        if isinstance(layer, EfficientVectorRouting):
+        if isinstance(layer, EfficientVectorRouting) and layer._is_plain():
             tiles = PhiTiles(layer, x_inp, mask, lengths)
             return Credit(x_inp.shape[-2], layer.n_out, tiles.times, tiles.transposed_times, tiles.x)
-        if isinstance(layer, DefinableVectorRouting):
+        if isinstance(layer, (EfficientVectorRouting, DefinableVectorRouting)):
             returns, layer.return_dict = layer.return_dict, True
             try:
                 with torch.no_grad():

@@ -42,6 +42,11 @@ def stream(
     """See ``EfficientVectorRouting.stream``."""
     if layer.return_dict:
         raise ValueError("return_dict: expected False for stream, which has no [n_inp, n_out] arrays to return")
+    if not layer._is_plain():
+        raise ValueError(
+            "stream: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as "
+            "they were made, without hooks and adapters, got others, which only forward can call"
+        )
     graph = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
     n = None if n is None else _checks.at_least_one("n", n)
     if layer.n_inp != -1:

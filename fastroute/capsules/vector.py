@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
 from ..ops._autocast import autocast_dtype, autocast_off
-from ..reference.efficient_routing import Parameters, cast, first_or_next, input_scale, norm
+from ..ops._modules import Memo, Proof, are_transformed, call, may_be_read
+from ..reference.efficient_routing import Functions, Parameters, cast, first_or_next, input_scale
 from ..reference.vector_routing import row_is_live
 from .stream import Chunks, stream
 
@@ -75,6 +77,7 @@ class EfficientVectorRouting(nn.Module):
         self.n_inp, self.n_out, self.d_inp, self.d_out = n_inp, n_out, d_inp, d_out
         self.n_iters, self.normalize = n_iters, normalize
         self.memory_efficient, self.return_dict = memory_efficient, return_dict
+        self._memo = Memo()
 
         rows = 1 if n_inp == -1 else n_inp
         factory = {"device": device, "dtype": dtype}
@@ -104,7 +107,7 @@ class EfficientVectorRouting(nn.Module):
             self.beta_use = normal(n_inp, n_out, std=1.0)
             self.beta_ign = normal(n_inp, n_out, std=1.0)
 
-        # Parameterless submodules that upstream shows in named_modules(); forward does not call them.
+        # Upstream's submodules without parameters. The op does what they do; they are called if they may not be read.
         self.N = nn.LayerNorm(d_out, elementwise_affine=False) if d_out > 1 else nn.Identity()
         self.f = nn.Sigmoid()
         self.log_f = nn.LogSigmoid()
@@ -117,16 +120,65 @@ class EfficientVectorRouting(nn.Module):
     def __repr__(self) -> str:
         return f"{self._get_name()}({self.extra_repr()})"
 
-    def _parameters_by_name(self) -> Parameters:
+    def _is_plain(self) -> bool:
+        """Whether the submodules are what they were made as, and may be read: the op then does what they do."""
+        if torch.compiler.is_compiling() or are_transformed():
+            return self._looks_plain()
+        modules = list(self._modules.values())
+        known = self._memo.known
+        if known is None or not known[1].holds(modules):
+            read = [m for m in modules if m is not None]
+            known = self._memo.known = self._looks_plain(), Proof(modules, read)
+        return known[0]  # type: ignore[no-any-return]
+
+    def _looks_plain(self) -> bool:
+        norm: Any = self.N
+        if self.d_out > 1 and (type(norm) is not nn.LayerNorm or norm.normalized_shape != (self.d_out,)):
+            return False
+        if self.d_out > 1 and (norm.weight is not None or norm.bias is not None):
+            return False
+        if (
+            self.d_out > 1 and not torch.compiler.is_compiling() and norm.eps != 1e-5
+        ):  # a graph would take it as an input
+            return False
         if self.n_inp == -1:
-            use, ign = self.compute_beta_use, self.compute_beta_ign
-            betas: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = (use.weight, ign.weight, use.bias, ign.bias)
-        else:
+            for beta in (self.compute_beta_use, self.compute_beta_ign):
+                if type(beta) is not nn.Linear or not may_be_read(beta):
+                    return False
+                weight, bias = beta.weight, beta.bias
+                if weight.shape != (self.n_out, self.d_inp) or bias is None or weight.device != self.W_A.device:
+                    return False
+        kinds = (nn.Sigmoid, nn.LogSigmoid, nn.Softmax) + (() if self.d_out > 1 else (nn.Identity,))
+        functions: Any = (self.f, self.log_f, self.softmax, norm)
+        return (
+            all(type(m) is kind for m, kind in zip(functions, kinds, strict=False))
+            and self.softmax.dim == -1
+            and all(map(may_be_read, functions))
+        )
+
+    def _parameters_by_name(self, x: Tensor | None = None) -> Parameters:
+        """The parameters; given x [B, n, d], with the betas that its vectors have, by calls of what makes them."""
+        betas: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+        if self.n_inp != -1:
             betas = (self.beta_use, self.beta_ign, None, None)
+        elif x is None:
+            use, ign = self.compute_beta_use, self.compute_beta_ign
+            betas = (use.weight, ign.weight, use.bias, ign.bias)
+        else:
+            betas = (self._betas("compute_beta_use", x), self._betas("compute_beta_ign", x), None, None)
+        beta_use, beta_ign, bias_use, bias_ign = betas
         return Parameters(
             self.W_A, self.B_A, self.W_F1, self.W_F2, self.B_F2, self.W_G1, self.W_G2, self.B_G2,
-            self.W_S, self.B_S, *betas, self.CONST_ones_over_n_out,
+            self.W_S, self.B_S, beta_use, beta_ign, bias_use, bias_ign, self.CONST_ones_over_n_out,
         )  # fmt: skip
+
+    def _betas(self, name: str, x: Tensor) -> Tensor:
+        """[B, n, m]"""
+        made = call(getattr(self, name), x)
+        _checks.tensor(name, made, "its output to be a tensor [..., n_inp, n_out]")
+        if made.shape != (*x.shape[:-1], self.n_out):
+            raise ValueError(f"{name}: expected to return {[*x.shape[:-1], self.n_out]}, got {_checks.shown(made)}")
+        return made
 
     def _check_input(self, x_inp: Tensor) -> None:
         _checks.input_vectors(x_inp, self.n_inp, self.d_inp, self.W_A.device)
@@ -156,11 +208,14 @@ class EfficientVectorRouting(nn.Module):
             mask = _checks.as_mask(mask, batch, n, self.n_out)
         if lengths is not None:
             lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
-        w = self._parameters_by_name()
         x = x_inp.reshape(-1, n, d)
-        if self.return_dict:
-            found = self._last_iteration(x, w, mask, lengths)
+        plain = self._is_plain()
+        if self.return_dict or not plain:
+            found = self._last_iteration(x, mask, lengths, plain)
+            if not self.return_dict:
+                return found["x_out"].reshape(*batch, self.n_out, self.d_out)  # type: ignore[union-attr]
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
+        w = self._parameters_by_name()
         x_out = efficient_routing(x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
         return x_out.reshape(*batch, self.n_out, self.d_out)
 
@@ -205,24 +260,28 @@ class EfficientVectorRouting(nn.Module):
         return x_out
 
     def _last_iteration(
-        self, x: Tensor, w: Parameters, mask: Tensor | None, lengths: Tensor | None
+        self, x: Tensor, mask: Tensor | None, lengths: Tensor | None, plain: bool
     ) -> dict[str, Tensor | None]:
-        """All iterations but the last on the fused op, the last one written out."""
+        """All iterations but the last on the fused op, the last one written out; unless plain, all are written out."""
         kwargs = {"mask": mask, "lengths": lengths}
         autocast = autocast_dtype(x.device.type) is not None
         with autocast_off(x.device.type):
-            dtype = torch.promote_types(x.dtype, w.W_F2.dtype)
+            dtype = torch.promote_types(x.dtype, self.W_F2.dtype)
             if autocast:
                 dtype = torch.promote_types(dtype, torch.float32)
-            x, w = x.to(dtype), cast(w, dtype)
-            before = (
-                efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
-                if self.n_iters > 1
-                else None
-            )
-            last = first_or_next(x, before, w, **kwargs)
+            x = x.to(dtype)
+            if not plain and lengths is not None:
+                x = x.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
+            w = cast(self._parameters_by_name(None if plain else x), dtype)
+            functions = Functions() if plain else Functions(self.f, self.log_f, self.softmax, self.N)
+            before = None
+            if plain and self.n_iters > 1:
+                before = efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
+            last = first_or_next(x, before, w, **kwargs, functions=functions)
+            for _ in range(0 if plain else self.n_iters - 1):
+                last = first_or_next(x, last.x_out, w, **kwargs, functions=functions)
             V = None
-            if not self.memory_efficient:
+            if self.return_dict and not self.memory_efficient:
                 scaled = x * input_scale(x, lengths).to(dtype)[:, None, None]
                 if lengths is not None:
                     scaled = scaled.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
@@ -230,5 +289,5 @@ class EfficientVectorRouting(nn.Module):
         S, R, D_use, D_ign, phi = last.assignment
         return {
             "a_inp": last.a_inp, "V": V, "pred_x_inp": last.pred_x_inp, "S": S, "R": R, "D_use": D_use, "D_ign": D_ign,
-            "phi": phi, "x_out": norm(last.x_out) if self.normalize else last.x_out,
+            "phi": phi, "x_out": functions.N(last.x_out) if self.normalize else last.x_out,
         }  # fmt: skip

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops import combine, dispatch, expert_ffn, grouped_linear
 from ..ops._autocast import autocast_dtype
+from ..ops._modules import may_be_read
 from ..reference.grouped_linear import ACTIVATIONS
 
 NAME = "fastroute"
@@ -85,12 +87,14 @@ def _is_plain(self: Any) -> bool:
         return True
     from transformers.integrations.moe import _default_apply_gate
 
-    return type(self)._apply_gate is _default_apply_gate
+    return type(self)._apply_gate is _default_apply_gate and "_apply_gate" not in vars(self)
 
 
 def _activation(act: Any) -> str | None:
-    """The name of an activation module here, or None."""
-    if isinstance(act, nn.GELU):
+    """The name of an activation module here, or None where it is another, or has to be called."""
+    if not isinstance(act, nn.Module) or not may_be_read(act):
+        return None
+    if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
     plain = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Identity: "none"}
     if type(act) in plain:
@@ -98,6 +102,8 @@ def _activation(act: Any) -> str | None:
     # transformers' own classes; their variants written out in Python are left to themselves
     own = {"SiLUActivation": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "LinearActivation": "none"}
     name = own.get(type(act).__name__) if type(act).__module__ == "transformers.activations" else None
-    if name in ("gelu", "gelu_tanh") and "python" in repr(getattr(act, "act", "")):
+    if name == "gelu" and getattr(act, "act", None) is not F.gelu:
+        return None
+    if name == "gelu_tanh" and "python" in repr(getattr(act, "act", "")):
         return None
     return name if name in ACTIVATIONS else None

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._modules import may_be_read
 from ..reference.grouped_linear import ACTIVATIONS
 from ..reference.policy import accumulating
 
@@ -87,6 +88,13 @@ class Experts(nn.Module):
         y = self.run(x.reshape(-1, self.in_features))
         return y.reshape(*x.shape[:-1], self.num_experts, self.out_features)
 
+    def ask(self, xs: Sequence[Tensor]) -> Tensor:
+        """One input [N, D] for all, or G for as many groups -> [N, E, P]; called where the experts may not be read."""
+        if type(self) is Experts and may_be_read(self):
+            return self.run(xs[0]) if len(xs) == 1 else self.run_grouped(xs)
+        each = self.num_experts // len(xs)
+        return torch.cat([self(x)[:, g * each : (g + 1) * each] for g, x in enumerate(xs)], 1)
+
     def run(self, x: Tensor) -> Tensor:
         """Unchecked: [N, D] -> [N, E, P]: the first layers are one product."""
         u = F.linear(x, self.w_in.flatten(0, 1), self.b_in.flatten()).unflatten(1, (self.num_experts, -1))
@@ -158,6 +166,15 @@ class Gates(nn.Module):
         features("x", x, self.in_features)
         weights = self.run(x.reshape(-1, self.in_features))
         return weights.reshape(*x.shape[:-1], self.num_tasks, self.num_experts)
+
+    def ask(self, xs: Sequence[Tensor]) -> Tensor:
+        """One input [N, D] for all tasks, or one for each -> [N, T, E], by calls where the gates may not be read."""
+        if type(self) is Gates and may_be_read(self):
+            return self.run(xs[0]) if len(xs) == 1 else self.run_grouped(torch.stack(list(xs)))
+        if len(xs) == 1:
+            made: Tensor = self(xs[0])
+            return made
+        return torch.stack([self(x)[:, t] for t, x in enumerate(xs)], 1)
 
     def run(self, x: Tensor) -> Tensor:
         """Unchecked: [N, D] -> [N, T, E]."""

@@ -61,7 +61,7 @@ class _Level(nn.Module):
             features("gate_input" if g is not x[0] else "x", g, D)
         flat = [g.reshape(-1, D) for g in gate_input]
         alone = len(flat) == 1
-        g = self.gate.run(flat[0]) if alone else self.gate.run_grouped(torch.stack(flat[:T]))
+        g = self.gate.ask(flat[:1] if alone else flat[:T])
         tails, own, shared = [], None, None
         if self.task_experts is not None:
             own, tail = _run(self.task_experts, x[:T], lead)
@@ -81,7 +81,7 @@ class _Level(nn.Module):
         y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         made = [t.reshape(lead + tails[0]) for t in y.unbind(1)]
         if self.shared_gate is not None:
-            w = self.shared_gate.run(flat[-1])
+            w = self.shared_gate.ask(flat[-1:])
             banks = [(w[..., : T * n], own), (w[..., T * n :], shared)]
             both = [_mix(weights, e) for weights, e in banks if e is not None]
             total = both[0] if len(both) == 1 else both[0] + both[1]
@@ -279,7 +279,7 @@ def _run(bank: nn.Module, xs: Sequence[Tensor], lead: torch.Size) -> tuple[Tenso
     if xs[0].shape[:-1] != lead:
         raise ValueError(f"gate_input: expected the axes of x, {list(xs[0].shape[:-1])} and one more, got {list(lead)}")
     flat = [x.reshape(-1, D) for x in xs]
-    return bank.run(flat[0]) if len(flat) == 1 else bank.run_grouped(flat), torch.Size([bank.out_features])
+    return bank.ask(flat), torch.Size([bank.out_features])
 
 
 def _mix(g: Tensor, e: Tensor, tasks: int | None = None) -> Tensor:

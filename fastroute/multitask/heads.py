@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
-from ..ops._modules import options
+from ..ops._modules import Proof, are_transformed, may_be_read, options
 from .products import Layer, chains
 from .schedule import Call
 from .storage import SideBySide
@@ -25,8 +24,6 @@ _ELEMENTWISE: frozenset[type] = frozenset({
     nn.Softshrink,
 })  # fmt: skip
 _DROPOUTS: frozenset[type] = frozenset({nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout})
-#: Nothing changes what these do.
-_PLAIN: frozenset[type] = frozenset({nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Linear, nn.Identity, nn.Sequential})
 _TENSORS = (nn.Parameter, Tensor)
 #: So many heads are faster together: on a CPU, setting out costs what some products do; on a GPU, starting one does.
 _LEAST = {"cpu": 6}
@@ -36,24 +33,25 @@ _FEWEST = 4
 Signature = tuple[Any, ...]
 
 
-def _has_hooks(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
-def _signature(m: nn.Module, leaves: list[nn.Module], static: bool) -> Signature | None:
+def _signature(m: Any, leaves: list[nn.Module], seen: tuple[list[Any], list[Any]], static: bool) -> Signature | None:
     """What a head does, parameters' values apart; None if it is not a chain of Linear and activations.
 
     Args:
         leaves: what it consists of is appended, but for what does nothing.
-        static: leave out what often changes: hooks and modes.
+        seen: what was looked at is appended: modules, and modules of whom the class was enough.
+        static: leave out what often changes: modes, and whether it may be read.
     """
     kind = type(m)
-    if (not static and _has_hooks(m)) or "forward" in m.__dict__:
+    if not (kind in _ELEMENTWISE or kind in _DROPOUTS or kind in (nn.Sequential, nn.Identity, nn.Linear)):
+        seen[1].append(m)
+        return None
+    seen[0].append(m)
+    if not static and not may_be_read(m):
         return None
     if kind is nn.Sequential:
         made: Signature = ()
         for child in m._modules.values():
-            if child is None or (part := _signature(child, leaves, static)) is None:
+            if child is None or (part := _signature(child, leaves, seen, static)) is None:
                 return None
             made += part
         return made
@@ -65,8 +63,8 @@ def _signature(m: nn.Module, leaves: list[nn.Module], static: bool) -> Signature
             return None  # a parametrization, a sharded tensor
         leaves.append(m)
         if static:
-            return ((kind, weight.shape, bias is None),)  # type: ignore[union-attr]
-        return ((kind, *_like(weight), *(() if bias is None else _like(bias))),)  # type: ignore[arg-type]
+            return ((kind, weight.shape, bias is None),)
+        return ((kind, *_like(weight), *(() if bias is None else _like(bias))),)
     if kind in _ELEMENTWISE:
         leaves.append(m)
         return ((kind, *options(m)),)
@@ -96,7 +94,7 @@ def join(calls: Sequence[Call], layers: Mapping[str, Any]) -> list[Call]:
     for call in calls:
         layer = layers.get(call.names[0])
         if call.group is None and len(call.inputs) == 1 and isinstance(layer, nn.Module):
-            signature = _signature(layer, [], static=True)
+            signature = _signature(layer, [], ([], []), static=True)
             if _is_useful(signature):
                 key = keys[call.names[0]] = (call.inputs, signature)
                 groups.setdefault(key, []).append(call.names[0])
@@ -141,16 +139,17 @@ def _part(heads: Sequence[int], leaves: Sequence[Sequence[nn.Module]], before: S
 
 
 class _Recipe:
-    """Which heads can run together, and all that this was decided by, so that a change is seen."""
+    """Which heads can run together, and what shows that this is still so."""
 
     def __init__(self, heads: Sequence[nn.Module], before: _Recipe | None = None) -> None:
         memories = [part.memory for part in before.parts] if before is not None else []
         found: dict[Signature, list[int]] = {}
         leaves: list[list[nn.Module]] = []
         self.alone: list[int] = []
+        self.seen: tuple[list[Any], list[Any]] = [], []
         for i, head in enumerate(heads):
             leaves.append([])
-            signature = _signature(head, leaves[i], static=False) if isinstance(head, nn.Module) else None
+            signature = _signature(head, leaves[i], self.seen, static=False)
             if _is_useful(signature):
                 found.setdefault(signature, []).append(i)  # type: ignore[arg-type]
             else:
@@ -161,34 +160,6 @@ class _Recipe:
                 self.parts.append(_part(members, [leaves[i] for i in members], memories))
             else:
                 self.alone += members
-
-    def watch(self, heads: Sequence[nn.Module]) -> None:
-        """Remember what it was made from."""
-        every = [m for head in heads if isinstance(head, nn.Module) for m in head.modules()]
-        self._heads = list(heads)
-        self._children = [m._modules for m in every if m._modules]
-        self._owners = [m._parameters for m in every if m._parameters]
-        self._changing = [m for m in every if type(m) not in _PLAIN]
-        hooks = [
-            d for m in every
-            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]  # fmt: skip
-        self._empty, self._hooks = [d for d in hooks if not d], [d for d in hooks if d]
-        self._state = self._look()
-
-    def _look(self) -> tuple[Any, ...]:
-        """All that may change, at little cost: there are hundreds of heads, and this is done at every call."""
-        return (
-            [id(m) for d in self._children for m in d.values()],
-            [id(p) for d in self._owners for p in d.values()],  # no references: nothing is to be kept alive
-            any(self._empty),
-            list(map(bool, self._hooks)),
-            [(m.training, options(m)) for m in self._changing],
-        )
-
-    def is_fresh(self, heads: Sequence[nn.Module]) -> bool:
-        """Whether nothing has changed."""
-        return self._heads == heads and self._look() == self._state
 
 
 class Siblings:
@@ -201,7 +172,7 @@ class Siblings:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self._recipe: _Recipe | None = None
+        self._known: tuple[_Recipe, Proof] | None = None  # replaced as a whole: threads see both or nothing
 
     def __deepcopy__(self, memo: Any) -> Siblings:
         return Siblings(self.names)
@@ -223,28 +194,18 @@ class Siblings:
 
     def recipe(self, heads: Sequence[nn.Module]) -> _Recipe:
         """The one for these heads as they are."""
-        if torch.compiler.is_compiling():  # a graph is guarded by what it reads: by the modules, not by a memo
+        if torch.compiler.is_compiling() or are_transformed():  # a graph is guarded by what it reads, not by a memo
             return _Recipe(heads)
-        if self._recipe is None or not self._recipe.is_fresh(heads):
-            recipe = _Recipe(heads, self._recipe)
-            recipe.watch(heads)
-            self._recipe = recipe
-        return self._recipe
-
-
-def _watched_globally() -> bool:
-    """Whether somebody looks at every module's calls."""
-    return bool(
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    )
+        known = self._known
+        if known is None or not known[1].holds(heads):
+            recipe = _Recipe(heads, None if known is None else known[0])
+            known = self._known = recipe, Proof(heads, *recipe.seen)
+        return known[0]
 
 
 def run_heads(siblings: Siblings, heads: Sequence[Callable[[Any], Any]], x: Any) -> list[Any]:
     """The output of each head."""
-    if type(x) not in _TENSORS or not x.is_floating_point() or x.dim() == 0 or _watched_globally():
+    if type(x) not in _TENSORS or not x.is_floating_point() or x.dim() == 0:
         return [head(x) for head in heads]
     least = _LEAST.get(x.device.type, _FEWEST)
     if len(heads) < least:

@@ -5,6 +5,7 @@ Axes: T networks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,10 @@ def _is_own(p: Tensor) -> bool:
         return False
     alone = p.untyped_storage().nbytes() == p.numel() * p.element_size()
     return alone and not (p.device.type == "cpu" and p.is_shared())
+
+
+#: Of two threads that would move the same parameters, the second finds them moved.
+_moving = threading.Lock()
 
 
 class SideBySide:
@@ -34,19 +39,28 @@ class SideBySide:
     def __init__(self, T: int, before: Sequence[SideBySide] = ()) -> None:
         self.T = T
         self._ours = [t for other in before for t in other._whole]
-        self._whole: list[Tensor] = []
-        self._places: list[int] = []
+        self._known: tuple[list[Tensor], list[int]] = [], []  # the whole, and where its parts are; replaced together
+
+    @property
+    def _whole(self) -> list[Tensor]:
+        return self._known[0]
 
     def __call__(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """Each T of them as one tensor without gradient, [T A, ...] of T [A, ...]; None if they are not together."""
-        if self._whole and self._places == list(map(Tensor.data_ptr, parameters)):
-            first = self._whole[0]
-            if first.dtype == parameters[0].dtype and first.device == parameters[0].device:
-                return self._whole
-        made = self._found(parameters) or self._moved(parameters)
-        if made is not None:
-            self._ours, self._whole, self._places = [], made, [p.data_ptr() for p in parameters]
+        made = self._as_before(parameters)
+        if made is None:
+            with _moving:
+                made = self._as_before(parameters) or self._found(parameters) or self._moved(parameters)
+                if made is not None:
+                    self._ours, self._known = [], (made, [p.data_ptr() for p in parameters])
         return made
+
+    def _as_before(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        whole, places = self._known
+        if not whole or places != list(map(Tensor.data_ptr, parameters)):
+            return None
+        first = whole[0]
+        return whole if first.dtype == parameters[0].dtype and first.device == parameters[0].device else None
 
     def _found(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """What lies side by side already: a loaded model's, or another schedule's."""
@@ -73,7 +87,7 @@ class SideBySide:
     def _moved(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """All of them put side by side, if nobody else has put them where they are."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._ours, self._whole = [], []  # FSDP lends parameters memory of its own, which looks like theirs
+            self._ours, self._known = [], ([], [])  # FSDP lends parameters memory of its own, which looks like theirs
             return None
         whole = {t.untyped_storage().data_ptr() for t in (*self._whole, *self._ours)}
         if len(set(map(id, parameters))) < len(parameters):  # tied

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch, grouped_linear
-from ..ops._modules import options
+from ..ops._modules import Memo, Proof, are_transformed, may_be_read, signature
 from ..ops.dispatch import Plan
 from .mlp import MLP
 
@@ -25,6 +25,12 @@ _FREE: frozenset[type] = frozenset({
     nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink,
     nn.Softshrink, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.MaxPool2d, nn.AvgPool2d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+})  # fmt: skip
+#: Functions of the same kind, as nonlinearities of an MLP.
+_FREE_FUNCTIONS: frozenset[Any] = frozenset({
+    F.relu, F.relu6, F.gelu, F.silu, F.tanh, F.sigmoid, F.leaky_relu, F.elu, F.selu, F.celu, F.mish, F.softplus,
+    F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.tanhshrink, F.hardshrink, F.softshrink,
+    torch.relu, torch.tanh, torch.sigmoid, torch.selu, torch.sin, torch.cos, torch.exp, torch.abs, torch.square,
 })  # fmt: skip
 _NORMS: frozenset[type] = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GroupNorm})
 #: Unfolded images beyond so many bytes go image by image through their own convolution.
@@ -45,29 +51,43 @@ def _activation(leaf: Any) -> str | None:
     return _ACTIVATIONS.get(type(leaf) if isinstance(leaf, nn.Module) else leaf)
 
 
-def _hooks(m: nn.Module) -> list[dict[int, Any]]:
-    return [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
+def _sequence(m: Any) -> list[Any]:
+    return [child for child in m._modules.values() if child is not None]
 
 
-def _leaves(m: nn.Module, into: list[Leaf]) -> bool:
-    """Append what a module does, in order; False if that cannot be told."""
-    kind = type(m)
-    if any(_hooks(m)) or "forward" in m.__dict__:
-        return False
-    if kind is nn.Sequential:
-        return all(_leaves(child, into) for child in m._modules.values() if child is not None)
-    if kind is MLP:
-        layers: Any = m._layers
-        for j, layer in enumerate(layers._modules.values()):
-            if j:
-                into.append(m._nonlin)  # type: ignore[arg-type]
-            if not _leaves(layer, into):
-                return False
-        return True
-    if kind is nn.Linear or kind is nn.Conv2d or kind in _NORMS or kind in _FREE:
+def _perceptron(m: Any) -> list[Any]:
+    layers = _sequence(m._layers)
+    return [part for layer in layers[:-1] for part in (layer, m._nonlin)] + layers[-1:]
+
+
+#: What a module of a class calls, one after the other, and nothing else.
+CHAINS: dict[type, Callable[[Any], list[Any]]] = {nn.Sequential: _sequence, MLP: _perceptron}
+
+
+class _Seen(NamedTuple):
+    """The modules that were looked at, and those of whom the class was enough."""
+
+    read: list[Any]
+    others: list[Any]
+
+
+def _leaves(m: Any, into: list[Leaf], seen: _Seen) -> bool:
+    """Append what a module does, in order; False if that cannot be told, or the module has to be called."""
+    if not isinstance(m, nn.Module):
         into.append(m)
-        return True
-    return False
+        return m in _FREE_FUNCTIONS
+    kind = type(m)
+    if not (kind in CHAINS or kind is nn.Linear or kind is nn.Conv2d or kind in _NORMS or kind in _FREE):
+        seen.others.append(m)
+        return False
+    seen.read.append(m)
+    if not may_be_read(m):
+        return False
+    if kind in CHAINS:
+        seen.read.extend(child for child in m._modules.values() if type(child) is nn.ModuleList)
+        return all(_leaves(part, into, seen) for part in CHAINS[kind](m))
+    into.append(m)
+    return True
 
 
 @dataclass
@@ -83,13 +103,9 @@ class _Stage:
         self.kind = (
             "linear" if kind is nn.Linear else "conv" if kind is nn.Conv2d else "norm" if kind in _NORMS else "free"
         )
-        self._parameters: list[dict[str, Any]] = (
-            [] if self.kind == "free" else [leaf._parameters for leaf in self.leaves]
-        )
-        self._seen: list[int] = []
 
     def fits(self) -> bool:
-        """Whether all leaves do the same, with parameters of the same shapes."""
+        """Whether all leaves do the same, with parameters of the same shapes, which can be done together."""
         first = self.leaves[0]
         kind = type(first)
         if not isinstance(first, nn.Module):
@@ -97,101 +113,71 @@ class _Stage:
         if any(type(leaf) is not kind for leaf in self.leaves):
             return False
         if kind is nn.Linear:
-            weight, bias = first._parameters["weight"], first._parameters["bias"]
-            if weight is None:  # a parametrization
+            if first._parameters["weight"] is None:
                 return False
-            shape, dtype = weight.shape, weight.dtype
-            for leaf in self.leaves:
-                own = leaf._parameters.get("weight")
-                if own is None or own.shape != shape or own.dtype != dtype:
-                    return False
-                if (leaf._parameters.get("bias") is None) != (bias is None):
-                    return False
-            self._seen = self.weights()
-            return True
-        same = first.training, options(first)
-        if any((leaf.training, options(leaf)) != same for leaf in self.leaves[1:]):
-            return False
-        if kind is nn.Flatten:
-            return bool(first.start_dim >= 1)  # type: ignore[operator]
-        if kind is nn.Conv2d:
+        elif kind is nn.Flatten:
+            if first.start_dim < 1:  # type: ignore[operator]
+                return False
+        elif kind is nn.Conv2d:
+            weight: Any = first._parameters["weight"]
             plain = first.groups == 1 and first.padding_mode == "zeros" and not isinstance(first.padding, str)
-            return bool(plain) and all(set(leaf._parameters) == set(first._parameters) for leaf in self.leaves)
-        return True
+            if not plain or weight is None or weight.shape[-2:] != first.kernel_size:
+                return False
+        elif getattr(first, "return_indices", False):
+            return False
+        same = signature(first)
+        return all(signature(leaf) == same for leaf in self.leaves[1:])
 
     @property
     def activation(self) -> str:
         """What follows it, in the words of ``grouped_linear``."""
         return "none" if self.then is None else _activation(self.then.leaves[0]) or "none"
 
-    def is_fresh(self) -> bool:
-        """Whether it still fits, supposing that it did."""
-        if self.then is not None and not self.then.is_fresh():
-            return False
-        if type(self.leaves[0]) in _PLAIN:
-            return self.kind != "linear" or self.weights() == self._seen or self.fits()
-        return self.fits()
-
-    def weights(self) -> list[int]:
-        """Who the parameters are."""
-        return [id(d["weight"]) for d in self._parameters]
+    def is_at(self, device: torch.device) -> bool:
+        """Whether the parameters are there: those of modules that were offloaded are not."""
+        if self.kind == "free":
+            return True
+        return all(p is None or p.device == device for p in self.leaves[0]._parameters.values())
 
     def parameters(self, name: str) -> list[Tensor]:
-        found = [d.get(name) for d in self._parameters]
+        found = [leaf._parameters.get(name) for leaf in self.leaves]
         return [] if found[0] is None else found  # type: ignore[return-value]
 
 
-#: Modules without options that change what they do.
-_PLAIN: frozenset[type] = frozenset({nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Identity})
+class _Made(NamedTuple):
+    """What was found out about a list of modules, and why that is still so."""
+
+    proof: Proof
+    stages: list[_Stage] | None
 
 
-class Recipe:
-    """What a list of modules has in common, worked out once and looked over at every call.
+class Recipe(Memo):
+    """What a list of modules has in common, worked out once and proved at every call."""
 
-    Hooks, exchanged modules and parameters, and changed options are seen; a copy starts without one.
-    """
+    known: _Made | None
 
-    def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
-
-    def __deepcopy__(self, memo: Any) -> Recipe:
-        return Recipe()
-
-    def __reduce__(self) -> Any:
-        return Recipe, ()
-
-    def stages(self, modules: Sequence[nn.Module]) -> list[_Stage] | None:
-        """The steps that all modules have in common, or None where they differ or are not known."""
-        if torch.compiler.is_compiling():  # a graph is guarded by what it reads: by the modules, not by a memo
-            return _stages(modules)
-        if self._modules != list(modules) or not self._is_fresh():
-            self._make(modules)
-        return self._stages
-
-    def _is_fresh(self) -> bool:
-        if any(self._hooks) or [m for d in self._children for m in d.values()] != self._child:
-            return False
-        return self._stages is None or all(stage.is_fresh() for stage in self._stages)
-
-    def _make(self, modules: Sequence[nn.Module]) -> None:
-        every = [m for one in modules for m in one.modules()]
-        self._modules = list(modules)
-        self._hooks = [d for m in every for d in _hooks(m)]
-        self._children: list[dict[str, Any]] = [m._modules for m in every if m._modules]
-        self._child = [m for d in self._children for m in d.values()]
-        self._stages = _stages(modules)
+    def stages(self, modules: list[Any]) -> list[_Stage] | None:
+        """The steps that all modules have in common; None where they differ, are not known, or have to be called."""
+        seen = _Seen([], [])
+        if torch.compiler.is_compiling() or are_transformed():  # a graph is guarded by what it reads, not by a memo
+            return _stages(modules, seen)
+        made = self.known
+        if made is None or not made.proof.holds(modules):
+            stages = _stages(modules, seen)
+            made = self.known = _Made(Proof(modules, *seen), stages)
+        return made.stages
 
 
 def are_alike(modules: Sequence[nn.Module]) -> bool:
     """Whether they do the same with parameters of the same shapes, so that they can run together."""
-    return _stages(modules) is not None
+    return _stages(modules, _Seen([], [])) is not None
 
 
-def _stages(modules: Sequence[nn.Module]) -> list[_Stage] | None:
+def _stages(modules: Sequence[nn.Module], seen: _Seen) -> list[_Stage] | None:
     rows: list[list[Leaf]] = []
     for m in modules:
         leaves: list[Leaf] = []
-        if not _leaves(m, leaves) or (rows and len(leaves) != len(rows[0])):
+        if not _leaves(m, leaves, seen) or (rows and len(leaves) != len(rows[0])):
             return None
         rows.append(leaves)
     made: list[_Stage] = []
@@ -314,18 +300,21 @@ def kept(plan: Plan, rows: int) -> Tensor | None:
 
 
 def run(
-    modules: Sequence[nn.Module],
+    modules: list[Any],
     x: Tensor,
     plan: Plan,
     recipe: Recipe,
     *,
     keep_empty: bool = False,
     differentiable_twice: bool = False,
+    called: Callable[[], Sequence[Callable[[Tensor], Tensor]]] | None = None,
+    inputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Every entry's sample through the module that the plan gives it; zeros for entries that match none.
 
     Modules that do the same with parameters of the same shapes (stacks of Linear, Conv2d, activations, norms, dropout)
-    run together. Others run one by one on contiguous slices, which on a GPU costs one read of the counts by the host.
+    run together, if they may be read (see ``ops._modules``). Others are called one by one on contiguous slices, which
+    on a GPU costs one read of the counts by the host.
 
     Args:
         modules: K of them.
@@ -334,17 +323,25 @@ def run(
         recipe: the same one at every call with these modules.
         keep_empty: see ``ops.grouped_linear``.
         differentiable_twice: only use what has a second derivative.
+        called: gives what is called in place of the modules where these are not as many as the plan's.
+        inputs: what all modules do to x before the first of their leaves sees it.
 
     Returns:
         [N, ...], entry n of sample n // k.
     """
     alike = None if differentiable_twice else recipe.stages(modules)
-    made = None if alike is None else _together(alike, x, plan, keep_empty)
-    return _slices(modules, x, plan, keep_empty) if made is None else made
+    made = None if alike is None else _together(alike, x if inputs is None else inputs(x), plan, keep_empty)
+    if made is not None:
+        return made
+    others = [p for m in modules for p in m.parameters()] if keep_empty else []
+    y = one_by_one(modules if called is None else called(), x, plan)
+    return _WithZeros.apply(y, *others) if others else y
 
 
 def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor | None:
     """The stages, one after the other; None where one of them would rather not."""
+    if not all(stage.is_at(x.device) for stage in alike):
+        return None
     flow = _Flow(x, plan, keep_empty)
     last = -1  # the last stage with parameters
     for i, stage in enumerate(alike):
@@ -374,7 +371,7 @@ def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> T
 
 
 def up_to_the_last(
-    modules: Sequence[nn.Module], x: Tensor, plan: Plan | None, recipe: Recipe, *, alone: bool = False
+    modules: list[Any], x: Tensor, plan: Plan | None, recipe: Recipe, *, alone: bool = False
 ) -> tuple[Tensor, list[Tensor], list[Tensor], bool] | None:
     """Everything but a last Linear, for an op that has it in itself.
 
@@ -414,13 +411,8 @@ class _WithZeros(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.others)
 
 
-def _slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor:
-    y = _by_slices(modules, x, plan)
-    others = [p for m in modules for p in m.parameters()] if keep_empty else []
-    return _WithZeros.apply(y, *others) if others else y
-
-
-def _by_slices(modules: Sequence[nn.Module], x: Tensor, plan: Plan) -> Tensor:
+def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
+    """``run``, every module called with its own samples."""
     bounds = plan.bounds or dispatch.read(plan.offsets)
     sorted_x, N = x.index_select(0, _samples(plan)), plan.order.shape[0]
     made: dict[int, Tensor] = {}

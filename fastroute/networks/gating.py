@@ -18,6 +18,7 @@ from ..ops import dispatch
 from ..ops._autocast import autocast_off
 from ..ops._backends import is_strict
 from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._modules import call, may_be_read
 from ..reference.policy import accumulating
 from .decisions.base import Triplet, as_mask
 from .record import Mixture
@@ -164,7 +165,11 @@ class TopKGating(nn.Module):
         meta = Trajectory.of(meta, batch.shape[0])
         made = self.route(batch, mask, forced_actions)
         active = as_mask(mask, batch.shape[0], batch.device)
-        meta.mix(Mixture(self, made.actions, made.weights, self._num_selections, made.losses, active=active))
+        meta.mix(
+            Mixture(
+                self, made.actions, made.weights, self._num_selections, made.losses, active=active, counts=made.counts
+            )
+        )
         return batch, meta, made.actions
 
     def route(self, x: Tensor, mask: Tensor | None = None, forced_actions: Tensor | None = None) -> Routed:
@@ -202,15 +207,24 @@ class TopKGating(nn.Module):
         return torch.where((forced >= 0) & (forced < K), forced, -1)
 
     def _logits(self, x: Tensor, active: Tensor | None) -> Tensor:
-        weight, bias = self.router.weight, self.router.bias
-        to = torch.promote_types(accumulating(x.dtype), accumulating(weight.dtype))
+        router = self.router
+        to = accumulating(x.dtype)
+        for p in router.parameters():
+            to = torch.promote_types(to, accumulating(p.dtype)) if p.is_floating_point() else to
         x = x.to(to)
         if active is not None:  # what is masked out may be anything, and its gradient would be too
             x = torch.where(active[:, None], x, 0)
         if self.jitter and self.training:
             noise = torch.rand(x.shape, dtype=to, device=x.device, generator=self.generator)
             x = x * (1 + self.jitter * (2 * noise - 1))
-        return F.linear(x, weight.to(to), None if bias is None else bias.to(to))
+        if type(router) is nn.Linear and may_be_read(router):
+            bias = router.bias
+            return F.linear(x, router.weight.to(to), None if bias is None else bias.to(to))
+        z = call(router, x)
+        tensor("router", z, "a module that gives a tensor")
+        if z.shape != (x.shape[0], self._num_selections):
+            raise ValueError(f"router: expected to return [{x.shape[0]}, {self._num_selections}], got {shown(z)}")
+        return z.to(to)
 
     def _choose(self, z: Tensor, scores: Tensor) -> Tensor:
         by = z.detach() if self.selection_bias is None else scores.detach() + self.selection_bias

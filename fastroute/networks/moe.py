@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from ..ops import dispatch, expert_ffn
 from ..ops._checks import at_least_one, floating, integer, shown, tensor
+from ..ops._modules import may_be_read
 from ..reference.grouped_linear import ACTIVATIONS
 from .decisions.base import as_mask
-from .gating import TopKGating
+from .gating import Routed, TopKGating
+from .trajectory import Trajectory
 
 
 class Aux(NamedTuple):
@@ -123,7 +125,7 @@ class MoE(nn.Module):
             if mask.shape != lead:
                 raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
             active = as_mask(mask.reshape(-1), len(flat), x.device)
-        routed = self.gate.route(flat, active)
+        routed = self._routed(flat, active)
         plan = dispatch.plan(routed.actions, self.num_experts)
         options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
         y = expert_ffn(flat, plan, routed.weights, self.w_gate_up, self.w_down, **options)
@@ -132,8 +134,25 @@ class MoE(nn.Module):
         y = y.reshape(*lead, D)
         if not return_aux:
             return y
-        k = self.gate.k
+        k = routed.actions.shape[1]
         return y, Aux(routed.loss, routed.actions.view(*lead, k), routed.weights.view(*lead, k), routed.counts)
+
+    def _routed(self, x: Tensor, active: Tensor | None) -> Routed:
+        """The gating's decision, by a call of it where that is seen or changed by others."""
+        gate: Any = self.gate
+        if type(gate) is TopKGating and may_be_read(gate):
+            return gate.route(x, active)
+        meta = Trajectory(x.shape[0])
+        actions = gate(x, meta, None, active)[2]
+        weights = meta.weights_of(actions)
+        if weights is None:
+            raise ValueError("gate: expected a gating that leaves its weights in the trajectory, got none there")
+        made = meta.mixtures[-1]
+        counts = made.counts
+        if counts is None:
+            taken = torch.where(actions >= 0, actions, self.num_experts).reshape(-1)
+            counts = taken.new_zeros(self.num_experts + 1).index_add(0, taken, torch.ones_like(taken))[:-1]
+        return Routed(actions, weights, made.losses, counts)
 
     def _shared(self, x: Tensor, mask: Tensor | None, w_in: Tensor, w_out: Tensor) -> Tensor:
         u = F.linear(x, w_in)

@@ -150,6 +150,7 @@ class Mixture:
         losses: by name ("balance", "z"), [B] each, with their gradient; the mean over the batch is the loss.
         active: [B] bool, or None: the samples it decided for; None means all.
         after: how many decisions had been recorded before it.
+        counts: [K] int64, or None: entries of each module in the gating's whole batch, see ``Routed``.
     """
 
     def __init__(
@@ -162,14 +163,16 @@ class Mixture:
         *,
         active: Tensor | None = None,
         after: int = 0,
+        counts: Tensor | None = None,
     ) -> None:
         self.decision, self.actions, self.weights, self.choices = decision, actions, weights, choices
-        self.losses, self.active, self.after = dict(losses), active, after
+        self.losses, self.active, self.after, self.counts = dict(losses), active, after, counts
 
     def _with(self, of: Callable[[Tensor, float], Tensor], active: Tensor | None) -> Mixture:
         return Mixture(
             self.decision, of(self.actions, -1), of(self.weights, 0), self.choices,
             {name: of(loss, 0) for name, loss in self.losses.items()}, active=active, after=self.after,
+            counts=self.counts,
         )  # fmt: skip
 
     def take(self, rows: Tensor) -> Mixture:

@@ -151,8 +151,8 @@ class Selection(nn.Module):
             self._log.update(a for a in dispatch.read(chosen.reshape(-1)) if 0 <= a < K)
         plan = dispatch.plan(chosen, K)
         modules = self._submodules
-        each = [modules.pattern] if isinstance(modules, Stack) else list(modules)
-        y = bank.run(each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros")
+        each, called = ([modules.pattern], modules.each) if isinstance(modules, Stack) else (list(modules), None)
+        y = bank.run(each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros", called=called)
         return y, plan
 
     def _passed(self, y: Tensor, batch: Tensor, kept: Tensor | None) -> Tensor:

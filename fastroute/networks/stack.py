@@ -6,7 +6,8 @@ Axes: K modules.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Stack(nn.Module):
         if any(isinstance(m, nn.Conv2d) for m in modules[0].modules()):
             raise ValueError("stacked: expected modules without Conv2d, whose images may be too large to go together")
         self.count = len(modules)
+        self._stacked = {name for name, _ in modules[0].named_parameters()}
         self.pattern = copy.deepcopy(modules[0])
         for name, _ in list(self.pattern.named_parameters()):
             each = [m.get_parameter(name) for m in modules]
@@ -75,9 +77,24 @@ class Stack(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[k] for k in range(self.count))
 
+    def each(self) -> list[Callable[[Tensor], Tensor]]:
+        """The modules, to be called: the pattern with the parameters of one of them for its own."""
+        return [partial(self._call, k) for k in range(self.count)]
+
+    def _call(self, k: int, x: Tensor) -> Tensor:
+        tensors = [*self.pattern.named_parameters(), *self.pattern.named_buffers()]
+        own = {name: t[k] for name, t in tensors if _before(name) in self._stacked}
+        made: Tensor = torch.func.functional_call(self.pattern, own, (x,))
+        return made
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not defined: which module a sample takes is said by a plan, see ``bank.run``."""
         raise TypeError("Stack: a stack of modules is run by Selection or a decision, not called")
+
+
+def _before(name: str) -> str:
+    """What a tensor was called before a parametrization, or pruning, renamed it."""
+    return name.replace("parametrizations.", "").removesuffix(".original").removesuffix("_orig").removesuffix("_mask")
 
 
 def _to_list(stack: Stack, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -5,13 +5,14 @@ Axes: B batch, n input vectors, m output vectors, d width of an input vector, h 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .vector_routing import Assignment, assign, gates, row_is_live
+from .vector_routing import Assignment, _softmax, assign, gates, row_is_live
 
 
 class Parameters(NamedTuple):
@@ -61,27 +62,47 @@ def norm(y: Tensor) -> Tensor:
     return F.layer_norm(y, y.shape[-1:]) if y.shape[-1] > 1 else y
 
 
-def predict(x_out: Tensor, w: Parameters) -> Tensor:
+def predict(x_out: Tensor, w: Parameters, N: Callable[[Tensor], Tensor] = norm) -> Tensor:
     """Each output's prediction of an input vector, [B, m, d]."""
-    return norm(x_out) @ w.W_G1 * w.W_G2 + w.B_G2
+    return N(x_out) @ w.W_G1 * w.W_G2 + w.B_G2
+
+
+class Functions(NamedTuple):
+    """What an iteration applies, under the paper's names."""
+
+    f: Callable[[Tensor], Tensor] = torch.sigmoid
+    log_f: Callable[[Tensor], Tensor] = F.logsigmoid
+    softmax: Callable[[Tensor], Tensor] = _softmax
+    N: Callable[[Tensor], Tensor] = norm
 
 
 def first_or_next(
-    x: Tensor, x_out: Tensor | None, w: Parameters, *, mask: Tensor | None = None, lengths: Tensor | None = None
+    x: Tensor,
+    x_out: Tensor | None,
+    w: Parameters,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    functions: Functions | None = None,
 ) -> Routing:
-    """One iteration from the previous output vectors (None: the first iteration). No final layer norm."""
+    """One iteration from the previous output vectors (None: the first iteration). No final layer norm.
+
+    Betas may be each sample's own, [B, n, m].
+    """
+    functions = functions or Functions()
     scale = input_scale(x, lengths).to(x.dtype)
     if lengths is not None:
         live = row_is_live(x, lengths)
         x = x.masked_fill(~live[..., None], 0.0)
     a_inp = gates(x, w.W_A, w.B_A, scale)
-    gate = a_inp.sigmoid()
+    gate = functions.f(a_inp)
     if lengths is not None:
         gate = gate.masked_fill(~live, 0.0)
-    pred = None if x_out is None else predict(x_out, w)
+    pred = None if x_out is None else predict(x_out, w, functions.N)
     step = assign(
         x, gate, pred, w.W_S, w.B_S, w.beta_use, w.beta_ign,
         use_bias=w.bias_use, ign_bias=w.bias_ign, prior=w.prior, mask=mask,
+        log_f=functions.log_f, softmax=functions.softmax,
     )  # fmt: skip
     M = step.phi.mT @ (x * scale[:, None, None])
     x_out = (M * w.W_F1) @ w.W_F2 + step.phi.sum(-2).unsqueeze(-1) * w.B_F2

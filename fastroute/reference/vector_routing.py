@@ -8,11 +8,15 @@ other backends are checked against, and what ``return_dict=True`` shows for the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_softmax: Callable[[Tensor], Tensor] = partial(torch.softmax, dim=-1)
 
 
 class Assignment(NamedTuple):
@@ -53,6 +57,8 @@ def assign(
     ign_bias: Tensor | None = None,
     prior: Tensor | None = None,
     mask: Tensor | None = None,
+    log_f: Callable[[Tensor], Tensor] = F.logsigmoid,
+    softmax: Callable[[Tensor], Tensor] = _softmax,
 ) -> Assignment:
     """The E-step (scores, softmax over *outputs*), the D-step (shares) and phi of one iteration."""
     f = gate.unsqueeze(-1)
@@ -62,11 +68,11 @@ def assign(
         R = prior.expand(*x.shape[:-1], -1)
     else:
         assert score_weight is not None and score_bias is not None
-        S = log_R = F.logsigmoid(x @ pred.mT * score_weight + score_bias)
-        R = S.softmax(-1)
+        S = log_R = log_f(x @ pred.mT * score_weight + score_bias)
+        R = softmax(S)
     if mask is not None:
         shut = mask.all(-1, keepdim=True)
-        R = log_R.masked_fill(mask & ~shut, -torch.inf).softmax(-1).masked_fill(shut, 0.0)
+        R = softmax(log_R.masked_fill(mask & ~shut, -torch.inf)).masked_fill(shut, 0.0)
         f = f.expand_as(R).masked_fill(mask, 0.0)
     D_use = f * R
     D_ign = f - D_use

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops._modules import is_pristine, may_be_read
 from .router import TaskRouter
 
 #: Layers that treat every channel alone and give 0 for 0, so that a masked channel needs no computing.
@@ -21,6 +22,11 @@ _KEEP_ZERO: tuple[type[nn.Module], ...] = (
 )
 #: Layers that treat every channel alone, but make something of 0.
 _ALONE: tuple[type[nn.Module], ...] = (nn.Sigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardsigmoid)
+_DROPOUTS: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_OTHERS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Hardtanh, nn.PReLU, nn.Flatten),
+    *_DROPOUTS,
+)
 
 #: What a layer does with its input's channels (axis 1).
 MIX, NORM, ROUTER, KEEP, ALONE, DROP, FLAT, OPAQUE = "mix", "norm", "router", "keep", "alone", "drop", "flat", "opaque"
@@ -42,16 +48,11 @@ class Leaf(NamedTuple):
 def is_sequence(module: nn.Module) -> bool:
     """Whether its forward calls its children one after the other and does nothing else."""
     forward = type(module).forward
-    return isinstance(module, nn.Sequential) and (
-        forward is nn.Sequential.forward or getattr(forward, "is_a_sequence", False)
-    )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at its inputs or outputs, which then have to be the dense ones."""
-    return any(
-        getattr(module, name, None)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        isinstance(module, nn.Sequential)
+        and (forward is nn.Sequential.forward or getattr(forward, "is_a_sequence", False))
+        and "forward" not in module.__dict__
+        and is_pristine(type(module))
     )
 
 
@@ -61,10 +62,18 @@ def leaves(sequence: nn.Sequential, name: str = "") -> Iterator[Leaf]:
         path = f"{name}.{key}" if name else key
         if child is None:
             continue
-        if is_sequence(child) and not has_hooks(child):
+        if is_sequence(child) and may_be_read(child):
             yield from leaves(child, path)  # type: ignore[arg-type]
         else:
             yield Leaf(path, child, sequence, key)
+
+
+def opened(sequence: nn.Sequential) -> Iterator[nn.Sequential]:
+    """The Sequential itself, and all in it of which ``leaves`` gives the layers."""
+    yield sequence
+    for child in sequence._modules.values():
+        if child is not None and is_sequence(child) and may_be_read(child):
+            yield from opened(child)  # type: ignore[arg-type]
 
 
 def sequences(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Sequential]]:
@@ -79,13 +88,13 @@ def sequences(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Sequen
 
 
 def kind(module: nn.Module) -> str:
-    """One of MIX, NORM, ROUTER, KEEP, ALONE, DROP, FLAT; OPAQUE for what is none of these, or has hooks."""
-    if isinstance(module, TaskRouter):
-        return OPAQUE if has_hooks(module) else ROUTER
+    """One of MIX, NORM, ROUTER, KEEP, ALONE, DROP, FLAT; OPAQUE for what is none of these, or has to be called."""
     exact = type(module)
-    if has_hooks(module):
+    if not may_be_read(module):
         return OPAQUE
-    if isinstance(module, nn.Conv2d) and exact.forward is nn.Conv2d.forward:
+    if isinstance(module, TaskRouter):
+        return ROUTER if exact.forward is TaskRouter.forward else OPAQUE
+    if exact is nn.Conv2d:
         return MIX if module.groups == 1 and module.padding_mode == "zeros" else OPAQUE
     if exact is nn.Linear:
         return MIX
@@ -99,11 +108,17 @@ def kind(module: nn.Module) -> str:
         return KEEP if module.num_parameters == 1 else OPAQUE
     if exact in _ALONE:
         return ALONE
-    if exact in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
+    if exact in _DROPOUTS:
         return DROP
     if exact is nn.Flatten:
         return FLAT if module.start_dim == 1 and module.end_dim == -1 else OPAQUE
     return OPAQUE
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether its class alone does not make it OPAQUE."""
+    exact = type(module)
+    return is_sequence(module) or exact in _KEEP_ZERO or exact in _ALONE or exact in _OTHERS
 
 
 def channels(module: nn.Module) -> int:
@@ -119,6 +134,8 @@ def rank(module: nn.Module) -> int | None:
     """How many axes its input has to have for axis 1 to be that of channels; None if any number will do."""
     if isinstance(module, nn.Linear):
         return 2
+    if isinstance(module, nn.Conv2d):
+        return 4
     name = type(module).__name__
     return int(name[-2]) + 2 if name[-1] == "d" and name[-2].isdigit() else None
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops._modules import why_called
 from .active import task_index
-from .chain import ALONE, DROP, FLAT, KEEP, MIX, NORM, Leaf, has_hooks
+from .chain import ALONE, DROP, FLAT, KEEP, MIX, NORM, Leaf
 from .flow import flow
 from .layers import _shape
 from .router import TaskRouter
@@ -138,8 +139,16 @@ def _slim(leaf: Leaf, rest: list[Leaf], held: _Kept | None, task: int) -> tuple[
     raise ValueError(
         f"{leaf.name}: expected layers that treat channels alone and make 0 of 0 between a router and the "
         "Conv2d or Linear "
-        f"that reads it, got {type(module).__name__}"
+        f"that reads it, got {type(module).__name__}{_because(module)}"
     )
+
+
+def _because(module: nn.Module) -> str:
+    """Why a layer of a class that could be followed cannot be."""
+    why = why_called(module)
+    if why is None and getattr(module, "groups", 1) != 1:
+        why = f"groups={module.groups}"
+    return "" if why is None else f" with {why}"
 
 
 def _kept(router: TaskRouter, task: int) -> _Kept:
@@ -224,8 +233,9 @@ def _slim_norm(leaf: Leaf, held: _Kept) -> nn.Module:
 
 def _copied(leaf: Leaf) -> nn.Module:
     foreign = [type(m).__name__ for m in leaf.module.modules() if not type(m).__module__.startswith("torch.nn.")]
-    if foreign or has_hooks(leaf.module):
-        raise ValueError(f"{leaf.name}: expected modules of torch.nn without hooks, got {(foreign or ['hooks'])[0]}")
+    reasons = [why for m in leaf.module.modules() if (why := why_called(m)) is not None]
+    if foreign or reasons:
+        raise ValueError(f"{leaf.name}: expected modules of torch.nn without hooks, got {(foreign or reasons)[0]}")
     return copy.deepcopy(leaf.module)
 
 

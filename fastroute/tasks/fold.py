@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..ops._modules import why_called
 from .chain import DROP, KEEP, Leaf, leaves, sequences
 from .export import _checked, routers_of
 from .live import LiveSequential
 from .router import TaskRouter
 from .vgg import VGG
+
+#: What a router's zeros can be moved into.
+_FOLDED: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
 
 
 def fold(model: nn.Module, task: int) -> nn.Module:
@@ -34,6 +42,11 @@ def fold(model: nn.Module, task: int) -> nn.Module:
         ValueError: naming a router that nothing before it can take in.
     """
     task = _checked(task, next(iter(routers_of(model).values())).task_count)
+    for name, sequence in sequences(model):
+        chain = list(leaves(sequence, name))
+        for n, leaf in enumerate(chain):
+            if isinstance(leaf.module, TaskRouter) and leaf.module.use_routing:
+                _layer_before(chain, n)  # which says what is wrong before anything is copied
     model = copy.deepcopy(model)
     for name, sequence in list(sequences(model)):
         chain = list(leaves(sequence, name))
@@ -58,6 +71,14 @@ def _layer_before(chain: list[Leaf], n: int) -> nn.Module:
     """What a router's zeros can be moved into: m f(x) = f(m x) where f gives every channel its own and 0 for 0."""
     for leaf in reversed(chain[:n]):
         if isinstance(leaf.module, (_ConvNd, nn.Linear, _BatchNorm)):
+            why = why_called(leaf.module)
+            if why is None and type(leaf.module) not in _FOLDED:
+                why = "a subclass"
+            if why is not None:
+                raise ValueError(
+                    f"{leaf.name}: expected a layer before the router whose weights say what it does, got a "
+                    f"{type(leaf.module).__name__}: {why}"
+                )
             return leaf.module
         if leaf.kind not in (KEEP, DROP):
             break
@@ -72,12 +93,11 @@ def _layer_before(chain: list[Leaf], n: int) -> nn.Module:
 def _into(layer: nn.Module, router: Leaf, off: Tensor) -> None:
     if isinstance(layer, _BatchNorm) and not layer.affine:
         layer.affine = True
-        layer.weight = nn.Parameter((~off).to(router.module._unit_mapping.dtype))  # type: ignore[operator,arg-type,union-attr]
+        like: Any = router.module._unit_mapping if layer.running_mean is None else layer.running_mean
+        layer.weight = nn.Parameter((~off).to(like.dtype))
         layer.bias = nn.Parameter(torch.zeros_like(layer.weight))
         return
-    weight = layer.weight
-    if not isinstance(weight, nn.Parameter):
-        raise ValueError(f"{router.name}: expected a plain parameter before it, got a parametrized weight")
+    weight: Any = layer.weight
     axis = int(isinstance(layer, _ConvTransposeNd))
     if len(off) != weight.shape[axis] or (axis and layer.groups != 1):
         raise ValueError(f"{router.name}: expected {len(off)} outputs of the layer before, got {weight.shape[axis]}")
@@ -90,8 +110,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """LiveSequentials have nothing live to look for any more."""
     if isinstance(model, LiveSequential):
         made = nn.Sequential()
-        made._modules.update(model._modules)
-        made.training = model.training
+        made.__dict__.update({name: value for name, value in model.__dict__.items() if name not in LiveSequential.OWN})
         model = made
     for key, child in model._modules.items():
         if child is not None:

@@ -65,6 +65,13 @@ class _Routed(nn.Module):
             axes = "[B, C, H, W]" if rank(self) == 4 else "[B, features]"
             raise ValueError(f"x: expected {axes}, got {list(x.shape)}")
         compact_in, compact_out = self.compact_input and inp is not None, self.compact_output and out is not None
+        if not _is_read(self):
+            if compact_in or compact_out:
+                raise ValueError(
+                    "compact_input, compact_output: expected a layer without padding modes, groups and a _conv_forward "
+                    "of its own, whose channels can be left out"
+                )
+            return self._dense(x, task, inp, out)
         step = Step(MIX, self, None, out)
         several = [t for t in tasks.values() if isinstance(t, Tensor) and (t.dim() or is_mapped(t))]
         way: Single | Mixed = Single(tasks, False, self._kept)
@@ -78,9 +85,7 @@ class _Routed(nn.Module):
                 )
             mixed = None if order is None else Mixed(order, several[0])
             if mixed is None or not mixed.favours(step, x, Held(inp)):
-                x = x if inp is None else inp(x, task)
-                y: Tensor = super().forward(x)  # type: ignore[misc]
-                return y if out is None else out(y, task)  # type: ignore[no-any-return]
+                return self._dense(x, task, inp, out)
             way = mixed
         inside = None if inp is None else way.index(inp)
         width = _shape(self)[1] if inside is None or not compact_in else inside.shape[-1]
@@ -98,6 +103,19 @@ class _Routed(nn.Module):
             if not compact_out:
                 y = way.expand(y, outside, out.unit_count)
         return way.end(y)
+
+    def _dense(self, x: Tensor, task: Task | None, inp: TaskRouter | None, out: TaskRouter | None) -> Tensor:
+        x = x if inp is None else inp(x, task)
+        y: Tensor = super().forward(x)  # type: ignore[misc]
+        return y if out is None else out(y, task)  # type: ignore[no-any-return]
+
+
+def _is_read(layer: Any) -> bool:
+    """Whether a convolution with the layer's weight is all that it does."""
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    own = "_conv_forward" in layer.__dict__ or type(layer)._conv_forward is not nn.Conv2d._conv_forward
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not own
 
 
 class RoutedConv2d(_Routed, nn.Conv2d):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._modules import Memo, Proof
 from .active import Task, is_mapped
-from .chain import ROUTER, is_sequence, leaves, sequences, steps
+from .chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
 from .router import TaskRouter
 from .units import sort, units
-from .walk import Mixed, Single, Way, walk
+from .walk import Mixed, Single, Way, called, walk
 
 
 def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
@@ -64,11 +66,33 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     return model
 
 
+class _Plan(NamedTuple):
+    """How the layers of a Sequential run, and why that is still so."""
+
+    chain: list[nn.Module]
+    steps: list[Step]
+    routers: list[TaskRouter]
+    proof: Proof
+
+    @staticmethod
+    def of(sequence: nn.Sequential) -> _Plan:
+        found = list(leaves(sequence))
+        chain = [leaf.module for leaf in found]
+        routers = [m for m in chain if isinstance(m, TaskRouter)]
+        for router in routers:
+            units(router)  # torch.compile is not to read masks
+        layers = [m for m in chain if not isinstance(m, TaskRouter)]
+        read = [*opened(sequence), *filter(is_known, layers)]
+        others = [m for m in layers if not is_known(m)]
+        return _Plan(chain, steps(found), routers, Proof([sequence], read, others, routers))
+
+
 class LiveSequential(nn.Sequential):
     """A Sequential with TaskRouters that computes live channels only; see :func:`live`.
 
-    Its layers, their parameters and their names are those of the Sequential it is made of. Which layers can run live is
-    decided at construction: hooks put on them later are not called.
+    Its layers, their parameters and their names are those of the Sequential it is made of, and can be indexed,
+    replaced, added and removed like those. Layers that may not be read (hooks, a forward of their own,
+    parametrizations, adapters, subclasses: see ``ops._modules``) are called, with inputs of the full width.
 
     In eval mode and without gradients the gathered weights of the last task are kept until a parameter or the task
     changes. Writing through ``parameter.data`` is a change nobody can see: call ``eval()`` or ``train()`` after it.
@@ -78,6 +102,9 @@ class LiveSequential(nn.Sequential):
         batch_norm: "exact" or "live", see :func:`live`.
     """
 
+    #: What it has among its attributes beside those of a Sequential.
+    OWN = ("batch_norm", "_memo", "_kept")
+
     def __init__(self, sequence: nn.Sequential, *, batch_norm: str = "exact") -> None:
         super().__init__()
         if not is_sequence(sequence):
@@ -86,13 +113,16 @@ class LiveSequential(nn.Sequential):
             raise ValueError(f'batch_norm: expected "exact" or "live", got {batch_norm!r}')
         self.__dict__.update(sequence.__dict__)
         self.batch_norm = batch_norm
-        chain = list(leaves(self))
-        self._chain = [leaf.module for leaf in chain]
-        self._steps = steps(chain)
-        self._routers = [m for m in self._chain if isinstance(m, TaskRouter)]
+        self._memo = Memo()
         self._kept: dict[int, Any] = {}
-        for router in self._routers:
-            units(router)  # torch.compile is not to read masks
+        self._plan()
+
+    def _plan(self) -> _Plan:
+        """How to run the layers as they are."""
+        made: _Plan | None = self._memo.known
+        if made is None or torch.compiler.is_compiling() or not made.proof.holds([self]):
+            made = self._memo.known = _Plan.of(self)
+        return made
 
     def extra_repr(self) -> str:
         return f"batch_norm={self.batch_norm!r}"
@@ -106,12 +136,13 @@ class LiveSequential(nn.Sequential):
     @property
     def active_task(self) -> Task:
         """Of its first router."""
-        return self._routers[0].active_task
+        return self._plan().routers[0].active_task
 
     def set_active_task(self, active_task: Task) -> Task:
         """Make a task the active one of every router in it; returns it."""
-        if any(router.active_task is not active_task for router in self._routers):  # set_task has seen them before
-            for router in self._routers:
+        routers = self._plan().routers
+        if any(router.active_task is not active_task for router in routers):  # set_task has seen them before
+            for router in routers:
                 router.set_active_task(active_task)
         return active_task
 
@@ -129,37 +160,43 @@ class LiveSequential(nn.Sequential):
             IndexError: a task out of range.
             ValueError, TypeError: as the layers'.
         """
-        tasks = [router._task(task) for router in self._routers]
-        way = self._way(x, tasks)
+        plan = self._plan()
+        tasks = [router._task(task) for router in plan.routers]
+        way = self._way(x, task, tasks, plan)
         if way is None:
-            return self._dense(x, task)
+            for module in plan.chain:
+                x = called(module, x, task)
+            return x
         if not _is_slow_layout(x):
-            return walk(self._steps, x, way)
+            return walk(plan.steps, x, way)
         way.turned = True
-        return walk(self._steps, x.contiguous(memory_format=torch.channels_last), way).contiguous()
+        return walk(plan.steps, x.contiguous(memory_format=torch.channels_last), way).contiguous()
 
     forward.is_a_sequence = True  # type: ignore[attr-defined]
 
-    def _way(self, x: Tensor, tasks: list[Task]) -> Way | None:
+    def _way(self, x: Tensor, task: Task | None, tasks: list[Task], plan: _Plan) -> Way | None:
         """How to run live; None for densely."""
-        if x.dim() < 2 or any(map(is_mapped, tasks)):
+        if not tasks or x.dim() < 2 or any(map(is_mapped, tasks)):
             return None
         first = tasks[0]
         if not any(isinstance(t, Tensor) and t.dim() for t in tasks):
-            return Single(dict(zip(map(id, self._routers), tasks, strict=True)), self.batch_norm == "exact", self._kept)
+            each = dict(zip(map(id, plan.routers), tasks, strict=True))
+            return Single(each, self.batch_norm == "exact", self._kept, task)
         if not isinstance(first, Tensor) or not first.dim() or len(first) != len(x) or not len(x):
             return None
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             return None
         if not all(t is first or (isinstance(t, Tensor) and torch.equal(t, first)) for t in tasks[1:]):
             return None
-        order = sort(first, min(router.task_count for router in self._routers))
+        order = sort(first, min(router.task_count for router in plan.routers))
         return None if order is None else Mixed(order, first)
 
-    def _dense(self, x: Tensor, task: Task | None) -> Tensor:
-        for module in self._chain:
-            x = module(x, task) if isinstance(module, TaskRouter) else module(x)
-        return x
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        part = nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+        part.training = self.training
+        return LiveSequential(part, batch_norm=self.batch_norm)
 
 
 def _is_slow_layout(x: Tensor) -> bool:

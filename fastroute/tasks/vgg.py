@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, dispatch, grouped_linear
+from ..ops._modules import may_be_read, signature
 from .active import Task, TaskAware, aware_parts, on_device, traced
 from .pretrained import load_features, read
 from .router import TaskRouter
@@ -130,20 +132,20 @@ class VGG(TaskAware):
             self.set_active_task(active_task)
 
     def _device(self) -> torch.device:
-        return self._heads()[0].weight.device
+        return next(self.parameters()).device
 
-    def _heads(self) -> list[nn.Linear]:
-        """The heads' linear modules, which run together where a batch is of several tasks."""
-        heads = []
+    def _heads(self) -> list[nn.Linear] | None:
+        """The heads' linear modules, which run together where a batch is of several tasks; None if they cannot."""
+        heads: list[Any] = []
         for t in range(self.task_count):
-            head = self.get_layer(f"classifier_{t}")
-            layers = list(head) if isinstance(head, nn.Sequential) else [head]
-            if len(layers) != 1 or not isinstance(layers[0], nn.Linear):
-                raise TypeError(
-                    f"classifier_{t}: expected one nn.Linear, to run together with those of other tasks, got {head}"
-                )
-            heads.append(layers[0])
-        return heads
+            head: Any = self.get_layer(f"classifier_{t}")
+            if type(head) is nn.Sequential and len(head) == 1 and may_be_read(head):
+                head = head[0]
+            if type(head) is not nn.Linear or not may_be_read(head):
+                return None
+            heads.append(head)
+        same = signature(heads[0])[2]
+        return heads if all(signature(head)[2] == same for head in heads) else None
 
     def get_layer(self, name: str) -> Any:
         """The attribute of that name."""
@@ -183,6 +185,8 @@ class VGG(TaskAware):
                 made: Tensor = self.get_layer(f"classifier_{task}")(x)
                 return made
         heads = self._heads()
+        if heads is None:
+            return self._classify_each(x, on_device(task, x.device).expand(x.shape[0]))
         weights: list[Tensor] = [head.weight for head in heads]
         biases: list[Tensor] = [head.bias for head in heads if head.bias is not None]
         tasks = on_device(task, x.device).expand(x.shape[0]).contiguous()
@@ -191,6 +195,18 @@ class VGG(TaskAware):
             return y + torch.stack(biases)[tasks] if biases else y
         plan = dispatch.plan(tasks, self.task_count, "task")
         return grouped_linear(x, plan, weights, biases, keep_empty=self.unused_grad == "zeros")
+
+    def _classify_each(self, x: Tensor, task: Tensor) -> Tensor:
+        """Every head called with the samples of its task."""
+        plan = dispatch.plan(task.contiguous(), self.task_count, "task")
+        bounds, x = plan.bounds or dispatch.read(plan.offsets), x.index_select(0, plan.order)
+        parts = [
+            self.get_layer(f"classifier_{t}")(x[a:b])
+            for t, (a, b) in enumerate(pairwise(bounds))
+            if a < b or (t == self.task_count - 1 and not bounds[-1])
+        ]
+        made = torch.cat(parts)
+        return made.new_zeros(x.shape[0], made.shape[1]).index_copy(0, plan.order[: len(made)], made)
 
     def _initialize_weights(self) -> None:
         for module in self.modules():

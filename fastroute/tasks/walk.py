@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import products
-from .active import Task
+from .active import Task, aware_parts
 from .chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, rank
 from .norm import dense_scale, live_batch_norm, uses_batch
 from .router import TaskRouter
@@ -43,6 +43,22 @@ class Way(Protocol):
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor: ...
     def mask(self, x: Tensor, router: TaskRouter, index: Tensor) -> Tensor: ...
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]: ...
+    def call(self, x: Tensor, layer: nn.Module) -> Tensor: ...
+
+
+def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
+    """A layer of a chain, with its routers, or itself if it is one, at work on a task (None: on their active tasks)."""
+    if isinstance(layer, TaskRouter):
+        return layer(x) if task is None else layer(x, task=task)  # type: ignore[no-any-return]
+    inside = [] if task is None else [(part, part._active, part._active_id) for part in aware_parts(layer)[0]]
+    try:
+        for part, _, on in inside:
+            part._hold(part._task(task), task.to(on.device) if isinstance(task, Tensor) else None)
+        made: Tensor = layer(x)
+    finally:
+        for part, before, on in inside:
+            part._hold(before, on)
+    return made
 
 
 def is_idle(router: TaskRouter) -> bool:
@@ -102,7 +118,7 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
                 x, held = full(), held._replace(compact=False)
             x = layer(x)
         else:
-            x, held = layer(full()), Held()
+            x, held = way.call(full(), layer), Held()
     return way.end(full())
 
 
@@ -112,8 +128,8 @@ class Single:
     tasks = 1
     turned = False
 
-    def __init__(self, tasks: dict[int, Task], exact: bool, kept: dict[int, Any]) -> None:
-        self._tasks, self._exact, self._kept = tasks, exact, kept
+    def __init__(self, tasks: dict[int, Task], exact: bool, kept: dict[int, Any], given: Task | None = None) -> None:
+        self._tasks, self._exact, self._kept, self._given = tasks, exact, kept, given
         self._index: dict[int, Tensor] = {}
 
     def index(self, router: TaskRouter) -> Tensor:
@@ -187,6 +203,9 @@ class Single:
         index = self.index(router)
         return self.mask(self.compact(x, index), router, index), Held(router, compact=True)
 
+    def call(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return called(layer, x, self._given)
+
 
 class Mixed:
     """A task per sample. Samples are put in order of their tasks when a layer first needs it."""
@@ -255,6 +274,9 @@ class Mixed:
 
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]:
         return router(x, self._task), Held(router)
+
+    def call(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return called(layer, x, self._task)
 
 
 def _width(found: Units) -> int:

@@ -51,8 +51,8 @@ def test_parameters_lie_side_by_side() -> None:
 
 def part_of(model: MTLModel) -> Any:
     (group,) = [step.group for step in model.plan.steps if step.group is not None]
-    assert isinstance(group, Siblings) and group._recipe is not None
-    (part,) = group._recipe.parts
+    assert isinstance(group, Siblings) and group._known is not None
+    (part,) = group._known[0].parts
     return part
 
 

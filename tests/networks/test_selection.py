@@ -126,7 +126,7 @@ def test_the_same_as_one_by_one(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", STACKS)
 def test_which_are_grouped(name: str) -> None:
     selection, _ = made(name)
-    assert (bank._stages(list(selection._submodules)) is not None) == (name in ALIKE)
+    assert (bank.are_alike(list(selection._submodules))) == (name in ALIKE)
 
 
 @each_backend

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from ...ops import _checks, matrix_routing
 from ...ops._autocast import autocast_dtype, autocast_off
+from ...ops._modules import are_watched, may_be_read
 from ...ops.matrix_routing import P_MODELS
 from ...reference.matrix_routing import Capsules, first_or_next
 from ...reference.matrix_step import Outputs
 
 __all__ = ["Routing"]
+
+_FUNCTIONS = {"f": nn.Sigmoid, "log_f": nn.LogSigmoid, "softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}
 
 
 class Routing(nn.Module):
@@ -83,7 +86,7 @@ class Routing(nn.Module):
         self.beta_use = nn.Parameter(torch.zeros(rows, columns, **factory))
         self.beta_ign = self.beta_use if single_beta else nn.Parameter(torch.zeros(rows, columns, **factory))
 
-        # Parameterless submodules that upstream shows in named_modules(); forward does not call them.
+        # Upstream's submodules without parameters. The op does what they do; others in their place are refused.
         self.f, self.log_f = nn.Sigmoid(), nn.LogSigmoid()
         self.softmax, self.log_softmax = nn.Softmax(dim=-1), nn.LogSoftmax(dim=-1)
 
@@ -96,6 +99,13 @@ class Routing(nn.Module):
 
     def _check(self, a_inp: Tensor, mu_inp: Tensor, n_out: int | None) -> int:
         """n_out of this call."""
+        for function, kind in _FUNCTIONS.items():
+            m = self._modules.get(function)
+            if type(m) is not kind or not (may_be_read(m) or are_watched()):
+                raise ValueError(
+                    f"{function}: expected the {kind.__name__} that the layer was made with, which is computed and not "
+                    f"called, got another {type(m).__name__}, or one with hooks or a forward of its own"
+                )
         for name, t in (("a_inp", a_inp), ("mu_inp", mu_inp)):
             _checks.tensor(name, t, "a tensor")
             _checks.floating(name, t)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...ops import dispatch, grouped_linear
 from ...ops._autocast import autocast_dtype
+from ...ops._modules import may_be_read
 from ...ops.dispatch import Plan
 from .. import bank
 from ..mlp import MLP
@@ -59,6 +59,9 @@ class ApproxPolicyStorage(nn.Module):
         return made
 
 
+bank.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
+
+
 class TabularPolicyStorage(nn.Module):
     """A row of a table, ``_approx`` [1, num_selections], for whatever input; 1 / num_selections at first."""
 
@@ -81,9 +84,11 @@ class Storages(nn.ModuleList):
         self.outputs = outputs
         self.recipe = bank.Recipe()
 
-    def each(self) -> list[Any]:
+    def owners(self) -> list[Any]:
         """Whoever has parameters: every agent's storage."""
         return list(self)
+
+    each = owners
 
 
 class StackedStorages(Stack):
@@ -95,10 +100,9 @@ class StackedStorages(Stack):
         self.recipe = bank.Recipe()
 
     def _do_alike(self, modules: Sequence[Any]) -> bool:
-        own = [m._modules.get("_approx") for m in modules]
-        return type(modules[0]) is TabularPolicyStorage or (None not in own and bank.are_alike(own))  # type: ignore[arg-type]
+        return type(modules[0]) is TabularPolicyStorage or bank.are_alike(modules)
 
-    def each(self) -> list[Any]:
+    def owners(self) -> list[Any]:
         """Whoever has parameters: one storage for all agents."""
         return [self.pattern]
 
@@ -106,33 +110,37 @@ class StackedStorages(Stack):
 AnyStorages = Storages | StackedStorages
 
 
-def _tables(agents: Sequence[Any]) -> list[Any]:
-    """Tables [1, K], or one of all agents [A, K]."""
+def _tables(agents: Sequence[Any]) -> list[Tensor] | None:
+    """Tables [1, K], or one of all agents [A, K]; None where the storages are none, or have to be called."""
+    if not all(type(s) is TabularPolicyStorage and may_be_read(s) for s in agents):
+        return None
     found = [s._parameters.get("_approx") for s in agents]
-    return [t.view(-1, t.shape[-1]) if t is not None and t.dim() == 3 else t for t in found]
+    first = found[0]
+    if any(t is None or (t.shape, t.dtype, t.device) != (first.shape, first.dtype, first.device) for t in found):
+        return None
+    return [t.view(-1, t.shape[-1]) if t.dim() == 3 else t for t in found]
 
 
 def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False) -> Tensor:
     """[B, out]: every sample's agent's answer, zeros where the plan drops a sample; ``plan`` None: agent 0 for all."""
-    agents = storages.each()
+    agents = storages.owners()
     first = agents[0]
     if plan is None:
-        return first(x)  # type: ignore[no-any-return]
-    if isinstance(first, TabularPolicyStorage):
-        tables = _tables(agents)
+        return storages.each()[0](x)  # type: ignore[no-any-return]
+    tables = _tables(agents)
+    if tables is not None:
         if differentiable_twice:
             whose = torch.empty_like(plan.order).index_copy(
                 0, plan.order, dispatch.module_of_row(plan.offsets, len(plan.order))
             )
             return torch.cat([*tables, torch.zeros_like(tables[0][:1])])[whose]
         return grouped_linear(None, plan, (), tables)
+    if not can_be_given(agents):
+        return bank.one_by_one(storages.each(), x, plan)
     return bank.run(
-        [s._modules["_approx"] for s in agents],
-        first.inputs(x),
-        plan,
-        storages.recipe,
-        differentiable_twice=differentiable_twice,
-    )
+        agents, x, plan, storages.recipe, differentiable_twice=differentiable_twice, called=storages.each,
+        inputs=first.inputs,
+    )  # fmt: skip
 
 
 class Head(NamedTuple):
@@ -158,17 +166,15 @@ def heads(
 
 
 def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = False) -> Head | None:
-    agents = storages.each()
+    agents = storages.owners()
     first = agents[0]
-    if plan is None and (type(first) not in (ApproxPolicyStorage, TabularPolicyStorage) or is_observed(first)):
+    tables = _tables(agents)
+    if tables is not None:
+        return Head(None, [], tables) if tables[0].device == x.device else None
+    if not can_be_given(agents):
         return None
-    if isinstance(first, TabularPolicyStorage):
-        tables = _tables(agents)
-        fit = all(t is not None for t in tables) and _fits([s._parameters["_approx"] for s in agents], x)
-        return Head(None, [], tables) if fit else None
-    modules = [s._modules["_approx"] for s in agents]
-    found = bank.up_to_the_last(modules, first.inputs(x), plan, storages.recipe, alone=alone)  # type: ignore[arg-type]
-    if found is None or not _fits(found[1], x):
+    found = bank.up_to_the_last(agents, first.inputs(x), plan, storages.recipe, alone=alone)
+    if found is None or found[1][0].device != x.device:
         return None
     given, weights, biases, is_direct = found
     K, F = weights[0].shape[-2:]
@@ -185,12 +191,13 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
 _LARGE = 1 << 26
 
 
-def _fits(parameters: Sequence[Any], x: Tensor) -> bool:
-    """Whether they are plain tensors where x is."""
-    first = parameters[0]
-    return first.device == x.device and (type(first) is nn.Parameter or not is_traceable_wrapper_subclass(first))
-
-
-def is_observed(m: nn.Module) -> bool:
-    """Whether somebody looks at a storage being called, or has exchanged what a call of it or of its parts does."""
-    return any(bank._hooks(m)) or any("forward" in part.__dict__ for part in m.modules())
+def can_be_given(agents: Sequence[Any]) -> bool:
+    """Whether all storages give their networks the same."""
+    first = agents[0]
+    if type(first) is not ApproxPolicyStorage:
+        return False
+    flat = type(first._approx) is MLP
+    return all(
+        type(s) is ApproxPolicyStorage and s._detach is first._detach and (type(s._approx) is MLP) is flat
+        for s in agents
+    )
