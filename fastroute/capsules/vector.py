@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
 from ..ops._autocast import autocast_dtype, autocast_off
+from ..ops._masked import only, reaches
 from ..reference.efficient_routing import Parameters, cast, first_or_next, input_scale, norm
 from ..reference.vector_routing import row_is_live
 from .stream import Chunks, stream
@@ -158,6 +159,8 @@ class EfficientVectorRouting(nn.Module):
             lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
         w = self._parameters_by_name()
         x = x_inp.reshape(-1, n, d)
+        if mask is not None:
+            x = only(x, reaches(mask))
         if self.return_dict:
             found = self._last_iteration(x, w, mask, lengths)
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}

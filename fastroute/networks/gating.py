@@ -18,6 +18,7 @@ from ..ops import dispatch
 from ..ops._autocast import autocast_off
 from ..ops._backends import is_strict
 from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._masked import only
 from ..reference.policy import accumulating
 from .decisions.base import Triplet, as_mask
 from .record import Mixture
@@ -204,9 +205,7 @@ class TopKGating(nn.Module):
     def _logits(self, x: Tensor, active: Tensor | None) -> Tensor:
         weight, bias = self.router.weight, self.router.bias
         to = torch.promote_types(accumulating(x.dtype), accumulating(weight.dtype))
-        x = x.to(to)
-        if active is not None:  # what is masked out may be anything, and its gradient would be too
-            x = torch.where(active[:, None], x, 0)
+        x = only(x.to(to), active)
         if self.jitter and self.training:
             noise = torch.rand(x.shape, dtype=to, device=x.device, generator=self.generator)
             x = x * (1 + self.jitter * (2 * noise - 1))

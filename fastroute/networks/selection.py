@@ -28,7 +28,8 @@ class Selection(nn.Module):
     parameters, under ``_submodules.{k}``.
 
     Args:
-        modules: K of them, whose outputs have one shape. A single one is applied to all samples, whatever their action.
+        modules: K of them, whose outputs have one shape. A single one is applied to all samples that are not
+            masked, whatever their action.
         name: stored only.
         store_module_pointers: note in every sample's step the module it took, as ``selected_modules``.
         dropped: what comes of samples of whose actions none names a module (negative, or masked out): "zero" rows
@@ -107,14 +108,17 @@ class Selection(nn.Module):
                 weights = meta.weights_of(actions)
             if weights is not None or actions.shape[1] != 1:
                 return self._mixture(batch, actions, weights, mask), meta, actions
-        if K == 1 and weights is None:
+        if K == 1 and weights is None and mask is None:
             y = self._submodules[0](batch)
             if self._log is not None:
                 self._log.add(0)
             return y, meta, actions
-        if actions is None:
+        if K == 1 and weights is None:
+            chosen = torch.zeros(B, dtype=torch.int64, device=batch.device)
+        elif actions is None:
             raise ValueError(f"actions: expected one per sample to choose among {K} modules by, got None")
-        chosen = dispatch.as_actions(actions, B, batch.device)
+        else:
+            chosen = dispatch.as_actions(actions, B, batch.device)
         active = as_mask(mask, B, batch.device)
         if active is not None:
             chosen = torch.where(active, chosen, -1)

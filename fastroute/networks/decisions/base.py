@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...ops import agent_policy, dispatch, policy
 from ...ops._backends import is_strict
 from ...ops._checks import at_least_one, shown
+from ...ops._masked import only
 from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
 from ...reference.policy import accumulating, shifted
@@ -185,7 +186,7 @@ class Decision(nn.Module):
         forced = None
         if forced_actions is not None:
             forced = self._forced(forced_actions, B, batch.device)
-        made = self._decide(batch, plan, forced)
+        made = self._decide(only(batch, active), plan, forced)
         y = batch if made.y is None else made.y
         actions = made.actions
         if active is not None:
