@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import _checks
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
+from ..ops._recomputation import check_draws
 from ..ops.soft_assignment import soft_assignment
 from ..reference.vector_routing import row_is_live
 
@@ -100,6 +101,7 @@ class SlotAttention(nn.Module):
             generator: of the random numbers; None: torch's own.
         """
         n_slots = self.n_slots if n_slots is None else _checks.at_least_one("n_slots", n_slots)
+        check_draws(generator)
         mu, device = self.mu, self.mu.device
         draw = torch.randn(*batch, n_slots, self.d_slot, generator=generator, device=device, dtype=mu.dtype)
         return mu + self.log_sigma.exp() * draw

@@ -19,6 +19,7 @@ from ..ops._autocast import autocast_off
 from ..ops._backends import is_strict
 from ..ops._checks import at_least_one, floating, shown, tensor
 from ..ops._masked import only
+from ..ops._recomputation import check_draws, is_recomputation
 from ..reference.policy import accumulating
 from .decisions.base import Triplet, as_mask
 from .record import Mixture
@@ -185,7 +186,7 @@ class TopKGating(nn.Module):
             counts, kept = self._kept(actions, active, forced is None)
             weights = self._weights(z, scores, actions, actions >= 0)
             losses = self._losses(z, scores, counts, active)
-        if self.counts is not None and self.training:
+        if self.counts is not None and self.training and not is_recomputation():
             with torch.no_grad():
                 self.counts.add_(counts)
         if kept is not None:
@@ -207,6 +208,7 @@ class TopKGating(nn.Module):
         to = torch.promote_types(accumulating(x.dtype), accumulating(weight.dtype))
         x = only(x.to(to), active)
         if self.jitter and self.training:
+            check_draws(self.generator)
             noise = torch.rand(x.shape, dtype=to, device=x.device, generator=self.generator)
             x = x * (1 + self.jitter * (2 * noise - 1))
         return F.linear(x, weight.to(to), None if bias is None else bias.to(to))

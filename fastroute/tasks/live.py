@@ -134,9 +134,14 @@ class LiveSequential(nn.Sequential):
         if way is None:
             return self._dense(x, task)
         if not _is_slow_layout(x):
-            return walk(self._steps, x, way)
+            return self._checked(walk(self._steps, x, way), task)
         way.turned = True
-        return walk(self._steps, x.contiguous(memory_format=torch.channels_last), way).contiguous()
+        return self._checked(walk(self._steps, x.contiguous(memory_format=torch.channels_last), way).contiguous(), task)
+
+    def _checked(self, y: Tensor, task: Task | None) -> Tensor:
+        for router in self._routers:
+            y = router._checked(y, task)
+        return y
 
     forward.is_a_sequence = True  # type: ignore[attr-defined]
 

@@ -17,6 +17,7 @@ from ...ops import agent_policy, dispatch, policy
 from ...ops._backends import is_strict
 from ...ops._checks import at_least_one, shown
 from ...ops._masked import only
+from ...ops._recomputation import check_draws, is_recomputation
 from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
 from ...reference.policy import accumulating, shifted
@@ -207,7 +208,8 @@ class Decision(nn.Module):
             reward=self.additional_reward_func,
         )
         meta.record(record)
-        if not is_silent(self.additional_reward_func) and (self.training or self.formula == "upstream"):
+        notes = (self.training or self.formula == "upstream") and not is_recomputation()
+        if notes and not is_silent(self.additional_reward_func):
             register(self.additional_reward_func, record.states, actions, active)
         return y, meta, actions
 
@@ -287,6 +289,7 @@ class Decision(nn.Module):
     # --------------------------------------------------------------------------------------------------------- sampling
 
     def _uniform(self, *shape: int, like: Tensor) -> Tensor:
+        check_draws(self.generator)
         return torch.rand(shape, dtype=accumulating(like.dtype), device=like.device, generator=self.generator)
 
     def _answer(
