@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import capsules, multitask, networks, ops, tasks, use_backend
-from fastroute.networks import Initialization, Loss, MoE, Selection, TopKGating, Trajectory
+from fastroute import capsules, multitask, networks, tasks, use_backend
+from fastroute.networks import Loss, MoE, Selection, TopKGating, Trajectory
 from tests.helpers import seeds
 from tests.helpers.networks import LEARNING, scatter_tables
 
@@ -218,7 +218,9 @@ def test_decisions(algo: str, storage: str, agents: int, formula: str) -> None:
 
         def run(given: dict[str, Tensor]) -> Any:
             y, meta, a = layer(given["x"], Trajectory(B), torch.arange(B) % agents, ~GONE)
-            own, routing = Loss(nn.MSELoss(), networks.NegLossReward())(torch.zeros(B, 1), meta, torch.ones(B, 1), reduce=False)
+            own, routing = Loss(nn.MSELoss(), networks.NegLossReward())(
+                torch.zeros(B, 1), meta, torch.ones(B, 1), reduce=False
+            )
             return torch.where(GONE[:, None], 0, y), routing, a
 
         return Case(layer, {"x": x}, {"x": rows(GONE, x)}, run)
@@ -243,7 +245,9 @@ def test_cells(cell: str, options: dict[str, Any]) -> None:
             state: Any = (given["h"], given["c"]) if lstm else given["h"]
             made, meta = layer(given["x"], state, mask=~GONE)
             kept = [torch.where(GONE[:, None], 0, t) for t in (made if lstm else (made,))]
-            own, routing = Loss(nn.MSELoss(), networks.NegLossReward())(torch.zeros(B, 1), meta, torch.ones(B, 1), reduce=False)
+            own, routing = Loss(nn.MSELoss(), networks.NegLossReward())(
+                torch.zeros(B, 1), meta, torch.ones(B, 1), reduce=False
+            )
             return *kept, routing, meta.actions
 
         return Case(layer, inputs, {name: GONE[:, None] for name in inputs}, run)
@@ -364,9 +368,7 @@ def test_layers_between_routers(task: Any) -> None:
         router = tasks.TaskRouter(F, K, 0.5, generator=seeds.generator(0))
         layer = tasks.RoutedLinear(F, 4, input_router=router)
         off = (router.get_unit_mapping()[task] == 0).expand(B, F)
-        return Case(
-            layer, {"x": draw(B, F, dtype=torch.float32)}, {"x": off}, lambda given: layer(given["x"], task)
-        )
+        return Case(layer, {"x": draw(B, F, dtype=torch.float32)}, {"x": off}, lambda given: layer(given["x"], task))
 
     check(case)
 
@@ -375,7 +377,9 @@ def test_outputs_of_other_tasks() -> None:
     def case() -> Case:
         y, task = draw(K, B, 4, dtype=torch.float32), torch.arange(B) % K
         gone = torch.arange(K)[:, None] != task
-        return Case(nn.Identity(), {"y": y}, {"y": gone[..., None]}, lambda given: multitask.OfTask()(*given["y"], task))
+        return Case(
+            nn.Identity(), {"y": y}, {"y": gone[..., None]}, lambda given: multitask.OfTask()(*given["y"], task)
+        )
 
     check(case)
 

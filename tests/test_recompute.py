@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastroute import networks
-from fastroute.networks import Initialization, Loss, MoE, Selection, TopKGating, Trajectory
+from fastroute.networks import Loss, MoE, TopKGating, Trajectory
 from fastroute.tasks import RoutedLinear, TaskRouter, live, on_task, route, set_task, vgg11_bn
 from tests.helpers import seeds
 from tests.helpers.networks import LEARNING, linears

@@ -230,13 +230,7 @@ class Decision(nn.Module):
             return None
         if agents is not None and active is None:
             plan = meta.plan_of(agents, self._num_agents)
-            if plan.bounds is not None:
-                negative = B - plan.bounds[-1]
-            else:
-                looks = is_strict() and not torch.compiler.is_compiling() and type(agents) is Tensor
-                negative = int((agents < 0).sum()) if looks else 0
-            if negative:
-                raise IndexError(f"agents: expected indices of 0 or more, got {negative} that are negative")
+            dispatch.check_all_named(plan, agents, "agents")
             return plan
         if agents is None:
             agents = torch.zeros(B, dtype=torch.int64, device=device)
