@@ -207,7 +207,7 @@ class RoutingRNNCellBase(nn.Module):
         return y
 
     def _seen(self, t: Tensor, active: Tensor | None) -> Tensor:
-        """What the cell computes with: nothing of samples that ``mask`` leaves out (but for upstream, which goes on)."""
+        """What the cell computes with: zeros for samples that ``mask`` leaves out (but for upstream, which goes on)."""
         return t if self._zero_stops else only(t, active)
 
     def _keep(self, active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ class Selection(nn.Module):
     parameters, under ``_submodules.{k}``.
 
     Args:
-        modules: K of them, whose outputs have one shape. A single one is applied to all samples that are not
-            masked, whatever their action.
+        modules: K of them, whose outputs have one shape. A single one is applied to all samples, whatever their
+            action and the mask, as upstream.
         name: stored only.
         store_module_pointers: note in every sample's step the module it took, as ``selected_modules``.
         dropped: what comes of samples of whose actions none names a module (negative, or masked out): "zero" rows
@@ -85,7 +85,7 @@ class Selection(nn.Module):
             batch: [B, ...].
             meta: the batch's trajectory; passed on.
             actions: [B] or [B, 1] integers, of a decision, or [B, k]. May be None with a single module.
-            mask: [B] bool; samples that are False are dropped.
+            mask: [B] bool; samples that are False are dropped. Not looked at with a single module.
             weights: floating, of actions' shape: makes [B] and [B, 1] a mixture as well. None: those that a
                 ``TopKGating`` gave with these very actions; without a gating ones. Actions that name no module add
                 nothing, whatever their weight; the same module twice adds twice.
@@ -108,17 +108,14 @@ class Selection(nn.Module):
                 weights = meta.weights_of(actions)
             if weights is not None or actions.shape[1] != 1:
                 return self._mixture(batch, actions, weights, mask), meta, actions
-        if K == 1 and weights is None and mask is None:
+        if K == 1 and weights is None:
             y = self._submodules[0](batch)
             if self._log is not None:
                 self._log.add(0)
             return y, meta, actions
-        if K == 1 and weights is None:
-            chosen = torch.zeros(B, dtype=torch.int64, device=batch.device)
-        elif actions is None:
+        if actions is None:
             raise ValueError(f"actions: expected one per sample to choose among {K} modules by, got None")
-        else:
-            chosen = dispatch.as_actions(actions, B, batch.device)
+        chosen = dispatch.as_actions(actions, B, batch.device)
         active = as_mask(mask, B, batch.device)
         if active is not None:
             chosen = torch.where(active, chosen, -1)

@@ -1,6 +1,6 @@
 """What a mask leaves out is left out before anything is computed from it.
 
-0 times NaN is NaN: a result that is zeroed afterwards still has a gradient. Selecting x first selects its gradient, too.
+0 times NaN is NaN: a result that is zeroed afterwards still has a gradient. Selecting x first selects its gradient.
 """
 
 from __future__ import annotations

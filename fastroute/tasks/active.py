@@ -162,9 +162,9 @@ class TaskAware(nn.Module):
 
 
 _CHANGED = (
-    "task: expected a forward pass that is made again for backward (torch.utils.checkpoint) to have the task of the first "
-    "time, but the active task was changed in between; give the task in the call, model(x, task), or set it within the "
-    "function that is checkpointed, by on_task(model, task)"
+    "task: expected a forward pass that is made again for backward (torch.utils.checkpoint) to have the task of the "
+    "first time, but the active task was changed in between; give the task in the call, model(x, task), or set it "
+    "within the function that is checkpointed, by on_task(model, task)"
 )
 
 
