@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops import _checks, efficient_routing
 from ..ops._autocast import autocast_off
+from ..ops._masked import only, reaches
 from ..reference.efficient_routing import Parameters, cast, input_scale, predict
 from ..reference.tiles import tile_rows
 from ..reference.vector_routing import assign, gates, row_is_live
@@ -63,15 +64,14 @@ class PhiTiles:
         B, n, d = self.x.shape
         scale = input_scale(self.x, self.lengths).to(self.x.dtype)
         live = None if self.lengths is None else row_is_live(self.x, self.lengths)
+        reached = None if self.mask is None else reaches(self.mask)
         size = tile_rows(max(B, 1), n, d + 4 * self.n_out, self.x.element_size(), self.x.device)
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
             x, w = self.x[:, rows], self._of_rows(rows)
-            if live is not None:
-                x = x.masked_fill(~live[:, rows, None], 0.0)
-            gate = gates(x, w.W_A, w.B_A, scale).sigmoid()
-            if live is not None:
-                gate = gate.masked_fill(~live[:, rows], 0.0)
+            for kept in (live, reached):
+                x = only(x, None if kept is None else kept[:, rows])
+            gate = only(gates(x, w.W_A, w.B_A, scale).sigmoid(), None if live is None else live[:, rows])
             phi = assign(
                 x, gate, self.pred, w.W_S, w.B_S, w.beta_use, w.beta_ign, use_bias=w.bias_use, ign_bias=w.bias_ign,
                 prior=w.prior, mask=None if self.mask is None else self.mask[:, rows],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks, soft_assignment
 from ..ops._autocast import autocast_dtype
+from ..ops._masked import only, reaches
 from ..reference.soft_assignment import accumulating, share
 from ..reference.vector_routing import row_is_live
 
@@ -132,7 +133,7 @@ class DefinableVectorRouting(nn.Module):
         Args:
             x_inp: floating point, on the parameters' device.
             mask: bool, broadcastable to [..., n_inp, n_out]; True = input i may not reach output j. An input masked
-                for every output contributes zero.
+                for every output contributes zero: A, F and S are given zeros instead.
             lengths: integers, one per sample (the leading dimensions of x_inp), from 0 to n_inp: vectors from there on
                 are padding. A, F and S are given zeros instead, and what they return there is not read.
 
@@ -148,10 +149,11 @@ class DefinableVectorRouting(nn.Module):
             _checks.tensor("mask", mask, "a bool tensor")
             _checks.together(("x_inp", x_inp), {"mask": mask})
             mask = _checks.as_mask(mask, batch, n, m)
+            x_inp = only(x_inp, reaches(mask).reshape(*batch, n))
         if lengths is not None:
             lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
             live = row_is_live(x_inp, lengths).reshape(*batch, n, 1)
-            x_inp = x_inp.masked_fill(~live, 0.0)
+            x_inp = only(x_inp, live[..., 0])
 
         use, ign = self._betas(x_inp, B)
         a_inp = self._scores_of_use(self.A(x_inp), batch, n)

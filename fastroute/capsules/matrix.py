@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks, matrix_routing
 from ..ops._autocast import autocast_dtype, autocast_off
+from ..ops._masked import only, reaches
 from ..ops.matrix_routing import P_MODELS
 from ..reference.matrix_routing import Capsules, first_or_next
 from ..reference.matrix_step import Outputs
@@ -178,10 +179,13 @@ class GenerativeMatrixRouting(nn.Module):
             _checks.together(("mu_inp", mu_inp), {"mask": mask})
             mask = _checks.as_mask(mask, batch, n, w.W.shape[1])
         a, mu = a_inp.reshape(-1, n), mu_inp.reshape(-1, n, c, d)
+        if mask is not None:
+            open_rows = reaches(mask)
+            a, mu = only(a, open_rows), only(mu, open_rows)
         if lengths is not None:
             lengths = _checks.as_lengths(lengths, batch, n, mu_inp.device)
-            padding = torch.arange(n, device=mu_inp.device) >= lengths[:, None]
-            a = a.masked_fill(padding, -torch.inf)  # and so their matrices are not read
+            live = torch.arange(n, device=mu_inp.device) < lengths[:, None]
+            a, mu = torch.where(live, a, -torch.inf), only(mu, live)
         if self.return_dict:
             found = self._last_iteration(a, mu, w, mask)
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..ops import _checks
 from ..ops._autocast import autocast_dtype, autocast_off
+from ..ops._masked import only, reaches
+from ..ops._recomputation import check_draws
 from ..ops.soft_assignment import soft_assignment
 from ..reference.vector_routing import row_is_live
 
@@ -99,6 +101,7 @@ class SlotAttention(nn.Module):
             generator: of the random numbers; None: torch's own.
         """
         n_slots = self.n_slots if n_slots is None else _checks.at_least_one("n_slots", n_slots)
+        check_draws(generator)
         mu, device = self.mu, self.mu.device
         draw = torch.randn(*batch, n_slots, self.d_slot, generator=generator, device=device, dtype=mu.dtype)
         return mu + self.log_sigma.exp() * draw
@@ -146,9 +149,11 @@ class SlotAttention(nn.Module):
         device, dtype = x_inp.device.type, self.mu.dtype
         samples = math.prod(batch)
         x = x_inp.to(dtype).reshape(samples, n, d)
+        if mask is not None:
+            x = only(x, reaches(mask))
         if lengths is not None:
             lengths = _checks.as_lengths(lengths, batch, n, x.device)
-            x = x.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
+            x = only(x, row_is_live(x, lengths))
         inputs = self.norm_inputs(x)
         k, v = self.k(inputs), self.v(inputs)
         slots = slots.to(dtype).reshape(samples, m, self.d_slot)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
 from ..ops._autocast import autocast_dtype, autocast_off
+from ..ops._masked import only, reaches
 from ..ops._modules import Memo, Proof, are_transformed, call, may_be_read
 from ..reference.efficient_routing import Functions, Parameters, cast, first_or_next, input_scale
 from ..reference.vector_routing import row_is_live
@@ -209,6 +210,8 @@ class EfficientVectorRouting(nn.Module):
         if lengths is not None:
             lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
         x = x_inp.reshape(-1, n, d)
+        if mask is not None:
+            x = only(x, reaches(mask))
         plain = self._is_plain()
         if self.return_dict or not plain:
             found = self._last_iteration(x, mask, lengths, plain)

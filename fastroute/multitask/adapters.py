@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._backends import is_strict
 from ..ops._checks import at_least_one, shown, tensor
+from ..ops._masked import only
 
 
 class Unpack(nn.Module):
@@ -102,7 +104,8 @@ class OfTask:
     y_b = y_t,b with t the task of sample b. The outputs are anchors of their own, or one tuple, list or dict of them;
     the task ids are the last anchor. For batches in which every sample has one task.
 
-    Samples whose task is out of range raise on a CPU and give the first or the last task's elsewhere.
+    Samples whose task is out of range, -1 among them, raise on a CPU and give zeros elsewhere (see
+    ``fastroute.strict``).
     """
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -128,8 +131,10 @@ def _pick(outputs: Sequence[Any], task: Any) -> Tensor:
     T, B = len(outputs), outputs[0].shape[0]
     if task.dim() != 1 or task.shape[0] != B:
         raise ValueError(f"task: expected one per sample, [{B}], got {shown(task)}")
-    known = task.device.type == "cpu" and not torch.compiler.is_compiling() and type(task) is Tensor
-    if known and B and bool(((task < 0) | (task >= T)).any()):
+    named = (task >= 0) & (task < T)
+    looks = (task.device.type == "cpu" or is_strict()) and not torch.compiler.is_compiling() and type(task) is Tensor
+    if looks and not bool(named.all()):
         raise IndexError(f"task: expected tasks from 0 to {T - 1}, got {int(task.min())} to {int(task.max())}")
     at = task.clamp(0, T - 1).long().reshape(1, B, *[1] * (outputs[0].dim() - 1)).expand(1, *outputs[0].shape)
-    return torch.stack(list(outputs)).gather(0, at).squeeze(0)
+    y = torch.stack(list(outputs)).gather(0, at).squeeze(0)
+    return y if looks else only(y, named)

@@ -97,8 +97,8 @@ class MultiHead(nn.Module):
 
         Args:
             x: [..., F]; with ``task`` [B, F].
-            task: [B] integers; on a CPU one that is no task raises, on a GPU its sample gets zeros (see
-                ``fastroute.strict``).
+            task: [B] integers; on a CPU one that is no task, -1 among them, raises, on a GPU its sample gets zeros
+                (see ``fastroute.strict``).
 
         Returns:
             [T, ..., O], or what ``returns`` says; with ``task`` [B, O].
@@ -125,7 +125,9 @@ class MultiHead(nn.Module):
         """Samples sorted by their tasks, then each task's through its own head."""
         if x.dim() != 2:
             raise ValueError(f"x: expected [B, {self._layers[0].F}] with a task per sample, got {shown(x)}")
-        plan = dispatch.plan(dispatch.as_actions(task, x.shape[0], x.device, "task"), len(self.tasks), "task")
+        task = dispatch.as_actions(task, x.shape[0], x.device, "task")
+        plan = dispatch.plan(task, len(self.tasks), "task")
+        dispatch.check_all_named(plan, task, "task")
         h, last = x, len(self._layers) - 1
         for k, (layer, weight) in enumerate(zip(self._layers, self.weights, strict=True)):
             h = grouped_linear(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch, grouped_linear
+from ..ops._masked import only
 from ..ops._modules import Memo, Proof, are_transformed, may_be_read, signature
 from ..ops.dispatch import Plan
 from .mlp import MLP
@@ -299,6 +300,12 @@ def kept(plan: Plan, rows: int) -> Tensor | None:
     return torch.empty_like(sorted_kept).index_copy(0, plan.order, sorted_kept)
 
 
+def _has_module(plan: Plan, samples: int) -> Tensor | None:
+    """[B] bool: the samples with an entry that matches a module; None as of :func:`kept`."""
+    found = kept(plan, samples * plan.per_sample)
+    return found if found is None or plan.per_sample == 1 else found.view(samples, plan.per_sample).any(1)
+
+
 def run(
     modules: list[Any],
     x: Tensor,
@@ -342,6 +349,8 @@ def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> T
     """The stages, one after the other; None where one of them would rather not."""
     if not all(stage.is_at(x.device) for stage in alike):
         return None
+    if alike[0].kind in ("norm", "free"):  # the others leave dropped samples out themselves
+        x = only(x, _has_module(plan, x.shape[0]))
     flow = _Flow(x, plan, keep_empty)
     last = -1  # the last stage with parameters
     for i, stage in enumerate(alike):
@@ -364,9 +373,7 @@ def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> T
             flow.unsort()
     flow.unsort()
     if alike[-1].kind != "linear":
-        rows = kept(plan, flow.x.shape[0])
-        if rows is not None:
-            flow.x = torch.where(rows.reshape(-1, *[1] * (flow.x.dim() - 1)), flow.x, 0)
+        flow.x = only(flow.x, kept(plan, flow.x.shape[0]))
     return flow.x
 
 

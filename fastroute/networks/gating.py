@@ -18,7 +18,9 @@ from ..ops import dispatch
 from ..ops._autocast import autocast_off
 from ..ops._backends import is_strict
 from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._masked import only
 from ..ops._modules import call, may_be_read
+from ..ops._recomputation import check_draws, is_recomputation
 from ..reference.policy import accumulating
 from .decisions.base import Triplet, as_mask
 from .record import Mixture
@@ -189,7 +191,7 @@ class TopKGating(nn.Module):
             counts, kept = self._kept(actions, active, forced is None)
             weights = self._weights(z, scores, actions, actions >= 0)
             losses = self._losses(z, scores, counts, active)
-        if self.counts is not None and self.training:
+        if self.counts is not None and self.training and not is_recomputation():
             with torch.no_grad():
                 self.counts.add_(counts)
         if kept is not None:
@@ -211,10 +213,9 @@ class TopKGating(nn.Module):
         to = accumulating(x.dtype)
         for p in router.parameters():
             to = torch.promote_types(to, accumulating(p.dtype)) if p.is_floating_point() else to
-        x = x.to(to)
-        if active is not None:  # what is masked out may be anything, and its gradient would be too
-            x = torch.where(active[:, None], x, 0)
+        x = only(x.to(to), active)
         if self.jitter and self.training:
+            check_draws(self.generator)
             noise = torch.rand(x.shape, dtype=to, device=x.device, generator=self.generator)
             x = x * (1 + self.jitter * (2 * noise - 1))
         if type(router) is nn.Linear and may_be_read(router):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._recomputation import is_recomputation
 from ..ops.trajectory_loss import SILENT, trajectory_loss
 from .entries import Entries, Need, Step, known_losses, reduce, rows_of
 from .record import Record
@@ -99,7 +100,7 @@ class Loss(nn.Module):
         routing = self._routing(meta, losses, ysest, truth)
         if (aux := meta.aux_losses()) is not None:  # what top-k gatings ask for
             routing = routing + aux
-        if self.clear:
+        if self.clear and not is_recomputation():
             for reward in {id(r.reward): r.reward for r in meta.records if r.reward is not None}.values():
                 reward.clear()
         if not reduce:

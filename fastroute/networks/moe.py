@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..ops import dispatch, expert_ffn
 from ..ops._checks import at_least_one, floating, integer, shown, tensor
+from ..ops._masked import only
 from ..ops._modules import may_be_read
 from ..reference.grouped_linear import ACTIVATIONS
 from .decisions.base import as_mask
@@ -125,6 +126,7 @@ class MoE(nn.Module):
             if mask.shape != lead:
                 raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
             active = as_mask(mask.reshape(-1), len(flat), x.device)
+            flat = only(flat, active)
         routed = self._routed(flat, active)
         plan = dispatch.plan(routed.actions, self.num_experts)
         options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
@@ -159,4 +161,4 @@ class MoE(nn.Module):
         g, v = u.chunk(2, -1) if self.gated else (u, None)
         h = ACTIVATIONS[self.activation](g)
         y = F.linear(h if v is None else h * v, w_out)
-        return y if mask is None else torch.where(mask[:, None], y, 0)
+        return only(y, mask)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._masked import only
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
 from .selection import Selection
@@ -205,6 +206,10 @@ class RoutingRNNCellBase(nn.Module):
                 y, *_ = selections[shared](y, meta, actions, active)
         return y
 
+    def _seen(self, t: Tensor, active: Tensor | None) -> Tensor:
+        """What the cell computes with: zeros for samples that ``mask`` leaves out (but for upstream, which goes on)."""
+        return t if self._zero_stops else only(t, active)
+
     def _keep(self, active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
         """The new state, the old one where ``mask`` is False (but for upstream, which goes on from zeros)."""
         return new if active is None or self._zero_stops else torch.where(active[:, None], new, old)
@@ -256,11 +261,11 @@ class RoutingLSTMCell(RoutingRNNCellBase):
         if not isinstance(hidden, (tuple, list)) or len(hidden) != 2:
             raise TypeError(f"hidden: expected the pair (h, c), got {_shown(hidden)}")
         h, c = self._state("h", hidden[0], x), self._state("c", hidden[1], x)
-        made = self._project("i2h", x, meta, agents, active, forced)
-        made = made + self._project("h2h", h, meta, agents, active, forced)
+        made = self._project("i2h", self._seen(x, active), meta, agents, active, forced)
+        made = made + self._project("h2h", self._seen(h, active), meta, agents, active, forced)
         i, f, o = made[:, : 3 * self.hidden_size].sigmoid().chunk(3, 1)
         g = made[:, 3 * self.hidden_size :].tanh()
-        new_c = f * c + i * g
+        new_c = f * self._seen(c, active) + i * g
         new_h = o * new_c.tanh()
         return (self._keep(active, new_h, h), self._keep(active, new_c, c)), meta
 
@@ -293,12 +298,13 @@ class RoutingGRUCell(RoutingRNNCellBase):
         """
         meta, active, forced = self._begin(x, meta, mask, forced_actions)
         h = self._state("hidden", hidden, x)
-        of_x = self._project("i2h", x, meta, agents, active, forced)
-        of_h = self._project("h2h", h, meta, agents, active, forced)
+        seen = self._seen(h, active)
+        of_x = self._project("i2h", self._seen(x, active), meta, agents, active, forced)
+        of_h = self._project("h2h", seen, meta, agents, active, forced)
         (i_r, i_z, i_n), (s_r, s_z, s_n) = of_x.chunk(3, 1), of_h.chunk(3, 1)
         z = (i_z + s_z).sigmoid()
         n = (i_n + (i_r + s_r).sigmoid() * s_n).tanh()
-        return self._keep(active, (1 - z) * n + z * h, h), meta
+        return self._keep(active, (1 - z) * n + z * seen, h), meta
 
 
 def _shown(value: object) -> str:

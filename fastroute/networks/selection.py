@@ -28,7 +28,8 @@ class Selection(nn.Module):
     parameters, under ``_submodules.{k}``.
 
     Args:
-        modules: K of them, whose outputs have one shape. A single one is applied to all samples, whatever their action.
+        modules: K of them, whose outputs have one shape. A single one is applied to all samples, whatever their
+            action and the mask, as upstream.
         name: stored only.
         store_module_pointers: note in every sample's step the module it took, as ``selected_modules``.
         dropped: what comes of samples of whose actions none names a module (negative, or masked out): "zero" rows
@@ -84,7 +85,7 @@ class Selection(nn.Module):
             batch: [B, ...].
             meta: the batch's trajectory; passed on.
             actions: [B] or [B, 1] integers, of a decision, or [B, k]. May be None with a single module.
-            mask: [B] bool; samples that are False are dropped.
+            mask: [B] bool; samples that are False are dropped. Not looked at with a single module.
             weights: floating, of actions' shape: makes [B] and [B, 1] a mixture as well. None: those that a
                 ``TopKGating`` gave with these very actions; without a gating ones. Actions that name no module add
                 nothing, whatever their weight; the same module twice adds twice.

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops._checks import shown
+from ..ops._recomputation import is_recomputation
 from ..ops.dispatch import Plan
+from ..ops.trajectory_loss import SILENT
 from .record import Mixture, Record, spread
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ class _Batch:
         self.records: list[Record] = []
         self.mixtures: list[Mixture] = []
         self.mixed: list[tuple[Tensor, Tensor]] = []  # their actions and weights, as the layers gave them
+        self.remixed: list[tuple[Tensor, Tensor]] = []  # likewise, of gatings made again since weights were read
+        self.is_remixed_read = False
+        self.is_remade = is_recomputation()  # the batch itself is of a forward pass made again
+        self.without_graph = False  # whether something was recorded without gradients
+        self.is_read = False  # whether somebody asked for losses
         self.samples: dict[int, SampleMetaInformation] = {}
         #: what a user put into a recorded step of a sample: (record, sample) -> name -> value
         self.extras: dict[tuple[int, int], dict[str, Any]] = {}
@@ -51,6 +58,23 @@ class _Batch:
                 raise TypeError(f"tasks: expected integers to choose agents or modules by, got {tasks!r}") from error
             self._task_tensor = made.reshape(-1).to(device, torch.int64)
         return self._task_tensor
+
+    def is_again(self) -> bool:
+        """Whether what is made now has been recorded already: a forward pass is made again for backward.
+
+        Raises:
+            RuntimeError: the first time it was recorded without gradients, which are wanted now.
+        """
+        if self.is_remade or not is_recomputation():
+            self.without_graph |= not torch.is_grad_enabled()
+            return False
+        if self.without_graph and self.is_read and torch.is_grad_enabled():
+            raise RuntimeError(
+                "meta: expected the losses of decisions to be read where they have gradients, got those of a "
+                "trajectory from outside of torch.utils.checkpoint with use_reentrant=True, which records without; "
+                "use use_reentrant=False, or make and read the trajectory within"
+            )
+        return True
 
     def is_active(self, record: int, sample: int) -> bool:
         active = self.records[record].active
@@ -300,6 +324,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def aux_losses(self) -> Tensor | None:
         """[B]: the gatings' balance and z-losses of each sample, whose mean is theirs over the batch; None without."""
         losses = [loss for m in self.mixtures for loss in m.losses.values()]
+        self._batch.is_read |= bool(losses)
         return torch.stack(losses).sum(0) if losses else None
 
     @property
@@ -347,12 +372,18 @@ class Trajectory(Sequence[SampleMetaInformation]):
             raise ValueError(f"record: expected actions of shape [{self.size}], got {shown(record.actions)}")
         if self._rows is not None:
             record = record.spread(self._index(record.actions.device), self._batch.size)
-        self._batch.records.append(record)
+        if not self._batch.is_again():
+            self._batch.records.append(record)
 
     def mix(self, mixture: Mixture) -> None:
         """Add what a gating did. Its tensors are those of this view's samples."""
         if mixture.actions.dim() != 2 or mixture.actions.shape[0] != self.size:
             raise ValueError(f"mix: expected actions of shape [{self.size}, k], got {shown(mixture.actions)}")
+        if self._batch.is_again():
+            if self._batch.is_remixed_read:  # their graphs hold what was recomputed
+                self._batch.remixed, self._batch.is_remixed_read = [], False
+            self._batch.remixed.append((mixture.actions, mixture.weights))
+            return
         self._batch.mixed.append((mixture.actions, mixture.weights))
         mixture.after = len(self._batch.records)
         if self._rows is not None:
@@ -365,8 +396,9 @@ class Trajectory(Sequence[SampleMetaInformation]):
         Raises:
             ValueError: they are other actions, whose weights nobody knows.
         """
-        for own, weights in reversed(self._batch.mixed):
+        for own, weights in reversed([*self._batch.mixed, *self._batch.remixed]):
             if own is actions:
+                self._batch.is_remixed_read = True
                 return weights
         k = actions.shape[1]  # [B, 1] may be a decision's
         if any(k > 1 or mixture.actions.shape[1] == 1 for mixture in self._batch.mixtures):
@@ -431,10 +463,11 @@ class Trajectory(Sequence[SampleMetaInformation]):
         if self._rows is not None:
             final_reward = spread(final_reward, self._index(final_reward.device), self._batch.size)
         self._batch.final_reward = final_reward
+        self._batch.is_read |= any(getattr(r.decision, "algorithm", None) != SILENT for r in self._batch.records)
 
     def point_to(self, modules: Any) -> None:
         """Have the last step of every sample name the module that its action chose (``selected_modules``)."""
-        if self._batch.records:
+        if self._batch.records and not self._batch.is_again():
             self._batch.pointers[len(self._batch.records) - 1] = modules
 
     def summary(self) -> Summary:

@@ -19,6 +19,7 @@ from . import _gram as gram
 from ._autocast import autocast_off
 from ._autograd import asked_again, transformed
 from ._backends import choose
+from ._masked import only, reaches
 from ._routing_outputs import (
     LATER,
     Predictions,
@@ -75,6 +76,7 @@ def _chunks(call: Streamed) -> Iterator[_Chunk]:
     for number, x in enumerate(call.passes()):
         rows = slice(start, start + x.shape[1])
         mask = None if call.mask is None else call.mask[:, rows]
+        x = x if mask is None else only(x, reaches(mask))
         lengths = None if call.lengths is None else (call.lengths - start).clamp(0, x.shape[1])
         yield _Chunk(number, rows, x, mask, lengths)
         start = rows.stop

@@ -108,6 +108,20 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
     return Plan(order, offsets, beyond, bounds, samples, per_sample)
 
 
+def check_all_named(plan: Plan, indices: Tensor, name: str) -> None:
+    """IndexError for negative ones of a plan's indices, where looking costs nothing or ``strict`` asks for it.
+
+    A negative action names no module; a task or an agent that is negative is a mistake.
+    """
+    if plan.bounds is not None:
+        negative = indices.shape[0] - plan.bounds[-1]
+    else:
+        looks = is_strict() and not torch.compiler.is_compiling() and type(indices) is Tensor
+        negative = int((indices < 0).sum()) if looks else 0
+    if negative:
+        raise IndexError(f"{name}: expected indices of 0 or more, got {negative} that are negative")
+
+
 def _check_beyond(order: Tensor, beyond: Tensor, bounds: list[int] | None, modules: int, name: str) -> None:
     """IndexError for actions out of range, where looking costs nothing or ``strict`` asks for it."""
     if bounds is None and not (is_strict() and has_numbers(beyond)):

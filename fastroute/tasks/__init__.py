@@ -1,6 +1,6 @@
 """Task routing (Strezoski et al. 2019): a fixed random subset of the channels per task, hundreds of tasks in one."""
 
-from .active import set_task
+from .active import on_task, set_task
 from .export import Overlap, extract_task, mask_overlap
 from .fold import fold
 from .layers import RoutedConv2d, RoutedLinear
@@ -20,6 +20,7 @@ __all__ = [
     "fold",
     "live",
     "mask_overlap",
+    "on_task",
     "route",
     "set_task",
     "vgg11",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..ops._recomputation import is_recomputation, saved_are_hooked
 
 #: A task for all samples, or [B] one for each.
 Task = int | Tensor
@@ -75,6 +77,11 @@ class TaskAware(nn.Module):
     traced code reads, so that no graph depends on its value. The tensor is replaced rather than written to, since a
     backward pass may still need the old one, and is no buffer, since DistributedDataParallel would copy rank 0's to
     all ranks, which may be at different tasks.
+
+    A forward pass that is made again for backward (torch.utils.checkpoint) has to have the task of the first time. A
+    task that is given is the same; that the active one is still the same is checked by ``_checked``, which saves it for
+    backward and so compares it with what it is when it is saved again, and, for checkpoints that save nothing the first
+    time (``use_reentrant=True``), by counting in ``_count``.
     """
 
     task_count: int
@@ -121,12 +128,62 @@ class TaskAware(nn.Module):
             return task_index(task, self.task_count)
         if torch.compiler.is_compiling():
             return self._active_id
+        self._count()
         return self._active if not isinstance(self._active, Tensor) else self._active_id
+
+    def _count(self) -> None:
+        """Of each task, the passes in training without gradients, which may be made again."""
+        if not self.training or isinstance(self._active, Tensor) or saved_are_hooked():
+            return
+        again = is_recomputation()
+        if again != torch.is_grad_enabled():
+            return
+        due: dict[int, int] = self.__dict__.setdefault("_due", {})
+        if not again:
+            due[self._active] = due.get(self._active, 0) + 1
+        elif due.get(self._active, 0):
+            due[self._active] -= 1
+        elif any(due.values()):
+            raise RuntimeError(_CHANGED)
+
+    def _checked(self, y: Tensor, task: Task | None) -> Tensor:
+        """y, made for a task that may be the active one; its backward raises if it was made again for another."""
+        if task is not None or traced() or not torch.is_grad_enabled() or not saved_are_hooked():
+            return y
+        active = self._active if isinstance(self._active, Tensor) else torch.tensor(self._active)
+        anchor = None if y.requires_grad else torch.empty(0, requires_grad=True)  # what follows depends on the task
+        checked: Tensor = _Checked.apply(y, active, anchor)
+        return checked
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         _follow_device(self)
         return self
+
+
+_CHANGED = (
+    "task: expected a forward pass that is made again for backward (torch.utils.checkpoint) to have the task of the "
+    "first time, but the active task was changed in between; give the task in the call, model(x, task), or set it "
+    "within the function that is checkpointed, by on_task(model, task)"
+)
+
+
+class _Checked(torch.autograd.Function):
+    """The identity, in place, of what was made for a task."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, task: Tensor, anchor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(task)
+        ctx.task, ctx.version = task, task._version
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (saved,) = ctx.saved_tensors
+        if ctx.version != ctx.task._version or not (saved is ctx.task or torch.equal(saved, ctx.task)):
+            raise RuntimeError(_CHANGED)
+        return grad, None, None
 
 
 def _follow_device(module: nn.Module, *_: object) -> None:
@@ -163,6 +220,38 @@ def set_task(model: nn.Module, task: Task) -> None:
         module._hold(checked, where[device])
     for other in others:
         other.set_active_task(task)
+
+
+@contextmanager
+def on_task(model: nn.Module, task: Task) -> Iterator[None]:
+    """Within, ``task`` is the active one in every part of a model that works on tasks; afterwards what was before.
+
+    So a task is given to one call of a model that does not take it as an argument. Where the call may be made again
+    for backward, as torch.utils.checkpoint does, this belongs into the function that is checkpointed::
+
+        def trunk(x, task):
+            with on_task(model, task):
+                return model.trunk(x)
+
+        y = checkpoint(trunk, x, task, use_reentrant=False)
+
+    Args:
+        model, task: as of :func:`set_task`.
+
+    Raises:
+        IndexError, TypeError, ValueError: as :func:`set_task`.
+    """
+    aware, others = aware_parts(model)
+    before = [(module, module._active, module._active_id) for module in aware]
+    theirs = [(other, other.active_task) for other in others if hasattr(other, "active_task")]
+    set_task(model, task)
+    try:
+        yield
+    finally:
+        for module, active, on in before:
+            module._hold(active, on)
+        for other, active in theirs:
+            other.set_active_task(active)
 
 
 #: By class: whether modules are TaskAware, have a ``set_active_task`` without being it, or neither.

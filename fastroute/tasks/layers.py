@@ -102,7 +102,10 @@ class _Routed(nn.Module):
             y = way.mask(y, out, outside)
             if not compact_out:
                 y = way.expand(y, outside, out.unit_count)
-        return way.end(y)
+        y = way.end(y)
+        for router in (inp, out):
+            y = y if router is None else router._checked(y, task)
+        return y
 
     def _dense(self, x: Tensor, task: Task | None, inp: TaskRouter | None, out: TaskRouter | None) -> Tensor:
         x = x if inp is None else inp(x, task)

@@ -168,9 +168,16 @@ class LiveSequential(nn.Sequential):
                 x = called(module, x, task)
             return x
         if not _is_slow_layout(x):
-            return walk(plan.steps, x, way)
+            return self._checked(walk(plan.steps, x, way), task, plan)
         way.turned = True
-        return walk(plan.steps, x.contiguous(memory_format=torch.channels_last), way).contiguous()
+        made = walk(plan.steps, x.contiguous(memory_format=torch.channels_last), way)
+        return self._checked(made.contiguous(), task, plan)
+
+    @staticmethod
+    def _checked(y: Tensor, task: Task | None, plan: _Plan) -> Tensor:
+        for router in plan.routers:
+            y = router._checked(y, task)
+        return y
 
     forward.is_a_sequence = True  # type: ignore[attr-defined]
 

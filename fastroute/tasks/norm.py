@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._recomputation import is_recomputation
+
 
 def uses_batch(norm: Any) -> bool:
     """Whether it takes its statistics from the batch."""
@@ -21,19 +23,22 @@ def _pick(t: Tensor | None, index: Tensor) -> Any:
 def live_batch_norm(norm: Any, y: Tensor, index: Tensor, dead_y: Tensor | None, dead: Tensor | None) -> Tensor:
     """BatchNorm of compact channels y [B, L, ...], numbered ``index`` [L], with the layer's parameters and buffers.
 
-    In training the running statistics of these channels move, and those of ``dead_y``, channels ``dead``, if given.
+    In training the running statistics of these channels move, and those of ``dead_y``, channels ``dead``, if given;
+    but not when a forward pass is made again for backward.
     """
     mean, var = norm.running_mean, norm.running_var
     weight, bias = _pick(norm.weight, index), _pick(norm.bias, index)
     if not norm.training or mean is None or not norm.track_running_stats:
         return F.batch_norm(y, _pick(mean, index), _pick(var, index), weight, bias, uses_batch(norm), 0.0, norm.eps)
-    factor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.num_batches_tracked is not None:
+    factor, again = 0.0 if norm.momentum is None else norm.momentum, is_recomputation()
+    if not again and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             factor = 1.0 / float(norm.num_batches_tracked)
     live_mean, live_var = _pick(mean, index), _pick(var, index)
     out = F.batch_norm(y, live_mean, live_var, weight, bias, True, factor, norm.eps)
+    if again:
+        return out
     with torch.no_grad():
         mean.index_copy_(0, index, live_mean)
         var.index_copy_(0, index, live_var)

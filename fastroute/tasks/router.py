@@ -121,7 +121,7 @@ class TaskRouter(TaskAware):
         if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[1] != self.unit_count):
             raise ValueError(f"x: expected [B, {self.unit_count}, ...] (unit_count units), got {_checks.shown(x)}")
         inplace = self.inplace and (torch.compiler.is_compiling() or not traced())  # under vmap x may be fewer than y
-        return task_mask(x, self._unit_mapping, self._task(task), inplace=inplace)
+        return self._checked(task_mask(x, self._unit_mapping, self._task(task), inplace=inplace), task)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,

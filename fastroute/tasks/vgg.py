@@ -174,7 +174,7 @@ class VGG(TaskAware):
         """
         x = _routed(self.features, x, task)
         x = torch.flatten(self.avgpool(x), 1)
-        return self._classify(x, self._task(task))
+        return self._checked(self._classify(x, self._task(task)), task)
 
     def _classify(self, x: Tensor, task: Task) -> Tensor:
         """The heads of the tasks, in one grouped product unless there is but one."""

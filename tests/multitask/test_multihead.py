@@ -96,6 +96,7 @@ def test_multihead_compiles(by_task: bool) -> None:
         (lambda: MultiHead(5, 4, 2, []), ValueError, "tasks: expected at least one"),
         (lambda: MultiHead(5, 4, 2, 3)(torch.ones(2, 4)), ValueError, r"x: expected \[..., 5\], got \[2, 4\]"),
         (lambda: MultiHead(5, 4, 2, 3)(torch.ones(2, 5), torch.tensor([0, 3])), IndexError, "task: expected indices"),
+        (lambda: MultiHead(5, 4, 2, 3)(torch.ones(2, 5), torch.tensor([0, -1])), IndexError, "task: expected indices"),
         (lambda: MultiHead(5, 4, 2, 3)(torch.ones(2, 5), torch.tensor([0])), ValueError, "task: expected one per"),
         (lambda: MultiHead(5, 4, 2, 3)(torch.ones(1, 2, 5), torch.tensor([0])), ValueError, r"x: expected \[B, 5\]"),
     ],

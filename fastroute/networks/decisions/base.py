@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ...ops import agent_policy, dispatch, policy
 from ...ops._backends import is_strict
 from ...ops._checks import at_least_one, shown
+from ...ops._masked import only
+from ...ops._recomputation import check_draws, is_recomputation
 from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
 from ...reference.policy import accumulating, shifted
@@ -185,7 +187,7 @@ class Decision(nn.Module):
         forced = None
         if forced_actions is not None:
             forced = self._forced(forced_actions, B, batch.device)
-        made = self._decide(batch, plan, forced)
+        made = self._decide(only(batch, active), plan, forced)
         y = batch if made.y is None else made.y
         actions = made.actions
         if active is not None:
@@ -206,7 +208,8 @@ class Decision(nn.Module):
             reward=self.additional_reward_func,
         )
         meta.record(record)
-        if not is_silent(self.additional_reward_func) and (self.training or self.formula == "upstream"):
+        notes = (self.training or self.formula == "upstream") and not is_recomputation()
+        if notes and not is_silent(self.additional_reward_func):
             register(self.additional_reward_func, record.states, actions, active)
         return y, meta, actions
 
@@ -227,13 +230,7 @@ class Decision(nn.Module):
             return None
         if agents is not None and active is None:
             plan = meta.plan_of(agents, self._num_agents)
-            if plan.bounds is not None:
-                negative = B - plan.bounds[-1]
-            else:
-                looks = is_strict() and not torch.compiler.is_compiling() and type(agents) is Tensor
-                negative = int((agents < 0).sum()) if looks else 0
-            if negative:
-                raise IndexError(f"agents: expected indices of 0 or more, got {negative} that are negative")
+            dispatch.check_all_named(plan, agents, "agents")
             return plan
         if agents is None:
             agents = torch.zeros(B, dtype=torch.int64, device=device)
@@ -286,6 +283,7 @@ class Decision(nn.Module):
     # --------------------------------------------------------------------------------------------------------- sampling
 
     def _uniform(self, *shape: int, like: Tensor) -> Tensor:
+        check_draws(self.generator)
         return torch.rand(shape, dtype=accumulating(like.dtype), device=like.device, generator=self.generator)
 
     def _answer(

@@ -1,0 +1,26 @@
+"""What a mask leaves out is left out before anything is computed from it.
+
+0 times NaN is NaN: a result that is zeroed afterwards still has a gradient. Selecting x first selects its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def only(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x with zeros where ``kept``, bool of x's first axes, is False: what stood there reaches nothing, no gradient it.
+
+    None: all of x is kept.
+    """
+    if kept is None:
+        return x
+    return torch.where(kept.reshape(*kept.shape, *[1] * (x.dim() - kept.dim())), x, 0)
+
+
+def reaches(mask: Tensor) -> Tensor:
+    """[B, n] bool: inputs that a mask [B, n, m] of pairs, True for masked ones, lets reach some output."""
+    if mask.stride(-1) == 0:  # expanded: the same for all outputs
+        return ~mask[..., 0]
+    return ~mask.all(-1)

@@ -1,0 +1,27 @@
+"""Forward passes that are made again during a backward pass, as torch.utils.checkpoint makes them.
+
+They give values only: what a layer notes beside its output (trajectories, counts, statistics) was noted the first time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_recomputation() -> bool:
+    """Whether a backward pass is under way in this thread."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def saved_are_hooked() -> bool:
+    """Whether somebody else keeps what is saved for backward: checkpoint without ``use_reentrant`` recomputes it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+
+
+def check_draws(generator: torch.Generator | None) -> None:
+    """RuntimeError for draws that cannot be those of the first time: only PyTorch's own generators are set back."""
+    if generator is not None and is_recomputation():
+        raise RuntimeError(
+            "generator: expected None where a forward pass is made again for backward, since checkpoint sets back "
+            "PyTorch's own generators only and another one would draw other numbers; got one"
+        )
