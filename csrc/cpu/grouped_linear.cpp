@@ -363,6 +363,9 @@ int64_t check_modules(const Check& check, const Tensors& weights, const Tensors&
   }
   int64_t of_biases = 0;
   for (const Tensor& b : biases) {
+    if (!weights.empty()) {
+      check.axes("biases", b, are_stacked ? 2 : 1);
+    }
     if (b.dim() == 1) {
       check.tensor("biases", b, type, {O}, Layout::kStrided);
       of_biases += 1;
