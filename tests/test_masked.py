@@ -262,7 +262,16 @@ def capsule_cases() -> dict[str, Callable[[torch.dtype, str], Case]]:
         def case(dtype: torch.dtype, how: str) -> Case:
             module = layer().to(dtype)
             x, (gone, given_as) = draw(B, N, D, dtype=dtype), left_out(how)
-            return Case(module, {"x": x}, {"x": gone[..., None]}, lambda given: module(given["x"], **given_as))
+
+            def run(given: dict[str, Tensor]) -> Any:
+                made = module(given["x"], **given_as)
+                if not isinstance(made, dict):
+                    return made
+                # what is shown of an input itself is shown of those that are left out, too
+                own = ("a_inp", "S", "V") if how == "mask" else ()
+                return {k: t[~gone] if k in own and t is not None else t for k, t in made.items()}
+
+            return Case(module, {"x": x}, {"x": gone[..., None]}, run)
 
         return case
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
 from ..ops._autocast import autocast_dtype, autocast_off
+from ..ops._autograd import transformed
 from ..ops._masked import only, reaches
-from ..ops._modules import Memo, Proof, are_transformed, call, may_be_read
+from ..ops._modules import Memo, Proof, call, may_be_read
 from ..reference.efficient_routing import Functions, Parameters, cast, first_or_next, input_scale
 from ..reference.vector_routing import row_is_live
 from .stream import Chunks, stream
@@ -123,7 +124,7 @@ class EfficientVectorRouting(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether the submodules are what they were made as, and may be read: the op then does what they do."""
-        if torch.compiler.is_compiling() or are_transformed():
+        if torch.compiler.is_compiling() or transformed():
             return self._looks_plain()
         modules = list(self._modules.values())
         known = self._memo.known
@@ -209,12 +210,12 @@ class EfficientVectorRouting(nn.Module):
             mask = _checks.as_mask(mask, batch, n, self.n_out)
         if lengths is not None:
             lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
-        x = x_inp.reshape(-1, n, d)
+        given = x = x_inp.reshape(-1, n, d)
         if mask is not None:
-            x = only(x, reaches(mask))
+            x = only(given, reaches(mask))
         plain = self._is_plain()
         if self.return_dict or not plain:
-            found = self._last_iteration(x, mask, lengths, plain)
+            found = self._last_iteration(x, given, mask, lengths, plain)
             if not self.return_dict:
                 return found["x_out"].reshape(*batch, self.n_out, self.d_out)  # type: ignore[union-attr]
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
@@ -263,9 +264,13 @@ class EfficientVectorRouting(nn.Module):
         return x_out
 
     def _last_iteration(
-        self, x: Tensor, mask: Tensor | None, lengths: Tensor | None, plain: bool
+        self, x: Tensor, given: Tensor, mask: Tensor | None, lengths: Tensor | None, plain: bool
     ) -> dict[str, Tensor | None]:
-        """All iterations but the last on the fused op, the last one written out; unless plain, all are written out."""
+        """All iterations but the last on the fused op, the last one written out; unless plain, all are written out.
+
+        What is shown of inputs that reach no output, a_inp, S and V, is of those ``given``, as upstream's; it has no
+        gradient.
+        """
         kwargs = {"mask": mask, "lengths": lengths}
         autocast = autocast_dtype(x.device.type) is not None
         with autocast_off(x.device.type):
@@ -282,15 +287,35 @@ class EfficientVectorRouting(nn.Module):
                 before = efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
             last = first_or_next(x, before, w, **kwargs, functions=functions)
             for _ in range(0 if plain else self.n_iters - 1):
-                last = first_or_next(x, last.x_out, w, **kwargs, functions=functions)
-            V = None
-            if self.return_dict and not self.memory_efficient:
+                before = last.x_out
+                last = first_or_next(x, before, w, **kwargs, functions=functions)
+
+            def votes(x: Tensor) -> Tensor | None:
+                if self.memory_efficient or not self.return_dict:
+                    return None
                 scaled = x * input_scale(x, lengths).to(dtype)[:, None, None]
                 if lengths is not None:
                     scaled = scaled.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
-                V = (scaled[:, :, None] * w.W_F1) @ w.W_F2 + w.B_F2
-        S, R, D_use, D_ign, phi = last.assignment
+                return (scaled[:, :, None] * w.W_F1) @ w.W_F2 + w.B_F2
+
+            S, R, D_use, D_ign, phi = last.assignment
+            per_input = [last.a_inp, S, votes(x)]
+            if self.return_dict and mask is not None:
+                with torch.no_grad():
+                    given = given.to(dtype)
+                    shown = first_or_next(given, before, w, **kwargs, functions=functions)
+                    others = [shown.a_inp, shown.assignment.S, votes(given)]
+                per_input = [
+                    None if a is None else _where(reaches(mask), a, b) for a, b in zip(per_input, others, strict=True)
+                ]
+        a_inp, S, V = per_input
         return {
-            "a_inp": last.a_inp, "V": V, "pred_x_inp": last.pred_x_inp, "S": S, "R": R, "D_use": D_use, "D_ign": D_ign,
+            "a_inp": a_inp, "V": V, "pred_x_inp": last.pred_x_inp, "S": S, "R": R, "D_use": D_use, "D_ign": D_ign,
             "phi": phi, "x_out": functions.N(last.x_out) if self.normalize else last.x_out,
         }  # fmt: skip
+
+
+def _where(kept: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
+    """[B, n, ...]: a where ``kept`` [B, n], else b."""
+    assert b is not None
+    return torch.where(kept.reshape(*kept.shape, *[1] * (a.dim() - 2)), a, b)

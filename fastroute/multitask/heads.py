@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops._modules import Proof, are_transformed, may_be_read, options
+from ..ops._autograd import transformed
+from ..ops._modules import Proof, may_be_read, options
 from .products import Layer, chains
 from .schedule import Call
 from .storage import SideBySide
@@ -194,7 +195,7 @@ class Siblings:
 
     def recipe(self, heads: Sequence[nn.Module]) -> _Recipe:
         """The one for these heads as they are."""
-        if torch.compiler.is_compiling() or are_transformed():  # a graph is guarded by what it reads, not by a memo
+        if torch.compiler.is_compiling() or transformed():  # a graph is guarded by what it reads, not by a memo
             return _Recipe(heads)
         known = self._known
         if known is None or not known[1].holds(heads):

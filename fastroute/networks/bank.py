@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch, grouped_linear
+from ..ops._autograd import transformed
 from ..ops._masked import only
-from ..ops._modules import Memo, Proof, are_transformed, may_be_read, signature
+from ..ops._modules import Memo, Proof, may_be_read, signature
 from ..ops.dispatch import Plan
 from .mlp import MLP
 
@@ -160,7 +161,7 @@ class Recipe(Memo):
     def stages(self, modules: list[Any]) -> list[_Stage] | None:
         """The steps that all modules have in common; None where they differ, are not known, or have to be called."""
         seen = _Seen([], [])
-        if torch.compiler.is_compiling() or are_transformed():  # a graph is guarded by what it reads, not by a memo
+        if torch.compiler.is_compiling() or transformed():  # a graph is guarded by what it reads, not by a memo
             return _stages(modules, seen)
         made = self.known
         if made is None or not made.proof.holds(modules):
@@ -340,7 +341,7 @@ def run(
     made = None if alike is None else _together(alike, x if inputs is None else inputs(x), plan, keep_empty)
     if made is not None:
         return made
-    others = [p for m in modules for p in m.parameters()] if keep_empty else []
+    others = [p for m in modules for p in m.parameters()] if keep_empty and not transformed() else []
     y = one_by_one(modules if called is None else called(), x, plan)
     return _WithZeros.apply(y, *others) if others else y
 

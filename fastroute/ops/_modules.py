@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 
 _AFFINE = ("weight", "bias")
@@ -88,21 +87,10 @@ def are_watched() -> bool:
     )
 
 
-def are_transformed() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is at work: tensors may be wrapped."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _is_plain(t: Any) -> bool:
-    """Whether it is a tensor, and nothing but one, or None."""
-    kind = type(t)
-    if kind not in _PLAIN:  # a trace's stand-in is read as what it stands for
-        return bool(kind.__module__.startswith("torch._subclasses."))
-    if t is None or not are_transformed():
-        return True
-    return not torch._C._functorch.is_functorch_wrapped_tensor(t) and forward_ad.unpack_dual(t).tangent is None
+    """Whether it is a tensor, and nothing but one, or None. What torch.func wraps is: ops know its rules."""
+    kind = type(t)  # a trace's stand-in is read as what it stands for
+    return kind in _PLAIN or bool(kind.__module__.startswith("torch._subclasses."))
 
 
 def why_called(m: nn.Module) -> str | None:

@@ -150,6 +150,7 @@ OWN = {
     ("assign_backward_kernel", "d_ign"): "rows, of all samples",
     ("gradient_kernel", "d_W"): "outputs of its inputs, of all samples, or of its split",
     ("gradient_kernel", "d_bias"): "outputs of its inputs, of all samples, or of its split",
+    **{("shared_sums_kernel", name): "a tile" for name in ("W", "bias", "use", "ign")},
     ("statistics_kernel", "running_mean"): "channels",
     ("statistics_kernel", "running_var"): "channels",
     ("forward_kernel", "loss"): "samples, of decisions that were before",
