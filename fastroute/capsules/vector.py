@@ -263,6 +263,15 @@ class EfficientVectorRouting(nn.Module):
         x_out: Tensor = stream(self, chunks, n=n, rows=rows, mask=mask, lengths=lengths, buffer=buffer)
         return x_out
 
+    def _votes(self, x: Tensor, w: Parameters, lengths: Tensor | None) -> Tensor | None:
+        """V, where it is shown. x and w in one dtype."""
+        if self.memory_efficient or not self.return_dict:
+            return None
+        scaled = x * input_scale(x, lengths).to(x.dtype)[:, None, None]
+        if lengths is not None:
+            scaled = scaled.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
+        return (scaled[:, :, None] * w.W_F1) @ w.W_F2 + w.B_F2
+
     def _last_iteration(
         self, x: Tensor, given: Tensor, mask: Tensor | None, lengths: Tensor | None, plain: bool
     ) -> dict[str, Tensor | None]:
@@ -289,22 +298,13 @@ class EfficientVectorRouting(nn.Module):
             for _ in range(0 if plain else self.n_iters - 1):
                 before = last.x_out
                 last = first_or_next(x, before, w, **kwargs, functions=functions)
-
-            def votes(x: Tensor) -> Tensor | None:
-                if self.memory_efficient or not self.return_dict:
-                    return None
-                scaled = x * input_scale(x, lengths).to(dtype)[:, None, None]
-                if lengths is not None:
-                    scaled = scaled.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
-                return (scaled[:, :, None] * w.W_F1) @ w.W_F2 + w.B_F2
-
             S, R, D_use, D_ign, phi = last.assignment
-            per_input = [last.a_inp, S, votes(x)]
+            per_input = [last.a_inp, S, self._votes(x, w, lengths)]
             if self.return_dict and mask is not None:
                 with torch.no_grad():
                     given = given.to(dtype)
                     shown = first_or_next(given, before, w, **kwargs, functions=functions)
-                    others = [shown.a_inp, shown.assignment.S, votes(given)]
+                    others = [shown.a_inp, shown.assignment.S, self._votes(given, w, lengths)]
                 per_input = [
                     None if a is None else _where(reaches(mask), a, b) for a, b in zip(per_input, others, strict=True)
                 ]

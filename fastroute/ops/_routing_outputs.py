@@ -40,7 +40,7 @@ LATER = ("W_G1", "W_G2", "B_G2", "W_S", "B_S")
 
 
 def used(w: Parameters, n_iters: int) -> Parameters:
-    """What a single iteration does not use, taken out of the graph where it has hooks: autograd would give them None."""
+    """What a single iteration does not use is taken out of the graph if it has hooks: autograd would give them None."""
     if n_iters > 1:
         return w
     return w._replace(**{name: t.detach() for name in LATER if (t := getattr(w, name))._backward_hooks})
