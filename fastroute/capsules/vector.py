@@ -299,23 +299,20 @@ class EfficientVectorRouting(nn.Module):
                 before = last.x_out
                 last = first_or_next(x, before, w, **kwargs, functions=functions)
             S, R, D_use, D_ign, phi = last.assignment
-            per_input = [last.a_inp, S, self._votes(x, w, lengths)]
+            a_inp, V = last.a_inp, self._votes(x, w, lengths)
             if self.return_dict and mask is not None:
                 with torch.no_grad():
                     given = given.to(dtype)
                     shown = first_or_next(given, before, w, **kwargs, functions=functions)
-                    others = [shown.a_inp, shown.assignment.S, self._votes(given, w, lengths)]
-                per_input = [
-                    None if a is None else _where(reaches(mask), a, b) for a, b in zip(per_input, others, strict=True)
-                ]
-        a_inp, S, V = per_input
+                    others = shown.a_inp, shown.assignment.S, self._votes(given, w, lengths)
+                kept = reaches(mask)
+                a_inp, S, V = _where(kept, a_inp, others[0]), _where(kept, S, others[1]), _where(kept, V, others[2])  # type: ignore[assignment]
         return {
             "a_inp": a_inp, "V": V, "pred_x_inp": last.pred_x_inp, "S": S, "R": R, "D_use": D_use, "D_ign": D_ign,
             "phi": phi, "x_out": functions.N(last.x_out) if self.normalize else last.x_out,
         }  # fmt: skip
 
 
-def _where(kept: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-    """[B, n, ...]: a where ``kept`` [B, n], else b."""
-    assert b is not None
-    return torch.where(kept.reshape(*kept.shape, *[1] * (a.dim() - 2)), a, b)
+def _where(kept: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """[B, n, ...]: a where ``kept`` [B, n], else b; None, where there is neither."""
+    return None if a is None or b is None else torch.where(kept.reshape(*kept.shape, *[1] * (a.dim() - 2)), a, b)

@@ -41,9 +41,10 @@ LATER = ("W_G1", "W_G2", "B_G2", "W_S", "B_S")
 
 def used(w: Parameters, n_iters: int) -> Parameters:
     """What a single iteration does not use is taken out of the graph if it has hooks: autograd would give them None."""
-    if n_iters > 1:
+    if n_iters > 1 or torch.compiler.is_compiling():
         return w
-    return w._replace(**{name: t.detach() for name in LATER if (t := getattr(w, name))._backward_hooks})
+    hooked = [name for name in LATER if getattr(w, name)._backward_hooks]
+    return w._replace(**{name: getattr(w, name).detach() for name in hooked})
 
 
 def norm_backward(dz: Tensor, y: Tensor) -> Tensor:
