@@ -10,8 +10,8 @@ from tests import isa
 
 
 def test_the_covering_set_has_every_instruction_set_and_every_number_of_threads() -> None:
-    best = [("avx512", 1), ("avx512", 2), ("avx512", 3)]
-    assert isa.combinations(list(isa.SETTINGS), full=False) == [("default", 2), ("avx2", 2), *best]
+    assert isa.combinations(list(isa.SETTINGS), full=False) == [("default", 1), ("avx2", 2), ("avx512", 3)]
+    assert isa.combinations(["default", "avx2"], full=False) == [("default", 1), ("avx2", 2), ("avx2", 3)]
     assert isa.combinations(["default"], full=False) == [("default", 1), ("default", 2), ("default", 3)]
     assert len(isa.combinations(list(isa.SETTINGS), full=True)) == 9
 
