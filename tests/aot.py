@@ -25,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,6 +300,13 @@ def print_reports(cases: Iterable[tuple[str, Callable[[], Iterable[Launch]]]], a
                 seen.setdefault(warm(launch, arch).hash, launch)
         for launch in seen.values():
             print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
+
+
+def main(cases: Mapping[str, Any] | Iterable[str], launches: Callable[[Any], Iterable[Launch]]) -> None:
+    """A test file as a program: ``name,name [architecture ...]``; launches gets what a mapping has for a name."""
+    archs = [int(a) for a in sys.argv[2:]] or list(ARCHS)
+    found = {name: cases[name] if isinstance(cases, Mapping) else name for name in sys.argv[1].split(",")}
+    print_reports([(name, partial(launches, case)) for name, case in found.items()], archs)
 
 
 def _printed(*arguments: str) -> str:

@@ -6,7 +6,6 @@ What is expected is the plain loop that calls each module on its samples.
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import timeit
 import warnings
@@ -28,6 +27,7 @@ from fastroute.ops._modules import Proof, may_be_read
 from fastroute.reference.efficient_routing import Parameters, efficient_routing
 from fastroute.tasks import TaskRouter, fold, live, route, set_task
 from tests.helpers.tasks import images, small_vgg
+from tests.helpers.threads import in_threads
 
 F64 = torch.float64
 B, D, O, K = 12, 6, 4, 3
@@ -812,33 +812,6 @@ def test_fold_refuses_what_it_cannot_read(change: str) -> None:
 
 
 # ------------------------------------------------------------ threads
-
-
-def in_threads(work: Callable[[int], Any], threads: int = 4) -> list[Any]:
-    """What ``work`` gives in each thread, at a switch interval that shows races; the first error is raised."""
-    found: list[Any] = [None] * threads
-    before, start = sys.getswitchinterval(), threading.Barrier(threads)
-
-    def run(k: int) -> None:
-        start.wait()
-        try:
-            found[k] = work(k)
-        except Exception as error:
-            found[k] = error
-
-    sys.setswitchinterval(1e-5)
-    try:
-        every = [threading.Thread(target=run, args=(k,)) for k in range(threads)]
-        for thread in every:
-            thread.start()
-        for thread in every:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    for made in found:
-        if isinstance(made, Exception):
-            raise made
-    return found
 
 
 THREADED: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], Tensor]]]] = {

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers import seeds
 from tests.helpers.layers import LAYERS, LayerCase
+from tests.helpers.threads import in_threads
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "works_with.md"
 F64 = torch.float64
@@ -149,25 +148,13 @@ def averaged(case: LayerCase) -> None:
 def on_threads(case: LayerCase) -> None:
     """Four at once, on a layer that no one has called before."""
     expected = [t.detach() for t in outputs(case.layer(), case)]
-    layer, found, go = case.layer(), [], threading.Barrier(4)  # type: ignore[var-annotated]
+    layer = case.layer()
 
-    def run() -> None:
-        go.wait()
+    def run(_: int) -> list[Tensor]:
         made = tree_leaves(layer(*case.inputs, *case.rest, **case.options))
-        found.append([t.detach() for t in made if isinstance(t, Tensor) and t.is_floating_point()])
+        return [t.detach() for t in made if isinstance(t, Tensor) and t.is_floating_point()]
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=run) for _ in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert len(found) == 4
-    for made in found:
+    for made in in_threads(run):
         same(made, expected)
 
 

@@ -139,9 +139,8 @@ class EfficientVectorRouting(nn.Module):
             return False
         if self.d_out > 1 and (norm.weight is not None or norm.bias is not None):
             return False
-        if (
-            self.d_out > 1 and not torch.compiler.is_compiling() and norm.eps != 1e-5
-        ):  # a graph would take it as an input
+        # under torch.compile a graph would take eps as an input
+        if self.d_out > 1 and not torch.compiler.is_compiling() and norm.eps != 1e-5:
             return False
         if self.n_inp == -1:
             for beta in (self.compute_beta_use, self.compute_beta_ign):
@@ -268,8 +267,7 @@ class EfficientVectorRouting(nn.Module):
         if self.memory_efficient or not self.return_dict:
             return None
         scaled = x * input_scale(x, lengths).to(x.dtype)[:, None, None]
-        if lengths is not None:
-            scaled = scaled.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
+        scaled = only(scaled, None if lengths is None else row_is_live(x, lengths))
         return (scaled[:, :, None] * w.W_F1) @ w.W_F2 + w.B_F2
 
     def _last_iteration(
@@ -288,7 +286,7 @@ class EfficientVectorRouting(nn.Module):
                 dtype = torch.promote_types(dtype, torch.float32)
             x = x.to(dtype)
             if not plain and lengths is not None:
-                x = x.masked_fill(~row_is_live(x, lengths)[..., None], 0.0)
+                x = only(x, row_is_live(x, lengths))
             w = cast(self._parameters_by_name(None if plain else x), dtype)
             functions = Functions() if plain else Functions(self.f, self.log_f, self.softmax, self.N)
             before = None
@@ -304,15 +302,12 @@ class EfficientVectorRouting(nn.Module):
                 with torch.no_grad():
                     given = given.to(dtype)
                     shown = first_or_next(given, before, w, **kwargs, functions=functions)
-                    others = shown.a_inp, shown.assignment.S, self._votes(given, w, lengths)
+                    of_given = self._votes(given, w, lengths)
                 kept = reaches(mask)
-                a_inp, S, V = _where(kept, a_inp, others[0]), _where(kept, S, others[1]), _where(kept, V, others[2])  # type: ignore[assignment]
+                a_inp = only(a_inp, kept, shown.a_inp)
+                S = None if S is None else only(S, kept, shown.assignment.S)  # type: ignore[arg-type]
+                V = None if V is None else only(V, kept, of_given)  # type: ignore[arg-type]
         return {
             "a_inp": a_inp, "V": V, "pred_x_inp": last.pred_x_inp, "S": S, "R": R, "D_use": D_use, "D_ign": D_ign,
             "phi": phi, "x_out": functions.N(last.x_out) if self.normalize else last.x_out,
         }  # fmt: skip
-
-
-def _where(kept: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """[B, n, ...]: a where ``kept`` [B, n], else b; None, where there is neither."""
-    return None if a is None or b is None else torch.where(kept.reshape(*kept.shape, *[1] * (a.dim() - 2)), a, b)

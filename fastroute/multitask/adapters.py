@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._backends import is_strict
-from ..ops._checks import at_least_one, shown, tensor
+from ..ops._checks import at_least_one, may_look, shown, tensor
 from ..ops._masked import only
 
 
@@ -132,7 +131,7 @@ def _pick(outputs: Sequence[Any], task: Any) -> Tensor:
     if task.dim() != 1 or task.shape[0] != B:
         raise ValueError(f"task: expected one per sample, [{B}], got {shown(task)}")
     named = (task >= 0) & (task < T)
-    looks = (task.device.type == "cpu" or is_strict()) and not torch.compiler.is_compiling() and type(task) is Tensor
+    looks = may_look(task)
     if looks and not bool(named.all()):
         raise IndexError(f"task: expected tasks from 0 to {T - 1}, got {int(task.min())} to {int(task.max())}")
     at = task.clamp(0, T - 1).long().reshape(1, B, *[1] * (outputs[0].dim() - 1)).expand(1, *outputs[0].shape)

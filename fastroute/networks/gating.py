@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from ..ops import dispatch
 from ..ops._autocast import autocast_off
-from ..ops._backends import is_strict
-from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._checks import at_least_one, floating, may_look, shown, tensor
 from ..ops._masked import only
 from ..ops._modules import call, may_be_read
 from ..ops._recomputation import check_draws, is_recomputation
@@ -203,8 +202,7 @@ class TopKGating(nn.Module):
         K = self._num_selections
         if forced.shape[1] != self.k:
             raise ValueError(f"forced_actions: expected {self.k} per sample, [{B}, {self.k}], got {shown(forced)}")
-        looks = (device.type == "cpu" or is_strict()) and not torch.compiler.is_compiling() and type(forced) is Tensor
-        if looks and B and int(forced.max()) >= K:
+        if may_look(forced) and B and int(forced.max()) >= K:
             raise IndexError(f"forced_actions: expected indices below {K}, got {int(forced.max())}")
         return torch.where((forced >= 0) & (forced < K), forced, -1)
 

@@ -32,6 +32,23 @@ def asked_again(*grads: Tensor | None) -> bool:
     return any(of.has(many) for of in keys for many in _MANY)  # type: ignore[arg-type]
 
 
+def keep_for_again(ctx: Any, tensors: Sequence[Tensor], *rest: Any) -> None:
+    """What a second derivative alone asks for: not saved, as it is there anyway, but known by its tensors' versions."""
+    if not torch.compiler.is_compiling():
+        ctx.again, ctx.versions = (tensors, *rest), [t._version for t in tensors]
+
+
+def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
+    """(tensors, *rest) again; ``what`` names the op and one of the tensors.
+
+    Raises:
+        RuntimeError: a tensor has changed in place since.
+    """
+    if ctx.versions != [t._version for t in ctx.again[0]]:
+        raise RuntimeError(f"{what} was changed in place between the forward and the backward pass")
+    return ctx.again  # type: ignore[no-any-return]
+
+
 def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, ...]:
     """Parameters, some for each module, with those of modules that have no row taken out of the graph.
 

@@ -13,6 +13,11 @@ from ..reference.dispatch import has_numbers
 from ._backends import is_strict
 
 
+def may_look(t: Tensor) -> bool:
+    """Whether a check may look at numbers: on a CPU, or where ``fastroute.strict`` asks for it; if there are any."""
+    return (t.device.type == "cpu" or is_strict()) and has_numbers(t)
+
+
 def shown(t: Tensor) -> str:
     """A tensor's shape as users write it."""
     return str(list(t.shape))
@@ -89,7 +94,7 @@ def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, de
     if tuple(lengths.shape) != tuple(batch):
         raise ValueError(f"lengths: expected one length per sample, shape {list(batch)}, got {shown(lengths)}")
     lengths = lengths.reshape(-1).to(torch.int64)
-    if (lengths.device.type == "cpu" or is_strict()) and has_numbers(lengths):
+    if may_look(lengths):
         bad = int(((lengths < 0) | (lengths > n)).sum())
         if bad:
             raise ValueError(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 
-def only(x: Tensor, kept: Tensor | None) -> Tensor:
-    """x with zeros where ``kept``, bool of x's first axes, is False: what stood there reaches nothing, no gradient it.
+def only(x: Tensor, kept: Tensor | None, others: Tensor | float = 0) -> Tensor:
+    """x with ``others`` where ``kept``, bool of x's first axes, is False.
 
-    None: all of x is kept.
+    What stood there reaches nothing, and no gradient reaches it. None: all of x is kept.
     """
     if kept is None:
         return x
-    return torch.where(kept.reshape(*kept.shape, *[1] * (x.dim() - kept.dim())), x, 0)
+    return torch.where(kept.reshape(*kept.shape, *[1] * (x.dim() - kept.dim())), x, others)
 
 
 def reaches(mask: Tensor) -> Tensor:

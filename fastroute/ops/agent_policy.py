@@ -17,7 +17,7 @@ from ..reference.agent_policy import AgentChoice as AgentChoice
 from ..reference.grouped_linear import is_stacked
 from ..reference.policy import KINDS
 from ._autocast import autocast_dtype, autocast_off
-from ._autograd import apply, asked_again, own, through, transformed, without_gradient
+from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
 from ._backends import note
 from ._checks import shown
 from .dispatch import Plan
@@ -100,8 +100,7 @@ class _AgentPolicy(torch.autograd.Function):
         ctx.options = options
         ctx.weights, ctx.shapes = len(nets[0]), [p.shape for p in parameters]
         ctx.save_for_backward(x, order, offsets, made[3], made[0], *nets[0], *nets[2])
-        if not torch.compiler.is_compiling():  # for a second derivative alone
-            ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
+        keep_for_again(ctx, parameters)
         return tuple(made)
 
     @staticmethod
@@ -142,8 +141,7 @@ class _AgentPolicy(torch.autograd.Function):
 
 def _again(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     o: _Options = ctx.options
-    if ctx.versions != [p._version for p in ctx.parameters]:
-        raise RuntimeError("agent_policy: a parameter was changed in place between the forward and the backward pass")
+    (given,) = kept_for_again(ctx, "agent_policy: a parameter")
     x, order, offsets, _, actions, *_ = ctx.saved_tensors
 
     def plain(x: Tensor | None, *parameters: Tensor) -> list[Tensor]:
@@ -154,7 +152,7 @@ def _again(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     of_outputs = [grads[1], grads[3], *grads[4:6]]
     needs = ctx.needs_input_grad
     with autocast_off(actions.device.type):
-        dx, *rest = through(plain, (x, *ctx.parameters), (needs[0], *needs[7:]), of_outputs)
+        dx, *rest = through(plain, (x, *given), (needs[0], *needs[7:]), of_outputs)
     return (dx, *[None] * 6, *rest)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..reference import dispatch as reference
 from ..reference.dispatch import Plan as Plan
 from ..reference.dispatch import has_numbers as has_numbers
+from ..reference.dispatch import is_wrapped
 from ..reference.dispatch import module_of_row as module_of_row
 from ..reference.dispatch import on_host as on_host
 from ..reference.dispatch import read as read
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
-from ._autograd import transformed
 from ._backends import Case, decide, is_strict, note, offer, requested, taken
 from ._checks import shown, tensor
 from ._triton_dispatch import dispatch_refuses
@@ -89,12 +89,8 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
         raise ValueError(f"{name}: expected [B] or [B, k], got {shown(actions)}")
     per_sample = 1 if actions.dim() == 1 else actions.shape[1]
     flat = actions if actions.dim() == 1 else actions.reshape(-1)
-    if transformed() and not has_numbers(flat):
-        made = reference.plan_of_many(flat, modules)
-        samples = None if per_sample == 1 else torch.div(made.order, per_sample, rounding_mode="floor")
-        return made._replace(samples=samples, per_sample=per_sample)
     note("dispatch", flat, N=flat.shape[0], K=modules)
-    backend = taken("dispatch", flat.device.type, flat.dtype)
+    backend = "reference" if is_wrapped(flat) else taken("dispatch", flat.device.type, flat.dtype)
     if backend == "native" and flat.device.type == "cuda":  # which depends on sizes
         sizes = (("N", flat.shape[0]), ("K", modules))
         backend = decide(Case("dispatch", "cuda", flat.dtype, sizes), requested()).backend
@@ -116,8 +112,7 @@ def check_all_named(plan: Plan, indices: Tensor, name: str) -> None:
     if plan.bounds is not None:
         negative = indices.shape[0] - plan.bounds[-1]
     else:
-        looks = is_strict() and not torch.compiler.is_compiling() and type(indices) is Tensor
-        negative = int((indices < 0).sum()) if looks else 0
+        negative = int((indices < 0).sum()) if is_strict() and has_numbers(indices) else 0
     if negative:
         raise IndexError(f"{name}: expected indices of 0 or more, got {negative} that are negative")
 

@@ -16,7 +16,7 @@ from ..reference import grouped_linear as reference
 from ..reference.grouped_linear import ACTIVATIONS, TOLD_BY_VALUE
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
 from ._autocast import autocast_dtype, autocast_off
-from ._autograd import apply, asked_again, own, through, transformed, without_gradient
+from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
 from ._backends import native_refuses, note, offer, taken
 from ._checks import shown
 from ._triton_dispatch import grouped_linear_refuses
@@ -59,8 +59,8 @@ class _GroupedLinear(torch.autograd.Function):
             y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         ctx.save_for_backward(x, order, samples, offsets, before, *weights)
-        if wants_gradients and not torch.compiler.is_compiling():  # for a second derivative alone
-            ctx.biases, ctx.versions = biases, [b._version for b in biases]
+        if wants_gradients:
+            keep_for_again(ctx, biases)
         return own(y)
 
     @staticmethod
@@ -107,8 +107,7 @@ def _again(
     grad: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     takes, puts, _, n_weights, activation, _, bounds, _, _ = ctx.options
-    if ctx.versions != [b._version for b in ctx.biases]:
-        raise RuntimeError("grouped_linear: a bias was changed in place between the forward and the backward pass")
+    (biases,) = kept_for_again(ctx, "grouped_linear: a bias")
 
     def plain(x: Tensor | None, *parameters: Tensor) -> list[Tensor]:
         w, b = parameters[:n_weights], parameters[n_weights:]
@@ -116,7 +115,7 @@ def _again(
 
     needs = ctx.needs_input_grad
     with autocast_off(grad.device.type):
-        dx, *rest = through(plain, (x, *weights, *ctx.biases), (needs[0], *needs[12:]), [grad])
+        dx, *rest = through(plain, (x, *weights, *biases), (needs[0], *needs[12:]), [grad])
     return (dx, *[None] * 11, *rest)
 
 

@@ -20,7 +20,7 @@ from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
-from ._autograd import apply, asked_again, own, through, transformed
+from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed
 from ._backends import Case, note, offer, taken
 from ._checks import floating, shown
 
@@ -67,8 +67,7 @@ class _TrajectoryLoss(torch.autograd.Function):
         made, slopes = _forward(backend, f, learning, rest[:others], rest[others:], layout, gamma, normalize, True)
         ctx.save_for_backward(slopes)
         ctx.native, ctx.dtypes, ctx.rest = backend == "native", [t.dtype for t in learning], len(rest)
-        if not torch.compiler.is_compiling():  # for a second derivative alone
-            ctx.again, ctx.versions = (f, call, tensors), [t._version for t in tensors]
+        keep_for_again(ctx, tensors, f, call)
         return own(made if made.dtype == dtype else made.to(dtype))
 
     @staticmethod
@@ -86,9 +85,7 @@ class _TrajectoryLoss(torch.autograd.Function):
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    f, (_, columns, others, _, layout, gamma, normalize), tensors = ctx.again
-    if ctx.versions != [t._version for t in tensors]:
-        raise RuntimeError("trajectory_loss: a column was changed in place between the forward and the backward pass")
+    tensors, f, (_, columns, others, _, layout, gamma, normalize) = kept_for_again(ctx, "trajectory_loss: a column")
     rest = tensors[columns:]
 
     def plain(*learning: Tensor) -> list[Tensor]:

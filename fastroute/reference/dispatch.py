@@ -27,21 +27,20 @@ def plan(actions: Tensor, modules: int) -> Plan:
     key = torch.where((actions >= 0) & (actions < modules), actions, modules)
     order = key.argsort(stable=True)
     bounds = torch.arange(modules + 1, device=actions.device)
-    return Plan(order, torch.searchsorted(key[order], bounds), (actions >= modules).sum().reshape(1))
+    offsets = (key[:, None] < bounds).sum(0) if is_wrapped(key) else torch.searchsorted(key[order], bounds)
+    return Plan(order, offsets, (actions >= modules).sum().reshape(1))
 
 
-def plan_of_many(actions: Tensor, modules: int) -> Plan:
-    """The same by what torch.vmap knows, N K comparisons."""
-    key = torch.where((actions >= 0) & (actions < modules), actions, modules)
-    bounds = torch.arange(modules + 1, device=actions.device)
-    return Plan(key.argsort(stable=True), (key[:, None] < bounds).sum(0), (actions >= modules).sum().reshape(1))
+def is_wrapped(t: Tensor) -> bool:
+    """Whether it stands for many under torch.vmap, which knows no search, but comparisons."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[no-any-return]
 
 
 def has_numbers(t: Tensor) -> bool:
     """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap."""
-    if type(t) is not Tensor or torch.compiler.is_compiling():
-        return False
-    return not (torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t))
+    return type(t) is Tensor and not torch.compiler.is_compiling() and not is_wrapped(t)
 
 
 def on_host(offsets: Tensor) -> list[int] | None:
@@ -58,4 +57,7 @@ def read(offsets: Tensor) -> list[int]:
 
 def module_of_row(offsets: Tensor, rows: int) -> Tensor:
     """[N] int64: the module of every sorted row, K for dropped ones."""
-    return torch.searchsorted(offsets[1:], torch.arange(rows, device=offsets.device), right=True)
+    row = torch.arange(rows, device=offsets.device)
+    if is_wrapped(offsets):
+        return (row[:, None] >= offsets[1:]).sum(1)
+    return torch.searchsorted(offsets[1:], row, right=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -102,6 +100,4 @@ def test_fits_where_shared_memory_is_small(name: str) -> None:
 
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
-    for case_name in sys.argv[1].split(","):
-        aot.print_reports([(case_name, partial(launches, CASES[case_name]))], archs)
+    aot.main(CASES, launches)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -93,6 +91,4 @@ def test_fits(name: str) -> None:
 pytest.importorskip("triton")
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
-    names = sys.argv[1].split(",")
-    aot.print_reports([(name, partial(launches, CASES[name])) for name in names], archs)
+    aot.main(CASES, launches)

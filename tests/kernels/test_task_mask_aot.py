@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -72,5 +70,4 @@ def test_fits(name: str) -> None:
 
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
-    aot.print_reports([(sys.argv[1], partial(launches, sys.argv[1]))], archs)
+    aot.main(CASES, launches)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -66,5 +64,4 @@ def test_fits(name: str) -> None:
 pytest.importorskip("triton")
 
 if __name__ == "__main__":
-    archs = [int(a) for a in sys.argv[2:]] or list(aot.ARCHS)
-    aot.print_reports([(name, partial(launches, cases()[name])) for name in sys.argv[1].split(",")], archs)
+    aot.main(cases(), launches)

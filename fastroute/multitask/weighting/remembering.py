@@ -30,6 +30,23 @@ class Remembering(Weighting):
     records: ClassVar[tuple[str, ...]]
     is_recording = True  #: of an instance: whether it needs what it would record
 
+    def __init__(
+        self, tasks: Sequence[str] | int, *, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(tasks, device=device)
+        for name in self.records:
+            self.register_buffer(name, torch.empty(2, len(self.tasks), device=device, dtype=memory_dtype(dtype)))
+
+    def reset_parameters(self) -> None:
+        """Forget everything."""
+        super().reset_parameters()
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the records."""
+        for name in self.records:
+            self.get_buffer(name).zero_()
+
     def forward(self, losses: Losses, present: Present | None = None) -> Tensor:
         """As every weighting's."""
         values, here = self.gather(losses, present)
@@ -73,19 +90,6 @@ class EpochMeans(Remembering):
     summed: Tensor
     counted: Tensor
 
-    def __init__(
-        self, tasks: Sequence[str] | int, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__(tasks, device=device)
-        for name in self.records:
-            self.register_buffer(name, torch.empty(2, len(self.tasks), device=device, dtype=memory_dtype(dtype)))
-
-    def reset_parameters(self) -> None:
-        """Forget everything."""
-        super().reset_parameters()
-        self.summed.zero_()
-        self.counted.zero_()
-
     def record(self, row: int, losses: Tensor, present: Tensor | None) -> None:
         """Add to the epoch's sums."""
         self.summed[row].add_(losses)
@@ -95,8 +99,7 @@ class EpochMeans(Remembering):
         """The means [T] of the epoch that ends, NaN of a task without a loss."""
         trained = self.counted[TRAINED].any()
         mean = of_training(self.summed, trained) / of_training(self.counted, trained)
-        self.summed.zero_()
-        self.counted.zero_()
+        self.forget()
         return mean
 
 
@@ -171,7 +174,7 @@ class FAMO(Remembering):
         logits: xi, [T].
     """
 
-    records = ("before", "seen")
+    records = ("before", "seen")  # seen is 0 or 1, no bool: some tools average buffers
     logits: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -190,25 +193,21 @@ class FAMO(Remembering):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(tasks, device=device)
+        super().__init__(tasks, device=device, dtype=dtype)
         self.lr, self.weight_decay = lr, weight_decay
         T, dtype = len(self.tasks), memory_dtype(dtype)
         self._lowest = [0.0] * T if min_losses is None else numbers("min_losses", min_losses, self.tasks, 0.0)
         self.register_buffer("min_losses", torch.empty(T, device=device, dtype=dtype), persistent=False)
         for name in ("logits", "exp_avg", "exp_avg_sq"):
             self.register_buffer(name, torch.empty(T, device=device, dtype=dtype))
-        self.register_buffer("before", torch.empty(2, T, device=device, dtype=dtype))
         self.register_buffer("steps", torch.empty((), device=device, dtype=dtype))
-        self.register_buffer(
-            "seen", torch.empty(2, T, device=device, dtype=dtype)
-        )  # 0 or 1: some tools average buffers
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Begin with equal weights again."""
         super().reset_parameters()
         fill(self.min_losses, self._lowest)
-        for t in (self.logits, self.exp_avg, self.exp_avg_sq, self.before, self.steps, self.seen):
+        for t in (self.logits, self.exp_avg, self.exp_avg_sq, self.steps):
             t.zero_()
 
     def _log(self, losses: Tensor) -> Tensor:

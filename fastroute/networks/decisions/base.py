@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import agent_policy, dispatch, policy
-from ...ops._backends import is_strict
-from ...ops._checks import at_least_one, shown
+from ...ops._checks import at_least_one, may_look, shown
 from ...ops._masked import only
 from ...ops._recomputation import check_draws, is_recomputation
 from ...ops.agent_policy import AgentChoice
@@ -239,8 +238,7 @@ class Decision(nn.Module):
     def _forced(self, forced: Any, B: int, device: torch.device) -> Tensor:
         forced = as_indices(forced, B, device, "forced_actions")
         K = self._num_selections
-        looks = (device.type == "cpu" or is_strict()) and not torch.compiler.is_compiling() and type(forced) is Tensor
-        if looks and B:
+        if may_look(forced) and B:
             lowest, highest = int(forced.min()), int(forced.max())
             if lowest < 0 or highest >= K:
                 raise IndexError(f"forced_actions: expected indices from 0 to {K - 1}, got {lowest} to {highest}")
