@@ -77,7 +77,7 @@ class _Routed(nn.Module):
         way: Single | Mixed = Single(tasks, False, self._kept)
         if several:
             order = None
-            if not torch.compiler.is_compiling() and not any(map(is_mapped, several)) and len(several[0]) == len(x) > 0:
+            if not torch.compiler.is_compiling() and not any(map(is_mapped, several)) and several[0].shape[0] == x.shape[0] > 0:
                 order = sort(several[0], min(r.task_count for r in (inp, out) if r is not None))
             if compact_in or compact_out:
                 raise ValueError(

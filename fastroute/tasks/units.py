@@ -80,7 +80,7 @@ def spread(index: Tensor, times: int) -> Tensor:
 
 def expand(x: Tensor, index: Tensor, width: int) -> Tensor:
     """Compact [B, L, ...] -> [B, width, ...] with zeros elsewhere, in x's memory format."""
-    full = x.new_empty((len(x), width, *x.shape[2:]))
+    full = x.new_empty((x.shape[0], width, *x.shape[2:]))
     if traced() and not torch.compiler.is_compiling():  # vmap knows no memory formats
         return full.zero_().index_copy(1, index, x)
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
@@ -136,7 +136,7 @@ class ExpandGroups(torch.autograd.Function):
         """[B, width, ...] with zeros elsewhere."""
         ctx.save_for_backward(rows)
         ctx.bounds = bounds
-        full = x.new_zeros((len(x), width, *x.shape[2:]))
+        full = x.new_zeros((x.shape[0], width, *x.shape[2:]))
         for g, (a, b) in enumerate(pairwise(bounds)):
             full[a:b].index_copy_(1, rows[g], x[a:b])
         return full
@@ -154,7 +154,7 @@ class CompactGroups(torch.autograd.Function):
         """[B, L, ...]"""
         ctx.save_for_backward(rows)
         ctx.bounds, ctx.width = bounds, x.shape[1]
-        made = x.new_empty((len(x), rows.shape[1], *x.shape[2:]))
+        made = x.new_empty((x.shape[0], rows.shape[1], *x.shape[2:]))
         for g, (a, b) in enumerate(pairwise(bounds)):
             made[a:b] = x[a:b].index_select(1, rows[g])
         return made

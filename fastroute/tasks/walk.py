@@ -104,7 +104,7 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
             inp = None if inner is None else spread(way.index(inner), held.positions)
             if inp is not None and not held.compact:
                 x = way.compact(x, inp)
-            if way.turned and x.dim() == 4 and math.prod(x.shape[2:]) * len(x) < _FEW * way.tasks:
+            if way.turned and x.dim() == 4 and math.prod(x.shape[2:]) * x.shape[0] < _FEW * way.tasks:
                 x = x.contiguous()
             x = way.mix(step, x, out, inp)
             held = Held() if router is None else Held(router, compact=True, pending=True)
@@ -264,13 +264,13 @@ class Mixed:
 
     def _per_sample(self, channels: Tensor, index: Tensor, y: Tensor) -> Tensor:
         """[C] -> [B, L, 1, ...]: those of each sample's group."""
-        return channels[index].index_select(0, self._groups.member).view(len(y), -1, *[1] * (y.dim() - 2))
+        return channels[index].index_select(0, self._groups.member).view(y.shape[0], -1, *[1] * (y.dim() - 2))
 
     def mask(self, x: Tensor, router: TaskRouter, index: Tensor) -> Tensor:
         if not units(router).padded:
             return x
         off = router._unit_mapping.index_select(0, self._groups.tasks).gather(1, index) == 0
-        return x.masked_fill(off.index_select(0, self._groups.member).view(len(x), -1, *[1] * (x.dim() - 2)), 0)
+        return x.masked_fill(off.index_select(0, self._groups.member).view(x.shape[0], -1, *[1] * (x.dim() - 2)), 0)
 
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]:
         return router(x, self._task), Held(router)

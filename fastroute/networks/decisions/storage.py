@@ -73,7 +73,7 @@ class TabularPolicyStorage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> [B, num_selections]."""
-        return self._approx.expand(len(x), -1)
+        return self._approx.expand(x.shape[0], -1)
 
 
 class Storages(nn.ModuleList):
@@ -131,7 +131,7 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
     if tables is not None:
         if differentiable_twice:
             whose = torch.empty_like(plan.order).index_copy(
-                0, plan.order, dispatch.module_of_row(plan.offsets, len(plan.order))
+                0, plan.order, dispatch.module_of_row(plan.offsets, plan.order.shape[0])
             )
             return torch.cat([*tables, torch.zeros_like(tables[0][:1])])[whose]
         return grouped_linear(None, plan, (), tables)
