@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastroute
 from fastroute import networks, tasks
 from fastroute.multitask import CrossStitch, MTLModel, MultiHead
-from tests.helpers import seeds
 from tests.helpers.layers import ACTIONS, LAYERS, TASK, B, F, K, LayerCase, T, rand
 from tests.helpers.multitask import README_TASKS, readme
 from tests.helpers.networks import LEARNING, decision, linears

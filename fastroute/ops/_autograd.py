@@ -20,7 +20,7 @@ from ._backends import requested
 def transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp, ...), forward mode or an export that knows no ops of ours looks on."""
     if torch.compiler.is_compiling():
-        return exported_plainly()
+        return bool(exported_plainly())
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
 
 
