@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import inspect
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -18,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastroute
 from fastroute import networks, tasks
 from fastroute.multitask import CrossStitch, MTLModel, MultiHead
+from tests.helpers import seeds
 from tests.helpers.layers import ACTIONS, LAYERS, TASK, B, F, K, LayerCase, T, rand
 from tests.helpers.multitask import README_TASKS, readme
 from tests.helpers.networks import LEARNING, decision, linears
@@ -85,7 +89,25 @@ def of_task(one: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
-#: [G, 4, F] -> 3 outputs of EfficientVectorRouting, in a stack.
+class Cell(nn.Module):
+    """A recurrent cell with two routed layers, without its trajectory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = networks.RoutingGRUCell(F, 4, K, 2, networks.REINFORCE)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        made: Tensor = self.cell(x, hidden)[0]
+        return made
+
+
+def over_features() -> nn.Module:
+    """Masks, or what is computed alive, over the last of three axes."""
+    masks = seeds.generator(0)
+    layers = (nn.Linear(F, 8), tasks.TaskRouter(8, T, 0.5, generator=masks, axis=-1), nn.GELU(), nn.Linear(8, 4))
+    return tasks.live(nn.Sequential(*layers))
+
+
 def stack() -> nn.Module:
     routing = fastroute.EfficientVectorRouting
     return nn.Sequential(routing(-1, 3, F, 5), nn.LayerNorm(5), routing(3, 2, 5, 4, normalize=False))
@@ -98,13 +120,19 @@ CASES: dict[str, LayerCase] = {
         lambda: fastroute.GenerativeMatrixRouting(-1, 3, 2, 2, 2, p_model="skm"), rand(2, 4), rand(2, 4, 2, 2, seed=2)
     ),
     "Selection, unlike modules": LayerCase(unlike, rand(B, F), rest=(ACTIONS,)),
-    "MoE, of half the features": LayerCase(
+    "Selection, convolutions": LayerCase(
+        lambda: Selected(networks.Selection(*(nn.Conv2d(3, 4, 3) for _ in range(K)))), images(B), rest=(ACTIONS,)
+    ),
+    "MoE, not gated": LayerCase(
         lambda: networks.MoE(F, 4, K, 1, gated=False, activation="gelu", scores="sigmoid"), rand(B, F)
     ),
     **{f"{algo}, routed": LayerCase(lambda algo=algo: Routed(algo), rand(B, F), rest=(TASK,)) for algo in LEARNING},
     "Sequential": LayerCase(sequence, rand(B, F), rest=(TASK,)),
     "live, convolutions": LayerCase(of_task(tasks.live), images(B)),
     "live, convolutions, tasks": LayerCase(of_task(tasks.live), images(B), rest=(TASK,)),
+    "live, last axis": LayerCase(over_features, rand(B, 4, F)),
+    "live, last axis, tasks": LayerCase(over_features, rand(B, 4, F), rest=(TASK,)),
+    "RoutingGRUCell": LayerCase(Cell, rand(B, F), rand(B, 4, seed=2)),
     "masked, convolutions": LayerCase(of_task(lambda net: net), images(B)),
     "fold": LayerCase(lambda: tasks.fold(conv_net(True).eval(), 2), images(B)),
     "extract_task": LayerCase(lambda: tasks.extract_task(conv_net(True).eval(), 2), images(B)),
@@ -174,9 +202,9 @@ def test_onnx(name: str) -> None:
     check(layer, to_onnx(layer, args, options), args, options)
 
 
-def plainly(name: str) -> tuple[torch.export.ExportedProgram, nn.Module, Any, Any]:
+def exported(name: str, backend: str) -> tuple[torch.export.ExportedProgram, nn.Module, Any, Any]:
     layer, args, options = given(CASES[name])
-    with fastroute.use_backend("reference"):
+    with fastroute.use_backend(backend):
         program = torch.export.export(layer, args, options, dynamic_shapes=any_batch(layer, args, options))
     return program, layer, args, options
 
@@ -184,8 +212,54 @@ def plainly(name: str) -> tuple[torch.export.ExportedProgram, nn.Module, Any, An
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_exported_on_the_reference_has_only_ops_of_pytorch(name: str) -> None:
-    program, layer, args, options = plainly(name)
+    program, layer, args, options = exported(name, "reference")
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets and not [target for target in targets if "fastroute" in target]
-    loaded = program.module()
-    check(layer, lambda *args, **options: [t for t in tree_leaves(loaded(*args, **options))], args, options)
+    run = program.module()
+    check(layer, lambda *args, **options: tree_leaves(run(*args, **options)), args, options)
+
+
+ALONE = """
+import sys
+import torch
+sys.modules["fastroute"] = None
+given = torch.load(sys.argv[1] + ".pt", weights_only=True)
+for name, (args, options, expected) in given.items():
+    made = torch.export.load(f"{sys.argv[1]}-{name}.pt2").module()(*args, **options)
+    for got, want in zip(torch.utils._pytree.tree_leaves(made), expected, strict=True):
+        torch.testing.assert_close(got, want)
+"""
+
+
+@pytest.mark.long
+def test_loads_where_fastroute_is_not_installed(tmp_path: Path) -> None:
+    kept = {}
+    for k, name in enumerate(FIRST):
+        program, layer, args, options = exported(name, "reference")
+        torch.export.save(program, tmp_path / f"model-{k}.pt2")
+        kept[k] = args, options, [t.detach() for t in tree_leaves(layer(*args, **options))]
+    torch.save(kept, tmp_path / "model.pt")
+    ran = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["EfficientVectorRouting", "Selection", "TaskRouter", "MTLModel"])
+def test_aot_inductor(name: str, backend: str, tmp_path: Path) -> None:
+    program, layer, args, options = exported(name, backend)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    run = torch._inductor.aoti_load_package(package)
+    check(layer, lambda *args, **options: tree_leaves(run(*args, **options)), args, options)
+
+
+def test_exported_programs_of_unlike_modules_are_in_eval() -> None:
+    layer, args, _ = given(CASES["Selection, unlike modules"])
+    with pytest.raises(ValueError, match=r"modules: expected eval mode to export .* call eval\(\) first"):
+        torch.export.export(layer.train(), args)

@@ -253,7 +253,10 @@ class _Flow:
             for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]
         ]
         patch, pixels = C * m.kernel_size[0] * m.kernel_size[1], sizes[0] * sizes[1]
-        if B * pixels * patch * self.x.element_size() > _UNFOLDED_BYTES:
+        if torch.compiler.is_exporting():  # for any number of samples
+            if transformed():
+                return False
+        elif B * pixels * patch * self.x.element_size() > _UNFOLDED_BYTES:
             return False
         self.sort()
         patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
