@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tests.helpers import seeds
 from tests.helpers.layers import ACTIONS, LAYERS, TASK, B, F, K, LayerCase, T, rand
 from tests.helpers.multitask import README_TASKS, readme
 from tests.helpers.networks import LEARNING, decision, linears
+from tests.helpers.subprocesses import ROOT
 from tests.tasks.nets import conv_net, images
 
 
@@ -263,3 +265,19 @@ def test_exported_programs_of_unlike_modules_are_in_eval() -> None:
     layer, args, _ = given(CASES["Selection, unlike modules"])
     with pytest.raises(ValueError, match=r"modules: expected eval mode to export .* call eval\(\) first"):
         torch.export.export(layer.train(), args)
+
+
+@pytest.mark.long
+def test_the_page_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(block, "export.md", "exec"), space)
+    ops = [
+        {str(node.target).split(".")[0] for node in space[name].graph.nodes if node.op == "call_function"}
+        for name in ("program", "portable")
+    ]
+    assert "fastroute" in ops[0] and "fastroute" not in ops[1]
+    x = torch.randn(3, 7, 64)
+    torch.testing.assert_close(space["portable"].module()(x), space["net"](x))
+    space["portable"].module()(x).sum().backward()
+    assert all(p.grad is not None for p in space["net"][2].parameters())
