@@ -144,7 +144,7 @@ CASES: dict[str, LayerCase] = {
 }
 #: What make test tries; the rest is long.
 FIRST = (
-    "EfficientVectorRouting, any length", "GenerativeMatrixRouting", "SlotAttention", "MoE", "WPL, routed",
+    "EfficientVectorRouting, any length", "GenerativeMatrixRouting", "SlotAttention", "MoE", "Sequential",
     "TaskRouter", "live, convolutions", "MMoE", "MTLModel", "MultiHead, by task",
 )  # fmt: skip
 TRIED = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in CASES]

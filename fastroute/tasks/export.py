@@ -211,7 +211,8 @@ def _kept(router: TaskRouter, task: int) -> _Kept:
     width = router.unit_count
     if not router.use_routing:
         return _Kept(torch.arange(width, device=router._unit_mapping.device), width)
-    index = (router._unit_mapping[task] != 0).nonzero()[:, 0]
+    live = router._unit_mapping[task] != 0
+    index = live.to(torch.int8).argsort(descending=True, stable=True)[: int(live.sum())]
     if not len(index):
         raise ValueError(
             f"task: expected a task with units in every router, got {task}, which has none in {router.name}"
