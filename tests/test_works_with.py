@@ -1,7 +1,7 @@
 """What people do with a module, tried on every layer: docs/works_with.md is written from the table here.
 
 ``python -m tests.test_works_with`` rewrites the page. A cell says that it works, or what is said instead; the columns
-on derivatives are tried in test_derivatives.py.
+on derivatives are tried in test_derivatives.py, ONNX in test_onnx.py.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def on_threads(case: LayerCase) -> None:
 class Column(NamedTuple):
     title: str
     what: str
-    try_: Callable[[LayerCase], None] | None = None  #: None: tried in test_derivatives.py
+    try_: Callable[[LayerCase], None] | None = None  #: None: tried in test_derivatives.py, test_onnx.py
     is_long: bool = False
 
 
@@ -172,6 +172,7 @@ COLUMNS = (
     Column("compile", "`torch.compile(fullgraph=True)`, values and gradients", compiled, True),
     Column("dynamic", "the same with `dynamic=True`", lambda case: compiled(case, dynamic=True), True),
     Column("export", "`torch.export.export`", exported, True),
+    Column("ONNX", "`torch.onnx.export(dynamo=True)`, run by onnxruntime, for any batch size"),
     Column("autocast", "`torch.autocast` to bfloat16", under_autocast),
     Column("bf16", "the module in bfloat16, with gradients", in_dtype(torch.bfloat16)),
     Column("fp16", "the module in float16, with gradients", in_dtype(torch.float16)),
@@ -217,7 +218,8 @@ def page() -> str:
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     parts = [
         "# What works with what",
-        "Each cell is a test in `tests/test_works_with.py` or `tests/test_derivatives.py`, on a CPU, with small layers."
+        "Each cell is a test in `tests/test_works_with.py`, `tests/test_derivatives.py` or `tests/test_onnx.py`, on a "
+        "CPU, with small layers."
         "\nThis page is written from the tests' table.",
         "\n".join([head, "|---" * (len(COLUMNS) + 1) + "|", *rows]),
         "\n".join(f"* **{c.title}**: {c.what}" for c in COLUMNS),

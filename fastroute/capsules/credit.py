@@ -121,7 +121,7 @@ def credit(
 
     :math:`\Phi e_j` with :math:`\Phi = \phi^{(1)} \cdots \phi^{(L)}`, from the last product to the first, each made in
     tiles of rows: no [n_inp, n_out] matrix is stored, the memory is that of the routings' inputs. Column j of
-    ``credit_assignment`` of all phi.
+    ``credit_assignment`` of all phi without its normalization.
 
     Args:
         model: as :func:`trace` takes it.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._masked import only
 from .loss import task_losses
 from .schedule import Anchors
 from .sharing import feature_names, shared_parameters, task_parameters
@@ -67,12 +68,32 @@ def objective(
     found, present = task_losses(outputs, by_task("y", y, tasks), own_losses, by_task("mask", mask, tasks), apart=apart)
     if not found:
         raise ValueError("y: expected a target for a task with a loss, got none")
+    rest: list[Any] = []
+    for name, y in outputs.items():
+        if name not in found and (loss := own_losses.get(name)) is not None:
+            rest += (y, own_weights.get(name), *(loss.parameters() if isinstance(loss, nn.Module) else ()))
     if weighting is not None:
-        return weighting(found, None if all(p is True for p in present.values()) else present), found
+        total = weighting(found, None if all(p is True for p in present.values()) else present)
+        return _with_the_rest(total, rest), found
     used = [own_weights.get(name) for name in found]
     if any(isinstance(w, nn.Parameter) for w in used) and not torch.compiler.is_compiling():
         warnings.warn(UNBOUNDED, UserWarning, stacklevel=3)
-    return _weighted(found, used), found
+    return _with_the_rest(_weighted(found, used), rest), found
+
+
+def _with_the_rest(total: Tensor, rest: Sequence[Any]) -> Tensor:
+    """The total, which among several processes also depends on what is of tasks without a target, by zero.
+
+    Another process may have a target for them, and all wait for each other's gradients of every parameter.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return total
+    for t in rest:
+        if isinstance(t, Tensor) and t.requires_grad:
+            nothing = only(t, torch.zeros(t.shape[:1], dtype=torch.bool, device=t.device))
+            total = total + nothing.sum().to(total)
+    return total
 
 
 def _weighted(found: Mapping[str, Tensor], weights: Sequence[Any]) -> Tensor:
@@ -134,6 +155,8 @@ class Objective(nn.Module):
         Args:
             y_hat: what the model returned, or its first list, or a dict by task.
             y: targets in the order of ``output_tasks``, or a dict by task; None, or no entry, is a task without one.
+                Its own layers then have no gradient; among several processes one of zeros, as a process may have a
+                target where another has none.
             mask: bool, True where there is a label, in the same form; of a target's shape or [B].
             weighting: instead of the model's own: a ``Weighting``, numbers by task or in the order of the tasks that
                 have a loss, or the name of one that has nothing to remember ("equal", "rlw", "geometric").

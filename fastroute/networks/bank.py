@@ -253,7 +253,10 @@ class _Flow:
             for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]
         ]
         patch, pixels = C * m.kernel_size[0] * m.kernel_size[1], sizes[0] * sizes[1]
-        if B * pixels * patch * self.x.element_size() > _UNFOLDED_BYTES:
+        if torch.compiler.is_exporting():  # for any number of samples
+            if transformed():
+                return False
+        elif B * pixels * patch * self.x.element_size() > _UNFOLDED_BYTES:
             return False
         self.sort()
         patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
@@ -284,7 +287,7 @@ class _Flow:
                     None, self.plan, (), [t.reshape(-1, math.prod(shape)) for t in tables],
                     is_sorted=self.is_sorted, keep_sorted=self.is_sorted, keep_empty=self.keep_empty,
                 )  # fmt: skip
-                y = combine(y, own.reshape(len(y), *shape))
+                y = combine(y, own.reshape(y.shape[0], *shape))
         self.x = y.to(dtype)
 
 
@@ -420,9 +423,11 @@ class _WithZeros(torch.autograd.Function):
 
 
 def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
-    """``run``, every module called with its own samples."""
-    bounds = plan.bounds or dispatch.read(plan.offsets)
+    """``run``, every module called with its own samples; in an exported program with all of them."""
     sorted_x, N = x.index_select(0, _samples(plan)), plan.order.shape[0]
+    if torch.compiler.is_exporting():
+        return _all_by_all(modules, sorted_x, plan)
+    bounds = plan.bounds or dispatch.read(plan.offsets)
     made: dict[int, Tensor] = {}
     for k, m in enumerate(modules):
         if bounds[k] < bounds[k + 1]:
@@ -443,6 +448,22 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
     if bounds[-1] < N:
         parts.append(parts[0].new_zeros(N - bounds[-1], *parts[0].shape[1:]))
     y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.zeros_like(y).index_copy(0, plan.order, y)
+
+
+def _all_by_all(modules: Sequence[Callable[[Tensor], Tensor]], sorted_x: Tensor, plan: Plan) -> Tensor:
+    """Every module called with all rows, zeros for those of others: no shape of it depends on the actions."""
+    if any(getattr(part, "training", False) for m in modules if isinstance(m, nn.Module) for part in m.modules()):
+        raise ValueError(
+            "modules: expected eval mode to export modules that cannot run together, each of which gets all rows, got "
+            "training; call eval() first"
+        )
+    ids = dispatch.module_of_row(plan.offsets, plan.order.shape[0])
+    y: Tensor | None = None
+    for k, m in enumerate(modules):
+        made = m(only(sorted_x, ids == k))
+        y = only(made, ids == k, 0 if y is None else y)
+    assert y is not None
     return torch.zeros_like(y).index_copy(0, plan.order, y)
 
 

@@ -125,7 +125,7 @@ class MoE(nn.Module):
             tensor("mask", mask, "a bool tensor [...]")
             if mask.shape != lead:
                 raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
-            active = as_mask(mask.reshape(-1), len(flat), x.device)
+            active = as_mask(mask.reshape(-1), flat.shape[0], x.device)
             flat = only(flat, active)
         routed = self._routed(flat, active)
         plan = dispatch.plan(routed.actions, self.num_experts)

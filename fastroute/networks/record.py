@@ -181,7 +181,7 @@ class Mixture:
 
     def spread(self, rows: Tensor, size: int) -> Mixture:
         """As one of a larger batch, in which the other samples are inactive; the batch's mean loss stays."""
-        here = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if self.active is None else self.active
+        here = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device) if self.active is None else self.active
         made = self._with(lambda t, fill: spread(t, rows, size, fill), spread(here, rows, size))
-        made.losses = {name: loss * (size / max(len(rows), 1)) for name, loss in made.losses.items()}
+        made.losses = {name: loss * (size / max(rows.shape[0], 1)) for name, loss in made.losses.items()}
         return made

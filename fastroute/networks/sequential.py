@@ -11,7 +11,7 @@ from .decisions.base import Decision
 from .decisions.fixed import PassThrough, PerTaskAssignment
 from .gating import TopKGating
 from .selection import Selection
-from .trajectory import Trajectory
+from .trajectory import Trajectory, count
 
 #: What passes the triplet (batch, meta, actions) on.
 _ROUTING = (Decision, PerTaskAssignment, PassThrough, TopKGating, Selection)
@@ -33,9 +33,9 @@ class Initialization(nn.Module):
         size = xs.shape[0] if isinstance(xs, Tensor) else len(xs)
         if isinstance(tasks, Tensor) and tasks.dim() == 2 and tasks.shape[1] == 1:
             tasks = tasks[:, 0]
-        if tasks is not None and len(tasks) not in (0, size):
-            raise ValueError(f"tasks: expected one label per sample, {size}, got {len(tasks)}")
-        return xs, Trajectory(size, tasks if tasks is not None and len(tasks) else None), None
+        if tasks is not None and count(tasks) not in (0, size):
+            raise ValueError(f"tasks: expected one label per sample, {size}, got {count(tasks)}")
+        return xs, Trajectory(size, tasks if tasks is not None and count(tasks) else None), None
 
 
 class Sequential(nn.Module):

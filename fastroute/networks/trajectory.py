@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from .summary import Summary
 
 
+def count(labels: Sequence[Any] | Tensor) -> int:
+    """How many there are; of ``len(tensor)`` torch.export makes a constant."""
+    return labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else len(labels)
+
+
 class _Batch:
     """What all views of one batch share."""
 
@@ -218,8 +223,8 @@ class Trajectory(Sequence[SampleMetaInformation]):
     """
 
     def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None = None) -> None:
-        if tasks is not None and len(tasks) != size:
-            raise ValueError(f"tasks: expected one label per sample, {size}, got {len(tasks)}")
+        if tasks is not None and count(tasks) != size:
+            raise ValueError(f"tasks: expected one label per sample, {size}, got {count(tasks)}")
         self._batch, self._rows = _Batch(size, tasks), None
 
     _batch: _Batch

@@ -20,5 +20,6 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    """Where autocast changes no dtype on this device."""
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    """Where autocast changes no dtype on this device. Where it is off anyway, exported graphs have no trace of it."""
+    is_off = device_type == "meta" or not torch.is_autocast_enabled(device_type)
+    return nullcontext() if is_off else torch.autocast(device_type, enabled=False)

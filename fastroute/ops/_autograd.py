@@ -14,12 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._backends import requested
+
 
 def transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp, ...) or forward mode looks on."""
+    """Whether torch.func (grad, vmap, jvp, ...), forward mode or an export that knows no ops of ours looks on."""
     if torch.compiler.is_compiling():
-        return False
+        return bool(exported_plainly())
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def exported_plainly() -> bool:
+    """Whether a module is exported in PyTorch's own ops: for ONNX, or on the backend "reference"."""
+    return torch.compiler.is_exporting() and (torch.onnx.is_in_onnx_export() or requested() == "reference")
 
 
 def asked_again(*grads: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ from ..reference.dispatch import module_of_row as module_of_row
 from ..reference.dispatch import on_host as on_host
 from ..reference.dispatch import read as read
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
+from ._autograd import transformed
 from ._backends import Case, decide, is_strict, note, offer, requested, taken
 from ._checks import shown, tensor
 from ._triton_dispatch import dispatch_refuses
@@ -90,7 +91,7 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
     per_sample = 1 if actions.dim() == 1 else actions.shape[1]
     flat = actions if actions.dim() == 1 else actions.reshape(-1)
     note("dispatch", flat, N=flat.shape[0], K=modules)
-    backend = "reference" if is_wrapped(flat) else taken("dispatch", flat.device.type, flat.dtype)
+    backend = "reference" if transformed() or is_wrapped(flat) else taken("dispatch", flat.device.type, flat.dtype)
     if backend == "native" and flat.device.type == "cuda":  # which depends on sizes
         sizes = (("N", flat.shape[0]), ("K", modules))
         backend = decide(Case("dispatch", "cuda", flat.dtype, sizes), requested()).backend
@@ -100,7 +101,7 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
         order, offsets, beyond = getattr(torch.ops.fastroute, f"_dispatch_plan_{backend}")(flat, modules)
     bounds = on_host(offsets)
     _check_beyond(order, beyond, bounds, modules, name)
-    samples = None if per_sample == 1 else torch.div(order, per_sample, rounding_mode="floor")
+    samples = None if per_sample == 1 else order // per_sample
     return Plan(order, offsets, beyond, bounds, samples, per_sample)
 
 

@@ -71,7 +71,7 @@ def _product_backward(
 
 def _samples(order: Tensor, k: int) -> Tensor:
     """Of the sorted entries."""
-    return order if k == 1 else torch.div(order, k, rounding_mode="floor")
+    return order if k == 1 else order // k
 
 
 def _weights(order: Tensor, offsets: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -79,7 +79,7 @@ def _weights(order: Tensor, offsets: Tensor, weights: Tensor | None, dtype: torc
     if weights is None:
         return None
     w = weights.reshape(-1).index_select(0, order).to(accumulating(dtype))
-    return torch.where(torch.arange(len(order), device=order.device) < offsets[-1], w, 0)
+    return torch.where(torch.arange(order.shape[0], device=order.device) < offsets[-1], w, 0)
 
 
 def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -89,7 +89,7 @@ def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype:
 
 def _summed(entries: Tensor, k: int) -> Tensor:
     """[N, ...] -> [B, ...], in float32 for half precision."""
-    return entries if k == 1 else entries.view(-1 if len(entries) else 0, k, entries.shape[1]).sum(1)
+    return entries if k == 1 else entries.view(-1 if entries.shape[0] else 0, k, entries.shape[1]).sum(1)
 
 
 def _forward(

@@ -77,14 +77,14 @@ def on_plan(
             assert x is not None
             each = [linear._each(of, dims)[0] if of else None for of, dims in ((weights, 3), (biases, 2))]
             made = x @ each[0].mT if each[0] is not None else x.new_zeros(())
-            return made if each[1] is None else made + each[1].reshape(1, -1).expand(len(x), -1)
+            return made if each[1] is None else made + each[1].reshape(1, -1).expand(x.shape[0], -1)
         return linear.of_sorted(x, order, None, offsets, on_host(offsets), weights, biases, "none")
 
     scores = scores_of(*nets[:2])
     made = single.policy(scores, uniform, coin, forced, kind, temperature, exploration)
     actions, value = made.actions, made.value
     if order is not None and offsets is not None:
-        has_agent = (torch.arange(len(order), device=order.device) < offsets[-1])[order.argsort()]
+        has_agent = (torch.arange(order.shape[0], device=order.device) < offsets[-1])[order.argsort()]
         actions = actions if forced is not None else torch.where(has_agent, actions, 0)
         value = torch.where(has_agent, value, 0)
     choice = AgentChoice(actions, value, made.greedy, scores)
@@ -134,8 +134,8 @@ def forward(
     made = single.forward(scores, uniform, coin, forced, kind, temperature, exploration)
     actions, value = made.actions, made.value
     bounds = None if offsets is None else on_host(offsets)
-    if order is not None and offsets is not None and (bounds is None or bounds[-1] < len(order)):
-        kept = torch.arange(len(order), device=order.device) < offsets[-1]
+    if order is not None and offsets is not None and (bounds is None or bounds[-1] < order.shape[0]):
+        kept = torch.arange(order.shape[0], device=order.device) < offsets[-1]
         has_agent = torch.empty_like(kept).index_copy_(0, order, kept)
         actions = actions if forced is not None else torch.where(has_agent, actions, 0)
         value = torch.where(has_agent, value, 0)

@@ -25,17 +25,24 @@ class Plan(NamedTuple):
 def plan(actions: Tensor, modules: int) -> Plan:
     """actions [N] int64 -> their plan."""
     key = torch.where((actions >= 0) & (actions < modules), actions, modules)
-    order = key.argsort(stable=True)
+    N = key.shape[0]
+    unique = torch.compiler.is_exporting()  # ONNX knows no stable sort
+    order = (key * N + torch.arange(N, device=key.device)).argsort() if unique else key.argsort(stable=True)
     bounds = torch.arange(modules + 1, device=actions.device)
-    offsets = (key[:, None] < bounds).sum(0) if is_wrapped(key) else torch.searchsorted(key[order], bounds)
+    offsets = (key[:, None] < bounds).sum(0) if _compares(key) else torch.searchsorted(key[order], bounds)
     return Plan(order, offsets, (actions >= modules).sum().reshape(1))
 
 
 def is_wrapped(t: Tensor) -> bool:
-    """Whether it stands for many under torch.vmap, which knows no search, but comparisons."""
+    """Whether it stands for many under torch.vmap."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     return torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[no-any-return]
+
+
+def _compares(t: Tensor) -> bool:
+    """Whether to count by comparisons, as vmap and ONNX know no search."""
+    return torch.compiler.is_exporting() or is_wrapped(t)
 
 
 def has_numbers(t: Tensor) -> bool:
@@ -58,6 +65,6 @@ def read(offsets: Tensor) -> list[int]:
 def module_of_row(offsets: Tensor, rows: int) -> Tensor:
     """[N] int64: the module of every sorted row, K for dropped ones."""
     row = torch.arange(rows, device=offsets.device)
-    if is_wrapped(offsets):
+    if _compares(offsets):
         return (row[:, None] >= offsets[1:]).sum(1)
     return torch.searchsorted(offsets[1:], row, right=True)

@@ -28,6 +28,14 @@ _OTHERS: tuple[type[nn.Module], ...] = (
     *_DROPOUTS,
 )
 
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS: tuple[type[nn.Module], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+#: Over the last axis.
+FEATURE_NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
+
 #: What a layer does with its input's channels (axis 1).
 MIX, NORM, ROUTER, KEEP, ALONE, DROP, FLAT, OPAQUE = "mix", "norm", "router", "keep", "alone", "drop", "flat", "opaque"
 
@@ -140,6 +148,21 @@ def rank(module: nn.Module) -> int | None:
     return int(name[-2]) + 2 if name[-1] == "d" and name[-2].isdigit() else None
 
 
+def is_spatial(module: nn.Module) -> bool:
+    """Whether a layer that treats channels alone needs axes behind them."""
+    return rank(module) is not None or isinstance(module, nn.Upsample)
+
+
+def is_flat(chain: list[Leaf]) -> bool:
+    """Whether the layers, one after the other, are known to give [B, features]."""
+    for leaf in reversed(chain):
+        if leaf.kind == FLAT:
+            return True
+        if leaf.kind == OPAQUE and type(leaf.module) not in (nn.PReLU, nn.GroupNorm, *FEATURE_NORMS):
+            return False
+    return False
+
+
 class Step(NamedTuple):
     """What a live chain runs next."""
 
@@ -172,8 +195,10 @@ def _behind(layer: nn.Module, rest: list[Leaf]) -> tuple[nn.Module | None, TaskR
         if type(norm) is not (nn.BatchNorm2d if axes == 4 else nn.BatchNorm1d) or channels(norm) != units:
             return None, None
     for leaf in rest:
-        if leaf.kind == ROUTER and leaf.module.unit_count == units:
+        if leaf.kind == ROUTER and leaf.module.unit_count == units and (leaf.module.axis == 1 or axes == 2):
             return norm, leaf.module  # type: ignore[return-value]
         if leaf.kind not in (KEEP, ALONE) or rank(leaf.module) not in (None, axes):
+            break
+        if axes == 2 and is_spatial(leaf.module):
             break
     return None, None

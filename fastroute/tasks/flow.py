@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from .chain import Leaf, is_sequence, leaves
@@ -35,6 +36,11 @@ def _opened(name: str, module: nn.Module) -> list[Leaf]:
     if is_sequence(module):
         return list(leaves(module, name))  # type: ignore[arg-type]
     return [Leaf(name, module, nn.Sequential(), name)]
+
+
+_FUNCTIONS: dict[type[nn.Module], tuple[Any, ...]] = {
+    nn.ReLU: (torch.relu, F.relu, "relu"), nn.SiLU: (F.silu,), nn.Tanh: (torch.tanh, F.tanh, "tanh"),
+}  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -81,7 +87,7 @@ def _layers_of(model: nn.Module, node: fx.Node) -> list[Leaf]:
     module = _as_module(node)
     if module is None:
         name = getattr(node.target, "__name__", str(node.target))
-        raise ValueError(f"{node.name}: expected modules, flatten and relu in forward, got {name}")
+        raise ValueError(f"{node.name}: expected modules, flatten and activations in forward, got {name}")
     return [Leaf(node.name, module.train(model.training), nn.Sequential(), node.name)]
 
 
@@ -89,6 +95,7 @@ def _as_module(node: fx.Node) -> nn.Module | None:
     given: dict[str, Any] = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
     if node.target in (torch.flatten, "flatten"):
         return nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))
-    if node.target in (torch.relu, torch.nn.functional.relu, "relu"):
-        return nn.ReLU()
-    return None
+    if node.target is F.gelu:
+        return nn.GELU(given.get("approximate", "none"))
+    of = next((module for module, functions in _FUNCTIONS.items() if node.target in functions), None)
+    return None if of is None else of()

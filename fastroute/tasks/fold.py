@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..ops._modules import why_called
-from .chain import DROP, KEEP, Leaf, leaves, sequences
+from ..ops._modules import may_be_read, why_called
+from .chain import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    DROP,
+    FEATURE_NORMS,
+    INSTANCE_NORMS,
+    KEEP,
+    Leaf,
+    channels,
+    is_flat,
+    is_spatial,
+    leaves,
+    rank,
+    sequences,
+)
 from .export import _checked, routers_of
 from .live import LiveSequential
 from .router import TaskRouter
 from .vgg import VGG
 
-#: What a router's zeros can be moved into.
+#: What a router's zeros can be moved into: it has a weight (or none) for each channel.
 _FOLDED: tuple[type[nn.Module], ...] = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(*CONVOLUTIONS, nn.Linear, *BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, *FEATURE_NORMS),
 )
 
 
 def fold(model: nn.Module, task: int) -> nn.Module:
     """A copy of the model for one task, whose masks are zeros in weights and biases: masking then costs nothing.
 
-    A router is folded into the convolution, Linear or BatchNorm before it and replaced by an Identity, so all
-    other keys
-    stay. Outputs are those of the routed model, in training and eval. Unlike ``extract_task`` it keeps all shapes, and
-    follows no channels further than to the layer before a router. In training what was folded is no longer masked: zero
-    weights may move.
+    A router is folded into the convolution, Linear or norm before it (BatchNorm, GroupNorm, InstanceNorm; over the
+    last axis LayerNorm, RMSNorm) and replaced by an Identity, so all other keys stay. Outputs are those of the routed
+    model, in training and eval. Unlike ``extract_task`` it keeps all shapes, and follows no channels further than to
+    the layer before a router. In training what was folded is no longer masked: zero weights may move.
+
+    A router over axis 1 after a Linear is taken for one of [B, features]: a Flatten in its place refuses or flattens
+    inputs of more axes, whose axis 1 it would have masked. ``axis=-1`` is for those.
 
     Args:
         model: with TaskRouters in Sequentials; not changed.
@@ -42,20 +57,33 @@ def fold(model: nn.Module, task: int) -> nn.Module:
         ValueError: naming a router that nothing before it can take in.
     """
     task = _checked(task, next(iter(routers_of(model).values())).task_count)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, sequence in sequences(model):
         chain = list(leaves(sequence, name))
         for n, leaf in enumerate(chain):
             if isinstance(leaf.module, TaskRouter) and leaf.module.use_routing:
-                _layer_before(chain, n)  # which says what is wrong before anything is copied
+                at = _layer_before(chain, n)  # which says what is wrong before anything is copied
+                places = max((uses[id(p)] for p in at.module.parameters(recurse=False)), default=1)
+                if places > 1:
+                    raise ValueError(
+                        f"{at.name}: expected a layer of its own before the router, got one whose parameters are used "
+                        f"in {places} places"
+                    )
     model = copy.deepcopy(model)
     for name, sequence in list(sequences(model)):
         chain = list(leaves(sequence, name))
+        instead: list[nn.Module] = []
         for n, leaf in enumerate(chain):
-            if isinstance(leaf.module, TaskRouter) and leaf.module.use_routing:
-                _into(_layer_before(chain, n), leaf, leaf.module._unit_mapping[task] == 0)
+            if isinstance(leaf.module, TaskRouter):
+                flat = True
+                if leaf.module.use_routing:
+                    layer = _layer_before(chain, n).module
+                    _into(layer, leaf.module._unit_mapping[task] == 0, _dtype_at(chain, n))
+                    flat = _axis(layer) == leaf.module.axis or is_flat(chain[:n])
+                instead.append(nn.Identity() if flat else nn.Flatten(1).train(leaf.module.training))
         for leaf in chain:
             if isinstance(leaf.module, TaskRouter):
-                leaf.parent._modules[leaf.key] = nn.Identity()
+                leaf.parent._modules[leaf.key] = instead.pop(0)
     for name, router in routers_of(model).items() if _has_routers(model) else ():
         raise ValueError(f"{name}: expected routers in Sequentials, got one in another module ({router.name})")
     if isinstance(model, VGG):
@@ -67,43 +95,76 @@ def _has_routers(model: nn.Module) -> bool:
     return any(isinstance(m, TaskRouter) for m in model.modules())
 
 
-def _layer_before(chain: list[Leaf], n: int) -> nn.Module:
-    """What a router's zeros can be moved into: m f(x) = f(m x) where f gives every channel its own and 0 for 0."""
+def _axis(layer: Any) -> int:
+    """Where the channels are that it has a weight for."""
+    return -1 if isinstance(layer, (nn.Linear, *FEATURE_NORMS)) else 1
+
+
+def _layer_before(chain: list[Leaf], n: int) -> Leaf:
+    """What a router's zeros can be moved into: m f(x) = f(m x) where f gives every element its own and 0 for 0."""
+    router: Any = chain[n].module
+    pools = False  # some layer between needs axes behind the channels
     for leaf in reversed(chain[:n]):
-        if isinstance(leaf.module, (_ConvNd, nn.Linear, _BatchNorm)):
-            why = why_called(leaf.module)
-            if why is None and type(leaf.module) not in _FOLDED:
-                why = "a subclass"
+        layer: Any = leaf.module
+        if isinstance(layer, (_ConvNd, *_FOLDED)):
+            why = _refuses(layer, router)
             if why is not None:
                 raise ValueError(
                     f"{leaf.name}: expected a layer before the router whose weights say what it does, got a "
-                    f"{type(leaf.module).__name__}: {why}"
+                    f"{type(layer).__name__}: {why}"
                 )
-            return leaf.module
-        if leaf.kind not in (KEEP, DROP):
+            if pools and _axis(layer) == -1:
+                break
+            return leaf
+        if leaf.kind not in (KEEP, DROP) and not (type(layer) is nn.PReLU and may_be_read(layer)):
             break
+        pools = pools or (leaf.kind == KEEP and is_spatial(layer))
     raise ValueError(
-        f"{chain[n].name}: expected a convolution, Linear or BatchNorm before the router, with nothing between "
-        "that makes "
-        f"something of 0, got {type(chain[n - 1].module).__name__ if n else 'nothing'}"
+        f"{chain[n].name}: expected a convolution, Linear or norm before the router, with nothing between "
+        "that makes something of 0 or mixes features, got "
+        f"{type(chain[n - 1].module).__name__ if n else 'nothing'}"
     )
 
 
+def _refuses(layer: Any, router: TaskRouter) -> str | None:
+    """Why a router's zeros cannot be moved into a layer."""
+    exact = type(layer)
+    if (why := why_called(layer)) is not None or exact not in _FOLDED:
+        return why or "a subclass"
+    if _axis(layer) != router.axis and (rank(layer) or 2) > 2 and exact is not nn.BatchNorm1d:
+        return f"channels on axis 1, where a router with axis={router.axis} would mask positions"
+    if exact in FEATURE_NORMS:
+        units = layer.normalized_shape[0] if len(layer.normalized_shape) == 1 else None
+    elif exact is nn.GroupNorm:
+        units = layer.num_channels
+    else:
+        units = layer.num_features if exact in (*BATCH_NORMS, *INSTANCE_NORMS) else channels(layer)
+    return None if units == router.unit_count else f"{units} outputs for a router of {router.unit_count}"
+
+
+def _dtype_at(chain: list[Leaf], n: int) -> torch.dtype:
+    """That of the parameters before a router; the masks' own if there are none."""
+    router: Any = chain[n].module
+    tensors = (t for leaf in reversed(chain[:n]) for t in (*leaf.module.parameters(), *leaf.module.buffers()))
+    return next((t.dtype for t in tensors if t.is_floating_point()), router._unit_mapping.dtype)
+
+
 @torch.no_grad()
-def _into(layer: nn.Module, router: Leaf, off: Tensor) -> None:
-    if isinstance(layer, _BatchNorm) and not layer.affine:
-        layer.affine = True
-        like: Any = router.module._unit_mapping if layer.running_mean is None else layer.running_mean
-        layer.weight = nn.Parameter((~off).to(like.dtype))
-        layer.bias = nn.Parameter(torch.zeros_like(layer.weight))
+def _into(layer: Any, off: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(layer, (_ConvNd, nn.Linear)) and layer.weight is None:
+        affine = "elementwise_affine" if isinstance(layer, FEATURE_NORMS) else "affine"
+        setattr(layer, affine, True)
+        layer.weight = nn.Parameter((~off).to(dtype))
+        if not isinstance(layer, nn.RMSNorm):
+            layer.bias = nn.Parameter(torch.zeros_like(layer.weight))
         return
-    weight: Any = layer.weight
-    axis = int(isinstance(layer, _ConvTransposeNd))
-    if len(off) != weight.shape[axis] or (axis and layer.groups != 1):
-        raise ValueError(f"{router.name}: expected {len(off)} outputs of the layer before, got {weight.shape[axis]}")
-    weight.masked_fill_(off.view(*[1] * axis, -1, *[1] * (weight.dim() - 1 - axis)), 0)
-    if layer.bias is not None:
-        layer.bias.masked_fill_(off, 0)  # type: ignore[operator]
+    if isinstance(layer, _ConvTransposeNd):  # [inputs, outputs of a group, ...]
+        grouped = layer.weight.view(layer.groups, -1, *layer.weight.shape[1:])
+        grouped.masked_fill_(off.view(layer.groups, 1, -1, *[1] * (grouped.dim() - 3)), 0)
+    else:
+        layer.weight.masked_fill_(off.view(-1, *[1] * (layer.weight.dim() - 1)), 0)
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.masked_fill_(off, 0)
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -30,6 +30,8 @@ class _Routed(nn.Module):
                 raise TypeError(f"{name}: expected a TaskRouter or None, got {type(router).__name__}")
             if router is not None and router.unit_count != width:
                 raise ValueError(f"{name}: expected a router of {width} units, got {router.unit_count}")
+            if router is not None and router.axis != 1 and rank(self) != 2:
+                raise ValueError(f"{name}: expected a router over axis 1, where channels are, got axis={router.axis}")
         for name, router, asked in (("compact_input", inp, compact[0]), ("compact_output", out, compact[1])):
             if asked and router is None:
                 raise ValueError(f"{name}: expected a router on that side, got None")
@@ -61,8 +63,14 @@ class _Routed(nn.Module):
         tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
         if not tasks:
             return super().forward(x)  # type: ignore[no-any-return,misc]
-        if x.dim() != rank(self):
-            axes = "[B, C, H, W]" if rank(self) == 4 else "[B, features]"
+        if x.dim() > 2 and all(r is None or r.over_features(x) for r in (inp, out)):
+            if not any(isinstance(t, Tensor) and (t.dim() or is_mapped(t)) for t in tasks.values()):
+                rows = self._run(x.flatten(0, -2), task)
+                return rows.view(*x.shape[:-1], rows.shape[-1])
+            if not (self.compact_input or self.compact_output):
+                return self._dense(x, task, inp, out)
+        elif x.dim() != rank(self):
+            axes = "[B, C, H, W]" if rank(self) == 4 else "[B, features], or a router with axis=-1"
             raise ValueError(f"x: expected {axes}, got {list(x.shape)}")
         compact_in, compact_out = self.compact_input and inp is not None, self.compact_output and out is not None
         if not _is_read(self):
@@ -77,7 +85,11 @@ class _Routed(nn.Module):
         way: Single | Mixed = Single(tasks, False, self._kept)
         if several:
             order = None
-            if not torch.compiler.is_compiling() and not any(map(is_mapped, several)) and len(several[0]) == len(x) > 0:
+            if (
+                not torch.compiler.is_compiling()
+                and not any(map(is_mapped, several))
+                and several[0].shape[0] == x.shape[0] > 0
+            ):
                 order = sort(several[0], min(r.task_count for r in (inp, out) if r is not None))
             if compact_in or compact_out:
                 raise ValueError(
@@ -193,5 +205,8 @@ class RoutedLinear(_Routed, nn.Linear):
         self._set_routers(input_router, output_router, (compact_input, compact_output))
 
     def forward(self, x: Tensor, task: Task | None = None) -> Tensor:
-        """x [B, I] -> [B, O] (compact: live features only), for a task or tasks [B]."""
+        """x [B, I] -> [B, O] (compact: live features only), for a task or tasks [B].
+
+        Between routers over the last axis x may be [B, ..., I].
+        """
         return self._run(x, task)

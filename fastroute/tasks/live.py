@@ -189,7 +189,7 @@ class LiveSequential(nn.Sequential):
         if not any(isinstance(t, Tensor) and t.dim() for t in tasks):
             each = dict(zip(map(id, plan.routers), tasks, strict=True))
             return Single(each, self.batch_norm == "exact", self._kept, task)
-        if not isinstance(first, Tensor) or not first.dim() or len(first) != len(x) or not len(x):
+        if not isinstance(first, Tensor) or not first.dim() or first.shape[0] != x.shape[0] or not x.shape[0]:
             return None
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             return None

@@ -112,8 +112,8 @@ def apply(layer: Mixing, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 def positions(layer: Mixing, x: Tensor) -> int:
     """Samples times output positions."""
     if isinstance(layer, nn.Linear):
-        return len(x)
-    made = len(x)
+        return x.shape[0]
+    made = x.shape[0]
     for axis, size in enumerate(x.shape[2:]):
         reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
         pad = (0 if layer.padding == "valid" else reach) if isinstance(layer.padding, str) else 2 * layer.padding[axis]

@@ -37,7 +37,8 @@ def route(
         sigma: of every router: an int is units off, a float a fraction of them.
         generator: of the masks; None for NumPy's global one, as upstream.
         where: (path, convolution or Linear) -> whether a router follows it; None for all convolutions. A network whose
-            last convolution makes the result would leave that one out.
+            last convolution makes the result would leave that one out. After a Linear the router is over the last axis
+            (``axis=-1``), where the features are.
         options: for every TaskRouter.
 
     Returns:
@@ -48,7 +49,7 @@ def route(
         there is none; the message
             names the layer. Nothing is changed then.
     """
-    chosen: list[tuple[Leaf, int]] = []
+    chosen: list[tuple[Leaf, int, bool]] = []
     for name, sequence in sequences(model):
         chain = list(leaves(sequence, name))
         if any(isinstance(leaf.module, TaskRouter) for leaf in chain):
@@ -57,16 +58,17 @@ def route(
             if not _is_chosen(this, where):
                 continue
             normed = after is not None and isinstance(after.module, _BatchNorm)
-            chosen.append((after if normed and after is not None else this, channels(this.module)))
+            place = after if normed and after is not None else this
+            chosen.append((place, channels(this.module), isinstance(this.module, nn.Linear)))
     _check_all_found(model, where)
     if not chosen:
         raise ValueError(f"model: expected a convolution in a Sequential, got none in {type(model).__name__}")
-    routers = [
-        TaskRouter(units, task_count, sigma, f"taskrouter_{leaf.name}", generator=generator, **options)
-        for leaf, units in chosen
-    ]
+    routers = []
+    for leaf, units, is_linear in chosen:
+        own = {"axis": -1 if is_linear else 1, **options}
+        routers.append(TaskRouter(units, task_count, sigma, f"taskrouter_{leaf.name}", generator=generator, **own))
     added: dict[nn.Sequential, dict[str, TaskRouter]] = {}
-    for (leaf, _), router in zip(chosen, routers, strict=True):
+    for (leaf, *_), router in zip(chosen, routers, strict=True):
         router.train(leaf.module.training)
         reference = next(leaf.module.parameters(), None)
         if reference is not None:

@@ -19,7 +19,7 @@ class TaskRouter(TaskAware):
     meet. The masks are a buffer ``_unit_mapping``, so they are saved, loaded and moved, and never trained.
 
     Args:
-        unit_count: C, the size of axis 1.
+        unit_count: C, the size of axis 1 (of ``axis``).
         task_count: T.
         sigma: an int: how many units each task does without (more than C: it keeps none); a float from 0.0 to 1.0:
             that fraction of them, ``int(unit_count * sigma)`` units. Beware that 1 is one unit and 1.0 all of them.
@@ -30,6 +30,7 @@ class TaskRouter(TaskAware):
             that several tasks use: the place that was drawn most narrowly.
         balanced: units are used equally often, within one: each task keeps the units that the tasks before it used
             least, drawing among equals.
+        axis: 1, or -1: the units are x's last axis, as a Linear's features are of x [B, ..., C].
         inplace: write zeros into x where units are off, and return it: a part of a pass over memory instead of a whole
             one. As with any in-place operation x must not be needed by others; autograd checks that.
         device, dtype: of the masks; float32 by default. Any floating dtype holds them.
@@ -44,6 +45,7 @@ class TaskRouter(TaskAware):
     """
 
     _unit_mapping: Tensor
+    axis: int = 1
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class TaskRouter(TaskAware):
         generator: torch.Generator | None = None,
         no_orphans: bool = False,
         balanced: bool = False,
+        axis: int = 1,
         inplace: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -62,10 +65,12 @@ class TaskRouter(TaskAware):
         super().__init__()
         self.unit_count = _checks.at_least_one("unit_count", unit_count)
         self.task_count = _checks.at_least_one("task_count", task_count)
+        if axis not in (1, -1) or isinstance(axis, bool):
+            raise ValueError(f"axis: expected 1 or -1, got {axis!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         self.sigma, self.name = sigma, name
-        self.use_routing, self.inplace = True, bool(inplace)
+        self.use_routing, self.inplace, self.axis = True, bool(inplace), axis
         off, drawn = self._plan(sigma)
         factory: dict[str, Any] = {"device": device, "dtype": dtype or torch.float32}
         if drawn:
@@ -92,7 +97,7 @@ class TaskRouter(TaskAware):
     def extra_repr(self) -> str:
         return (
             f"unit_count={self.unit_count}, task_count={self.task_count}, sigma={self.sigma}, "
-            f"name={self.name!r}, inplace={self.inplace}"
+            f"name={self.name!r}, inplace={self.inplace}{'' if self.axis == 1 else ', axis=-1'}"
         )
 
     def get_unit_mapping(self) -> Tensor:
@@ -103,12 +108,12 @@ class TaskRouter(TaskAware):
         """Mask x.
 
         Args:
-            x: [B, C, ...], any floating dtype and memory format.
+            x: [B, C, ...] (with ``axis=-1`` [B, ..., C]), any floating dtype and memory format.
             task: an int or a 0-d integer tensor: the task of all samples; or [B] integers: each sample's own. By
                 default the active task. (Under torch.compile give a tensor: a graph is made again for other ints.)
 
         Returns:
-            [B, C, ...] in x's dtype and memory format: x with zeros in place of the units that are off, whatever they
+            x's shape, in x's dtype and memory format: x with zeros in place of the units that are off, whatever they
             were, also infinities; x itself if ``inplace``. The gradient is zero there too.
 
         Raises:
@@ -118,8 +123,18 @@ class TaskRouter(TaskAware):
         """
         if not self.use_routing:
             return x
-        if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[1] != self.unit_count):
-            raise ValueError(f"x: expected [B, {self.unit_count}, ...] (unit_count units), got {_checks.shown(x)}")
+        if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[self.axis] != self.unit_count):
+            axes = f"{self.unit_count}, ..." if self.axis == 1 else f"..., {self.unit_count}"
+            raise ValueError(f"x: expected [B, {axes}] (unit_count units), got {_checks.shown(x)}")
+        if self.over_features(x):  # seen with its units as axis 1, without a copy
+            return self._masked(x.movedim(-1, 1), task).movedim(1, -1)
+        return self._masked(x, task)
+
+    def over_features(self, x: Tensor) -> bool:
+        """Whether the units are x's last axis and that is not axis 1."""
+        return self.axis == -1 and isinstance(x, Tensor) and x.dim() > 2
+
+    def _masked(self, x: Tensor, task: Task | None) -> Tensor:
         inplace = self.inplace and (torch.compiler.is_compiling() or not traced())  # under vmap x may be fewer than y
         return self._checked(task_mask(x, self._unit_mapping, self._task(task), inplace=inplace), task)
 

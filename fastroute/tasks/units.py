@@ -71,6 +71,11 @@ def row(table: Tensor, task: Task) -> Tensor:
     return table.index_select(0, task.to(table.device, torch.int64).clamp(0, len(table) - 1).reshape(1))[0]
 
 
+def axis_of(router: TaskRouter | None, x: Tensor) -> int:
+    """The axis of x that a router's units are."""
+    return x.dim() - 1 if router is not None and router.over_features(x) else 1
+
+
 def spread(index: Tensor, times: int) -> Tensor:
     """Channels [..., L] -> the features [..., L times] that they are after flattening ``times`` positions each."""
     if times == 1:
@@ -78,11 +83,11 @@ def spread(index: Tensor, times: int) -> Tensor:
     return (index.unsqueeze(-1) * times + torch.arange(times, device=index.device)).flatten(-2)
 
 
-def expand(x: Tensor, index: Tensor, width: int) -> Tensor:
+def expand(x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor:
     """Compact [B, L, ...] -> [B, width, ...] with zeros elsewhere, in x's memory format."""
-    full = x.new_empty((len(x), width, *x.shape[2:]))
-    if traced() and not torch.compiler.is_compiling():  # vmap knows no memory formats
-        return full.zero_().index_copy(1, index, x)
+    full = x.new_empty((*x.shape[:axis], width, *x.shape[axis + 1 :]))
+    if axis != 1 or (traced() and not torch.compiler.is_compiling()):  # vmap knows no memory formats
+        return full.zero_().index_copy(axis, index, x)
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         full = full.contiguous(memory_format=torch.channels_last)
     return full.zero_().index_copy(1, index, x) if traced() else full.zero_().index_copy_(1, index, x)
@@ -136,7 +141,7 @@ class ExpandGroups(torch.autograd.Function):
         """[B, width, ...] with zeros elsewhere."""
         ctx.save_for_backward(rows)
         ctx.bounds = bounds
-        full = x.new_zeros((len(x), width, *x.shape[2:]))
+        full = x.new_zeros((x.shape[0], width, *x.shape[2:]))
         for g, (a, b) in enumerate(pairwise(bounds)):
             full[a:b].index_copy_(1, rows[g], x[a:b])
         return full
@@ -154,7 +159,7 @@ class CompactGroups(torch.autograd.Function):
         """[B, L, ...]"""
         ctx.save_for_backward(rows)
         ctx.bounds, ctx.width = bounds, x.shape[1]
-        made = x.new_empty((len(x), rows.shape[1], *x.shape[2:]))
+        made = x.new_empty((x.shape[0], rows.shape[1], *x.shape[2:]))
         for g, (a, b) in enumerate(pairwise(bounds)):
             made[a:b] = x[a:b].index_select(1, rows[g])
         return made

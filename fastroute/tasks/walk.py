@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from . import products
 from .active import Task, aware_parts
-from .chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, rank
+from .chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
 from .norm import dense_scale, live_batch_norm, uses_batch
 from .router import TaskRouter
-from .units import CompactGroups, ExpandGroups, Sorted, Units, expand, row, spread, units
+from .units import CompactGroups, ExpandGroups, Sorted, Units, axis_of, expand, row, spread, units
 
 #: Positions per task below which a convolution is faster channels-first on a CPU: its weights are most of its reading.
 _FEW = 512
@@ -36,8 +36,8 @@ class Way(Protocol):
 
     def index(self, router: TaskRouter) -> Tensor: ...
     def favours(self, step: Step, x: Tensor, held: Held) -> bool: ...
-    def compact(self, x: Tensor, index: Tensor) -> Tensor: ...
-    def expand(self, x: Tensor, index: Tensor, width: int) -> Tensor: ...
+    def compact(self, x: Tensor, index: Tensor, axis: int = 1) -> Tensor: ...
+    def expand(self, x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor: ...
     def begin(self, x: Tensor) -> Tensor: ...
     def end(self, x: Tensor) -> Tensor: ...
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor: ...
@@ -77,7 +77,7 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
         if not held.compact or held.router is None:
             return x
         index = spread(way.index(held.router), held.positions)
-        return way.expand(x, index, held.router.unit_count * held.positions)
+        return way.expand(x, index, held.router.unit_count * held.positions, axis_of(held.router, x))
 
     for step in steps:
         kind, layer = step.kind, step.layer
@@ -89,11 +89,15 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
             else:
                 x = full()
                 x, held = way.route(x, step.router)
-        elif kind == MIX and x.dim() == rank(layer):
-            step = step if step.router is None or not is_idle(step.router) else step._replace(router=None)
+        elif kind == MIX and x.dim() >= (rank(layer) or 0):
+            axis = x.dim() - 1 if rank(layer) == 2 else 1  # which it mixes
+            if step.router is not None and (is_idle(step.router) or axis_of(step.router, x) != axis):
+                step = step._replace(router=None)
             router, inner = step.router, held.router
-            if inner is not None and inner.unit_count * held.positions != products.weight_of(layer).shape[1]:  # type: ignore[arg-type]
-                x, held, inner = full(), Held(), None  # the layer is to say what is wrong
+            if inner is not None and (
+                axis_of(inner, x) != axis or inner.unit_count * held.positions != products.weight_of(layer).shape[1]  # type: ignore[arg-type]
+            ):
+                x, held, inner = full(), Held(), None  # of other channels, or the layer is to say what is wrong
             if (router is None and inner is None) or not way.favours(step, x, held):
                 x = layer(full())
                 x, held = x if step.norm is None else step.norm(x), Held()
@@ -103,14 +107,16 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
             out = None if router is None else way.index(router)
             inp = None if inner is None else spread(way.index(inner), held.positions)
             if inp is not None and not held.compact:
-                x = way.compact(x, inp)
-            if way.turned and x.dim() == 4 and math.prod(x.shape[2:]) * len(x) < _FEW * way.tasks:
+                x = way.compact(x, inp, axis)
+            if way.turned and x.dim() == 4 and math.prod(x.shape[2:]) * x.shape[0] < _FEW * way.tasks:
                 x = x.contiguous()
             x = way.mix(step, x, out, inp)
             held = Held() if router is None else Held(router, compact=True, pending=True)
-        elif held.pending or (kind == KEEP and rank(layer) in (None, x.dim())):
+        elif held.pending or (
+            kind == KEEP and rank(layer) in (None, x.dim()) and not (_is_last(held, x) and is_spatial(layer))
+        ):
             x = layer(x)
-        elif kind == FLAT:
+        elif kind == FLAT and not _is_last(held, x):
             held = held._replace(positions=held.positions * math.prod(x.shape[2:]))
             x = layer(x)
         elif kind == DROP:
@@ -120,6 +126,11 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
         else:
             x, held = way.call(full(), layer), Held()
     return way.end(full())
+
+
+def _is_last(held: Held, x: Tensor) -> bool:
+    """Whether what is known of x is of its last axis, and that is not axis 1."""
+    return held.router is not None and held.router.over_features(x)
 
 
 class Single:
@@ -138,13 +149,13 @@ class Single:
         return self._index[id(router)]
 
     def favours(self, step: Step, x: Tensor, held: Held) -> bool:
-        return True
+        return step.norm is None or x.dim() == rank(step.layer)  # BatchNorm of [B, L, D] is over L
 
-    def compact(self, x: Tensor, index: Tensor) -> Tensor:
-        return x.index_select(1, index)
+    def compact(self, x: Tensor, index: Tensor, axis: int = 1) -> Tensor:
+        return x.index_select(axis, index)
 
-    def expand(self, x: Tensor, index: Tensor, width: int) -> Tensor:
-        return expand(x, index, width)
+    def expand(self, x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor:
+        return expand(x, index, width, axis)
 
     def begin(self, x: Tensor) -> Tensor:
         return x
@@ -195,13 +206,14 @@ class Single:
         if not units(router).padded:
             return x
         off = row(router._unit_mapping, self._tasks[id(router)]).index_select(0, index) == 0
-        return x.masked_fill(off.view(1, -1, *[1] * (x.dim() - 2)), 0)
+        return x.masked_fill(off.view(-1, *[1] * (x.dim() - 1 - axis_of(router, x))), 0)
 
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]:
-        if x.dim() < 2 or x.shape[1] != router.unit_count:
+        axis = axis_of(router, x)
+        if x.dim() < 2 or x.shape[axis] != router.unit_count:
             return router(x, self._tasks[id(router)]), Held()  # which says what is wrong
         index = self.index(router)
-        return self.mask(self.compact(x, index), router, index), Held(router, compact=True)
+        return self.mask(self.compact(x, index, axis), router, index), Held(router, compact=True)
 
     def call(self, x: Tensor, layer: nn.Module) -> Tensor:
         return called(layer, x, self._given)
@@ -225,7 +237,7 @@ class Mixed:
 
     def favours(self, step: Step, x: Tensor, held: Held) -> bool:
         layer: products.Mixing = step.layer  # type: ignore[assignment]
-        if (step.norm is not None and uses_batch(step.norm)) or not products.can_group(layer):
+        if (step.norm is not None and uses_batch(step.norm)) or not products.can_group(layer) or x.dim() != rank(layer):
             return False
         (O, I), elements = products.weight_of(layer).shape[:2], products.weight_of(layer).shape[2:].numel()
         lo = O if step.router is None else _width(units(step.router))
@@ -233,11 +245,11 @@ class Mixed:
         positions, tasks = products.positions(layer, x), self._groups.number
         return products.grouped_is_cheaper(positions, tasks, (O, I), (lo, li), elements)
 
-    def compact(self, x: Tensor, index: Tensor) -> Tensor:
+    def compact(self, x: Tensor, index: Tensor, axis: int = 1) -> Tensor:
         made: Tensor = CompactGroups.apply(x, index, self._groups.bounds)  # type: ignore[no-untyped-call]
         return made
 
-    def expand(self, x: Tensor, index: Tensor, width: int) -> Tensor:
+    def expand(self, x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor:
         made: Tensor = ExpandGroups.apply(x, index, self._groups.bounds, width)  # type: ignore[no-untyped-call]
         return made
 
@@ -264,13 +276,13 @@ class Mixed:
 
     def _per_sample(self, channels: Tensor, index: Tensor, y: Tensor) -> Tensor:
         """[C] -> [B, L, 1, ...]: those of each sample's group."""
-        return channels[index].index_select(0, self._groups.member).view(len(y), -1, *[1] * (y.dim() - 2))
+        return channels[index].index_select(0, self._groups.member).view(y.shape[0], -1, *[1] * (y.dim() - 2))
 
     def mask(self, x: Tensor, router: TaskRouter, index: Tensor) -> Tensor:
         if not units(router).padded:
             return x
         off = router._unit_mapping.index_select(0, self._groups.tasks).gather(1, index) == 0
-        return x.masked_fill(off.index_select(0, self._groups.member).view(len(x), -1, *[1] * (x.dim() - 2)), 0)
+        return x.masked_fill(off.index_select(0, self._groups.member).view(x.shape[0], -1, *[1] * (x.dim() - 2)), 0)
 
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]:
         return router(x, self._task), Held(router)

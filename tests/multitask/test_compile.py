@@ -173,6 +173,19 @@ for model in models:
         both = [torch.empty_like(p) for _ in range(2)]
         dist.all_gather(both, p.detach())
         assert torch.equal(*both)
+model = models[0]  # a target of None on one rank
+ddp, parameters = DistributedDataParallel(model), list(model.parameters())
+targets = [dict(zip(README_TASKS, y[r])) for r in (0, 1)]
+targets[1]["Task2"] = None
+del targets[0]["Task3"]
+for step in range(2):
+    def loss(f, r):
+        return model.loss(f(x[r]), targets[r])[0]
+    alone = [torch.autograd.grad(loss(model, r), parameters, materialize_grads=True) for r in (0, 1)]
+    model.zero_grad()
+    loss(ddp, rank).backward()
+    for p, a, b in zip(parameters, *alone):
+        torch.testing.assert_close(p.grad, (a + b) / 2)
 dist.destroy_process_group()
 if child:
     assert os.waitpid(child, 0)[1] == 0

@@ -207,7 +207,7 @@ def test_bad_input_names_the_place() -> None:
             fn(nn.Linear(2, 2), 0)
     router = TaskRouter(4, T, 2)
     conv, after = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-    with pytest.raises(ValueError, match=r"^1: expected a convolution, Linear or BatchNorm before.*got Sigmoid"):
+    with pytest.raises(ValueError, match=r"^1: expected a convolution, Linear or norm before.*got Sigmoid"):
         fold(nn.Sequential(nn.Sigmoid(), router), 0)
     with pytest.raises(ValueError, match=r"^2: expected layers that treat channels alone.*Sigmoid"):
         extract_task(nn.Sequential(conv, router, nn.Sigmoid(), after), 0)

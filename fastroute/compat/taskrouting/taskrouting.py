@@ -26,6 +26,8 @@ class TaskRouter(tasks.TaskRouter):
     """
 
     def __init__(self, unit_count: int, task_count: int, sigma: int, name: str = "TaskRouter", **options: Any) -> None:
+        if options.get("axis", 1) != 1:
+            raise ValueError(f"axis: upstream's router has axis 1, got {options['axis']!r}; fastroute.tasks has others")
         super().__init__(unit_count, task_count, sigma, name, **options)
         if sigma == 0:
             self.use_knockout = False

@@ -23,7 +23,7 @@ from ...reference.policy import accumulating, shifted
 from ..entries import Entries, Need, from_raw
 from ..record import Column, Record
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
-from ..trajectory import SampleMetaInformation, Trajectory
+from ..trajectory import SampleMetaInformation, Trajectory, count
 from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages, TabularPolicyStorage, ask, heads
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
@@ -215,7 +215,7 @@ class Decision(nn.Module):
     def _agents_of(self, agents: Any, B: int, device: torch.device) -> Tensor | None:
         if self._num_agents == 1:
             return None
-        if agents is None or len(agents) == 0 != B:
+        if agents is None or count(agents) == 0 != B:
             raise ValueError(
                 f"agents: expected the agent of each sample, [{B}] below {self._num_agents}, got none; "
                 "pass task labels or an earlier decision's actions"

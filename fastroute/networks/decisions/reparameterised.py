@@ -168,7 +168,7 @@ class RELAX(_WithValueNet):
     def _upstream_loss(self, e: Entries, p: Tensor, log_p: Tensor, H: Tensor) -> Tensor:
         """Zeros, with upstream's gradient in the mean over the batch."""
         if not p.requires_grad:  # nobody was decided for, or nothing is to be learnt
-            return p.new_zeros(len(p))
+            return p.new_zeros(p.shape[0])
         K, active = e.choices, e.active
         rows = 1.0 if active is None else active[:, None].to(p.dtype)
         theta = [t for t in self._policy.parameters() if t.requires_grad]
@@ -189,5 +189,5 @@ class RELAX(_WithValueNet):
             pull = G.detach() - (0 if s is None else 0.01 * s)  # type: ignore[union-attr]
             total = total + (pull * t).sum() + 0.5 * G.square().sum()  # type: ignore[union-attr]
         # shared out over the entries, so that the mean over the batch's samples has it once
-        entries = len(p) if active is None else active.sum().clamp(min=1)
-        return (total - total.detach()).expand(len(p)) * (e.batch / entries)
+        entries = p.shape[0] if active is None else active.sum().clamp(min=1)
+        return (total - total.detach()).expand(p.shape[0]) * (e.batch / entries)

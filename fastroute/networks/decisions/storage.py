@@ -73,7 +73,7 @@ class TabularPolicyStorage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> [B, num_selections]."""
-        return self._approx.expand(len(x), -1)
+        return self._approx.expand(x.shape[0], -1)
 
 
 class Storages(nn.ModuleList):
@@ -131,7 +131,7 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
     if tables is not None:
         if differentiable_twice:
             whose = torch.empty_like(plan.order).index_copy(
-                0, plan.order, dispatch.module_of_row(plan.offsets, len(plan.order))
+                0, plan.order, dispatch.module_of_row(plan.offsets, plan.order.shape[0])
             )
             return torch.cat([*tables, torch.zeros_like(tables[0][:1])])[whose]
         return grouped_linear(None, plan, (), tables)
@@ -182,7 +182,7 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
         return None
     if given.dtype != weights[0].dtype and autocast_dtype(x.device.type) is None:
         return None
-    if plan is None and given.shape[0] * K * F > _LARGE:
+    if plan is None and not torch.compiler.is_exporting() and given.shape[0] * K * F > _LARGE:
         return None
     return Head(given, weights, biases, (is_direct, first._detach))
 
