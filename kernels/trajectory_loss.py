@@ -24,7 +24,7 @@ from .launch import _INTERPRETED, cdiv
 BLOCK = 128
 WARPS = 4
 CHUNK = 8  #: decisions that a kernel is written out for; longer trajectories take several
-COLUMNS = 32  #: scores of a sample that are looked at together
+COLUMNS = 16  #: scores of a sample that are looked at together
 
 #: True: rewards whose formula is known are made in the loss's kernel. None is False: by PyTorch's operators, before.
 force_rewards: bool | None = None

@@ -42,6 +42,10 @@ def _matrix(device: str, dry: bool) -> Call:
     return workloads.matrix_routing(device, *((2, 20, 5) if dry else (16, 4096, 64)))
 
 
+def _rewards(device: str, dry: bool) -> Call:
+    return workloads.rewards(device, *((16, 3) if dry else (1024, 20)))
+
+
 def _experts(device: str, dry: bool, training: bool = False) -> Call:
     sizes = (64, 2, 4, 32, 16) if dry else (32_768, 8, 128, 2048, 768)
     return workloads.experts(device, *sizes, torch.float32 if dry else torch.bfloat16, training=training)
@@ -52,12 +56,16 @@ def _outputs(m: int) -> Callable[[str, bool], Call]:
 
 
 TABLES = (
-    *(Table(f"second designs: {what}", *setting, [None, False], work) for what, setting, work in (
-        ("vector_routing, 1,000,000 rows, training: dx at once", ("vector_routing", "force_left"), _trained_million),
-        ("vector_routing, 1,000,000 rows, forward: TF32 operands as they are taken", ("vector_routing", "force_turned"),
-         _million),
-        ("expert_ffn, 128 experts, training: gate and product in one", ("expert_ffn", "force_fused"), _mixture),
-        ("matrix_routing, 4096 to 64, training: outputs in the kernels", ("matrix_routing", "force_folded"), _matrix),
+    *(Table(f"second designs: {what}", *setting, [None, other], work) for other, what, setting, work in (
+        (False, "vector_routing, 1,000,000 rows, training: dx at once", ("vector_routing", "force_left"),
+         _trained_million),
+        (False, "vector_routing, 1,000,000 rows, forward: TF32 operands as they are taken",
+         ("vector_routing", "force_turned"), _million),
+        (False, "expert_ffn, 128 experts, training: gate and product in one", ("expert_ffn", "force_fused"), _mixture),
+        (False, "matrix_routing, 4096 to 64, training: outputs in the kernels", ("matrix_routing", "force_folded"),
+         _matrix),
+        (True, "networks.Loss, 3 decisions, forward: rewards in the kernel", ("trajectory_loss", "force_rewards"),
+         _rewards),
     )),
     Table("vector_routing, 1,000,000 rows, forward: bytes of a chunk", "vector_routing_plan", "SCRATCH",
           [None, 16 << 20, 32 << 20, 128 << 20], _million),

@@ -18,7 +18,7 @@ from ..ops._recomputation import is_recomputation
 from ..ops.trajectory_loss import SILENT, makes_rewards, rewarded_loss, trajectory_loss
 from .entries import Entries, Need, Step, known_losses, reduce, rows_of
 from .record import Record
-from .rewards import Formula, action_formula, check_formula, final_formula, final_rewards, per_action_rewards
+from .rewards import Formula, action_formulas, check_formula, final_formula, final_rewards, per_action_rewards
 from .trajectory import SampleMetaInformation, Trajectory
 
 _Samples = Trajectory | Sequence[SampleMetaInformation]
@@ -163,7 +163,7 @@ class Loss(nn.Module):
         meta.check_foreign()
         like = final.losses
         rows = rows_of(records, like.dtype)
-        by = [action_formula(record.reward, record.actions, like) for record in records]
+        by = action_formulas([r.reward for r in records], [r.actions for r in records], like)
         own = [
             meta.added_rewards(t, like) if by[t] is not None else self._own_reward(meta, t, record, like)
             for t, record in enumerate(records)

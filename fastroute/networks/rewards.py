@@ -391,14 +391,21 @@ def per_action_rewards(
         return total
 
 
-def action_formula(reward: Any, actions: Tensor, like: Tensor) -> ByAction | None:
-    """What ``per_action_rewards`` is made of, where the op knows that formula."""
-    own = (ManualReward, CollaborationReward, RunningAverageCollaborationReward)
-    if type(reward) not in own or {"rewards", "by_action"} & set(vars(reward)):
-        return None
-    with torch.no_grad():
-        made: ByAction | None = reward.by_action(actions, like)
-    return made
+def action_formulas(rewards: Sequence[Any], actions: Sequence[Tensor], like: Tensor) -> list[ByAction | None]:
+    """What the ``per_action_rewards`` of decisions are made of, where the op knows the formula; None elsewhere."""
+    known = (ManualReward, CollaborationReward, RunningAverageCollaborationReward)
+    once: dict[int, ByAction | None] = {}  # a table does not depend on whose reward it is
+    found: list[ByAction | None] = []
+    for reward, own in zip(rewards, actions, strict=True):
+        if type(reward) not in known or {"rewards", "by_action"} & set(vars(reward)):
+            found.append(None)
+            continue
+        if id(reward) not in once:
+            with torch.no_grad():
+                once[id(reward)] = reward.by_action(own, like)
+        made = once[id(reward)]
+        found.append(None if made is None else made._replace(actions=own))
+    return found
 
 
 __all__ = [

@@ -32,6 +32,8 @@ from tests.helpers.poison import poisoned_memory
 from tests.helpers.trajectory_losses import arguments, loss_case, loss_op, loss_truth
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+#: Compiled code may contract a product and a sum into one rounding; operators of their own cannot.
+SAME = {"rtol": 0.0, "atol": 0.0} if DEVICE == "cpu" else {}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -196,12 +198,12 @@ def test_rewards_in_the_kernel(name: str, masked: bool, monkeypatch: pytest.Monk
         ]
         expected = ops.trajectory_loss(**{**given, "own": own}, f=final.made(), **options)
     assert f.dtype == torch.float32 and torch.equal(f, final.made()) and not f.requires_grad
-    torch.testing.assert_close(loss, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(loss, expected, **SAME)
     grads = [torch.autograd.grad(made.sum(), columns, retain_graph=True) for made in (loss, expected)]
     again = [torch.autograd.grad(made.sum(), columns, create_graph=True) for made in (loss, expected)]
     for pairs in (zip(*grads, strict=True), zip(*again, strict=True)):
         for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            torch.testing.assert_close(ours, theirs, **SAME)
 
 
 def test_an_action_that_there_is_not_has_no_reward() -> None:
@@ -283,8 +285,7 @@ def test_a_loss_with_rewards_in_its_kernel(reward: str, final: str, monkeypatch:
         found.append((made, meta.final_reward))
         counts.append(on_a_gpu(reward, FINALS[final]))
     for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
-    print(reward, final, counts)
+        torch.testing.assert_close(ours, theirs, **SAME)
     assert counts[1] <= counts[0] - 3, counts
 
 
