@@ -132,9 +132,6 @@ class _Call:
 
     def score(self, samples: slice, first: int, last: int, packed: Tensor, out: Tensor) -> None:
         tile = self.plan.score
-        if self.multiplied.element_size() < self.x.element_size():  # rows of 64 bytes would be copied by 8
-            deeper = (2 * tile.rows + 4 * tile.columns) * 2 * tile.depth * tile.stages
-            tile = tile._replace(depth=2 * tile.depth) if deeper <= shared_memory(self.x.device) else tile
         K = self.operands * padded(self.m)
         start.launch(
             score_kernel, (cdiv(last - first, tile.rows) * cdiv(K, tile.columns), samples.stop - samples.start),

@@ -57,6 +57,8 @@ def _outputs(m: int) -> Callable[[str, bool], Call]:
 
 TABLES = (
     *(Table(f"second designs: {what}", *setting, [None, other], work) for other, what, setting, work in (
+        (True, "vector_routing, 1,000,000 rows, forward: later passes read x in half its bytes",
+         ("vector_routing", "force_narrow"), _million),
         (False, "vector_routing, 1,000,000 rows, training: dx at once", ("vector_routing", "force_left"),
          _trained_million),
         (False, "vector_routing, 1,000,000 rows, forward: TF32 operands as they are taken",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +21,18 @@ from fastroute.reference.vector_routing import gates, row_is_live
 from tests.helpers import seeds
 from tests.helpers.budget import Yardstick
 
-from .oracle import PARAMETERS, Problem, Size, answer, assert_within_budget, empty_grads, problem, run
+from .oracle import (
+    PARAMETERS,
+    Problem,
+    Size,
+    answer,
+    assert_within_budget,
+    empty_grads,
+    forward_passes,
+    passes_of,
+    problem,
+    run,
+)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SMALL = Size(2, 33, 5, 24)
@@ -250,62 +260,31 @@ def test_operands_of_tf32_products_are_rounded() -> None:
 
 
 def narrowed(cases: list[Problem], monkeypatch: pytest.MonkeyPatch, force: bool = True) -> list[dict[str, Tensor]]:
-    """Forward passes of one x, first one first, which leaves it in half its bytes. Later ones find x overwritten."""
     monkeypatch.setattr(vector_routing, "force_narrow", force)
-    passes = Passes(len(cases))
-    found = []
-    for t, case in enumerate(cases):
-        passes.to_come -= 1
-        x = case.step.x if t == 0 or not force else torch.full_like(case.step.x, float("nan"))
-        gate = None if t == 0 else found[0]["gate"]
-        M, p, gate = vector_routing.forward(case.step._replace(x=x, gate=gate, passes=passes))
-        found.append({"M": M, "p": p, "gate": gate})
-    assert (passes.kept is not None) == force
+    found, kept = forward_passes(vector_routing, cases, lost=force)
+    assert (kept is not None) == force
     return found
 
 
-def passes_of(size: Size, rows: Tensor | None = None, **options: Any) -> list[Problem]:
-    """A first iteration that makes its gates, and the next one, of the same x, whose numbers are times ``rows``."""
-    first, *others = (
-        make(size, precision="tf32", seed=t, **KINDS["next" if t else "first-made"], **options) for t in range(2)
+NARROW = {
+    "plain": {},
+    "lengths": {"lengths": [33, 0, 17]},
+    "mask": {"mask": random_mask(3, 33, 5)},
+    "without-ign": {"ign": False},
+    "bf16-parameters": {"parameter_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", NARROW.values(), ids=NARROW)
+def test_narrow(options: dict[str, Any], path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x is read once: the second pass never sees it, over chunks that do not fill their blocks."""
+    real = vector_routing.plan
+    monkeypatch.setattr(
+        vector_routing, "plan", lambda *a, **k: real(*a, **{**k, "sms": 2})._replace(rows=24, splits=2, batch=2)
     )
-    x = first.step.x if rows is None else first.step.x * rows.to(DEVICE)
-    gate = vector_routing.forward(first.step._replace(x=x))[2]
-    return [
-        first._replace(step=first.step._replace(x=x)),
-        *(case._replace(step=case.step._replace(x=x, gate=gate)) for case in others),
-    ]
-
-
-def assert_forward_within_budget(found: list[dict[str, Tensor]], cases: list[Problem]) -> None:
-    for made, case in zip(found, cases, strict=True):
-        exact = partial(
-            lambda case: {k: t for k, t in answer(case, torch.float64).items() if k in ("M", "p", "gate")}, case
-        )
-        Yardstick(exact, torch.float32, operands="tf32").check(made)
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"lengths": [33, 0, 17]},
-        {"mask": random_mask(3, 33, 5)},
-        {"ign": False},
-        {"parameter_dtype": torch.bfloat16},
-    ],
-    ids=["plain", "lengths", "mask", "without-ign", "bf16-parameters"],
-)
-def test_narrow(options: dict[str, Any], chunked: bool, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """x is read once: the second pass never sees it."""
-    if chunked:
-        real = vector_routing.plan
-        monkeypatch.setattr(
-            vector_routing, "plan", lambda *a, **k: real(*a, **{**k, "sms": 2})._replace(rows=16, splits=2, batch=2)
-        )
-    cases = passes_of(Size(3, 33, 5, 150), **options)
-    assert_forward_within_budget(narrowed(cases, monkeypatch), cases)
+    cases = passes_of(vector_routing, Size(3, 33, 5, 150), device=DEVICE, **options)
+    for found, case in zip(narrowed(cases, monkeypatch), cases, strict=True):
+        assert_within_budget(found, case, forward=True)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +299,7 @@ def test_narrow(options: dict[str, Any], chunked: bool, path: bool, monkeypatch:
 )
 def test_narrow_numbers_of_any_size(rows: Tensor, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative to what the same passes make of x itself, error for error."""
-    cases = passes_of(SMALL, rows=rows)
+    cases = passes_of(vector_routing, SMALL, device=DEVICE, rows=rows)
     found, plain = narrowed(cases, monkeypatch), narrowed(cases, monkeypatch, False)
     for made, other, case in zip(found, plain, cases, strict=True):
         exact = answer(case, torch.float64)
@@ -332,7 +311,7 @@ def test_narrow_numbers_of_any_size(rows: Tensor, path: bool, monkeypatch: pytes
 
 def test_narrow_keeps_what_is_no_number_in_its_sample(path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And an infinite number leaves the others of its row as they are."""
-    cases = passes_of(SMALL)
+    cases = passes_of(vector_routing, SMALL, device=DEVICE)
     bad = cases[0].step.x.clone()
     bad[0, 3, 7], bad[0, 3, 8] = float("nan"), float("inf")
     made = [case._replace(step=case.step._replace(x=bad)) for case in cases]
