@@ -26,7 +26,7 @@ LARGEST = 30 << 20
 
 
 def make(arch: int, seconds: float, python: str = sys.executable) -> int:
-    """Compile what rows and tests launch, for at most so many seconds; 0 if the archive is small enough to travel."""
+    """Compile what rows, tables and tests launch, for at most so many seconds; 0 if the archive may travel."""
     from bench.gpu_first import recording
 
     FOLDER.mkdir(exist_ok=True)
@@ -49,6 +49,8 @@ def make(arch: int, seconds: float, python: str = sys.executable) -> int:
         timed = list(dict.fromkeys(i.split("::")[0] for i in predicted.ROWS))
         asked = ["--bench-gpu", "--bench-uncompiled", "--benchmark-only", *timed]
         subprocess.run([*pytest, *asked], env=env | {plugin.IDS: rows.name}, cwd=ROOT, check=False)
+        tables = "from bench.gpu_first import recording; recording.compile_tables()"
+        subprocess.run([python, "-W", "ignore", "-c", tables], env=env, cwd=ROOT, check=False)
         for wave in waves.WAVES:
             if time.monotonic() > end:
                 break

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -100,25 +101,33 @@ def _time(call: Call, device: str, rounds: int) -> float:
     return 1e3 * statistics.median(sample(call).time for _ in range(rounds))
 
 
+@contextmanager
+def setting(table: Table, value: Any) -> Iterator[Any]:
+    """While it lasts, the table's name is ``value``; gives what it is then."""
+    module = import_module(f"fastroute.kernels.{table.module}")
+    before = getattr(module, table.name)
+    made = before if value is None else value
+    setattr(module, table.name, made)
+    _forget_plans()
+    try:
+        yield made
+    finally:
+        setattr(module, table.name, before)
+        _forget_plans()
+
+
 def make(dry: bool) -> None:
     device = "cpu" if dry or not torch.cuda.is_available() else "cuda"
     torch.backends.cuda.matmul.allow_tf32 = True
     for table in TABLES:
-        module = import_module(f"fastroute.kernels.{table.module}")
         call: Call | None = None
         for value in table.values:
             found: dict[str, Any] = {"table": table.what, "setting": f"{table.module}.{table.name}"}
             try:
-                before = getattr(module, table.name)
-                found["value"] = str(before if value is None else value) + " (now)" * (value is None)
-                setattr(module, table.name, before if value is None else value)
-                _forget_plans()
-                try:
+                with setting(table, value) as made:
+                    found["value"] = str(made) + " (now)" * (value is None)
                     call = call or table.work(device, dry)
                     found["ms"] = _time(call, device, 2 if dry else 9)
-                finally:
-                    setattr(module, table.name, before)
-                    _forget_plans()
             except Exception as error:
                 found["message"] = f"{type(error).__name__}: {error}"
             records.write("table", **found)
