@@ -6,6 +6,7 @@ what it launched until then is compiled for the cache. ``python -m bench.gpu_fir
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -141,6 +142,7 @@ def _stubs() -> str:
     command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
     subprocess.run(command, cwd=folder, check=True)
     (folder / "libcuda.so.1").symlink_to("libcuda.so")
+    ctypes.CDLL(str(folder / "libcuda.so"), mode=ctypes.RTLD_GLOBAL)  # or it would be compiled for every kernel anew
     with suppress(ImportError):
         compile_module_from_src(
             src=source, name="cuda_utils", library_dirs=[str(folder)], include_dirs=driver.include_dirs,

@@ -89,10 +89,10 @@ def check(name: str, found: list[aot.Report]) -> None:
         assert r.stack == 0 if r.arch == 90 else aot.spills_stay_near(r), r
         if r.kernel in ("aggregate_kernel", "spread_kernel", "score_kernel") and "ieee" not in name:
             assert r.tensor_ops, r
-            turned = (
-                "tf32" in name and r.kernel == "aggregate_kernel"
-            )  # in the backward pass coefficients lie as they do
-            assert r.copies and (set(r.copies) == {"16"} or turned), r
+            # in the backward pass coefficients lie as they do; float16 that becomes TF32 on its way is copied by 8
+            other = "tf32" in name and r.kernel == "aggregate_kernel"
+            by_8 = "narrow" in name and r.kernel == "score_kernel" and set(r.copies) == {"16", "8"}
+            assert r.copies and (set(r.copies) == {"16"} or other or by_8), r
     if ("tf32" in name or "narrow" in name) and any(r.arch == 90 for r in found):
         assert any(r.kernel == "aggregate_kernel" and set(r.copies) == {"16"} for r in found if r.arch == 90)
 
@@ -104,7 +104,7 @@ def test_fits(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["million-tf32", "wide-bf16", "one-pass-bf16"])
+@pytest.mark.parametrize("name", ["million-tf32", "million-narrow", "wide-bf16", "one-pass-bf16"])
 def test_fits_where_shared_memory_is_small(name: str) -> None:
     check(name, aot.report_of(__file__, name, (86,)))
 
