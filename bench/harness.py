@@ -224,7 +224,7 @@ class Step:
         pass
 
 
-def _capture(call: Callable[[], Any], before: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(call: Callable[[], Any], before: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A graph of one pass, and the tensors in which each replay leaves its results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -255,7 +255,7 @@ def replayed(one: Step | Here) -> Step:
         return kept
 
     def check() -> Results:
-        graphs.update(check=_capture(step.check, step.before), run=_capture(step.run, step.before))
+        graphs.update(check=capture(step.check, step.before), run=capture(step.run, step.before))
         found: Results = replay("check")
         return found
 

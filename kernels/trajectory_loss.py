@@ -8,6 +8,7 @@ Axes: B samples, T decisions, C differentiable columns, N rows of numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +24,29 @@ from .launch import _INTERPRETED, cdiv
 BLOCK = 128
 WARPS = 4
 CHUNK = 8  #: decisions that a kernel is written out for; longer trajectories take several
+COLUMNS = 16  #: scores of a sample that are looked at together
+
+#: True: rewards whose formula is known are made in the loss's kernel. None is False: by PyTorch's operators, before.
+force_rewards: bool | None = None
+
+
+def makes_rewards() -> bool:
+    """Whether rewards are made here."""
+    return force_rewards is True
+
+
+class Rewards(NamedTuple):
+    """What rewards are made of: ``reference.trajectory_loss.Final`` and ``ByAction``, those of all decisions."""
+
+    scale: float
+    scores: Tensor | None  # [B, C]
+    truth: Tensor | None  # [B] int64
+    table: Tensor | None  # of all decisions, one after another
+    actions: Tensor | None  # [., B] int64
+    places: Sequence[int]  # of each decision: its row of actions or -1, where its table begins, its choices
+    ratio: float | None
+    final: Tensor  # out: f [B]
+
 
 _REINFORCE = tl.constexpr(KINDS.index("REINFORCE"))
 _BL1 = tl.constexpr(KINDS.index("REINFORCEBl1"))
@@ -62,10 +86,47 @@ def exp(x):
 
 
 @triton.jit
+def by_action(
+    table, actions, number, at, on, B, ratio, BEGIN: tl.constexpr, CHOICES: tl.constexpr, COUNTED: tl.constexpr
+):
+    """Rewards by action; an action that there is not has none. With the roundings of PyTorch's operators."""
+    a = row(actions, number, at, on, B)
+    entry = table + BEGIN + a
+    known = on & (a >= 0) & (a < CHOICES)
+    found = tl.load(entry, mask=known, other=0).to(tl.float32)
+    if COUNTED:
+        total = tl.zeros_like(found) + tl.load(table + BEGIN + CHOICES).to(tl.float32)
+        each = tl.div_rn(tl.zeros_like(found) + 1.0, tl.maximum(total, 1.0)) * ratio
+        found = (tl.load(entry + 1, mask=known, other=0).to(tl.float32) - found) * each
+    return found
+
+
+@triton.jit
+def best(scores, at, on, C, COLUMNS: tl.constexpr):
+    """The first of a sample's largest scores, as torch.argmax finds it: what is not a number is the largest."""
+    top = tl.zeros_like(at).to(tl.float32) + float("-inf")
+    guess = tl.zeros_like(at).to(tl.int32)
+    nowhere = guess + C
+    is_nan = nowhere
+    for first in range(0, C, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        keep = on[:, None] & (c < C)[None, :]
+        z = tl.load((scores + at * C)[:, None] + c[None, :], mask=keep, other=float("-inf")).to(tl.float32)
+        is_nan = tl.minimum(is_nan, tl.min(tl.where(z != z, c[None, :], C), 1))
+        z = tl.where(z != z, float("-inf"), z)
+        here = tl.max(z, 1)
+        where = tl.min(tl.where(z == here[:, None], c[None, :], C), 1)
+        guess = tl.where(here > top, where, guess)
+        top = tl.maximum(top, here)
+    return tl.where(is_nan < nowhere, is_nan, guess)
+
+
+@triton.jit
 def decision(
-    rows, masks, slopes, at, on, B, f, scale, gamma, R, ahead, more,
+    rows, masks, slopes, table, actions, at, on, B, f, scale, gamma, ratio, R, ahead, more,
     KIND: tl.constexpr, K: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, AUX: tl.constexpr, OWN: tl.constexpr,
-    LOOK: tl.constexpr, ACTIVE: tl.constexpr, WANT: tl.constexpr,
+    LOOK: tl.constexpr, ACTIVE: tl.constexpr, ACTION: tl.constexpr, BEGIN: tl.constexpr, CHOICES: tl.constexpr,
+    COUNTED: tl.constexpr, WANT: tl.constexpr,
 ):  # fmt: skip
     """One decision's loss and slopes; (loss, R, ahead, more), the last three for the decision before it."""
     zero = tl.zeros_like(f)
@@ -73,7 +134,12 @@ def decision(
     if ACTIVE != 0:
         active = row(masks, ACTIVE - 1, at, on, B) != 0
     r = tl.where(more, 0.0, f)
-    if OWN != 0:
+    if ACTION != 0:
+        mine = by_action(table, actions, ACTION - 1, at, on, B, ratio, BEGIN, CHOICES, COUNTED)
+        if OWN != 0:
+            mine += row(rows, OWN, at, on, B)
+        r += mine * scale
+    elif OWN != 0:
         r += row(rows, OWN, at, on, B) * scale
     R_t = r + gamma * R
     y = tl.where(more, r + gamma * ahead, r)
@@ -138,18 +204,28 @@ def decision(
 @triton.jit
 def forward_kernel(
     rows, masks, state, loss, slopes, gamma, B, M, unmasked,
+    scores, truth, C, factor, table, actions, ratio, final,
     T: tl.constexpr, CHOICES: tl.constexpr, KIND: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
-    AUX: tl.constexpr, OWN: tl.constexpr, LOOK: tl.constexpr, ACTIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    AUX: tl.constexpr, OWN: tl.constexpr, LOOK: tl.constexpr, ACTIVE: tl.constexpr, ACTION: tl.constexpr,
+    BEGIN: tl.constexpr, ENTRIES: tl.constexpr, COUNTED: tl.constexpr, COLUMNS: tl.constexpr, NORMALIZE: tl.constexpr,
     WANT: tl.constexpr, RESUME: tl.constexpr, PAUSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss [B] and slopes [C, B] from rows [N, B], row 0 being f, and masks [M, B]. In the lists of rows 0 is none.
 
     T decisions, the last one first. What later ones left for them is in state [3, B] (and in loss) if this is to
     RESUME, and they leave it there for earlier ones if this is to PAUSE.
+
+    With ``final`` [B], row 0 are the losses of which f is made, or else of scores [B, C] and truth [B].
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     on = at < B
     f = row(rows, 0, at, on, B)
+    if final is not None:
+        if scores is not None:
+            f = tl.where(best(scores, at, on, C, COLUMNS) == tl.load(truth + at, mask=on, other=0), factor, -factor)
+        else:
+            f = -f * factor
+        tl.store(final + at, f, mask=on)
     count = tl.zeros_like(f) + unmasked
     if masks is not None:
         for m in range(M):
@@ -168,10 +244,11 @@ def forward_kernel(
         total = row(loss, 0, at, on, B)
     for t in tl.static_range(T - 1, -1, -1):
         made, R, ahead, more = decision(
-            rows, masks, slopes, at, on, B, f, scale, gamma, R, ahead, more,
+            rows, masks, slopes, table, actions, at, on, B, f, scale, gamma, ratio, R, ahead, more,
             (KIND >> (16 * t)) & 0xFFFF, (CHOICES >> (32 * t)) & 0xFFFFFFFF, (S0 >> (16 * t)) & 0xFFFF,
             (S1 >> (16 * t)) & 0xFFFF, (AUX >> (16 * t)) & 0xFFFF, (OWN >> (16 * t)) & 0xFFFF,
-            (LOOK >> (16 * t)) & 0xFFFF, (ACTIVE >> (16 * t)) & 0xFFFF, WANT,
+            (LOOK >> (16 * t)) & 0xFFFF, (ACTIVE >> (16 * t)) & 0xFFFF, (ACTION >> (16 * t)) & 0xFFFF,
+            (BEGIN >> (32 * t)) & 0xFFFFFFFF, (ENTRIES >> (32 * t)) & 0xFFFFFFFF, COUNTED, WANT,
         )  # fmt: skip
         total += made
     tl.store(loss + at, total, mask=on)
@@ -187,9 +264,9 @@ def _packed(numbers: Iterable[int], bits: int = 16) -> int:
 
 def forward(
     f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
-    gamma: float, normalize: bool, want_slopes: bool,
+    gamma: float, normalize: bool, want_slopes: bool, rewards: Rewards | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``fastroute.reference.trajectory_loss.forward``, in float32."""
+    """As ``fastroute.reference.trajectory_loss.forward``, in float32; with ``rewards``, f are the losses."""
     B, C, T = f.shape[0], len(columns) if want_slopes else 0, len(layout) // FIELDS
     loss, slopes = f.new_empty(B, dtype=torch.float32), f.new_empty(C, B, dtype=torch.float32)
     if B == 0 or T == 0:
@@ -197,12 +274,19 @@ def forward(
     rows = torch.stack([f, *columns, *others]).to(torch.float32)
     flags = torch.stack(list(masks)).view(torch.uint8) if masks else None
     state = f.new_empty(3, B, dtype=torch.float32) if T > CHUNK else None
+    made = Rewards(1.0, *[None] * 4, [-1, 0, 0] * T, None, None) if rewards is None else rewards  # type: ignore[arg-type]
+    scores, truth, table, actions = (None if t is None else t.contiguous() for t in made[1:5])  # type: ignore[union-attr]
+    formulas = (
+        scores, truth, 0 if scores is None else scores.shape[1], float(made.scale), table, actions,
+        0.0 if made.ratio is None else float(made.ratio), made.final,
+    )  # fmt: skip
     for end in range(T, 0, -CHUNK):
         begin = max(0, end - CHUNK)
         start.launch(
             forward_kernel, (cdiv(B, BLOCK),), rows, flags, state, loss, slopes, gamma, B, len(masks),
-            T - len(masks), **_constants(layout[begin * FIELDS : end * FIELDS], len(columns)), NORMALIZE=normalize,
-            WANT=want_slopes, RESUME=end < T, PAUSE=begin > 0, BLOCK=BLOCK, warps=WARPS, stages=1,
+            T - len(masks), *formulas, **_constants(layout[begin * FIELDS : end * FIELDS], len(columns)),
+            **_places(made.places[3 * begin : 3 * end]), COUNTED=made.ratio is not None, COLUMNS=COLUMNS,
+            NORMALIZE=normalize, WANT=want_slopes, RESUME=end < T, PAUSE=begin > 0, BLOCK=BLOCK, warps=WARPS, stages=1,
         )  # fmt: skip
     return loss, slopes
 
@@ -221,3 +305,10 @@ def _constants(layout: Sequence[int], columns: int) -> dict[str, int]:
             for name, which in (("AUX", aux), ("OWN", own), ("LOOK", look))
         },
     }
+
+
+def _places(places: Sequence[int]) -> dict[str, int]:
+    """Where a decision finds its rewards by action."""
+    rows, begin, choices = (places[i::3] for i in range(3))
+    packed = _packed(row + 1 for row in rows), _packed(begin, 32), _packed(choices, 32)
+    return dict(zip(("ACTION", "BEGIN", "ENTRIES"), packed, strict=True))

@@ -35,6 +35,10 @@ force_turned: bool | None = None
 #: Likewise: whether dx is written by the last pass of a backward alone, where several follow one another.
 force_left: bool | None = None
 
+#: True: the first pass leaves x in half its bytes to what follows, see ``_Narrow``, where products are TF32 and another
+#: pass follows. None is False: all read x.
+force_narrow: bool | None = None
+
 
 def unsupported(device_type: str, dtype: torch.dtype, B: int, n: int, m: int, d: int) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
@@ -58,6 +62,7 @@ class _Call:
         self.m = step.n_out
         self.scored = step.pred is not None
         self.x = step.x if step.x.stride(2) == 1 or self.d == 1 else step.x.contiguous()
+        self.multiplied = self.x  #: x as products read it
         self.betas = [b for b in (step.use, step.ign) if b is not None] if step.linear else []
         self.operands = int(backward) + int(self.scored) + len(self.betas)
         self.dtype = product_dtype(step.x.dtype, step.precision)
@@ -109,13 +114,13 @@ class _Call:
         made = self.x.new_empty((batch, pad, cdiv(rows, depth) * depth), dtype=self.dtype)
         return _Kept(made.mT, True)
 
-    def common(self) -> dict[str, object]:
-        return {"X_ROW": self.x.stride(1), "D": self.d, "RAGGED": self.step.lengths is not None}
+    def common(self, x: Tensor) -> dict[str, object]:
+        return {"X_ROW": x.stride(1), "D": self.d, "RAGGED": self.step.lengths is not None}
 
-    def row_constants(self) -> dict[str, object]:
+    def row_constants(self, x: Tensor) -> dict[str, object]:
         step, tile = self.step, self.plan.row
         return {
-            **self.common(),
+            **self.common(x),
             "M": self.m, "M_PAD": padded(self.m), "G": self.operands,
             "SCORED": self.scored, "LINEAR": step.linear, "IGN": step.ign is not None,
             "MASKED": self.mask is not None, "ONE_PASS": self.plan.one_pass, "NEAREST": self.nearest,
@@ -130,10 +135,10 @@ class _Call:
         K = self.operands * padded(self.m)
         start.launch(
             score_kernel, (cdiv(last - first, tile.rows) * cdiv(K, tile.columns), samples.stop - samples.start),
-            self.x[samples], self.x.stride(0), packed, out, _part(self.step.lengths, samples),
+            self.multiplied[samples], self.multiplied.stride(0), packed, out, _part(self.step.lengths, samples),
             first, last, self.plan.rows,
             K=K, PRECISION=self.precision, BLOCK_N=tile.rows, BLOCK_K=tile.columns, BLOCK_D=tile.depth,
-            warps=tile.warps, stages=tile.stages, **self.common(),
+            warps=tile.warps, stages=tile.stages, **self.common(self.multiplied),
         )  # fmt: skip
 
 
@@ -149,6 +154,37 @@ class _Kept(NamedTuple):
 
     def args(self) -> tuple[Any, ...]:
         return self.coefficient, *self.coefficient.stride()
+
+
+class _Narrow(NamedTuple):
+    """x in half its bytes, with as many digits as TF32 has: float16 times a power of two for each row.
+
+    A row's largest number has the exponent 14 there, so that whatever is larger than 2^-28 of it keeps all 11 digits
+    that TF32 products read; what is smaller is off by 2^-39 of it at most. Products take the powers of two after their
+    sums, or, where they sum over rows, with the coefficients.
+    """
+
+    x: Tensor  # [B, n, d] float16
+    power: Tensor  # [B, n] float32
+
+    @classmethod
+    def of(cls, call: _Call) -> tuple[_Narrow | None, int]:
+        """What this pass makes (1) or reads (2)."""
+        passes = call.step.passes
+        if passes is None:
+            return None, 0
+        if isinstance(passes.kept, cls):
+            return passes.kept, 2
+        # the pass that makes gates is the one that reads whole rows
+        if force_narrow is not True or passes.to_come == 0 or not call.nearest or call.step.gate is not None:
+            return None, 0
+        if call.step.linear:  # its row kernel reads products of x in one pass as well
+            return None, 0
+        shape = call.B, call.n
+        passes.kept = cls(
+            call.x.new_empty((*shape, call.d), dtype=torch.float16), call.x.new_empty(shape, dtype=torch.float32)
+        )
+        return passes.kept, 1
 
 
 class _Left:
@@ -210,7 +246,7 @@ class _Sums:
         own = slice(None) if self.over_batch else samples
         start.launch(
             aggregate_kernel, (splits * k_tiles * (cdiv(call.d, tile.columns) + self.over_batch), groups),
-            call.x[samples], call.x.stride(0), *kept.args(), self.total[:, own],
+            call.multiplied[samples], call.multiplied.stride(0), *kept.args(), self.total[:, own],
             None if self.sums is None else self.sums[:, own], _part(call.step.lengths, samples),
             self.total.stride(0), self.total.stride(1), *((0, 0) if self.sums is None else self.sums.stride()[:2]),
             first, last, splits, cdiv(cdiv(last - first, splits), tile.depth) * tile.depth,
@@ -219,7 +255,7 @@ class _Sums:
             ADD=first > 0 or (self.over_batch and samples.start > 0), PRECISION=call.precision,
             TURNED=call.turned, WHOLE=kept.whole, SUMS=self.over_batch,
             BLOCK_K=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth, warps=tile.warps, stages=tile.stages,
-            **call.common(),
+            **call.common(call.multiplied),
         )  # fmt: skip
 
     def result(self) -> Tensor:
@@ -261,6 +297,11 @@ def forward(step: Step) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     step, chosen = call.step, call.plan
     make_gate = step.gate is None
+    narrow, role = _Narrow.of(call)
+    x = call.x
+    if narrow is not None:
+        call.multiplied = narrow.x
+        x = x if role == 1 else narrow.x
     gate = call.x.new_empty((call.B, call.n), dtype=torch.float32) if step.gate is None else _dense(step.gate)
     gate_weight, gate_bias, scale = (_dense(t) for t in (step.gate_weight, step.gate_bias, step.scale))
     prior = _dense(step.prior)
@@ -283,13 +324,14 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
         phi_sums = call.x.new_empty((batch, cdiv(rows, chosen.row.rows), call.m), dtype=torch.float32)
         start.launch(
             forward_kernel, (phi_sums.shape[1], cdiv(batch, per_program)),
-            call.x[samples], call.x.stride(0),
+            x[samples], x.stride(0),
+            *((None, None) if narrow is None else (narrow.x[samples], narrow.power[samples])),
             gate[samples], gate_weight, gate_bias, _part(scale, samples),
             packed, score, call.score_weight, call.score_bias, call.use, call.ign, step.use_bias, step.ign_bias, prior,
             _part(call.mask, samples), *call.mask_strides, _part(step.lengths, samples), *phi.args(), phi_sums,
             gate.stride(0), first, last, chosen.rows, rows, batch, per_program,
-            GATE_ROW=_row_stride(gate_weight), GATE_BIAS_ROW=_row_stride(gate_bias), MAKE_GATE=make_gate,
-            **call.row_constants(),
+            GATE_ROW=_row_stride(gate_weight), GATE_BIAS_ROW=_row_stride(gate_bias), MAKE_GATE=make_gate, NARROW=role,
+            **call.row_constants(x),
         )  # fmt: skip
         M.add(samples, first, last, phi)
         if last - first == call.n and batch == call.B:
@@ -344,7 +386,7 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
             grads.gate[samples], grads.score_weight, grads.score_bias, grads.use, grads.ign, score_sums,
             gate.stride(0), grads.gate.stride(0), first, last, chosen.rows, batch, per_program,
             WANT_X=want_x, WANT_ROWS=want_rows, ADD_GATE=not grads.fresh, ADD_ROWS=not grads.fresh or samples.start > 0,
-            **call.row_constants(),
+            **call.row_constants(call.x),
         )  # fmt: skip
         if score_sums is not None:
             part = score_sums.sum(0)
@@ -419,7 +461,7 @@ class _GatePart:
             ADD_X=not (grads.fresh if left is None else left.fresh), ADD_GATE=samples.start > 0,
             TURNED=call.turned, PRECISION=call.precision,
             BLOCK_N=tile.rows, BLOCK_D=tile.columns, BLOCK_K=tile.depth, warps=tile.warps, stages=tile.stages,
-            **call.common(),
+            **call.common(call.x),
         )  # fmt: skip
         if self.wanted and self.shared:
             assert out is not None

@@ -56,8 +56,16 @@ def open_lanes(mask, b, rows, columns, live, stride_b, stride_n, stride_m, M: tl
 
 
 @triton.jit
+def power_of_largest(top):
+    """(1 / q, q) with q the power of two that has numbers up to ``top`` below 2^15, and is normal as 1 / q is."""
+    exponent = tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 15)
+    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def forward_kernel(
     x, x_stride_b,  # [batch, n, D], row stride X_ROW
+    narrow, power,  # [batch, n, D] float16, [batch, n]: made if NARROW is 1; if it is 2, x is narrow
     gate, gate_weight, gate_bias, scale,  # [batch, n], [n or 1, D], [n or 1], [batch]
     packed, score,
     score_weight, score_bias, use, ign, use_bias, ign_bias, prior,
@@ -70,7 +78,8 @@ def forward_kernel(
     GATE_ROW: tl.constexpr, GATE_BIAS_ROW: tl.constexpr, SCORE_ROW: tl.constexpr,
     MAKE_GATE: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
-    NEAREST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEAREST: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grid (tiles of write_rows rows from first on, groups of samples); NEAREST: phi is rounded to TF32."""
     local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -89,6 +98,8 @@ def forward_kernel(
         L = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         benefit = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         cost = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        if NARROW == 1:
+            largest = tl.zeros([BLOCK_N], dtype=tl.float32)
         if MAKE_GATE or (ONE_PASS and G > 0):
             x_rows = x + b * x_stride_b + i * X_ROW
             if ONE_PASS and G > 0:
@@ -96,6 +107,9 @@ def forward_kernel(
             for column in range(0, D, BLOCK_D):
                 c = column + tl.arange(0, BLOCK_D)
                 x_tile = tl.load(x_rows[:, None] + c[None, :], mask=live[:, None] & (c < D)[None, :], other=0.0)
+                if NARROW == 1:
+                    size = tl.abs(x_tile)
+                    largest = tl.maximum(largest, tl.max(tl.where(size < float("inf"), size, 0.0), 1))
                 if MAKE_GATE:
                     w = load_rows(gate_weight, i, c, live[:, None] & (c < D)[None, :], GATE_ROW)
                     a += tl.sum(x_tile.to(tl.float32) * w, 1)
@@ -111,6 +125,17 @@ def forward_kernel(
                         if IGN:
                             v = tl.load(w_tile + (SCORED + 1) * M_PAD * D, mask=w_keep, other=0.0)
                             cost = dot(x_cast, v, cost, PRECISION)
+        if NARROW == 1:  # the rows once more, from where they have just been
+            shrink, grow = power_of_largest(largest)
+            tl.store(power + b * gate_stride + i, grow, mask=inside)
+            for column in range(0, D, BLOCK_D):
+                c = column + tl.arange(0, BLOCK_D)
+                keep = live[:, None] & (c < D)[None, :]
+                x_tile = tl.load((x + b * x_stride_b + i * X_ROW)[:, None] + c[None, :], mask=keep, other=0.0)
+                out = (narrow + (b * gate_stride + i) * D)[:, None] + c[None, :]
+                tl.store(out, (x_tile * shrink[:, None]).to(tl.float16), mask=keep)
+        if NARROW == 2:
+            grow = tl.load(power + b * gate_stride + i, mask=live, other=0.0)
         if not ONE_PASS:
             s_rows = score + (b * rows + local) * (G * M_PAD)
             if SCORED:
@@ -128,6 +153,8 @@ def forward_kernel(
             f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)
 
         if SCORED:
+            if NARROW == 2:
+                L *= grow[:, None]
             z = L * load_rows(score_weight, i, j, open_, SCORE_ROW) + load_rows(score_bias, i, j, open_, SCORE_ROW)
             R = softmax_over_open(z, open_)
         else:
@@ -147,6 +174,8 @@ def forward_kernel(
         value = tl.where(open_, f[:, None] * t, 0.0)
         sums = phi_sums + (b * tl.num_programs(0) + tl.program_id(0)) * M + j
         tl.store(sums, tl.sum(value, 0), mask=j < M)
+        if NARROW > 0:
+            value = tl.where(open_, value * grow[:, None], 0.0)
         if NEAREST:
             value = nearest_tf32(value)
         out = (phi + b * phi_b + local * phi_n)[:, None] + (j.to(tl.int64) * phi_m)[None, :]

@@ -117,8 +117,11 @@ def aggregate_kernel(
                     mask=(r < row_end)[:, None] & (c < D)[None, :], other=0.0,
                 )  # fmt: skip
                 if TURNED:
-                    turned = tl.trans(x_tile) * one  # what keeps it from being copied to where it lies turned
-                    turned = nearest_tf32(turned) if PRECISION == "tf32" else turned
+                    if x.dtype.element_ty == tl.float32:
+                        turned = tl.trans(x_tile) * one  # what keeps it from being copied to where it lies turned
+                        turned = nearest_tf32(turned) if PRECISION == "tf32" else turned
+                    else:
+                        turned = tl.trans(x_tile).to(tl.float32)
                     acc = dot(turned, tl.trans(a_tile), acc, PRECISION)
                 else:
                     acc = dot(a_tile, x_tile.to(coefficient.dtype.element_ty), acc, PRECISION)

@@ -219,7 +219,13 @@ def test_every_timed_row_is_one_of_the_suites() -> None:
 
 def test_settings_that_are_tuned_exist() -> None:
     for table in tables.TABLES:
-        assert hasattr(importlib.import_module(f"fastroute.kernels.{table.module}"), table.name)
+        module = importlib.import_module(f"fastroute.kernels.{table.module}")
+        before = getattr(module, table.name)
+        for value in table.values:
+            with pytest.raises(KeyError), tables.setting(table, value) as made:
+                assert getattr(module, table.name) is made and made is (before if value is None else value)
+                raise KeyError
+            assert getattr(module, table.name) is before
 
 
 def test_suites_run_in_order_of_worth() -> None:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.gpu_first import plugin, predicted, waves
@@ -26,7 +27,7 @@ LARGEST = 30 << 20
 
 
 def make(arch: int, seconds: float, python: str = sys.executable) -> int:
-    """Compile what rows and tests launch, for at most so many seconds; 0 if the archive is small enough to travel."""
+    """Compile what rows, tables and tests launch, for at most so many seconds; 0 if the archive may travel."""
     from bench.gpu_first import recording
 
     FOLDER.mkdir(exist_ok=True)
@@ -48,12 +49,16 @@ def make(arch: int, seconds: float, python: str = sys.executable) -> int:
         pytest += ["-p", "bench.gpu_first.plugin", "-p", "bench.gpu_first.recording"]
         timed = list(dict.fromkeys(i.split("::")[0] for i in predicted.ROWS))
         asked = ["--bench-gpu", "--bench-uncompiled", "--benchmark-only", *timed]
-        subprocess.run([*pytest, *asked], env=env | {plugin.IDS: rows.name}, cwd=ROOT, check=False)
-        for wave in waves.WAVES:
-            if time.monotonic() > end:
-                break
-            tests = ["-p", "no:benchmark", "-m", "gpu", *waves.files()]
-            subprocess.run([*pytest, *tests], env=env | {plugin.WAVE: wave.name}, cwd=ROOT, check=False)
+        tables = "from bench.gpu_first import recording; recording.compile_tables()"
+        tests = ["-p", "no:benchmark", "-m", "gpu", *waves.files()]
+        runs: list[tuple[list[str], dict[str, str]]] = [
+            ([*pytest, *asked], {plugin.IDS: rows.name}),
+            ([python, "-W", "ignore", "-c", tables], {}),
+            *(([*pytest, *tests], {plugin.WAVE: wave.name}) for wave in waves.WAVES),
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # as many at a time, most valuable first; all stop at the end
+            for command, more in runs:
+                pool.submit(subprocess.run, command, env=env | more, cwd=ROOT, check=False)
     return pack(work)
 
 

@@ -70,7 +70,7 @@ _LIVE = "bench/bench_tasks.py::test_tasks[vgg11-B64-S224-one-training-1thread]"
 
 PREDICTIONS = (
     Prediction(_vector(_MILLION, "forward"), "24.3 GB by its launches / copy", by_bytes(24.3),
-               "read x twice instead of four times; SCRATCH of vector_routing_plan", target=5.0),
+               "vector_routing.force_narrow: 20.1 GB; SCRATCH of vector_routing_plan", target=5.0),
     Prediction(_vector(_MILLION, "training"), "63.9 GB by its launches / copy", by_bytes(63.9),
                "gradients of rows: W_A's and dx are 12 of them", target=20.0),
     Prediction(_vector(_MILLION_BF16, "forward"), "12.8 GB / copy", by_bytes(12.8), "tiles of score and aggregate"),
@@ -84,7 +84,7 @@ PREDICTIONS = (
                "dx first: its loop has 12 steps"),
     Prediction(_SELECTION, "3 kernels of 5 us", by_launches(3, 5.0), "tiles of 16 x 32; one launch for both gradients",
                who="fastroute, graph", target=0.040),
-    Prediction(_STEP, "100 launches of 2.5 us", by_launches(100), "rewards inside the loss's kernel",
+    Prediction(_STEP, "100 launches of 2.5 us", by_launches(100), "trajectory_loss.force_rewards",
                who="fastroute, graph", target=0.250),
     Prediction(_vector(_SMALL, "forward"), "8 launches of 2.5 us", by_launches(8), "fewer launches per iteration",
                who="fastroute, graph"),

@@ -6,13 +6,14 @@ what it launched until then is compiled for the cache. ``python -m bench.gpu_fir
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from bench.gpu_first import tables
 from tests import aot
 from tests.helpers import seeds
 
@@ -101,7 +103,7 @@ def pytest_configure(config: pytest.Config) -> None:
         harness.Truth, harness.race = _NoTruth, _race  # type: ignore[assignment, misc]
 
 
-counts = {"tests": 0, "with launches": 0, "compiled": 0, "failed": 0}
+counts = {"calls": 0, "with launches": 0, "compiled": 0, "failed": 0}
 _seen: set[Any] = set()
 
 
@@ -140,6 +142,7 @@ def _stubs() -> str:
     command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
     subprocess.run(command, cwd=folder, check=True)
     (folder / "libcuda.so.1").symlink_to("libcuda.so")
+    ctypes.CDLL(str(folder / "libcuda.so"), mode=ctypes.RTLD_GLOBAL)  # or it would be compiled for every kernel anew
     with suppress(ImportError):
         compile_module_from_src(
             src=source, name="cuda_utils", library_dirs=[str(folder)], include_dirs=driver.include_dirs,
@@ -163,8 +166,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
         with suppress(Exception, pytest.skip.Exception, pytest.fail.Exception), _on_an_h100():
             pyfuncitem.obj(**given)
 
+    compile_all(pyfuncitem.nodeid, call)
+    return True
+
+
+def compile_all(name: str, call: Callable[[], object]) -> None:
+    """What ``call`` would launch, but for what was compiled before."""
     launches = aot.record_ops(call, int(os.environ[ARCH]))
-    counts["tests"] += 1
+    counts["calls"] += 1
     counts["with launches"] += bool(launches)
     for launch in launches:
         if (key := _key(launch)) in _seen or time.monotonic() > float(os.environ[END]):
@@ -175,8 +184,18 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
             counts["compiled"] += 1
         except Exception as error:
             counts["failed"] += 1
-            print(f"{pyfuncitem.nodeid}: {type(error).__name__}: {str(error)[:300]}", file=sys.__stderr__)
-    return True
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.__stderr__)
+
+
+def compile_tables(made: Sequence[tables.Table] = tables.TABLES) -> None:
+    """The launches of the tuning tables, with every setting."""
+    _settle_for_answers()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for table in made:
+        for value in table.values:
+            with tables.setting(table, value), suppress(Exception):
+                compile_all(table.what, lambda table=table: table.work("meta", False)())
+    print(", ".join(f"{n} {what}" for what, n in counts.items()))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -42,6 +43,10 @@ def _matrix(device: str, dry: bool) -> Call:
     return workloads.matrix_routing(device, *((2, 20, 5) if dry else (16, 4096, 64)))
 
 
+def _rewards(device: str, dry: bool) -> Call:
+    return workloads.rewards(device, *((16, 3) if dry else (1024, 20)))
+
+
 def _experts(device: str, dry: bool, training: bool = False) -> Call:
     sizes = (64, 2, 4, 32, 16) if dry else (32_768, 8, 128, 2048, 768)
     return workloads.experts(device, *sizes, torch.float32 if dry else torch.bfloat16, training=training)
@@ -52,12 +57,18 @@ def _outputs(m: int) -> Callable[[str, bool], Call]:
 
 
 TABLES = (
-    *(Table(f"second designs: {what}", *setting, [None, False], work) for what, setting, work in (
-        ("vector_routing, 1,000,000 rows, training: dx at once", ("vector_routing", "force_left"), _trained_million),
-        ("vector_routing, 1,000,000 rows, forward: TF32 operands as they are taken", ("vector_routing", "force_turned"),
-         _million),
-        ("expert_ffn, 128 experts, training: gate and product in one", ("expert_ffn", "force_fused"), _mixture),
-        ("matrix_routing, 4096 to 64, training: outputs in the kernels", ("matrix_routing", "force_folded"), _matrix),
+    *(Table(f"second designs: {what}", *setting, [None, other], work) for other, what, setting, work in (
+        (True, "vector_routing, 1,000,000 rows, forward: later passes read x in half its bytes",
+         ("vector_routing", "force_narrow"), _million),
+        (False, "vector_routing, 1,000,000 rows, training: dx at once", ("vector_routing", "force_left"),
+         _trained_million),
+        (False, "vector_routing, 1,000,000 rows, forward: TF32 operands as they are taken",
+         ("vector_routing", "force_turned"), _million),
+        (False, "expert_ffn, 128 experts, training: gate and product in one", ("expert_ffn", "force_fused"), _mixture),
+        (False, "matrix_routing, 4096 to 64, training: outputs in the kernels", ("matrix_routing", "force_folded"),
+         _matrix),
+        (True, "networks.Loss, 3 decisions, forward: rewards in the kernel", ("trajectory_loss", "force_rewards"),
+         _rewards),
     )),
     Table("vector_routing, 1,000,000 rows, forward: bytes of a chunk", "vector_routing_plan", "SCRATCH",
           [None, 16 << 20, 32 << 20, 128 << 20], _million),
@@ -90,25 +101,33 @@ def _time(call: Call, device: str, rounds: int) -> float:
     return 1e3 * statistics.median(sample(call).time for _ in range(rounds))
 
 
+@contextmanager
+def setting(table: Table, value: Any) -> Iterator[Any]:
+    """While it lasts, the table's name is ``value``; gives what it is then."""
+    module = import_module(f"fastroute.kernels.{table.module}")
+    before = getattr(module, table.name)
+    made = before if value is None else value
+    setattr(module, table.name, made)
+    _forget_plans()
+    try:
+        yield made
+    finally:
+        setattr(module, table.name, before)
+        _forget_plans()
+
+
 def make(dry: bool) -> None:
     device = "cpu" if dry or not torch.cuda.is_available() else "cuda"
     torch.backends.cuda.matmul.allow_tf32 = True
     for table in TABLES:
-        module = import_module(f"fastroute.kernels.{table.module}")
         call: Call | None = None
         for value in table.values:
             found: dict[str, Any] = {"table": table.what, "setting": f"{table.module}.{table.name}"}
             try:
-                before = getattr(module, table.name)
-                found["value"] = str(before if value is None else value) + " (now)" * (value is None)
-                setattr(module, table.name, before if value is None else value)
-                _forget_plans()
-                try:
+                with setting(table, value) as made:
+                    found["value"] = str(made) + " (now)" * (value is None)
                     call = call or table.work(device, dry)
                     found["ms"] = _time(call, device, 2 if dry else 9)
-                finally:
-                    setattr(module, table.name, before)
-                    _forget_plans()
             except Exception as error:
                 found["message"] = f"{type(error).__name__}: {error}"
             records.write("table", **found)

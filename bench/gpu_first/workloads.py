@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import fastroute
-from fastroute import ops
+from bench import harness
+from fastroute import networks, ops
+from fastroute.kernels import trajectory_loss
 from fastroute.ops import dispatch, grouped_linear
 
 Call = Callable[[], object]
@@ -63,6 +65,37 @@ def matrix_routing(device: str, B: int, n: int, m: int) -> Call:
     layer = fastroute.GenerativeMatrixRouting(n, m, 4, 4, 4, device=device)
     a, mu = torch.randn(B, n, device=device), torch.randn(B, n, 4, 4, device=device)
     return lambda: layer(a, mu)[1].sum().backward()
+
+
+def rewards(device: str, B: int, K: int) -> Call:
+    """The loss of three decisions whose actions are rewarded by how often they are taken, a graph where there can be.
+
+    One for each setting of the kernel, as a captured one keeps its own.
+    """
+    decisions = [
+        networks.REINFORCE(K, 64, additional_reward_func=networks.CollaborationReward(), device=device)
+        for _ in range(3)
+    ]
+    x, truth = torch.randn(B, 64, device=device), torch.randint(10, (B,), device=device)
+    meta = networks.Initialization()(x)[1]
+    for decide in decisions:
+        decide(x, meta)
+    loss = networks.Loss(torch.nn.CrossEntropyLoss(), networks.CorrectClassifiedReward())
+    graphs: dict[bool | None, torch.cuda.CUDAGraph] = {}
+
+    def once() -> Tensor:
+        made: Tensor = loss(x[:, :10], meta, truth, reduce=False)[1]
+        return made
+
+    def call() -> object:
+        if device != "cuda":
+            return once()
+        setting = trajectory_loss.force_rewards
+        if setting not in graphs:
+            graphs[setting] = harness.capture(once, lambda: None)[0]
+        return graphs[setting].replay()
+
+    return call
 
 
 def plan(device: str, entries: int, K: int) -> Call:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._recomputation import is_recomputation
-from ..ops.trajectory_loss import SILENT, trajectory_loss
+from ..ops.trajectory_loss import SILENT, makes_rewards, rewarded_loss, trajectory_loss
 from .entries import Entries, Need, Step, known_losses, reduce, rows_of
 from .record import Record
-from .rewards import Formula, check_formula, final_rewards, per_action_rewards
+from .rewards import Formula, action_formulas, check_formula, final_formula, final_rewards, per_action_rewards
 from .trajectory import SampleMetaInformation, Trajectory
 
 _Samples = Trajectory | Sequence[SampleMetaInformation]
@@ -129,6 +129,8 @@ class Loss(nn.Module):
     # ---------------------------------------------------------------------------------------------- decisions' losses
 
     def _routing(self, meta: Trajectory, losses: Tensor, ysest: Tensor, ystrue: Tensor | None) -> Tensor:
+        if makes_rewards(losses) and (at_once := self._with_rewards(meta, losses, ysest, ystrue)) is not None:
+            return at_once
         f = final_rewards(self.routing_reward_func, losses, ysest, ystrue)
         meta.check_foreign()
         meta.finish(f)
@@ -146,12 +148,33 @@ class Loss(nn.Module):
         if all(kind == SILENT for kind in kinds):
             return None
         rows = rows_of(records, f.dtype)
-        own = [self._own_reward(meta, t, record, f) for t, record in enumerate(records)]
-        own = [reward if reward is None or reward.shape == f.shape else reward.expand(f.shape) for reward in own]
+        own = [_expanded(self._own_reward(meta, t, record, f), f) for t, record in enumerate(records)]
         return trajectory_loss(
             kinds, rows.s0, rows.s1, rows.aux, own, rows.look, [r.active for r in records], f, self.discounting,
             self.normalize_per_action_rewards, choices=[r.choices for r in records],
         )  # fmt: skip
+
+    def _with_rewards(self, meta: Trajectory, losses: Tensor, ysest: Tensor, ystrue: Tensor | None) -> Tensor | None:
+        """``_in_one`` of losses, which makes the rewards as well; None where it does not know them."""
+        records, final = meta.records, final_formula(self.routing_reward_func, losses, ysest, ystrue)
+        kinds = known_losses(records) if records and final is not None and self.formula == "intended" else None
+        if final is None or kinds is None or all(kind == SILENT for kind in kinds):
+            return None
+        meta.check_foreign()
+        like = final.losses
+        rows = rows_of(records, like.dtype)
+        by = action_formulas([r.reward for r in records], [r.actions for r in records], like)
+        own = [
+            meta.added_rewards(t, like) if by[t] is not None else self._own_reward(meta, t, record, like)
+            for t, record in enumerate(records)
+        ]
+        made, f = rewarded_loss(
+            kinds, rows.s0, rows.s1, rows.aux, [_expanded(reward, like) for reward in own], by, rows.look,
+            [r.active for r in records], final, self.discounting, self.normalize_per_action_rewards,
+            choices=[r.choices for r in records],
+        )  # fmt: skip
+        meta.finish(f)
+        return made
 
     def _by_layer(self, meta: Trajectory, records: list[Record], f: Tensor) -> Tensor | None:
         """Every layer's own ``loss``."""
@@ -240,6 +263,10 @@ class Loss(nn.Module):
             choices = torch.where(active, record.choices, choices)
             more = more | active
         return steps[::-1]
+
+
+def _expanded(reward: Tensor | None, like: Tensor) -> Tensor | None:
+    return reward if reward is None or reward.shape == like.shape else reward.expand(like.shape)
 
 
 def _is_meta(value: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
+from ..ops.trajectory_loss import ByAction, Final
 
 Formula = Literal["intended", "upstream"]
 
@@ -43,9 +44,12 @@ class BaseReward(nn.Module):
         """One sample: loss [1], yest [1, ...], ytrue [1, ...] -> its reward [1]. To be defined in a subclass."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward(loss, yest, ytrue)")
 
+    def _scale(self) -> float:
+        return 1.0 if self.formula == "upstream" else self.scale
+
     def scaled(self, reward: Tensor) -> Tensor:
         """The reward times ``scale``."""
-        return reward if self.scale == 1.0 or self.formula == "upstream" else reward * self.scale
+        return reward if self._scale() == 1.0 else reward * self._scale()
 
 
 class NegLossReward(BaseReward):
@@ -58,6 +62,10 @@ class NegLossReward(BaseReward):
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None = None) -> Tensor:
         """Of one sample or many: the loss, any shape, and what it came from, which is not looked at."""
         return self.rewards(loss, yest, ytrue)
+
+    def formula_of(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Final | None:
+        """What :meth:`rewards` is made of, where the loss's kernel can make it."""
+        return Final(loss, self._scale())
 
 
 class CorrectClassifiedReward(BaseReward):
@@ -84,6 +92,18 @@ class CorrectClassifiedReward(BaseReward):
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
         """Of one sample or many: loss [B], yest [B, C] or [B], ytrue [B] or one-hot [B, C] -> [B]."""
         return self.rewards(loss.reshape(-1), yest, ytrue)
+
+    def formula_of(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Final | None:
+        """What :meth:`rewards` is made of, where the loss's kernel can make it: scores, and the classes' indices."""
+        B = loss.shape[0]
+        if ytrue is None or ytrue.dtype != torch.int64 or ytrue.shape[0] != B or ytrue.numel() != B:
+            return None
+        if yest.shape[0] != B or yest[:1].numel() < 2 or yest.dtype not in _SCORES:
+            return None
+        return Final(loss, self._scale(), yest.detach().reshape(B, yest.shape[1:].numel()), ytrue.reshape(B))
+
+
+_SCORES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _one(reward: Any) -> Tensor:
@@ -114,6 +134,16 @@ def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
         raise ValueError(f"routing_reward_func: expected {losses.shape[0]} rewards, got {list(made.shape)}")
     as_it_is = made.dim() == 1 and made.dtype == losses.dtype and not made.requires_grad
     return made if as_it_is else made.detach().reshape(-1).to(losses.dtype)
+
+
+def final_formula(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | None) -> Final | None:
+    """What ``final_rewards`` is made of, where the op knows that formula: of this module's own classes, as they are."""
+    if type(function) not in (NegLossReward, CorrectClassifiedReward) or {"rewards", "scaled"} & set(vars(function)):
+        return None
+    if not isinstance(function.scale, int | float):
+        return None
+    made: Final | None = function.formula_of(losses.detach(), yest, ytrue)
+    return made
 
 
 # ----------------------------------------------------------------------------------------------- per-action rewards
@@ -172,6 +202,11 @@ class PerActionBaseReward:
 
     def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
         """[B] rewards of actions [B] in the dtype of ``like``, or None for zeros."""
+        made = self.by_action(actions, like)
+        return None if made is None else made.made(like.dtype)
+
+    def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
+        """What :meth:`rewards` is made of in a class whose rewards depend on actions alone; None for zeros."""
         return None
 
     def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
@@ -226,18 +261,15 @@ class CollaborationReward(_PerActionCounting):
 
     keeps_history = True
 
-    def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
-        """[B]: the share of each action among those registered."""
+    def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
+        """The share of each action among those registered."""
         ring = _on(self.history, actions.device)
         made = dispatch.plan(ring, self._num_actions())  # to sort them is to count them
         ratio = self.reward_ratio**2 if self.formula == "upstream" else self.reward_ratio
-        if made.bounds is not None:
-            each = ratio / max(made.bounds[-1], 1)
-            shares = torch.tensor([each * (b - a) for a, b in pairwise(made.bounds)], dtype=like.dtype)
-        else:
-            offsets = made.offsets.to(like.dtype)
-            shares = offsets.diff() * (ratio / offsets[-1:].clamp(min=1))
-        return shares.index_select(0, actions)
+        if made.bounds is None:
+            return ByAction(actions, made.offsets, ratio)
+        each = ratio / max(made.bounds[-1], 1)
+        return ByAction(actions, torch.tensor([each * (b - a) for a, b in pairwise(made.bounds)], dtype=like.dtype))
 
 
 class RunningAverageCollaborationReward(_PerActionCounting):
@@ -267,11 +299,11 @@ class RunningAverageCollaborationReward(_PerActionCounting):
         weight = torch.where(never & first, k ** after.double(), weight)
         self._average = (e * k ** here.sum().double()).index_add(0, actions.clamp(0, C - 1), weight)
 
-    def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
-        """[B]: the faded share of each action, times ``reward_ratio``."""
+    def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
+        """The faded share of each action, times ``reward_ratio``."""
         if self._average is None:
             return None
-        return (self._average.to(actions.device)[actions] * self.reward_ratio).to(like.dtype)
+        return ByAction(actions, self._average.to(actions.device) * self.reward_ratio)
 
 
 class ManualReward(PerActionBaseReward):
@@ -293,10 +325,10 @@ class ManualReward(PerActionBaseReward):
         if len(self.table) < choices:
             raise ValueError(f"rewards: expected one per choice, {choices}, got {len(self.table)}")
 
-    def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
-        """[B]: the table's entries."""
+    def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
+        """The table's entries."""
         self.table = self.table.to(actions.device)
-        return self.table[actions].to(like.dtype)
+        return ByAction(actions, self.table)
 
 
 def _in_bulk(reward: Any, bulk: str, single: str) -> bool:
@@ -357,6 +389,23 @@ def per_action_rewards(
             if active is None or active[b]:
                 total[b] = torch.as_tensor(reward.get_reward(states[b : b + 1], actions[b])).sum()
         return total
+
+
+def action_formulas(rewards: Sequence[Any], actions: Sequence[Tensor], like: Tensor) -> list[ByAction | None]:
+    """What the ``per_action_rewards`` of decisions are made of, where the op knows the formula; None elsewhere."""
+    known = (ManualReward, CollaborationReward, RunningAverageCollaborationReward)
+    once: dict[int, ByAction | None] = {}  # a table does not depend on whose reward it is
+    found: list[ByAction | None] = []
+    for reward, own in zip(rewards, actions, strict=True):
+        if type(reward) not in known or {"rewards", "by_action"} & set(vars(reward)):
+            found.append(None)
+            continue
+        if id(reward) not in once:
+            with torch.no_grad():
+                once[id(reward)] = reward.by_action(own, like)
+        made = once[id(reward)]
+        found.append(None if made is None else made._replace(actions=own))
+    return found
 
 
 __all__ = [

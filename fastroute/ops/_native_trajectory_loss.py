@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,34 @@ def _in_triton(
 
 
 define("_trajectory_loss_triton", SCHEMA, _in_triton, _fake)
+
+
+def _rewarded(
+    losses: Tensor, scale: float, scores: Tensor | None, truth: Tensor | None, table: Tensor | None,
+    actions: Tensor | None, places: Sequence[int], ratio: float | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from ..kernels import trajectory_loss as kernels
+
+    rewards = kernels.Rewards(scale, scores, truth, table, actions, places, ratio, torch.empty_like(losses))
+    loss, slopes = kernels.forward(losses, *rest, rewards)
+    return loss, slopes, rewards.final
+
+
+def _fake_rewarded(losses: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake(losses, *args[7:]), torch.empty_like(losses)
+
+
+#: as ``SCHEMA``, of losses instead of f, and with what rewards are made of, see ``kernels.Rewards`` -> (.., .., f [B])
+define(
+    "_trajectory_loss_rewarded_triton",
+    SCHEMA.replace(
+        "Tensor f",
+        "Tensor losses, float scale, Tensor? scores, Tensor? truth, Tensor? table, Tensor? actions, int[] places, "
+        "float? ratio",
+    ).replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor)"),
+    _rewarded,
+    _fake_rewarded,
+)
 
 library.define("_trajectory_loss_native" + SCHEMA)
 library.define("_trajectory_loss_native_backward(Tensor grad, Tensor slopes) -> Tensor[]")

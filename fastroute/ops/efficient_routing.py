@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import efficient_routing as reference
 from ..reference.efficient_routing import Parameters, cast, input_scale, norm
-from ..reference.step import Grads, Step
+from ..reference.step import Grads, Passes, Step
 from . import _gram as gram
 from ._autocast import autocast_off
 from ._autograd import asked_again, through, transformed
@@ -106,13 +106,16 @@ def _new_saved(call: _Call) -> _Saved:
     return _Saved(*(call.x.new_empty(size, dtype=call.acc) for size in sizes))
 
 
-def _step(call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, *, first: bool) -> Step:
+def _step(
+    call: _Call, scale: Tensor, gate: Tensor | None, pred: Tensor | None, *, first: bool, passes: Passes | None = None
+) -> Step:
     """What iteration t gives the backend."""
     w = call.w
     return Step(
         call.x, gate, w.W_A if first else None, w.B_A if first else None, scale, pred,
         None if first else w.W_S, None if first else w.B_S, w.beta_use, w.beta_ign, w.bias_use, w.bias_ign,
         w.prior.to(call.acc) if first else None, call.mask, call.lengths, precision_of(call.x, call.precision),
+        passes,
     )  # fmt: skip
 
 
@@ -130,9 +133,12 @@ def _routed(call: _Call, saved: _Saved) -> Tensor:
     d = x.shape[-1]
     kernel = choose(case_of(x, w.W_F1.shape[0]), call.backend)
     scale = input_scale(x, call.lengths)
+    passes = Passes(call.n_iters)
     for t in range(call.n_iters):
+        passes.to_come -= 1
         if t > 0:
-            M, p, _ = kernel.forward(_step(call, scale, saved.gate, predictions(saved.y[t - 1], w).P, first=False))
+            pred = predictions(saved.y[t - 1], w).P
+            M, p, _ = kernel.forward(_step(call, scale, saved.gate, pred, first=False, passes=passes))
         elif call.uses_gram:
             gate, G, g = gram.forward(x, w.W_A, w.B_A, scale, call.lengths)
             for kept, made in zip((saved.gate, saved.G, saved.g), (gate, G, g), strict=True):
@@ -140,7 +146,7 @@ def _routed(call: _Call, saved: _Saved) -> Tensor:
             v, e = first_betas(w, call.acc)
             M, p = v @ G + e[:, None] * g[:, None, :d], g[:, :d] @ v.mT + e * g[:, d:]
         else:
-            M, p, gate = kernel.forward(_step(call, scale, None, None, first=True))
+            M, p, gate = kernel.forward(_step(call, scale, None, None, first=True, passes=passes))
             saved.gate.copy_(gate)
         saved.M[t] = M
         saved.p[t] = p

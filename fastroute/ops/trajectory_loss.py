@@ -6,7 +6,7 @@ Axes: B samples, T decisions, C differentiable columns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from ..reference.trajectory_loss import CRITICS as CRITICS
 from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
+from ..reference.trajectory_loss import ByAction as ByAction
+from ..reference.trajectory_loss import Final as Final
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
 from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed
 from ._backends import Case, note, offer, taken
@@ -67,7 +69,7 @@ class _TrajectoryLoss(torch.autograd.Function):
         made, slopes = _forward(backend, f, learning, rest[:others], rest[others:], layout, gamma, normalize, True)
         ctx.save_for_backward(slopes)
         ctx.native, ctx.dtypes, ctx.rest = backend == "native", [t.dtype for t in learning], len(rest)
-        keep_for_again(ctx, tensors, f, call)
+        keep_for_again(ctx, tensors, lambda: (f, rest, layout), call)
         return own(made if made.dtype == dtype else made.to(dtype))
 
     @staticmethod
@@ -85,14 +87,34 @@ class _TrajectoryLoss(torch.autograd.Function):
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors, f, (_, columns, others, _, layout, gamma, normalize) = kept_for_again(ctx, "trajectory_loss: a column")
-    rest = tensors[columns:]
+    tensors, given, (_, columns, _, _, _, gamma, normalize) = kept_for_again(ctx, "trajectory_loss: a column")
+    f, rest, layout = given()
+    others = len(rest) - len([i for i in layout[FIELDS - 1 :: FIELDS] if i >= 0])
 
     def plain(*learning: Tensor) -> list[Tensor]:
         return [reference.forward(f, learning, rest[:others], rest[others:], layout, gamma, normalize, False)[0]]
 
     needs = ctx.needs_input_grad[2 : 2 + columns]
-    return (None, None, *through(plain, tensors[:columns], needs, [grad]), *[None] * len(rest))
+    return (None, None, *through(plain, tensors[:columns], needs, [grad]), *[None] * (len(tensors) - columns))
+
+
+class _RewardedLoss(torch.autograd.Function):
+    """(loss, f): ``_TrajectoryLoss`` that makes f and rewards of actions."""
+
+    @staticmethod
+    def forward(ctx: Any, rewards: _Rewards, call: _Call, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        _, columns, others, _, layout, gamma, normalize = call
+        learning, rest = tensors[:columns], tensors[columns:]
+        made, slopes, f = rewards.forward(learning, rest[:others], rest[others:], layout, gamma, normalize, True)
+        ctx.save_for_backward(slopes)
+        ctx.native, ctx.dtypes, ctx.rest = False, [t.dtype for t in learning], len(rest)
+        keep_for_again(ctx, tensors, rewards.spelled_out, call)
+        ctx.mark_non_differentiable(f)
+        return made, f
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        return _TrajectoryLoss.backward(ctx, grad)
 
 
 def trajectory_loss(
@@ -161,6 +183,91 @@ def trajectory_loss(
         return learning
     loss, _ = _forward(backend, f, columns, others, masks, layout, float(gamma), bool(normalize), False)
     return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+class _Rewards:
+    """What rewards are made of, as the kernel takes it: one table, of one kind, and who takes what of it."""
+
+    def __init__(self, final: Final, own: Rows, by: Sequence[ByAction | None]) -> None:
+        self.final, self._own, self._by = final, own, by
+        kind = next(((b.table.dtype, b.ratio) for b in by if b is not None), None)
+        inside = [b if b is not None and (b.table.dtype, b.ratio) == kind else None for b in by]
+        self.ratio = None if kind is None else kind[1]
+        #: the rows of own rewards that are left
+        self.own = [_sum(row, b if i is None else None, final) for row, b, i in zip(own, by, inside, strict=True)]
+        tables: dict[int, tuple[Tensor, int]] = {}
+        #: of each decision its row of actions (-1: it has none), where its table begins and how many choices that has
+        self.places: list[int] = []
+        actions: list[Tensor] = []
+        length = 0
+        for b in inside:
+            if b is None:
+                self.places += (-1, 0, 0)
+                continue
+            if id(b.table) not in tables:
+                tables[id(b.table)] = b.table, length
+                length += b.table.shape[0]
+            self.places += (len(actions), tables[id(b.table)][1], b.table.shape[0] - (b.ratio is not None))
+            actions.append(b.actions)
+        parts = [table for table, _ in tables.values()]
+        self.table = None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.actions = None if not actions else actions[0][None] if len(actions) == 1 else torch.stack(actions)
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        losses, *rest = self.final
+        given = losses, rest[0], *rest[1:], self.table, self.actions, self.places, self.ratio
+        made: tuple[Tensor, Tensor, Tensor] = torch.ops.fastroute._trajectory_loss_rewarded_triton(*given, *args)
+        return made
+
+    spelled_out: Callable[[], tuple[Tensor, list[Tensor], list[int]]]  #: f, others and masks, layout: without formulas
+
+    def all_own(self) -> list[Tensor | None]:
+        return [_sum(row, b, self.final) for row, b in zip(self._own, self._by, strict=True)]
+
+
+def _sum(row: Tensor | None, by: ByAction | None, final: Final) -> Tensor | None:
+    made = None if by is None else by.made(final.losses.dtype)
+    return row if made is None else made if row is None else made + row
+
+
+def makes_rewards(losses: Tensor) -> bool:
+    """Whether ``rewarded_loss`` may make rewards of such losses in its kernel: a compiler has them in its own."""
+    if losses.dtype != torch.float32 or torch.compiler.is_compiling() or transformed():
+        return False
+    if taken(OP, losses.device.type, losses.dtype) != "triton":
+        return False
+    from ..kernels.trajectory_loss import makes_rewards
+
+    made: bool = makes_rewards()
+    return made
+
+
+def rewarded_loss(
+    kinds: Sequence[str], s0: Rows, s1: Rows, aux: Rows, own: Rows, by: Sequence[ByAction | None], look: Rows,
+    active: Rows, final: Final, gamma: float = 1.0, normalize: bool = True, *, choices: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(``trajectory_loss``, f [B]) of rewards by their formulas: f is ``final``, ``by`` is added to ``own``."""
+    losses = final.losses
+    rewards = _Rewards(final, own, by)
+    columns, others, masks, layout = laid_out(kinds, s0, s1, aux, rewards.own, look, active, losses, choices)
+    widest = _promoted(losses, *columns, *others)
+    options = float(gamma), bool(normalize)
+    if taken(OP, losses.device.type, widest) != "triton":
+        f = final.made()
+        return trajectory_loss(kinds, s0, s1, aux, rewards.all_own(), look, active, f, *options, choices=choices), f
+    note(OP, losses, B=losses.shape[0], T=len(kinds))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in columns):
+
+        def spelled_out() -> tuple[Tensor, list[Tensor], list[int]]:
+            _, others, masks, layout = laid_out(kinds, s0, s1, aux, rewards.all_own(), look, active, losses, choices)
+            return final.made(), others + masks, layout
+
+        rewards.spelled_out = spelled_out
+        call = "triton", len(columns), len(others), losses.dtype, layout, *options
+        made: tuple[Tensor, Tensor] = apply(_RewardedLoss, rewards, call, *columns, *others, *masks)
+        return made
+    loss, _, f = rewards.forward(columns, others, masks, layout, *options, False)
+    return loss, f
 
 
 def laid_out(

@@ -22,6 +22,14 @@ import torch
 from torch import Tensor
 
 
+@dataclass
+class Passes:
+    """What the forward passes of all iterations share: how many are to come, and what a backend keeps for them."""
+
+    to_come: int
+    kept: Any = None
+
+
 class Step(NamedTuple):
     """The inputs of one iteration, validated, on one device, last axis contiguous.
 
@@ -47,6 +55,7 @@ class Step(NamedTuple):
     mask: Tensor | None  # [B, n, m] bool, True = closed; any strides, zero ones included
     lengths: Tensor | None  # [B] int64: rows from there on are never read
     precision: str = "ieee"  # of the products on a GPU: "ieee", "tf32", "bf16" or "fp16"
+    passes: Passes | None = None  # None: this pass stands alone
 
     @property
     def acc(self) -> torch.dtype:

@@ -32,6 +32,42 @@ BOOTSTRAPPING = frozenset({
 Rows = Sequence[Tensor | None]
 
 
+class Final(NamedTuple):
+    """A final reward by its formula, times ``scale``: minus the loss; or, with ``scores``, 1 where the best one is the
+    true class's, else -1.
+    """
+
+    losses: Tensor  # [B]
+    scale: float = 1.0
+    scores: Tensor | None = None  # [B, C]
+    truth: Tensor | None = None  # [B] int64
+
+    def made(self) -> Tensor:
+        """[B], in the losses' dtype."""
+        if self.scores is None or self.truth is None:
+            made = -self.losses
+        else:
+            made = torch.where(self.scores.argmax(1).eq(self.truth), 1.0, -1.0).to(self.losses.dtype)
+        return made if self.scale == 1.0 else made * self.scale
+
+
+class ByAction(NamedTuple):
+    """A decision's own reward by its formula: the action's entry of a table; or, with ``ratio``, its share of what was
+    counted, times that. An action a was counted ``table[a + 1] - table[a]`` times.
+    """
+
+    actions: Tensor  # [B] int64
+    table: Tensor  # [C], float32 or float64; or [C + 1] int64
+    ratio: float | None = None
+
+    def made(self, dtype: torch.dtype) -> Tensor:
+        """[B]"""
+        if self.ratio is None:
+            return self.table[self.actions].to(dtype)
+        offsets = self.table.to(dtype)
+        return (offsets.diff() * (self.ratio / offsets[-1:].clamp(min=1)))[self.actions]
+
+
 class Decisions(NamedTuple):
     """T decisions; every tensor is [B]. ``ops.trajectory_loss`` says what they are."""
 

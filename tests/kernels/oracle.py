@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.reference.step import Grads, Step
+from fastroute.reference.step import Grads, Passes, Step
 from fastroute.reference.vector_routing import gates, row_is_live, vector_routing
 from tests.helpers import seeds
 from tests.helpers.budget import Yardstick
@@ -120,6 +120,27 @@ def run(backend: ModuleType, case: Problem, **wants: Any) -> dict[str, Tensor]:
     return {name: t for name, t in found.items() if t is not None}
 
 
+def passes_of(backend: ModuleType, size: Size, rows: Tensor | None = None, **options: Any) -> list[Problem]:
+    """A first iteration that makes its gates, and the next, of the same x in TF32, whose numbers are times ``rows``."""
+    first = problem(size, precision="tf32", first=True, made=True, **options)
+    after = problem(size, precision="tf32", seed=1, **options)
+    x = first.step.x if rows is None else first.step.x * rows.to(first.step.x.device)
+    gate = backend.forward(first.step._replace(x=x))[2]
+    return [first._replace(step=first.step._replace(x=x)), after._replace(step=after.step._replace(x=x, gate=gate))]
+
+
+def forward_passes(backend: ModuleType, cases: list[Problem], *, lost: bool) -> tuple[list[dict[str, Tensor]], Any]:
+    """What passes of one call find, and what the backend kept for them; if ``lost``, the first alone is given x."""
+    passes = Passes(len(cases))
+    found = []
+    for t, case in enumerate(cases):
+        passes.to_come -= 1
+        x = torch.full_like(case.step.x, float("nan")) if t and lost else case.step.x
+        M, p, gate = backend.forward(case.step._replace(x=x, passes=passes))
+        found.append({"M": M, "p": p, "gate": gate})
+    return found, passes.kept
+
+
 def answer(case: Problem, dtype: torch.dtype, *, start: float = 0.0) -> dict[str, Tensor]:
     """The reference in ``dtype``, with gradients by autograd; ``start`` is what came to every input from elsewhere."""
     step = case.step
@@ -155,12 +176,21 @@ def assert_within_budget(
     start: float = 0.0,
     but: tuple[str, ...] = (),
     dtype: torch.dtype | None = None,
+    forward: bool = False,
 ) -> None:
-    """Every output is within budget of the reference in float64. ``dtype``: that of the products, if not x's."""
+    """Every output is within budget of the reference in float64. ``dtype``: that of the products, if not x's.
+
+    ``forward``: what was found is of the forward pass alone.
+    """
     made = case.step.x.dtype
     half = dtype or (made if made.itemsize == 2 else None)  # p is the sum of the phi that the products take
     operands = "tf32" if case.step.precision == "tf32" else None
-    yardstick = Yardstick(lambda: answer(case, torch.float64, start=start), made, stored=half, operands=operands)
+
+    def exact() -> dict[str, Tensor]:
+        whole = answer(case, torch.float64, start=start)
+        return {name: whole[name] for name in found if name in whole} if forward else whole
+
+    yardstick = Yardstick(exact, made, stored=half, operands=operands)
     missing = set(yardstick.exact) - set(found) - set(but)
     assert not missing, missing
     for name in set(found) - set(yardstick.exact):

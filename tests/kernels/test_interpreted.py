@@ -15,14 +15,17 @@ HERE = Path(__file__).resolve().parent
 FEW = {
     "vector_routing": (
         "test_kinds[one-pass-first-linear-made]", "test_kinds[one-pass-next]", "test_kinds[two-phase-next-linear]",
-        "test_kinds[two-phase-first-made]",
+        "test_kinds[two-phase-first-made]", "test_a_layer_reads_x_once",
     ),
     "dispatch": (
         "test_plans[ranked-130-64]", "test_plans[counted-130-64]", "test_plans[sorted-130-64]",
         "test_linear[uneven]",
     ),
     "policy": ("test_values[fp32-softmax]", "test_agent_policy[softmax-critic]"),
-    "trajectory_loss": ("test_agrees_with_the_reference_in_its_layout", "test_losses[WPL-fp32]"),
+    "trajectory_loss": (
+        "test_agrees_with_the_reference_in_its_layout", "test_losses[WPL-fp32]",
+        "test_rewards_in_the_kernel[masked-classes]", "test_a_loss_with_rewards_in_its_kernel[class-share]",
+    ),
     "task_mask": ("test_values[32-bit-relu-each-3x17x5x4]", "test_batch_norm_options"),
     "soft_assignment": ("test_shared_votes[by outputs-padded]", "test_forms[routing-own]"),
     "matrix_routing": ("test_kinds[first-gaussian-own]", "test_kinds[next-gaussian-shared]"),

@@ -43,6 +43,11 @@ def vector(*cases: tuple[int, ...], **options: Any) -> Iterator[aot.Launch]:
         yield from test_aot.launches(test_aot.Case(B, n, m, d, "bfloat16", **options))
 
 
+def narrowed(*cases: tuple[int, ...]) -> Iterator[aot.Launch]:
+    for case in cases:
+        yield from test_aot.launches(test_aot.Case(*case, "float32", "tf32", narrow=True))
+
+
 def matrix(*cases: tuple[int, ...], **options: Any) -> Iterator[aot.Launch]:
     for case in cases:
         for shared in (True, False):
@@ -72,9 +77,10 @@ def masked(*shapes: tuple[int, ...], last: bool = False) -> Iterator[aot.Launch]
         yield from test_task_mask_aot.launches_of(x.to(memory_format=torch.channels_last) if last else x)
 
 
-def lost(*sizes: int) -> Iterator[aot.Launch]:
+def lost(*sizes: int, rewards: str = "") -> Iterator[aot.Launch]:
+    case = test_trajectory_loss_aot.Case(("REINFORCE", "WPL") * 5, True, rewards=rewards)
     for B in sizes:
-        yield from test_trajectory_loss_aot.launches(test_trajectory_loss_aot.Case(("REINFORCE", "WPL") * 5, True), B)
+        yield from test_trajectory_loss_aot.launches(case, B)
 
 
 def batches(make: Callable[..., Iterable[aot.Launch]], *rest: int, **options: Any) -> partial[Any]:
@@ -107,6 +113,7 @@ EDGES: dict[str, dict[str, Callable[[], Iterable[aot.Launch]]]] = {
         "2^31 inputs": partial(vector, (1, 3_000_000, 100, 1024), (70, 500_000, 64, 64)),
         "most outputs": partial(vector, (3, 10, 16384, 8)), "2^31 betas": partial(vector, (1, 300_000, 8192, 16)),
         "most rows": partial(vector, (1, MOST, 2, 3)), "widest": partial(vector, (2, 3, 4, MOST)),
+        "narrow": partial(narrowed, (65536, 3, 5, 8), (1, 3_000_000, 100, 1024), (1, MOST, 2, 3), (2, 3, 4, MOST)),
     },
     "dispatch": PRODUCTS,
     "grouped_linear": PRODUCTS,
@@ -130,7 +137,11 @@ EDGES: dict[str, dict[str, Callable[[], Iterable[aot.Launch]]]] = {
     },
     "task_mask": MASKS,
     "batch_norm_mask_relu": MASKS,
-    "trajectory_loss": {"batches": partial(lost, *BATCHES), "2^31 rows": partial(lost, 2**31 + 1)},
+    "trajectory_loss": {
+        "batches": partial(lost, *BATCHES), "2^31 rows": partial(lost, 2**31 + 1),
+        "2^31 scores": partial(lost, 50_000_000, rewards="classes"),
+        "shares": partial(lost, 2**31 + 1, rewards="counted"),
+    },
 }  # fmt: skip
 
 #: Memory that a launch reads and writes. Every program writes only what no other one reads.

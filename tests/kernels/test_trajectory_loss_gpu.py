@@ -114,6 +114,35 @@ def test_a_network(algo: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    "final", [networks.NegLossReward(), networks.CorrectClassifiedReward(0.5)], ids=["loss", "class"]
+)
+def test_rewards_in_the_kernel(final: networks.BaseReward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured loss that makes its rewards has the numbers of one whose rewards PyTorch made."""
+    from fastroute.kernels import trajectory_loss as kernels
+
+    seeds.manual_seed(0)
+    own = networks.CollaborationReward(0.3)
+    layers = [networks.REINFORCE(4, 6, device="cuda", additional_reward_func=own) for _ in range(3)]
+    x, truth = torch.randn(500, 6, device="cuda"), torch.randint(6, (500,), device="cuda")
+    meta = networks.Initialization()(x)[1]
+    for layer in layers:
+        layer(x, meta)
+    loss = networks.Loss(nn.CrossEntropyLoss(), final, 0.9)
+    expected, rewards = loss(x, meta, truth, reduce=False)[1], meta.final_reward
+    monkeypatch.setattr(kernels, "force_rewards", True)
+    loss(x, meta, truth)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = loss(x, meta, truth, reduce=False)[1]
+    torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    torch.testing.assert_close(made, expected)
+    assert torch.equal(meta.final_reward, rewards)
+
+
 def test_arguments() -> None:
     """A tensor of another device is named."""
     given = arguments(("AAC",), dict(loss_case(("AAC",), 4).inputs))

@@ -5,20 +5,34 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastroute.kernels import vector_routing
+from fastroute import EfficientVectorRouting, use_backend
+from fastroute.kernels import launch, vector_routing
 from fastroute.kernels.vector_routing_plan import leaves
 from fastroute.reference import tiles
+from fastroute.reference.step import Passes
 from fastroute.reference.vector_routing import gates, row_is_live
 from tests.helpers import seeds
 from tests.helpers.budget import Yardstick
 
-from .oracle import PARAMETERS, Problem, Size, answer, assert_within_budget, empty_grads, problem, run
+from .oracle import (
+    PARAMETERS,
+    Problem,
+    Size,
+    answer,
+    assert_within_budget,
+    empty_grads,
+    forward_passes,
+    passes_of,
+    problem,
+    run,
+)
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SMALL = Size(2, 33, 5, 24)
@@ -243,6 +257,117 @@ def test_operands_of_tf32_products_are_rounded() -> None:
     torch.testing.assert_close(found[:-2], torch.tensor(expected), rtol=2**-11, atol=1e-41)
     assert not (found[:-2].view(torch.int32) & 0x1FFF).any()
     assert found[1] == 1 + 2**-10 and found[2] == 1.0
+
+
+def narrowed(cases: list[Problem], monkeypatch: pytest.MonkeyPatch, force: bool = True) -> list[dict[str, Tensor]]:
+    monkeypatch.setattr(vector_routing, "force_narrow", force)
+    found, kept = forward_passes(vector_routing, cases, lost=force)
+    assert (kept is not None) == force
+    return found
+
+
+NARROW = {
+    "plain": {},
+    "lengths": {"lengths": [33, 0, 17]},
+    "mask": {"mask": random_mask(3, 33, 5)},
+    "without-ign": {"ign": False},
+    "bf16-parameters": {"parameter_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", NARROW.values(), ids=NARROW)
+def test_narrow(options: dict[str, Any], path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x is read once: the second pass never sees it, over chunks that do not fill their blocks."""
+    real = vector_routing.plan
+    monkeypatch.setattr(
+        vector_routing, "plan", lambda *a, **k: real(*a, **{**k, "sms": 2})._replace(rows=24, splits=2, batch=2)
+    )
+    cases = passes_of(vector_routing, Size(3, 33, 5, 150), device=DEVICE, **options)
+    for found, case in zip(narrowed(cases, monkeypatch), cases, strict=True):
+        assert_within_budget(found, case, forward=True)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        10.0 ** torch.linspace(-20, 18, 33)[:, None],  # rows far apart
+        10.0 ** torch.linspace(0, -7, 24)[None, :],  # columns far apart: small ones keep their digits
+        torch.where(torch.arange(33)[:, None] % 3 == 0, 0.0, 1.0),
+        torch.full((1, 1), 2.0**100),
+    ],
+    ids=["rows", "columns", "zeros", "large"],
+)
+def test_narrow_numbers_of_any_size(rows: Tensor, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to what the same passes make of x itself, error for error."""
+    cases = passes_of(vector_routing, SMALL, device=DEVICE, rows=rows)
+    found, plain = narrowed(cases, monkeypatch), narrowed(cases, monkeypatch, False)
+    for made, other, case in zip(found, plain, cases, strict=True):
+        exact = answer(case, torch.float64)
+        for name in made:
+            size = (case.step.x.abs().amax(1)[:, None] if name == "M" else 1.0) + torch.zeros_like(made[name])
+            assert ((made[name] - exact[name]).abs() <= (other[name] - exact[name]).abs() + 0.02 * size).all(), name
+            assert torch.isfinite(made[name]).all()
+
+
+def test_narrow_keeps_what_is_no_number_in_its_sample(path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an infinite number leaves the others of its row as they are."""
+    cases = passes_of(vector_routing, SMALL, device=DEVICE)
+    bad = cases[0].step.x.clone()
+    bad[0, 3, 7], bad[0, 3, 8] = float("nan"), float("inf")
+    made = [case._replace(step=case.step._replace(x=bad)) for case in cases]
+    for found, other in zip(narrowed(made, monkeypatch), narrowed(cases, monkeypatch), strict=True):
+        for name in found:
+            assert torch.equal(found[name][1], other[name][1])
+    x = (kept := narrow_of(made[0])).x.float() * kept.power[..., None]
+    torch.testing.assert_close(x, bad, rtol=2**-11, atol=1e-9, equal_nan=True)
+
+
+def narrow_of(case: Problem) -> Any:
+    passes = Passes(1)
+    vector_routing.forward(case.step._replace(passes=passes))
+    return passes.kept
+
+
+def test_narrow_is_for_tf32_and_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else makes a copy."""
+    monkeypatch.setattr(vector_routing, "force_narrow", True)
+    for kind, precision, dtype, to_come in (
+        ("first-made", "ieee", torch.float32, 1),
+        ("first-made", "tf32", torch.float32, 0),
+        ("first-made", "bf16", torch.float32, 1),
+        ("first-made", "tf32", torch.bfloat16, 1),
+        ("first-linear-made", "tf32", torch.float32, 1),
+        ("first", "tf32", torch.float32, 1),
+        ("next", "tf32", torch.float32, 1),
+    ):
+        passes = Passes(to_come)
+        vector_routing.forward(make(precision=precision, dtype=dtype, **KINDS[kind]).step._replace(passes=passes))
+        assert passes.kept is None, (kind, precision, dtype, to_come)
+
+
+def test_a_layer_reads_x_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All iterations of one call share the copy; the next call makes its own. Its gradient stays as it is."""
+    layer = EfficientVectorRouting(40, 6, 24, 8, n_iters=3, device=DEVICE)
+    x = torch.randn(2, 40, 24, device=DEVICE)
+    monkeypatch.setattr(import_module("fastroute.ops.efficient_routing"), "precision_of", lambda *_: "tf32")
+    readers: list[str] = []
+    real = launch.launch
+
+    def spy(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        whole = any(isinstance(a, Tensor) and a.dtype == torch.float32 and a.shape == x.shape for a in args)
+        readers.extend([kernel.fn.__name__] * whole)
+        real(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launch, "launch", spy)
+    found = []
+    for force in (None, True):
+        monkeypatch.setattr(vector_routing, "force_narrow", force)
+        for scale in (1.0, 3.0):
+            readers.clear()
+            with use_backend("triton"), torch.no_grad():
+                found.append(layer(x * scale))
+        assert readers.count("forward_kernel") >= 1 and (len(readers) == 1) == (force is True), readers
+    torch.testing.assert_close(found[2:], found[:2], rtol=1e-2, atol=1e-3)
 
 
 PASSES = {
