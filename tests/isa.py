@@ -1,7 +1,8 @@
 """``make test-isa``: the numeric part of the suite under every instruction set this processor has, on 1 to 3 threads.
 
-By default a covering set: every instruction set and every number of threads in some run. FULL=1: all pairs. Arguments
-go to pytest. Ends on a line like pytest's that counts the combinations.
+By default a covering set: every instruction set and every number of threads in some run. FULL=1: all pairs.
+AFTER_TEST=1: without what ``make test`` has, the best instruction set and one thread. Arguments go to pytest.
+Ends on a line like pytest's that counts the combinations.
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ def environment(isa: str, threads: int) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE", **clean, **SETTINGS[isa], **more}
 
 
-def combinations(isas: Sequence[str], full: bool) -> list[tuple[str, int]]:
+def combinations(isas: Sequence[str], full: bool = False, after_test: bool = False) -> list[tuple[str, int]]:
+    """Of instruction sets, the best one last, and numbers of threads."""
     if full:
         return [(isa, n) for isa in isas for n in THREADS]
-    last = max(len(isas), len(THREADS))
-    return [(isas[min(i, len(isas) - 1)], THREADS[min(i, len(THREADS) - 1)]) for i in range(last)]
+    threads = THREADS[1:] if after_test else THREADS
+    isas = isas[:-1] or isas if after_test else isas
+    last = max(len(isas), len(threads))
+    return [(isas[min(i, len(isas) - 1)], threads[min(i, len(threads) - 1)]) for i in range(last)]
 
 
 def run(isa: str, threads: int, arguments: Sequence[str]) -> bool:
@@ -84,7 +88,8 @@ def main(arguments: Sequence[str]) -> int:
     clean = {k: v for k, v in os.environ.items() if k not in CHOSEN}
     best = probe(clean)[1]
     isas = list(SETTINGS)[: list(SETTINGS).index(best) + 1] if best in SETTINGS else ["default"]
-    passed = [run(*each, arguments) for each in combinations(isas, os.environ.get("FULL", "0") == "1")]
+    asked = (os.environ.get(name, "0") == "1" for name in ("FULL", "AFTER_TEST"))
+    passed = [run(*each, arguments) for each in combinations(isas, *asked)]
     print(f"{passed.count(True)} passed, {passed.count(False)} failed")
     return int(not all(passed))
 

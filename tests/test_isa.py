@@ -16,6 +16,15 @@ def test_the_covering_set_has_every_instruction_set_and_every_number_of_threads(
     assert len(isa.combinations(list(isa.SETTINGS), full=True)) == 9
 
 
+@pytest.mark.parametrize("best", range(len(isa.SETTINGS)))
+def test_with_what_make_test_has_all_are_covered(best: int) -> None:
+    isas = list(isa.SETTINGS)[: best + 1]
+    runs = isa.combinations(isas, after_test=True)
+    assert len(runs) == 2 and (isas[-1], 1) not in runs
+    assert {name for name, _ in runs} | {isas[-1]} == set(isas)
+    assert {n for _, n in runs} | {1} == set(isa.THREADS)
+
+
 def test_nothing_is_left_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in isa.CHOSEN:
         monkeypatch.setenv(name, "outside")

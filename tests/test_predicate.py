@@ -23,6 +23,7 @@ from fastroute.capsules.credit import credit
 from fastroute.compat.heinsen_routing_2019 import Routing
 from fastroute.multitask import PLE, MTLModel
 from fastroute.networks import MLP, REINFORCE, Initialization, MoE, Selection, TopKGating, Trajectory
+from fastroute.ops import _modules
 from fastroute.ops._modules import Proof, may_be_read
 from fastroute.reference.efficient_routing import Parameters, efficient_routing
 from fastroute.tasks import TaskRouter, fold, live, route, set_task
@@ -625,6 +626,32 @@ def test_why_costs_little() -> None:
     proof = Proof(modules, modules)
     assert proof.holds(modules)
     assert min(timeit.repeat(lambda: proof.holds(modules), number=100, repeat=20)) / 100 < 20 * 2e-5
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("change", [*CHANGES, "shape", "dtype", "meta", "mode", "option", "child"])
+def test_proofs_see_changes(change: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fingerprint that the extension takes, and without."""
+    if not compiled:
+        monkeypatch.setattr(_modules, "_compiled", lambda: None)
+    modules: Any = [nn.Sequential(nn.Linear(D, D), nn.Softplus()) for _ in range(K)]
+    every = [m for module in modules for m in module.modules()]
+    proof = Proof(modules, every)
+    modules[1][1].beta, modules[1][1].threshold = float("1"), float("20")  # other objects, which are equal
+    assert proof.holds(modules) and proof.holds(list(modules)) and not proof.holds(modules[:2])
+    more: dict[str, Callable[[], Any]] = {
+        "shape": lambda: setattr(modules[1][0].weight, "data", torch.zeros(D, 1)),
+        "dtype": modules[1].double,
+        "meta": lambda: modules[1].to("meta"),
+        "mode": modules[1].eval,
+        "option": lambda: setattr(modules[1][1], "beta", 2.0),
+        "child": lambda: modules[1].append(nn.Tanh()),
+    }
+    undo = more[change]() if change in more else CHANGES[change](modules[1], "0")
+    assert not proof.holds(modules)
+    if change in CHANGES and undo is not None:
+        undo()
+        assert proof.holds(modules)
 
 
 # ------------------------------------------------------------ plans are proved at every call

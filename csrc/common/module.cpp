@@ -1,10 +1,161 @@
-// The module that `import fastroute._C` finds. It is empty: loading the library is what registers the ops.
-// Where Python's headers are missing, torch.ops.load_library still loads it.
+// The module that `import fastroute._C` finds. Loading the library is what registers the ops; beside them there is
+// what looks at Python's own objects. Where Python's headers are missing, torch.ops.load_library still loads the ops.
 #if __has_include(<Python.h>)
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C", "fastroute's C++ and CUDA kernels", 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+// Of DLPack 1, whose ABI is fixed: a tensor, and the functions that a library gives to others in a capsule.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  void* previous;
+  void (*allocate)(), (*from_python)(), (*to_python)();
+  int (*form_of)(void* python, DLTensor* out);  // keeps no reference; may be null
+  void (*stream)();
+};
+
+using Word = uintptr_t;
+
+Word address(const void* p) {
+  return reinterpret_cast<Word>(p);
+}
+
+// The addresses of a dict's keys and values. `put` takes words, and says whether to go on.
+template <typename Put>
+bool put_items(const Put& put, PyObject* dict) {
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+    if (!put(address(key)) || !put(address(value))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Class, shape, dtype and device of each value of a dict of tensors and None, and its key; not of other values.
+template <typename Put>
+bool put_forms(const Put& put, PyObject* dict, PyObject* kinds, const DLPackExchangeAPI& api) {
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+    PyObject* kind = reinterpret_cast<PyObject*>(Py_TYPE(value));
+    if (!put(address(key)) || !put(address(kind))) {
+      return false;
+    }
+    if (kind == PyTuple_GetItem(kinds, 0)) {
+      continue;
+    }
+    bool is_known = false;
+    for (Py_ssize_t k = 1; k < PyTuple_Size(kinds) && !is_known; ++k) {
+      is_known = kind == PyTuple_GetItem(kinds, k);
+    }
+    DLTensor t;
+    if (!is_known || api.form_of(value, &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const auto dtype = static_cast<Word>(t.code) << 24 | static_cast<Word>(t.bits) << 16 | t.lanes;
+    const auto device = static_cast<Word>(t.device_type) << 16 ^ static_cast<Word>(t.device_id);
+    if (!put(dtype) || !put(device) || !put(static_cast<Word>(t.ndim))) {
+      return false;
+    }
+    for (int32_t i = 0; i < t.ndim; ++i) {
+      if (!put(static_cast<Word>(t.shape[i]))) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Modules: lists of `objects`, of whom the class counts, of `dicts`, and of dicts `owners` of tensors.
+struct Modules {
+  PyObject *objects, *dicts, *owners, *kinds, *exchange;
+
+  template <typename Put>
+  bool walk(const Put& put) const {
+    const auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
+    if (!PyList_Check(objects) || !PyList_Check(dicts) || !PyList_Check(owners) || !PyTuple_Check(kinds) ||
+        PyTuple_Size(kinds) < 1 || api == nullptr || api->major != 1 || api->form_of == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+    for (Py_ssize_t i = 0; i < PyList_Size(objects); ++i) {
+      if (!put(address(Py_TYPE(PyList_GetItem(objects, i))))) {
+        return false;
+      }
+    }
+    for (PyObject* list : {dicts, owners}) {
+      for (Py_ssize_t i = 0; i < PyList_Size(list); ++i) {
+        PyObject* dict = PyList_GetItem(list, i);
+        if (!PyDict_Check(dict) || !put(static_cast<Word>(PyDict_Size(dict))) ||
+            !(list == dicts ? put_items(put, dict) : put_forms(put, dict, kinds, *api))) {
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+};
+
+// is_same(fingerprint, objects, dicts, owners, kinds, exchange) -> bool
+PyObject* is_same(PyObject*, PyObject* args) {
+  Modules m;
+  const char* bytes = nullptr;
+  Py_ssize_t size = 0;
+  if (!PyArg_ParseTuple(args, "y#OOOOO", &bytes, &size, &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange)) {
+    return nullptr;
+  }
+  const auto* at = reinterpret_cast<const Word*>(bytes);
+  const Word* const end = at + size / sizeof(Word);
+  const bool same = m.walk([&](Word word) { return at != end && *at++ == word; });
+  return PyBool_FromLong(same && at == end);
+}
+
+// fingerprint(objects, dicts, owners, kinds, exchange) -> bytes
+//
+// As long as nobody lets go of what it was made of, another one is the same only if nothing has changed. Empty where that
+// cannot be told: a value in `owners` is of none of the classes `kinds`, of which the first is None's, or on a device
+// that `exchange`, the capsule of torch.Tensor, does not know. (No symbol of Python's data is used: a process without
+// Python could not load the ops.)
+PyObject* fingerprint(PyObject*, PyObject* args) {
+  Modules m;
+  if (!PyArg_ParseTuple(args, "OOOOO", &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange)) {
+    return nullptr;
+  }
+  std::vector<Word> words;
+  const auto put = [&](Word word) {
+    words.push_back(word);
+    return true;
+  };
+  if (!m.walk(put)) {
+    words.clear();
+  }
+  return PyBytes_FromStringAndSize(
+      reinterpret_cast<const char*>(words.data()), static_cast<Py_ssize_t>(words.size() * sizeof(Word)));
+}
+
+PyMethodDef methods[] = {
+    {"fingerprint", fingerprint, METH_VARARGS, "Of modules; see ops/_modules.py."},
+    {"is_same", is_same, METH_VARARGS, "Whether modules have this fingerprint."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C", "fastroute's C++ and CUDA kernels", 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
 
 PyMODINIT_FUNC PyInit__C(void) {
   return PyModuleDef_Init(&definition);

@@ -98,12 +98,17 @@ class _Stage:
 
     leaves: list[Any]
     kind: str = field(init=False)  #: "linear", "conv", "norm" or "free"
+    device: torch.device | None = field(init=False)  #: where the parameters are: those of offloaded modules are not
     then: _Stage | None = None  #: an activation that is made along with it
 
     def __post_init__(self) -> None:
         kind = type(self.leaves[0])
         self.kind = (
             "linear" if kind is nn.Linear else "conv" if kind is nn.Conv2d else "norm" if kind in _NORMS else "free"
+        )
+        self._owners: list[dict[str, Any]] = [] if self.kind == "free" else [leaf._parameters for leaf in self.leaves]
+        self.device = (
+            next((p.device for p in self._owners[0].values() if p is not None), None) if self._owners else None
         )
 
     def fits(self) -> bool:
@@ -135,15 +140,9 @@ class _Stage:
         """What follows it, in the words of ``grouped_linear``."""
         return "none" if self.then is None else _activation(self.then.leaves[0]) or "none"
 
-    def is_at(self, device: torch.device) -> bool:
-        """Whether the parameters are there: those of modules that were offloaded are not."""
-        if self.kind == "free":
-            return True
-        return all(p is None or p.device == device for p in self.leaves[0]._parameters.values())
-
     def parameters(self, name: str) -> list[Tensor]:
-        found = [leaf._parameters.get(name) for leaf in self.leaves]
-        return [] if found[0] is None else found  # type: ignore[return-value]
+        first = self._owners[0].get(name)
+        return [] if first is None else [d[name] for d in self._owners]
 
 
 class _Made(NamedTuple):
@@ -351,8 +350,10 @@ def run(
 
 def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor | None:
     """The stages, one after the other; None where one of them would rather not."""
-    if not all(stage.is_at(x.device) for stage in alike):
-        return None
+    where = x.device
+    for stage in alike:
+        if stage.device is not None and stage.device != where:
+            return None
     if alike[0].kind in ("norm", "free"):  # the others leave dropped samples out themselves
         x = only(x, _has_module(plan, x.shape[0]))
     flow = _Flow(x, plan, keep_empty)

@@ -8,6 +8,8 @@ be differentiated again, or many at a time, from the backward pass on (``asked_a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress, cycle
+from operator import eq
 from typing import Any
 
 import torch
@@ -36,8 +38,7 @@ def asked_again(*grads: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled():
         return True
-    keys = [torch._C._dispatch_keys(g) for g in grads if type(g) is Tensor]
-    return any(of.has(many) for of in keys for many in _MANY)  # type: ignore[arg-type]
+    return any(_is_many(g) or _is_many_of_func(g) for g in grads if g is not None)
 
 
 def keep_for_again(ctx: Any, tensors: Sequence[Tensor], *rest: Any) -> None:
@@ -64,8 +65,9 @@ def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None)
     """
     if bounds is None or not torch.is_grad_enabled():
         return tuple(parameters)
-    idle = [k for k in range(len(bounds) - 1) if bounds[k] == bounds[k + 1]]
-    hooked = [i for k in idle for i in range(k, len(parameters), len(bounds) - 1) if parameters[i]._backward_hooks]
+    idle = map(eq, bounds, bounds[1:])  # a flag for each module, of whom there are several lists
+    at_rest = list(compress(range(len(parameters)), cycle(idle)))
+    hooked = [i for i in at_rest if parameters[i]._backward_hooks]
     if not hooked:
         return tuple(parameters)
     made = list(parameters)
@@ -74,7 +76,8 @@ def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None)
     return tuple(made)
 
 
-_MANY = tuple(map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched")))  # of tensors that are many at a time
+#: Whether a tensor is many at a time, of torch.autograd.grad(is_grads_batched=True) or of torch.func.
+_is_many, _is_many_of_func = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_batchedtensor
 
 
 def through(

@@ -7,7 +7,10 @@ answer is no.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -15,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+
+from ._backends import extension
 
 _AFFINE = ("weight", "bias")
 #: The parameters and buffers that the classes which are read have, under their names.
@@ -33,7 +38,7 @@ _SHADOWED = frozenset({
 _METHODS = ("forward", "_conv_forward", "_check_input_dim")
 _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN = (nn.Parameter, Tensor, type(None))
+_PLAIN = (type(None), nn.Parameter, Tensor)
 
 #: By class: what looks up what a call of it runs, and what that was when the class was first seen.
 _originals: dict[tuple[type, bool], tuple[attrgetter[Any], Any]] = {}
@@ -167,11 +172,26 @@ class Memo:
         return type(self), ()
 
 
+@cache
+def _compiled() -> Any:
+    """fastroute._C, if it can tell fingerprints of modules (see csrc/common/module.cpp) here; else None."""
+    if extension()[0] is None or not hasattr(Tensor, _EXCHANGE) or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return None
+    try:
+        return importlib.import_module("fastroute._C")
+    except ImportError:  # built without Python's headers
+        return None
+
+
+_EXCHANGE = "__dlpack_c_exchange_api__"
+
+
 class Proof:
     """Shows at little cost that what was found out by looking at modules is still so.
 
     It holds as long as nothing has changed that ``why_called`` and ``signature`` of these modules, or their children,
-    depend on. To compare a dict with a copy takes as many comparisons of addresses as it has values.
+    depend on. That nothing at all has changed is told by a fingerprint, where there is the extension; where something
+    has, or without it, they are looked over.
 
     Args:
         modules: what it is about.
@@ -189,17 +209,27 @@ class Proof:
     ) -> None:
         every = (*read, *changing)
         self._modules, self._every = list(modules), (*every, *others)
-        self._dicts = [m.__dict__ for m in read]
-        self._copies = [d.copy() for d in self._dicts]
+        self._dicts: list[dict[str, Any]] = [m.__dict__ for m in read]
         self._changing = [m.__dict__ for m in changing]
-        self._children = [m._modules for m in every if m._modules]
+        self._children: list[dict[str, Any]] = [m._modules for m in every if m._modules]
         self._owners: list[dict[str, Any]] = [d for m in every for d in (m._parameters, m._buffers) if d]
-        hooks = [m.__dict__[name] for m in every for name in _HOOKS]
+        hooks: list[dict[str, Any]] = [m.__dict__[name] for m in every for name in _HOOKS]
         self._empty, self._full = [d for d in hooks if not d], [d for d in hooks if d]
         self._classes = dict.fromkeys(map(type, every))
         tensors = [t for d in self._owners for t in d.values()]
         self._all_on_cpu = all(t.is_cpu for t in tensors if t is not None)  # which is told faster than a device
-        self._state = self._look()
+        dicts = [*self._dicts, *self._children, *hooks]
+        self._facts = list(self._every), dicts, self._owners, _PLAIN, getattr(Tensor, _EXCHANGE, None)
+        self._printed = self._print()
+        self._copies, self._state, self._called = [d.copy() for d in self._dicts], self._look(), self._calls()
+
+    def _print(self) -> tuple[bytes, Any]:
+        """The fingerprint of what is, empty without the extension; and that, kept alive: it has addresses."""
+        compiled = _compiled()
+        if compiled is None:
+            return b"", None
+        kept = [d.copy() for d in self._facts[1]]
+        return compiled.fingerprint(*self._facts), kept
 
     def _look(self) -> tuple[Any, ...]:
         named: list[Any] = [t for d in self._owners for t in d.values()]
@@ -214,16 +244,26 @@ class Proof:
             [t.shape for t in tensors],
             [t.dtype for t in tensors],
             where,
-            list(map(is_pristine, self._classes)),
-            list(map(_SHADOWED.isdisjoint, self._changing)),
-            are_watched(),
         )
+
+    def _calls(self) -> tuple[Any, ...]:
+        """What is no matter of the modules' own."""
+        return list(map(is_pristine, self._classes)), list(map(_SHADOWED.isdisjoint, self._changing)), are_watched()
 
     def holds(self, modules: Sequence[Any]) -> bool:
         """Whether it does, and is about these modules."""
-        if any(self._empty) or not all(self._full) or self._modules != modules:
+        if self._modules != modules or self._calls() != self._called:
             return False
+        printed, _ = self._printed
+        if printed and _compiled().is_same(printed, *self._facts):
+            return True
+        if any(self._empty) or not all(self._full):
+            return False
+        now = self._print()  # before it is looked at: what changes meanwhile is not in it
         try:
-            return self._dicts == self._copies and self._look() == self._state
+            if self._dicts != self._copies or self._look() != self._state:
+                return False
         except (RuntimeError, ValueError, TypeError):  # of tensors or arrays, one of which has changed
             return False
+        self._printed = now
+        return True

@@ -16,7 +16,7 @@ from tests.helpers.subprocesses import ROOT
 
 ARM64 = "aarch64-linux-gnu-"
 #: torch's C interface, and Python's, of which the limited API is all that the headers show; what linkers leave weak.
-ALLOWED = re.compile(r"U (aoti_torch_|torch_|Py)\w+|w (aoti_torch_\w+|__gmon_start__|_ITM_\w+)")
+ALLOWED = re.compile(r"U (aoti_torch_|torch_|_?Py)\w+|w (aoti_torch_\w+|__gmon_start__|_ITM_\w+)")
 
 
 def output(*command: str, **environment: str) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...ops import dispatch, grouped_linear
 from ...ops._autocast import autocast_dtype
-from ...ops._modules import may_be_read
+from ...ops._autograd import transformed
+from ...ops._modules import Memo, Proof, may_be_read
 from ...ops.dispatch import Plan
 from .. import bank
 from ..mlp import MLP
@@ -82,7 +83,7 @@ class Storages(nn.ModuleList):
     def __init__(self, storages: Iterable[nn.Module], outputs: int) -> None:
         super().__init__(storages)
         self.outputs = outputs
-        self.recipe = bank.Recipe()
+        self.recipe, self.memo = bank.Recipe(), Memo()
 
     def owners(self) -> list[Any]:
         """Whoever has parameters: every agent's storage."""
@@ -97,7 +98,7 @@ class StackedStorages(Stack):
     def __init__(self, storages: Iterable[nn.Module], outputs: int) -> None:
         super().__init__(list(storages))
         self.outputs = outputs
-        self.recipe = bank.Recipe()
+        self.recipe, self.memo = bank.Recipe(), Memo()
 
     def _do_alike(self, modules: Sequence[Any]) -> bool:
         return type(modules[0]) is TabularPolicyStorage or bank.are_alike(modules)
@@ -110,15 +111,32 @@ class StackedStorages(Stack):
 AnyStorages = Storages | StackedStorages
 
 
-def _tables(agents: Sequence[Any]) -> list[Tensor] | None:
+def _tables(storages: AnyStorages, agents: Sequence[Any]) -> list[Tensor] | None:
     """Tables [1, K], or one of all agents [A, K]; None where the storages are none, or have to be called."""
-    if not all(type(s) is TabularPolicyStorage and may_be_read(s) for s in agents):
+    if type(agents[0]) is not TabularPolicyStorage:
         return None
+    if torch.compiler.is_compiling() or transformed():  # a graph is guarded by what it reads, not by a memo
+        are_tables = _are_tables(agents)
+    else:
+        known = storages.memo.known
+        if known is None or not known[0].holds(agents):
+            known = storages.memo.known = Proof(agents, agents), _are_tables(agents)
+        are_tables = known[1]
+    if not are_tables:
+        return None
+    found = [s._parameters["_approx"] for s in agents]
+    return [t.view(-1, t.shape[-1]) for t in found] if found[0].dim() == 3 else found
+
+
+def _are_tables(agents: Sequence[Any]) -> bool:
+    """Whether they may be read, and are of one form."""
+    if not all(type(s) is TabularPolicyStorage and may_be_read(s) for s in agents):
+        return False
     found = [s._parameters.get("_approx") for s in agents]
     first = found[0]
-    if any(t is None or (t.shape, t.dtype, t.device) != (first.shape, first.dtype, first.device) for t in found):
-        return None
-    return [t.view(-1, t.shape[-1]) if t.dim() == 3 else t for t in found]
+    return all(
+        t is not None and (t.shape, t.dtype, t.device) == (first.shape, first.dtype, first.device) for t in found
+    )
 
 
 def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_twice: bool = False) -> Tensor:
@@ -127,7 +145,7 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
     first = agents[0]
     if plan is None:
         return storages.each()[0](x)  # type: ignore[no-any-return]
-    tables = _tables(agents)
+    tables = _tables(storages, agents)
     if tables is not None:
         if differentiable_twice:
             whose = torch.empty_like(plan.order).index_copy(
@@ -168,7 +186,7 @@ def heads(
 def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = False) -> Head | None:
     agents = storages.owners()
     first = agents[0]
-    tables = _tables(agents)
+    tables = _tables(storages, agents)
     if tables is not None:
         return Head(None, [], tables) if tables[0].device == x.device else None
     if not can_be_given(agents):
@@ -196,8 +214,8 @@ def can_be_given(agents: Sequence[Any]) -> bool:
     first = agents[0]
     if type(first) is not ApproxPolicyStorage:
         return False
-    flat = type(first._approx) is MLP
+    detach, flat = first._detach, type(first._modules.get("_approx")) is MLP
     return all(
-        type(s) is ApproxPolicyStorage and s._detach is first._detach and (type(s._approx) is MLP) is flat
+        type(s) is ApproxPolicyStorage and s._detach is detach and (type(s._modules.get("_approx")) is MLP) is flat
         for s in agents
     )
