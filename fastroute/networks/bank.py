@@ -421,8 +421,10 @@ class _WithZeros(torch.autograd.Function):
 
 def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
     """``run``, every module called with its own samples."""
-    bounds = plan.bounds or dispatch.read(plan.offsets)
     sorted_x, N = x.index_select(0, _samples(plan)), plan.order.shape[0]
+    if dispatch.is_many(plan.offsets):
+        return _of_all(modules, sorted_x, plan)
+    bounds = plan.bounds or dispatch.read(plan.offsets)
     made: dict[int, Tensor] = {}
     for k, m in enumerate(modules):
         if bounds[k] < bounds[k + 1]:
@@ -444,6 +446,21 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
         parts.append(parts[0].new_zeros(N - bounds[-1], *parts[0].shape[1:]))
     y = torch.cat(parts) if len(parts) > 1 else parts[0]
     return torch.zeros_like(y).index_copy(0, plan.order, y)
+
+
+def _of_all(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
+    """The same where counts are many at a time: every module is called, which is right for a single row only."""
+    if plan.order.shape[0] != 1:
+        raise RuntimeError(
+            "actions: expected one sample in each call under torch.vmap over actions, as modules that are not alike, "
+            f"or have to be called, are given their own samples alone; got {plan.order.shape[0]}"
+        )
+    module, y = dispatch.module_of_row(plan.offsets, 1), None
+    for k, m in enumerate(modules):
+        made = only(m(only(x, module == k)), module == k)
+        y = made if y is None else y + made
+    assert y is not None
+    return y
 
 
 def _shown(y: object) -> str:
