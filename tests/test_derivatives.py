@@ -5,6 +5,8 @@ The layers are small, in float64, and each is a function of its parameters and i
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +17,30 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers import seeds
 from tests.helpers.layers import LAYERS, Selected, evr, rand
+from tests.helpers.matrix import IN_EVAL, cell, tried
 
 F64 = torch.float64
-each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def each_layer(title: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The test of a column's cell, for every layer."""
+
+    def of(test: Callable[..., None]) -> Callable[..., None]:
+        @pytest.mark.parametrize("name", tried(title))
+        @functools.wraps(test)
+        def run(name: str, **others: Any) -> None:
+            cell(name, title, lambda: test(name, **others))
+
+        return run
+
+    return of
 
 
 def given(name: str) -> tuple[Callable[..., Tensor], dict[str, Tensor], tuple[Tensor, ...]]:
     case = LAYERS[name]
-    layer = case.layer()
+    layer = case.layer().train(name not in IN_EVAL)
     parameters = {k: p.detach().clone() for k, p in layer.named_parameters()}
     return case.function(layer), parameters, case.inputs
 
@@ -44,7 +61,7 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@each_layer
+@each_layer("jvp")
 def test_forward_mode(name: str) -> None:
     """<w, J v> = <J^T w, v>, and J v is not nothing."""
     f, parameters, inputs = given(name)
@@ -59,7 +76,7 @@ def test_forward_mode(name: str) -> None:
     assert tangent.abs().max() > 1e-3
 
 
-@each_layer
+@each_layer("grad")
 def test_torch_func_grad(name: str) -> None:
     f, parameters, inputs = given(name)
 
@@ -72,7 +89,34 @@ def test_torch_func_grad(name: str) -> None:
         close(a, b)
 
 
-@each_layer
+@pytest.mark.parametrize("name", IN_EVAL)
+def test_buffers_that_torch_func_may_not_change(name: str) -> None:
+    """Refused, unless they are given as the parameters are."""
+    case = LAYERS[name]
+    layer = case.layer()
+    f, parameters = case.function(layer), dict(layer.named_parameters())
+    with pytest.raises(RuntimeError, match=re.escape(IN_EVAL[name])):
+        grad(lambda p: f(p, *case.inputs).sum())(parameters)
+    buffers = {k: b.clone() for k, b in layer.named_buffers()}
+    given = {**parameters, **buffers}
+    found = grad(lambda p, b: f({**p, **b}, *case.inputs).sum())(parameters, buffers)
+    (f(given, *case.inputs)).sum().backward()
+    for k, p in parameters.items():
+        close(found[k], torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+def test_actions_that_vmap_hides() -> None:
+    """Modules that are called are given their own samples, which nobody knows for many actions at a time."""
+    case = LAYERS["Selection, unlike modules"]
+    layer, (x,) = case.layer(), case.inputs
+    several = torch.stack([case.rest[0], case.rest[0].flip(0)])
+    with pytest.raises(RuntimeError, match="actions: expected one sample in each call"):
+        vmap(lambda actions: layer(x, actions))(several)
+    found = vmap(lambda x, a: layer(x[None], a[None])[0])(x, several[0])
+    close(found, layer(x, several[0]))
+
+
+@each_layer("2nd")
 def test_second_derivative(name: str) -> None:
     """Of a gradient penalty: against torch.func's forward over reverse, and against finite differences."""
     f, parameters, inputs = given(name)
@@ -101,10 +145,10 @@ def test_second_derivative(name: str) -> None:
     torch.testing.assert_close(slope, by_differences, rtol=1e-6, atol=1e-7)
 
 
-@each_layer
+@each_layer("2nd")
 def test_jacobians(name: str) -> None:
     f, parameters, inputs = given(name)
-    by_rows, by_columns = jacrev(f, 1)(parameters, *inputs), jacfwd(f, 1)(parameters, *inputs)
+    by_rows, by_columns = jacrev(f, 1)(parameters, *inputs), jacfwd(f, 1, randomness="same")(parameters, *inputs)
     close(by_rows, by_columns)
     x = inputs[0].clone().requires_grad_()
     y = f(parameters, x, *inputs[1:])
@@ -114,43 +158,45 @@ def test_jacobians(name: str) -> None:
     close(many, each)
 
 
-@each_layer
+@each_layer("vmap")
 def test_an_ensemble(name: str) -> None:
     """vmap over stacked parameters: as one after the other."""
     f, parameters, inputs = given(name)
     several = {k: torch.stack([p, 0.5 * p, -p]) for k, p in parameters.items()}
-    found = vmap(f, (0, *[None] * len(inputs)))(several, *inputs)
+    found = vmap(f, (0, *[None] * len(inputs)), randomness="same")(several, *inputs)
     for i, row in enumerate(found):
         close(row, f({k: p[i] for k, p in several.items()}, *inputs))
 
 
-@each_layer
+@each_layer("vmap")
 def test_gradients_of_each_sample(name: str) -> None:
     """vmap over grad, every sample with its own actions, tasks and lengths: as one after the other."""
     case = LAYERS[name]
     _, parameters, inputs = given(name)
-    layer = case.layer()
+    layer = case.layer().train(name not in IN_EVAL)
     size, zero = len(inputs[0]), torch.zeros((), dtype=F64)
     options = {k: v for k, v in case.options.items() if isinstance(v, Tensor) and len(v) == size}
 
     def loss(parameters: dict[str, Tensor], inputs: Any, rest: Any, options: Any) -> Tensor:
+        seeds.manual_seed(1)
         one = [t[None] for t in (*inputs, *rest)]
         made = functional_call(
             layer, parameters, tuple(one), {**case.options, **{k: t[None] for k, t in options.items()}}
         )
         return sum((t.square().sum() for t in tree_leaves(made) if isinstance(t, Tensor) and t.dtype == F64), zero)
 
-    found = vmap(grad(loss), (None, 0, 0, 0))(parameters, inputs, tuple(case.rest), options)
+    found = vmap(grad(loss), (None, 0, 0, 0), randomness="same")(parameters, inputs, tuple(case.rest), options)
     for b in range(size):
         leaves = {k: p.clone().requires_grad_() for k, p in parameters.items()}
         own = {k: t[b] for k, t in options.items()}
         y = loss(leaves, [t[b] for t in inputs], [t[b] for t in case.rest], own)
-        made = torch.autograd.grad(y, list(leaves.values()), allow_unused=True)
+        wanted = list(leaves.values())
+        made = torch.autograd.grad(y, wanted, allow_unused=True) if y.requires_grad else [None] * len(wanted)
         for (k, p), g in zip(leaves.items(), made, strict=True):
             close(found[k][b], torch.zeros_like(p) if g is None else g)
 
 
-@each_layer
+@each_layer("checkpoint")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(name: str, use_reentrant: bool) -> None:
     """What is computed again gives the same gradients, to the bit."""
@@ -159,6 +205,7 @@ def test_checkpointing(name: str, use_reentrant: bool) -> None:
     for again in (False, True):
         layer = case.layer()
         inputs = [t.clone().requires_grad_() for t in case.inputs]
+        seeds.manual_seed(1)
 
         def run(*x: Tensor, layer: nn.Module = layer) -> Tensor:
             made = tree_leaves(layer(*x, *case.rest, **case.options))

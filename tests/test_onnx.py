@@ -24,6 +24,7 @@ from fastroute import networks, tasks
 from fastroute.multitask import CrossStitch, MTLModel, MultiHead
 from tests.helpers import seeds
 from tests.helpers.layers import ACTIONS, LAYERS, TASK, B, F, K, LayerCase, T, rand
+from tests.helpers.matrix import tried
 from tests.helpers.multitask import README_TASKS, readme
 from tests.helpers.networks import LEARNING, decision, linears
 from tests.helpers.subprocesses import ROOT
@@ -116,7 +117,7 @@ def stack() -> nn.Module:
 
 
 CASES: dict[str, LayerCase] = {
-    **LAYERS,
+    **{name: LAYERS[name] for name in tried("ONNX")},
     "EfficientVectorRouting, stack": LayerCase(stack, rand(2, 4, F)),
     "GenerativeMatrixRouting, any number": LayerCase(
         lambda: fastroute.GenerativeMatrixRouting(-1, 3, 2, 2, 2, p_model="skm"), rand(2, 4), rand(2, 4, 2, 2, seed=2)

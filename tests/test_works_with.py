@@ -1,7 +1,7 @@
-"""What people do with a module, tried on every layer: docs/works_with.md is written from the table here.
+"""What people do with a module, tried on every layer: docs/works_with.md is written from helpers/matrix.py.
 
-``python -m tests.test_works_with`` rewrites the page. A cell says that it works, or what is said instead; the columns
-on derivatives are tried in test_derivatives.py, ONNX in test_onnx.py.
+``python -m tests.test_works_with`` rewrites the page. A cell says that it works, or what is said instead; other test
+modules try some of the columns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers import seeds
-from tests.helpers.layers import LAYERS, LayerCase
+from tests.helpers.layers import LAYERS, LayerCase, rand
+from tests.helpers.matrix import COLUMNS, LIMITS, REFUSED, TITLES, cell, page, tried
 from tests.helpers.threads import in_threads
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "works_with.md"
@@ -99,15 +99,41 @@ def exported(case: LayerCase) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def near(made: list[Tensor], exact: list[Tensor], case: LayerCase) -> None:
+    """Finite, and where no draw may have become another one, within a tenth of the largest."""
+    size = torch.inf if case.draws else max(float(t.detach().abs().max()) for t in exact)
+    for a, b in zip(made, exact, strict=True):
+        assert a.isfinite().all() and float((a.to(F64) - b).abs().max()) < 0.1 * size
+
+
+def by_differences(case: LayerCase) -> None:
+    """The gradients along a direction of all parameters and inputs, against differences of fourth order."""
+    layer = case.layer()
+    f, inputs = case.function(layer), [t.clone().requires_grad_() for t in case.inputs]
+    own = dict(layer.named_parameters())
+    leaves = [*own.values(), *inputs]
+    direction = [rand(*t.shape, seed=3 + i) for i, t in enumerate(leaves)]
+
+    def at(k: float) -> Tensor:
+        moved = [t.detach() + k * 1e-4 * v for t, v in zip(leaves, direction, strict=True)]
+        made: Tensor = f(dict(zip(own, moved, strict=False)), *moved[len(own) :])
+        return made.detach()
+
+    y = f(own, *inputs)
+    w = rand(*y.shape, seed=9)
+    grads = torch.autograd.grad(y, leaves, w, allow_unused=True)
+    slope = sum((float((g * v).sum()) for g, v in zip(grads, direction, strict=True) if g is not None), 0.0)
+    expected = float(w @ (8 * (at(1) - at(-1)) - (at(2) - at(-2)))) / 12e-4
+    assert abs(slope - expected) <= 1e-7 * max(1, abs(expected)) and abs(slope) > 1e-3
+
+
 def in_dtype(dtype: torch.dtype) -> Callable[[LayerCase], None]:
     def run(case: LayerCase) -> None:
         """Near float64, and gradients of every parameter that has one there."""
         layer = case.layer().to(dtype)
         made = outputs(layer, case, dtype)
         exact = outputs(case.layer().to(dtype).to(F64), case)
-        size = max(float(t.detach().abs().max()) for t in exact)
-        for a, b in zip(made, exact, strict=True):
-            assert a.isfinite().all() and float((a.to(F64) - b).abs().max()) < 0.1 * size
+        near(made, exact, case)
         sum((t.float().sum() for t in made), torch.zeros(())).backward()
         assert any(p.grad is not None and p.grad.dtype == dtype for p in layer.parameters())
 
@@ -119,9 +145,7 @@ def under_autocast(case: LayerCase) -> None:
     exact = outputs(layer, case, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         made = outputs(layer, case, torch.float32)
-    size = max(float(t.detach().abs().max()) for t in exact)
-    for a, b in zip(made, exact, strict=True):
-        assert float((a.float() - b).abs().max()) < 0.1 * size
+    near(made, exact, case)
 
 
 def in_inference_mode(case: LayerCase) -> None:
@@ -146,9 +170,9 @@ def averaged(case: LayerCase) -> None:
 
 
 def on_threads(case: LayerCase) -> None:
-    """Four at once, on a layer that no one has called before."""
-    expected = [t.detach() for t in outputs(case.layer(), case)]
-    layer = case.layer()
+    """Four at once, on a layer that no one has called before. In eval where threads would share the draws."""
+    expected = [t.detach() for t in outputs(case.layer().train(not case.draws), case)]
+    layer = case.layer().train(not case.draws)
 
     def run(_: int) -> list[Tensor]:
         made = tree_leaves(layer(*case.inputs, *case.rest, **case.options))
@@ -158,79 +182,40 @@ def on_threads(case: LayerCase) -> None:
         same(made, expected)
 
 
-class Column(NamedTuple):
-    title: str
-    what: str
-    try_: Callable[[LayerCase], None] | None = None  #: None: tried in test_derivatives.py, test_onnx.py
-    is_long: bool = False
+TRIED: dict[str, Callable[[LayerCase], None]] = {
+    "deepcopy": deepcopied,
+    "pickle": pickled,
+    "weights_only": saved,
+    "compile": compiled,
+    "dynamic": lambda case: compiled(case, dynamic=True),
+    "export": exported,
+    "autocast": under_autocast,
+    "fp64": by_differences,
+    "bf16": in_dtype(torch.bfloat16),
+    "fp16": in_dtype(torch.float16),
+    "inference": in_inference_mode,
+    "EMA": averaged,
+    "threads": on_threads,
+}
+LONG = ("compile", "dynamic", "export")
 
 
-COLUMNS = (
-    Column("deepcopy", "`copy.deepcopy`: the same values, no memory in common", deepcopied),
-    Column("pickle", "`pickle` of the module", pickled),
-    Column("weights_only", "`torch.save` of the state dict, `torch.load(weights_only=True)`, strict", saved),
-    Column("compile", "`torch.compile(fullgraph=True)`, values and gradients", compiled, True),
-    Column("dynamic", "the same with `dynamic=True`", lambda case: compiled(case, dynamic=True), True),
-    Column("export", "`torch.export.export`", exported, True),
-    Column("ONNX", "`torch.onnx.export(dynamo=True)`, run by onnxruntime, for any batch size"),
-    Column("autocast", "`torch.autocast` to bfloat16", under_autocast),
-    Column("bf16", "the module in bfloat16, with gradients", in_dtype(torch.bfloat16)),
-    Column("fp16", "the module in float16, with gradients", in_dtype(torch.float16)),
-    Column("inference", "`torch.inference_mode`, and training after it", in_inference_mode),
-    Column("EMA", "`torch.optim.swa_utils.AveragedModel`", averaged),
-    Column("threads", "first calls from four threads at once, to the bit", on_threads),
-    Column("grad", "`torch.func.functional_call` and `grad`"),
-    Column("vmap", "ensembles by `vmap`, and `vmap(grad)` for each sample"),
-    Column("jvp", "forward mode"),
-    Column("2nd", "second derivatives (`create_graph=True`, Jacobians, Hessians)"),
-    Column("checkpoint", "`torch.utils.checkpoint`, both kinds, to the bit"),
+@pytest.mark.parametrize(
+    "title", [pytest.param(title, marks=[pytest.mark.long] if title in LONG else []) for title in TRIED]
 )
-TRIED = [
-    pytest.param(c, id=c.title, marks=[pytest.mark.long] if c.is_long else []) for c in COLUMNS if c.try_ is not None
-]
-#: What does not work: (layer, column) and the beginning of what is said.
-REFUSED: dict[tuple[str, str], str] = {}
-
-
-@pytest.mark.parametrize("column", TRIED)
 @pytest.mark.parametrize("name", LAYERS)
-def test_works(name: str, column: Column) -> None:
-    assert column.try_ is not None
-    refused = REFUSED.get((name, column.title))
-    if refused is None:
-        column.try_(LAYERS[name])
-        return
-    with pytest.raises(Exception, match=refused):
-        column.try_(LAYERS[name])
-
-
-def page() -> str:
-    head = "| | " + " | ".join(c.title for c in COLUMNS) + " |"
-    rows = []
-    notes: list[str] = []
-    for name in LAYERS:
-        cells = []
-        for column in COLUMNS:
-            said = REFUSED.get((name, column.title))
-            if said is not None and said not in notes:
-                notes.append(said)
-            cells.append("yes" if said is None else f"no ({notes.index(said) + 1})")
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    parts = [
-        "# What works with what",
-        "Each cell is a test in `tests/test_works_with.py`, `tests/test_derivatives.py` or `tests/test_onnx.py`, on a "
-        "CPU, with small layers."
-        "\nThis page is written from the tests' table.",
-        "\n".join([head, "|---" * (len(COLUMNS) + 1) + "|", *rows]),
-        "\n".join(f"* **{c.title}**: {c.what}" for c in COLUMNS),
-    ]
-    if notes:
-        parts.append("What is said instead:\n\n" + "\n".join(f"{i}. {said}" for i, said in enumerate(notes, 1)))
-    return "\n\n".join(parts) + "\n"
+def test_works(name: str, title: str) -> None:
+    if name in tried(title):
+        cell(name, title, lambda: TRIED[title](LAYERS[name]))
 
 
 def test_the_page_is_of_this_table() -> None:
     assert PAGE.read_text() == page()
+
+
+def test_cells_of_the_table_are_of_its_rows_and_columns() -> None:
+    assert {*REFUSED, *LIMITS} <= {(name, title) for name in LAYERS for title in TITLES}
+    assert all((PAGE.parents[1] / "tests" / f"test_{c.where}.py").exists() for c in COLUMNS)
 
 
 if __name__ == "__main__":

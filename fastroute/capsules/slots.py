@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops import _checks
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
-from ..ops._recomputation import check_draws
+from ..ops._modules import may_be_read
+from ..ops._recomputation import draws_of
 from ..ops.soft_assignment import soft_assignment
 from ..reference.vector_routing import row_is_live
 
@@ -101,9 +105,8 @@ class SlotAttention(nn.Module):
             generator: of the random numbers; None: torch's own.
         """
         n_slots = self.n_slots if n_slots is None else _checks.at_least_one("n_slots", n_slots)
-        check_draws(generator)
         mu, device = self.mu, self.mu.device
-        draw = torch.randn(*batch, n_slots, self.d_slot, generator=generator, device=device, dtype=mu.dtype)
+        draw = torch.randn(*batch, n_slots, self.d_slot, device=device, dtype=mu.dtype, **draws_of(generator))
         return mu + self.log_sigma.exp() * draw
 
     def forward(
@@ -154,17 +157,25 @@ class SlotAttention(nn.Module):
         if lengths is not None:
             lengths = _checks.as_lengths(lengths, batch, n, x.device)
             x = only(x, row_is_live(x, lengths))
-        inputs = self.norm_inputs(x)
-        k, v = self.k(inputs), self.v(inputs)
+        norm, (to_k, to_v) = _folded(self.norm_inputs, self.k, self.v)
+        x = norm(x)
+        k, v = to_k(x), to_v(x)
         slots = slots.to(dtype).reshape(samples, m, self.d_slot)
         autocast = autocast_dtype(device) is not None
         with autocast_off(device):  # what is per slot is small, and is kept between iterations
+            norm_slots, (to_q,) = _folded(self.norm_slots, self.q)
+            is_read = type(self.mlp) is nn.Sequential and may_be_read(self.mlp)
+            begin, *others = self.mlp if is_read else (self.mlp,)
+            norm_mlp, (first,) = _folded(self.norm_mlp, begin)
             for _ in range(self.n_iters):
-                q = self.q(self.norm_slots(slots)) * self.d_slot**-0.5
+                q = to_q(norm_slots(slots)) * self.d_slot**-0.5
                 scores = torch.bmm(k, q.to(k.dtype).mT)
                 updates = soft_assignment(scores, v[:, :, None], mask=mask, lengths=lengths, mean=True, eps=self.eps)
                 slots = self.gru(updates.to(dtype).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-                slots = slots + self.mlp(self.norm_mlp(slots))
+                made = first(norm_mlp(slots))
+                for layer in others:
+                    made = layer(made)
+                slots = slots + made
             if autocast:
                 slots = slots.to(torch.promote_types(dtype, torch.float32))
             found = slots.reshape(*batch, m, self.d_slot)
@@ -189,3 +200,21 @@ class SlotAttention(nn.Module):
             expected = ", ".join(map(str, [*batch, "n_slots", self.d_slot]))
             raise ValueError(f"slots: expected a shape that broadcasts to [{expected}], got {_checks.shown(slots)}")
         return slots.expand(*batch, *slots.shape[-2:])
+
+
+def _folded(norm: Any, *linears: Any) -> tuple[Callable[[Tensor], Tensor], list[Callable[[Tensor], Tensor]]]:
+    """The norm and what is done with its output, W (w * x + b) + c as (W w) x + (W b + c).
+
+    So the gradients of w and b are sums over W's rows, after a product. PyTorch's layer norm sums over x's rows, in as
+    many parts as there are threads: other bits for another number of them.
+    """
+    alike = type(norm) is nn.LayerNorm and norm.bias is not None and may_be_read(norm)
+    for m in linears:
+        alike = alike and type(m) is nn.Linear and may_be_read(m) and m.weight.dtype == norm.weight.dtype
+    if not alike:
+        return norm, list(linears)
+    biases = [m.weight @ norm.bias if m.bias is None else torch.addmv(m.bias, m.weight, norm.bias) for m in linears]
+    return (
+        partial(F.layer_norm, normalized_shape=norm.normalized_shape, eps=norm.eps),
+        [partial(F.linear, weight=m.weight * norm.weight, bias=b) for m, b in zip(linears, biases, strict=True)],
+    )

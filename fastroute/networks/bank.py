@@ -428,6 +428,8 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
     sorted_x, N = x.index_select(0, _samples(plan)), plan.order.shape[0]
     if torch.compiler.is_exporting():
         return _all_by_all(modules, sorted_x, plan)
+    if dispatch.is_many(plan.offsets):
+        return _of_all(modules, sorted_x, plan)
     bounds = plan.bounds or dispatch.read(plan.offsets)
     made: dict[int, Tensor] = {}
     for k, m in enumerate(modules):
@@ -466,6 +468,21 @@ def _all_by_all(modules: Sequence[Callable[[Tensor], Tensor]], sorted_x: Tensor,
         y = only(made, ids == k, 0 if y is None else y)
     assert y is not None
     return torch.zeros_like(y).index_copy(0, plan.order, y)
+
+
+def _of_all(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
+    """The same where counts are many at a time: every module is called, which is right for a single row only."""
+    if plan.order.shape[0] != 1:
+        raise RuntimeError(
+            "actions: expected one sample in each call under torch.vmap over actions, as modules that are not alike, "
+            f"or have to be called, are given their own samples alone; got {plan.order.shape[0]}"
+        )
+    module, y = dispatch.module_of_row(plan.offsets, 1), None
+    for k, m in enumerate(modules):
+        made = only(m(only(x, module == k)), module == k)
+        y = made if y is None else y + made
+    assert y is not None
+    return y
 
 
 def _shown(y: object) -> str:

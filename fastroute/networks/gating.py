@@ -19,7 +19,7 @@ from ..ops._autocast import autocast_off
 from ..ops._checks import at_least_one, floating, may_look, shown, tensor
 from ..ops._masked import only
 from ..ops._modules import call, may_be_read
-from ..ops._recomputation import check_draws, is_recomputation
+from ..ops._recomputation import draws_of, is_recomputation
 from ..reference.policy import accumulating
 from .decisions.base import Triplet, as_mask
 from .record import Mixture
@@ -191,6 +191,12 @@ class TopKGating(nn.Module):
             weights = self._weights(z, scores, actions, actions >= 0)
             losses = self._losses(z, scores, counts, active)
         if self.counts is not None and self.training and not is_recomputation():
+            looked_on = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+            if looked_on and not dispatch.is_wrapped(self.counts):
+                raise RuntimeError(
+                    "counts: expected a call in eval, or buffers that are given to functional_call as the parameters "
+                    "are: torch.func cannot change a buffer of the module"
+                )
             with torch.no_grad():
                 self.counts.add_(counts)
         if kept is not None:
@@ -213,8 +219,7 @@ class TopKGating(nn.Module):
             to = torch.promote_types(to, accumulating(p.dtype)) if p.is_floating_point() else to
         x = only(x.to(to), active)
         if self.jitter and self.training:
-            check_draws(self.generator)
-            noise = torch.rand(x.shape, dtype=to, device=x.device, generator=self.generator)
+            noise = torch.rand(x.shape, dtype=to, device=x.device, **draws_of(self.generator))
             x = x * (1 + self.jitter * (2 * noise - 1))
         if type(router) is nn.Linear and may_be_read(router):
             bias = router.bias

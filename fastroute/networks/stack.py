@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import bank
 
@@ -78,23 +79,50 @@ class Stack(nn.Module):
         return (self[k] for k in range(self.count))
 
     def each(self) -> list[Callable[[Tensor], Tensor]]:
-        """The modules, to be called: the pattern with the parameters of one of them for its own."""
-        return [partial(self._call, k) for k in range(self.count)]
+        """The modules, to be called: the pattern with the parameters of one of them for its own.
 
-    def _call(self, k: int, x: Tensor) -> Tensor:
-        tensors = [*self.pattern.named_parameters(), *self.pattern.named_buffers()]
-        own = {name: t[k] for name, t in tensors if _before(name) in self._stacked}
-        made: Tensor = torch.func.functional_call(self.pattern, own, (x,))
-        return made
+        Raises:
+            RuntimeError: the pattern has other tensors than it was made with.
+        """
+        pattern = self.pattern
+        if any(map(parametrize.is_parametrized, pattern.modules())):
+            pattern = _opened(pattern)
+        tensors = dict([*pattern.named_parameters(), *pattern.named_buffers()])
+        for name in tensors:
+            if _before(name) not in self._stacked:
+                raise RuntimeError(
+                    f"stacked: expected the parameters that the modules had, parametrized or pruned, got {name} too, "
+                    "which cannot be told apart by module; make the layer with stacked=False"
+                )
+
+        def call(k: int, x: Tensor) -> Tensor:
+            own = {name: t[k] for name, t in tensors.items()}
+            made: Tensor = torch.func.functional_call(pattern, own, (x,))
+            return made
+
+        return [partial(call, k) for k in range(self.count)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not defined: which module a sample takes is said by a plan, see ``bank.run``."""
         raise TypeError("Stack: a stack of modules is run by Selection or a decision, not called")
 
 
+def _opened(m: nn.Module) -> nn.Module:
+    """A shallow copy in which what parametrizations make of all modules' tensors stands in their place."""
+    made: nn.Module = type(m).__new__(type(m))
+    made.__dict__ = m.__dict__.copy()
+    children = m._modules.items()
+    made._modules = {name: None if child is None else _opened(child) for name, child in children}
+    if parametrize.is_parametrized(m):
+        made.__class__ = type(m).__bases__[0]
+        own: Any = made._modules.pop("parametrizations")
+        made._buffers = {**m._buffers, **{name: getattr(m, name) for name in own}}
+    return made
+
+
 def _before(name: str) -> str:
-    """What a tensor was called before a parametrization, or pruning, renamed it."""
-    return name.replace("parametrizations.", "").removesuffix(".original").removesuffix("_orig").removesuffix("_mask")
+    """What a tensor was called before pruning renamed it."""
+    return name.removesuffix("_orig").removesuffix("_mask")
 
 
 def _to_list(stack: Stack, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

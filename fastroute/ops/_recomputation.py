@@ -5,6 +5,8 @@ They give values only: what a layer notes beside its output (trajectories, count
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -18,10 +20,15 @@ def saved_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
 
 
-def check_draws(generator: torch.Generator | None) -> None:
-    """RuntimeError for draws that cannot be those of the first time: only PyTorch's own generators are set back."""
+def draws_of(generator: torch.Generator | None) -> dict[str, Any]:
+    """What a random function of PyTorch is given: nothing for None, with which it takes no sizes that are symbols.
+
+    Raises:
+        RuntimeError: draws cannot be those of the first time: only PyTorch's own generators are set back.
+    """
     if generator is not None and is_recomputation():
         raise RuntimeError(
             "generator: expected None where a forward pass is made again for backward, since checkpoint sets back "
             "PyTorch's own generators only and another one would draw other numbers; got one"
         )
+    return {} if generator is None else {"generator": generator}

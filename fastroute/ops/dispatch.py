@@ -11,7 +11,8 @@ from torch import Tensor
 from ..reference import dispatch as reference
 from ..reference.dispatch import Plan as Plan
 from ..reference.dispatch import has_numbers as has_numbers
-from ..reference.dispatch import is_wrapped
+from ..reference.dispatch import is_many as is_many
+from ..reference.dispatch import is_wrapped as is_wrapped
 from ..reference.dispatch import module_of_row as module_of_row
 from ..reference.dispatch import on_host as on_host
 from ..reference.dispatch import read as read

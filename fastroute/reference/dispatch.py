@@ -45,6 +45,18 @@ def _compares(t: Tensor) -> bool:
     return torch.compiler.is_exporting() or is_wrapped(t)
 
 
+def is_many(t: Tensor) -> bool:
+    """Whether torch.vmap has made many of it, whose numbers nobody may read."""
+    if not is_wrapped(t):
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
 def has_numbers(t: Tensor) -> bool:
     """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap."""
     return type(t) is Tensor and not torch.compiler.is_compiling() and not is_wrapped(t)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastroute
 from fastroute import multitask, networks, tasks
+from fastroute.compat.heinsen_routing_2019 import Routing as Routing2019
 
 from . import seeds
 
@@ -22,10 +23,15 @@ F, K, B, T = 6, 3, 5, 3
 
 
 class LayerCase:
-    """A layer and what it is called with: floating-point inputs, which have derivatives, and the rest."""
+    """A layer and what it is called with: floating-point inputs, which have derivatives, and the rest.
 
-    def __init__(self, build: Callable[[], nn.Module], *inputs: Tensor, rest: Any = (), **options: Any) -> None:
-        self.build, self.inputs, self.rest, self.options = build, inputs, rest, options
+    ``draws``: it draws random numbers, in training.
+    """
+
+    def __init__(
+        self, build: Callable[[], nn.Module], *inputs: Tensor, rest: Any = (), draws: bool = False, **options: Any
+    ) -> None:
+        self.build, self.inputs, self.rest, self.draws, self.options = build, inputs, rest, draws, options
 
     def layer(self) -> nn.Module:
         seeds.manual_seed(0)
@@ -35,6 +41,7 @@ class LayerCase:
         """f(parameters, *inputs): all outputs that have derivatives, in one row."""
 
         def f(parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+            seeds.manual_seed(1)
             made = functional_call(layer, parameters, (*inputs, *self.rest), self.options)
             return torch.cat([t.reshape(-1) for t in tree_leaves(made) if isinstance(t, Tensor) and t.dtype == F64])
 
@@ -50,13 +57,88 @@ def linears(**options: Any) -> networks.Selection:
     return networks.Selection(*modules, **options)
 
 
+def unlike() -> networks.Selection:
+    """Modules that cannot run together, and one that is a function of nothing."""
+    layers = (nn.Linear(F, F), nn.Sequential(nn.Linear(F, 4), nn.Tanh(), nn.Linear(4, F)), nn.Identity())
+    return networks.Selection(*layers, dropped="identity")
+
+
 class Selected(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, select: networks.Selection | None = None, **options: Any) -> None:
         super().__init__()
-        self.select = linears(**options)
+        self.select = linears(**options) if select is None else select
 
     def forward(self, x: Tensor, actions: Tensor) -> Tensor:
         made: Tensor = self.select(x, networks.Initialization()(x)[1], actions)[0]
+        return made
+
+
+class Mixture(nn.Module):
+    """Selection with k modules for each sample, which a gating chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.select = networks.TopKGating(K, F, k=2, z_loss=0.1), linears(unused_grad="zeros")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, meta, actions = self.gate(x, networks.Initialization()(x)[1])
+        return self.select(x, meta, actions)[0], meta.aux_losses()
+
+
+class Routed(nn.Module):
+    """A routed network that learns: its output, the modules' losses and the decisions'."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.net = networks.Sequential(networks.PerTaskAssignment(), *layers)
+        self.loss = networks.Loss(nn.CrossEntropyLoss(), networks.CorrectClassifiedReward())
+
+    def forward(self, x: Tensor, task: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        made, meta = self.net(x, task)
+        return made, *self.loss(made, meta, y, reduce=False)
+
+
+class Step(nn.Module):
+    """A recurrent cell's, from a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = networks.RoutingLSTMCell(F, 4, K, 2, networks.REINFORCE, route_i2h=True, detach=False)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor, actions: Tensor) -> tuple[Tensor, ...]:
+        state, meta = self.cell(x, (h, c), forced_actions=actions.mT)
+        return *state, *(record.columns[0].full for record in meta.records)
+
+
+class Learns(nn.Module):
+    """A multi-task model and its losses as one."""
+
+    def __init__(self, weighting: str) -> None:
+        super().__init__()
+        heads = [
+            {"name": f"head{t}", "layers": nn.Linear(8, 2), "anchor_layer": "trunk", "loss": nn.MSELoss()}
+            for t in range(T)
+        ]
+        trunk = {"name": "trunk", "layers": nn.Sequential(nn.Linear(F, 8), nn.Tanh())}
+        self.model = multitask.MTLModel([trunk, *heads], [head["name"] for head in heads], weighting=weighting)  # type: ignore[misc]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        total: Tensor = self.model.loss(self.model(x), [y] * T)[0]
+        return total
+
+
+class BetweenRouters(nn.Module):
+    """RoutedConv2d and RoutedLinear in a model that is written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        masks = seeds.generator(0)
+        self.first, self.second = (tasks.TaskRouter(n, T, 0.5, generator=masks) for n in (8, 6))
+        self.conv = tasks.RoutedConv2d(2, 8, 3, output_router=self.first)
+        self.linear = tasks.RoutedLinear(8, 6, input_router=self.first, output_router=self.second)
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        made: Tensor = self.linear(self.conv(x, task).tanh().mean((2, 3)), task)
         return made
 
 
@@ -85,9 +167,41 @@ def live_net() -> nn.Module:
     return tasks.live(nn.Sequential(*layers))
 
 
+def live_convolutions() -> nn.Module:
+    masks = seeds.generator(0)
+    layers = [
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), tasks.TaskRouter(8, T, 0.5, generator=masks), nn.Tanh(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(8, 4),
+    ]  # fmt: skip
+    return tasks.live(nn.Sequential(*layers))
+
+
+def vgg() -> nn.Module:
+    return tasks.VGG(
+        tasks.vgg.make_layers([4, "M", 6, "M"], T, 0.5, generator=seeds.generator(0)), T, bottleneck_spatial=[1, 1]
+    )
+
+
+def routed(algorithm: str, **options: Any) -> nn.Module:
+    decide = getattr(networks, algorithm)(K, F, num_agents=T, detach=False, **options)
+    with torch.no_grad():
+        for i, p in enumerate(decide.parameters()):
+            p.add_(rand(*p.shape, seed=i))  # tables are alike for all choices
+    return Routed(decide, linears(unused_grad="zeros"))
+
+
+def two_routed() -> nn.Module:
+    decisions = [
+        networks.REINFORCE(K, F, num_agents=agents, approx_hidden_dims=(4,), detach=False) for agents in (T, K)
+    ]
+    return Routed(decisions[0], linears(), nn.Tanh(), decisions[1], linears())
+
+
 ACTIONS = torch.tensor([0, 2, -1, 1, 0])
 TASK = torch.tensor([0, 2, 1, 1, 0])
+LABELS = torch.tensor([3, 0, 1, 5, 2])
 evr = fastroute.EfficientVectorRouting
+concatenate, residual = fastroute.capsules.Concatenate, fastroute.capsules.Residual
 LAYERS: dict[str, LayerCase] = {
     "EfficientVectorRouting": LayerCase(lambda: evr(4, 3, F, 5), rand(2, 4, F)),
     "EfficientVectorRouting, any length": LayerCase(
@@ -95,6 +209,9 @@ LAYERS: dict[str, LayerCase] = {
     ),
     "EfficientVectorRouting, masked": LayerCase(
         lambda: evr(4, 3, F, 5, n_iters=3), rand(2, 4, F), mask=rand(2, 4, 3, seed=2) > 0.7
+    ),
+    "capsules.Residual, Concatenate": LayerCase(
+        lambda: nn.Sequential(residual(evr(4, 4, F, F)), concatenate(evr(4, 2, F, 5), evr(-1, 3, F, 5))), rand(2, 4, F)
     ),
     "DefinableVectorRouting": LayerCase(
         lambda: fastroute.DefinableVectorRouting(
@@ -105,14 +222,50 @@ LAYERS: dict[str, LayerCase] = {
     "GenerativeMatrixRouting": LayerCase(
         lambda: fastroute.GenerativeMatrixRouting(4, 3, 2, 2, 2), rand(2, 4), rand(2, 4, 2, 2, seed=2)
     ),
+    "GenerativeMatrixRouting, any number": LayerCase(
+        lambda: fastroute.GenerativeMatrixRouting(-1, 3, 2, 2, 2, p_model="skm"),
+        *(rand(2, 4), rand(2, 4, 2, 2, seed=2)),
+        lengths=torch.tensor([4, 2]),
+    ),
+    "compat.heinsen_routing_2019": LayerCase(
+        lambda: Routing2019(2, 2, 2, n_inp=4, n_out=3), rand(2, 4), rand(2, 4, 2, 2, seed=2)
+    ),
     "SlotAttention": LayerCase(lambda: fastroute.SlotAttention(3, F, F), rand(2, 4, F), slots=rand(2, 3, F, seed=3)),
     "Selection": LayerCase(Selected, rand(B, F), rest=(ACTIONS,)),
     "Selection, stacked": LayerCase(lambda: Selected(stacked=True), rand(B, F), rest=(ACTIONS,)),
     "Selection, zeros": LayerCase(lambda: Selected(unused_grad="zeros"), rand(B, F), rest=(ACTIONS,)),
+    "Selection, unlike modules": LayerCase(lambda: Selected(unlike()), rand(B, F), rest=(ACTIONS,)),
+    "Selection, convolutions": LayerCase(
+        lambda: Selected(networks.Selection(*(nn.Conv2d(2, 3, 3, padding=1) for _ in range(K)))),
+        *(rand(B, 2, 4, 4),),
+        rest=(ACTIONS,),
+    ),
+    "TopKGating, Selection": LayerCase(Mixture, rand(B, F)),
     "MoE": LayerCase(lambda: networks.MoE(F, 4, K, 2, shared_experts=1), rand(B, F)),
+    "MoE, balanced by bias": LayerCase(
+        lambda: networks.MoE(F, 4, K, 2, scores="sigmoid", bias_balancing=0.1, capacity=1.0, bias=True), rand(B, F)
+    ),
+    "REINFORCE, twice": LayerCase(two_routed, rand(B, F), rest=(TASK, LABELS), draws=True),
+    "QLearning, tabular": LayerCase(
+        lambda: routed("QLearning", policy_storage_type="tabular"), rand(B, F), rest=(TASK, LABELS), draws=True
+    ),
+    "GumbelSoftmax": LayerCase(lambda: routed("GumbelSoftmax"), rand(B, F), rest=(TASK, LABELS), draws=True),
+    "RoutingLSTMCell": LayerCase(
+        Step,
+        rand(B, F),
+        rand(B, 4, seed=2),
+        rand(B, 4, seed=3),
+        rest=(torch.randint(K, (B, 4), generator=seeds.generator(4)),),
+    ),
     "TaskRouter": LayerCase(Masked, rand(B, F), rest=(TASK,)),
+    "RoutedConv2d, RoutedLinear": LayerCase(BetweenRouters, rand(B, 2, 4, 4), rest=(TASK,)),
     "live": LayerCase(live_net, rand(B, F), rest=(TASK,)),
+    "live, convolutions and BatchNorm": LayerCase(live_convolutions, rand(B, 2, 4, 4), rest=(TASK,)),
+    "VGG": LayerCase(vgg, rand(B, 3, 4, 4), rest=(TASK,)),
     "MMoE": LayerCase(lambda: multitask.MMoE(F, K, T, hidden_features=4, out_features=F), rand(B, F)),
     "PLE": LayerCase(lambda: multitask.PLE(F, 1, 2, T, hidden_features=4, out_features=F), rand(B, F)),
+    "CrossStitch": LayerCase(lambda: multitask.CrossStitch(2), rand(B, F), rand(B, F, seed=2)),
+    "CrossStitch, by channel": LayerCase(lambda: multitask.CrossStitch(2, channels=F), rand(B, F), rand(B, F, seed=2)),
     "MultiHead": LayerCase(lambda: multitask.MultiHead(F, 4, 2, T), rand(B, F)),
+    "MTLModel": LayerCase(lambda: Learns("uncertainty"), rand(B, F), rand(B, 2, seed=2)),
 }

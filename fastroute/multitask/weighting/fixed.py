@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...ops._recomputation import draws_of
 from .base import Weighting, fill, log, memory_dtype, numbers, softmax, total
 
 
@@ -86,10 +87,7 @@ class RLW(Weighting):
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
         drawn = torch.zeros_like(losses)
         if self.training:
-            if self.generator is None:  # torch.compile takes no generator
-                drawn = torch.randn_like(losses)
-            else:
-                drawn = torch.randn(losses.shape, generator=self.generator, device=losses.device, dtype=losses.dtype)
+            drawn = torch.randn(losses.shape, device=losses.device, dtype=losses.dtype, **draws_of(self.generator))
         return (softmax(drawn, present) * losses).sum()
 
 

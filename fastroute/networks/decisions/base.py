@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...ops import agent_policy, dispatch, policy
 from ...ops._checks import at_least_one, may_look, shown
 from ...ops._masked import only
-from ...ops._recomputation import check_draws, is_recomputation
+from ...ops._recomputation import draws_of, is_recomputation
 from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
 from ...reference.policy import accumulating, shifted
@@ -281,8 +281,7 @@ class Decision(nn.Module):
     # --------------------------------------------------------------------------------------------------------- sampling
 
     def _uniform(self, *shape: int, like: Tensor) -> Tensor:
-        check_draws(self.generator)
-        return torch.rand(shape, dtype=accumulating(like.dtype), device=like.device, generator=self.generator)
+        return torch.rand(shape, dtype=accumulating(like.dtype), device=like.device, **draws_of(self.generator))
 
     def _answer(
         self,
