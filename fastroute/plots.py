@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .multitask import MTLModel
 from .networks import Summary, Trajectory
+from .ops._arguments import checked
 from .tasks import mask_overlap
 from .tasks.export import routers_of
 
@@ -23,6 +24,7 @@ _MOST_TICKS = 32  #: of an axis that have a label
 _MOST_BOXES = 24  #: nodes of a layer of a graph that have a name
 
 
+@checked
 def credit(
     images: Tensor | Sequence[str] | Sequence[Sequence[str]],
     credit: Tensor | Sequence[Tensor],
@@ -185,6 +187,7 @@ def _bound(credit: Tensor) -> float:
     return float(sizes[int(0.99 * (len(sizes) - 1))]) or float(sizes[-1]) or 1.0
 
 
+@checked
 def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path: str | Path | None = None) -> Figure:
     """Which task went through which module: a map per decision, a row per task, a column per module.
 
@@ -244,6 +247,7 @@ def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path:
     return figure
 
 
+@checked
 def masks(
     model: nn.Module, *, measure: str = "jaccard", title: str | None = None, path: str | Path | None = None
 ) -> Figure:
@@ -296,6 +300,7 @@ def masks(
     return figure
 
 
+@checked
 def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None = None) -> Figure:
     """A multi-task model's nodes from left to right, each to the right of all its anchors.
 

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..ops._arguments import checked
 
 
 class Residual(nn.Module):
     """``x + module(x)``: as many vectors out as in. Its credit is 1 + that of the module."""
 
+    @checked
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._checks import at_least_one, may_look, shown, tensor
+from ..ops._arguments import Several, checked
+from ..ops._checks import may_look, shown, tensor
 from ..ops._masked import only
 
 
@@ -29,10 +30,9 @@ class Unpack(nn.Module):
     The layer's parameters have ``layer.`` before their names.
     """
 
+    @checked
     def __init__(self, layer: Callable[..., Any], take: int | str | None = None, **options: Any) -> None:
         super().__init__()
-        if not callable(layer):
-            raise TypeError(f"layer: expected a Module or a function, got {type(layer).__name__}")
         self.layer, self.take, self.options = layer, take, options
 
     def extra_repr(self) -> str:
@@ -60,8 +60,9 @@ class EachTask:
         tasks: T.
     """
 
-    def __init__(self, tasks: int) -> None:
-        self.num_tasks = at_least_one("tasks", tasks)
+    @checked
+    def __init__(self, tasks: Several) -> None:
+        self.num_tasks = tasks
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tensor("x", x, "a tensor [B, ...]")
@@ -82,8 +83,9 @@ class ToTasks:
         tasks: T.
     """
 
-    def __init__(self, tasks: int) -> None:
-        self.num_tasks = at_least_one("tasks", tasks)
+    @checked
+    def __init__(self, tasks: Several) -> None:
+        self.num_tasks = tasks
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         tensor("x", x, "a tensor [T B, ...]")

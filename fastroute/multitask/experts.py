@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Count, Several, Tasks, checked
 from ..ops._autocast import autocast_off
 from ..ops._checks import at_least_one, floating, integer, tensor
 from .expert_bank import Experts, Gates, ModuleBank, features
@@ -128,15 +129,16 @@ class CGC(_Level, _Gated):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
+        in_features: Count,
         task_experts: int | Sequence[Sequence[nn.Module]],
         shared_experts: int | Sequence[nn.Module],
-        tasks: int | Sequence[str],
+        tasks: Tasks,
         *,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
+        hidden_features: Count | None = None,
+        out_features: Count | None = None,
         activation: str = "relu",
         gate_bias: bool = False,
         device: torch.device | str | None = None,
@@ -184,9 +186,8 @@ class MMoE(CGC):
         ValueError, TypeError: naming the argument.
     """
 
-    def __init__(
-        self, in_features: int, experts: int | Sequence[nn.Module], tasks: int | Sequence[str], **options: Any
-    ) -> None:
+    @checked
+    def __init__(self, in_features: Count, experts: int | Sequence[nn.Module], tasks: Tasks, **options: Any) -> None:
         if _count("experts", experts) < 1:
             raise ValueError("experts: expected at least 1, got 0")
         super().__init__(in_features, 0, experts, tasks, **options)
@@ -215,16 +216,17 @@ class PLE(_Gated):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int | Sequence[int],
+        in_features: Count | Sequence[Count],
         task_experts: Any,
         shared_experts: Any,
-        tasks: int | Sequence[str],
+        tasks: Tasks,
         *,
-        levels: int | None = None,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
+        levels: Several | None = None,
+        hidden_features: Count | None = None,
+        out_features: Count | None = None,
         activation: str = "relu",
         gate_bias: bool = False,
         device: torch.device | str | None = None,
@@ -341,7 +343,7 @@ def _sizes(hidden: int | None, out: int | None, activation: str, experts: Sequen
 
 
 def _per_level(
-    in_features: Any, own: Any, shared: Any, levels: int | None, out: int | None
+    in_features: Any, own: Any, shared: Any, levels: Several | None, out: int | None
 ) -> Iterator[tuple[int, Any, Any]]:
     """(D, task experts, shared experts) of each level."""
     lists = [k for k, v in (("task_experts", own), ("shared_experts", shared)) if _given(v)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Count, checked
 from . import labels
 from .accumulators import Accumulating
 from .weighting.base import in_order, unknown
@@ -92,8 +93,6 @@ class _Classification(Metric):
 
     def __init__(self, classes: int | None, ignore_index: int, threshold: float | None) -> None:
         super().__init__()
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float, type(None))):
-            raise TypeError(f"threshold: expected a number, got {threshold!r}")
         self.classes, self.ignore_index, self.threshold = classes, ignore_index, threshold
 
     def _read(self, y_hat: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +126,10 @@ class Accuracy(_Classification):
     right: Tensor
     count: Tensor
 
-    def __init__(self, ignore_index: int = -100, *, classes: int | None = None, threshold: float | None = None) -> None:
+    @checked
+    def __init__(
+        self, ignore_index: int = -100, *, classes: Count | None = None, threshold: float | None = None
+    ) -> None:
         super().__init__(classes, ignore_index, threshold)
         self._sum("right")
         self._sum("count")
@@ -167,7 +169,10 @@ class F1(_Classification):
     true: Tensor
     count: Tensor
 
-    def __init__(self, classes: int | None = None, ignore_index: int = -100, *, threshold: float | None = None) -> None:
+    @checked
+    def __init__(
+        self, classes: Count | None = None, ignore_index: int = -100, *, threshold: float | None = None
+    ) -> None:
         super().__init__(classes, ignore_index, threshold)
         for name in ("hits", "predicted", "true"):
             self._sum(name, [classes or 2])
@@ -225,6 +230,7 @@ class TaskMetrics(nn.Module):
             ``reset()``, as those of torchmetrics (which see labels as they are: mask nothing there).
     """
 
+    @checked
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         super().__init__()
         if not metrics:
@@ -269,6 +275,7 @@ class TaskMetrics(nn.Module):
             metric.reset()
 
 
+@checked
 def relative_improvement(
     metrics: Mapping[str, float | Tensor | Sequence[float]],
     baselines: Mapping[str, float | Tensor | Sequence[float]],

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import checked
 from .graph import ROOT, draw, read, read_outputs
 from .heads import join
 from .held import Losses, LossWeights, hold
@@ -92,6 +93,7 @@ class MTLModel(Objective):
     #: Whether unknown keys and the like are errors.
     _strict: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
         task_layers: Sequence[Mapping[str, Any]],

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch, grouped_linear
-from ..ops._checks import at_least_one, shown
+from ..ops._arguments import Count, Tasks, checked
+from ..ops._checks import shown
 from .products import Layer, chain
 from .weighting.base import names_of
 
@@ -46,12 +47,13 @@ class MultiHead(nn.Module):
         ValueError, TypeError: a size below 1, an unknown word, a name twice.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        hidden: int | Sequence[int] | None,
-        out_features: int,
-        tasks: Sequence[str] | int,
+        in_features: Count,
+        hidden: Count | Sequence[Count] | None,
+        out_features: Count,
+        tasks: Tasks,
         *,
         activation: str = "relu",
         bias: bool = True,
@@ -67,11 +69,7 @@ class MultiHead(nn.Module):
         self.tasks = names_of(tasks)
         self.returns, self.activation = returns, activation
         inner = [] if hidden is None else list(hidden) if isinstance(hidden, Sequence) else [hidden]
-        widths = [
-            at_least_one("in_features", in_features),
-            *(at_least_one("hidden", width) for width in inner),
-            at_least_one("out_features", out_features),
-        ]
+        widths = [in_features, *inner, out_features]
         T = len(self.tasks)
         act = _ACTIVATIONS[activation]()
         pairs = list(itertools.pairwise(widths))

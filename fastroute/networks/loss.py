@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Share, checked
 from ..ops._recomputation import is_recomputation
 from ..ops.trajectory_loss import SILENT, trajectory_loss
 from .entries import Entries, Need, Step, known_losses, reduce, rows_of
@@ -42,11 +43,12 @@ class Loss(nn.Module):
     over its decisions of what each class defines. A sample without a decision has routing loss 0.
     """
 
+    @checked
     def __init__(
         self,
         pytorch_loss_func: Any,
         routing_reward_func: Any,
-        discounting: float = 1.0,
+        discounting: Share = 1.0,
         clear: bool = False,
         normalize_per_action_rewards: bool = True,
         *,
@@ -59,8 +61,6 @@ class Loss(nn.Module):
             raise TypeError(f"pytorch_loss_func: expected a loss module or a function, got {pytorch_loss_func!r}")
         if not callable(routing_reward_func):
             raise TypeError(f"routing_reward_func: expected a reward object or a function, got {routing_reward_func!r}")
-        if not 0 <= discounting <= 1:
-            raise ValueError(f"discounting: expected a number from 0 to 1, got {discounting}")
         self.pytorch_loss_func, self._per_sample = pytorch_loss_func, _per_sample(pytorch_loss_func)
         self.routing_reward_func = routing_reward_func
         self.discounting, self.clear = float(discounting), bool(clear)

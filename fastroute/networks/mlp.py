@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops._arguments import checked
+
 
 class MLP(nn.Module):
     """Linear layers with a nonlinearity between them, none after the last.
@@ -23,6 +25,7 @@ class MLP(nn.Module):
     Shapes: [..., input_dim] -> [..., output_dim]. Parameters: ``_layers.{j}.weight``, ``_layers.{j}.bias``.
     """
 
+    @checked
     def __init__(
         self,
         input_dim: int | Sequence[int],

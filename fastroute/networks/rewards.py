@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
+from ..ops._arguments import Count, checked
 
 Formula = Literal["intended", "upstream"]
 
@@ -34,6 +35,7 @@ class BaseReward(nn.Module):
         scale: multiplies the reward. (Upstream stores it and never uses it: ``formula="upstream"``.)
     """
 
+    @checked
     def __init__(self, scale: float = 1.0, *, formula: Formula = "intended") -> None:
         super().__init__()
         self.scale = scale
@@ -135,9 +137,8 @@ class PerActionBaseReward:
 
     keeps_history = False  #: whether ``register_all`` has to keep the last actions
 
-    def __init__(self, history_window: int = 256) -> None:
-        if history_window < 1:
-            raise ValueError(f"history_window: expected at least 1, got {history_window}")
+    @checked
+    def __init__(self, history_window: Count = 256) -> None:
         self.history_window = history_window
         self.clear()
 
@@ -188,16 +189,15 @@ class PerActionBaseReward:
 class _PerActionCounting(PerActionBaseReward):
     """The arguments of the two collaboration rewards."""
 
+    @checked
     def __init__(
         self,
         reward_ratio: float = 0.1,
-        num_actions: int | None = None,
+        num_actions: Count | None = None,
         history_len: int = 256,
         *,
         formula: Formula = "intended",
     ) -> None:
-        if num_actions is not None and num_actions < 1:
-            raise ValueError(f"num_actions: expected at least 1, got {num_actions}")
         self.reward_ratio, self.num_actions, self.history_len = reward_ratio, num_actions, history_len
         self.formula = check_formula(formula)
         super().__init__(history_len)
@@ -282,7 +282,8 @@ class ManualReward(PerActionBaseReward):
         num_actions: how many there are; has to be the length of ``rewards`` if given.
     """
 
-    def __init__(self, rewards: Sequence[float] | Tensor, num_actions: int | None = None) -> None:
+    @checked
+    def __init__(self, rewards: Sequence[float] | Tensor, num_actions: Count | None = None) -> None:
         super().__init__()
         self.table = torch.as_tensor(rewards, dtype=torch.float32).reshape(-1)
         if num_actions is not None and num_actions != len(self.table):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import checked
 from . import bank
 
 
@@ -34,6 +35,7 @@ class Stack(nn.Module):
         pattern: one of the modules, with the stacked parameters for its own.
     """
 
+    @checked
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         modules = list(modules)

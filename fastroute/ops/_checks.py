@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import isclass
+from math import isfinite
+from numbers import Real
 from operator import index
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,19 +27,121 @@ def shown(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def given(value: object) -> str:
+    """A wrong value in a message: short, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor {shown(value)} of {value.dtype}" + (
+            "" if value.device.type == "cpu" else f" on {value.device}"
+        )
+    if isclass(value):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"{type(value).__name__} {' '.join(text.split())[:60]}..."
+
+
 def integer(name: str, value: object) -> int:
     """An int, or what stands for one (a NumPy integer), but no bool."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    return index(value)
+    try:
+        if not isinstance(value, (bool, np.bool_)) and isinstance(value, SupportsIndex):
+            return index(value)
+    except Exception:  # tensors that are no integers, or that have no numbers
+        pass
+    raise TypeError(f"{name}: expected an int, got {given(value)}")
 
 
-def at_least_one(name: str, value: object) -> int:
-    """An int of 1 or more."""
+#: Of one axis: what indexes in 32 bits reach.
+LARGEST = 2**31 - 1
+#: Of what Python makes, or does, one by one: some tens of seconds of it.
+MOST = 2**20
+
+
+def at_least_one(name: str, value: object, most: int = LARGEST) -> int:
+    """An int of 1 or more, and not so large that the work for it has no end."""
     number = integer(name, value)
     if number < 1:
         raise ValueError(f"{name}: expected at least 1, got {number}")
+    return no_more(name, number, most)
+
+
+def several(name: str, value: object) -> int:
+    """An int of 1 or more: how many modules, names or steps Python makes, or does, one by one."""
+    return at_least_one(name, value, MOST)
+
+
+def inputs(name: str, value: object) -> int:
+    """How many vectors a layer takes: 1 or more, or -1 for any number."""
+    number = integer(name, value)
+    if number != -1 and number < 1:
+        raise ValueError(f"{name}: expected a positive number of inputs, or -1 for any number, got {number}")
+    return no_more(name, number, LARGEST)
+
+
+def outputs(name: str, value: object) -> int:
+    """How many vectors a layer gives: among one there is nothing to choose."""
+    number = integer(name, value)
+    if number < 2:
+        raise ValueError(f"{name}: expected at least 2 outputs, got {number}")
+    return no_more(name, number, LARGEST)
+
+
+def no_more(name: str, number: int, most: int) -> int:
+    """The number, if it is no larger than that."""
+    if number > most:
+        raise ValueError(f"{name}: expected at most {most}, got {number}")
     return number
+
+
+def is_number(value: object) -> bool:
+    """A real number of Python's or NumPy's, but no bool."""
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def finite(name: str, value: Any) -> Any:
+    """A number, neither NaN nor infinite."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number, got {given(value)}")
+    if not isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def at_least_zero(name: str, value: Any) -> Any:
+    """A finite number of 0 or more."""
+    if finite(name, value) < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return value
+
+
+def positive(name: str, value: Any) -> Any:
+    """A finite number above 0."""
+    if finite(name, value) <= 0:
+        raise ValueError(f"{name}: expected more than 0, got {value}")
+    return value
+
+
+def share(name: str, value: Any) -> Any:
+    """A number from 0 to 1."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number from 0 to 1, got {given(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return value
+
+
+def floating_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """A dtype that parameters can have."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
+    return dtype
+
+
+def device(name: str, value: Any) -> Any:
+    """What names a device."""
+    try:
+        torch.device(value)
+    except Exception as error:
+        raise ValueError(f"{name}: expected a device such as 'cpu' or 'cuda:0', got {given(value)}") from error
+    return value
 
 
 def tensor(name: str, t: object, what: str) -> None:

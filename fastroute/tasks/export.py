@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import checked
 from ..ops._modules import why_called
 from .active import task_index
 from .chain import ALONE, DROP, FLAT, KEEP, MIX, NORM, Leaf
@@ -39,6 +40,7 @@ def routers_of(model: nn.Module) -> dict[str, TaskRouter]:
     return found
 
 
+@checked
 def mask_overlap(model: nn.Module, measure: str = "jaccard") -> Overlap:
     """What share of their units tasks have in common, pair by pair.
 
@@ -66,6 +68,7 @@ def mask_overlap(model: nn.Module, measure: str = "jaccard") -> Overlap:
     return Overlap({name: share(both[name], single[name]) for name in both}, overall)
 
 
+@checked
 def extract_task(model: nn.Module, task: int) -> nn.Sequential:
     """The network of one task, without the channels that are off, in torch.nn modules only.
 

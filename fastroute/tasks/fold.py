@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..ops._arguments import checked
 from ..ops._modules import why_called
 from .chain import DROP, KEEP, Leaf, leaves, sequences
 from .export import _checked, routers_of
@@ -24,6 +25,7 @@ _FOLDED: tuple[type[nn.Module], ...] = (
 )
 
 
+@checked
 def fold(model: nn.Module, task: int) -> nn.Module:
     """A copy of the model for one task, whose masks are zeros in weights and biases: masking then costs nothing.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import checked
 from .active import Task, is_mapped
 from .chain import MIX, Step, rank
 from .router import TaskRouter
@@ -142,6 +143,7 @@ class RoutedConv2d(_Routed, nn.Conv2d):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -178,6 +180,7 @@ class RoutedLinear(_Routed, nn.Linear):
         input_router, output_router, compact_input, compact_output: as for :class:`RoutedConv2d`.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,

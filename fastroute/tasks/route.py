@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..ops._arguments import Count, checked
 from .chain import Leaf, channels, leaves, sequences
 from .router import TaskRouter
 
 
+@checked
 def route(
     model: nn.Module,
-    task_count: int,
+    task_count: Count,
     sigma: int | float,
     *,
     generator: torch.Generator | None = None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, task_mask
+from ..ops._arguments import Count, checked
 from . import masks
 from .active import Task, TaskAware, traced
 
@@ -45,10 +46,11 @@ class TaskRouter(TaskAware):
 
     _unit_mapping: Tensor
 
+    @checked
     def __init__(
         self,
-        unit_count: int,
-        task_count: int,
+        unit_count: Count,
+        task_count: Count,
         sigma: int | float,
         name: str = "TaskRouter",
         *,
@@ -60,10 +62,7 @@ class TaskRouter(TaskAware):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.unit_count = _checks.at_least_one("unit_count", unit_count)
-        self.task_count = _checks.at_least_one("task_count", task_count)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        self.unit_count, self.task_count = unit_count, task_count
         self.sigma, self.name = sigma, name
         self.use_routing, self.inplace = True, bool(inplace)
         off, drawn = self._plan(sigma)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, dispatch, grouped_linear
+from ..ops._arguments import Several, checked
 from ..ops._modules import may_be_read, signature
 from .active import Task, TaskAware, aware_parts, on_device, traced
 from .pretrained import load_features, read
@@ -21,9 +22,10 @@ from .router import TaskRouter
 cfg: dict[str, list[int | Literal["M"]]] = {"A": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]}
 
 
+@checked
 def make_layers(
     cfg: Iterable[int | str],
-    task_count: int,
+    task_count: Several,
     sigma: float,
     batch_norm: bool = False,
     *,
@@ -102,10 +104,11 @@ class VGG(TaskAware):
         ValueError, TypeError, IndexError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
         features: nn.Module,
-        task_count: int = 10,
+        task_count: Several = 10,
         init_weights: bool = True,
         active_task: Task = 0,
         bottleneck_spatial: Sequence[int] = (7, 7),
@@ -115,9 +118,7 @@ class VGG(TaskAware):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.task_count = _checks.at_least_one("task_count", task_count)
-        if unused_grad not in ("none", "zeros"):
-            raise ValueError(f"unused_grad: expected 'none' or 'zeros', got {unused_grad!r}")
+        self.task_count = task_count
         height, width = _height_and_width(bottleneck_spatial)
         self.unused_grad = unused_grad
         self.features = features
@@ -258,9 +259,10 @@ def _last_channels(features: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------ the models
 
 
+@checked
 def vgg11(
     pretrained: bool | str | Path = False,
-    task_count: int = 10,
+    task_count: Several = 10,
     sigma: float = 0.5,
     *,
     generator: torch.Generator | None = None,
@@ -290,9 +292,10 @@ def vgg11(
     return build(VGG, "vgg11", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
 
 
+@checked
 def vgg11_bn(
     pretrained: bool | str | Path = False,
-    task_count: int = 10,
+    task_count: Several = 10,
     sigma: float = 0.5,
     *,
     generator: torch.Generator | None = None,
@@ -314,7 +317,7 @@ Model = TypeVar("Model", bound=VGG)
 
 
 def build(
-    cls: type[Model], name: str, features: Callable[[], nn.Module], pretrained: bool | str | Path, task_count: int,
+    cls: type[Model], name: str, features: Callable[[], nn.Module], pretrained: bool | str | Path, task_count: Several,
     kwargs: dict[str, Any],
 ) -> Model:  # fmt: skip
     """A model, or what is wrong with ``pretrained`` before any work."""

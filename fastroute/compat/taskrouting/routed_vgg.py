@@ -18,6 +18,7 @@ from fastroute.tasks import vgg
 from fastroute.tasks.active import Task, TaskAware
 from fastroute.tasks.vgg import cfg
 
+from ...ops._arguments import checked
 from .taskrouting import TaskRouter
 
 __all__ = ["VGG", "vgg11", "vgg11_bn"]
@@ -34,16 +35,19 @@ class VGG(tasks.VGG):
         return TaskAware.set_active_task(self, active_task)
 
 
+@checked
 def make_layers(cfg: Iterable[int | str], task_count: int, sigma: float, batch_norm: bool = False) -> nn.Sequential:
     """Layers of a configuration, with a router before every ReLU; ``sigma`` is the fraction of units off."""
     return vgg.layers(cfg, batch_norm, lambda width, name: TaskRouter(width, task_count, int(width * sigma), name))
 
 
+@checked
 def vgg11(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
     """VGG-11, without batch norm."""
     return vgg.build(VGG, "vgg11", lambda: make_layers(cfg["A"], task_count, sigma), pretrained, task_count, kwargs)
 
 
+@checked
 def vgg11_bn(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
     """The same, as upstream's."""
     return vgg11(pretrained, task_count, sigma, **kwargs)

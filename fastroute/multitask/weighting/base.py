@@ -13,17 +13,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...ops._arguments import Tasks, checked
+from ...ops._checks import MOST, no_more
 from ..accumulators import Accumulating
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
 Present = Mapping[str, Tensor | bool | None] | Sequence[Tensor | bool | None] | Tensor
 
 
-def names_of(tasks: Sequence[str] | int) -> tuple[str, ...]:
+def names_of(tasks: Tasks) -> tuple[str, ...]:
     """The tasks' names: those given, or "0", "1", ..."""
     if isinstance(tasks, bool) or not isinstance(tasks, (int, Sequence)) or isinstance(tasks, str):
         raise TypeError(f"tasks: expected a list of names or how many there are, got {tasks!r}")
-    names = tuple(map(str, range(tasks))) if isinstance(tasks, int) else tuple(tasks)
+    names = tuple(map(str, range(no_more("tasks", tasks, MOST)))) if isinstance(tasks, int) else tuple(tasks)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"tasks: expected names, got {name!r}")
@@ -121,9 +123,10 @@ class Weighting(Accumulating):
     stateless: ClassVar[bool] = False
     task_names: Tensor
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Tasks,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -6,6 +6,7 @@ Axes: B samples, K choices (``num_selections``), A agents.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import agent_policy, dispatch, policy
-from ...ops._checks import at_least_one, may_look, shown
+from ...ops._arguments import Count, Several, Share, checked
+from ...ops._checks import may_look, share, shown
 from ...ops._masked import only
 from ...ops._recomputation import check_draws, is_recomputation
 from ...ops.agent_policy import AgentChoice
@@ -81,15 +83,16 @@ class Decision(nn.Module):
         if any(getattr(cls, n) is not getattr(known, n) for n in _MAKES_A_LOSS if hasattr(known, n)):
             cls.algorithm = None  # a subclass with a loss of its own
 
+    @checked
     def __init__(
         self,
-        num_selections: int,
+        num_selections: Count,
         in_features: int | Sequence[int] | None = None,
-        num_agents: int = 1,
-        exploration: float = 0.1,
+        num_agents: Several = 1,
+        exploration: Share = 0.1,
         policy_storage_type: str | int = "approx",
         detach: bool = True,
-        approx_hidden_dims: Sequence[int] = (),
+        approx_hidden_dims: int | Sequence[int] | None = (),
         policy_net: nn.Module | None = None,
         additional_reward_func: Any = None,
         set_pg_temp: bool = False,
@@ -102,8 +105,7 @@ class Decision(nn.Module):
         **readme: Any,
     ) -> None:
         super().__init__()
-        self._num_selections = at_least_one("num_selections", num_selections)
-        self._num_agents = at_least_one("num_agents", num_agents)
+        self._num_selections, self._num_agents = num_selections, num_agents
         policy_net, reward = _readme_spellings(type(self).__name__, readme, policy_net, additional_reward_func)
         self.formula = check_formula(formula)
         self.generator, self._stacked = generator, bool(stacked)
@@ -113,7 +115,7 @@ class Decision(nn.Module):
         )
         self._storage_type = _storage_type(policy_storage_type)
         self._factory = {"device": device, "dtype": dtype}
-        self._exploration = self._check_exploration(exploration)
+        self._exploration = float(exploration)
         reward = PerActionBaseReward() if reward is None else reward
         self.additional_reward_func = check_reward(reward, self._num_selections)
         self._policy = self._storages(self._num_selections, policy_net)
@@ -137,9 +139,7 @@ class Decision(nn.Module):
 
     @staticmethod
     def _check_exploration(value: float) -> float:
-        if not 0 <= value <= 1:
-            raise ValueError(f"exploration: expected a number from 0 to 1, got {value}")
-        return float(value)
+        return float(share("exploration", value))
 
     def set_exploration(self, exploration: float) -> None:
         """Explore so often, 0 to 1; classes that have a temperature instead say what they do."""
@@ -392,7 +392,7 @@ def _readme_spellings(
     """The argument names of upstream's READMEs, and an error for any other."""
     for key in given:
         if key not in _SPELLINGS:
-            known = [*Decision.__init__.__code__.co_varnames[1:16], "value_net", "qvalue_net", *_SPELLINGS]
+            known = [*inspect.signature(Decision).parameters, "value_net", "qvalue_net", *_SPELLINGS]
             near = difflib.get_close_matches(key, known, 1)
             raise TypeError(f"{name}: unexpected keyword {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if given.get("approx_module") is not None:

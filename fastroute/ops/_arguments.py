@@ -1,0 +1,192 @@
+"""Arguments checked by their annotations, before any work: what is annotated is what is accepted."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, SupportsIndex, TypeVar, Union
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+
+#: How many of something there are, or how wide it is.
+Count = Annotated[int, _checks.at_least_one]
+#: How many of something are made, or done, one by one in Python.
+Several = Annotated[int, _checks.several]
+#: How many vectors, or capsules, a layer takes, and gives.
+InputCount = Annotated[int, _checks.inputs]
+OutputCount = Annotated[int, _checks.outputs]
+#: Tasks by name, or how many: what reads them checks them.
+Tasks = Annotated[int | Sequence[str], None]
+#: A number of 0 or more; above 0; from 0 to 1.
+Natural = Annotated[int, lambda name, value: _checks.at_least_zero(name, _checks.integer(name, value))]
+NotNegative = Annotated[float, _checks.at_least_zero]
+Positive = Annotated[float, _checks.positive]
+Share = Annotated[float, _checks.share]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Check = Callable[[str, Any], Any]
+
+
+class _Kind(NamedTuple):
+    """What an annotation accepts, in words, and what else is asked of it; ``None``: nothing."""
+
+    takes: Callable[[Any], bool]
+    what: str
+    check: Check | None = None
+    error: type[Exception] = TypeError
+
+
+def _is_int(value: Any) -> bool:
+    if isinstance(value, Tensor):  # 0-d ones stand for ints, as NumPy's do
+        return value.dim() == 0 and not value.is_meta and not (value.is_floating_point() or value.dtype == torch.bool)
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_, torch.SymBool)) or (type(value) is int and value in (0, 1))
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not (inspect.isclass(value) and issubclass(value, nn.Module))
+
+
+def _is_many(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() > 0
+    return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
+
+
+_PLAIN: dict[Any, _Kind] = {
+    int: _Kind(_is_int, "an int", _checks.integer),
+    float: _Kind(_checks.is_number, "a number", _checks.finite),
+    bool: _Kind(_is_flag, "True or False", lambda name, value: bool(value)),
+    str: _Kind(lambda v: isinstance(v, str), "a str"),
+    NoneType: _Kind(lambda v: v is None, "None"),
+    Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor"),
+    nn.Module: _Kind(lambda v: isinstance(v, nn.Module), "a module"),
+    torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", _checks.floating_dtype),
+    torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", _checks.device),
+    torch.Generator: _Kind(lambda v: isinstance(v, torch.Generator), "a torch.Generator"),
+    Callable: _Kind(_is_function, "a function"),
+    Mapping: _Kind(lambda v: isinstance(v, Mapping), "a dict"),
+    Sequence: _Kind(_is_many, "a list"),
+    Iterable: _Kind(lambda v: hasattr(v, "__iter__"), "a list"),
+}
+
+
+def _kinds(hint: Any) -> list[_Kind] | None:
+    """What an annotation accepts; None: anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (Any, object) or origin is type or isinstance(hint, TypeVar):
+        return None
+    if origin is Annotated:
+        (check,) = hint.__metadata__
+        return check and [kind._replace(check=check) for kind in _kinds(arguments[0]) or ()]
+    if origin in (Union, UnionType):
+        if torch.device in arguments:  # which a str, or an int, names
+            arguments = tuple(part for part in arguments if part is not str)
+        parts = [_kinds(part) for part in arguments]
+        return None if None in parts else [kind for part in parts for kind in part or ()]
+    if origin is Literal:
+        known = lambda v: isinstance(v, tuple(map(type, arguments))) and v in arguments  # noqa: E731
+        return [_Kind(known, " or ".join(map(repr, arguments)), None, ValueError)]
+    if origin is tuple or (origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence)):
+        return [_of_each(_PLAIN[Sequence], arguments[:1])]
+    known_kind = _PLAIN.get(origin or hint)
+    if known_kind is not None:
+        return [known_kind]
+    cls = origin or hint
+    return [_Kind(lambda v: isinstance(v, cls), f"a {cls.__name__}")] if inspect.isclass(cls) else None
+
+
+def _of_each(kind: _Kind, of: Sequence[Any]) -> _Kind:
+    """A sequence whose elements are of a kind as well."""
+    kinds = _kinds(of[0]) if of else None
+    if kinds is None:
+        return kind
+
+    def check(name: str, value: Any) -> Any:
+        for i, element in enumerate(value if isinstance(value, (list, tuple)) else ()):
+            _check(f"{name}[{i}]", element, kinds)
+        return value
+
+    return kind._replace(check=check, what="a list of " + " or ".join(f"{k.what.split(' ', 1)[-1]}s" for k in kinds))
+
+
+def _words(kinds: Sequence[_Kind]) -> str:
+    *first, last = dict.fromkeys(kind.what for kind in sorted(kinds, key=lambda kind: kind.what == "None"))
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _check(name: str, value: Any, kinds: Sequence[_Kind]) -> Any:
+    for kind in kinds:
+        if kind.takes(value):
+            return value if kind.check is None else kind.check(name, value)
+    hint = f"; write {value.__name__}(...)" if inspect.isclass(value) else ""
+    error = next((kind.error for kind in kinds), TypeError)
+    raise error(f"{name}: expected {_words(kinds)}, got {_checks.given(value)}{hint}")
+
+
+class TooLarge(ValueError, RuntimeError):
+    """More memory than there is; a RuntimeError too, as torch's own."""
+
+
+def checked(function: Function) -> Function:
+    """A function or a constructor whose arguments are checked by its annotations, each time before it runs.
+
+    Raises:
+        TypeError, ValueError: naming the argument. Sizes that ask for more memory than there is are a ValueError too.
+    """
+    signature, plain = inspect.signature(function), inspect.unwrap(function)
+
+    @functools.cache
+    def plan() -> dict[str, list[_Kind]]:
+        given = SimpleNamespace(__annotations__={k: v for k, v in plain.__annotations__.items() if k != "return"})
+        hints = typing.get_type_hints(given, plain.__globals__, include_extras=True)
+        named = (p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        found = {name: _kinds(hints[name]) for name in named if name in hints}
+        return {name: kinds for name, kinds in found.items() if kinds is not None}
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # whose own error says it
+        kinds = plan()
+        for name, value in bound.arguments.items():
+            if name in kinds:
+                bound.arguments[name] = _check(name, value, kinds[name])
+        try:
+            return function(*bound.args, **bound.kwargs)
+        except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
+            if not _is_about_memory(error):
+                raise
+            sizes = ", ".join(f"{name}={value}" for name, value in bound.arguments.items() if type(value) is int)
+            raise TooLarge(f"{sizes}: expected sizes that fit into memory, got: {error}") from error
+
+    return typing.cast(Function, run)
+
+
+_MEMORY = (
+    "can't allocate",
+    "unable to allocate",
+    "calculation overflowed",
+    "multiplication overflow",
+    "unpacking long",
+)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, OverflowError)):
+        return True
+    return not isinstance(error, torch.OutOfMemoryError) and any(word in str(error).lower() for word in _MEMORY)
