@@ -5,27 +5,19 @@ The sweep finds the classes and functions by itself; what it needs of each is on
 
 from __future__ import annotations
 
-import copy
-import importlib
 import inspect
-import pkgutil
-import random
 import re
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
-import fastroute
 from fastroute import capsules, multitask, networks, ops, tasks
 from fastroute.multitask import metrics
 from fastroute.networks import Initialization, Trajectory
 from fastroute.ops import dispatch
-from fastroute.reference.efficient_routing import Parameters
 from fastroute.reference.matrix_routing import Capsules
 from tests.helpers.networks import LEARNING, F, linears
 
@@ -68,7 +60,12 @@ def played() -> dict[str, Any]:
 
 def sequence() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), tasks.TaskRouter(8, T, 0.5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        nn.Conv2d(3, 8, 3),
+        tasks.TaskRouter(8, T, 0.5),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
     )
 
 
@@ -207,7 +204,8 @@ EXAMPLES: dict[str, Example] = {
     # tasks
     "tasks.TaskRouter": Example(
         sizes(
-            unit_count=8, task_count=T, sigma=0.5, name="r", no_orphans=False, balanced=False, inplace=False, device=None
+            unit_count=8, task_count=T, sigma=0.5, name="r", no_orphans=False, balanced=False, inplace=False,
+            device=None,
         ),
         lambda: {"x": x(B, 8), "task": whose()},
     ),
@@ -323,13 +321,15 @@ EXAMPLES: dict[str, Example] = {
     "ops.matrix_routing": Example(
         lambda: {
             "a_inp": x(2, 3), "mu_inp": x(2, 3, 2, 5), "n_iters": 2, "p_model": "gaussian", "eps": 1e-5,
-            "w": Capsules(x(3, 4, 5, 6), x(3, 4, 2, 6), x(3, 4), x(3, 4)), "mask": torch.zeros(2, 3, 4, dtype=torch.bool),
+            "w": Capsules(x(3, 4, 5, 6), x(3, 4, 2, 6), x(3, 4), x(3, 4)),
+            "mask": torch.zeros(2, 3, 4, dtype=torch.bool),
         }
     ),
     "ops.soft_assignment": Example(
         lambda: {
             "scores": x(2, 3, 4), "votes": x(2, 3, 4, 5), "gate": torch.rand(2, 3), "use": x(3, 4), "ign": x(3, 4),
-            "prior": None, "mask": torch.zeros(2, 3, 4, dtype=torch.bool), "lengths": torch.tensor([3, 2]), "mean": False,
+            "prior": None, "mask": torch.zeros(2, 3, 4, dtype=torch.bool), "lengths": torch.tensor([3, 2]),
+            "mean": False,
             "eps": 0.0,
         }
     ),

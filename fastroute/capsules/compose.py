@@ -19,6 +19,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., n, d]."""
+        _checks.tensor("x", x, "a tensor [..., n, d]")
         y: Tensor = self.module(x)
         if y.shape != x.shape:
             raise ValueError(f"module: expected to return {_checks.shown(x)}, like x, got {_checks.shown(y)}")

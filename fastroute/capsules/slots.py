@@ -136,11 +136,14 @@ class SlotAttention(nn.Module):
             raise ValueError(
                 f"d_inp: expected input vectors of width {self.d_inp}, got {d} (x_inp is {_checks.shown(x_inp)})"
             )
+        _checks.flag("return_attn", return_attn)
+        for name, t in (("slots", slots), ("mask", mask)):
+            if t is not None:
+                _checks.tensor(name, t, "a tensor")
         _checks.together(("the parameters", self.mu), {"x_inp": x_inp, "slots": slots, "mask": mask})
         slots = self._begin(slots, batch, generator)
         m = slots.shape[-2]
         if mask is not None:
-            _checks.tensor("mask", mask, "a bool tensor")
             mask = _checks.as_mask(mask, batch, n, m)
         device, dtype = x_inp.device.type, self.mu.dtype
         samples = math.prod(batch)

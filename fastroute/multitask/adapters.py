@@ -6,13 +6,13 @@ Axes: B samples, T tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops._arguments import Several, checked
-from ..ops._checks import may_look, shown, tensor
+from ..ops._checks import function, may_look, shown, tensor
 from ..ops._masked import only
 
 
@@ -31,8 +31,11 @@ class Unpack(nn.Module):
     """
 
     @checked
-    def __init__(self, layer: Callable[..., Any], take: int | str | None = None, **options: Any) -> None:
+    def __init__(
+        self, layer: Annotated[Callable[..., Any], None], take: int | str | None = None, **options: Any
+    ) -> None:
         super().__init__()
+        function("layer", layer, "a Module or a function")
         self.layer, self.take, self.options = layer, take, options
 
     def extra_repr(self) -> str:

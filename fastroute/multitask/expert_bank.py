@@ -222,5 +222,7 @@ def features(name: str, x: Tensor, D: int, like: Tensor | None = None) -> None:
     floating(name, x)
     if x.dim() < 1 or x.shape[-1] != D:
         raise ValueError(f"{name}: expected [..., {D}], got {shown(x)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} like the parameters, got one on {x.device}")
     if like is not None and x.dtype != like.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"{name}: expected the experts' dtype {like.dtype}, got {x.dtype}")

@@ -7,14 +7,14 @@ n are a task's own and s all tasks share; G groups of experts, each with an inpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..ops._arguments import Count, Several, Tasks, checked
 from ..ops._autocast import autocast_off
-from ..ops._checks import at_least_one, floating, integer, tensor
+from ..ops._checks import LARGEST, at_least_one, floating, integer, no_more, tensor
 from .expert_bank import Experts, Gates, ModuleBank, features
 from .outputs import ByTask, by_task, task_names
 
@@ -133,8 +133,8 @@ class CGC(_Level, _Gated):
     def __init__(
         self,
         in_features: Count,
-        task_experts: int | Sequence[Sequence[nn.Module]],
-        shared_experts: int | Sequence[nn.Module],
+        task_experts: Annotated[int | Sequence[Sequence[nn.Module]], None],
+        shared_experts: Annotated[int | Sequence[nn.Module], None],
         tasks: Tasks,
         *,
         hidden_features: Count | None = None,
@@ -187,7 +187,9 @@ class MMoE(CGC):
     """
 
     @checked
-    def __init__(self, in_features: Count, experts: int | Sequence[nn.Module], tasks: Tasks, **options: Any) -> None:
+    def __init__(
+        self, in_features: Count, experts: Annotated[int | Sequence[nn.Module], None], tasks: Tasks, **options: Any
+    ) -> None:
         if _count("experts", experts) < 1:
             raise ValueError("experts: expected at least 1, got 0")
         super().__init__(in_features, 0, experts, tasks, **options)
@@ -315,6 +317,7 @@ def _count(name: str, experts: object, T: int | None = None) -> int:
         count = integer(name, experts)
         if count < 0:
             raise ValueError(f"{name}: expected 0 or more, got {count}")
+        no_more(name, count, LARGEST // (T or 1))
         return count * (T or 1)
     groups: Any = [experts] if T is None else experts
     if T is not None and (len(groups) != T or not all(_given(g) for g in groups)):

@@ -97,6 +97,7 @@ class _Classification(Metric):
 
     def _read(self, y_hat: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(predicted class, true class, which labels are there)."""
+        labels.tensors(y_hat, y, mask)
         C = y_hat.shape[min(1, y_hat.dim() - 1)] if y_hat.dim() else 1
         if self.classes == C and y_hat.shape == y.shape and y_hat.dim() > 1:
             y = y.to(torch.promote_types(y.dtype, torch.bfloat16))  # one-hot ones may be integers
@@ -211,6 +212,7 @@ class L1(Metric):
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of predictions and labels of one shape."""
+        labels.tensors(y_hat, y, mask)
         y = labels.like(y_hat, y)
         there = labels.known(y, None if mask is None else labels.spread(mask, y))
         off = (y_hat.to(self.error.dtype) - y.to(self.error.dtype)).abs()

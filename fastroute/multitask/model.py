@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +96,8 @@ class MTLModel(Objective):
     @checked
     def __init__(
         self,
-        task_layers: Sequence[Mapping[str, Any]],
-        output_tasks: Sequence[str] | str,
+        task_layers: Annotated[Sequence[Mapping[str, Any]], None],
+        output_tasks: Annotated[Sequence[str] | str, None],
         *,
         order: str = "list",
         run_all: bool = False,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import dispatch, grouped_linear
 from ..ops._arguments import Count, Tasks, checked
-from ..ops._checks import shown
+from ..ops._checks import shown, tensor, together
 from .products import Layer, chain
 from .weighting.base import names_of
 
@@ -105,6 +105,8 @@ class MultiHead(nn.Module):
             ValueError, TypeError, IndexError: x does not have F features; a task per sample is not what came.
         """
         first = self._layers[0]
+        tensor("x", x, "a tensor [..., in_features]")
+        together(("the parameters", self.weights[0]), {"x": x})
         if x.dim() == 0 or x.shape[-1] != first.F:
             raise ValueError(f"x: expected [..., {first.F}], got {shown(x)}")
         if task is not None:

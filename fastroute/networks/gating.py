@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..ops import dispatch
 from ..ops._arguments import Count, NotNegative, checked
 from ..ops._autocast import autocast_off
-from ..ops._checks import floating, may_look, shown, tensor
+from ..ops._checks import floating, is_number, may_look, samples, shown, tensor
 from ..ops._masked import only
 from ..ops._modules import call, may_be_read
 from ..ops._recomputation import check_draws, is_recomputation
@@ -89,7 +89,7 @@ class TopKGating(nn.Module):
         normalize: bool = True,
         bias: bool = False,
         jitter: NotNegative = 0.0,
-        capacity: float | None = None,
+        capacity: Annotated[float | None, None] = None,
         balance_loss: NotNegative = 0.01,
         z_loss: NotNegative = 0.0,
         bias_balancing: NotNegative = 0.0,
@@ -107,7 +107,7 @@ class TopKGating(nn.Module):
         self.jitter = float(jitter)
         if self.jitter >= 1:
             raise ValueError(f"jitter: expected a number below 1, got {jitter}")
-        if capacity is not None and not 0 < capacity < math.inf:
+        if capacity is not None and not (is_number(capacity) and 0 < capacity < math.inf):
             raise ValueError(f"capacity: expected a finite number above 0 or None, got {capacity}")
         self.capacity = None if capacity is None else float(capacity)
         self.balance_loss, self.z_loss = float(balance_loss), float(z_loss)
@@ -162,7 +162,7 @@ class TopKGating(nn.Module):
         Raises:
             ValueError, TypeError, IndexError: naming the argument.
         """
-        meta = Trajectory.of(meta, batch.shape[0])
+        meta = Trajectory.of(meta, samples("batch", batch))
         made = self.route(batch, mask, forced_actions)
         active = as_mask(mask, batch.shape[0], batch.device)
         meta.mix(

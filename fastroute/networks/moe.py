@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..ops import dispatch, expert_ffn
 from ..ops._arguments import Count, Natural, checked
-from ..ops._checks import floating, shown, tensor
+from ..ops._checks import flag, floating, shown, tensor, together
 from ..ops._masked import only
 from ..ops._modules import may_be_read
 from ..reference.grouped_linear import ACTIVATIONS
@@ -119,6 +119,8 @@ class MoE(nn.Module):
         D, lead = self.d_model, x.shape[:-1]
         if x.dim() < 1 or x.shape[-1] != D:
             raise ValueError(f"x: expected [..., {D}], got {shown(x)}")
+        flag("return_aux", return_aux)
+        together(("the experts", self.w_down), {"x": x})
         flat, active = x.reshape(-1, D), None
         if mask is not None:
             tensor("mask", mask, "a bool tensor [...]")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._arguments import Count, Several, Share, checked
-from ..ops._checks import floating, shown, tensor
+from ..ops._checks import as_tensor, floating, shown, tensor, together
 from ..ops._masked import only
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
@@ -160,7 +160,8 @@ class RoutingRNNCellBase(nn.Module):
         decisions = self.depth_routing * (self.route_i2h + self.route_h2h)
         if forced is None:
             return made, as_mask(mask, B, x.device), iter([None] * decisions)
-        forced = torch.as_tensor(forced, device=x.device)
+        forced = as_tensor("forced_actions", forced, x.device)
+        together(("x", x), {"forced_actions": forced})
         if tuple(forced.shape) != (decisions, B):
             raise ValueError(
                 f"forced_actions: expected those of each decision, i2h's before h2h's, shape [{decisions}, {B}], "

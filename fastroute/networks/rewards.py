@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops import dispatch
 from ..ops._arguments import Count, checked
+from ..ops._checks import samples, shown, tensor, together
 
 Formula = Literal["intended", "upstream"]
 
@@ -55,6 +56,7 @@ class NegLossReward(BaseReward):
 
     def rewards(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
         """[B] losses -> [B]."""
+        tensor("loss", loss, "a tensor")
         return self.scaled(-loss.detach())
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None = None) -> Tensor:
@@ -73,7 +75,13 @@ class CorrectClassifiedReward(BaseReward):
         """yest [B, C] or [B], ytrue [B], [B, 1] or one-hot [B, C] -> [B]."""
         if ytrue is None:
             raise ValueError("ystrue: CorrectClassifiedReward needs the true classes, got none")
-        B = loss.shape[0]
+        B = samples("loss", loss)
+        for name, t in (("ysest", yest), ("ystrue", ytrue)):
+            if samples(name, t) != B:
+                raise ValueError(f"{name}: expected one per sample, {B}, got {shown(t)}")
+            together(("loss", loss), {name: t})
+        if yest.is_complex():
+            raise TypeError(f"ysest: expected real scores, got {yest.dtype}")
         yest, ytrue = (t.detach().reshape(B, t.shape[1:].numel()) for t in (yest, ytrue))
         classes = yest.shape[1]
         guess = yest.argmax(1) if classes > 1 else yest[:, 0]
@@ -85,6 +93,7 @@ class CorrectClassifiedReward(BaseReward):
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
         """Of one sample or many: loss [B], yest [B, C] or [B], ytrue [B] or one-hot [B, C] -> [B]."""
+        tensor("loss", loss, "a tensor [B]")
         return self.rewards(loss.reshape(-1), yest, ytrue)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import combine, dispatch
 from ..ops._arguments import checked
-from ..ops._checks import floating, shown, tensor
+from ..ops._checks import floating, samples, shown, tensor
 from . import bank
 from .decisions.base import as_mask
 from .stack import Stack
@@ -97,7 +97,7 @@ class Selection(nn.Module):
             ValueError, TypeError: naming the argument; outputs of different shapes; actions [B, k] that are not those
                 of the trajectory's gating, without weights.
         """
-        B, K = batch.shape[0], len(self._submodules)
+        B, K = samples("batch", batch), len(self._submodules)
         meta = Trajectory.of(meta, B)
         if self.store_module_pointers:
             meta.point_to(self._submodules)

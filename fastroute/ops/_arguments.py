@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, SupportsIndex, TypeVar, Union
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,10 +21,10 @@ Several = Annotated[int, _checks.several]
 #: How many vectors, or capsules, a layer takes, and gives.
 InputCount = Annotated[int, _checks.inputs]
 OutputCount = Annotated[int, _checks.outputs]
-#: Tasks by name, or how many: what reads them checks them.
+#: Tasks by name, or how many. (``Annotated[..., None]``: who reads it checks it, in words of its own.)
 Tasks = Annotated[int | Sequence[str], None]
 #: A number of 0 or more; above 0; from 0 to 1.
-Natural = Annotated[int, lambda name, value: _checks.at_least_zero(name, _checks.integer(name, value))]
+Natural = Annotated[int, _checks.natural]
 NotNegative = Annotated[float, _checks.at_least_zero]
 Positive = Annotated[float, _checks.positive]
 Share = Annotated[float, _checks.share]
@@ -49,24 +48,27 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, (bool, np.bool_, torch.SymBool)) or (type(value) is int and value in (0, 1))
-
-
-def _is_function(value: Any) -> bool:
-    return callable(value) and not (inspect.isclass(value) and issubclass(value, nn.Module))
-
-
 def _is_many(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.dim() > 0
     return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
 
 
+def _function(name: str, value: Any) -> Any:
+    _checks.function(name, value, "a function")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    _checks.flag(name, value)
+    return bool(value)
+
+
+_NOTHING = object()  #: only what leaves all to its check takes it
 _PLAIN: dict[Any, _Kind] = {
     int: _Kind(_is_int, "an int", _checks.integer),
     float: _Kind(_checks.is_number, "a number", _checks.finite),
-    bool: _Kind(_is_flag, "True or False", lambda name, value: bool(value)),
+    bool: _Kind(lambda v: not isinstance(v, Tensor), "True or False", _flag),
     str: _Kind(lambda v: isinstance(v, str), "a str"),
     NoneType: _Kind(lambda v: v is None, "None"),
     Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor"),
@@ -74,7 +76,7 @@ _PLAIN: dict[Any, _Kind] = {
     torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", _checks.floating_dtype),
     torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", _checks.device),
     torch.Generator: _Kind(lambda v: isinstance(v, torch.Generator), "a torch.Generator"),
-    Callable: _Kind(_is_function, "a function"),
+    Callable: _Kind(lambda v: True, "a function", _function),
     Mapping: _Kind(lambda v: isinstance(v, Mapping), "a dict"),
     Sequence: _Kind(_is_many, "a list"),
     Iterable: _Kind(lambda v: hasattr(v, "__iter__"), "a list"),
@@ -93,10 +95,14 @@ def _kinds(hint: Any) -> list[_Kind] | None:
         if torch.device in arguments:  # which a str, or an int, names
             arguments = tuple(part for part in arguments if part is not str)
         parts = [_kinds(part) for part in arguments]
-        return None if None in parts else [kind for part in parts for kind in part or ()]
+        kinds = [kind for part in parts for kind in part or ()]
+        return None if None in parts else sorted(kinds, key=lambda kind: kind.takes(_NOTHING))
     if origin is Literal:
         known = lambda v: isinstance(v, tuple(map(type, arguments))) and v in arguments  # noqa: E731
         return [_Kind(known, " or ".join(map(repr, arguments)), None, ValueError)]
+    if origin is tuple and len(arguments) == 2 and ... not in arguments:
+        pair = _of_each(_PLAIN[Sequence], arguments[:1])
+        return [pair._replace(takes=lambda v: _is_many(v) and len(v) == 2, what="a pair" + pair.what[len("a list") :])]
     if origin is tuple or (origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence)):
         return [_of_each(_PLAIN[Sequence], arguments[:1])]
     known_kind = _PLAIN.get(origin or hint)
@@ -113,25 +119,55 @@ def _of_each(kind: _Kind, of: Sequence[Any]) -> _Kind:
         return kind
 
     def check(name: str, value: Any) -> Any:
-        for i, element in enumerate(value if isinstance(value, (list, tuple)) else ()):
-            _check(f"{name}[{i}]", element, kinds)
+        for element in value if isinstance(value, (list, tuple)) else ():
+            _check(name, element, kinds)
         return value
 
     return kind._replace(check=check, what="a list of " + " or ".join(f"{k.what.split(' ', 1)[-1]}s" for k in kinds))
-
-
-def _words(kinds: Sequence[_Kind]) -> str:
-    *first, last = dict.fromkeys(kind.what for kind in sorted(kinds, key=lambda kind: kind.what == "None"))
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _check(name: str, value: Any, kinds: Sequence[_Kind]) -> Any:
     for kind in kinds:
         if kind.takes(value):
             return value if kind.check is None else kind.check(name, value)
-    hint = f"; write {value.__name__}(...)" if inspect.isclass(value) else ""
-    error = next((kind.error for kind in kinds), TypeError)
-    raise error(f"{name}: expected {_words(kinds)}, got {_checks.given(value)}{hint}")
+    first, *others = dict.fromkeys(kind.what for kind in kinds if kind.what != "None")
+    hint = f" (or {', or '.join(others)})" if others else ""
+    if inspect.isclass(value):
+        hint += f"; write {value.__name__}(...)"
+    raise kinds[0].error(f"{name}: expected {first}, got {_checks.given(value)}{hint}")
+
+
+def _plan(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, list[_Kind]]:
+    plain = inspect.unwrap(function)
+    given = SimpleNamespace(__annotations__={k: v for k, v in plain.__annotations__.items() if k != "return"})
+    hints = typing.get_type_hints(given, plain.__globals__, include_extras=True)
+    named = (p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    found = {name: _kinds(hints[name]) for name in named if name in hints}
+    return {name: kinds for name, kinds in found.items() if kinds is not None}
+
+
+def explained(function: Function) -> Function:
+    """A function whose arguments are checked by its annotations where it fails: a good call costs nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, if one is not what its annotation says; else what was raised.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+            signature = inspect.signature(function)
+            kinds = _plan(function, signature)
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if name in kinds:
+                    _check(name, value, kinds[name])
+            raise
+
+    return typing.cast(Function, run)
 
 
 class TooLarge(ValueError, RuntimeError):
@@ -144,15 +180,8 @@ def checked(function: Function) -> Function:
     Raises:
         TypeError, ValueError: naming the argument. Sizes that ask for more memory than there is are a ValueError too.
     """
-    signature, plain = inspect.signature(function), inspect.unwrap(function)
-
-    @functools.cache
-    def plan() -> dict[str, list[_Kind]]:
-        given = SimpleNamespace(__annotations__={k: v for k, v in plain.__annotations__.items() if k != "return"})
-        hints = typing.get_type_hints(given, plain.__globals__, include_extras=True)
-        named = (p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-        found = {name: _kinds(hints[name]) for name in named if name in hints}
-        return {name: kinds for name, kinds in found.items() if kinds is not None}
+    signature = inspect.signature(function)
+    plan = functools.cache(lambda: _plan(function, signature))
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import isclass
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from operator import index
 from typing import Any, SupportsIndex
@@ -107,9 +107,19 @@ def finite(name: str, value: Any) -> Any:
 
 def at_least_zero(name: str, value: Any) -> Any:
     """A finite number of 0 or more."""
-    if finite(name, value) < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number of 0 or more, got {given(value)}")
+    if not 0 <= value < inf:
+        raise ValueError(f"{name}: expected a number of 0 or more, got {value}")
     return value
+
+
+def natural(name: str, value: object) -> int:
+    """An int of 0 or more."""
+    number = integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {number}")
+    return number
 
 
 def positive(name: str, value: Any) -> Any:
@@ -147,6 +157,45 @@ def device(name: str, value: Any) -> Any:
 def tensor(name: str, t: object, what: str) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected {what}, got {type(t).__name__}")
+
+
+def function(name: str, value: object, what: str) -> None:
+    """Something to call, and no class of modules, which is called to make one."""
+    if not callable(value) or (isclass(value) and issubclass(value, torch.nn.Module)):
+        got = f"the class {value.__name__}; write {value.__name__}(...)" if isclass(value) else type(value).__name__
+        raise TypeError(f"{name}: expected {what}, got {got}")
+
+
+def samples(name: str, t: Tensor) -> int:
+    """B of a tensor [B, ...]."""
+    if not isinstance(t, Tensor) or t.dim() < 1:
+        raise (ValueError if isinstance(t, Tensor) else TypeError)(
+            f"{name}: expected a tensor [B, ...], got {given(t)}"
+        )
+    return t.shape[0]
+
+
+def flag(name: str, value: object) -> None:
+    """True or False, or what stands for one."""
+    if not isinstance(value, (bool, np.bool_, torch.SymBool)) and not (type(value) is int and value in (0, 1)):
+        raise TypeError(f"{name}: expected True or False, got {given(value)}")
+
+
+def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+    """A tensor from a tensor or a list."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value, device=device)
+    except Exception as error:
+        raise TypeError(f"{name}: expected a tensor or a list of numbers, got {given(value)}") from error
+
+
+def moved(name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor's numbers there."""
+    if t.is_meta and device.type != "meta":
+        raise ValueError(f"{name}: expected a tensor with numbers, got one on meta")
+    return t.to(device, dtype)
 
 
 def floating(name: str, t: Tensor) -> None:
@@ -191,8 +240,7 @@ def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mas
 
 def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, device: torch.device) -> Tensor:
     """[B] int64 lengths on ``device``, each in [0, n]: checked on a CPU, clamped on a GPU and checked if strict."""
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device=device)
+    lengths = as_tensor("lengths", lengths, device)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if lengths.device != device:

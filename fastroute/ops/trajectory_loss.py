@@ -20,6 +20,7 @@ from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
+from ._arguments import explained
 from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed
 from ._backends import Case, note, offer, taken
 from ._checks import floating, shown
@@ -95,6 +96,7 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (None, None, *through(plain, tensors[:columns], needs, [grad]), *[None] * len(rest))
 
 
+@explained
 def trajectory_loss(
     kinds: Sequence[str],
     s0: Rows,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._arguments import checked
+from ..ops._checks import tensor
 from ..ops._modules import Memo, Proof
 from .active import Task, is_mapped
 from .chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
@@ -163,6 +164,7 @@ class LiveSequential(nn.Sequential):
             IndexError: a task out of range.
             ValueError, TypeError: as the layers'.
         """
+        tensor("x", x, "a tensor [B, C, ...]")
         plan = self._plan()
         tasks = [router._task(task) for router in plan.routers]
         way = self._way(x, task, tasks, plan)

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..ops._arguments import Count, checked
 from .chain import Leaf, channels, leaves, sequences
+from .masks import Sigma
 from .router import TaskRouter
 
 
@@ -20,7 +21,7 @@ from .router import TaskRouter
 def route(
     model: nn.Module,
     task_count: Count,
-    sigma: int | float,
+    sigma: Sigma,
     *,
     generator: torch.Generator | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,

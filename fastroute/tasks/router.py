@@ -51,7 +51,7 @@ class TaskRouter(TaskAware):
         self,
         unit_count: Count,
         task_count: Count,
-        sigma: int | float,
+        sigma: masks.Sigma,
         name: str = "TaskRouter",
         *,
         generator: torch.Generator | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from ..ops import _checks, dispatch, grouped_linear
 from ..ops._arguments import Several, checked
 from ..ops._modules import may_be_read, signature
 from .active import Task, TaskAware, aware_parts, on_device, traced
+from .masks import Sigma as Sigma
+from .pretrained import Pretrained as Pretrained
 from .pretrained import load_features, read
 from .router import TaskRouter
 
@@ -26,7 +28,7 @@ cfg: dict[str, list[int | Literal["M"]]] = {"A": [64, "M", 128, "M", 256, 256, "
 def make_layers(
     cfg: Iterable[int | str],
     task_count: Several,
-    sigma: float,
+    sigma: Sigma,
     batch_norm: bool = False,
     *,
     device: torch.device | str | None = None,
@@ -111,7 +113,7 @@ class VGG(TaskAware):
         task_count: Several = 10,
         init_weights: bool = True,
         active_task: Task = 0,
-        bottleneck_spatial: Sequence[int] = (7, 7),
+        bottleneck_spatial: Annotated[Sequence[int], None] = (7, 7),
         *,
         unused_grad: Literal["none", "zeros"] = "none",
         device: torch.device | str | None = None,
@@ -173,6 +175,9 @@ class VGG(TaskAware):
         Raises:
             IndexError, TypeError, ValueError: as :class:`TaskRouter`.
         """
+        _checks.tensor("x", x, "a tensor [B, 3, H, W]")
+        if isinstance(task, Tensor) and task.dim() == 1 and (x.dim() < 1 or task.shape[0] != x.shape[0]):
+            raise ValueError(f"task: expected one per image, got {_checks.shown(task)} for x {_checks.shown(x)}")
         x = _routed(self.features, x, task)
         x = torch.flatten(self.avgpool(x), 1)
         return self._checked(self._classify(x, self._task(task)), task)
@@ -261,9 +266,9 @@ def _last_channels(features: nn.Module) -> int:
 
 @checked
 def vgg11(
-    pretrained: bool | str | Path = False,
+    pretrained: Pretrained = False,
     task_count: Several = 10,
-    sigma: float = 0.5,
+    sigma: Sigma = 0.5,
     *,
     generator: torch.Generator | None = None,
     no_orphans: bool = False,
@@ -294,9 +299,9 @@ def vgg11(
 
 @checked
 def vgg11_bn(
-    pretrained: bool | str | Path = False,
+    pretrained: Pretrained = False,
     task_count: Several = 10,
-    sigma: float = 0.5,
+    sigma: Sigma = 0.5,
     *,
     generator: torch.Generator | None = None,
     no_orphans: bool = False,

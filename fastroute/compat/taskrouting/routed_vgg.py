@@ -8,7 +8,6 @@ fit; that of ``fastroute.tasks`` has.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -36,18 +35,28 @@ class VGG(tasks.VGG):
 
 
 @checked
-def make_layers(cfg: Iterable[int | str], task_count: int, sigma: float, batch_norm: bool = False) -> nn.Sequential:
+def make_layers(cfg: Iterable[int | str], task_count: int, sigma: vgg.Sigma, batch_norm: bool = False) -> nn.Sequential:
     """Layers of a configuration, with a router before every ReLU; ``sigma`` is the fraction of units off."""
     return vgg.layers(cfg, batch_norm, lambda width, name: TaskRouter(width, task_count, int(width * sigma), name))
 
 
 @checked
-def vgg11(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
+def vgg11(
+    pretrained: vgg.Pretrained = False,
+    task_count: int = 10,
+    sigma: vgg.Sigma = 0.5,
+    **kwargs: Any,
+) -> VGG:
     """VGG-11, without batch norm."""
     return vgg.build(VGG, "vgg11", lambda: make_layers(cfg["A"], task_count, sigma), pretrained, task_count, kwargs)
 
 
 @checked
-def vgg11_bn(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
+def vgg11_bn(
+    pretrained: vgg.Pretrained = False,
+    task_count: int = 10,
+    sigma: vgg.Sigma = 0.5,
+    **kwargs: Any,
+) -> VGG:
     """The same, as upstream's."""
     return vgg11(pretrained, task_count, sigma, **kwargs)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...ops._arguments import Tasks, checked
-from ...ops._checks import MOST, no_more
+from ...ops._checks import MOST, floating, no_more, together
 from ..accumulators import Accumulating
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
@@ -225,6 +226,9 @@ class Weighting(Accumulating):
                 raise ValueError(f"losses: expected a tensor of one element for {name!r}, got {_shown(t)}")
         flags = [None] * len(given) if present is None else in_order("present", present, self.tasks)
         values = wide(torch.stack([first.new_zeros(()) if t is None else t.reshape(()) for t in given]))
+        floating("losses", values)
+        own = next(chain(self._parameters.values(), self._buffers.values()), None)
+        together(("the weighting", values if own is None else own), {"losses": values})
         if all(t is not None for t in given) and all(f is None or f is True for f in flags):
             return values, None
         here = torch.stack([

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...ops._arguments import Natural, NotNegative, Positive, Tasks, checked
+from ...ops._arguments import NotNegative, Positive, Tasks, checked
 from .base import Losses, Present, Weighting, fill, log, memory_dtype, numbers, softmax, total
 
 #: Rows of a record: of every call that may be one of training, and of those whose total was back-propagated.
@@ -280,10 +280,12 @@ class STCH(EpochMeans):
         weights: Mapping[str, float] | Sequence[float] | None = None,
         reference: Mapping[str, float] | Sequence[float] | None = None,
         *,
-        warmup: Natural = 0,
+        warmup: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if warmup < 0:
+            raise ValueError(f"warmup: expected a number of epochs, got {warmup}")
         super().__init__(tasks, device=device, dtype=dtype)
         self.mu, self.warmup, self.is_recording = float(mu), warmup, warmup > 0
         T = len(self.tasks)

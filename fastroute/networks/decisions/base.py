@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...ops import agent_policy, dispatch, policy
 from ...ops._arguments import Count, Several, Share, checked
-from ...ops._checks import may_look, share, shown
+from ...ops._checks import as_tensor, may_look, moved, samples, shape, share, shown, tensor
+from ...ops._checks import given as shown_value
 from ...ops._masked import only
 from ...ops._recomputation import check_draws, is_recomputation
 from ...ops.agent_policy import AgentChoice
@@ -178,7 +179,7 @@ class Decision(nn.Module):
             action out of range is no error but drops the sample, which then teaches nobody: no agent means action 0
             (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
         """
-        B = batch.shape[0]
+        B = samples("batch", batch)
         meta = Trajectory.of(meta, B)
         active = as_mask(mask, B, batch.device)
         whose = self._agents_of(agents if agents is not None else prior_actions, B, batch.device)
@@ -191,6 +192,9 @@ class Decision(nn.Module):
         actions = made.actions
         if active is not None:
             actions = torch.where(active, actions, 0)
+            if update_target is not None:
+                tensor("update_target", update_target, "a tensor [B, ...]")
+                shape("update_target", update_target, batch.shape, "as batch")
             rows = active.reshape(-1, *[1] * (batch.dim() - 1))
             if update_target is not None:
                 y = torch.where(rows, y, update_target)
@@ -215,12 +219,13 @@ class Decision(nn.Module):
     def _agents_of(self, agents: Any, B: int, device: torch.device) -> Tensor | None:
         if self._num_agents == 1:
             return None
-        if agents is None or len(agents) == 0 != B:
+        indices = None if agents is None else as_tensor("agents", agents, device)
+        if indices is None or (indices.dim() == 1 and len(indices) == 0 != B):
             raise ValueError(
                 f"agents: expected the agent of each sample, [{B}] below {self._num_agents}, got none; "
                 "pass task labels or an earlier decision's actions"
             )
-        return as_indices(agents, B, device, "agents")
+        return dispatch.as_actions(indices, B, device, "agents")
 
     def _plan(
         self, meta: Trajectory, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device
@@ -356,23 +361,19 @@ def mean(z: Tensor, q: Tensor) -> Tensor:
 
 def as_indices(indices: Any, B: int, device: torch.device, name: str) -> Tensor:
     """[B] int64 from a tensor or a list of integers."""
-    if not isinstance(indices, Tensor):
-        indices = torch.as_tensor(indices, device=device)
-    return dispatch.as_actions(indices, B, device, name)
+    return dispatch.as_actions(as_tensor(name, indices, device), B, device, name)
 
 
 def as_mask(mask: Any, B: int, device: torch.device) -> Tensor | None:
     """[B] bool from what users give as a mask."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        mask = torch.as_tensor(mask, device=device)
+    mask = as_tensor("mask", mask, device)
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise TypeError(f"mask: expected bool (or 0 and 1), got {mask.dtype}")
     if mask.numel() != B or mask.dim() > 2:
         raise ValueError(f"mask: expected one per sample, shape [{B}], got {shown(mask)}")
-    flat: Tensor = mask.reshape(-1).to(device, torch.bool)
-    return flat
+    return moved("mask", mask.reshape(-1), device, torch.bool)
 
 
 def _storage_type(value: str | int) -> str:
@@ -399,6 +400,8 @@ def _readme_spellings(
         if policy_net is not None:
             raise TypeError(f"{name}: expected policy_net or approx_module, got both")
         policy_net = given["approx_module"]
+        if not isinstance(policy_net, nn.Module):
+            raise TypeError(f"approx_module: expected a module, got {shown_value(policy_net)}")
     if given.get("additional_reward_class") is not None:
         if reward is not None:
             raise TypeError(f"{name}: expected additional_reward_func or additional_reward_class, got both")
