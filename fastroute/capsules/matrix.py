@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, matrix_routing
-from ..ops._arguments import Count, InputCount, OutputCount, Positive, Several, checked
+from ..ops._arguments import Count, InputCapsules, OutputCapsules, Positive, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
 from ..ops.matrix_routing import P_MODELS
@@ -56,8 +56,8 @@ class GenerativeMatrixRouting(nn.Module):
     @checked
     def __init__(
         self,
-        n_inp: InputCount,
-        n_out: OutputCount,
+        n_inp: InputCapsules,
+        n_out: OutputCapsules,
         d_cov: Count,
         d_inp: Count,
         d_out: Count,

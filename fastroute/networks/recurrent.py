@@ -97,8 +97,15 @@ class RoutingRNNCellBase(nn.Module):
             **factory, **kwargs,
         )  # fmt: skip
         choices = self.num_selections + self.recurrent
+
+        def decide(features: int) -> nn.Module:
+            try:
+                return routing_agent(choices, features, **options)
+            except TypeError as error:
+                raise TypeError(f"routing_agent: {error}") from error
+
         if not (route_i2h or route_h2h):
-            routing_agent(choices, in_features, **options)  # wrong arguments are wrong even if nobody reads them
+            decide(in_features)  # wrong arguments are wrong even if nobody reads them
         for name, features, routed in self._projections():
             widths = [features, *[self._gates * hidden_size] * self.depth_routing]
             if recurrent or not routed:
@@ -106,7 +113,7 @@ class RoutingRNNCellBase(nn.Module):
             if not routed:
                 continue
             layers = widths[-1:] if recurrent else widths[:-1]
-            routers = [routing_agent(choices, width, **options) for width in layers]
+            routers = [decide(width) for width in layers]
             selections = [
                 Selection(*(nn.Linear(width, widths[-1], **factory) for _ in range(self.num_selections)))
                 for width in layers

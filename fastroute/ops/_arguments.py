@@ -21,6 +21,8 @@ Several = Annotated[int, _checks.several]
 #: How many vectors, or capsules, a layer takes, and gives.
 InputCount = Annotated[int, _checks.inputs]
 OutputCount = Annotated[int, _checks.outputs]
+InputCapsules = Annotated[int, functools.partial(_checks.inputs, of="capsules")]
+OutputCapsules = Annotated[int, functools.partial(_checks.outputs, of="capsules")]
 #: Tasks by name, or how many. (``Annotated[..., None]``: who reads it checks it, in words of its own.)
 Tasks = Annotated[int | Sequence[str], None]
 #: A number of 0 or more; above 0; from 0 to 1.
@@ -55,7 +57,7 @@ def _is_many(value: Any) -> bool:
 
 
 def _function(name: str, value: Any) -> Any:
-    _checks.function(name, value, "a function")
+    _checks.function(name, value, "a module or a function")
     return value
 
 
@@ -76,7 +78,7 @@ _PLAIN: dict[Any, _Kind] = {
     torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", _checks.floating_dtype),
     torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", _checks.device),
     torch.Generator: _Kind(lambda v: isinstance(v, torch.Generator), "a torch.Generator"),
-    Callable: _Kind(lambda v: True, "a function", _function),
+    Callable: _Kind(lambda v: True, "a module or a function", _function),
     Mapping: _Kind(lambda v: isinstance(v, Mapping), "a dict"),
     Sequence: _Kind(_is_many, "a list"),
     Iterable: _Kind(lambda v: hasattr(v, "__iter__"), "a list"),
@@ -159,8 +161,10 @@ def explained(function: Function) -> Function:
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
             signature = inspect.signature(function)
+            if str(error).split(":")[0] in signature.parameters:
+                raise
             kinds = _plan(function, signature)
             for name, value in signature.bind(*args, **kwargs).arguments.items():
                 if name in kinds:
@@ -197,7 +201,7 @@ def checked(function: Function) -> Function:
                 bound.arguments[name] = _check(name, value, kinds[name])
         try:
             return function(*bound.args, **bound.kwargs)
-        except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
+        except (RuntimeError, TypeError, ValueError, MemoryError, OverflowError) as error:
             if not _is_about_memory(error):
                 raise
             sizes = ", ".join(f"{name}={value}" for name, value in bound.arguments.items() if type(value) is int)
@@ -208,6 +212,7 @@ def checked(function: Function) -> Function:
 
 _MEMORY = (
     "can't allocate",
+    "array is too big",
     "unable to allocate",
     "calculation overflowed",
     "multiplication overflow",

@@ -68,19 +68,19 @@ def several(name: str, value: object) -> int:
     return at_least_one(name, value, MOST)
 
 
-def inputs(name: str, value: object) -> int:
+def inputs(name: str, value: object, of: str = "vectors") -> int:
     """How many vectors a layer takes: 1 or more, or -1 for any number."""
     number = integer(name, value)
     if number != -1 and number < 1:
-        raise ValueError(f"{name}: expected a positive number of inputs, or -1 for any number, got {number}")
+        raise ValueError(f"{name}: expected a positive number of input {of}, or -1 for any number, got {number}")
     return no_more(name, number, LARGEST)
 
 
-def outputs(name: str, value: object) -> int:
+def outputs(name: str, value: object, of: str = "vectors") -> int:
     """How many vectors a layer gives: among one there is nothing to choose."""
     number = integer(name, value)
     if number < 2:
-        raise ValueError(f"{name}: expected at least 2 outputs, got {number}")
+        raise ValueError(f"{name}: expected at least 2 output {of}, got {number}")
     return no_more(name, number, LARGEST)
 
 

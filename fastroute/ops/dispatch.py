@@ -16,6 +16,7 @@ from ..reference.dispatch import module_of_row as module_of_row
 from ..reference.dispatch import on_host as on_host
 from ..reference.dispatch import read as read
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
+from ._arguments import explained
 from ._backends import Case, decide, is_strict, note, offer, requested, taken
 from ._checks import moved, shown, tensor
 from ._triton_dispatch import dispatch_refuses
@@ -67,6 +68,7 @@ def _indices(name: str, actions: Tensor, device: torch.device) -> Tensor:
     return actions if as_they_are else moved(name, actions, device, torch.int64)
 
 
+@explained
 def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
     """Sort samples by the modules that their actions name.
 

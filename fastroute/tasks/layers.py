@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -152,8 +152,8 @@ class RoutedConv2d(_Routed, nn.Conv2d):
         out_channels: Count,
         kernel_size: Count | tuple[Count, Count],
         *args: Any,
-        input_router: TaskRouter | None = None,
-        output_router: TaskRouter | None = None,
+        input_router: Annotated[TaskRouter | None, None] = None,
+        output_router: Annotated[TaskRouter | None, None] = None,
         compact_input: bool = False,
         compact_output: bool = False,
         **others: Any,
@@ -188,8 +188,8 @@ class RoutedLinear(_Routed, nn.Linear):
         in_features: Count,
         out_features: Count,
         *args: Any,
-        input_router: TaskRouter | None = None,
-        output_router: TaskRouter | None = None,
+        input_router: Annotated[TaskRouter | None, None] = None,
+        output_router: Annotated[TaskRouter | None, None] = None,
         compact_input: bool = False,
         compact_output: bool = False,
         **others: Any,

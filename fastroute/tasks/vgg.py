@@ -177,7 +177,9 @@ class VGG(TaskAware):
         """
         _checks.tensor("x", x, "a tensor [B, 3, H, W]")
         if isinstance(task, Tensor) and task.dim() == 1 and (x.dim() < 1 or task.shape[0] != x.shape[0]):
-            raise ValueError(f"task: expected one per image, got {_checks.shown(task)} for x {_checks.shown(x)}")
+            raise ValueError(
+                f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {_checks.shown(task)}"
+            )
         x = _routed(self.features, x, task)
         x = torch.flatten(self.avgpool(x), 1)
         return self._checked(self._classify(x, self._task(task)), task)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import dispatch, grouped_linear
-from ...ops._arguments import checked
 from ...ops._autocast import autocast_dtype
 from ...ops._checks import together
 from ...ops._modules import may_be_read
@@ -29,7 +28,6 @@ class ApproxPolicyStorage(nn.Module):
         detach: keep gradients from flowing into the input.
     """
 
-    @checked
     def __init__(
         self,
         approx: nn.Module | None,
@@ -71,7 +69,6 @@ bank.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
 class TabularPolicyStorage(nn.Module):
     """A row of a table, ``_approx`` [1, num_selections], for whatever input; 1 / num_selections at first."""
 
-    @checked
     def __init__(
         self, num_selections: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
