@@ -647,7 +647,9 @@ def test_a_batch_on_another_device_than_the_tables(agents: int) -> None:
         decide(x().to("meta"), Trajectory(B), whose().to("meta"))
 
 
-@pytest.mark.parametrize("agents", [torch.tensor(1), torch.tensor(1.5), 3, "x", object()], ids=str)
+@pytest.mark.parametrize(
+    "agents", [torch.tensor(1), torch.tensor(1.5), 3, "x", object()], ids=["0-d", "float", "int", "str", "object"]
+)
 def test_agents_and_trajectories_of_a_wrong_kind(agents: Any) -> None:
     decide = networks.REINFORCE(K, F, T)
     with pytest.raises((TypeError, ValueError), match="agents: expected"):

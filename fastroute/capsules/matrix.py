@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, matrix_routing
-from ..ops._arguments import Count, InputCapsules, OutputCapsules, Positive, Several, checked
+from ..ops._arguments import Count, InputCapsules, OutputCapsules, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
 from ..ops.matrix_routing import P_MODELS
@@ -64,7 +66,7 @@ class GenerativeMatrixRouting(nn.Module):
         n_iters: Several = 3,
         single_beta: bool = False,
         p_model: str = "gaussian",
-        eps: Positive = 1e-5,
+        eps: Annotated[float, partial(_checks.positive, what="a positive number")] = 1e-5,
         return_dict: bool = False,
         *,
         device: torch.device | str | None = None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
-from ..ops._arguments import Count, NotNegative, Several, checked
+from ..ops._arguments import Count, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
 from ..ops._recomputation import check_draws
@@ -57,7 +59,7 @@ class SlotAttention(nn.Module):
         d_slot: Count,
         n_iters: Several = 3,
         d_hidden: Count | None = None,
-        eps: NotNegative = 1e-8,
+        eps: Annotated[float, partial(_checks.at_least_zero, what="a finite number of 0 or more")] = 1e-8,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -105,12 +105,12 @@ def finite(name: str, value: Any) -> Any:
     return value
 
 
-def at_least_zero(name: str, value: Any) -> Any:
+def at_least_zero(name: str, value: Any, what: str = "a number of 0 or more") -> Any:
     """A finite number of 0 or more."""
     if not is_number(value):
-        raise TypeError(f"{name}: expected a number of 0 or more, got {given(value)}")
+        raise TypeError(f"{name}: expected {what}, got {given(value)}")
     if not 0 <= value < inf:
-        raise ValueError(f"{name}: expected a number of 0 or more, got {value}")
+        raise ValueError(f"{name}: expected {what}, got {value}")
     return value
 
 
@@ -122,10 +122,12 @@ def natural(name: str, value: object) -> int:
     return number
 
 
-def positive(name: str, value: Any) -> Any:
+def positive(name: str, value: Any, what: str = "more than 0") -> Any:
     """A finite number above 0."""
-    if finite(name, value) <= 0:
-        raise ValueError(f"{name}: expected more than 0, got {value}")
+    if not is_number(value):
+        raise TypeError(f"{name}: expected {what}, got {given(value)}")
+    if not 0 < value < inf:
+        raise ValueError(f"{name}: expected {what}, got {value}")
     return value
 
 
