@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +188,9 @@ def _bound(credit: Tensor) -> float:
 
 
 @checked
-def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path: str | Path | None = None) -> Figure:
+def routing(
+    trajectory: Annotated[Trajectory | Summary, None], *, title: str | None = None, path: str | Path | None = None
+) -> Figure:
     """Which task went through which module: a map per decision, a row per task, a column per module.
 
     A cell's shade is the share of its task's samples that took the module, so a row sums to one; the number in it is

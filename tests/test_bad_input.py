@@ -435,7 +435,7 @@ NOT_READ = {
 }  # fmt: skip
 #: Layers of users' own modules, or of torch's: of a tensor that these refuse the error is theirs. So it is of a
 #: decision's network for a batch on another device.
-OF_USERS = {"Residual", "Loss", "MLP", "Sequential", "LiveSequential", "VGG"}
+OF_USERS = {"Residual", "Selection", "Loss", "MLP", "Sequential", "LiveSequential", "VGG"}
 #: What messages call an argument where it has several names, or which follows from it.
 ALSO_CALLED = {
     "batch": "x", "mys": "meta|ysest", "ystrue": "ysest", "ytrue": "ystrue", "yest": "ysest", "x": "xs", "y_hat": "y",
@@ -534,6 +534,7 @@ def verdict(name: str, what: str, argument: str, bad: str) -> str | None:
         return None  # an op's flags and numbers are taken as Python takes them: layers have checked them
     if bad in BAD:
         may_pass = bool(words & {*BAD[bad].fits.split(), *ANYTHING.split()})
+        may_pass |= is_op and bool(words & {"Tensors", "Sequence"})  # what has nothing in it may be left out
         given[argument] = BAD[bad].value()
         names = names if isinstance(given[argument], Tensor) else [argument]
     else:
