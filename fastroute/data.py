@@ -12,6 +12,8 @@ from typing import BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .ops._arguments import checked
+
 _UINT8 = 0x08  # the type code of unsigned bytes in an IDX file
 _CHUNK = 1 << 20
 _MNIST = {
@@ -43,6 +45,7 @@ def digits() -> Digits:
     return _split(torch.from_numpy(found.images).float() / 16, torch.from_numpy(found.target).long())
 
 
+@checked
 def mnist(directory: str | Path) -> Digits:
     """The MNIST digits in a folder of IDX files, plain or gzipped, under their original names.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import _checks
+from ..ops._arguments import Count, checked
 
 _BYTES = 16 << 20  #: of a chunk: large enough for the kernels, and two of them are little beside a process
 
@@ -35,9 +35,8 @@ class VectorChunks:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, vectors: Tensor | np.ndarray[Any, Any], rows: int | None = None) -> None:
-        if not isinstance(vectors, (Tensor, np.ndarray)):
-            raise TypeError(f"vectors: expected a tensor, an array or a memmap, got {type(vectors).__name__}")
+    @checked
+    def __init__(self, vectors: Tensor | np.ndarray[Any, Any], rows: Count | None = None) -> None:
         if vectors.ndim < 2:
             raise ValueError(f"vectors: expected [..., n, d], at least 2 dimensions, got {list(vectors.shape)}")
         self.vectors = vectors
@@ -46,7 +45,7 @@ class VectorChunks:
         row_bytes = max(1, d * vectors.itemsize)
         for size in batch:
             row_bytes *= max(1, size)
-        self.rows = max(1, _BYTES // row_bytes) if rows is None else _checks.at_least_one("rows", rows)
+        self.rows = max(1, _BYTES // row_bytes) if rows is None else rows
 
     def __len__(self) -> int:
         return -(-self.n // self.rows)

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..ops._arguments import checked
 
 
 class Residual(nn.Module):
     """``x + module(x)``: as many vectors out as in. Its credit is 1 + that of the module."""
 
+    @checked
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., n, d]."""
+        _checks.tensor("x", x, "a tensor [..., n, d]")
         y: Tensor = self.module(x)
         if y.shape != x.shape:
             raise ValueError(f"module: expected to return {_checks.shown(x)}, like x, got {_checks.shown(y)}")

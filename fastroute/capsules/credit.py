@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..ops._arguments import NotNegative, checked
 from .compose import Add, Concatenate, Residual
 from .credit_map import Credit, checked_phi
 from .definable import DefinableVectorRouting
@@ -25,7 +26,8 @@ _PER_VECTOR = (
 )  # fmt: skip
 
 
-def credit_assignment(phis: Sequence[Tensor], *, normalize: bool = True, eps: float = 1e-5) -> Tensor:
+@checked
+def credit_assignment(phis: Sequence[Tensor], *, normalize: bool = True, eps: NotNegative = 1e-5) -> Tensor:
     r"""End-to-end credit of a chain of routings, Heinsen (2022), Appendix A.
 
     The credit of input i of the first routing in output j of the last is the sum over all paths between them,
@@ -95,6 +97,7 @@ def _trace(model: nn.Module, x: Tensor, name: str) -> tuple[Tensor, Credit]:
     )
 
 
+@checked
 def trace(model: nn.Module, x_inp: Tensor) -> tuple[Tensor, Credit]:
     """Run a network of routings, and return its output with its end-to-end credit as a map.
 
@@ -114,8 +117,9 @@ def trace(model: nn.Module, x_inp: Tensor) -> tuple[Tensor, Credit]:
         return _trace(model, x_inp, "model")
 
 
+@checked
 def credit(
-    model: nn.Module, x_inp: Tensor, output: int | Tensor, *, normalize: bool = False, eps: float = 1e-5
+    model: nn.Module, x_inp: Tensor, output: int | Tensor, *, normalize: bool = False, eps: NotNegative = 1e-5
 ) -> Tensor:
     r"""End-to-end credit of every input vector in one output of a network, Heinsen (2022), Appendix A.
 
@@ -142,6 +146,7 @@ def credit(
     return made / (made.std(-1, keepdim=True) + eps) if normalize else made
 
 
+@checked
 @contextmanager
 def record(model: nn.Module) -> Iterator[dict[str, list[Credit]]]:
     """Collect the credit of every routing in any network, call by call, while it runs.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, soft_assignment
+from ..ops._arguments import Count, InputCount, OutputCount, Several, checked
 from ..ops._autocast import autocast_dtype
 from ..ops._masked import only, reaches
 from ..reference.soft_assignment import accumulating, share
@@ -65,35 +66,23 @@ class DefinableVectorRouting(nn.Module):
 
     CONST_ones_over_n_out: Tensor
 
+    @checked
     def __init__(
         self,
         A: Callable[[Tensor], Tensor],
         F: Callable[[Tensor], Tensor],
         G: Callable[[Tensor], Tensor],
         S: Callable[[Tensor, Tensor], Tensor],
-        n_inp: int,
-        n_out: int,
-        n_iters: int = 2,
+        n_inp: InputCount,
+        n_out: OutputCount,
+        n_iters: Several = 2,
         return_dict: bool = False,
         *,
-        d_inp: int | None = None,
+        d_inp: Count | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, function in (("A", A), ("F", F), ("G", G), ("S", S)):
-            if not callable(function):
-                raise TypeError(f"{name}: expected a module or a function, got {type(function).__name__}")
-        n_inp, n_out = _checks.integer("n_inp", n_inp), _checks.integer("n_out", n_out)
-        if n_inp != -1 and n_inp < 1:
-            raise ValueError(f"n_inp: expected a positive number of input vectors, or -1 for any number, got {n_inp}")
-        if n_out < 2:
-            raise ValueError(f"n_out: expected at least 2 output vectors, got {n_out}")
-        n_iters = _checks.at_least_one("n_iters", n_iters)
-        if d_inp is not None:
-            d_inp = _checks.at_least_one("d_inp", d_inp)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         self.n_inp, self.n_out, self.d_inp = n_inp, n_out, d_inp
         self.n_iters, self.return_dict = n_iters, return_dict
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, matrix_routing
+from ..ops._arguments import Count, InputCapsules, OutputCapsules, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
 from ..ops.matrix_routing import P_MODELS
@@ -52,36 +55,26 @@ class GenerativeMatrixRouting(nn.Module):
 
     CONST_one: Tensor
 
+    @checked
     def __init__(
         self,
-        n_inp: int,
-        n_out: int,
-        d_cov: int,
-        d_inp: int,
-        d_out: int,
-        n_iters: int = 3,
+        n_inp: InputCapsules,
+        n_out: OutputCapsules,
+        d_cov: Count,
+        d_inp: Count,
+        d_out: Count,
+        n_iters: Several = 3,
         single_beta: bool = False,
         p_model: str = "gaussian",
-        eps: float = 1e-5,
+        eps: Annotated[float, partial(_checks.positive, what="a positive number")] = 1e-5,
         return_dict: bool = False,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        n_inp, n_out = _checks.integer("n_inp", n_inp), _checks.integer("n_out", n_out)
-        if n_inp != -1 and n_inp < 1:
-            raise ValueError(f"n_inp: expected a positive number of input capsules, or -1 for any number, got {n_inp}")
-        if n_out < 2:
-            raise ValueError(f"n_out: expected at least 2 output capsules, got {n_out}")
-        sizes = {"d_cov": d_cov, "d_inp": d_inp, "d_out": d_out, "n_iters": n_iters}
-        d_cov, d_inp, d_out, n_iters = (_checks.at_least_one(name, value) for name, value in sizes.items())
         if p_model not in P_MODELS:
             raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
-        if not eps > 0:
-            raise ValueError(f"eps: expected a positive number, got {eps}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         self.n_inp, self.n_out, self.d_cov, self.d_inp, self.d_out = n_inp, n_out, d_cov, d_inp, d_out
         self.n_iters, self.single_beta, self.p_model, self.eps = n_iters, single_beta, p_model, float(eps)
         self.return_dict, self.n_inp_is_fixed = return_dict, n_inp != -1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks
+from ..ops._arguments import Count, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
 from ..ops._modules import may_be_read
@@ -52,26 +53,21 @@ class SlotAttention(nn.Module):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
+    @checked
     def __init__(
         self,
-        n_slots: int,
-        d_inp: int,
-        d_slot: int,
-        n_iters: int = 3,
-        d_hidden: int | None = None,
-        eps: float = 1e-8,
+        n_slots: Count,
+        d_inp: Count,
+        d_slot: Count,
+        n_iters: Several = 3,
+        d_hidden: Count | None = None,
+        eps: Annotated[float, partial(_checks.at_least_zero, what="a finite number of 0 or more")] = 1e-8,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        d_hidden = 2 * _checks.at_least_one("d_slot", d_slot) if d_hidden is None else d_hidden
-        sizes = {"n_slots": n_slots, "d_inp": d_inp, "d_slot": d_slot, "n_iters": n_iters, "d_hidden": d_hidden}
-        n_slots, d_inp, d_slot, n_iters, d_hidden = (_checks.at_least_one(k, v) for k, v in sizes.items())
-        if not 0 <= eps < float("inf"):
-            raise ValueError(f"eps: expected a finite number of 0 or more, got {eps}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        d_hidden = 2 * d_slot if d_hidden is None else d_hidden
         self.n_slots, self.d_inp, self.d_slot = n_slots, d_inp, d_slot
         self.n_iters, self.d_hidden, self.eps = n_iters, d_hidden, eps
 
@@ -143,11 +139,14 @@ class SlotAttention(nn.Module):
             raise ValueError(
                 f"d_inp: expected input vectors of width {self.d_inp}, got {d} (x_inp is {_checks.shown(x_inp)})"
             )
+        _checks.flag("return_attn", return_attn)
+        for name, t in (("slots", slots), ("mask", mask)):
+            if t is not None:
+                _checks.tensor(name, t, "a tensor")
         _checks.together(("the parameters", self.mu), {"x_inp": x_inp, "slots": slots, "mask": mask})
         slots = self._begin(slots, batch, generator)
         m = slots.shape[-2]
         if mask is not None:
-            _checks.tensor("mask", mask, "a bool tensor")
             mask = _checks.as_mask(mask, batch, n, m)
         device, dtype = x_inp.device.type, self.mu.dtype
         samples = math.prod(batch)

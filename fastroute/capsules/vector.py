@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, efficient_routing
+from ..ops._arguments import Count, InputCount, OutputCount, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._autograd import transformed
 from ..ops._masked import only, reaches
@@ -51,13 +52,14 @@ class EfficientVectorRouting(nn.Module):
 
     CONST_ones_over_n_out: Tensor
 
+    @checked
     def __init__(
         self,
-        n_inp: int,
-        n_out: int,
-        d_inp: int,
-        d_out: int,
-        n_iters: int = 2,
+        n_inp: InputCount,
+        n_out: OutputCount,
+        d_inp: Count,
+        d_out: Count,
+        n_iters: Several = 2,
         normalize: bool = True,
         memory_efficient: bool = True,
         return_dict: bool = False,
@@ -66,16 +68,6 @@ class EfficientVectorRouting(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"n_inp": n_inp, "n_out": n_out, "d_inp": d_inp, "d_out": d_out, "n_iters": n_iters}
-        n_inp, n_out, d_inp, d_out, n_iters = (_checks.integer(name, value) for name, value in sizes.items())
-        if n_inp != -1 and n_inp < 1:
-            raise ValueError(f"n_inp: expected a positive number of input vectors, or -1 for any number, got {n_inp}")
-        if n_out < 2:
-            raise ValueError(f"n_out: expected at least 2 output vectors, got {n_out}")
-        for name, value in (("d_inp", d_inp), ("d_out", d_out), ("n_iters", n_iters)):
-            _checks.at_least_one(name, value)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         self.n_inp, self.n_out, self.d_inp, self.d_out = n_inp, n_out, d_inp, d_out
         self.n_iters, self.normalize = n_iters, normalize
         self.memory_efficient, self.return_dict = memory_efficient, return_dict

@@ -6,12 +6,13 @@ Axes: B samples, T tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops._checks import at_least_one, may_look, shown, tensor
+from ..ops._arguments import Several, checked
+from ..ops._checks import function, may_look, shown, tensor
 from ..ops._masked import only
 
 
@@ -29,10 +30,12 @@ class Unpack(nn.Module):
     The layer's parameters have ``layer.`` before their names.
     """
 
-    def __init__(self, layer: Callable[..., Any], take: int | str | None = None, **options: Any) -> None:
+    @checked
+    def __init__(
+        self, layer: Annotated[Callable[..., Any], None], take: int | str | None = None, **options: Any
+    ) -> None:
         super().__init__()
-        if not callable(layer):
-            raise TypeError(f"layer: expected a Module or a function, got {type(layer).__name__}")
+        function("layer", layer, "a Module or a function")
         self.layer, self.take, self.options = layer, take, options
 
     def extra_repr(self) -> str:
@@ -60,8 +63,9 @@ class EachTask:
         tasks: T.
     """
 
-    def __init__(self, tasks: int) -> None:
-        self.num_tasks = at_least_one("tasks", tasks)
+    @checked
+    def __init__(self, tasks: Several) -> None:
+        self.num_tasks = tasks
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tensor("x", x, "a tensor [B, ...]")
@@ -82,8 +86,9 @@ class ToTasks:
         tasks: T.
     """
 
-    def __init__(self, tasks: int) -> None:
-        self.num_tasks = at_least_one("tasks", tasks)
+    @checked
+    def __init__(self, tasks: Several) -> None:
+        self.num_tasks = tasks
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         tensor("x", x, "a tensor [T B, ...]")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Count, Tasks, checked
 from ..ops._autocast import autocast_off
-from ..ops._checks import at_least_one, floating, shown, tensor
-from .expert_bank import floating_dtype
+from ..ops._checks import floating, shown, tensor
 from .outputs import ByTask, by_task, task_names
 
 
@@ -35,24 +35,23 @@ class CrossStitch(nn.Module):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
-        tasks: int | Sequence[str],
+        tasks: Tasks,
         *,
-        channels: int | None = None,
+        channels: Count | None = None,
         own: float = 0.9,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_tasks, self.tasks = task_names(tasks)
-        self.channels = None if channels is None else at_least_one("channels", channels)
-        if isinstance(own, bool) or not isinstance(own, (int, float)):
-            raise TypeError(f"own: expected a number, got {own!r}")
+        self.channels = channels
         self.own = float(own)
         T = self.num_tasks
         shape = (T, T) if self.channels is None else (self.channels, T, T)
-        self.alpha = nn.Parameter(torch.empty(shape, device=device, dtype=floating_dtype(dtype)))
+        self.alpha = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops._arguments import Count, checked
 from ..ops._autocast import autocast_dtype, autocast_off
-from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._checks import floating, shown, tensor
 from ..ops._modules import may_be_read
 from ..reference.grouped_linear import ACTIVATIONS
 from ..reference.policy import accumulating
@@ -37,26 +38,25 @@ class Experts(nn.Module):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int | None,
-        out_features: int,
-        num_experts: int,
+        in_features: Count,
+        hidden_features: Count | None,
+        out_features: Count,
+        num_experts: Count,
         *,
         activation: str = "relu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        D, P = at_least_one("in_features", in_features), at_least_one("out_features", out_features)
-        H = None if hidden_features is None else at_least_one("hidden_features", hidden_features)
-        E = at_least_one("num_experts", num_experts)
+        D, H, P, E = in_features, hidden_features, out_features, num_experts
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.in_features, self.hidden_features, self.out_features, self.num_experts = D, H, P, E
         self.activation = activation
-        own: dict[str, Any] = {"device": device, "dtype": floating_dtype(dtype)}
+        own: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = P if H is None else H
         self.w_in = nn.Parameter(torch.empty(E, inner, D, **own))
         self.b_in = nn.Parameter(torch.empty(E, inner, **own))
@@ -126,21 +126,20 @@ class Gates(nn.Module):
     Parameters: ``weight`` [T, E, D]; with ``bias``, ``bias`` [T, E].
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        num_experts: int,
-        num_tasks: int,
+        in_features: Count,
+        num_experts: Count,
+        num_tasks: Count,
         *,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        D, E = at_least_one("in_features", in_features), at_least_one("num_experts", num_experts)
-        T = at_least_one("num_tasks", num_tasks)
-        self.in_features, self.num_experts, self.num_tasks = D, E, T
-        own: dict[str, Any] = {"device": device, "dtype": floating_dtype(dtype)}
+        D, E, T = self.in_features, self.num_experts, self.num_tasks = in_features, num_experts, num_tasks
+        own: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(T, E, D, **own))
         self.bias = nn.Parameter(torch.empty(T, E, **own)) if bias else None
         self.reset_parameters()
@@ -223,12 +222,7 @@ def features(name: str, x: Tensor, D: int, like: Tensor | None = None) -> None:
     floating(name, x)
     if x.dim() < 1 or x.shape[-1] != D:
         raise ValueError(f"{name}: expected [..., {D}], got {shown(x)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} like the parameters, got one on {x.device}")
     if like is not None and x.dtype != like.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"{name}: expected the experts' dtype {like.dtype}, got {x.dtype}")
-
-
-def floating_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype, if parameters can have it."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
-    return dtype

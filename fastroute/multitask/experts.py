@@ -7,13 +7,14 @@ n are a task's own and s all tasks share; G groups of experts, each with an inpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Count, Several, Tasks, checked
 from ..ops._autocast import autocast_off
-from ..ops._checks import at_least_one, floating, integer, tensor
+from ..ops._checks import LARGEST, at_least_one, floating, integer, no_more, tensor
 from .expert_bank import Experts, Gates, ModuleBank, features
 from .outputs import ByTask, by_task, task_names
 
@@ -128,15 +129,16 @@ class CGC(_Level, _Gated):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        task_experts: int | Sequence[Sequence[nn.Module]],
-        shared_experts: int | Sequence[nn.Module],
-        tasks: int | Sequence[str],
+        in_features: Count,
+        task_experts: Annotated[int | Sequence[Sequence[nn.Module]], None],
+        shared_experts: Annotated[int | Sequence[nn.Module], None],
+        tasks: Tasks,
         *,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
+        hidden_features: Count | None = None,
+        out_features: Count | None = None,
         activation: str = "relu",
         gate_bias: bool = False,
         device: torch.device | str | None = None,
@@ -184,8 +186,9 @@ class MMoE(CGC):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
-        self, in_features: int, experts: int | Sequence[nn.Module], tasks: int | Sequence[str], **options: Any
+        self, in_features: Count, experts: Annotated[int | Sequence[nn.Module], None], tasks: Tasks, **options: Any
     ) -> None:
         if _count("experts", experts) < 1:
             raise ValueError("experts: expected at least 1, got 0")
@@ -215,16 +218,17 @@ class PLE(_Gated):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int | Sequence[int],
+        in_features: Count | Sequence[Count],
         task_experts: Any,
         shared_experts: Any,
-        tasks: int | Sequence[str],
+        tasks: Tasks,
         *,
-        levels: int | None = None,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
+        levels: Several | None = None,
+        hidden_features: Count | None = None,
+        out_features: Count | None = None,
         activation: str = "relu",
         gate_bias: bool = False,
         device: torch.device | str | None = None,
@@ -313,6 +317,7 @@ def _count(name: str, experts: object, T: int | None = None) -> int:
         count = integer(name, experts)
         if count < 0:
             raise ValueError(f"{name}: expected 0 or more, got {count}")
+        no_more(name, count, LARGEST // (T or 1))
         return count * (T or 1)
     groups: Any = [experts] if T is None else experts
     if T is not None and (len(groups) != T or not all(_given(g) for g in groups)):
@@ -341,7 +346,7 @@ def _sizes(hidden: int | None, out: int | None, activation: str, experts: Sequen
 
 
 def _per_level(
-    in_features: Any, own: Any, shared: Any, levels: int | None, out: int | None
+    in_features: Any, own: Any, shared: Any, levels: Several | None, out: int | None
 ) -> Iterator[tuple[int, Any, Any]]:
     """(D, task experts, shared experts) of each level."""
     lists = [k for k, v in (("task_experts", own), ("shared_experts", shared)) if _given(v)]

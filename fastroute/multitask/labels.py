@@ -10,10 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._checks import together
+
 
 def shown(value: Any) -> str:
     """A value's shape or type, for messages."""
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def tensors(y_hat: Any, y: Any, mask: Any) -> None:
+    """TypeError, ValueError: no tensors, or not on one device; predictions that are complex."""
+    for name, t in (("y_hat", y_hat), ("y", y)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {shown(t)}")
+    if y_hat.is_complex():
+        raise TypeError(f"y_hat: expected real predictions, got {y_hat.dtype}")
+    together(("y_hat", y_hat), {"y": y, "mask": mask if isinstance(mask, Tensor) else None})
 
 
 def known(y: Tensor, mask: Tensor | None, ignore_index: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops._checks import flag
 from .labels import are_alike, classes, known, like, shown, spread
 from .weighting.base import wide
 
@@ -99,7 +100,11 @@ def task_losses(
         ValueError: the shapes of a prediction, a target and a mask do not fit; a mask for a loss that is called as it
             is.
     """
-    masks = masks or {}
+    flag("apart", apart)
+    masks = {} if masks is None else masks
+    for name, of in (("outputs", outputs), ("targets", targets), ("losses", losses), ("masks", masks)):
+        if not isinstance(of, Mapping):
+            raise TypeError(f"{name}: expected a dict by task, got {shown(of)}")
     names = [name for name in outputs if losses.get(name) is not None and targets.get(name) is not None]
     tasks = [_task(name, losses[name], outputs[name], targets[name], masks.get(name)) for name in names]
     found: dict[str, Tensor] = {}
@@ -112,8 +117,8 @@ def task_losses(
             groups.setdefault((task.name,) if apart else task.key(), []).append(task)
     for group in groups.values():
         values, there = _classes(group) if group[0].ignore_index is not None else _elements(group)
-        for task, value, flag in zip(group, values.unbind(), there.unbind(), strict=True):
-            found[task.name], present[task.name] = value, flag
+        for task, value, here in zip(group, values.unbind(), there.unbind(), strict=True):
+            found[task.name], present[task.name] = value, here
     return {name: found[name] for name in names}, {name: present[name] for name in names}
 
 

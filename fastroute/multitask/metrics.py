@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Count, checked
 from . import labels
 from .accumulators import Accumulating
 from .weighting.base import in_order, unknown
@@ -92,12 +93,11 @@ class _Classification(Metric):
 
     def __init__(self, classes: int | None, ignore_index: int, threshold: float | None) -> None:
         super().__init__()
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float, type(None))):
-            raise TypeError(f"threshold: expected a number, got {threshold!r}")
         self.classes, self.ignore_index, self.threshold = classes, ignore_index, threshold
 
     def _read(self, y_hat: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(predicted class, true class, which labels are there)."""
+        labels.tensors(y_hat, y, mask)
         C = y_hat.shape[min(1, y_hat.dim() - 1)] if y_hat.dim() else 1
         if self.classes == C and y_hat.shape == y.shape and y_hat.dim() > 1:
             y = y.to(torch.promote_types(y.dtype, torch.bfloat16))  # one-hot ones may be integers
@@ -127,7 +127,10 @@ class Accuracy(_Classification):
     right: Tensor
     count: Tensor
 
-    def __init__(self, ignore_index: int = -100, *, classes: int | None = None, threshold: float | None = None) -> None:
+    @checked
+    def __init__(
+        self, ignore_index: int = -100, *, classes: Count | None = None, threshold: float | None = None
+    ) -> None:
         super().__init__(classes, ignore_index, threshold)
         self._sum("right")
         self._sum("count")
@@ -167,7 +170,10 @@ class F1(_Classification):
     true: Tensor
     count: Tensor
 
-    def __init__(self, classes: int | None = None, ignore_index: int = -100, *, threshold: float | None = None) -> None:
+    @checked
+    def __init__(
+        self, classes: Count | None = None, ignore_index: int = -100, *, threshold: float | None = None
+    ) -> None:
         super().__init__(classes, ignore_index, threshold)
         for name in ("hits", "predicted", "true"):
             self._sum(name, [classes or 2])
@@ -206,6 +212,7 @@ class L1(Metric):
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of predictions and labels of one shape."""
+        labels.tensors(y_hat, y, mask)
         y = labels.like(y_hat, y)
         there = labels.known(y, None if mask is None else labels.spread(mask, y))
         off = (y_hat.to(self.error.dtype) - y.to(self.error.dtype)).abs()
@@ -225,6 +232,7 @@ class TaskMetrics(nn.Module):
             ``reset()``, as those of torchmetrics (which see labels as they are: mask nothing there).
     """
 
+    @checked
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         super().__init__()
         if not metrics:
@@ -269,6 +277,7 @@ class TaskMetrics(nn.Module):
             metric.reset()
 
 
+@checked
 def relative_improvement(
     metrics: Mapping[str, float | Tensor | Sequence[float]],
     baselines: Mapping[str, float | Tensor | Sequence[float]],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import checked
 from .graph import ROOT, draw, read, read_outputs
 from .heads import join
 from .held import Losses, LossWeights, hold
@@ -92,10 +93,11 @@ class MTLModel(Objective):
     #: Whether unknown keys and the like are errors.
     _strict: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
-        task_layers: Sequence[Mapping[str, Any]],
-        output_tasks: Sequence[str] | str,
+        task_layers: Annotated[Sequence[Mapping[str, Any]], None],
+        output_tasks: Annotated[Sequence[str] | str, None],
         *,
         order: str = "list",
         run_all: bool = False,

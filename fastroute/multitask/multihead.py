@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch, grouped_linear
-from ..ops._checks import at_least_one, shown
+from ..ops._arguments import Count, Tasks, checked
+from ..ops._checks import shown, tensor, together
 from .products import Layer, chain
 from .weighting.base import names_of
 
@@ -46,12 +47,13 @@ class MultiHead(nn.Module):
         ValueError, TypeError: a size below 1, an unknown word, a name twice.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        hidden: int | Sequence[int] | None,
-        out_features: int,
-        tasks: Sequence[str] | int,
+        in_features: Count,
+        hidden: Count | Sequence[Count] | None,
+        out_features: Count,
+        tasks: Tasks,
         *,
         activation: str = "relu",
         bias: bool = True,
@@ -67,11 +69,7 @@ class MultiHead(nn.Module):
         self.tasks = names_of(tasks)
         self.returns, self.activation = returns, activation
         inner = [] if hidden is None else list(hidden) if isinstance(hidden, Sequence) else [hidden]
-        widths = [
-            at_least_one("in_features", in_features),
-            *(at_least_one("hidden", width) for width in inner),
-            at_least_one("out_features", out_features),
-        ]
+        widths = [in_features, *inner, out_features]
         T = len(self.tasks)
         act = _ACTIVATIONS[activation]()
         pairs = list(itertools.pairwise(widths))
@@ -107,6 +105,8 @@ class MultiHead(nn.Module):
             ValueError, TypeError, IndexError: x does not have F features; a task per sample is not what came.
         """
         first = self._layers[0]
+        tensor("x", x, "a tensor [..., in_features]")
+        together(("the parameters", self.weights[0]), {"x": x})
         if x.dim() == 0 or x.shape[-1] != first.F:
             raise ValueError(f"x: expected [..., {first.F}], got {shown(x)}")
         if task is not None:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..ops._checks import at_least_one
+from ..ops._arguments import Tasks
+from ..ops._checks import several
 
 ByTask = tuple[Tensor, ...] | dict[str, Tensor]
 
 
-def task_names(tasks: int | Sequence[str]) -> tuple[int, tuple[str, ...] | None]:
+def task_names(tasks: Tasks) -> tuple[int, tuple[str, ...] | None]:
     """(T, the names), from a number (no names) or from names.
 
     Raises:
@@ -20,7 +21,7 @@ def task_names(tasks: int | Sequence[str]) -> tuple[int, tuple[str, ...] | None]
     if isinstance(tasks, str) or not isinstance(tasks, Sequence):
         if isinstance(tasks, str):
             raise TypeError(f"tasks: expected a number or a list of names, got the str {tasks!r}")
-        return at_least_one("tasks", tasks), None
+        return several("tasks", tasks), None
     names = tuple(tasks)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"tasks: expected a number or a list of one or more names, got {tasks!r}")

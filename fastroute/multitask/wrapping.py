@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add, mul
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from ..ops import _checks
+from ..ops._arguments import Count, checked
 
 
 class Concat:
@@ -23,8 +24,9 @@ class Concat:
         dim: the axis that they are joined along.
     """
 
+    @checked
     def __init__(self, dim: int) -> None:
-        self.dim = _checks.integer("dim", dim)
+        self.dim = dim
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return torch.cat(inputs, self.dim)
@@ -40,8 +42,9 @@ class Stack:
         dim: the axis of the result that numbers them.
     """
 
+    @checked
     def __init__(self, dim: int) -> None:
-        self.dim = _checks.integer("dim", dim)
+        self.dim = dim
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return torch.stack(inputs, self.dim)
@@ -78,14 +81,15 @@ class Split:
         dim: the axis that is cut.
     """
 
-    def __init__(self, sizes: int | Sequence[int], dim: int) -> None:
-        if isinstance(sizes, Sequence) and not isinstance(sizes, str):
-            self.sizes: int | tuple[int, ...] = tuple(_checks.at_least_one("sizes", size) for size in sizes)
-        else:
-            self.sizes = _checks.at_least_one("sizes", sizes)
-        self.dim = _checks.integer("dim", dim)
+    @checked
+    def __init__(self, sizes: Count | Sequence[Count], dim: int) -> None:
+        self.sizes: int | tuple[int, ...] = sizes if isinstance(sizes, int) else tuple(sizes)
+        self.dim = dim
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        _checks.tensor("x", x, "a tensor")
+        if not -x.dim() <= self.dim < x.dim():
+            raise ValueError(f"x: expected a tensor with an axis {self.dim} to split, got {_checks.shown(x)}")
         sizes = self.sizes if isinstance(self.sizes, int) else list(self.sizes)
         return tuple(torch.split(x, sizes, self.dim))
 
@@ -140,9 +144,9 @@ class Lambda:
         options: further keyword arguments for the function.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None, **options: Any) -> None:
-        if not callable(function):
-            raise TypeError(f"function: expected something to call, got {type(function).__name__}")
+    @checked
+    def __init__(self, function: Annotated[Callable[..., Any], None], name: str | None = None, **options: Any) -> None:
+        _checks.function("function", function, "something to call")
         self.function, self.options = function, options
         self.name = str(getattr(function, "__name__", repr(function)) if name is None else name)
 

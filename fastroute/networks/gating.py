@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch
+from ..ops._arguments import Count, NotNegative, checked
 from ..ops._autocast import autocast_off
-from ..ops._checks import at_least_one, floating, may_look, shown, tensor
+from ..ops._checks import floating, is_number, may_look, samples, shown, tensor
 from ..ops._masked import only
 from ..ops._modules import call, may_be_read
 from ..ops._recomputation import draws_of, is_recomputation
@@ -77,42 +78,40 @@ class TopKGating(nn.Module):
     selection_bias: Tensor | None
     counts: Tensor | None
 
+    @checked
     def __init__(
         self,
-        num_selections: int,
-        in_features: int | Sequence[int],
-        k: int = 2,
+        num_selections: Count,
+        in_features: Count | Sequence[Count],
+        k: Count = 2,
         *,
         scores: Scores = "softmax",
         normalize: bool = True,
         bias: bool = False,
-        jitter: float = 0.0,
-        capacity: float | None = None,
-        balance_loss: float = 0.01,
-        z_loss: float = 0.0,
-        bias_balancing: float = 0.0,
+        jitter: NotNegative = 0.0,
+        capacity: Annotated[float | None, None] = None,
+        balance_loss: NotNegative = 0.01,
+        z_loss: NotNegative = 0.0,
+        bias_balancing: NotNegative = 0.0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        K = self._num_selections = at_least_one("num_selections", num_selections)
-        widths = tuple(in_features) if isinstance(in_features, Sequence) else (in_features,)
-        self._in_features = math.prod(at_least_one("in_features", width) for width in widths)
-        self.k = at_least_one("k", k)
+        K, self.k = num_selections, k
+        self._num_selections = K
+        self._in_features = in_features if isinstance(in_features, int) else math.prod(in_features)
         if self.k > K:
             raise ValueError(f"k: expected at most num_selections, {K}, got {k}")
-        if scores not in ("softmax", "sigmoid"):
-            raise ValueError(f"scores: expected 'softmax' or 'sigmoid', got {scores!r}")
         self.scores, self.normalize = scores, bool(normalize)
-        self.jitter = _at_least_zero("jitter", jitter)
+        self.jitter = float(jitter)
         if self.jitter >= 1:
             raise ValueError(f"jitter: expected a number below 1, got {jitter}")
-        if capacity is not None and not 0 < capacity < math.inf:
+        if capacity is not None and not (is_number(capacity) and 0 < capacity < math.inf):
             raise ValueError(f"capacity: expected a finite number above 0 or None, got {capacity}")
         self.capacity = None if capacity is None else float(capacity)
-        self.balance_loss, self.z_loss = _at_least_zero("balance_loss", balance_loss), _at_least_zero("z_loss", z_loss)
-        self.bias_balancing = _at_least_zero("bias_balancing", bias_balancing)
+        self.balance_loss, self.z_loss = float(balance_loss), float(z_loss)
+        self.bias_balancing = float(bias_balancing)
         self.generator = generator
         self.router = nn.Linear(self._in_features, K, bias=bool(bias), device=device, dtype=dtype)
         balances = self.bias_balancing > 0
@@ -163,7 +162,7 @@ class TopKGating(nn.Module):
         Raises:
             ValueError, TypeError, IndexError: naming the argument.
         """
-        meta = Trajectory.of(meta, batch.shape[0])
+        meta = Trajectory.of(meta, samples("batch", batch))
         made = self.route(batch, mask, forced_actions)
         active = as_mask(mask, batch.shape[0], batch.device)
         meta.mix(
@@ -298,6 +297,7 @@ class TopKGating(nn.Module):
         counts.zero_()
 
 
+@checked
 def rebalance(model: nn.Module, group: Any = None) -> None:
     """``TopKGating.rebalance`` for every gating of a model, once per optimizer step.
 
@@ -306,9 +306,3 @@ def rebalance(model: nn.Module, group: Any = None) -> None:
     for m in model.modules():
         if isinstance(m, TopKGating):
             m.rebalance(group)
-
-
-def _at_least_zero(name: str, value: float) -> float:
-    if not value >= 0:
-        raise ValueError(f"{name}: expected a number of 0 or more, got {value}")
-    return float(value)

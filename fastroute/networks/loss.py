@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Share, checked
+from ..ops._checks import flag, samples, tensor
 from ..ops._recomputation import is_recomputation
 from ..ops.trajectory_loss import SILENT, makes_rewards, rewarded_loss, trajectory_loss
 from .entries import Entries, Need, Step, known_losses, reduce, rows_of
@@ -42,25 +44,25 @@ class Loss(nn.Module):
     over its decisions of what each class defines. A sample without a decision has routing loss 0.
     """
 
+    @checked
     def __init__(
         self,
         pytorch_loss_func: Any,
         routing_reward_func: Any,
-        discounting: float = 1.0,
+        discounting: Share = 1.0,
         clear: bool = False,
         normalize_per_action_rewards: bool = True,
         *,
         formula: Formula = "intended",
     ) -> None:
         super().__init__()
-        if inspect.isclass(pytorch_loss_func) or inspect.isclass(routing_reward_func):
-            raise TypeError("Loss: expected objects, got a class; write CrossEntropyLoss(), NegLossReward()")
+        for name, one in (("pytorch_loss_func", pytorch_loss_func), ("routing_reward_func", routing_reward_func)):
+            if inspect.isclass(one):
+                raise TypeError(f"{name}: expected objects, got a class; write {one.__name__}(...)")
         if not callable(pytorch_loss_func):
             raise TypeError(f"pytorch_loss_func: expected a loss module or a function, got {pytorch_loss_func!r}")
         if not callable(routing_reward_func):
             raise TypeError(f"routing_reward_func: expected a reward object or a function, got {routing_reward_func!r}")
-        if not 0 <= discounting <= 1:
-            raise ValueError(f"discounting: expected a number from 0 to 1, got {discounting}")
         self.pytorch_loss_func, self._per_sample = pytorch_loss_func, _per_sample(pytorch_loss_func)
         self.routing_reward_func = routing_reward_func
         self.discounting, self.clear = float(discounting), bool(clear)
@@ -93,7 +95,8 @@ class Loss(nn.Module):
             raise TypeError(f"mys: expected a Trajectory or a list of its samples, got {type(mys).__name__}")
         meta = Trajectory.of(mys)  # type: ignore[arg-type]
         B = len(meta)
-        if ysest.shape[0] != B:
+        flag("reduce", reduce)
+        if samples("ysest", ysest) != B:
             raise ValueError(f"ysest: expected one row per sample of the trajectory, {B}, got {list(ysest.shape)}")
         truth: Tensor | None = ystrue  # type: ignore[assignment]
         losses = self._losses(ysest, truth, external_losses, B)
@@ -111,11 +114,13 @@ class Loss(nn.Module):
 
     def _losses(self, ysest: Tensor, ystrue: Tensor | None, external: Tensor | None, B: int) -> Tensor:
         if external is not None:
+            tensor("external_losses", external, "a tensor [B, ...]")
             if external.shape[:1] != (B,):
                 raise ValueError(f"external_losses: expected one row per sample, {B}, got {list(external.shape)}")
             return external.flatten(1).sum(1) if external.dim() > 1 else external
         if ystrue is None:
             raise ValueError("ystrue: expected the targets (or external_losses), got None")
+        tensor("ystrue", ystrue, "a tensor [B, ...]")
         if ystrue.shape[:1] != (B,):
             raise ValueError(f"ystrue: expected one row per sample, {B}, got {list(ystrue.shape)}")
         made: Tensor = self._per_sample(ysest, ystrue)

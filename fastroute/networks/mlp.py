@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Annotated, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..ops._arguments import checked
+from ..ops._checks import at_least_one, floating, shown, tensor
+
+#: An int or several; the constructor's own check tells all of them.
+Widths = Annotated[int | Sequence[int], None]
 
 
 class MLP(nn.Module):
@@ -23,28 +30,40 @@ class MLP(nn.Module):
     Shapes: [..., input_dim] -> [..., output_dim]. Parameters: ``_layers.{j}.weight``, ``_layers.{j}.bias``.
     """
 
+    @checked
     def __init__(
         self,
-        input_dim: int | Sequence[int],
-        output_dim: int,
-        layers: Sequence[int] = (),
+        input_dim: Widths,
+        output_dim: Widths,
+        layers: Widths = (),
         nonlin: Callable[[Tensor], Tensor] = F.relu,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        features = input_dim if isinstance(input_dim, int) else math.prod(input_dim)
-        widths = [features, *([layers] if isinstance(layers, int) else layers), output_dim]
-        if any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in widths):
-            raise ValueError(
-                f"MLP: expected widths of at least 1, got input {input_dim}, layers {layers}, output {output_dim}"
-            )
-        self._nonlin = nonlin
+        try:
+            if isinstance(input_dim, Mapping) or isinstance(layers, Mapping):
+                raise TypeError("dicts")
+            inputs = [input_dim] if isinstance(input_dim, SupportsIndex) else input_dim
+            hidden = [layers] if isinstance(layers, SupportsIndex) else layers
+            features = math.prod(at_least_one("input_dim", width) for width in inputs)
+            widths = [features, *(at_least_one("layers", width) for width in hidden)]
+            widths.append(at_least_one("output_dim", output_dim))
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"MLP: expected widths of at least 1, got input {input_dim}, layers {layers}, output {output_dim} "
+                "(input_dim, layers, output_dim)"
+            ) from error
+        self._nonlin, self._input_dim = nonlin, features
         self._layers = nn.ModuleList(nn.Linear(a, b, device=device, dtype=dtype) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., input_dim] -> [..., output_dim]."""
+        tensor("x", x, "a tensor [..., input_dim]")
+        floating("x", x)
+        if x.dim() < 1 or x.shape[-1] != self._input_dim:
+            raise ValueError(f"x: expected [..., {self._input_dim}], got {shown(x)}")
         for layer in self._layers[:-1]:
             x = self._nonlin(layer(x))
         made: Tensor = self._layers[-1](x)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch, expert_ffn
-from ..ops._checks import at_least_one, floating, integer, shown, tensor
+from ..ops._arguments import Count, Natural, checked
+from ..ops._checks import flag, floating, shown, tensor, together
 from ..ops._masked import only
 from ..ops._modules import may_be_read
 from ..reference.grouped_linear import ACTIVATIONS
@@ -51,27 +52,25 @@ class MoE(nn.Module):
     ``shared_gate_up`` and ``shared_down`` without the first axis.
     """
 
+    @checked
     def __init__(
         self,
-        d_model: int,
-        d_hidden: int,
-        num_experts: int,
-        k: int = 2,
+        d_model: Count,
+        d_hidden: Count,
+        num_experts: Count,
+        k: Count = 2,
         *,
         activation: str = "silu",
         gated: bool = True,
-        shared_experts: int = 0,
+        shared_experts: Natural = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **gating: Any,
     ) -> None:
         super().__init__()
-        D, H = at_least_one("d_model", d_model), at_least_one("d_hidden", d_hidden)
-        E, S = at_least_one("num_experts", num_experts), integer("shared_experts", shared_experts)
+        D, H, E, S = d_model, d_hidden, num_experts, shared_experts
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if S < 0:
-            raise ValueError(f"shared_experts: expected 0 or more, got {S}")
         self.d_model, self.d_hidden, self.num_experts, self.shared_experts = D, H, E, S
         self.activation, self.gated = activation, bool(gated)
         own: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -120,6 +119,8 @@ class MoE(nn.Module):
         D, lead = self.d_model, x.shape[:-1]
         if x.dim() < 1 or x.shape[-1] != D:
             raise ValueError(f"x: expected [..., {D}], got {shown(x)}")
+        flag("return_aux", return_aux)
+        together(("the experts", self.w_down), {"x": x})
         flat, active = x.reshape(-1, D), None
         if mask is not None:
             tensor("mask", mask, "a bool tensor [...]")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops._arguments import Count, Several, Share, checked
+from ..ops._checks import as_tensor, floating, shown, tensor, together
 from ..ops._masked import only
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
@@ -56,22 +57,23 @@ class RoutingRNNCellBase(nn.Module):
     #: whether upstream's formula has a meaning of its own for action 0
     _has_upstream = False
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        hidden_size: int,
-        num_selections: int,
-        depth_routing: int,
+        in_features: Count,
+        hidden_size: Count,
+        num_selections: Several,
+        depth_routing: Several,
         routing_agent: type[nn.Module],
         route_i2h: bool = False,
         route_h2h: bool = True,
         recurrent: bool = False,
         nonlin: Callable[[Tensor], Tensor] = F.relu,
-        num_agents: int = 1,
-        exploration: float = 0.1,
+        num_agents: Several = 1,
+        exploration: Share = 0.1,
         policy_storage_type: str | int = "approx",
         detach: bool = True,
-        approx_hidden_dims: Sequence[int] = (),
+        approx_hidden_dims: int | Sequence[int] | None = (),
         additional_reward_func: Any = None,
         *,
         formula: Formula = "intended",
@@ -82,10 +84,8 @@ class RoutingRNNCellBase(nn.Module):
         super().__init__()
         if not (inspect.isclass(routing_agent) and issubclass(routing_agent, nn.Module)):
             raise TypeError(f"routing_agent: expected a decision class such as REINFORCE, got {routing_agent!r}")
-        self.in_features = at_least_one("in_features", in_features)
-        self.hidden_size = at_least_one("hidden_size", hidden_size)
-        self.num_selections = at_least_one("num_selections", num_selections)
-        self.depth_routing = at_least_one("depth_routing", depth_routing)
+        self.in_features, self.hidden_size = in_features, hidden_size
+        self.num_selections, self.depth_routing = num_selections, depth_routing
         self.route_i2h, self.route_h2h, self.recurrent = bool(route_i2h), bool(route_h2h), bool(recurrent)
         self.nonlin = nonlin
         self.formula = check_formula(formula)
@@ -97,8 +97,15 @@ class RoutingRNNCellBase(nn.Module):
             **factory, **kwargs,
         )  # fmt: skip
         choices = self.num_selections + self.recurrent
+
+        def decide(features: int) -> nn.Module:
+            try:
+                return routing_agent(choices, features, **options)
+            except TypeError as error:
+                raise TypeError(f"routing_agent: {error}") from error
+
         if not (route_i2h or route_h2h):
-            routing_agent(choices, in_features, **options)  # wrong arguments are wrong even if nobody reads them
+            decide(in_features)  # wrong arguments are wrong even if nobody reads them
         for name, features, routed in self._projections():
             widths = [features, *[self._gates * hidden_size] * self.depth_routing]
             if recurrent or not routed:
@@ -106,7 +113,7 @@ class RoutingRNNCellBase(nn.Module):
             if not routed:
                 continue
             layers = widths[-1:] if recurrent else widths[:-1]
-            routers = [routing_agent(choices, width, **options) for width in layers]
+            routers = [decide(width) for width in layers]
             selections = [
                 Selection(*(nn.Linear(width, widths[-1], **factory) for _ in range(self.num_selections)))
                 for width in layers
@@ -160,7 +167,8 @@ class RoutingRNNCellBase(nn.Module):
         decisions = self.depth_routing * (self.route_i2h + self.route_h2h)
         if forced is None:
             return made, as_mask(mask, B, x.device), iter([None] * decisions)
-        forced = torch.as_tensor(forced, device=x.device)
+        forced = as_tensor("forced_actions", forced, x.device)
+        together(("x", x), {"forced_actions": forced})
         if tuple(forced.shape) != (decisions, B):
             raise ValueError(
                 f"forced_actions: expected those of each decision, i2h's before h2h's, shape [{decisions}, {B}], "

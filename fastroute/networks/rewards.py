@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
+from ..ops._arguments import Count, checked
+from ..ops._checks import samples, shown, tensor, together
 from ..ops.trajectory_loss import ByAction, Final
 
 Formula = Literal["intended", "upstream"]
@@ -35,6 +37,7 @@ class BaseReward(nn.Module):
         scale: multiplies the reward. (Upstream stores it and never uses it: ``formula="upstream"``.)
     """
 
+    @checked
     def __init__(self, scale: float = 1.0, *, formula: Formula = "intended") -> None:
         super().__init__()
         self.scale = scale
@@ -57,6 +60,7 @@ class NegLossReward(BaseReward):
 
     def rewards(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
         """[B] losses -> [B]."""
+        tensor("loss", loss, "a tensor")
         return self.scaled(-loss.detach())
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None = None) -> Tensor:
@@ -79,7 +83,13 @@ class CorrectClassifiedReward(BaseReward):
         """yest [B, C] or [B], ytrue [B], [B, 1] or one-hot [B, C] -> [B]."""
         if ytrue is None:
             raise ValueError("ystrue: CorrectClassifiedReward needs the true classes, got none")
-        B = loss.shape[0]
+        B = samples("loss", loss)
+        for name, t in (("ysest", yest), ("ystrue", ytrue)):
+            if samples(name, t) != B:
+                raise ValueError(f"{name}: expected one per sample, {B}, got {shown(t)}")
+            together(("loss", loss), {name: t})
+        if yest.is_complex():
+            raise TypeError(f"ysest: expected real scores, got {yest.dtype}")
         yest, ytrue = (t.detach().reshape(B, t.shape[1:].numel()) for t in (yest, ytrue))
         classes = yest.shape[1]
         guess = yest.argmax(1) if classes > 1 else yest[:, 0]
@@ -91,6 +101,7 @@ class CorrectClassifiedReward(BaseReward):
 
     def forward(self, loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
         """Of one sample or many: loss [B], yest [B, C] or [B], ytrue [B] or one-hot [B, C] -> [B]."""
+        tensor("loss", loss, "a tensor [B]")
         return self.rewards(loss.reshape(-1), yest, ytrue)
 
     def formula_of(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Final | None:
@@ -165,9 +176,8 @@ class PerActionBaseReward:
 
     keeps_history = False  #: whether ``register_all`` has to keep the last actions
 
-    def __init__(self, history_window: int = 256) -> None:
-        if history_window < 1:
-            raise ValueError(f"history_window: expected at least 1, got {history_window}")
+    @checked
+    def __init__(self, history_window: Count = 256) -> None:
         self.history_window = history_window
         self.clear()
 
@@ -223,16 +233,15 @@ class PerActionBaseReward:
 class _PerActionCounting(PerActionBaseReward):
     """The arguments of the two collaboration rewards."""
 
+    @checked
     def __init__(
         self,
         reward_ratio: float = 0.1,
-        num_actions: int | None = None,
+        num_actions: Count | None = None,
         history_len: int = 256,
         *,
         formula: Formula = "intended",
     ) -> None:
-        if num_actions is not None and num_actions < 1:
-            raise ValueError(f"num_actions: expected at least 1, got {num_actions}")
         self.reward_ratio, self.num_actions, self.history_len = reward_ratio, num_actions, history_len
         self.formula = check_formula(formula)
         super().__init__(history_len)
@@ -314,7 +323,8 @@ class ManualReward(PerActionBaseReward):
         num_actions: how many there are; has to be the length of ``rewards`` if given.
     """
 
-    def __init__(self, rewards: Sequence[float] | Tensor, num_actions: int | None = None) -> None:
+    @checked
+    def __init__(self, rewards: Sequence[float] | Tensor, num_actions: Count | None = None) -> None:
         super().__init__()
         self.table = torch.as_tensor(rewards, dtype=torch.float32).reshape(-1)
         if num_actions is not None and num_actions != len(self.table):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import combine, dispatch
-from ..ops._checks import floating, shown, tensor
+from ..ops._arguments import checked
+from ..ops._checks import floating, samples, shown, tensor
 from . import bank
 from .decisions.base import as_mask
 from .stack import Stack
@@ -42,6 +43,7 @@ class Selection(nn.Module):
             then have zeros for gradients. The modules have to do the same with parameters of the same shapes.
     """
 
+    @checked
     def __init__(
         self,
         *modules: nn.Module,
@@ -56,10 +58,6 @@ class Selection(nn.Module):
             modules = tuple(modules[0])
         if not modules or not all(isinstance(m, nn.Module) for m in modules):
             raise TypeError(f"Selection: expected one or more modules, got {[type(m).__name__ for m in modules]}")
-        if dropped not in ("zero", "identity"):
-            raise ValueError(f"dropped: expected 'zero' or 'identity', got {dropped!r}")
-        if unused_grad not in ("none", "zeros"):
-            raise ValueError(f"unused_grad: expected 'none' or 'zeros', got {unused_grad!r}")
         self._submodules = Stack(modules) if stacked and len(modules) > 1 else nn.ModuleList(modules)
         self._recipe = bank.Recipe()
         self.name, self.store_module_pointers = name, bool(store_module_pointers)
@@ -99,7 +97,7 @@ class Selection(nn.Module):
             ValueError, TypeError: naming the argument; outputs of different shapes; actions [B, k] that are not those
                 of the trajectory's gating, without weights.
         """
-        B, K = batch.shape[0], len(self._submodules)
+        B, K = samples("batch", batch), len(self._submodules)
         meta = Trajectory.of(meta, B)
         if self.store_module_pointers:
             meta.point_to(self._submodules)

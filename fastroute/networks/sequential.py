@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops._checks import samples, tensor
 from .decisions.base import Decision
 from .decisions.fixed import PassThrough, PerTaskAssignment
 from .gating import TopKGating
 from .selection import Selection
-from .trajectory import Trajectory, count
+from .trajectory import Trajectory, labels
 
 #: What passes the triplet (batch, meta, actions) on.
 _ROUTING = (Decision, PerTaskAssignment, PassThrough, TopKGating, Selection)
@@ -30,12 +31,16 @@ class Initialization(nn.Module):
         Raises:
             ValueError: labels of another length.
         """
-        size = xs.shape[0] if isinstance(xs, Tensor) else len(xs)
+        if not isinstance(xs, Tensor) and hasattr(xs, "__len__"):
+            size = len(xs)
+        else:
+            size = samples("xs", xs)
         if isinstance(tasks, Tensor) and tasks.dim() == 2 and tasks.shape[1] == 1:
             tasks = tasks[:, 0]
-        if tasks is not None and count(tasks) not in (0, size):
-            raise ValueError(f"tasks: expected one label per sample, {size}, got {count(tasks)}")
-        return xs, Trajectory(size, tasks if tasks is not None and count(tasks) else None), None
+        count = 0 if tasks is None else labels(tasks)
+        if count not in (0, size):
+            raise ValueError(f"tasks: expected one label per sample, {size}, got {count}")
+        return xs, Trajectory(size, tasks if count else None), None
 
 
 class Sequential(nn.Module):
@@ -68,6 +73,7 @@ class Sequential(nn.Module):
 
     def forward(self, x: Tensor, tasks: Sequence[Any] | Tensor = ()) -> tuple[Tensor, Trajectory]:
         """[B, ...] and B labels -> (y, the trajectory)."""
+        tensor("x", x, "a tensor [B, ...]")
         first, *rest = self.children()
         ys, meta, actions = first(x, tasks)
         for m in rest:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..ops._arguments import checked
 from . import bank
 
 
@@ -35,6 +36,7 @@ class Stack(nn.Module):
         pattern: one of the modules, with the stacked parameters for its own.
     """
 
+    @checked
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         modules = list(modules)

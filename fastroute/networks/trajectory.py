@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops._checks import shown
+from ..ops._checks import given, integer, shown
 from ..ops._recomputation import is_recomputation
 from ..ops.dispatch import Plan
 from ..ops.trajectory_loss import SILENT
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from .summary import Summary
 
 
-def count(labels: Sequence[Any] | Tensor) -> int:
-    """How many there are; of ``len(tensor)`` torch.export makes a constant."""
-    return labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else len(labels)
+def labels(tasks: Any) -> int:
+    """How many task labels there are; of ``len(tensor)`` torch.export makes a constant."""
+    if isinstance(tasks, Tensor) and tasks.dim():
+        return tasks.shape[0]
+    try:
+        return len(tasks)
+    except TypeError:
+        raise TypeError(f"tasks: expected a list or a tensor of labels, one per sample, got {given(tasks)}") from None
 
 
 class _Batch:
@@ -223,8 +228,12 @@ class Trajectory(Sequence[SampleMetaInformation]):
     """
 
     def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None = None) -> None:
-        if tasks is not None and count(tasks) != size:
-            raise ValueError(f"tasks: expected one label per sample, {size}, got {count(tasks)}")
+        if type(size) is not int:  # torch.export's are not
+            size = integer("size", size) if not isinstance(size, torch.SymInt) else size
+        if tasks is not None and (count := labels(tasks)) != size:
+            raise ValueError(f"tasks: expected one label per sample, {size}, got {count}")
+        if size < 0:
+            raise ValueError(f"size: expected 0 or more samples, got {size}")
         self._batch, self._rows = _Batch(size, tasks), None
 
     _batch: _Batch

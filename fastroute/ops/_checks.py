@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import isclass
+from math import inf, isfinite
+from numbers import Real
 from operator import index
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,24 +27,177 @@ def shown(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def given(value: object) -> str:
+    """A wrong value in a message: short, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor {shown(value)} of {value.dtype}" + (
+            "" if value.device.type == "cpu" else f" on {value.device}"
+        )
+    if isclass(value):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"{type(value).__name__} {' '.join(text.split())[:60]}..."
+
+
 def integer(name: str, value: object) -> int:
     """An int, or what stands for one (a NumPy integer), but no bool."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    return index(value)
+    try:
+        if not isinstance(value, (bool, np.bool_)) and isinstance(value, SupportsIndex):
+            return index(value)
+    except Exception:  # tensors that are no integers, or that have no numbers
+        pass
+    raise TypeError(f"{name}: expected an int, got {given(value)}")
 
 
-def at_least_one(name: str, value: object) -> int:
-    """An int of 1 or more."""
+#: Of one axis: what indexes in 32 bits reach.
+LARGEST = 2**31 - 1
+#: Of what Python makes, or does, one by one: some tens of seconds of it.
+MOST = 2**20
+
+
+def at_least_one(name: str, value: object, most: int = LARGEST) -> int:
+    """An int of 1 or more, and not so large that the work for it has no end."""
     number = integer(name, value)
     if number < 1:
         raise ValueError(f"{name}: expected at least 1, got {number}")
+    return no_more(name, number, most)
+
+
+def several(name: str, value: object) -> int:
+    """An int of 1 or more: how many modules, names or steps Python makes, or does, one by one."""
+    return at_least_one(name, value, MOST)
+
+
+def inputs(name: str, value: object, of: str = "vectors") -> int:
+    """How many vectors a layer takes: 1 or more, or -1 for any number."""
+    number = integer(name, value)
+    if number != -1 and number < 1:
+        raise ValueError(f"{name}: expected a positive number of input {of}, or -1 for any number, got {number}")
+    return no_more(name, number, LARGEST)
+
+
+def outputs(name: str, value: object, of: str = "vectors") -> int:
+    """How many vectors a layer gives: among one there is nothing to choose."""
+    number = integer(name, value)
+    if number < 2:
+        raise ValueError(f"{name}: expected at least 2 output {of}, got {number}")
+    return no_more(name, number, LARGEST)
+
+
+def no_more(name: str, number: int, most: int) -> int:
+    """The number, if it is no larger than that."""
+    if number > most:
+        raise ValueError(f"{name}: expected at most {most}, got {number}")
     return number
+
+
+def is_number(value: object) -> bool:
+    """A real number of Python's or NumPy's, but no bool."""
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def finite(name: str, value: Any) -> Any:
+    """A number, neither NaN nor infinite."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number, got {given(value)}")
+    if not isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def at_least_zero(name: str, value: Any, what: str = "a number of 0 or more") -> Any:
+    """A finite number of 0 or more."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected {what}, got {given(value)}")
+    if not 0 <= value < inf:
+        raise ValueError(f"{name}: expected {what}, got {value}")
+    return value
+
+
+def natural(name: str, value: object) -> int:
+    """An int of 0 or more."""
+    number = integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {number}")
+    return number
+
+
+def positive(name: str, value: Any, what: str = "more than 0") -> Any:
+    """A finite number above 0."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected {what}, got {given(value)}")
+    if not 0 < value < inf:
+        raise ValueError(f"{name}: expected {what}, got {value}")
+    return value
+
+
+def share(name: str, value: Any) -> Any:
+    """A number from 0 to 1."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number from 0 to 1, got {given(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return value
+
+
+def floating_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """A dtype that parameters can have."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
+    return dtype
+
+
+def device(name: str, value: Any) -> Any:
+    """What names a device."""
+    try:
+        torch.device(value)
+    except Exception as error:
+        raise ValueError(f"{name}: expected a device such as 'cpu' or 'cuda:0', got {given(value)}") from error
+    return value
 
 
 def tensor(name: str, t: object, what: str) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected {what}, got {type(t).__name__}")
+
+
+def function(name: str, value: object, what: str) -> None:
+    """Something to call, and no class of modules, which is called to make one."""
+    if not callable(value) or (isclass(value) and issubclass(value, torch.nn.Module)):
+        got = f"the class {value.__name__}; write {value.__name__}(...)" if isclass(value) else type(value).__name__
+        raise TypeError(f"{name}: expected {what}, got {got}")
+
+
+def samples(name: str, t: Tensor) -> int:
+    """B of a tensor [B, ...]."""
+    if not isinstance(t, Tensor) or t.dim() < 1:
+        raise (ValueError if isinstance(t, Tensor) else TypeError)(
+            f"{name}: expected a tensor [B, ...], got {given(t)}"
+        )
+    return t.shape[0]
+
+
+def flag(name: str, value: object) -> None:
+    """True or False, or what stands for one."""
+    if not isinstance(value, (bool, np.bool_, torch.SymBool)) and not (type(value) is int and value in (0, 1)):
+        raise TypeError(f"{name}: expected True or False, got {given(value)}")
+
+
+def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+    """A tensor from a tensor or a list."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value, device=device)
+    except Exception as error:
+        raise TypeError(f"{name}: expected a tensor or a list of numbers, got {given(value)}") from error
+
+
+def moved(name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor's numbers there."""
+    if t.is_meta and device.type != "meta":
+        raise ValueError(f"{name}: expected a tensor with numbers, got one on meta")
+    return t.to(device, dtype)
 
 
 def floating(name: str, t: Tensor) -> None:
@@ -85,8 +242,7 @@ def as_mask(mask: Tensor, batch: Sequence[int], n: int, m: int, name: str = "mas
 
 def as_lengths(lengths: Tensor | Sequence[int], batch: Sequence[int], n: int, device: torch.device) -> Tensor:
     """[B] int64 lengths on ``device``, each in [0, n]: checked on a CPU, clamped on a GPU and checked if strict."""
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device=device)
+    lengths = as_tensor("lengths", lengths, device)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if lengths.device != device:

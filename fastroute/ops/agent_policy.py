@@ -16,6 +16,7 @@ from ..reference import agent_policy as reference
 from ..reference.agent_policy import AgentChoice as AgentChoice
 from ..reference.grouped_linear import is_stacked
 from ..reference.policy import KINDS
+from ._arguments import explained
 from ._autocast import autocast_dtype, autocast_off
 from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
 from ._backends import note
@@ -156,6 +157,7 @@ def _again(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return (dx, *[None] * 6, *rest)
 
 
+@explained
 def agent_policy(
     x: Tensor | None,
     plan: Plan | None,

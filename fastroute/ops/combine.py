@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference.policy import accumulating
+from ._arguments import explained
 from ._autograd import asked_again, own, through, transformed
 from ._checks import floating, shown
 
@@ -58,6 +59,7 @@ class _Combine(torch.autograd.Function):
         return dz, d_weights, None
 
 
+@explained
 def combine(z: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
     """y_b = sum_j w_bj z_bj over the entries that are valid.
 

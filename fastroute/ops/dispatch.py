@@ -17,9 +17,10 @@ from ..reference.dispatch import module_of_row as module_of_row
 from ..reference.dispatch import on_host as on_host
 from ..reference.dispatch import read as read
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
+from ._arguments import explained
 from ._autograd import transformed
 from ._backends import Case, decide, is_strict, note, offer, requested, taken
-from ._checks import shown, tensor
+from ._checks import moved, shown, tensor
 from ._triton_dispatch import dispatch_refuses
 
 #: Entries that the CUDA C++ plan takes: one block of threads makes it (csrc/cuda/dispatch.cu).
@@ -47,7 +48,7 @@ def as_actions(actions: Tensor, rows: int, device: torch.device, name: str = "ac
         actions = actions[:, 0]
     if actions.dim() != 1 or actions.shape[0] != rows:
         raise ValueError(f"{name}: expected one per sample, shape [{rows}] or [{rows}, 1], got {shown(actions)}")
-    return _indices(actions, device)
+    return _indices(name, actions, device)
 
 
 def as_entries(actions: Tensor, rows: int, device: torch.device, name: str = "actions") -> Tensor:
@@ -55,7 +56,7 @@ def as_entries(actions: Tensor, rows: int, device: torch.device, name: str = "ac
     _integers(actions, name, "[B, k]")
     if actions.dim() != 2 or actions.shape[0] != rows or actions.shape[1] < 1:
         raise ValueError(f"{name}: expected k per sample, shape [{rows}, k], k at least 1, got {shown(actions)}")
-    return _indices(actions, device)
+    return _indices(name, actions, device)
 
 
 def _integers(actions: Tensor, name: str, shape: str) -> None:
@@ -64,11 +65,12 @@ def _integers(actions: Tensor, name: str, shape: str) -> None:
         raise TypeError(f"{name}: expected an integer tensor {shape}, got {actions.dtype}")
 
 
-def _indices(actions: Tensor, device: torch.device) -> Tensor:
+def _indices(name: str, actions: Tensor, device: torch.device) -> Tensor:
     as_they_are = actions.dtype == torch.int64 and actions.device == device
-    return actions if as_they_are else actions.to(device, torch.int64)
+    return actions if as_they_are else moved(name, actions, device, torch.int64)
 
 
+@explained
 def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
     """Sort samples by the modules that their actions name.
 

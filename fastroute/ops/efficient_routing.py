@@ -16,6 +16,7 @@ from ..reference import efficient_routing as reference
 from ..reference.efficient_routing import Parameters, cast, input_scale, norm
 from ..reference.step import Grads, Passes, Step
 from . import _gram as gram
+from ._arguments import explained
 from ._autocast import autocast_off
 from ._autograd import asked_again, through, transformed
 from ._backends import choose, record, requested
@@ -325,6 +326,7 @@ def _promoted(x: Tensor, w: Parameters) -> tuple[Tensor, Parameters]:
     return x.to(to), cast(w, to)
 
 
+@explained
 def efficient_routing(
     x: Tensor,
     w: Parameters,

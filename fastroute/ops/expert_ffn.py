@@ -18,6 +18,7 @@ from ..reference.grouped_linear import ACTIVATIONS
 from ..reference.policy import accumulating
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled products
 from . import grouped_linear as _grouped_linear  # noqa: F401  (says which backends there are)
+from ._arguments import explained
 from ._autocast import autocast_dtype, autocast_off
 from ._autograd import asked_again, through, transformed
 from ._backends import note, taken
@@ -259,6 +260,7 @@ def _check(x: Tensor, plan: Plan, weights: Tensor | None, w_in: Tensor, w_out: T
             raise ValueError(f"weights: expected one per entry, [{x.shape[0]}, {k}], got {shown(weights)}")
 
 
+@explained
 def expert_ffn(
     x: Tensor,
     plan: Plan,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..reference import grouped_linear as reference
 from ..reference.grouped_linear import ACTIVATIONS, TOLD_BY_VALUE
 from . import _compiled_dispatch as _compiled_dispatch  # defines the compiled ops
+from ._arguments import explained
 from ._autocast import autocast_dtype, autocast_off
 from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
 from ._backends import native_refuses, note, offer, taken
@@ -154,6 +155,7 @@ def _parameters(
     return weights, biases, K, O, F
 
 
+@explained
 def grouped_linear(
     x: Tensor | None,
     plan: Plan,

@@ -17,6 +17,7 @@ from ..reference import matrix_routing as reference
 from ..reference.matrix_routing import Capsules
 from ..reference.matrix_step import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, settle
 from . import _checks
+from ._arguments import explained
 from ._autocast import autocast_dtype, autocast_off
 from ._autograd import asked_again, through, transformed
 from ._backends import Case, choose, native_refuses, offer, record, requested
@@ -261,6 +262,7 @@ def _check(a_inp: Tensor, mu_inp: Tensor, w: Capsules) -> None:
     _checks.together(("mu_inp", mu_inp), tensors)
 
 
+@explained
 def matrix_routing(
     a_inp: Tensor,
     mu_inp: Tensor,

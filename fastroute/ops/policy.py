@@ -15,6 +15,7 @@ from ..reference.policy import KINDS as KINDS
 from ..reference.policy import Choice as Choice
 from . import _compiled_policy as _compiled_policy  # defines the compiled ops
 from . import _triton_policy as _triton_policy  # implements some of them
+from ._arguments import explained
 from ._autograd import apply, asked_again, own, through, transformed
 from ._backends import BackendName, Case, decide, native_refuses, note, offer, requested, taken
 from ._checks import floating, shape
@@ -98,6 +99,7 @@ class _Policy(torch.autograd.Function):
         return (made, *[None] * 7)
 
 
+@explained
 def policy(
     scores: Tensor,
     *,

@@ -14,6 +14,7 @@ from ..reference import soft_assignment as reference
 from ..reference.soft_assignment import Grads, Pairs, accumulating, sizes
 from . import _checks
 from . import _native_soft_assignment as _native_soft_assignment  # defines the native ops
+from ._arguments import explained
 from ._autocast import autocast_off
 from ._autograd import asked_again, through, transformed
 from ._backends import Case, choose, native_refuses, offer, record, requested
@@ -136,6 +137,7 @@ define(
 define(OP, f"({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake, autograd=(_gradient, _setup))
 
 
+@explained
 def soft_assignment(
     scores: Tensor | None,
     votes: Tensor,

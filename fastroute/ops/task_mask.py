@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensor
 from ..reference import task_mask as reference
 from ..reference.dispatch import has_numbers
 from . import _native_task_mask as _native_task_mask  # defines the compiled ops
+from ._arguments import explained
 from ._autograd import asked_again, own, through, transformed
 from ._backends import Case, is_strict, native_refuses, note, offer, taken
 from ._checks import floating, integer, shape, shown, tensor, together
@@ -227,6 +228,7 @@ def _refuse_to_overwrite(x: Tensor) -> None:
         )
 
 
+@explained
 def task_mask(
     x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = False, inplace: bool = False
 ) -> Tensor:  # fmt: skip
@@ -272,6 +274,7 @@ def task_mask(
     return x.copy_(y) if inplace else y
 
 
+@explained
 def batch_norm_mask_relu(
     x: Tensor,
     mapping: Tensor,

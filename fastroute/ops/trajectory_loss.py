@@ -22,6 +22,7 @@ from ..reference.trajectory_loss import SILENT as SILENT
 from ..reference.trajectory_loss import ByAction as ByAction
 from ..reference.trajectory_loss import Final as Final
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
+from ._arguments import explained
 from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed
 from ._backends import Case, note, offer, taken
 from ._checks import floating, shown
@@ -117,6 +118,7 @@ class _RewardedLoss(torch.autograd.Function):
         return _TrajectoryLoss.backward(ctx, grad)
 
 
+@explained
 def trajectory_loss(
     kinds: Sequence[str],
     s0: Rows,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..reference import vector_routing as reference
 from ..reference.step import Grads, Step
 from . import _checks
+from ._arguments import explained
 from ._autocast import autocast_dtype, autocast_off
 from ._autograd import asked_again, through, transformed
 from ._backends import Case, choose, native_refuses, offer, record, requested
@@ -172,6 +173,7 @@ define(
 define(OP, f"({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake, autograd=(_gradient, _setup))
 
 
+@explained
 def vector_routing(
     x: Tensor,
     gate: Tensor,

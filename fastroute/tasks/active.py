@@ -46,7 +46,7 @@ def task_index(task: object, task_count: int, name: str = "task") -> Task:
 def on_device(task: Task, device: torch.device) -> Tensor:
     """The task as an int64 tensor on a device, 0-d for an int."""
     if isinstance(task, Tensor):
-        return task.to(device, torch.int64)
+        return _checks.moved("task", task, device, torch.int64)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # a graph may save it for a backward pass
             return on_device(task, device)
@@ -272,6 +272,8 @@ def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
     aware: list[TaskAware] = []
     others: list[Any] = []
     seen: set[nn.Module] = set()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {_checks.given(model)}")
     modules: list[Any] = [model]
     for module in modules:  # which grows
         cls = type(module)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from ..ops._arguments import checked
 from ..ops._modules import may_be_read, why_called
 from .active import task_index
 from .chain import (
@@ -53,6 +54,7 @@ def routers_of(model: nn.Module) -> dict[str, TaskRouter]:
     return found
 
 
+@checked
 def mask_overlap(model: nn.Module, measure: str = "jaccard") -> Overlap:
     """What share of their units tasks have in common, pair by pair.
 
@@ -80,6 +82,7 @@ def mask_overlap(model: nn.Module, measure: str = "jaccard") -> Overlap:
     return Overlap({name: share(both[name], single[name]) for name in both}, overall)
 
 
+@checked
 def extract_task(model: nn.Module, task: int) -> nn.Sequential:
     """The network of one task, without the channels that are off, in torch.nn modules only.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..ops._arguments import checked
 from ..ops._modules import may_be_read, why_called
 from .chain import (
     BATCH_NORMS,
@@ -37,6 +38,7 @@ _FOLDED: tuple[type[nn.Module], ...] = (
 )
 
 
+@checked
 def fold(model: nn.Module, task: int) -> nn.Module:
     """A copy of the model for one task, whose masks are zeros in weights and biases: masking then costs nothing.
 

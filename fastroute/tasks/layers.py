@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import Count, checked
+from ..ops._checks import tensor
 from .active import Task, is_mapped
 from .chain import MIX, Step, rank
 from .router import TaskRouter
@@ -59,6 +61,7 @@ class _Routed(nn.Module):
         return super().train(mode)
 
     def _run(self, x: Tensor, task: Task | None) -> Tensor:
+        tensor("x", x, "a tensor")
         inp, out = (None if r is None or is_idle(r) else r for r in self.__dict__["_ends"])
         tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
         if not tasks:
@@ -154,14 +157,15 @@ class RoutedConv2d(_Routed, nn.Conv2d):
         ValueError, TypeError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
+        in_channels: Count,
+        out_channels: Count,
+        kernel_size: Count | tuple[Count, Count],
         *args: Any,
-        input_router: TaskRouter | None = None,
-        output_router: TaskRouter | None = None,
+        input_router: Annotated[TaskRouter | None, None] = None,
+        output_router: Annotated[TaskRouter | None, None] = None,
         compact_input: bool = False,
         compact_output: bool = False,
         **others: Any,
@@ -190,13 +194,14 @@ class RoutedLinear(_Routed, nn.Linear):
         input_router, output_router, compact_input, compact_output: as for :class:`RoutedConv2d`.
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Count,
+        out_features: Count,
         *args: Any,
-        input_router: TaskRouter | None = None,
-        output_router: TaskRouter | None = None,
+        input_router: Annotated[TaskRouter | None, None] = None,
+        output_router: Annotated[TaskRouter | None, None] = None,
         compact_input: bool = False,
         compact_output: bool = False,
         **others: Any,

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import checked
+from ..ops._checks import tensor
 from ..ops._modules import Memo, Proof
 from .active import Task, is_mapped
 from .chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
@@ -16,6 +18,7 @@ from .units import sort, units
 from .walk import Mixed, Single, Way, called, walk
 
 
+@checked
 def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     """Makes the Sequentials of a routed model compute only what its routers let through.
 
@@ -105,6 +108,7 @@ class LiveSequential(nn.Sequential):
     #: What it has among its attributes beside those of a Sequential.
     OWN = ("batch_norm", "_memo", "_kept")
 
+    @checked
     def __init__(self, sequence: nn.Sequential, *, batch_norm: str = "exact") -> None:
         super().__init__()
         if not is_sequence(sequence):
@@ -160,6 +164,7 @@ class LiveSequential(nn.Sequential):
             IndexError: a task out of range.
             ValueError, TypeError: as the layers'.
         """
+        tensor("x", x, "a tensor [B, C, ...]")
         plan = self._plan()
         tasks = [router._task(task) for router in plan.routers]
         way = self._way(x, task, tasks, plan)

@@ -6,12 +6,16 @@ Axes: T tasks, C units (channels).
 from __future__ import annotations
 
 from numbers import Real
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..ops import _checks
+
+#: Units off: how many, or which fraction; ``units_off`` checks it.
+Sigma = Annotated[int | float, None]
 
 
 def units_off(unit_count: int, sigma: object) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from ..ops import _checks
 from .router import TaskRouter
 
+#: False, or the path of a state dict; ``read`` checks it.
+Pretrained = Annotated[bool | str | Path, None]
 
-def read(pretrained: bool | str | Path, name: str) -> Mapping[str, Tensor] | None:
+
+def read(pretrained: Pretrained, name: str) -> Mapping[str, Tensor] | None:
     """The state dict in a file; None for False."""
     if pretrained is False or pretrained is None:
         return None

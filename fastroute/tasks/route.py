@@ -11,14 +11,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..ops._arguments import Count, checked
 from .chain import Leaf, channels, leaves, sequences
+from .masks import Sigma
 from .router import TaskRouter
 
 
+@checked
 def route(
     model: nn.Module,
-    task_count: int,
-    sigma: int | float,
+    task_count: Count,
+    sigma: Sigma,
     *,
     generator: torch.Generator | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,

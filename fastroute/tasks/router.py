@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, task_mask
+from ..ops._arguments import Count, checked
 from . import masks
 from .active import Task, TaskAware, traced
 
@@ -47,11 +48,12 @@ class TaskRouter(TaskAware):
     _unit_mapping: Tensor
     axis: int = 1
 
+    @checked
     def __init__(
         self,
-        unit_count: int,
-        task_count: int,
-        sigma: int | float,
+        unit_count: Count,
+        task_count: Count,
+        sigma: masks.Sigma,
         name: str = "TaskRouter",
         *,
         generator: torch.Generator | None = None,
@@ -63,12 +65,9 @@ class TaskRouter(TaskAware):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.unit_count = _checks.at_least_one("unit_count", unit_count)
-        self.task_count = _checks.at_least_one("task_count", task_count)
-        if axis not in (1, -1) or isinstance(axis, bool):
+        if axis not in (1, -1):
             raise ValueError(f"axis: expected 1 or -1, got {axis!r}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        self.unit_count, self.task_count = unit_count, task_count
         self.sigma, self.name = sigma, name
         self.use_routing, self.inplace, self.axis = True, bool(inplace), axis
         off, drawn = self._plan(sigma)

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, dispatch, grouped_linear
+from ..ops._arguments import Several, checked
 from ..ops._modules import may_be_read, signature
 from .active import Task, TaskAware, aware_parts, on_device, traced
+from .masks import Sigma as Sigma
+from .pretrained import Pretrained as Pretrained
 from .pretrained import load_features, read
 from .router import TaskRouter
 
@@ -21,10 +24,11 @@ from .router import TaskRouter
 cfg: dict[str, list[int | Literal["M"]]] = {"A": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]}
 
 
+@checked
 def make_layers(
     cfg: Iterable[int | str],
-    task_count: int,
-    sigma: float,
+    task_count: Several,
+    sigma: Sigma,
     batch_norm: bool = False,
     *,
     device: torch.device | str | None = None,
@@ -102,22 +106,21 @@ class VGG(TaskAware):
         ValueError, TypeError, IndexError: naming the argument.
     """
 
+    @checked
     def __init__(
         self,
         features: nn.Module,
-        task_count: int = 10,
+        task_count: Several = 10,
         init_weights: bool = True,
         active_task: Task = 0,
-        bottleneck_spatial: Sequence[int] = (7, 7),
+        bottleneck_spatial: Annotated[Sequence[int], None] = (7, 7),
         *,
         unused_grad: Literal["none", "zeros"] = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.task_count = _checks.at_least_one("task_count", task_count)
-        if unused_grad not in ("none", "zeros"):
-            raise ValueError(f"unused_grad: expected 'none' or 'zeros', got {unused_grad!r}")
+        self.task_count = task_count
         height, width = _height_and_width(bottleneck_spatial)
         self.unused_grad = unused_grad
         self.features = features
@@ -172,6 +175,11 @@ class VGG(TaskAware):
         Raises:
             IndexError, TypeError, ValueError: as :class:`TaskRouter`.
         """
+        _checks.tensor("x", x, "a tensor [B, 3, H, W]")
+        if isinstance(task, Tensor) and task.dim() == 1 and (x.dim() < 1 or task.shape[0] != x.shape[0]):
+            raise ValueError(
+                f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {_checks.shown(task)}"
+            )
         x = _routed(self.features, x, task)
         x = torch.flatten(self.avgpool(x), 1)
         return self._checked(self._classify(x, self._task(task)), task)
@@ -258,10 +266,11 @@ def _last_channels(features: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------ the models
 
 
+@checked
 def vgg11(
-    pretrained: bool | str | Path = False,
-    task_count: int = 10,
-    sigma: float = 0.5,
+    pretrained: Pretrained = False,
+    task_count: Several = 10,
+    sigma: Sigma = 0.5,
     *,
     generator: torch.Generator | None = None,
     no_orphans: bool = False,
@@ -290,10 +299,11 @@ def vgg11(
     return build(VGG, "vgg11", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
 
 
+@checked
 def vgg11_bn(
-    pretrained: bool | str | Path = False,
-    task_count: int = 10,
-    sigma: float = 0.5,
+    pretrained: Pretrained = False,
+    task_count: Several = 10,
+    sigma: Sigma = 0.5,
     *,
     generator: torch.Generator | None = None,
     no_orphans: bool = False,
@@ -314,7 +324,7 @@ Model = TypeVar("Model", bound=VGG)
 
 
 def build(
-    cls: type[Model], name: str, features: Callable[[], nn.Module], pretrained: bool | str | Path, task_count: int,
+    cls: type[Model], name: str, features: Callable[[], nn.Module], pretrained: bool | str | Path, task_count: Several,
     kwargs: dict[str, Any],
 ) -> Model:  # fmt: skip
     """A model, or what is wrong with ``pretrained`` before any work."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import _checks, matrix_routing
+from ...ops._arguments import checked
 from ...ops._autocast import autocast_dtype, autocast_off
 from ...ops._modules import are_watched, may_be_read
 from ...ops.matrix_routing import P_MODELS
@@ -47,6 +48,7 @@ class Routing(nn.Module):
 
     CONST_one: Tensor
 
+    @checked
     def __init__(
         self,
         d_cov: int,

@@ -8,7 +8,6 @@ fit; that of ``fastroute.tasks`` has.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from fastroute.tasks import vgg
 from fastroute.tasks.active import Task, TaskAware
 from fastroute.tasks.vgg import cfg
 
+from ...ops._arguments import checked
 from .taskrouting import TaskRouter
 
 __all__ = ["VGG", "vgg11", "vgg11_bn"]
@@ -34,16 +34,29 @@ class VGG(tasks.VGG):
         return TaskAware.set_active_task(self, active_task)
 
 
-def make_layers(cfg: Iterable[int | str], task_count: int, sigma: float, batch_norm: bool = False) -> nn.Sequential:
+@checked
+def make_layers(cfg: Iterable[int | str], task_count: int, sigma: vgg.Sigma, batch_norm: bool = False) -> nn.Sequential:
     """Layers of a configuration, with a router before every ReLU; ``sigma`` is the fraction of units off."""
     return vgg.layers(cfg, batch_norm, lambda width, name: TaskRouter(width, task_count, int(width * sigma), name))
 
 
-def vgg11(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
+@checked
+def vgg11(
+    pretrained: vgg.Pretrained = False,
+    task_count: int = 10,
+    sigma: vgg.Sigma = 0.5,
+    **kwargs: Any,
+) -> VGG:
     """VGG-11, without batch norm."""
     return vgg.build(VGG, "vgg11", lambda: make_layers(cfg["A"], task_count, sigma), pretrained, task_count, kwargs)
 
 
-def vgg11_bn(pretrained: bool | str | Path = False, task_count: int = 10, sigma: float = 0.5, **kwargs: Any) -> VGG:
+@checked
+def vgg11_bn(
+    pretrained: vgg.Pretrained = False,
+    task_count: int = 10,
+    sigma: vgg.Sigma = 0.5,
+    **kwargs: Any,
+) -> VGG:
     """The same, as upstream's."""
     return vgg11(pretrained, task_count, sigma, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...ops._arguments import Tasks, checked
 from .base import Losses, Present, Weighting, unknown
 from .fixed import RLW, EqualWeights, FixedWeights, GeometricMean
 from .learned import IMTL, UNBOUNDED, LearnedWeights, Uncertainty
@@ -23,8 +24,9 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
 }
 
 
+@checked
 def as_weighting(
-    kind: str | Mapping[str, float] | Sequence[float] | Weighting, tasks: Sequence[str] | int, **options: Any
+    kind: str | Mapping[str, float] | Sequence[float] | Weighting, tasks: Tasks, **options: Any
 ) -> Weighting:
     """A weighting of these tasks from what users write for one.
 

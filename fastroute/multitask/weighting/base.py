@@ -8,22 +8,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...ops._arguments import Tasks, checked
+from ...ops._checks import MOST, floating, no_more, together
 from ..accumulators import Accumulating
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
 Present = Mapping[str, Tensor | bool | None] | Sequence[Tensor | bool | None] | Tensor
 
 
-def names_of(tasks: Sequence[str] | int) -> tuple[str, ...]:
+def names_of(tasks: Tasks) -> tuple[str, ...]:
     """The tasks' names: those given, or "0", "1", ..."""
     if isinstance(tasks, bool) or not isinstance(tasks, (int, Sequence)) or isinstance(tasks, str):
         raise TypeError(f"tasks: expected a list of names or how many there are, got {tasks!r}")
-    names = tuple(map(str, range(tasks))) if isinstance(tasks, int) else tuple(tasks)
+    names = tuple(map(str, range(no_more("tasks", tasks, MOST)))) if isinstance(tasks, int) else tuple(tasks)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"tasks: expected names, got {name!r}")
@@ -121,9 +124,10 @@ class Weighting(Accumulating):
     stateless: ClassVar[bool] = False
     task_names: Tensor
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Tasks,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -222,6 +226,9 @@ class Weighting(Accumulating):
                 raise ValueError(f"losses: expected a tensor of one element for {name!r}, got {_shown(t)}")
         flags = [None] * len(given) if present is None else in_order("present", present, self.tasks)
         values = wide(torch.stack([first.new_zeros(()) if t is None else t.reshape(()) for t in given]))
+        floating("losses", values)
+        own = next(chain(self._parameters.values(), self._buffers.values()), None)
+        together(("the weighting", values if own is None else own), {"losses": values})
         if all(t is not None for t in given) and all(f is None or f is True for f in flags):
             return values, None
         here = torch.stack([

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...ops._arguments import Tasks, checked
 from ...ops._recomputation import draws_of
 from .base import Weighting, fill, log, memory_dtype, numbers, softmax, total
 
@@ -38,10 +39,11 @@ class FixedWeights(Weighting):
     stateless: ClassVar[bool] = True
     weights: Tensor
 
+    @checked
     def __init__(
         self,
         weights: Mapping[str, float] | Sequence[float],
-        tasks: Sequence[str] | int | None = None,
+        tasks: Tasks | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -73,9 +75,10 @@ class RLW(Weighting):
 
     stateless: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Tasks,
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,

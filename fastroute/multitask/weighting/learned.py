@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...ops._arguments import Tasks, checked
 from .base import Weighting, fill, numbers, total, wide
 
 UNBOUNDED = (
@@ -41,16 +42,17 @@ class LearnedWeights(Weighting):
         UserWarning: that the weights fall without bound.
     """
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Tasks,
         init: float | Mapping[str, float] | Sequence[float] = 1.0,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(tasks, device=device)
-        warnings.warn(UNBOUNDED, UserWarning, stacklevel=2)
+        warnings.warn(UNBOUNDED, UserWarning, stacklevel=3)
         T = len(self.tasks)
         self._init = [float(init)] * T if isinstance(init, (int, float)) else numbers("init", init, self.tasks, 1.0)
         self.weight = nn.Parameter(torch.empty(T, device=device, dtype=dtype))
@@ -83,9 +85,10 @@ class Uncertainty(Weighting):
         log_variance: s, [T].
     """
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Tasks,
         init: float = 0.0,
         *,
         device: torch.device | str | None = None,
@@ -121,9 +124,10 @@ class IMTL(Weighting):
         log_scale: s, [T].
     """
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Tasks,
         init: float = 0.0,
         *,
         device: torch.device | str | None = None,

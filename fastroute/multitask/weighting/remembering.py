@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...ops._arguments import NotNegative, Positive, Tasks, checked
 from .base import Losses, Present, Weighting, fill, log, memory_dtype, numbers, softmax, total
 
 #: Rows of a record: of every call that may be one of training, and of those whose total was back-propagated.
@@ -30,9 +31,7 @@ class Remembering(Weighting):
     records: ClassVar[tuple[str, ...]]
     is_recording = True  #: of an instance: whether it needs what it would record
 
-    def __init__(
-        self, tasks: Sequence[str] | int, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, tasks: Tasks, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__(tasks, device=device)
         for name in self.records:
             self.register_buffer(name, torch.empty(2, len(self.tasks), device=device, dtype=memory_dtype(dtype)))
@@ -121,16 +120,15 @@ class DWA(EpochMeans):
     weights: Tensor
     last: Tensor
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
-        temperature: float = 2.0,
+        tasks: Tasks,
+        temperature: Positive = 2.0,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected more than 0, got {temperature}")
         super().__init__(tasks, device=device, dtype=dtype)
         self.temperature = float(temperature)
         for name in ("weights", "last"):
@@ -183,12 +181,13 @@ class FAMO(Remembering):
     seen: Tensor
     min_losses: Tensor
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
+        tasks: Tasks,
         min_losses: Mapping[str, float] | Sequence[float] | None = None,
-        lr: float = 0.025,
-        weight_decay: float = 1e-3,
+        lr: NotNegative = 0.025,
+        weight_decay: NotNegative = 1e-3,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -273,10 +272,11 @@ class STCH(EpochMeans):
     nadir: Tensor
     epoch: Tensor
 
+    @checked
     def __init__(
         self,
-        tasks: Sequence[str] | int,
-        mu: float = 1.0,
+        tasks: Tasks,
+        mu: Positive = 1.0,
         weights: Mapping[str, float] | Sequence[float] | None = None,
         reference: Mapping[str, float] | Sequence[float] | None = None,
         *,
@@ -284,8 +284,6 @@ class STCH(EpochMeans):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not mu > 0:
-            raise ValueError(f"mu: expected more than 0, got {mu}")
         if warmup < 0:
             raise ValueError(f"warmup: expected a number of epochs, got {warmup}")
         super().__init__(tasks, device=device, dtype=dtype)

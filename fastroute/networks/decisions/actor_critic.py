@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops._arguments import checked
 from ...ops.dispatch import Plan
 from ...reference.policy import values
 from ..entries import Entries, Need, squared
@@ -33,6 +34,7 @@ class ActorCritic(REINFORCE):
     upstream_needs: tuple[Need, ...] = (("max", 1),)
     algorithm, critic = "ActorCritic", 1
 
+    @checked
     def __init__(self, *args: Any, qvalue_net: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if qvalue_net is None:

@@ -6,6 +6,7 @@ Axes: B samples, K choices (``num_selections``), A agents.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import agent_policy, dispatch, policy
-from ...ops._checks import at_least_one, may_look, shown
+from ...ops._arguments import Count, Several, Share, checked
+from ...ops._checks import as_tensor, may_look, moved, samples, shape, share, shown, tensor
+from ...ops._checks import given as shown_value
 from ...ops._masked import only
 from ...ops._recomputation import draws_of, is_recomputation
 from ...ops.agent_policy import AgentChoice
@@ -23,7 +26,7 @@ from ...reference.policy import accumulating, shifted
 from ..entries import Entries, Need, from_raw
 from ..record import Column, Record
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
-from ..trajectory import SampleMetaInformation, Trajectory, count
+from ..trajectory import SampleMetaInformation, Trajectory
 from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages, TabularPolicyStorage, ask, heads
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
@@ -81,15 +84,16 @@ class Decision(nn.Module):
         if any(getattr(cls, n) is not getattr(known, n) for n in _MAKES_A_LOSS if hasattr(known, n)):
             cls.algorithm = None  # a subclass with a loss of its own
 
+    @checked
     def __init__(
         self,
-        num_selections: int,
+        num_selections: Count,
         in_features: int | Sequence[int] | None = None,
-        num_agents: int = 1,
-        exploration: float = 0.1,
+        num_agents: Several = 1,
+        exploration: Share = 0.1,
         policy_storage_type: str | int = "approx",
         detach: bool = True,
-        approx_hidden_dims: Sequence[int] = (),
+        approx_hidden_dims: int | Sequence[int] | None = (),
         policy_net: nn.Module | None = None,
         additional_reward_func: Any = None,
         set_pg_temp: bool = False,
@@ -102,8 +106,7 @@ class Decision(nn.Module):
         **readme: Any,
     ) -> None:
         super().__init__()
-        self._num_selections = at_least_one("num_selections", num_selections)
-        self._num_agents = at_least_one("num_agents", num_agents)
+        self._num_selections, self._num_agents = num_selections, num_agents
         policy_net, reward = _readme_spellings(type(self).__name__, readme, policy_net, additional_reward_func)
         self.formula = check_formula(formula)
         self.generator, self._stacked = generator, bool(stacked)
@@ -113,7 +116,7 @@ class Decision(nn.Module):
         )
         self._storage_type = _storage_type(policy_storage_type)
         self._factory = {"device": device, "dtype": dtype}
-        self._exploration = self._check_exploration(exploration)
+        self._exploration = float(exploration)
         reward = PerActionBaseReward() if reward is None else reward
         self.additional_reward_func = check_reward(reward, self._num_selections)
         self._policy = self._storages(self._num_selections, policy_net)
@@ -137,9 +140,7 @@ class Decision(nn.Module):
 
     @staticmethod
     def _check_exploration(value: float) -> float:
-        if not 0 <= value <= 1:
-            raise ValueError(f"exploration: expected a number from 0 to 1, got {value}")
-        return float(value)
+        return float(share("exploration", value))
 
     def set_exploration(self, exploration: float) -> None:
         """Explore so often, 0 to 1; classes that have a temperature instead say what they do."""
@@ -178,7 +179,7 @@ class Decision(nn.Module):
             action out of range is no error but drops the sample, which then teaches nobody: no agent means action 0
             (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
         """
-        B = batch.shape[0]
+        B = samples("batch", batch)
         meta = Trajectory.of(meta, B)
         active = as_mask(mask, B, batch.device)
         whose = self._agents_of(agents if agents is not None else prior_actions, B, batch.device)
@@ -191,6 +192,9 @@ class Decision(nn.Module):
         actions = made.actions
         if active is not None:
             actions = torch.where(active, actions, 0)
+            if update_target is not None:
+                tensor("update_target", update_target, "a tensor [B, ...]")
+                shape("update_target", update_target, batch.shape, "as batch")
             rows = active.reshape(-1, *[1] * (batch.dim() - 1))
             if update_target is not None:
                 y = torch.where(rows, y, update_target)
@@ -215,12 +219,13 @@ class Decision(nn.Module):
     def _agents_of(self, agents: Any, B: int, device: torch.device) -> Tensor | None:
         if self._num_agents == 1:
             return None
-        if agents is None or count(agents) == 0 != B:
+        indices = None if agents is None else as_tensor("agents", agents, device)
+        if indices is None or (indices.dim() == 1 and indices.shape[0] == 0 != B):
             raise ValueError(
                 f"agents: expected the agent of each sample, [{B}] below {self._num_agents}, got none; "
                 "pass task labels or an earlier decision's actions"
             )
-        return as_indices(agents, B, device, "agents")
+        return dispatch.as_actions(indices, B, device, "agents")
 
     def _plan(
         self, meta: Trajectory, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device
@@ -355,23 +360,19 @@ def mean(z: Tensor, q: Tensor) -> Tensor:
 
 def as_indices(indices: Any, B: int, device: torch.device, name: str) -> Tensor:
     """[B] int64 from a tensor or a list of integers."""
-    if not isinstance(indices, Tensor):
-        indices = torch.as_tensor(indices, device=device)
-    return dispatch.as_actions(indices, B, device, name)
+    return dispatch.as_actions(as_tensor(name, indices, device), B, device, name)
 
 
 def as_mask(mask: Any, B: int, device: torch.device) -> Tensor | None:
     """[B] bool from what users give as a mask."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        mask = torch.as_tensor(mask, device=device)
+    mask = as_tensor("mask", mask, device)
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise TypeError(f"mask: expected bool (or 0 and 1), got {mask.dtype}")
     if mask.numel() != B or mask.dim() > 2:
         raise ValueError(f"mask: expected one per sample, shape [{B}], got {shown(mask)}")
-    flat: Tensor = mask.reshape(-1).to(device, torch.bool)
-    return flat
+    return moved("mask", mask.reshape(-1), device, torch.bool)
 
 
 def _storage_type(value: str | int) -> str:
@@ -391,13 +392,15 @@ def _readme_spellings(
     """The argument names of upstream's READMEs, and an error for any other."""
     for key in given:
         if key not in _SPELLINGS:
-            known = [*Decision.__init__.__code__.co_varnames[1:16], "value_net", "qvalue_net", *_SPELLINGS]
+            known = [*inspect.signature(Decision).parameters, "value_net", "qvalue_net", *_SPELLINGS]
             near = difflib.get_close_matches(key, known, 1)
             raise TypeError(f"{name}: unexpected keyword {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if given.get("approx_module") is not None:
         if policy_net is not None:
             raise TypeError(f"{name}: expected policy_net or approx_module, got both")
         policy_net = given["approx_module"]
+        if not isinstance(policy_net, nn.Module):
+            raise TypeError(f"approx_module: expected a module, got {shown_value(policy_net)}")
     if given.get("additional_reward_class") is not None:
         if reward is not None:
             raise TypeError(f"{name}: expected additional_reward_func or additional_reward_class, got both")

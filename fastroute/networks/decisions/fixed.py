@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops._checks import samples
 from ..trajectory import SampleMetaInformation, Trajectory
 from .base import Triplet, as_indices, as_mask
 
@@ -36,7 +37,7 @@ class _Fixed(nn.Module):
         prior_actions: Tensor | Sequence[int] | None = None,
     ) -> Triplet:
         """(batch, meta, actions [B] int64); 0 where ``mask`` is False; nothing is recorded, so there is no loss."""
-        B = batch.shape[0]
+        B = samples("batch", batch)
         meta = Trajectory.of(meta, B)
         if forced_actions is not None:
             actions = as_indices(forced_actions, B, batch.device, "forced_actions")

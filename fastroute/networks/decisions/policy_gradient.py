@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops._arguments import checked
 from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
 from ...reference.policy import values
@@ -62,6 +63,7 @@ class _WithValueNet(Decision):
 
     _value_outputs: int | None = 1  #: None: K
 
+    @checked
     def __init__(self, *args: Any, value_net: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._value_mem = self._storages(self._value_outputs or self._num_selections, value_net)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...ops import dispatch, grouped_linear
 from ...ops._autocast import autocast_dtype
 from ...ops._autograd import transformed
+from ...ops._checks import together
 from ...ops._modules import Memo, Proof, may_be_read
 from ...ops.dispatch import Plan
 from .. import bank
@@ -33,7 +34,7 @@ class ApproxPolicyStorage(nn.Module):
         approx: nn.Module | None,
         in_features: int | Sequence[int] | None,
         num_selections: int,
-        hidden_dims: Sequence[int] = (),
+        hidden_dims: int | Sequence[int] = (),
         detach: bool = True,
         *,
         device: torch.device | str | None = None,
@@ -46,7 +47,10 @@ class ApproxPolicyStorage(nn.Module):
             return
         if in_features is None:
             raise ValueError("in_features: expected the number of input features, got None (only tables do without)")
-        self._approx = MLP(in_features, num_selections, hidden_dims, device=device, dtype=dtype)
+        try:
+            self._approx = MLP(in_features, num_selections, hidden_dims, device=device, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"in_features, approx_hidden_dims: {error}") from error
 
     def inputs(self, x: Tensor) -> Tensor:
         """What ``_approx`` is given: [B, ...], flattened for an MLP."""
@@ -188,7 +192,8 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
     first = agents[0]
     tables = _tables(storages, agents)
     if tables is not None:
-        return Head(None, [], tables) if tables[0].device == x.device else None
+        together(("the policies' tables", tables[0]), {"batch": x})
+        return Head(None, [], tables)
     if not can_be_given(agents):
         return None
     found = bank.up_to_the_last(agents, first.inputs(x), plan, storages.recipe, alone=alone)
