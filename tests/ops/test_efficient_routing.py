@@ -60,7 +60,7 @@ def checked(
 
 
 def takes_gram(case: Case, n_iters: int = 2) -> bool:
-    return _Call.of((*case.inputs.values(), n_iters, True, "auto", "")).uses_gram
+    return _Call.of((*case.inputs.values(), n_iters, True, "auto", "")).form == "gram"
 
 
 # ------------------------------------------------------------------------------------------------------- numbers
