@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ def known_losses(records: Sequence[Record]) -> list[str] | None:
     """
     for record in records:
         decision = record.decision
-        if getattr(decision, "algorithm", None) is None or decision.formula != "intended" or "loss" in vars(decision):
+        if getattr(decision, "algorithm", None) is None or decision.formula != "intended":
+            return None
+        if not {"loss", "loss_of"}.isdisjoint(vars(decision)):
             return None
     masked = any(record.active is not None for record in records)
     if masked and len({need for record in records for need in record.decision.needs}) > 1:
@@ -121,9 +123,11 @@ class Entries:
         """[N]: a column at the action."""
         return self._all(lambda r, s: r.columns[i].at(r.actions))
 
-    def first(self, i: int) -> Tensor:
-        """[N]: a column at the first choice."""
-        return self.full(i)[:, 0]
+    def auxiliary(self, decision: Any) -> Tensor | None:
+        """[N], without gradient: what else the decision's loss reads of a record."""
+        if decision.auxiliary(self._records[0]) is None:
+            return None
+        return self._all(lambda r, s: decision.auxiliary(r))
 
     # -------------------------------------------------------------------------------------------- rewards, and next
 

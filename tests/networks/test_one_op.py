@@ -18,6 +18,7 @@ from fastroute.networks import Loss, NegLossReward
 from fastroute.networks import loss as module
 from fastroute.networks.entries import Entries
 from fastroute.networks.record import Record
+from fastroute.ops.trajectory_loss import Entry
 from tests.helpers import seeds
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.networks import LEARNING, F, decision, start
@@ -140,9 +141,15 @@ class OwnLoss(networks.AAC):
         return super().loss(e) * 2
 
 
+class OwnFormula(networks.AAC):
+    def loss_of(self, e: Entry) -> Tensor | None:
+        return super().loss_of(e) * 2  # type: ignore[operator]
+
+
 class OwnAdvantage(networks.AAC):
-    def _advantage(self, e: Entries) -> Tensor:
-        return super()._advantage(e) * 2
+    def entry(self, e: Entries) -> Entry:
+        made = super().entry(e)
+        return made._replace(R=made.R + made.R - made.s1.detach())  # type: ignore[union-attr]
 
 
 class OwnBaseline(networks.REINFORCEBl1):
@@ -177,6 +184,7 @@ class Below(OwnLoss):
         (SameLoss, "AAC"),
         (OwnBaseline, "REINFORCEBl1"),
         (OwnLoss, None),
+        (OwnFormula, None),
         (OwnAdvantage, None),
         (OwnNeeds, None),
         (Mixed, None),
@@ -188,13 +196,13 @@ def test_algorithms(cls: type[networks.Decision], algorithm: str | None) -> None
 
 
 def test_a_users_subclass(calls: list[list[str]]) -> None:
-    for cls in (SameLoss, OwnLoss, OwnAdvantage):
+    for cls in (SameLoss, OwnLoss, OwnFormula, OwnAdvantage):
         seeds.manual_seed(0)
         meta = records([cls(3, F, dtype=F64)])
         column = meta.records[0].columns
         made = routing(meta)
         D = meta.final_reward - column[1].full[:, 0]
-        factor = {SameLoss: 1, OwnLoss: 2, OwnAdvantage: 2}[cls]
+        factor = 1 if cls is SameLoss else 2
         critic = D.square() * (4 if cls is OwnAdvantage else factor)
         expected = -column[0].at(meta.actions[0]) * D * factor + critic
         assert_same(made.detach(), expected.detach())
@@ -209,9 +217,10 @@ def test_who_does_not_go_through_the_op(calls: list[list[str]]) -> None:
     routing(records([decision("GumbelSoftmax", 3)]), F32)  # nothing to compute
     # masks, and two kinds of targets: the next decision is not the same for all, nor what is read of it
     routing(records([decision("QLearning", 3), decision("ActorCritic", 3)], mask=True), F32)
-    told = decision("REINFORCE", 3)
-    told.loss = lambda e: e.R  # type: ignore[method-assign]
-    assert torch.equal(routing(records([told]), F32), told_reward())
+    for hook in ("loss", "loss_of"):
+        told = decision("REINFORCE", 3)
+        setattr(told, hook, lambda e: e.R)
+        assert torch.equal(routing(records([told]), F32), told_reward())
     assert calls == []
     routing(records([decision("QLearning", 3), decision("ActorCritic", 3)]), F32)
     routing(records([decision("QLearning", 3), decision("AAC", 3), decision("QLearning", 3)], mask=True), F32)

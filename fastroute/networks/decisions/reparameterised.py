@@ -42,7 +42,7 @@ class GumbelSoftmax(Decision):
         self._exploration = self._check_exploration(exploration)
         self._temperature = 0.1 + 9.9 * self._exploration
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z = self._ask(self._policy, x, plan)
         best = z.argmax(1)
         if not self.training:
@@ -106,7 +106,7 @@ class RELAX(_WithValueNet):
         """Set the temperature to 0.1 + 9.9 exploration."""
         self._temperature = 0.1 + 9.9 * self._check_exploration(exploration)
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z = self._ask(self._policy, x, plan, differentiable_twice=True)
         best = z.argmax(1)
         if not self.training:
