@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..ops.trajectory_loss import SILENT
 from .record import Column, Record
@@ -86,14 +85,6 @@ def rows_of(records: Sequence[Record], dtype: torch.dtype) -> Rows:
         rows.look.append(reduce(record, needs[0], dtype) if needs else None)
         needs = shared if masked else decision.needs
     return rows
-
-
-def squared(a: Tensor, b: Tensor) -> Tensor:
-    """(a - b)^2, in the fewest operators that PyTorch has for it."""
-    if a.dtype != b.dtype:  # of which torch 2.11 has no gradient
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        a, b = a.to(dtype), b.to(dtype)
-    return F.mse_loss(a, b, reduction="none")
 
 
 class Entries:

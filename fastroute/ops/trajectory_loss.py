@@ -22,6 +22,7 @@ from ..reference.trajectory_loss import SILENT as SILENT
 from ..reference.trajectory_loss import Entry as Entry
 from ..reference.trajectory_loss import critics_target as critics_target
 from ..reference.trajectory_loss import loss_of as loss_of
+from ..reference.trajectory_loss import squared as squared
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
 from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed
 from ._backends import Case, note, offer, taken

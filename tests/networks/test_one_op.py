@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastroute import networks, use_backend
 from fastroute.networks import Loss, NegLossReward
 from fastroute.networks import loss as module
+from fastroute.networks.decisions.base import Decided
 from fastroute.networks.entries import Entries
-from fastroute.networks.record import Record
+from fastroute.networks.record import Column, Record
 from fastroute.ops.trajectory_loss import Entry
 from tests.helpers import seeds
 from tests.helpers.backends import HERE, each_backend
@@ -207,6 +208,41 @@ def test_a_users_subclass(calls: list[list[str]]) -> None:
         expected = -column[0].at(meta.actions[0]) * D * factor + critic
         assert_same(made.detach(), expected.detach())
     assert calls == [["AAC"]]
+
+
+class Toy(networks.Decision):
+    """An algorithm of one's own: what it decides, and its loss by entry."""
+
+    needs, critic = (("first", 1),), 1
+
+    def decide(self, x: Tensor, plan: Any, forced: Tensor | None) -> Decided:
+        z = self._ask(self._policy, x, plan)
+        actions = z.argmax(1) if forced is None else forced
+        return Decided(actions, [Column(z.log_softmax(1)), Column(z[:, :1])])
+
+    def loss_of(self, e: Entry) -> Tensor:
+        assert e.s1 is not None and e.aux is None and e.choices == 3
+        return -e.s0 * (e.R - e.s1.detach()) + (e.s1 - e.y).square()
+
+
+def test_an_algorithm_of_ones_own(calls: list[list[str]]) -> None:
+    meta = records([Toy(3, F, dtype=F64) for _ in range(2)])
+    f = -torch.randn(B, generator=seeds.generator(3), dtype=F64)
+    expected = torch.zeros(B, dtype=F64)
+    (s0, v0), (s1, v1) = ([c.at(r.actions).detach() for c in r.columns] for r in meta.records)
+    for log_p, v, R, y in ((s0, v0, 0.7 * f, 0.7 * v1), (s1, v1, f, f)):
+        expected += -log_p * (R - v) + (v - y).square()
+    made = routing(meta)
+    assert_same(made.detach(), expected)
+    made.sum().backward()
+    assert all(w.grad is not None and w.grad.any() for w in meta.records[0].decision.parameters())
+    assert calls == []
+
+
+@pytest.mark.parametrize("algo", KNOWN)
+def test_a_formula_stands_once(algo: str) -> None:
+    """The op's definition; a class adds what only upstream's formula needs."""
+    assert getattr(networks, algo).loss_of is networks.Decision.loss_of
 
 
 def test_who_does_not_go_through_the_op(calls: list[list[str]]) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.dispatch import Plan
-from ...ops.trajectory_loss import critics_target
+from ...ops.trajectory_loss import critics_target, squared
 from ...reference.policy import values
-from ..entries import Entries, Need, squared
+from ..entries import Entries, Need
 from ..record import Column, Record
 from .base import Decided, Decision
 from .policy_gradient import REINFORCE, _WithValueNet, critic_column, egreedy_columns, importance, log_softmax_column
