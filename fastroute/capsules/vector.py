@@ -17,6 +17,8 @@ from ..reference.efficient_routing import Functions, Parameters, cast, first_or_
 from ..reference.vector_routing import row_is_live
 from .stream import Chunks, stream
 
+__all__ = ["EfficientVectorRouting"]
+
 
 class EfficientVectorRouting(nn.Module):
     r"""Routes n_inp vectors of width d_inp to n_out vectors of width d_out by n_iters iterations of agreement.

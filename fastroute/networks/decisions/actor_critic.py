@@ -19,6 +19,8 @@ from ..record import Column, Record
 from .base import Decided, Decision
 from .policy_gradient import REINFORCE, _WithValueNet, critic_column, egreedy_columns, importance, log_softmax_column
 
+__all__ = ["AAC", "WPL", "ActorCritic", "BootstrapAAC", "EGreedyAAC"]
+
 
 class ActorCritic(REINFORCE):
     """A policy, and Q as its critic. Loss: -log p_a sg(R - Q_a) + (Q_a - sg(y))^2. State: [log p, Q].

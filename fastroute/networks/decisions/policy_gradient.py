@@ -19,6 +19,8 @@ from ..entries import Entries
 from ..record import Column, Record
 from .base import Decided, Decision
 
+__all__ = ["REINFORCE", "EGreedyREINFORCE", "REINFORCEBl1", "REINFORCEBl2"]
+
 
 def log_softmax_column(z: Tensor, temperature: float, at: Tensor | None) -> Column:
     """log p, whose full [B, K] is only made when looked at."""

@@ -18,6 +18,8 @@ from .base import Decided, Decision
 from .policy_gradient import _WithValueNet
 from .storage import AnyStorages
 
+__all__ = ["RELAX", "GumbelSoftmax"]
+
 _TINY = 1e-20
 _EPS = 1e-8
 

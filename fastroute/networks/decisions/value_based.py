@@ -13,6 +13,8 @@ from ..record import Column
 from .base import Decided, Decision
 from .policy_gradient import _WithValueNet, critic_column
 
+__all__ = ["SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "QLearning", "SurpriseLearning"]
+
 
 class QLearning(Decision):
     """Q-learning. Loss: (q_a - sg(y))^2. State: [q].
