@@ -35,6 +35,7 @@ STEP_NAMES = {
     "W_A": "gate_weight", "B_A": "gate_bias", "W_S": "score_weight", "B_S": "score_bias",
     "beta_use": "use", "beta_ign": "ign", "bias_use": "use_bias", "bias_ign": "ign_bias",
 }  # fmt: skip
+PER_OUTPUT = tuple(name for name in Parameters._fields if name not in STEP_NAMES)
 _GATE, _SCORE, _BETAS = ("W_A", "B_A"), ("W_S", "B_S"), ("beta_use", "bias_use", "beta_ign", "bias_ign")
 _ONE_BETA = _BETAS[:2]
 
@@ -205,8 +206,8 @@ def backward(
     call: Call, w: Parameters, saved: Saved, dout: Tensor, *, want_rows: bool, dx: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The gradients of the parameters, by name; fills dx, of the whole. Those of ``STEP_NAMES`` only if wanted."""
-    per_output = {k: t for k, t in w._asdict().items() if k not in STEP_NAMES}
-    per_output = {k: t.new_empty(t.shape, dtype=call.acc).zero_() for k, t in per_output.items()}
+    device = call.scale.device
+    per_output = {name: torch.zeros(getattr(w, name).shape, dtype=call.acc, device=device) for name in PER_OUTPUT}
     dw = w._replace(**per_output)
     rows = _RowGradients(call, w, saved.gates, want_rows, dx)
     dy = norm_backward(dout, saved.y[-1]) if call.normalize else dout
@@ -269,7 +270,7 @@ class _RowGradients:
         """What a pass over a chunk fills: of the parameters, those named."""
         grads = self._of_chunks[chunk.number]
         grads.fresh, grads.to_come = self.fresh, to_come
-        for name, buffer in self._buffers.items():
+        for name, buffer in self._buffers.items() if self.fresh else ():
             setattr(grads, STEP_NAMES[name], buffer if chunk.rows is None else buffer[chunk.rows])
         for name in names if self._sums else ():
             like: Tensor = getattr(self._w, name)

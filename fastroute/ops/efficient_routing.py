@@ -21,7 +21,7 @@ from ._autograd import asked_again, through, transformed
 from ._backends import Case, choose, record, requested
 from ._registry import define, no_second_derivative
 from ._routing_outputs import LATER, used
-from ._routing_passes import STEP_NAMES, Chunk, Form, Saved, first_form, new_moments, new_rows, prepared
+from ._routing_passes import PER_OUTPUT, STEP_NAMES, Chunk, Form, Saved, first_form, new_moments, new_rows, prepared
 from .vector_routing import autocast_precision, case_of
 
 __all__ = ["efficient_routing"]
@@ -101,7 +101,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _new_grads(call: _Call, want_x: bool, want_rows: bool) -> list[Tensor]:
     """A gradient of x and of each parameter, [0] where none is wanted."""
-    per_output = {k: t.new_empty(t.shape, dtype=call.acc) for k, t in call.w._asdict().items() if k not in STEP_NAMES}
+    per_output = {k: call.x.new_empty(getattr(call.w, k).shape, dtype=call.acc) for k in PER_OUTPUT}
     return _listed(_new_dx(call, want_x), per_output | (new_rows(call.w, call.acc) if want_rows else {}))
 
 
