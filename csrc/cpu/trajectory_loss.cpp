@@ -27,18 +27,20 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kTile = 256;              // samples; what is kept of a tile stays in a first-level cache
 constexpr int64_t kThreadEntries = 32768;  // decisions of samples that are worth waking a thread for
 
-// Indices into fastroute.reference.trajectory_loss.KINDS.
+// Indices into fastroute.reference.trajectory_loss.KINDS, each k and its name.
 enum Kind : int64_t {
-  kReinforce, kBaseline1, kBaseline2, kEGreedyReinforce, kQLearning, kSarsa, kActorCritic, kAAC, kBootstrapAAC,
-  kEGreedyAAC, kAdvantage, kBootstrapAdvantage, kSurprise, kWPL, kSilent,
+  kREINFORCE, kREINFORCEBl1, kREINFORCEBl2, kEGreedyREINFORCE, kQLearning, kSARSA, kActorCritic, kAAC, kBootstrapAAC,
+  kEGreedyAAC, kAdvantageLearning, kBootstrapAdvantageLearning, kSurpriseLearning, kWPL, kGumbelSoftmax,
 };
 
 // Those with a second column, and those that read an auxiliary number.
 bool has_critic(int64_t kind) {
-  return kind != kReinforce && kind != kEGreedyReinforce && kind != kQLearning && kind != kSarsa && kind != kSilent;
+  return kind != kREINFORCE && kind != kEGreedyREINFORCE && kind != kQLearning && kind != kSARSA &&
+         kind != kGumbelSoftmax;
 }
 bool is_aided(int64_t kind) {
-  return kind == kBaseline1 || kind == kBaseline2 || kind == kEGreedyReinforce || kind == kEGreedyAAC || kind == kWPL;
+  return kind == kREINFORCEBl1 || kind == kREINFORCEBl2 || kind == kEGreedyREINFORCE || kind == kEGreedyAAC ||
+         kind == kWPL;
 }
 
 // Numbers [B] of any dtype and stride; without any, zeros.
@@ -148,12 +150,12 @@ void check_layout(const Check& check, const Tensor& f, const Tensors& columns, c
   std::vector<bool> used(columns.size());
   for (size_t k = 0; k < layout.size(); k += 8) {
     const int64_t* at = layout.data() + k;
-    check.that(at[0] >= kReinforce && at[0] <= kSilent, "layout: there is no kind ", at[0]);
+    check.that(at[0] >= kREINFORCE && at[0] <= kGumbelSoftmax, "layout: there is no kind ", at[0]);
     const auto within = [&](int64_t place, size_t count) { return place >= -1 && place < static_cast<int64_t>(count); };
     check.that(within(at[2], columns.size()) && within(at[3], columns.size()) && within(at[4], others.size()) &&
                    within(at[5], others.size()) && within(at[6], others.size()) && within(at[7], masks.size()),
                "layout: expected places in the lists, or -1");
-    check.that((at[2] >= 0) == (at[0] != kSilent) && (at[3] >= 0) == has_critic(at[0]) &&
+    check.that((at[2] >= 0) == (at[0] != kGumbelSoftmax) && (at[3] >= 0) == has_critic(at[0]) &&
                    (at[4] >= 0 || !is_aided(at[0])),
                "layout: expected the columns that kind ", at[0], " has, and what it needs");
     for (const int64_t c : {at[2], at[3]}) {
@@ -280,7 +282,7 @@ class Pass {
         r[i] += own[i] * w.scale[i];
       }
     }
-    const bool surprise = d.kind == kSurprise;
+    const bool surprise = d.kind == kSurpriseLearning;
     const T sign = surprise ? T(-1) : T(1);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
@@ -294,20 +296,20 @@ class Pass {
     const T K = static_cast<T>(d.choices);
     // of a sample: the columns, the auxiliary number, R, y
     switch (d.kind) {
-      case kReinforce:
+      case kREINFORCE:
         return each(w, d, total, start, count, [](T s, T, T, T R, T) { return Made<T>{-s * R, -R, 0}; });
-      case kBaseline1:
+      case kREINFORCEBl1:
         return each(w, d, total, start, count, [](T s, T v, T aux, T R, T y) { return actor_critic(s, R - aux, v - y); });
-      case kBaseline2:
+      case kREINFORCEBl2:
         return each(w, d, total, start, count, [K](T s, T v, T aux, T R, T y) {
           return actor_critic(s, R / (K * std::exp(s)) - aux, v - y);
         });
-      case kEGreedyReinforce:
+      case kEGreedyREINFORCE:
         return each(w, d, total, start, count, [](T s, T, T aux, T R, T) {
           return Made<T>{-s * (aux * R), -(aux * R), 0};
         });
       case kQLearning:
-      case kSarsa:
+      case kSARSA:
         return each(w, d, total, start, count, [](T q, T, T, T, T y) { return Made<T>{square(q - y), 2 * (q - y), 0}; });
       case kActorCritic:
         return each(w, d, total, start, count, [](T s, T q, T, T R, T y) { return actor_critic(s, R - q, q - y); });
@@ -319,14 +321,14 @@ class Pass {
         return each(w, d, total, start, count, [](T s, T v, T aux, T R, T) {
           return actor_critic(s, aux * (R - v), v - R);
         });
-      case kAdvantage:
+      case kAdvantageLearning:
         return each(w, d, total, start, count, [](T a, T v, T, T R, T) { return advantage_learning(a, v, R); });
-      case kBootstrapAdvantage:
-      case kSurprise:
+      case kBootstrapAdvantageLearning:
+      case kSurpriseLearning:
         return each(w, d, total, start, count, [](T a, T v, T, T, T y) { return advantage_learning(a, v, y); });
       case kWPL:
         return each(w, d, total, start, count, [](T s, T q, T aux, T R, T) { return weighted_policy(s, q, aux, R); });
-      case kSilent:
+      case kGumbelSoftmax:
         return;
       default:
         STD_TORCH_CHECK(false, "trajectory_loss: unknown kind ", static_cast<int64_t>(d.kind));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..ops import _checks
 from ..ops._backends import is_strict, requested
+from ..ops._routing_passes import prepared
 from ..ops._streamed_routing import Streamed, route
 from ..ops.vector_routing import autocast_precision
-from ..reference.efficient_routing import cast
+from ..reference.efficient_routing import Parameters, input_scale
 from .chunks import VectorChunks, as_tensor
 
-if TYPE_CHECKING:
-    from .vector import EfficientVectorRouting
+__all__ = ["Chunks", "stream"]
 
 Chunks = Tensor | np.ndarray[Any, Any] | Iterable[Any] | Callable[[], Iterator[Any]]
 
@@ -30,9 +30,12 @@ _EVERY_PASS = "a tensor, an array, a list, or a function that returns a new iter
 
 @torch.compiler.disable
 def stream(
-    layer: EfficientVectorRouting,
+    w: Parameters,
     chunks: Chunks,
     *,
+    n_inp: int,
+    n_iters: int,
+    normalize: bool,
     n: int | None,
     rows: int | None,
     mask: Tensor | None,
@@ -40,52 +43,33 @@ def stream(
     buffer: bool,
 ) -> Tensor:
     """See ``EfficientVectorRouting.stream``."""
-    if layer.return_dict:
-        raise ValueError("return_dict: expected False for stream, which has no [n_inp, n_out] arrays to return")
-    if not layer._is_plain():
-        raise ValueError(
-            "stream: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as "
-            "they were made, without hooks and adapters, got others, which only forward can call"
-        )
-    graph = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    m, h, device = w.W_F1.shape[0], w.W_F2.shape[1], w.W_A.device
+    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in w)
     n = None if n is None else _checks.at_least_one("n", n)
-    if layer.n_inp != -1:
-        if n is not None and n != layer.n_inp:
-            raise ValueError(f"n: expected {layer.n_inp} like n_inp, got {n}")
-        n = layer.n_inp
-    source = _Source(layer, chunks, rows, graph)
-    source.settle(n, layer.n_iters * (2 if graph else 1), buffer)
+    if n_inp != -1:
+        if n is not None and n != n_inp:
+            raise ValueError(f"n: expected {n_inp} like n_inp, got {n}")
+        n = n_inp
+    source = _Source(w, chunks, rows, graph, "n" if n_inp == -1 else "n_inp")
+    source.settle(n, n_iters * (2 if graph else 1), buffer)
     batch = source.look()
 
-    w, dtype = layer._parameters_by_name(), source.dtype
-    device = w.W_A.device
     precision = autocast_precision(device.type)
-    if precision:
-        w = cast(w, torch.promote_types(w.W_F2.dtype, torch.float32))
-    have = w.W_F2.dtype
-    if dtype != have and not (have == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
-        source.dtype = dtype = torch.promote_types(dtype, have)
-        w = cast(w, dtype)
-    out = torch.promote_types(dtype, w.W_F2.dtype)
+    source.dtype, w = prepared(source.dtype, w, precision)
+    out = torch.promote_types(source.dtype, w.W_F2.dtype)
 
     if mask is not None:
         _checks.tensor("mask", mask, "a bool tensor")
-        mask = _checks.as_mask(mask.to(device), batch, source.n, layer.n_out)
+        mask = _checks.as_mask(mask.to(device), batch, source.n, m)
     if lengths is not None:
         lengths = torch.as_tensor(lengths, device=device)
         lengths = _checks.as_lengths(lengths, batch, source.n, device)
     samples = source.samples
     if samples == 0:
-        return w.W_F2.new_empty((*batch, layer.n_out, layer.d_out), dtype=out)
-    acc = torch.promote_types(dtype, torch.float32)
-    if lengths is None:
-        scale = torch.full((samples,), source.n**-0.5, dtype=acc, device=device)
-    else:
-        scale = lengths.clamp(min=1).to(acc).rsqrt()
-    call = Streamed(
-        source.__iter__, scale, mask, lengths, layer.n_iters, layer.normalize, requested(), precision
-    )  # fmt: skip
-    return route(call, w).to(out).reshape(*batch, layer.n_out, layer.d_out)
+        return w.W_F2.new_empty((*batch, m, h), dtype=out)
+    scale = input_scale(torch.empty((samples, source.n, 0), dtype=source.dtype, device=device), lengths)
+    call = Streamed(source.__iter__, scale, mask, lengths, n_iters, normalize, requested(), precision)
+    return route(call, w).to(out).reshape(*batch, m, h)
 
 
 class _Source:
@@ -94,9 +78,8 @@ class _Source:
     n: int  #: vectors in all
     dtype: torch.dtype  #: of the chunks; set, they are cast to it
 
-    def __init__(self, layer: EfficientVectorRouting, chunks: Chunks, rows: int | None, graph: bool) -> None:
-        self._width, self._device, self._graph = layer.d_inp, layer.W_A.device, graph
-        self._named = "n" if layer.n_inp == -1 else "n_inp"
+    def __init__(self, w: Parameters, chunks: Chunks, rows: int | None, graph: bool, named: str) -> None:
+        self._width, self._device, self._graph, self._named = w.W_F1.shape[1], w.W_A.device, graph, named
         self._batch: tuple[int, ...] | None = None
         self._came: torch.dtype | None = None
         self._begun: Iterator[Tensor] | None = None

@@ -18,6 +18,8 @@ from ..reference.efficient_routing import Functions, Parameters, cast, first_or_
 from ..reference.vector_routing import row_is_live
 from .stream import Chunks, stream
 
+__all__ = ["EfficientVectorRouting"]
+
 
 class EfficientVectorRouting(nn.Module):
     r"""Routes n_inp vectors of width d_inp to n_out vectors of width d_out by n_iters iterations of agreement.
@@ -251,7 +253,17 @@ class EfficientVectorRouting(nn.Module):
             ValueError, TypeError: naming the argument or the chunk, what was expected and what came: another width,
                 dtype or leading dimensions, another number of vectors than n, other vectors than in the first pass.
         """
-        x_out: Tensor = stream(self, chunks, n=n, rows=rows, mask=mask, lengths=lengths, buffer=buffer)
+        if self.return_dict:
+            raise ValueError("return_dict: expected False for stream, which has no [n_inp, n_out] arrays to return")
+        if not self._is_plain():
+            raise ValueError(
+                "stream: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as "
+                "they were made, without hooks and adapters, got others, which only forward can call"
+            )
+        x_out: Tensor = stream(
+            self._parameters_by_name(), chunks, n_inp=self.n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n,
+            rows=rows, mask=mask, lengths=lengths, buffer=buffer,
+        )  # fmt: skip
         return x_out
 
     def _votes(self, x: Tensor, w: Parameters, lengths: Tensor | None) -> Tensor | None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..ops.trajectory_loss import SILENT
 from .record import Column, Record
@@ -61,7 +60,9 @@ def known_losses(records: Sequence[Record]) -> list[str] | None:
     """
     for record in records:
         decision = record.decision
-        if getattr(decision, "algorithm", None) is None or decision.formula != "intended" or "loss" in vars(decision):
+        if getattr(decision, "algorithm", None) is None or decision.formula != "intended":
+            return None
+        if not {"loss", "loss_of"}.isdisjoint(vars(decision)):
             return None
     masked = any(record.active is not None for record in records)
     if masked and len({need for record in records for need in record.decision.needs}) > 1:
@@ -84,14 +85,6 @@ def rows_of(records: Sequence[Record], dtype: torch.dtype) -> Rows:
         rows.look.append(reduce(record, needs[0], dtype) if needs else None)
         needs = shared if masked else decision.needs
     return rows
-
-
-def squared(a: Tensor, b: Tensor) -> Tensor:
-    """(a - b)^2, in the fewest operators that PyTorch has for it."""
-    if a.dtype != b.dtype:  # of which torch 2.11 has no gradient
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        a, b = a.to(dtype), b.to(dtype)
-    return F.mse_loss(a, b, reduction="none")
 
 
 class Entries:
@@ -121,9 +114,11 @@ class Entries:
         """[N]: a column at the action."""
         return self._all(lambda r, s: r.columns[i].at(r.actions))
 
-    def first(self, i: int) -> Tensor:
-        """[N]: a column at the first choice."""
-        return self.full(i)[:, 0]
+    def auxiliary(self, decision: Any) -> Tensor | None:
+        """[N], without gradient: what else the decision's loss reads of a record."""
+        if decision.auxiliary(self._records[0]) is None:
+            return None
+        return self._all(lambda r, s: decision.auxiliary(r))
 
     # -------------------------------------------------------------------------------------------- rewards, and next
 

@@ -15,7 +15,7 @@ from ..reference.tiles import tile_rows
 from ._gemm import products
 
 
-def _chunks(
+def _tiles(
     x: Tensor, lengths: Tensor | None, acc: torch.dtype
 ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor | None]]:
     """((samples, rows), those rows in acc with dead ones zero, which are live): a tile's worth of each at a time."""
@@ -45,7 +45,7 @@ def forward(
     G = x.new_zeros((B, d, d), dtype=acc)
     g = x.new_zeros((B, d + 1), dtype=acc)
     half = d // 2 if d >= 128 else 0
-    for at, tile, live in _chunks(x, lengths, acc):
+    for at, tile, live in _tiles(x, lengths, acc):
         b = at[0]
         f = torch.addcmul(bias.to(acc), (tile @ w.mT)[..., 0], scale[b, None]).sigmoid()
         if live is not None:
@@ -73,7 +73,7 @@ def backward(
     sym = dG + dG.mT
     dweight = torch.zeros_like(w)
     dbias = w.new_zeros(1)
-    for at, tile, live in _chunks(x, lengths, acc):
+    for at, tile, live in _tiles(x, lengths, acc):
         f = gate[at]
         if live is not None:
             f = f.masked_fill(~live, 0.0)

@@ -64,6 +64,12 @@ def first_betas(w: Parameters, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     return v, c * w.bias_use.to(acc) - (1 - c) * w.bias_ign.to(acc)
 
 
+def first_moments(G: Tensor, g: Tensor, v: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """M and p of a first iteration in Gram form."""
+    d = v.shape[1]
+    return v @ G + e[:, None] * g[:, None, :d], g[:, :d] @ v.mT + e * g[:, d:]
+
+
 def outputs(M: Tensor, p: Tensor, scale: Tensor, w: Parameters) -> Tensor:
     """y [B, m, h], before any norm, of the moments M [B, m, d] and p [B, m]."""
     U = M * scale[:, None, None] * w.W_F1.to(M.dtype)

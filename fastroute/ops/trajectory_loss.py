@@ -20,7 +20,11 @@ from ..reference.trajectory_loss import FIELDS, Rows
 from ..reference.trajectory_loss import KINDS as KINDS
 from ..reference.trajectory_loss import SILENT as SILENT
 from ..reference.trajectory_loss import ByAction as ByAction
+from ..reference.trajectory_loss import Entry as Entry
 from ..reference.trajectory_loss import Final as Final
+from ..reference.trajectory_loss import critics_target as critics_target
+from ..reference.trajectory_loss import loss_of as loss_of
+from ..reference.trajectory_loss import squared as squared
 from . import _native_trajectory_loss as _native_trajectory_loss  # defines the native and the triton ops
 from ._arguments import explained
 from ._autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 #: The classes whose loss is known, each in its intended form. The last one has none, but counts as a decision.
 KINDS = (
@@ -28,6 +29,8 @@ BOOTSTRAPPING = frozenset({
     "REINFORCEBl1", "REINFORCEBl2", "QLearning", "SARSA", "ActorCritic", "BootstrapAAC", "BootstrapAdvantageLearning",
     "SurpriseLearning",
 })  # fmt: skip
+#: Those whose first column is an advantage, which learns what the critic leaves.
+ADVANTAGES = frozenset({"AdvantageLearning", "BootstrapAdvantageLearning", "SurpriseLearning"})
 
 Rows = Sequence[Tensor | None]
 
@@ -82,15 +85,15 @@ class Decisions(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What one decision's loss is made of."""
+    """What one decision's loss is made of; every tensor is [B]."""
 
     kind: str
-    choices: int
-    s0: Tensor
-    s1: Tensor | None
-    aux: Tensor | None
+    choices: int  # K
+    s0: Tensor  # the first column at the action: log p_a, q_a or A_a
+    s1: Tensor | None  # the critic's
+    aux: Tensor | None  # without gradient: the baseline, w = p_a / mu_a, or the policy's mean value
     R: Tensor
-    y: Tensor
+    y: Tensor  # without gradient, too: what is bootstrapped
 
 
 def targets(d: Decisions, f: Tensor, gamma: float, normalize: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -146,13 +149,17 @@ def advantage(e: Entry) -> Tensor:
         return R / (e.choices * e.s0.detach().exp()) - aux  # type: ignore[operator]
     if e.kind == "EGreedyAAC":
         return aux * (R - s1)  # type: ignore[operator]
-    return (e.y if e.kind == "BootstrapAAC" else R) - s1  # type: ignore[operator]
+    if e.kind == "BootstrapAAC":
+        return e.y - s1  # type: ignore[operator]
+    if e.kind in ("ActorCritic", "AAC"):
+        return R - s1  # type: ignore[operator]
+    raise ValueError(f"kinds: expected one with a formula here, got {e.kind!r}")
 
 
-def step_of(e: Entry) -> Tensor:
-    """WPL's d w: how far p_a should move, the less the nearer it is to where it goes; without gradient."""
-    p, d = e.s0.detach().exp(), e.R - e.aux  # type: ignore[operator]
-    return torch.where(d < 0, d * p, d * (1 - p))
+def step_of(e: Entry, p: Tensor) -> Tensor:
+    """WPL's d w: how far p = p_a should move, the less the nearer it is to where it goes; without gradient."""
+    p, d = p.detach(), e.R - e.aux  # type: ignore[operator]
+    return d * torch.where(d < 0, p, 1 - p)
 
 
 def critics_target(e: Entry) -> Tensor:
@@ -160,16 +167,28 @@ def critics_target(e: Entry) -> Tensor:
     return e.R if e.kind in ("AAC", "EGreedyAAC", "AdvantageLearning", "WPL") else e.y
 
 
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """(a - b)^2, in the fewest operators that PyTorch has for it."""
+    if a.dtype != b.dtype:  # of which torch 2.11 has no gradient
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
+    return F.mse_loss(a, b, reduction="none")
+
+
 def loss_of(e: Entry) -> Tensor:
-    """[B]: the loss of one decision, with autograd."""
+    """[B]: the loss of one decision, with autograd: the definition, from which decisions derive ``loss``.
+
+    Written out with their derivatives, the same formulas are in ``slopes_of``, csrc/cpu/trajectory_loss.cpp and
+    kernels/trajectory_loss.py. A decision that defines its own needs none of these.
+    """
     if e.kind in ("QLearning", "SARSA"):
-        return (e.s0 - e.y).square()
-    critic = None if e.s1 is None else (e.s1 - critics_target(e)).square()
+        return squared(e.s0, e.y)
+    critic = None if e.s1 is None else squared(e.s1, critics_target(e))
     if e.kind == "WPL":
         p = e.s0.exp()
-        actor = (p - (p.detach() + step_of(e))).square()
-    elif e.kind.endswith("Learning"):
-        actor = (e.s0 - (critics_target(e) - e.s1.detach())).square()  # type: ignore[union-attr]
+        actor = squared(p, p.detach() + step_of(e, p))
+    elif e.kind in ADVANTAGES:
+        actor = squared(e.s0, critics_target(e) - e.s1.detach())  # type: ignore[union-attr]
     else:
         actor = -e.s0 * advantage(e)
     return actor if critic is None else actor + critic
@@ -181,8 +200,9 @@ def slopes_of(e: Entry) -> tuple[Tensor, Tensor | None]:
         return 2 * (e.s0 - e.y), None
     critic = None if e.s1 is None else 2 * (e.s1 - critics_target(e))
     if e.kind == "WPL":
-        return -2 * step_of(e) * e.s0.exp(), critic
-    if e.kind.endswith("Learning"):
+        p = e.s0.exp()
+        return -2 * step_of(e, p) * p, critic
+    if e.kind in ADVANTAGES:
         return 2 * (e.s0 - (critics_target(e) - e.s1)), critic  # type: ignore[operator]
     return -advantage(e), critic
 

@@ -30,6 +30,7 @@ from fastroute.networks import (
     Sequential,
     Trajectory,
 )
+from fastroute.ops.trajectory_loss import Entry
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import LEARNING, F, decision, linears, start
 
@@ -334,7 +335,10 @@ def test_a_decision_of_ones_own() -> None:
         pass
 
     x = torch.randn(3, F)
-    raises(NotImplementedError, "Half decides nothing: it defines no _decide", lambda: Half(3, F)(x, start(x)))
+    raises(NotImplementedError, "Half decides nothing: it defines no decide", lambda: Half(3, F)(x, start(x)))
+    entry = Entry("", 3, x[0], None, None, x[0], x[0])
+    raises(NotImplementedError, "Half defines no loss_of", lambda: Half(3, F).loss_of(entry))
+    raises(TypeError, "Old._decide: expected its new name, decide", lambda: type("Old", (Half,), {"_decide": None}))
 
 
 def test_state_of_another_shape() -> None:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from fastroute import networks, use_backend
 from fastroute.networks import Loss, NegLossReward
 from fastroute.networks import loss as module
+from fastroute.networks.decisions.base import Decided
 from fastroute.networks.entries import Entries
-from fastroute.networks.record import Record
+from fastroute.networks.record import Column, Record
+from fastroute.ops.trajectory_loss import Entry
 from tests.helpers import seeds
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.networks import LEARNING, F, decision, start
@@ -140,9 +142,15 @@ class OwnLoss(networks.AAC):
         return super().loss(e) * 2
 
 
+class OwnFormula(networks.AAC):
+    def loss_of(self, e: Entry) -> Tensor | None:
+        return super().loss_of(e) * 2  # type: ignore[operator]
+
+
 class OwnAdvantage(networks.AAC):
-    def _advantage(self, e: Entries) -> Tensor:
-        return super()._advantage(e) * 2
+    def entry(self, e: Entries) -> Entry:
+        made = super().entry(e)
+        return made._replace(R=made.R + made.R - made.s1.detach())  # type: ignore[union-attr]
 
 
 class OwnBaseline(networks.REINFORCEBl1):
@@ -177,6 +185,7 @@ class Below(OwnLoss):
         (SameLoss, "AAC"),
         (OwnBaseline, "REINFORCEBl1"),
         (OwnLoss, None),
+        (OwnFormula, None),
         (OwnAdvantage, None),
         (OwnNeeds, None),
         (Mixed, None),
@@ -188,17 +197,52 @@ def test_algorithms(cls: type[networks.Decision], algorithm: str | None) -> None
 
 
 def test_a_users_subclass(calls: list[list[str]]) -> None:
-    for cls in (SameLoss, OwnLoss, OwnAdvantage):
+    for cls in (SameLoss, OwnLoss, OwnFormula, OwnAdvantage):
         seeds.manual_seed(0)
         meta = records([cls(3, F, dtype=F64)])
         column = meta.records[0].columns
         made = routing(meta)
         D = meta.final_reward - column[1].full[:, 0]
-        factor = {SameLoss: 1, OwnLoss: 2, OwnAdvantage: 2}[cls]
+        factor = 1 if cls is SameLoss else 2
         critic = D.square() * (4 if cls is OwnAdvantage else factor)
         expected = -column[0].at(meta.actions[0]) * D * factor + critic
         assert_same(made.detach(), expected.detach())
     assert calls == [["AAC"]]
+
+
+class Toy(networks.Decision):
+    """An algorithm of one's own: what it decides, and its loss by entry."""
+
+    needs, critic = (("first", 1),), 1
+
+    def decide(self, x: Tensor, plan: Any, forced: Tensor | None) -> Decided:
+        z = self._ask(self._policy, x, plan)
+        actions = z.argmax(1) if forced is None else forced
+        return Decided(actions, [Column(z.log_softmax(1)), Column(z[:, :1])])
+
+    def loss_of(self, e: Entry) -> Tensor:
+        assert e.s1 is not None and e.aux is None and e.choices == 3
+        return -e.s0 * (e.R - e.s1.detach()) + (e.s1 - e.y).square()
+
+
+def test_an_algorithm_of_ones_own(calls: list[list[str]]) -> None:
+    meta = records([Toy(3, F, dtype=F64) for _ in range(2)])
+    f = -torch.randn(B, generator=seeds.generator(3), dtype=F64)
+    expected = torch.zeros(B, dtype=F64)
+    (s0, v0), (s1, v1) = ([c.at(r.actions).detach() for c in r.columns] for r in meta.records)
+    for log_p, v, R, y in ((s0, v0, 0.7 * f, 0.7 * v1), (s1, v1, f, f)):
+        expected += -log_p * (R - v) + (v - y).square()
+    made = routing(meta)
+    assert_same(made.detach(), expected)
+    made.sum().backward()
+    assert all(w.grad is not None and w.grad.any() for w in meta.records[0].decision.parameters())
+    assert calls == []
+
+
+@pytest.mark.parametrize("algo", KNOWN)
+def test_a_formula_stands_once(algo: str) -> None:
+    """The op's definition; a class adds what only upstream's formula needs."""
+    assert getattr(networks, algo).loss_of is networks.Decision.loss_of
 
 
 def test_who_does_not_go_through_the_op(calls: list[list[str]]) -> None:
@@ -209,9 +253,10 @@ def test_who_does_not_go_through_the_op(calls: list[list[str]]) -> None:
     routing(records([decision("GumbelSoftmax", 3)]), F32)  # nothing to compute
     # masks, and two kinds of targets: the next decision is not the same for all, nor what is read of it
     routing(records([decision("QLearning", 3), decision("ActorCritic", 3)], mask=True), F32)
-    told = decision("REINFORCE", 3)
-    told.loss = lambda e: e.R  # type: ignore[method-assign]
-    assert torch.equal(routing(records([told]), F32), told_reward())
+    for hook in ("loss", "loss_of"):
+        told = decision("REINFORCE", 3)
+        setattr(told, hook, lambda e: e.R)
+        assert torch.equal(routing(records([told]), F32), told_reward())
     assert calls == []
     routing(records([decision("QLearning", 3), decision("ActorCritic", 3)]), F32)
     routing(records([decision("QLearning", 3), decision("AAC", 3), decision("QLearning", 3)], mask=True), F32)

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastroute import use_backend
+from fastroute.ops._routing_passes import first_form
 from fastroute.ops.efficient_routing import _Call
+from fastroute.reference.efficient_routing import Parameters
 from tests.helpers import strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
@@ -60,7 +62,7 @@ def checked(
 
 
 def takes_gram(case: Case, n_iters: int = 2) -> bool:
-    return _Call.of((*case.inputs.values(), n_iters, True, "auto", "")).uses_gram
+    return _Call.of((*case.inputs.values(), n_iters, True, "auto", "")).form == "gram"
 
 
 # ------------------------------------------------------------------------------------------------------- numbers
@@ -94,6 +96,17 @@ def test_gram_path(backend: str, name: str, dtype: torch.dtype) -> None:
     size, mask, expected = GRAM[name]
     assert takes_gram(efficient_case(size, linear=True, mask=mask)) == expected
     checked(backend, size, dtype, linear=True, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("m", "d", "whole", "streamed"),
+    [(4, 8, "gram", "gram"), (4, 9, "gram", "one beta"), (4, 16, "gram", "one beta"), (4, 17, "pairs", "one beta")],
+)
+def test_the_form_of_the_first_iteration(m: int, d: int, whole: str, streamed: str) -> None:
+    for linear in (True, False):
+        w = Parameters(*list(efficient_case(Size(2, 5, m, d), linear=linear).inputs.values())[1:-2])  # type: ignore[arg-type]
+        found = [first_form(w, whole=one, masked=masked) for masked in (False, True) for one in (True, False)]
+        assert found == ([whole, streamed, "pairs", "pairs"] if linear else ["pairs"] * 4)
 
 
 @each_backend

@@ -7,7 +7,9 @@ Axes: B (b) samples, T decisions.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -27,7 +29,7 @@ from tests.helpers.budget import check, yardstick_of
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
-from tests.helpers.trajectory_losses import arguments, loss_case, loss_op, loss_truth
+from tests.helpers.trajectory_losses import LOG_P, arguments, loss_case, loss_op, loss_truth
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 LEARNING = tuple(kind for kind in KINDS if kind != SILENT)
@@ -309,7 +311,45 @@ def test_bad_input(changed: dict[str, Any], error: type[Exception], message: str
 
 
 def test_the_tables_agree() -> None:
-    """Sets of kinds are of known names, and the C++ counts them in this order."""
-    assert set(LEARNING) >= CRITICS | AIDED | BOOTSTRAPPING
+    """Sets of kinds are of known names, and the C++ and the kernels count them in this order."""
+    assert set(LEARNING) >= CRITICS | AIDED | BOOTSTRAPPING | reference.ADVANTAGES
     assert (KINDS.index("REINFORCE"), KINDS.index("WPL"), KINDS.index(SILENT)) == (0, 13, 14) == (0, 13, len(KINDS) - 1)
     assert reference.FIELDS == 2 + 6
+    (source,) = (Path(__file__).parents[2] / "csrc").rglob("trajectory_loss.cpp")
+    (enumerators,) = re.findall(r"enum Kind : int64_t \{(.*?)\}", source.read_text(), re.DOTALL)
+    assert tuple(re.findall(r"\bk(\w+),", enumerators)) == KINDS
+    of_cpp = {  # what the functions of the C++ that are sets of kinds name
+        name: set(re.findall(r"\bk([A-Z]\w*)", body))
+        for name, body in re.findall(r"bool (\w+)\(int64_t kind\) \{(.*?)\}", source.read_text(), re.DOTALL)
+    }
+    assert of_cpp == {"has_critic": set(KINDS) - CRITICS, "is_aided": AIDED}
+
+
+def test_the_kernels_sets_of_kinds_agree() -> None:
+    kernels = pytest.importorskip("fastroute.kernels.trajectory_loss")
+
+    def names(bits: Any) -> set[str]:
+        return {kind for number, kind in enumerate(KINDS) if bits.value >> number & 1}
+
+    assert names(kernels.ADVANTAGES) == reference.ADVANTAGES
+    entries = {kind: reference.Entry(kind, 3, *(torch.tensor(float(i)) for i in range(5))) for kind in CRITICS}
+    assert names(kernels.RETURNS) == {kind for kind, e in entries.items() if reference.critics_target(e) is e.R}
+    assert names(kernels.VALUES) == set(KINDS) - LOG_P - reference.ADVANTAGES - {SILENT}
+
+
+@each_kind
+def test_the_slopes_are_those_of_the_formula(kind: str) -> None:
+    """What is written out beside the definition is its derivative."""
+    s0, s1, aux, R, y = (torch.randn(9, generator=seeds.generator(i), dtype=F64) for i in range(5))
+    columns = [s0.requires_grad_(), *([s1.requires_grad_()] if kind in CRITICS else [])]
+    entry = reference.Entry(kind, 3, s0, s1 if kind in CRITICS else None, aux if kind in AIDED else None, R, y)
+    found = torch.autograd.grad(reference.loss_of(entry).sum(), columns)
+    for ours, exact in zip(reference.slopes_of(entry), found, strict=False):
+        assert ours is not None
+        assert_same(ours.detach(), exact, kind)
+
+
+def test_a_kind_without_a_formula_is_an_error() -> None:
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match="kinds: expected one with a formula here, got 'Unknown'"):
+        reference.loss_of(reference.Entry("Unknown", 3, one, one, one, one, one))

@@ -5,6 +5,7 @@ Notation as in ``policy_gradient``.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from ...ops._arguments import checked
 from ...ops.dispatch import Plan
+from ...ops.trajectory_loss import critics_target, squared
 from ...reference.policy import values
-from ..entries import Entries, Need, squared
+from ..entries import Entries, Need
 from ..record import Column, Record
-from .base import Decided
+from .base import Decided, Decision
 from .policy_gradient import REINFORCE, _WithValueNet, critic_column, egreedy_columns, importance, log_softmax_column
+
+__all__ = ["AAC", "WPL", "ActorCritic", "BootstrapAAC", "EGreedyAAC"]
 
 
 class ActorCritic(REINFORCE):
@@ -38,21 +42,14 @@ class ActorCritic(REINFORCE):
     def __init__(self, *args: Any, qvalue_net: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if qvalue_net is None:
-            qvalue_net = kwargs.get("policy_net") or kwargs.get("approx_module") or (args[7] if len(args) > 7 else None)
+            given = inspect.signature(Decision).bind_partial(*args, **kwargs).arguments
+            qvalue_net = given.get("policy_net") or given.get("readme", {}).get("approx_module")
         self._qvalue_mem = self._storages(self._num_selections, qvalue_net)
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._qvalue_mem, temperature=self._temperature)
         log_p = log_softmax_column(made.scores, self._temperature, made.value)
         return Decided(made.actions, [log_p, critic_column(made)], explored)
-
-    def loss(self, e: Entries) -> Tensor:
-        q = e.at(1)
-        if self.formula == "upstream":
-            y = e.upstream_target(lambda: e.next("max", 1) - e.r)
-        else:
-            y = e.target("max", 1)
-        return -e.at(0) * (e.R - q).detach() + squared(q, y)
 
 
 class WPL(ActorCritic):
@@ -70,7 +67,7 @@ class WPL(ActorCritic):
     upstream_needs: tuple[Need, ...] = ()
     algorithm = "WPL"
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         intended = self.formula == "intended"
         made, explored = self._answer(x, plan, forced, self._qvalue_mem, kind="shifted", expected=intended)
         columns = [Column(lambda: values(made.scores, "shifted", 1.0), made.value), critic_column(made)]
@@ -82,17 +79,13 @@ class WPL(ActorCritic):
         """[B]: the policy's mean value."""
         return record.columns[2].at(record.actions)
 
-    def loss(self, e: Entries) -> Tensor:
+    def loss(self, e: Entries) -> Tensor | None:
+        if self.formula == "intended":
+            return super().loss(e)
         log_p, q, R = e.at(0), e.at(1), e.R
-        if self.formula == "upstream":
-            d = (R - q).detach()
-            factor = torch.where(d < 0, 1 + d, 2 - d)
-            return squared(log_p, (log_p * factor).detach()) + squared(q, R)
-        d = R - e.at(2)
-        p = log_p.exp()
-        now = p.detach()
-        step = torch.addcmul(d.relu(), d.abs(), now, value=-1)  # d w
-        return squared(p, now + step) + squared(q, R)
+        d = (R - q).detach()
+        factor = torch.where(d < 0, 1 + d, 2 - d)
+        return squared(log_p, (log_p * factor).detach()) + squared(q, R)
 
 
 class AAC(_WithValueNet):
@@ -107,18 +100,16 @@ class AAC(_WithValueNet):
 
     algorithm, critic = "AAC", 1
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem)
         return Decided(made.actions, [log_softmax_column(made.scores, 1.0, made.value), critic_column(made)], explored)
 
-    def _advantage(self, e: Entries) -> Tensor:
-        return e.R - e.first(1)
-
-    def loss(self, e: Entries) -> Tensor:
-        advantage = self._advantage(e)
-        squared = advantage.square()
-        critic = e.mean(squared) if self.formula == "upstream" else squared
-        return -e.at(0) * advantage.detach() + critic
+    def loss(self, e: Entries) -> Tensor | None:
+        entry = self.entry(e)
+        if self.formula == "intended":
+            return self.loss_of(entry)
+        advantage = critics_target(entry) - entry.s1  # type: ignore[operator]
+        return -entry.s0 * advantage.detach() + e.mean(advantage.square())
 
 
 class BootstrapAAC(AAC):
@@ -131,8 +122,8 @@ class BootstrapAAC(AAC):
     needs = upstream_needs = (("first", 1),)
     algorithm = "BootstrapAAC"
 
-    def _advantage(self, e: Entries) -> Tensor:
-        return e.target("first", 1) - e.first(1)
+    def target(self, e: Entries) -> Tensor:
+        return e.target("first", 1)
 
 
 class EGreedyAAC(_WithValueNet):
@@ -148,7 +139,7 @@ class EGreedyAAC(_WithValueNet):
     algorithm, critic = "EGreedyAAC", 3
     _temperature = 1.0
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem, with_coin=True)
         columns = [*egreedy_columns(self, made.scores, made.value), critic_column(made)]
         return Decided(made.actions, columns, explored)
@@ -157,9 +148,9 @@ class EGreedyAAC(_WithValueNet):
         """[B]: the importance weight, w."""
         return importance(record)
 
-    def loss(self, e: Entries) -> Tensor:
-        advantage = e.R - e.first(3)
-        w, steps = (e.at(1) / e.at(2)).detach(), -e.at(0) * advantage.detach()
-        if self.formula == "upstream":
-            return w * e.sum(steps) + e.sum(advantage.square())
-        return w * steps + advantage.square()
+    def loss(self, e: Entries) -> Tensor | None:
+        entry = self.entry(e)
+        if self.formula == "intended":
+            return self.loss_of(entry)
+        advantage = entry.R - entry.s1  # type: ignore[operator]
+        return entry.aux * e.sum(-entry.s0 * advantage.detach()) + e.sum(advantage.square())  # type: ignore[operator]

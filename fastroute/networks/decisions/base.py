@@ -22,6 +22,7 @@ from ...ops._masked import only
 from ...ops._recomputation import draws_of, is_recomputation
 from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
+from ...ops.trajectory_loss import Entry, loss_of
 from ...reference.policy import accumulating, shifted
 from ..entries import Entries, Need, from_raw
 from ..record import Column, Record
@@ -32,7 +33,7 @@ from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
 #: Whoever defines one of these has another loss than the class inherited from.
-_MAKES_A_LOSS = ("loss", "needs", "lookahead", "loss_func", "_return", "_advantage", "_target")
+_MAKES_A_LOSS = ("loss", "loss_of", "entry", "target", "needs", "lookahead", "loss_func")
 
 
 @dataclass
@@ -47,6 +48,9 @@ class Decided:
 
 class Decision(nn.Module):
     """Chooses one of K modules per sample, and learns to.
+
+    A class of one's own defines :meth:`decide` and :meth:`loss_of`, and says in ``needs`` what the loss reads of the
+    next decision and in ``critic`` which of its columns is a critic's.
 
     Args:
         num_selections: K.
@@ -77,9 +81,14 @@ class Decision(nn.Module):
     #: the name by which ``ops.trajectory_loss`` knows the intended loss of this very class; None: it does not
     algorithm: str | None = None
     critic: int | None = None  #: the state column, besides the first, that the loss moves
+    _formula_of = ""  # the ``algorithm`` of the class that this one's loss is inherited from
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if hasattr(cls, "_decide"):
+            raise TypeError(f"{cls.__name__}._decide: expected its new name, decide")
+        if "algorithm" in cls.__dict__:
+            cls._formula_of = cls.algorithm or ""
         known = next(c for c in cls.__mro__ if "algorithm" in c.__dict__)
         if any(getattr(cls, n) is not getattr(known, n) for n in _MAKES_A_LOSS if hasattr(known, n)):
             cls.algorithm = None  # a subclass with a loss of its own
@@ -187,7 +196,7 @@ class Decision(nn.Module):
         forced = None
         if forced_actions is not None:
             forced = self._forced(forced_actions, B, batch.device)
-        made = self._decide(only(batch, active), plan, forced)
+        made = self.decide(only(batch, active), plan, forced)
         y = batch if made.y is None else made.y
         actions = made.actions
         if active is not None:
@@ -251,15 +260,39 @@ class Decision(nn.Module):
 
     # ----------------------------------------------------------------------------------------- what subclasses fill in
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-        raise NotImplementedError(f"{type(self).__name__} decides nothing: it defines no _decide")
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        """The actions of x [B, ...], ``forced`` ones if given, and the columns that the loss reads.
+
+        ``plan`` says which agent decides for which sample; None: the only one, for all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decides nothing: it defines no decide")
+
+    def loss_of(self, e: Entry) -> Tensor | None:
+        """[N]: the loss of entries, of the numbers [N] that :meth:`entry` says; or None for no loss."""
+        if not self._formula_of:
+            raise NotImplementedError(f"{type(self).__name__} defines no loss_of")
+        return loss_of(e)
 
     def loss(self, e: Entries) -> Tensor | None:
-        """[N]: the loss of each entry, or None for no loss."""
-        raise NotImplementedError(f"{type(self).__name__} defines no loss")
+        """[N]: :meth:`loss_of` these entries. Defined by classes whose loss reads more than an ``Entry`` has."""
+        return self.loss_of(self.entry(e))
+
+    def entry(self, e: Entries) -> Entry:
+        """What a loss is made of: the first column and the critic's at the action, the auxiliary number, R and y."""
+        s1 = None if self.critic is None else e.at(self.critic)
+        return Entry(self._formula_of, e.choices, e.at(0), s1, e.auxiliary(self), e.R, self.target(e))
+
+    def target(self, e: Entries) -> Tensor:
+        """[N], without gradient: y, the reward and what ``needs`` of the next state; R where it needs nothing."""
+        if not self.lookahead:
+            return e.R
+        (how, i), *_ = self.lookahead
+        if self.formula == "upstream":
+            return e.upstream_target(lambda: e.next(how, i) - e.r)
+        return e.target(how, i)
 
     def auxiliary(self, record: Record) -> Tensor | None:
-        """[B], without gradient: what else the intended loss reads of a record."""
+        """[B], without gradient: what else the loss reads of a record."""
         return None
 
     @property

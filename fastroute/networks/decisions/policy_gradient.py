@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from ...ops._arguments import checked
 from ...ops.agent_policy import AgentChoice
 from ...ops.dispatch import Plan
+from ...ops.trajectory_loss import Entry
 from ...reference.policy import values
-from ..entries import Entries, squared
+from ..entries import Entries
 from ..record import Column, Record
 from .base import Decided, Decision
+
+__all__ = ["REINFORCE", "EGreedyREINFORCE", "REINFORCEBl1", "REINFORCEBl2"]
 
 
 def log_softmax_column(z: Tensor, temperature: float, at: Tensor | None) -> Column:
@@ -50,12 +53,9 @@ class REINFORCE(Decision):
         if self._set_pg_temp:
             self._temperature = 0.1 + 9.9 * float(exploration)
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, temperature=self._temperature)
         return Decided(made.actions, [log_softmax_column(made.scores, self._temperature, made.value)], explored)
-
-    def loss(self, e: Entries) -> Tensor:
-        return -e.at(0) * e.R
 
 
 class _WithValueNet(Decision):
@@ -67,6 +67,10 @@ class _WithValueNet(Decision):
     def __init__(self, *args: Any, value_net: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._value_mem = self._storages(self._value_outputs or self._num_selections, value_net)
+
+    def entry(self, e: Entries) -> Entry:
+        made = super().entry(e)  # one value for all choices, which upstream reads at the first
+        return made if self._value_outputs is None else made._replace(s1=e.full(self.critic)[:, 0])  # type: ignore[arg-type]
 
 
 class REINFORCEBl1(_WithValueNet):
@@ -84,36 +88,22 @@ class REINFORCEBl1(_WithValueNet):
     needs = upstream_needs = (("max", 1),)
     algorithm, critic = "REINFORCEBl1", 1
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem)
         return Decided(made.actions, [log_softmax_column(made.scores, 1.0, made.value), critic_column(made)], explored)
 
     def auxiliary(self, record: Record) -> Tensor:
-        """[B]: the baseline, sum_k p_k V_k."""
-        log_p, v = (column.full.detach() for column in record.columns)
-        return (log_p.exp() * v).sum(1)
-
-    def _return(self, e: Entries) -> Tensor:
-        return e.R
-
-    def loss(self, e: Entries) -> Tensor:
+        """[B]: the baseline, sum_k p_k V_k (upstream: V_0)."""
         if self.formula == "upstream":
-            baseline = e.first(1)
-            y = e.upstream_target(lambda: e.next("max", 1) - e.r)
-        else:
-            baseline = (e.full(0).exp() * e.full(1)).sum(1)
-            y = e.target("max", 1)
-        actor = -e.at(0) * (self._return(e) - baseline).detach()
-        return actor + squared(e.at(1), y)
+            return record.columns[1].reduced("first")
+        log_p, v = (record.columns[i].full.detach() for i in (0, 1))
+        return (log_p.exp() * v).sum(1)
 
 
 class REINFORCEBl2(REINFORCEBl1):
     """:class:`REINFORCEBl1` with the return weighted by how unlikely the action was, R / (K p_a), in the advantage."""
 
     algorithm = "REINFORCEBl2"
-
-    def _return(self, e: Entries) -> Tensor:
-        return e.R / (e.choices * e.at(0).detach().exp())
 
 
 def behaviour(log_p: Tensor, exploration: float, upstream: bool) -> Tensor:
@@ -161,7 +151,7 @@ class EGreedyREINFORCE(REINFORCE):
         value = self._check_exploration(exploration)
         self._exploration = min(1.0, 3 * value) if self.formula == "upstream" else value
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, temperature=self._temperature, with_coin=True)
         return Decided(made.actions, egreedy_columns(self, made.scores, made.value), explored)
 
@@ -169,8 +159,7 @@ class EGreedyREINFORCE(REINFORCE):
         """[B]: the importance weight, w."""
         return importance(record)
 
-    def loss(self, e: Entries) -> Tensor:
-        w = (e.at(1) / e.at(2)).detach()
-        if self.formula == "upstream":
-            return w * e.sum(-e.at(0) * e.R)
-        return -e.at(0) * (w * e.R)
+    def loss(self, e: Entries) -> Tensor | None:
+        if self.formula == "intended":
+            return super().loss(e)
+        return e.auxiliary(self) * e.sum(-e.at(0) * e.R)  # type: ignore[operator]

@@ -18,6 +18,8 @@ from .base import Decided, Decision
 from .policy_gradient import _WithValueNet
 from .storage import AnyStorages
 
+__all__ = ["RELAX", "GumbelSoftmax"]
+
 _TINY = 1e-20
 _EPS = 1e-8
 
@@ -42,7 +44,7 @@ class GumbelSoftmax(Decision):
         self._exploration = self._check_exploration(exploration)
         self._temperature = 0.1 + 9.9 * self._exploration
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z = self._ask(self._policy, x, plan)
         best = z.argmax(1)
         if not self.training:
@@ -106,7 +108,7 @@ class RELAX(_WithValueNet):
         """Set the temperature to 0.1 + 9.9 exploration."""
         self._temperature = 0.1 + 9.9 * self._check_exploration(exploration)
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         z = self._ask(self._policy, x, plan, differentiable_twice=True)
         best = z.argmax(1)
         if not self.training:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.dispatch import Plan
-from ..entries import Entries, squared
+from ..entries import Entries
 from ..record import Column
 from .base import Decided, Decision
 from .policy_gradient import _WithValueNet, critic_column
+
+__all__ = ["SARSA", "AdvantageLearning", "BootstrapAdvantageLearning", "QLearning", "SurpriseLearning"]
 
 
 class QLearning(Decision):
@@ -24,17 +26,9 @@ class QLearning(Decision):
     needs = upstream_needs = (("max", 0),)
     algorithm = "QLearning"
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, kind="score", with_coin=True)
         return Decided(made.actions, [Column(made.scores, made.value)], explored)
-
-    def _upstream_target(self, e: Entries) -> Tensor:
-        return e.upstream_target(lambda: e.next("max", 0) - e.r)
-
-    def loss(self, e: Entries) -> Tensor:
-        (how, i), *_ = self.needs
-        y = self._upstream_target(e) if self.formula == "upstream" else e.target(how, i)
-        return squared(e.at(0), y)
 
 
 class SARSA(QLearning):
@@ -47,12 +41,12 @@ class SARSA(QLearning):
     upstream_needs = (("action", 0),)
     algorithm = "SARSA"
 
-    def _upstream_target(self, e: Entries) -> Tensor:
+    def target(self, e: Entries) -> Tensor:
         def ahead() -> Tensor:
             q = e.full(0).detach()
             return q.gather(1, e.next("action", 0).clamp(max=q.shape[1] - 1)[:, None])[:, 0]
 
-        return e.upstream_target(ahead)
+        return e.upstream_target(ahead) if self.formula == "upstream" else super().target(e)
 
 
 class AdvantageLearning(_WithValueNet):
@@ -64,16 +58,9 @@ class AdvantageLearning(_WithValueNet):
 
     algorithm, critic = "AdvantageLearning", 1
 
-    def _decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem, kind="score", with_coin=True)
         return Decided(made.actions, [Column(made.scores, made.value), critic_column(made)], explored)
-
-    def _target(self, e: Entries) -> Tensor:
-        return e.R
-
-    def loss(self, e: Entries) -> Tensor:
-        v, y = e.first(1), self._target(e)
-        return squared(v, y) + squared(e.at(0), y - v.detach())
 
 
 class BootstrapAdvantageLearning(AdvantageLearning):
@@ -85,10 +72,10 @@ class BootstrapAdvantageLearning(AdvantageLearning):
     needs = upstream_needs = (("first", 1),)
     algorithm = "BootstrapAdvantageLearning"
 
-    def _target(self, e: Entries) -> Tensor:
+    def target(self, e: Entries) -> Tensor:
         if self.formula == "upstream":
             return e.upstream_target(lambda: e.next("first", 1) + e.r)
-        return e.target("first", 1)
+        return super().target(e)
 
 
 class SurpriseLearning(AdvantageLearning):
@@ -100,7 +87,7 @@ class SurpriseLearning(AdvantageLearning):
     needs = upstream_needs = (("first", 1),)
     algorithm = "SurpriseLearning"
 
-    def _target(self, e: Entries) -> Tensor:
+    def target(self, e: Entries) -> Tensor:
         if self.formula == "upstream":
-            return e.upstream_target(lambda: e.next("first", 1) - e.r)
+            return super().target(e)
         return e.last_or(e.f, lambda: e.gamma * e.next("first", 1) - e.r)
