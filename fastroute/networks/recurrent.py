@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..ops._checks import at_least_one, floating, shown, tensor
 from ..ops._masked import only
+from ..ops._modules import reset
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
 from .selection import Selection
@@ -97,8 +98,8 @@ class RoutingRNNCellBase(nn.Module):
             **factory, **kwargs,
         )  # fmt: skip
         choices = self.num_selections + self.recurrent
-        if not (route_i2h or route_h2h):
-            routing_agent(choices, in_features, **options)  # wrong arguments are wrong even if nobody reads them
+        if not (route_i2h or route_h2h):  # wrong arguments are wrong even if nobody reads them
+            routing_agent(choices, in_features, **{**options, "device": "meta"})
         for name, features, routed in self._projections():
             widths = [features, *[self._gates * hidden_size] * self.depth_routing]
             if recurrent or not routed:
@@ -113,10 +114,14 @@ class RoutingRNNCellBase(nn.Module):
             ]
             setattr(self, f"router_{name}", nn.ModuleList(routers))
             setattr(self, f"selection_{name}", nn.ModuleList(selections))
-        self.reset_parameters()
+        self._draw()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, uniform in +-1 / sqrt(H)."""
+        """Draw every parameter anew, uniform in +-1 / sqrt(H). Buffers of networks of the user's are set by those."""
+        reset(*(m for m in self.modules() if m is not self and (m._parameters or m._buffers)))
+        self._draw()
+
+    def _draw(self) -> None:
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)

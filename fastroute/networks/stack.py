@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._modules import name_before
 from . import bank
 
 #: Under this name a stack has its pattern, with it begin the keys of a state dict.
@@ -110,7 +111,7 @@ class Stack(nn.Module):
         """What has a part for each module, by its name in one of them."""
         pattern = self.pattern if pattern is None else pattern
         found = (*_own(pattern).items(), *pattern.named_buffers(remove_duplicate=False))
-        return {name: t for name, t in found if _before(name) in self._stacked}
+        return {name: t for name, t in found if name_before(name) in self._stacked}
 
     def each(self) -> list[Callable[[Tensor], Tensor]]:
         """The modules, to be called: the pattern with the parameters of one of them for its own."""
@@ -118,18 +119,13 @@ class Stack(nn.Module):
 
     def _call(self, k: int, x: Tensor) -> Tensor:
         tensors = [*self.pattern.named_parameters(), *self.pattern.named_buffers()]
-        own = {name: t[k] for name, t in tensors if _before(name) in self._stacked}
+        own = {name: t[k] for name, t in tensors if name_before(name) in self._stacked}
         made: Tensor = torch.func.functional_call(self.pattern, own, (x,))
         return made
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not defined: which module a sample takes is said by a plan, see ``bank.run``."""
         raise TypeError("Stack: a stack of modules is run by Selection or a decision, not called")
-
-
-def _before(name: str) -> str:
-    """What a tensor was called before a parametrization, or pruning, renamed it."""
-    return name.replace("parametrizations.", "").removesuffix(".original").removesuffix("_orig").removesuffix("_mask")
 
 
 def _ties(each: Sequence[dict[str, nn.Parameter]]) -> dict[str, str]:

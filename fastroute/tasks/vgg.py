@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks, dispatch, grouped_linear
-from ..ops._modules import may_be_read, signature
+from ..ops._modules import may_be_read, reset, signature
 from .active import Task, TaskAware, aware_parts, on_device, traced
 from .pretrained import load_features, read
 from .router import TaskRouter
@@ -125,6 +125,7 @@ class VGG(TaskAware):
         inputs = _last_channels(features) * height * width
         for t in range(self.task_count):
             setattr(self, f"classifier_{t}", nn.Sequential(nn.Linear(inputs, 2, device=device, dtype=dtype)))
+        self._initializes = bool(init_weights)
         if init_weights:
             self._initialize_weights()
         self._hold(0)
@@ -207,6 +208,12 @@ class VGG(TaskAware):
         ]
         made = torch.cat(parts)
         return made.new_zeros(x.shape[0], made.shape[1]).index_copy(0, plan.order[: len(made)], made)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters, and the routers' masks, anew, as they were drawn at first."""
+        reset(*(module for module in self.modules() if module is not self))
+        if self._initializes:
+            self._initialize_weights()
 
     def _initialize_weights(self) -> None:
         for module in self.modules():
