@@ -421,7 +421,7 @@ class _WithZeros(torch.autograd.Function):
 
 def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
     """``run``, every module called with its own samples."""
-    bounds = plan.bounds or dispatch.read(plan.offsets)
+    bounds = dispatch.bounds_of(plan)
     sorted_x, N = x.index_select(0, _samples(plan)), plan.order.shape[0]
     made: dict[int, Tensor] = {}
     for k, m in enumerate(modules):

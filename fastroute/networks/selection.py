@@ -149,7 +149,7 @@ class Selection(nn.Module):
     def _run(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:
         """chosen [B] or [B, k] -> (what its module gives for every entry [N, ...], the plan)."""
         K = len(self._submodules)
-        if self._log is not None:
+        if self._log is not None and not chosen.is_meta:
             self._log.update(a for a in dispatch.read(chosen.reshape(-1)) if 0 <= a < K)
         plan = dispatch.plan(chosen, K)
         modules = self._submodules

@@ -200,7 +200,7 @@ class VGG(TaskAware):
     def _classify_each(self, x: Tensor, task: Tensor) -> Tensor:
         """Every head called with the samples of its task."""
         plan = dispatch.plan(task.contiguous(), self.task_count, "task")
-        bounds, x = plan.bounds or dispatch.read(plan.offsets), x.index_select(0, plan.order)
+        bounds, x = dispatch.bounds_of(plan), x.index_select(0, plan.order)
         parts = [
             self.get_layer(f"classifier_{t}")(x[a:b])
             for t, (a, b) in enumerate(pairwise(bounds))
