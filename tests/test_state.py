@@ -11,7 +11,6 @@ import inspect
 import itertools
 import pickle
 import pkgutil
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 import fastroute
-from fastroute import capsules, compat, multitask, networks, tasks
+from fastroute import capsules, multitask, networks, tasks
 from fastroute.compat import PytorchRouting, heinsen_routing_2019, taskrouting, torchmtl
 from fastroute.compat.PytorchRouting.DecisionLayers.Others.GumbelSoftmax import GumbelSoftmaxSampling
 from fastroute.compat.PytorchRouting.PreFabs import RNNcells as cells
@@ -187,7 +186,8 @@ CASES: dict[str, Case] = {
         routed_loss,
     ),
     "Selection of unlike modules": Case(
-        lambda: networks.Selection(nn.Linear(F, F), nn.Identity(), nn.GRUCell(F, F), store_module_pointers=True), triplet
+        lambda: networks.Selection(nn.Linear(F, F), nn.Identity(), nn.GRUCell(F, F), store_module_pointers=True),
+        triplet,
     ),
     "MoE, capacity": Case(
         lambda: networks.MoE(F, 4, K, capacity=1.0, jitter=0.1, z_loss=0.1),
@@ -214,19 +214,27 @@ CASES: dict[str, Case] = {
     },
     **{
         f"upstream's {cls.__name__}": Case(
-            lambda cls=cls: cls(F, 4, K, 2, networks.AAC, num_agents=T, formula="upstream"), recurrent  # type: ignore[misc]
+            lambda cls=cls: cls(F, 4, K, 2, networks.AAC, num_agents=T, formula="upstream"),
+            recurrent,  # type: ignore[misc]
         )
         for cls in (cells.RoutingLSTMCell, cells.RoutingGRUCell)
     },
     "no state": Case(
-        lambda: nn.ModuleList([
-            networks.Loss(nn.MSELoss(), networks.NegLossReward()), PytorchRouting.CoreLayers.Loss(nn.MSELoss(), final.NegLossReward()),
-            networks.CorrectClassifiedReward(), final.NegLossReward(), final.CorrectClassifiedReward(),
-            networks.PassThrough(), networks.PerTaskAssignment(),
-            upstreams("PassThrough")(), upstreams("PerTaskAssignment")(),
-            PytorchRouting.Helpers.TorchHelpers.FakeFlatModuleList(PytorchRouting.CoreLayers.Selection(nn.ReLU())),
-            GumbelSoftmaxSampling(),
-        ])
+        lambda: nn.ModuleList(
+            [
+                networks.Loss(nn.MSELoss(), networks.NegLossReward()),
+                PytorchRouting.CoreLayers.Loss(nn.MSELoss(), final.NegLossReward()),
+                networks.CorrectClassifiedReward(),
+                final.NegLossReward(),
+                final.CorrectClassifiedReward(),
+                networks.PassThrough(),
+                networks.PerTaskAssignment(),
+                upstreams("PassThrough")(),
+                upstreams("PerTaskAssignment")(),
+                PytorchRouting.Helpers.TorchHelpers.FakeFlatModuleList(PytorchRouting.CoreLayers.Selection(nn.ReLU())),
+                GumbelSoftmaxSampling(),
+            ]
+        )
     ),
     "RoutingLSTMCell": Case(
         lambda: networks.RoutingLSTMCell(F, 4, K, 2, networks.AAC, num_agents=T, stacked=True), recurrent
@@ -243,9 +251,7 @@ CASES: dict[str, Case] = {
     ),
     "TaskRouter, nothing off": Case(lambda: tasks.TaskRouter(F, T, 0), plain(B, F)),
     "RoutedLinear": Case(
-        lambda: nn.Sequential(
-            router := tasks.TaskRouter(F, T, 0.5), tasks.RoutedLinear(F, 4, input_router=router)
-        ),
+        lambda: nn.Sequential(router := tasks.TaskRouter(F, T, 0.5), tasks.RoutedLinear(F, 4, input_router=router)),
         plain(B, F),
     ),
     "RoutedConv2d": Case(conv, plain(B, F, 5, 5)),
@@ -398,7 +404,9 @@ def test_reset_parameters_sets_everything(name: str) -> None:
             continue
         like = expected[key].detach()
         assert (t.dtype, t.shape) == (like.dtype, like.shape) and bool((t.isfinite() | like.isnan()).all()), key
-        if like.numel() > 1 and len(like.unique()) == 1 or like.numel() == 1 and not isinstance(t, nn.Parameter):
+        if (
+            like.numel() and len(like.unique()) == 1 and not (like.numel() == 1 and isinstance(t, nn.Parameter))
+        ):  # nothing is drawn
             assert torch.equal(t.nan_to_num(), like.nan_to_num()), key
 
 
@@ -440,8 +448,10 @@ def test_no_cast_changes_what_is_counted(name: str, dtype: torch.dtype) -> None:
         key for (key, t), u in zip(m.named_buffers(), before.buffers(), strict=True)
         if not torch.equal(t.nan_to_num(), u.nan_to_num())
     ]  # fmt: skip
-    assert not ("weighting" in name or "balancing" in name or name in ("Accuracy", "F1", "L1")) or moved or (
-        name.split()[-1] in ("equal", "auto", "uncertainty", "imtl", "rlw", "geometric")
+    assert (
+        not ("weighting" in name or "balancing" in name or name in ("Accuracy", "F1", "L1"))
+        or moved
+        or (name.split()[-1] in ("equal", "auto", "uncertainty", "imtl", "rlw", "geometric"))
     )
     for t in (m.get_buffer(key) for key in moved):
         t.copy_(t + 1 / 3 if t.is_floating_point() else t + 257)
@@ -449,7 +459,8 @@ def test_no_cast_changes_what_is_counted(name: str, dtype: torch.dtype) -> None:
     m.to(dtype)
     for key, t in kept.items():
         now = m.get_buffer(key)
-        assert torch.promote_types(now.dtype, t.dtype) == now.dtype and torch.equal(now.nan_to_num(), t.to(now).nan_to_num())
+        assert torch.promote_types(now.dtype, t.dtype) == now.dtype
+        assert torch.equal(now.nan_to_num(), t.to(now).nan_to_num())
 
 
 @each_case
@@ -644,6 +655,7 @@ def test_layers_that_are_tied_within_an_expert() -> None:
 
 def test_a_stack_is_reset_as_its_modules_are() -> None:
     """A Linear would take a weight [K, O, F] for a convolution's: uniform to 1 / sqrt(O F)."""
+
     def build(stacked: bool) -> networks.Selection:
         seeds.manual_seed(0)
         return networks.Selection(
@@ -710,8 +722,9 @@ def test_one_beta_stays_one(name: str, way: str) -> None:
 
 
 def by_name(m: Any) -> dict[str, Tensor]:
-    x = {name: on("cpu", B, F) * (1 + ord(name)) for name in m.tasks} if isinstance(m, multitask.CrossStitch) else on("cpu", B, F)
-    made: dict[str, Tensor] = m(x)
+    x = on("cpu", B, F)
+    each = {name: x * (1 + ord(name)) for name in m.tasks} if isinstance(m, multitask.CrossStitch) else x
+    made: dict[str, Tensor] = m(each)
     return made
 
 

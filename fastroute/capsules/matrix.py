@@ -95,10 +95,10 @@ class GenerativeMatrixRouting(SingleBeta):
             return nn.Parameter(torch.empty(size, **factory))
 
         # The order of these lines is the order of keys in a state dict.
-        self.register_buffer("CONST_one", torch.empty((), **factory))
         self.W = empty(rows, n_out, d_inp, d_out)
         self.B = empty(rows, n_out, d_cov, d_out)
         self._make_betas(bool(single_beta), rows, n_out, **factory)
+        self.register_buffer("CONST_one", torch.empty((), **factory))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ class SingleBeta(nn.Module):
     def beta_ign(self) -> nn.Parameter:
         """``beta_use`` itself, if they are one."""
         found: Any = self.beta_use if self.single_beta else self._parameters["beta_ign"]
-        return found
+        return found  # type: ignore[no-any-return]
 
     def _reset_betas(self) -> None:
         nn.init.zeros_(self.beta_use)
@@ -46,10 +46,10 @@ class SingleBeta(nn.Module):
     ) -> None:  # fmt: skip
         use, ign = state_dict.get(prefix + "beta_use"), state_dict.get(prefix + "beta_ign")
         if self.single_beta and isinstance(use, Tensor):
-            known = isinstance(ign, Tensor) and not (ign.is_meta or use.is_meta)
-            if known and ign is not use and not bool((use == ign.to(use)).all()):
+            known = type(ign) in (Tensor, nn.Parameter) and not (ign.is_meta or use.is_meta)  # type: ignore[union-attr]
+            if known and not torch.equal(use, ign.to(use)):  # type: ignore[union-attr]
                 error_msgs.append(
-                    f"{prefix}beta_ign: expected the values of beta_use, which are one with single_beta=True, got others"
+                    f"{prefix}beta_ign: expected the values of beta_use, which are one with single_beta=True"
                 )
             state_dict[prefix + "beta_ign"] = use.detach().clone()
         super()._load_from_state_dict(

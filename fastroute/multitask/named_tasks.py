@@ -91,40 +91,38 @@ class NamedTasks(nn.Module):
         """Bring entries into the order of ``tasks``; those of a task that has no ``place`` there stay as they are."""
         mine = [k for k, name in enumerate(tasks) if name in place]
         theirs = [place[tasks[k]] for k in mine]
-        owned = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         axes_of = self._task_axes()
-        for name, own in owned.items():
-            axes, saved = axes_of.get(name_before(name)), state_dict.get(prefix + name)
-            if axes is None or saved is None or saved.dim() != own.dim():
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            axes, saved = axes_of.get(name_before(name), ()), state_dict.get(prefix + name)
+            if saved is None or saved.dim() != own.dim():
                 continue
-            to, of = [], []
+            made, at = saved, []
             for dim, rest in axes:
                 n, left = divmod(saved.shape[dim] - rest, len(place) or 1)
                 if left or n * len(tasks) + rest != own.shape[dim]:
-                    break  # which the module says
-                for places, known, size in ((to, mine, own.shape[dim]), (of, theirs, saved.shape[dim])):
-                    at = [t * n + i for t in known for i in range(n)] + list(range(size - rest, size))
-                    places.append(torch.tensor(at, device=saved.device))
+                    break  # a mismatch, of which the module tells
+                made = made.index_select(dim, _entries(theirs, n, rest, saved.shape[dim], saved.device))
+                at.append((dim, _entries(mine, n, rest, own.shape[dim], saved.device)))
             else:
-                made = saved
-                for (dim, _), at in zip(axes, of, strict=True):
-                    made = made.index_select(dim, at)
-                if len(mine) < len(tasks):
-                    made = _put(own.detach().to(saved.device), [(dim, at) for (dim, _), at in zip(axes, to, strict=True)], made)
-                state_dict[prefix + name] = made
+                state_dict[prefix + name] = made if len(mine) == len(tasks) else _put(own.detach().to(saved), at, made)
         for name, n in self._task_lists().items():
-            number = {str(there * n + i): str(here * n + i) for here, there in zip(mine, theirs, strict=True) for i in range(n)}
             start = f"{prefix}{name}."
-            found = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
-            for key, value in found.items():
+            number = {str(theirs[j] * n + i): mine[j] * n + i for j in range(len(mine)) for i in range(n)}
+            for key, value in [(key, state_dict.pop(key)) for key in list(state_dict) if key.startswith(start)]:
                 old, _, inner = key[len(start) :].partition(".")
                 if old in number:
                     state_dict[f"{start}{number[old]}.{inner}"] = value
 
 
+def _entries(tasks: Sequence[int], n: int, rest: int, size: int, device: torch.device) -> Tensor:
+    """Those of some tasks along an axis of which every task has n, and what is no task's."""
+    found = [t * n + i for t in tasks for i in range(n)]
+    return torch.tensor([*found, *range(size - rest, size)], dtype=torch.int64, device=device)
+
+
 def _put(own: Tensor, axes: Sequence[tuple[int, Tensor]], part: Tensor) -> Tensor:
     """A part of ``own``, told by indices along some axes, replaced."""
     if not axes:
-        return part.to(own)
+        return part
     (dim, at), *rest = axes
     return own.index_copy(dim, at, _put(own.index_select(dim, at), rest, part))

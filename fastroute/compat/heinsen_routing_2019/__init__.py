@@ -79,12 +79,12 @@ class Routing(SingleBeta):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         # The order of these lines is the order of keys in a state dict.
-        self.register_buffer("CONST_one", torch.empty((), **factory))
         self.W = nn.Parameter(torch.empty(rows, columns, d_inp, d_out, **factory))
         self.B = nn.Parameter(torch.empty(rows, columns, d_cov, d_out, **factory))
         if not self.n_out_is_fixed:
             self.B_brk = nn.Parameter(torch.empty(1, d_cov, d_out, **factory))
         self._make_betas(bool(single_beta), rows, columns, **factory)
+        self.register_buffer("CONST_one", torch.empty((), **factory))
         self.reset_parameters()
 
         # Upstream's submodules without parameters. The op does what they do; others in their place are refused.
