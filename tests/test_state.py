@@ -795,3 +795,22 @@ def test_a_cast_leaves_a_selection_bias_alone() -> None:
     gate.to(torch.bfloat16).half()
     assert torch.equal(gate.selection_bias, kept)  # type: ignore[arg-type]
     assert gate.router.weight.dtype == torch.float16
+
+
+def test_rewards_keep_their_statistics() -> None:
+    """Of what a decision has taken: a cast and a copy leave them alone, and a call on the meta device notes nothing."""
+    rewards = [
+        networks.RunningAverageCollaborationReward(), networks.CollaborationReward(), networks.ManualReward([0.1] * K)
+    ]  # fmt: skip
+    for reward in rewards:
+        layer = networks.REINFORCE(K, F, additional_reward_func=reward)
+        x, routed = on("cpu", B, F), networks.Loss(nn.MSELoss(), networks.NegLossReward())
+        layer(x, networks.Initialization()(x)[1])
+        kept = {k: t.clone() for k, t in vars(reward).items() if isinstance(t, Tensor)}
+        assert kept and (reward is not rewards[0] or kept["_average"].dtype == torch.float64)
+        abroad = copy.deepcopy(layer).to("meta")
+        given = x.to("meta")
+        routed(given, abroad(given, networks.Initialization()(given)[1])[1], given)
+        for other in (layer.to(torch.bfloat16), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), abroad):
+            found = {k: t for k, t in vars(other.additional_reward_func).items() if isinstance(t, Tensor)}
+            assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in kept.items())
