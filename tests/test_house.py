@@ -120,7 +120,7 @@ HOT = [name for name in MODULES if room(name) in ("reference", "kernels", "ops",
 
 
 #: Functions that read numbers: on a CPU only, or where their callers say in their documentation that they wait.
-READERS = {"fastroute.reference.dispatch": ("on_host", "read"), "fastroute.multitask.weighting.base": ("decoded",)}
+READERS = {"fastroute.reference.dispatch": ("on_host", "read"), "fastroute.multitask.named_tasks": ("decoded",)}
 
 
 @pytest.mark.parametrize("module", HOT)

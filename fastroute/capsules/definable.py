@@ -14,6 +14,7 @@ from ..ops import _checks, soft_assignment
 from ..ops._arguments import Count, InputCount, OutputCount, Several, checked
 from ..ops._autocast import autocast_dtype
 from ..ops._masked import only, reaches
+from ..ops._modules import reset
 from ..reference.soft_assignment import accumulating, share
 from ..reference.vector_routing import row_is_live
 
@@ -86,19 +87,34 @@ class DefinableVectorRouting(nn.Module):
         self.n_inp, self.n_out, self.d_inp = n_inp, n_out, d_inp
         self.n_iters, self.return_dict = n_iters, return_dict
 
-        # The order of these lines is the order of random draws and of keys in a state dict.
+        # The order of these lines is the order of keys in a state dict.
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.register_buffer("CONST_ones_over_n_out", torch.ones(n_out, **factory) / n_out)
+        self.register_buffer("CONST_ones_over_n_out", torch.empty(n_out, **factory))
         self.A, self.F, self.G, self.S = A, F, G, S
         if n_inp != -1:
-            self.beta_use = nn.Parameter(torch.empty(n_inp, n_out, **factory).normal_())
-            self.beta_ign = nn.Parameter(torch.empty(n_inp, n_out, **factory).normal_())
+            self.beta_use = nn.Parameter(torch.empty(n_inp, n_out, **factory))
+            self.beta_ign = nn.Parameter(torch.empty(n_inp, n_out, **factory))
         elif d_inp is None:
             self.compute_beta_use: nn.Linear = nn.LazyLinear(n_out, **factory)
             self.compute_beta_ign: nn.Linear = nn.LazyLinear(n_out, **factory)
         else:
             self.compute_beta_use = nn.Linear(d_inp, n_out, **factory)
             self.compute_beta_ign = nn.Linear(d_inp, n_out, **factory)
+        self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Its own tensors, in the order of random draws."""
+        self.CONST_ones_over_n_out.fill_(1 / self.n_out)
+        if self.n_inp != -1:
+            self.beta_use.normal_()
+            self.beta_ign.normal_()
+
+    def reset_parameters(self) -> None:
+        """Draw its own parameters anew, as they were drawn at first; A, F, G and S are the user's."""
+        self._draw()
+        if self.n_inp == -1:
+            reset(self.compute_beta_use, self.compute_beta_ign)
 
     def __repr__(self) -> str:
         names = ("A", "F", "G", "S", "n_inp", "n_out", "n_iters", "return_dict")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from ..ops._masked import only, reaches
 from ..ops.matrix_routing import P_MODELS
 from ..reference.matrix_routing import Capsules, first_or_next
 from ..reference.matrix_step import Outputs
+from .single_beta import SingleBeta
 
 
-class GenerativeMatrixRouting(nn.Module):
+class GenerativeMatrixRouting(SingleBeta):
     r"""Routes n_inp capsules to n_out capsules, each an activation and a matrix, by n_iters iterations of EM.
 
     Every input votes for every output's matrix, V_ij = mu_inp_i W_ij + B_ij. In each iteration an input divides itself
@@ -36,7 +37,7 @@ class GenerativeMatrixRouting(nn.Module):
         d_cov, d_inp: an input capsule's matrix is [d_cov, d_inp].
         d_out: an output capsule's matrix is [d_cov, d_out].
         n_iters: iterations, at least 1.
-        single_beta: beta_ign is beta_use, one parameter under two names.
+        single_beta: beta_ign is beta_use, one parameter; state dicts have its values under both names.
         p_model: "gaussian", or "skm" for soft k-means, which has no variances in its E-step.
         eps: added to the sums that are divided by, and to variances.
         return_dict: return a dict of the last iteration's arrays instead. Costs its votes and five arrays
@@ -76,21 +77,29 @@ class GenerativeMatrixRouting(nn.Module):
         if p_model not in P_MODELS:
             raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
         self.n_inp, self.n_out, self.d_cov, self.d_inp, self.d_out = n_inp, n_out, d_cov, d_inp, d_out
-        self.n_iters, self.single_beta, self.p_model, self.eps = n_iters, single_beta, p_model, float(eps)
+        self.n_iters, self.p_model, self.eps = n_iters, p_model, float(eps)
         self.return_dict, self.n_inp_is_fixed = return_dict, n_inp != -1
 
         rows = n_inp if self.n_inp_is_fixed else 1
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def zeros(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(size, **factory))  # type: ignore[arg-type]
+        def empty(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, **factory))
 
-        # The order of these lines is the order of keys in a state dict; W is the only random draw.
-        self.register_buffer("CONST_one", torch.ones((), **factory))  # type: ignore[arg-type]
-        self.W = nn.Parameter(torch.empty(rows, n_out, d_inp, d_out, **factory).normal_() / d_inp)  # type: ignore[arg-type]
-        self.B = zeros(rows, n_out, d_cov, d_out)
-        self.beta_use = zeros(rows, n_out)
-        self.beta_ign = self.beta_use if single_beta else zeros(rows, n_out)
+        # The order of these lines is the order of keys in a state dict.
+        self.W = empty(rows, n_out, d_inp, d_out)
+        self.B = empty(rows, n_out, d_cov, d_out)
+        self._make_betas(bool(single_beta), rows, n_out, **factory)
+        self.register_buffer("CONST_one", torch.empty((), **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw W anew, normal with std 1 / d_inp; everything else is 0."""
+        self.CONST_one.fill_(1)
+        self.W.normal_().div_(self.d_inp)
+        self.B.zero_()
+        self._reset_betas()
 
     def extra_repr(self) -> str:
         names = ("n_inp", "n_out", "d_cov", "d_inp", "d_out", "n_iters", "single_beta", "p_model", "eps", "return_dict")

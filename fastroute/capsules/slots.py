@@ -15,7 +15,7 @@ from ..ops import _checks
 from ..ops._arguments import Count, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._masked import only, reaches
-from ..ops._modules import may_be_read
+from ..ops._modules import may_be_read, reset
 from ..ops._recomputation import draws_of
 from ..ops.soft_assignment import soft_assignment
 from ..reference.vector_routing import row_is_live
@@ -79,12 +79,20 @@ class SlotAttention(nn.Module):
 
         self.mu = nn.Parameter(torch.empty(1, d_slot, device=device, dtype=dtype))
         self.log_sigma = nn.Parameter(torch.empty(1, d_slot, device=device, dtype=dtype))
-        nn.init.xavier_uniform_(self.mu)
-        nn.init.xavier_uniform_(self.log_sigma)
+        self._draw()
         self.norm_inputs, self.norm_slots, self.norm_mlp = normed(d_inp), normed(d_slot), normed(d_slot)
         self.k, self.q, self.v = linear(d_inp, d_slot), linear(d_slot, d_slot), linear(d_inp, d_slot)
         self.gru = nn.GRUCell(d_slot, d_slot, device=device, dtype=dtype)
         self.mlp = nn.Sequential(linear(d_slot, d_hidden, True), nn.ReLU(), linear(d_hidden, d_slot, True))
+
+    def _draw(self) -> None:
+        nn.init.xavier_uniform_(self.mu)
+        nn.init.xavier_uniform_(self.log_sigma)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as they were drawn at first."""
+        self._draw()
+        reset(*(part for part in self.modules() if part is not self))
 
     def extra_repr(self) -> str:
         names = ("n_slots", "d_inp", "d_slot", "n_iters", "d_hidden", "eps")

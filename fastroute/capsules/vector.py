@@ -13,7 +13,7 @@ from ..ops._arguments import Count, InputCount, OutputCount, Several, checked
 from ..ops._autocast import autocast_dtype, autocast_off
 from ..ops._autograd import transformed
 from ..ops._masked import only, reaches
-from ..ops._modules import Memo, Proof, call, may_be_read
+from ..ops._modules import Memo, Proof, call, may_be_read, reset
 from ..reference.efficient_routing import Functions, Parameters, cast, first_or_next, input_scale
 from ..reference.vector_routing import row_is_live
 from .stream import Chunks, stream
@@ -76,38 +76,51 @@ class EfficientVectorRouting(nn.Module):
         self._memo = Memo()
 
         rows = 1 if n_inp == -1 else n_inp
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def normal(*size: int, std: float) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, **factory).normal_(std=std))  # type: ignore[arg-type]
+        def empty(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, **factory))
 
-        def zeros(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(size, **factory))  # type: ignore[arg-type]
-
-        # The order of these lines is the order of random draws and of keys in a state dict.
-        self.register_buffer("CONST_ones_over_n_out", torch.ones(n_out, **factory) / n_out)  # type: ignore[arg-type]
-        self.W_A = normal(rows, d_inp, std=2 * d_inp**-0.5)
-        self.B_A = zeros(rows)
-        self.W_F1 = normal(n_out, d_inp, std=1.0)
-        self.W_F2 = normal(d_inp, d_out, std=2 * d_inp**-0.5)
-        self.B_F2 = zeros(n_out, d_out)
-        self.W_G1 = normal(d_out, d_inp, std=d_out**-0.5)
-        self.W_G2 = normal(n_out, d_inp, std=1.0)
-        self.B_G2 = zeros(n_out, d_inp)
-        self.W_S = normal(rows, n_out, std=d_inp**-0.5)
-        self.B_S = zeros(rows, n_out)
+        # The order of these lines is the order of keys in a state dict.
+        self.register_buffer("CONST_ones_over_n_out", torch.empty(n_out, **factory))
+        self.W_A, self.B_A = empty(rows, d_inp), empty(rows)
+        self.W_F1, self.W_F2, self.B_F2 = empty(n_out, d_inp), empty(d_inp, d_out), empty(n_out, d_out)
+        self.W_G1, self.W_G2, self.B_G2 = empty(d_out, d_inp), empty(n_out, d_inp), empty(n_out, d_inp)
+        self.W_S, self.B_S = empty(rows, n_out), empty(rows, n_out)
+        if n_inp != -1:
+            self.beta_use, self.beta_ign = empty(n_inp, n_out), empty(n_inp, n_out)
+        self._draw()
         if n_inp == -1:
-            self.compute_beta_use = nn.Linear(d_inp, n_out, **factory)  # type: ignore[arg-type]
-            self.compute_beta_ign = nn.Linear(d_inp, n_out, **factory)  # type: ignore[arg-type]
-        else:
-            self.beta_use = normal(n_inp, n_out, std=1.0)
-            self.beta_ign = normal(n_inp, n_out, std=1.0)
+            self.compute_beta_use = nn.Linear(d_inp, n_out, **factory)
+            self.compute_beta_ign = nn.Linear(d_inp, n_out, **factory)
 
         # Upstream's submodules without parameters. The op does what they do; they are called if they may not be read.
         self.N = nn.LayerNorm(d_out, elementwise_affine=False) if d_out > 1 else nn.Identity()
         self.f = nn.Sigmoid()
         self.log_f = nn.LogSigmoid()
         self.softmax = nn.Softmax(dim=-1)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """The order of these lines is the order of random draws."""
+        self.CONST_ones_over_n_out.fill_(1 / self.n_out)
+        for biases in (self.B_A, self.B_F2, self.B_G2, self.B_S):
+            biases.zero_()
+        self.W_A.normal_(std=2 * self.d_inp**-0.5)
+        self.W_F1.normal_()
+        self.W_F2.normal_(std=2 * self.d_inp**-0.5)
+        self.W_G1.normal_(std=self.d_out**-0.5)
+        self.W_G2.normal_()
+        self.W_S.normal_(std=self.d_inp**-0.5)
+        if self.n_inp != -1:
+            self.beta_use.normal_()
+            self.beta_ign.normal_()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as they were drawn at first."""
+        self._draw()
+        if self.n_inp == -1:
+            reset(self.compute_beta_use, self.compute_beta_ign)
 
     def extra_repr(self) -> str:
         names = ("n_inp", "n_out", "d_inp", "d_out", "n_iters", "normalize", "memory_efficient", "return_dict")

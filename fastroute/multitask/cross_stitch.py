@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..ops._arguments import Count, Tasks, checked
 from ..ops._autocast import autocast_off
 from ..ops._checks import floating, shown, tensor
+from .named_tasks import Axis, NamedTasks
 from .outputs import ByTask, by_task, task_names
 
 
-class CrossStitch(nn.Module):
+class CrossStitch(NamedTasks):
     r"""Mixes the activations of T columns, one network per task: x'_t = sum over s of alpha_ts x_s (equation 1).
 
     Put one between layers of the columns. With alpha the identity, columns do not see each other.
@@ -29,7 +30,7 @@ class CrossStitch(nn.Module):
         own: initial alpha_tt; what is left to 1 is divided among the other tasks. (The paper: 0.9 and 0.1.)
         device, dtype: of alpha.
 
-    Parameter: ``alpha`` [T, T], or [C, T, T].
+    Parameter: ``alpha`` [T, T], or [C, T, T]; in a state dict by the tasks' names, see :class:`NamedTasks`.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -52,10 +53,15 @@ class CrossStitch(nn.Module):
         T = self.num_tasks
         shape = (T, T) if self.channels is None else (self.channels, T, T)
         self.alpha = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self._keep_names(device)
         self.reset_parameters()
+
+    def _task_axes(self) -> dict[str, tuple[Axis, ...]]:
+        return {"alpha": (Axis(-2), Axis(-1))}
 
     def reset_parameters(self) -> None:
         """``own`` on the diagonal, (1 - own) / (T - 1) elsewhere."""
+        super().reset_parameters()
         T = self.num_tasks
         with torch.no_grad():
             self.alpha.fill_((1 - self.own) / max(T - 1, 1))

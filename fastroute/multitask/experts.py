@@ -16,6 +16,7 @@ from ..ops._arguments import Count, Several, Tasks, checked
 from ..ops._autocast import autocast_off
 from ..ops._checks import LARGEST, at_least_one, floating, integer, no_more, tensor
 from .expert_bank import Experts, Gates, ModuleBank, features
+from .named_tasks import Axis, NamedTasks
 from .outputs import ByTask, by_task, task_names
 
 
@@ -50,6 +51,18 @@ class _Level(nn.Module):
         for part in (self.task_experts, self.shared_experts, self.gate, self.shared_gate):
             if isinstance(part, (Experts, Gates)):
                 part.reset_parameters()
+
+    def axes(self, prefix: str = "") -> dict[str, tuple[Axis, ...]]:
+        """Of the parameters with entries for tasks, which axes have them."""
+        made = {f"gate.{name}": (Axis(0),) for name in ("weight", "bias")}
+        made |= {f"shared_gate.{name}": (Axis(1, self.shared_count),) for name in ("weight", "bias")}
+        if isinstance(self.task_experts, Experts):
+            made |= {f"task_experts.{name}": (Axis(0),) for name, _ in self.task_experts.named_parameters()}
+        return {prefix + name: axes for name, axes in made.items()}
+
+    def lists(self, prefix: str = "") -> dict[str, int]:
+        """How many modules of a list each task has."""
+        return {f"{prefix}task_experts": self.own_count} if isinstance(self.task_experts, ModuleBank) else {}
 
     def step(self, x: Sequence[Tensor], gate_input: Sequence[Tensor]) -> list[Tensor]:
         """One input for all, or T tasks' and the shared experts' -> T tasks' outputs, and the shared one with its gate.
@@ -90,7 +103,7 @@ class _Level(nn.Module):
         return made
 
 
-class _Gated(nn.Module):
+class _Gated(NamedTasks):
     """What ``MMoE``, ``CGC`` and ``PLE`` have in common: the tasks, and what a forward pass is given."""
 
     tasks: tuple[str, ...] | None
@@ -151,6 +164,18 @@ class CGC(_Level, _Gated):
             gate_bias=gate_bias, shared_gate=False, device=device, dtype=dtype,
         )  # fmt: skip
         self.tasks = names
+        self._keep_names(device)
+
+    def reset_parameters(self) -> None:
+        """Those of the gates and of experts given by number, anew."""
+        _Level.reset_parameters(self)
+        NamedTasks.reset_parameters(self)
+
+    def _task_axes(self) -> dict[str, tuple[Axis, ...]]:
+        return self.axes()
+
+    def _task_lists(self) -> dict[str, int]:
+        return self.lists()
 
     def forward(self, x: Tensor, gate_input: Tensor | None = None) -> ByTask:
         """x [..., D] -> an output [..., P] per task, a tuple, or a dict by name; in x's dtype (autocast's under it).
@@ -245,11 +270,19 @@ class PLE(_Gated):
             )
             for number, (D, own, shared) in enumerate(made)
         )  # fmt: skip
+        self._keep_names(device)
 
     def reset_parameters(self) -> None:
         """Those of the gates and of experts given by number, anew."""
+        super().reset_parameters()
         for level in self.levels:
             level.reset_parameters()
+
+    def _task_axes(self) -> dict[str, tuple[Axis, ...]]:
+        return {k: v for number, level in enumerate(self.levels) for k, v in level.axes(f"levels.{number}.").items()}
+
+    def _task_lists(self) -> dict[str, int]:
+        return {k: v for number, level in enumerate(self.levels) for k, v in level.lists(f"levels.{number}.").items()}
 
     def forward(self, x: Tensor, gate_input: Tensor | None = None) -> ByTask:
         """x [..., D] -> an output [..., P] per task, a tuple, or a dict by name; in x's dtype (autocast's under it).

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._accumulating import Accumulating
 from ..ops._arguments import Count, checked
 from . import labels
-from .accumulators import Accumulating
 from .weighting.base import in_order, unknown
 
 #: The class that is predicted by a score of NaN.
@@ -224,6 +224,11 @@ class L1(Metric):
         return self.error / self.count
 
 
+def _key(task: str) -> str:
+    """A task's name as a part of the keys of a state dict, which a dot would end; a number is none."""
+    return f"[{task}]".replace("%", "%25").replace(".", "%2E")
+
+
 class TaskMetrics(nn.Module):
     """A metric per task, with NaN and masked labels left out.
 
@@ -242,7 +247,18 @@ class TaskMetrics(nn.Module):
                 raise TypeError(f"metrics[{name!r}]: expected a metric, got {type(metric).__name__}")
         self.tasks = tuple(metrics)
         self._metrics = list(metrics.values())
-        self._modules_of = nn.ModuleList(m for m in self._metrics if isinstance(m, nn.Module))
+        self._modules_of = nn.Module()
+        for name, metric in metrics.items():
+            if isinstance(metric, nn.Module):
+                self._modules_of._modules[_key(name)] = metric
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Those of a state that numbers them go by position."""
+        for number, name in enumerate(self._modules_of._modules):
+            start = f"{prefix}_modules_of.{number}."
+            for key in [key for key in state_dict if key.startswith(start)]:
+                state_dict[f"{prefix}_modules_of.{name}.{key[len(start) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getitem__(self, task: str) -> Any:
         if task not in self.tasks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..ops import dispatch, grouped_linear
 from ..ops._arguments import Count, Tasks, checked
 from ..ops._checks import shown, tensor, together
+from .named_tasks import Axis, NamedTasks
 from .products import Layer, chain
 from .weighting.base import names_of
 
@@ -23,7 +24,25 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
-class MultiHead(nn.Module):
+class _Layers(nn.ParameterList):
+    """A parameter per layer, each drawn within +-1 / sqrt(its layer's features in)."""
+
+    def __init__(self, parameters: Iterable[Tensor], features: Sequence[int]) -> None:
+        super().__init__(parameters)
+        self.features = tuple(features)
+
+    def reset_parameters(self) -> None:
+        """Draw all of them anew."""
+        for k in range(len(self)):
+            self.draw(k)
+
+    def draw(self, k: int) -> None:
+        """Draw one of them anew."""
+        bound = 1 / math.sqrt(self.features[k])
+        nn.init.uniform_(self[k], -bound, bound)
+
+
+class MultiHead(NamedTasks):
     """A small network per task on the same features: Linear, or Linear, activation, Linear and so on.
 
     The parameters of all tasks are one tensor per layer, so that a step costs autograd and the optimizer the same
@@ -38,6 +57,8 @@ class MultiHead(nn.Module):
         activation: "relu", "tanh", "sigmoid", "silu" or "gelu".
         bias: whether layers have one.
         returns: "tensor" [T, B, O], "list" of T tensors [B, O], or "dict" of them by name.
+
+    In a state dict each task's head goes by its name, see :class:`NamedTasks`.
 
     Attributes:
         weights: a list of [T, O, F], layer by layer. biases: of [T, O].
@@ -66,7 +87,9 @@ class MultiHead(nn.Module):
             raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         if returns not in ("tensor", "list", "dict"):
             raise ValueError(f"returns: expected 'tensor', 'list' or 'dict', got {returns!r}")
-        self.tasks = names_of(tasks)
+        self.tasks: tuple[str, ...] = names_of(tasks)
+        if not isinstance(tasks, int):
+            self._keep_names(device)
         self.returns, self.activation = returns, activation
         inner = [] if hidden is None else list(hidden) if isinstance(hidden, Sequence) else [hidden]
         widths = [in_features, *inner, out_features]
@@ -74,17 +97,21 @@ class MultiHead(nn.Module):
         act = _ACTIVATIONS[activation]()
         pairs = list(itertools.pairwise(widths))
         self._layers = tuple(Layer(O, F, bias, (act,) if k < len(inner) else ()) for k, (F, O) in enumerate(pairs))
-        self.weights = nn.ParameterList(torch.empty(T, O, F, device=device, dtype=dtype) for F, O in pairs)
-        self.biases = nn.ParameterList(torch.empty(T, O, device=device, dtype=dtype) for F, O in pairs if bias)
+        features = widths[:-1]
+        self.weights = _Layers((torch.empty(T, O, F, device=device, dtype=dtype) for F, O in pairs), features)
+        self.biases = _Layers((torch.empty(T, O, device=device, dtype=dtype) for F, O in pairs if bias), features)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all parameters as ``nn.Linear`` draws those of every head."""
-        for k, weight in enumerate(self.weights):
-            bound = 1 / math.sqrt(weight.shape[2])
-            nn.init.uniform_(weight, -bound, bound)
+        super().reset_parameters()
+        for k in range(len(self.weights)):
+            self.weights.draw(k)
             if self.biases:
-                nn.init.uniform_(self.biases[k], -bound, bound)
+                self.biases.draw(k)
+
+    def _task_axes(self) -> dict[str, tuple[Axis, ...]]:
+        return {name: (Axis(0),) for name, _ in self.named_parameters()}
 
     def extra_repr(self) -> str:
         widths = " -> ".join(map(str, [self._layers[0].F, *(layer.O for layer in self._layers)]))

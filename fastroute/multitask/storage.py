@@ -6,10 +6,23 @@ Axes: T networks.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+#: By address: the memory in which parameters lie side by side, as long as anybody uses it so.
+_whole_at: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def _home(p: Tensor) -> Tensor | None:
+    """The memory of several parameters in which this one lies."""
+    at = p.data_ptr()
+    for start, whole in list(_whole_at.items()):
+        if start <= at < start + whole.numel() * whole.element_size() and whole.device == p.device:
+            return whole
+    return None
 
 
 def _is_own(p: Tensor) -> bool:
@@ -18,6 +31,16 @@ def _is_own(p: Tensor) -> bool:
         return False
     alone = p.untyped_storage().nbytes() == p.numel() * p.element_size()
     return alone and not (p.device.type == "cpu" and p.is_shared())
+
+
+def _part(whole: Tensor, t: int, like: Tensor) -> Tensor:
+    """The t-th part, with a storage of its own in the memory of the whole.
+
+    So to whoever saves, counts or shares storages it has nothing in common with the other parts.
+    """
+    size = like.numel() * like.element_size()
+    storage = whole.untyped_storage()[t * size : (t + 1) * size]
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, like.shape)  # type: ignore[call-overload, no-any-return]
 
 
 #: Of two threads that would move the same parameters, the second finds them moved.
@@ -63,36 +86,38 @@ class SideBySide:
         return whole if first.dtype == parameters[0].dtype and first.device == parameters[0].device else None
 
     def _found(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
-        """What lies side by side already: a loaded model's, or another schedule's."""
+        """What lies side by side already, by another schedule."""
         made = []
         for k in range(0, len(parameters), self.T):
             each = parameters[k : k + self.T]
             first = each[0]
-            if type(first) is not nn.Parameter or first.device.type not in ("cpu", "cuda") or not first.numel():
+            if type(first) is not nn.Parameter or not first.numel() or (home := _home(first)) is None:
                 return None
-            memory, size = first.untyped_storage(), first.numel() * first.element_size()
-            start = first.data_ptr()
+            start, size = first.data_ptr(), first.numel() * first.element_size()
             for t, p in enumerate(each):
-                inside = type(p) is nn.Parameter and p.is_contiguous() and p.dtype == first.dtype
-                if not inside or p.data_ptr() != start + t * size:
+                inside = type(p) is nn.Parameter and p.is_contiguous() and p.dtype == first.dtype == home.dtype
+                if not inside or p.data_ptr() != start + t * size or _home(p) is not home:
                     return None
-                if p.untyped_storage().data_ptr() != memory.data_ptr():
-                    return None
-            made.append(first.detach().as_strided((self.T * first.shape[0], *first.shape[1:]), first.stride()))
+            offset = (start - home.data_ptr()) // first.element_size()
+            shape = (self.T * first.shape[0], *first.shape[1:])
+            made.append(home if home.shape == shape else home.as_strided(shape, first.stride(), offset))
         return made
 
-    def _is_ours(self, p: Tensor, whole: set[int]) -> bool:
-        return type(p) is nn.Parameter and p.untyped_storage().data_ptr() in whole
+    def _may_move(self, p: Tensor, ours: Sequence[Tensor]) -> bool:
+        if not p.numel() or not _is_own(p):
+            return False
+        home = _home(p)
+        return home is None or any(home is t for t in ours)
 
     def _moved(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """All of them put side by side, if nobody else has put them where they are."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._ours, self._known = [], ([], [])  # FSDP lends parameters memory of its own, which looks like theirs
             return None
-        whole = {t.untyped_storage().data_ptr() for t in (*self._whole, *self._ours)}
         if len(set(map(id, parameters))) < len(parameters):  # tied
             return None
-        if not all(p.numel() and (_is_own(p) or self._is_ours(p, whole)) for p in parameters):
+        ours = [*self._whole, *self._ours]
+        if not all(self._may_move(p, ours) for p in parameters):
             return None
         if parameters[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
@@ -101,6 +126,7 @@ class SideBySide:
             for k in range(0, len(parameters), self.T):
                 each = parameters[k : k + self.T]
                 made.append(torch.cat([p.detach() for p in each]))
-                for p, part in zip(each, made[-1].split(each[0].shape[0]), strict=True):
-                    p.data = part
+                _whole_at[made[-1].data_ptr()] = made[-1]
+                for t, p in enumerate(each):
+                    p.data = _part(made[-1], t, p)
         return made

@@ -38,7 +38,7 @@ from .rewards import (
 )
 from .selection import Selection
 from .sequential import Initialization, Sequential
-from .stack import Stack
+from .stack import Stack, unstacked_state_dict
 from .summary import Summary
 from .trajectory import SampleMetaInformation, Trajectory
 
@@ -86,4 +86,5 @@ __all__ = [
     "TopKGating",
     "Trajectory",
     "rebalance",
+    "unstacked_state_dict",
 ]

@@ -430,7 +430,7 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
         return _all_by_all(modules, sorted_x, plan)
     if dispatch.is_many(plan.offsets):
         return _of_all(modules, sorted_x, plan)
-    bounds = plan.bounds or dispatch.read(plan.offsets)
+    bounds = dispatch.bounds_of(plan)
     made: dict[int, Tensor] = {}
     for k, m in enumerate(modules):
         if bounds[k] < bounds[k + 1]:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import dispatch
+from ..ops._accumulating import Accumulating
 from ..ops._arguments import Count, NotNegative, checked
 from ..ops._autocast import autocast_off
 from ..ops._checks import floating, is_number, may_look, samples, shown, tensor
 from ..ops._masked import only
-from ..ops._modules import call, may_be_read
+from ..ops._modules import call, may_be_read, reset
 from ..ops._recomputation import draws_of, is_recomputation
 from ..reference.policy import accumulating
 from .decisions.base import Triplet, as_mask
@@ -44,7 +45,7 @@ class Routed(NamedTuple):
         return torch.stack(losses).sum() if losses else self.weights.new_zeros(())
 
 
-class TopKGating(nn.Module):
+class TopKGating(Accumulating):
     """Chooses k of K modules per sample, the ones with the highest scores, and weights them by their scores.
 
     Shazeer et al. 2017 (arXiv 1701.06538). With z = W x the logits and s their softmax or sigmoid, the weights are
@@ -120,11 +121,12 @@ class TopKGating(nn.Module):
         counts = torch.zeros(K, dtype=torch.int64, device=device) if balances else None
         self.register_buffer("counts", counts, persistent=False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> TopKGating:
-        super()._apply(fn, recurse)
-        if self.selection_bias is not None:  # half precision would not feel its small steps
-            self.selection_bias = self.selection_bias.float()
-        return self
+    def reset_parameters(self) -> None:
+        """Draw the router anew; no load, and no bias, as at first."""
+        reset(self.router)
+        for buffer in (self.selection_bias, self.counts):
+            if buffer is not None:
+                nn.init.zeros_(buffer)
 
     def extra_repr(self) -> str:
         shown = [f"num_selections={self._num_selections}", f"k={self.k}", f"scores={self.scores!r}"]

@@ -15,7 +15,7 @@ from ..ops import dispatch, expert_ffn
 from ..ops._arguments import Count, Natural, checked
 from ..ops._checks import flag, floating, shown, tensor, together
 from ..ops._masked import only
-from ..ops._modules import may_be_read
+from ..ops._modules import may_be_read, reset
 from ..reference.grouped_linear import ACTIVATIONS
 from .decisions.base import as_mask
 from .gating import Routed, TopKGating
@@ -80,11 +80,14 @@ class MoE(nn.Module):
         self.w_down = nn.Parameter(torch.empty(E, D, H, **own))
         self.shared_gate_up = nn.Parameter(torch.empty(rows * S * H, D, **own)) if S else None
         self.shared_down = nn.Parameter(torch.empty(D, S * H, **own)) if S else None
-        self.reset_parameters()
+        self._draw()
 
     def reset_parameters(self) -> None:
-        """Uniform up to 1 / sqrt(features in), as ``nn.Linear``."""
-        self.gate.router.reset_parameters()
+        """Uniform up to 1 / sqrt(features in), as ``nn.Linear``; the gate's as well."""
+        reset(self.gate)
+        self._draw()
+
+    def _draw(self) -> None:
         for w in (self.w_gate_up, self.w_down, self.shared_gate_up, self.shared_down):
             if w is not None:
                 nn.init.uniform_(w, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..ops._arguments import Count, Several, Share, checked
 from ..ops._checks import as_tensor, floating, shown, tensor, together
 from ..ops._masked import only
+from ..ops._modules import reset
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
 from .selection import Selection
@@ -98,14 +99,14 @@ class RoutingRNNCellBase(nn.Module):
         )  # fmt: skip
         choices = self.num_selections + self.recurrent
 
-        def decide(features: int) -> nn.Module:
+        def decide(features: int, **more: Any) -> nn.Module:
             try:
-                return routing_agent(choices, features, **options)
+                return routing_agent(choices, features, **{**options, **more})
             except TypeError as error:
                 raise TypeError(f"routing_agent: {error}") from error
 
         if not (route_i2h or route_h2h):
-            decide(in_features)  # wrong arguments are wrong even if nobody reads them
+            decide(in_features, device="meta")  # wrong arguments are wrong even if nobody reads them
         for name, features, routed in self._projections():
             widths = [features, *[self._gates * hidden_size] * self.depth_routing]
             if recurrent or not routed:
@@ -120,10 +121,14 @@ class RoutingRNNCellBase(nn.Module):
             ]
             setattr(self, f"router_{name}", nn.ModuleList(routers))
             setattr(self, f"selection_{name}", nn.ModuleList(selections))
-        self.reset_parameters()
+        self._draw()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, uniform in +-1 / sqrt(H)."""
+        """Draw every parameter anew, uniform in +-1 / sqrt(H). Buffers of networks of the user's are set by those."""
+        reset(*(m for m in self.modules() if m is not self and (m._parameters or m._buffers)))
+        self._draw()
+
+    def _draw(self) -> None:
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)

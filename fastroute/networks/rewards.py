@@ -337,8 +337,10 @@ class ManualReward(PerActionBaseReward):
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The table's entries."""
-        self.table = self.table.to(actions.device)
-        return ByAction(actions, self.table)
+        table = _on(self.table, actions.device)
+        if not table.is_meta:
+            self.table = table
+        return ByAction(actions, table)
 
 
 def _in_bulk(reward: Any, bulk: str, single: str) -> bool:
@@ -373,7 +375,8 @@ def check_reward(reward: Any, choices: int) -> Any:
 
 def register(reward: Any, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None) -> None:
     """Tell a per-action reward what a batch did."""
-    if is_silent(reward) or isinstance(actions, torch._subclasses.FakeTensor):  # explain, export: nothing happened
+    fake = actions.is_meta or isinstance(actions, torch._subclasses.FakeTensor)
+    if is_silent(reward) or fake:  # explain, export: nothing happened
         return
     if _in_bulk(reward, "register_all", "register"):
         reward.register_all(dists, actions, active)

@@ -6,7 +6,7 @@ Axes: B samples, k modules that each takes, N = B k entries, K modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..ops._arguments import checked
 from ..ops._checks import floating, samples, shown, tensor
 from . import bank
 from .decisions.base import as_mask
-from .stack import Stack
+from .stack import Stack, from_stack
 from .trajectory import SampleMetaInformation, Trajectory
 
 
@@ -38,9 +38,10 @@ class Selection(nn.Module):
         unused_grad: of a module that no sample took: "none" leaves its gradients None, so that optimizers skip it, as
             upstream; "zeros" makes them zeros. On a GPU and under torch.compile, where counting would wait, they are
             zeros in any case.
-        stacked: keep the modules' parameters in one tensor of each kind, see :class:`~fastroute.networks.Stack`: the
-            same checkpoints, and steps and optimizers that cost the same whatever K is. Modules that no sample took
-            then have zeros for gradients. The modules have to do the same with parameters of the same shapes.
+        stacked: keep the modules' parameters in one tensor of each kind, see :class:`~fastroute.networks.Stack`: steps
+            and optimizers then cost the same whatever K is. Modules that no sample took then have zeros for gradients.
+            The modules have to do the same with parameters of the same shapes. State dicts load both ways: the keys are
+            ``_submodules.pattern.{name}``, [K, ...].
     """
 
     @checked
@@ -146,7 +147,7 @@ class Selection(nn.Module):
     def _run(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:
         """chosen [B] or [B, k] -> (what its module gives for every entry [N, ...], the plan)."""
         K = len(self._submodules)
-        if self._log is not None:
+        if self._log is not None and not chosen.is_meta:
             self._log.update(a for a in dispatch.read(chosen.reshape(-1)) if 0 <= a < K)
         plan = dispatch.plan(chosen, K)
         modules = self._submodules
@@ -164,6 +165,11 @@ class Selection(nn.Module):
                 f"these give {list(y.shape)}"
             )
         return torch.where(kept.reshape(-1, *[1] * (y.dim() - 1)), y, batch.to(y.dtype))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if not isinstance(self._submodules, Stack):
+            from_stack(state_dict, f"{prefix}_submodules.", len(self._submodules))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def start_logging_selections(self) -> None:
         """Note from now on which modules are taken. (On a GPU this waits for the device in every forward.)"""

@@ -15,22 +15,35 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..ops._arguments import checked
+from ..ops._modules import name_before
 from . import bank
 
+#: Under this name a stack has its pattern, with it begin the keys of a state dict.
+_PATTERN = "pattern."
 
-def _set(module: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
+
+def _set(module: nn.Module, name: str, value: nn.Parameter) -> None:
     path, _, last = name.rpartition(".")
-    module.get_submodule(path)._parameters[last] = nn.Parameter(value, requires_grad=requires_grad)
+    module.get_submodule(path)._parameters[last] = value
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by every name that they have, tied ones under several."""
+    return dict(module.named_parameters(remove_duplicate=False))
 
 
 class Stack(nn.Module):
-    """K modules as one, every parameter [K, ...]. A checkpoint has the keys that a list of the modules would have.
+    """K modules as one, every parameter [K, ...].
 
     A step then costs autograd and the optimizer the same whatever K is. In return a module that no sample took has
     zeros for a gradient, not None, so that momentum and weight decay go on for it.
 
+    The state dict has the parameters as they are, ``pattern.{name}`` [K, ...]. One that a list of the modules has,
+    ``{k}.{name}``, is loaded too, also in parts (``strict=False``); :func:`unstacked_state_dict` makes one.
+
     Args:
         modules: K of them, which do the same with parameters of the same shapes, see ``bank.run``; they are copied.
+            Parameters that are tied within each of them stay tied.
 
     Attributes:
         pattern: one of the modules, with the stacked parameters for its own.
@@ -48,19 +61,29 @@ class Stack(nn.Module):
         if any(isinstance(m, nn.Conv2d) for m in modules[0].modules()):
             raise ValueError("stacked: expected modules without Conv2d, whose images may be too large to go together")
         self.count = len(modules)
-        self._stacked = {name for name, _ in modules[0].named_parameters()}
+        each = [_own(m) for m in modules]
+        ties = _ties(each)
+        self._stacked = set(ties)
         self.pattern = copy.deepcopy(modules[0])
-        for name, _ in list(self.pattern.named_parameters()):
-            each = [m.get_parameter(name) for m in modules]
-            wants = {p.requires_grad for p in each}
-            if len(wants) > 1:
-                raise ValueError(f"stacked: expected {name} to require a gradient in all modules or in none")
-            _set(self.pattern, name, torch.stack([p.detach() for p in each]), wants.pop())
-        self.register_state_dict_post_hook(_to_list)
+        made: dict[str, nn.Parameter] = {}
+        for name, first in ties.items():
+            if name == first:
+                wants = {own[name].requires_grad for own in each}
+                if len(wants) > 1:
+                    raise ValueError(f"stacked: expected {name} to require a gradient in all modules or in none")
+                made[name] = nn.Parameter(torch.stack([own[name].detach() for own in each]), wants.pop())
+            _set(self.pattern, name, made[first])
+        for leaf in self.pattern.modules():
+            if leaf._parameters and hasattr(leaf, "reset_parameters"):
+                leaf.__dict__["reset_parameters"] = partial(_reset, [leaf], self.count)  # its class takes it for one
         self.register_load_state_dict_pre_hook(_from_list)
 
     def _do_alike(self, modules: Sequence[nn.Module]) -> bool:
         return bank.are_alike(modules)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, those of one module after the other, as their classes draw them."""
+        _reset([m for m in self.pattern.modules() if "reset_parameters" in m.__dict__], self.count)
 
     def extra_repr(self) -> str:
         return f"count={self.count}"
@@ -73,12 +96,25 @@ class Stack(nn.Module):
         if not -self.count <= k < self.count:
             raise IndexError(f"index: expected one below {self.count}, got {k}")
         made = copy.deepcopy(self.pattern)
-        for name, p in list(made.named_parameters()):
-            _set(made, name, p.detach()[k].clone(), p.requires_grad)
+        one: dict[int, Any] = {}
+        for m in made.modules():
+            m.__dict__.pop("reset_parameters", None)
+        for name, t in self._tensors(made).items():
+            own = t.detach()[k].clone()
+            value = one.setdefault(id(t), nn.Parameter(own, t.requires_grad) if isinstance(t, nn.Parameter) else own)
+            path, _, last = name.rpartition(".")
+            owner = made.get_submodule(path)
+            (owner._parameters if last in owner._parameters else owner._buffers)[last] = value
         return made
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[k] for k in range(self.count))
+
+    def _tensors(self, pattern: nn.Module | None = None) -> dict[str, Tensor]:
+        """What has a part for each module, by its name in one of them."""
+        pattern = self.pattern if pattern is None else pattern
+        found = (*_own(pattern).items(), *pattern.named_buffers(remove_duplicate=False))
+        return {name: t for name, t in found if name_before(name) in self._stacked}
 
     def each(self) -> list[Callable[[Tensor], Tensor]]:
         """The modules, to be called: the pattern with the parameters of one of them for its own.
@@ -91,7 +127,7 @@ class Stack(nn.Module):
             pattern = _opened(pattern)
         tensors = dict([*pattern.named_parameters(), *pattern.named_buffers()])
         for name in tensors:
-            if _before(name) not in self._stacked:
+            if name_before(name) not in self._stacked:
                 raise RuntimeError(
                     f"stacked: expected the parameters that the modules had, parametrized or pruned, got {name} too, "
                     "which cannot be told apart by module; make the layer with stacked=False"
@@ -122,32 +158,123 @@ def _opened(m: nn.Module) -> nn.Module:
     return made
 
 
-def _before(name: str) -> str:
-    """What a tensor was called before pruning renamed it."""
-    return name.removesuffix("_orig").removesuffix("_mask")
+def _ties(each: Sequence[dict[str, nn.Parameter]]) -> dict[str, str]:
+    """Of every name of a parameter, the first name that the same parameter has.
+
+    Raises:
+        ValueError: modules share a parameter, or tie different ones.
+    """
+    made: list[dict[str, str]] = []
+    owners: dict[int, tuple[int, str]] = {}
+    for k, own in enumerate(each):
+        first: dict[int, str] = {}
+        made.append({name: first.setdefault(id(p), name) for name, p in own.items()})
+        for name, p in own.items():
+            other, theirs = owners.setdefault(id(p), (k, name))
+            if other != k:
+                raise ValueError(
+                    f"stacked: expected modules with parameters of their own, but {name} of module {k} is {theirs} of "
+                    f"module {other}; copy it (copy.deepcopy), or leave stacked=False"
+                )
+        for name, tie in made[-1].items():
+            if made[0][name] != tie:
+                raise ValueError(
+                    f"stacked: expected the same parameters tied in all modules, but {name} is "
+                    f"{made[0][name]} in module 0 and {tie} in module {k}; tie them alike, or leave stacked=False"
+                )
+    return made[0]
 
 
-def _to_list(stack: Stack, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The keys that a list of modules would have: views of the stacked parameters."""
-    named = {name: state_dict.pop(f"{prefix}pattern.{name}") for name, _ in stack.pattern.named_parameters()}
-    for k in range(stack.count):
-        for name, p in named.items():
-            state_dict[f"{prefix}{k}.{name}"] = p[k]
+@torch.no_grad()
+def _reset(leaves: Sequence[nn.Module], count: int) -> None:
+    """Draw the stacked parameters of these modules anew, those of the first of ``count`` modules first."""
+    parameters = {id(p): p for leaf in leaves for p in leaf._parameters.values() if p is not None}
+    sharded = {key: p for key, p in parameters.items() if hasattr(p, "placements")}
+    whole = {key: torch.empty(p.shape, dtype=p.dtype, device=p.device) if key in sharded else p.detach()
+             for key, p in parameters.items()}  # fmt: skip
+    for k in range(count):
+        for leaf in leaves:
+            one: Any = copy.copy(leaf)
+            one.__dict__["_parameters"] = {
+                name: p if p is None else nn.Parameter(whole[id(p)][k], False) for name, p in leaf._parameters.items()
+            }
+            type(one).reset_parameters(one)
+    for key, p in sharded.items():
+        p.copy_(torch.distributed.tensor.distribute_tensor(whole[key], p.device_mesh, p.placements))  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------- state dicts
+
+
+def unstacked_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a module would have if every stack in it were a list of modules, ``{k}.{name}``.
+
+    It is what the same network without ``stacked=True`` loads, and what upstream loads. Entries of stacks are copies.
+    """
+    state: dict[str, Tensor] = dict(module.state_dict())
+    for path, stack in module.named_modules(remove_duplicate=False):
+        if not isinstance(stack, Stack):
+            continue
+        prefix = f"{path}." if path else ""
+        inside = {key: t for key, t in state.items() if key.startswith(prefix + _PATTERN)}
+        names, made = stack._tensors(), dict[str, Tensor]()
+        for key, t in state.items():
+            if key not in inside:
+                made[key] = t
+            elif prefix + "0." + key[len(prefix + _PATTERN) :] not in made:  # the first of them, for all
+                for k in range(stack.count):
+                    for inner, whole in inside.items():
+                        name = inner[len(prefix + _PATTERN) :]
+                        made[f"{prefix}{k}.{name}"] = (whole[k] if name in names else whole).clone()
+        state = made
+    return state
+
+
+def from_stack(state_dict: dict[str, Any], prefix: str, count: int) -> None:
+    """In a state dict that a list of ``count`` modules is to load, give what a stack has saved the list's keys."""
+    for key in [key for key in state_dict if key.startswith(prefix + _PATTERN)]:
+        whole = state_dict[key]
+        if whole.dim() and whole.shape[0] == count:
+            del state_dict[key]
+            for k in range(count):
+                state_dict[f"{prefix}{k}.{key[len(prefix + _PATTERN) :]}"] = whole[k].clone()
 
 
 def _from_list(
     stack: Stack, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
     unexpected_keys: list[str], error_msgs: list[str],
 ) -> None:  # fmt: skip
-    """The other way round. What is missing, or of another shape, is named as it is there, and left as it was here."""
-    for name, p in stack.pattern.named_parameters():
+    """The other way round, also of some of the modules. What is missing is named, and left as it was here."""
+    names = stack._tensors()
+    listed = {f"{prefix}{k}.{name}": (k, name) for name in names for k in range(stack.count)}
+    if not any(key in state_dict for key in listed):
+        return
+    for name, own in names.items():
+        if prefix + _PATTERN + name in state_dict:
+            continue  # and the list's keys are unexpected
         keys = [f"{prefix}{k}.{name}" for k in range(stack.count)]
-        found = {key: state_dict.pop(key) for key in keys if key in state_dict}
-        missing_keys += [key for key in keys if key not in found]
-        wrong = {key: t for key, t in found.items() if t.shape != p.shape[1:]}
-        error_msgs += [
-            f"size mismatch for {key}: expected {list(p.shape[1:])}, the checkpoint has {list(t.shape)}"
-            for key, t in wrong.items()
-        ]
-        whole = len(found) == stack.count and not wrong
-        state_dict[f"{prefix}pattern.{name}"] = torch.stack(list(found.values())) if whole else p.detach()
+        found = {k: state_dict.pop(key) for k, key in enumerate(keys) if key in state_dict}
+        missing_keys += [key for k, key in enumerate(keys) if k not in found]
+        for k, t in list(found.items()):
+            if t.shape != own.shape[1:]:
+                error_msgs.append(
+                    f"size mismatch for {keys[k]}: expected {list(own.shape[1:])}, the checkpoint has {list(t.shape)}"
+                )
+                del found[k]
+        state_dict[prefix + _PATTERN + name] = _joined(own, found, stack.count)
+
+
+def _joined(own: Tensor, found: dict[int, Tensor], count: int) -> Tensor:
+    """The parts of all modules: those that were found, in the place of one's own."""
+    if len(found) == count:
+        return torch.stack(list(found.values()))
+    made = own.detach()
+    if not found:
+        return made
+    if made.is_meta:  # ``assign=True``: what comes with no part shows that it did not
+        made = torch.full(own.shape, torch.nan, dtype=own.dtype, device=next(iter(found.values())).device)
+    else:
+        made = made.clone()
+    for k, t in found.items():
+        made[k] = t
+    return made

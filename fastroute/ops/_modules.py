@@ -146,6 +146,18 @@ def call(m: nn.Module, x: Tensor) -> Tensor:
     return made
 
 
+def name_before(name: str) -> str:
+    """What a tensor was called before a parametrization, or pruning, renamed it."""
+    return name.replace("parametrizations.", "").removesuffix(".original").removesuffix("_orig").removesuffix("_mask")
+
+
+def reset(*modules: Any) -> None:
+    """Draw the parameters of modules anew, of those that can: what a user has put in a layer's place may not."""
+    for m in modules:
+        if hasattr(m, "reset_parameters"):
+            m.reset_parameters()
+
+
 def signature(m: nn.Module) -> tuple[Any, ...]:
     """What else than its class and its tensors' values tells what a module does; alike modules have the same."""
     tensors = (*m._parameters.items(), *m._buffers.items())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..reference import dispatch as reference
 from ..reference.dispatch import Plan as Plan
+from ..reference.dispatch import bounds_of as bounds_of
 from ..reference.dispatch import has_numbers as has_numbers
 from ..reference.dispatch import is_many as is_many
 from ..reference.dispatch import is_wrapped as is_wrapped

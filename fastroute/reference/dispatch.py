@@ -58,8 +58,9 @@ def is_many(t: Tensor) -> bool:
 
 
 def has_numbers(t: Tensor) -> bool:
-    """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap."""
-    return type(t) is Tensor and not torch.compiler.is_compiling() and not is_wrapped(t)
+    """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap, on
+    the meta device."""
+    return type(t) is Tensor and not torch.compiler.is_compiling() and not is_wrapped(t) and not t.is_meta
 
 
 def on_host(offsets: Tensor) -> list[int] | None:
@@ -72,6 +73,16 @@ def on_host(offsets: Tensor) -> list[int] | None:
 def read(offsets: Tensor) -> list[int]:
     """The numbers, waiting for the device if need be."""
     return offsets.tolist()  # type: ignore[no-any-return]
+
+
+def bounds_of(plan: Plan) -> list[int]:
+    """The offsets as numbers; on the meta device, which has none, those of entries that are spread evenly."""
+    if plan.bounds is not None:
+        return plan.bounds
+    if plan.offsets.is_meta:
+        K = plan.offsets.shape[0] - 1
+        return [plan.order.shape[0] * k // K for k in range(K + 1)]
+    return read(plan.offsets)
 
 
 def module_of_row(offsets: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,17 +71,32 @@ class TaskRouter(TaskAware):
         self.unit_count, self.task_count = unit_count, task_count
         self.sigma, self.name = sigma, name
         self.use_routing, self.inplace, self.axis = True, bool(inplace), axis
-        off, drawn = self._plan(sigma)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype or torch.float32}
-        if drawn:
-            kept = masks.draw(
-                self.unit_count, self.task_count, off, generator, no_orphans=no_orphans, balanced=balanced
-            )
-            mapping = torch.tensor(kept, **factory)
-        else:
-            mapping = torch.ones(self.task_count, self.unit_count, **factory)
-        self._register(mapping, persistent=drawn)
+        self._off, self._is_drawn = self._plan(sigma)
+        self._choice = {"no_orphans": no_orphans, "balanced": balanced}
+        self._drawn_from = None if generator is None else (generator.device, generator.get_state())
+        mapping = torch.tensor(self._draw(generator), device=device, dtype=dtype or torch.float32)
+        self._register(mapping, persistent=self._is_drawn)
         self._hold(0)
+
+    def _draw(self, generator: torch.Generator | None) -> Any:
+        """[T, C] bool, an array."""
+        if not self._is_drawn:
+            return np.ones((self.task_count, self.unit_count), dtype=bool)
+        return masks.draw(self.unit_count, self.task_count, self._off, generator, **self._choice)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the masks anew: by NumPy's global generator, or, where one was given, those that it gave at first."""
+        generator = None
+        if self._drawn_from is not None:
+            device, state = self._drawn_from
+            generator = torch.Generator(device)
+            generator.set_state(state)
+        self._unit_mapping.copy_(torch.tensor(self._draw(generator), device=self._device()))
+        if "_live" in self._buffers:
+            from .units import renew  # which knows routers
+
+            renew(self)
 
     def _plan(self, sigma: int | float) -> tuple[int, bool]:
         """How many units are off, and whether masks are drawn and saved."""

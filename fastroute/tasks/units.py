@@ -35,7 +35,7 @@ def units(router: TaskRouter) -> Units:
     checkpoint renews them.
     """
     mapping = router._unit_mapping
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not (mapping.is_meta and "_live" in router._buffers):
         known = (id(mapping), -1 if mapping.is_inference() else mapping._version)
         if getattr(router, "_live_of", None) != known:
             _renew(router, mapping)
@@ -46,17 +46,20 @@ def units(router: TaskRouter) -> Units:
 def _renew(router: TaskRouter, mapping: Tensor) -> None:
     with torch.no_grad(), torch.inference_mode(False):
         kept = mapping != 0
+        if kept.is_meta:  # as many as were drawn
+            kept = torch.arange(mapping.shape[1]).expand(mapping.shape) >= router._off
         counts = kept.sum(1)
         most, fewest = max(int(counts.max()), 1), int(counts.min())
-        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(mapping.device)
         if "_live" not in router._buffers:
-            router.register_load_state_dict_post_hook(_loaded)
+            router.register_load_state_dict_post_hook(renew)
         router.register_buffer("_live", order[:, :most].contiguous(), persistent=False)
         router.register_buffer("_dead", order[:, most:].contiguous(), persistent=False)
     object.__setattr__(router, "_live_padded", fewest < most)
 
 
-def _loaded(router: nn.Module, *_: Any) -> None:
+def renew(router: nn.Module, *_: Any) -> None:
+    """Read the masks again, if it has been asked for its channels."""
     object.__setattr__(router, "_live_of", None)
     units(router)  # type: ignore[arg-type]
 

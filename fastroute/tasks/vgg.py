@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks, dispatch, grouped_linear
 from ..ops._arguments import Several, checked
-from ..ops._modules import may_be_read, signature
+from ..ops._modules import may_be_read, reset, signature
 from .active import Task, TaskAware, aware_parts, on_device, traced
 from .masks import Sigma as Sigma
 from .pretrained import Pretrained as Pretrained
@@ -128,6 +128,7 @@ class VGG(TaskAware):
         inputs = _last_channels(features) * height * width
         for t in range(self.task_count):
             setattr(self, f"classifier_{t}", nn.Sequential(nn.Linear(inputs, 2, device=device, dtype=dtype)))
+        self._initializes = bool(init_weights)
         if init_weights:
             self._initialize_weights()
         self._hold(0)
@@ -207,7 +208,7 @@ class VGG(TaskAware):
     def _classify_each(self, x: Tensor, task: Tensor) -> Tensor:
         """Every head called with the samples of its task."""
         plan = dispatch.plan(task.contiguous(), self.task_count, "task")
-        bounds, x = plan.bounds or dispatch.read(plan.offsets), x.index_select(0, plan.order)
+        bounds, x = dispatch.bounds_of(plan), x.index_select(0, plan.order)
         parts = [
             self.get_layer(f"classifier_{t}")(x[a:b])
             for t, (a, b) in enumerate(pairwise(bounds))
@@ -215,6 +216,12 @@ class VGG(TaskAware):
         ]
         made = torch.cat(parts)
         return made.new_zeros(x.shape[0], made.shape[1]).index_copy(0, plan.order[: len(made)], made)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters, and the routers' masks, anew, as they were drawn at first."""
+        reset(*(module for module in self.modules() if module is not self))
+        if self._initializes:
+            self._initialize_weights()
 
     def _initialize_weights(self) -> None:
         for module in self.modules():

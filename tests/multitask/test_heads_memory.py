@@ -21,10 +21,11 @@ from .test_heads import T, model_of
 
 
 def lie_side_by_side(model: MTLModel) -> bool:
+    """Each is the whole of a storage of its own: nobody else sees that they have anything in common."""
     weights = [model.get_parameter(f"head{i}.0.weight") for i in range(T)]
     step = weights[0].numel() * weights[0].element_size()
     return all(b.data_ptr() - a.data_ptr() == step for a, b in itertools.pairwise(weights)) and (
-        len({w.untyped_storage().data_ptr() for w in weights}) == 1
+        all(w.untyped_storage().data_ptr() == w.data_ptr() and w.untyped_storage().nbytes() == step for w in weights)
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...capsules.single_beta import SingleBeta
 from ...ops import _checks, matrix_routing
 from ...ops._arguments import checked
 from ...ops._autocast import autocast_dtype, autocast_off
@@ -24,7 +25,7 @@ __all__ = ["Routing"]
 _FUNCTIONS = {"f": nn.Sigmoid, "log_f": nn.LogSigmoid, "softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}
 
 
-class Routing(nn.Module):
+class Routing(SingleBeta):
     r"""Routes n_inp capsules to n_out capsules, each a score and a matrix, Heinsen (2019), section 2.
 
     Same arguments, parameters, names, initial values and random draws as in 2019: state dicts load strictly both ways,
@@ -79,18 +80,28 @@ class Routing(nn.Module):
         rows, columns = max(n_inp, 1), max(n_out, 1)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        # The order of these lines is the order of keys in a state dict; W is the only random draw.
-        self.register_buffer("CONST_one", torch.ones((), **factory))
-        self.W = nn.Parameter(torch.empty(rows, columns, d_inp, d_out, **factory).normal_() / d_inp)
-        self.B = nn.Parameter(torch.zeros(rows, columns, d_cov, d_out, **factory))
+        # The order of these lines is the order of keys in a state dict.
+        self.W = nn.Parameter(torch.empty(rows, columns, d_inp, d_out, **factory))
+        self.B = nn.Parameter(torch.empty(rows, columns, d_cov, d_out, **factory))
         if not self.n_out_is_fixed:
-            self.B_brk = nn.Parameter(torch.zeros(1, d_cov, d_out, **factory))
-        self.beta_use = nn.Parameter(torch.zeros(rows, columns, **factory))
-        self.beta_ign = self.beta_use if single_beta else nn.Parameter(torch.zeros(rows, columns, **factory))
+            self.B_brk = nn.Parameter(torch.empty(1, d_cov, d_out, **factory))
+        self._make_betas(bool(single_beta), rows, columns, **factory)
+        self.register_buffer("CONST_one", torch.empty((), **factory))
+        self.reset_parameters()
 
         # Upstream's submodules without parameters. The op does what they do; others in their place are refused.
         self.f, self.log_f = nn.Sigmoid(), nn.LogSigmoid()
         self.softmax, self.log_softmax = nn.Softmax(dim=-1), nn.LogSoftmax(dim=-1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw W anew, normal with std 1 / d_inp; everything else is 0."""
+        self.CONST_one.fill_(1)
+        self.W.normal_().div_(self.W.shape[-2])
+        self.B.zero_()
+        if not self.n_out_is_fixed:
+            self.B_brk.zero_()
+        self._reset_betas()
 
     def _capsules(self, n_out: int) -> Capsules:
         if self.n_out_is_fixed:

@@ -5,7 +5,6 @@ Axes: T tasks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
@@ -14,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...ops._accumulating import Accumulating
 from ...ops._arguments import Tasks, checked
 from ...ops._checks import MOST, floating, no_more, together
-from ..accumulators import Accumulating
+from ..named_tasks import Axis, NamedTasks
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
 Present = Mapping[str, Tensor | bool | None] | Sequence[Tensor | bool | None] | Tensor
@@ -87,30 +87,14 @@ def memory_dtype(dtype: torch.dtype | None) -> torch.dtype:
     return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
-def encoded(tasks: Sequence[str]) -> Tensor:
-    """Names as bytes of JSON: what every format of state dicts can hold."""
-    return torch.tensor(list(json.dumps(tasks).encode()), dtype=torch.uint8, device="cpu")
-
-
-def decoded(names: Tensor) -> list[str]:
-    """The names in such a tensor, of whatever dtype a state was cast to; none if that is not what it holds."""
-    try:
-        found = json.loads(bytes(names.to(torch.uint8).tolist()))
-    except ValueError:
-        return []
-    return [str(name) for name in found] if isinstance(found, list) else []
-
-
-class Weighting(Accumulating):
+class Weighting(NamedTasks, Accumulating):
     """The losses of several tasks to the one number that is minimised.
 
     ``weighting(losses)`` is that number. The methods below it are there in every weighting, so that one training loop
     does for all: ``step()`` at the end of an epoch, ``update(losses)`` after the optimizer's step. Most need neither.
 
     What a weighting learns or remembers is in its state dict, with the tasks on the last axis in the order of
-    ``tasks``. Where tasks have names, the entry ``task_names`` has them, and another order of the same tasks is put
-    right when the state is loaded; other tasks are an error, or with ``strict=False`` left out. A state dict without
-    that entry is loaded by position.
+    ``tasks``. Where tasks have names, it is loaded by these, see :class:`NamedTasks`.
 
     Args:
         tasks: names, or how many.
@@ -122,7 +106,7 @@ class Weighting(Accumulating):
     """
 
     stateless: ClassVar[bool] = False
-    task_names: Tensor
+    tasks: tuple[str, ...]
 
     @checked
     def __init__(
@@ -135,53 +119,15 @@ class Weighting(Accumulating):
         super().__init__()
         self.tasks = names_of(tasks)
         if not (self.stateless or isinstance(tasks, int)):
-            names = encoded(self.tasks)
-            self.register_buffer("task_names", torch.empty(names.shape, dtype=names.dtype, device=device).copy_(names))
+            self._keep_names(device)
 
     def reset_parameters(self) -> None:
         """Set what it learns or remembers, and every other tensor, to what it is in a new one."""
-        if "task_names" in self._buffers:
-            self.task_names.copy_(encoded(self.tasks))
+        super().reset_parameters()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Every task takes what has its name."""
-        key = prefix + "task_names"
-        saved = state_dict.pop(key, None)
-        if "task_names" in self._buffers:
-            if saved is not None and not saved.is_meta:
-                place = {name: k for k, name in enumerate(decoded(saved))}
-                missing_keys += [f"{key}[{name!r}]" for name in self.tasks if name not in place]
-                unexpected_keys += [f"{key}[{name!r}]" for name in place if name not in self.tasks]
-                self._by_name(state_dict, prefix, place)
-            device = self.task_names.device if saved is None else saved.device
-            state_dict[key] = encoded(self.tasks).to(device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _by_name(self, state_dict: Any, prefix: str, place: Mapping[str, int]) -> None:
-        """Bring entries into the order of ``tasks``; those of a task that has no ``place`` there stay as they are."""
-        mine = [k for k, name in enumerate(self.tasks) if name in place]
-        theirs = [place[self.tasks[k]] for k in mine]
-        if [*place] == [*self.tasks]:
-            return
-        for name, own in (*self._parameters.items(), *self._buffers.items()):
-            saved = state_dict.get(prefix + name)
-            if own is None or saved is None or saved.shape[-1:] != (len(place),):
-                continue
-            made = saved[..., theirs]
-            if len(mine) < len(self.tasks):
-                made = own.detach().clone().index_copy(-1, torch.tensor(mine, device=own.device), made.to(own))
-            state_dict[prefix + name] = made
+    def _task_axes(self) -> dict[str, tuple[Axis, ...]]:
+        owned = (*self._parameters.items(), *self._buffers.items())
+        return {name: (Axis(-1),) for name, t in owned if t is not None and t.shape[-1:] == (len(self.tasks),)}
 
     def extra_repr(self) -> str:
         return f"tasks={len(self.tasks)}"

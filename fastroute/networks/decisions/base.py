@@ -68,7 +68,7 @@ class Decision(nn.Module):
         formula: "intended", or "upstream" for the formulas of Pytorch-Routing 0.4.1 as they stand, where they are
             faulty: see each class.
         stacked: keep the parameters of all agents in one tensor of each kind, see :class:`~fastroute.networks.Stack`:
-            the same checkpoints, fewer parameters, and zeros for gradients of agents without a sample.
+            fewer parameters, and zeros for gradients of agents without a sample; state dicts load both ways.
         generator: of the random numbers; None: PyTorch's own.
 
     Parameters: ``_policy.{agent}._approx...``, as upstream. All classes take these arguments.

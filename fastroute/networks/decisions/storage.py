@@ -17,7 +17,7 @@ from ...ops._modules import Memo, Proof, may_be_read
 from ...ops.dispatch import Plan
 from .. import bank
 from ..mlp import MLP
-from ..stack import Stack
+from ..stack import Stack, from_stack
 
 
 class ApproxPolicyStorage(nn.Module):
@@ -74,7 +74,12 @@ class TabularPolicyStorage(nn.Module):
         self, num_selections: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self._approx = nn.Parameter(torch.full((1, num_selections), 1 / num_selections, device=device, dtype=dtype))
+        self._approx = nn.Parameter(torch.empty(1, num_selections, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """1 / num_selections for every choice."""
+        nn.init.constant_(self._approx, 1 / self._approx.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> [B, num_selections]."""
@@ -94,6 +99,10 @@ class Storages(nn.ModuleList):
         return list(self)
 
     each = owners
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        from_stack(state_dict, prefix, len(self))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class StackedStorages(Stack):

@@ -1,0 +1,57 @@
+"""A layer whose beta_ign may be its beta_use: one parameter, which a state dict has under both names, as upstream's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SingleBeta(nn.Module):
+    """The parameters ``beta_use`` and ``beta_ign``; or the first alone, and a buffer that repeats it in state dicts.
+
+    One parameter under two names would come apart on the meta device, and with ``load_state_dict(assign=True)``.
+    """
+
+    single_beta: bool
+    beta_use: nn.Parameter
+
+    def _make_betas(self, single_beta: bool, *size: int, **factory: Any) -> None:
+        self.single_beta = single_beta
+        self.beta_use = nn.Parameter(torch.empty(size, **factory))
+        if single_beta:
+            self._buffers["beta_ign"] = torch.empty(size, **factory)  # a name that the class has: the property below
+        else:
+            self._parameters["beta_ign"] = nn.Parameter(torch.empty(size, **factory))
+
+    @property
+    def beta_ign(self) -> nn.Parameter:
+        """``beta_use`` itself, if they are one."""
+        found: Any = self.beta_use if self.single_beta else self._parameters["beta_ign"]
+        return found  # type: ignore[no-any-return]
+
+    def _reset_betas(self) -> None:
+        nn.init.zeros_(self.beta_use)
+        nn.init.zeros_(self._buffers["beta_ign"] if self.single_beta else self._parameters["beta_ign"])  # type: ignore[arg-type]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.single_beta:
+            self._buffers["beta_ign"] = self.beta_use.detach().clone()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        use, ign = state_dict.get(prefix + "beta_use"), state_dict.get(prefix + "beta_ign")
+        if self.single_beta and isinstance(use, Tensor):
+            known = type(ign) in (Tensor, nn.Parameter) and not (ign.is_meta or use.is_meta)  # type: ignore[union-attr]
+            if known and not torch.equal(use, ign.to(use)):  # type: ignore[union-attr]
+                error_msgs.append(
+                    f"{prefix}beta_ign: expected the values of beta_use, which are one with single_beta=True"
+                )
+            state_dict[prefix + "beta_ign"] = use.detach().clone()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
