@@ -22,6 +22,12 @@ from .taskrouting import TaskRouter
 
 __all__ = ["VGG", "vgg11", "vgg11_bn"]
 
+#: Where torchvision has its files. Nothing here reads it: ``pretrained`` is a path.
+model_urls = {
+    "vgg11": "https://download.pytorch.org/models/vgg11-bbd30ac9.pth",
+    "vgg11_bn": "https://download.pytorch.org/models/vgg11_bn-6002323d.pth",
+}
+
 
 class VGG(tasks.VGG):
     """``fastroute.tasks.VGG``, whose ``set_active_task`` is for the heads alone, as upstream's.

@@ -14,6 +14,12 @@ from fastroute.tasks.active import Task, on_device
 __all__ = ["TaskRouter"]
 
 
+def __getattr__(name: str) -> Any:
+    if name == "device":  # to which upstream moves its masks; here they are where the module is
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class TaskRouter(tasks.TaskRouter):
     """``fastroute.tasks.TaskRouter`` with upstream's ways.
 

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import multitask
+from fastroute.multitask.graph import AUTO, KEYS
 
 __all__ = ["MTLModel"]
+
+# Upstream's names of the keys of a node.
+NAME_KEY, LAYER_KEY, ANCHOR_KEY, LOSS_KEY, LOSS_REG_KEY, WEIGHT_INIT_KEY = KEYS
+AUTO_WEIGHT_KEY = AUTO
+MISSING_WEIGHT_MSG = "Expect {0} for task {1} but none provided."
 
 
 class LearnedWeight(nn.Parameter):
