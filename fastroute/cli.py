@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, compat
+from .compat import checkpoints
 from .demos import DEMOS, CannotRun, Options
 from .ops import _backends
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(args)
     if args.command == "run":
         return _run(args)
+    if args.command == "convert":
+        return _convert(args)
     parser.print_help(sys.stderr)
     return 2
 
@@ -89,6 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("script", type=Path, metavar="SCRIPT.py")
     run.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
+
+    convert = commands.add_parser(
+        "convert",
+        help="check an upstream's state dict, and write it for fastroute, or the other way round",
+        description="Read a state dict, check that it holds whole layers of an upstream, and write it: as .safetensors "
+        "if the name says so, else by torch.save. Nothing is unpickled.",
+        epilog="Exit status: 0, or 1 if it cannot be converted; then nothing is written.",
+    )
+    convert.add_argument("source", type=Path, metavar="IN")
+    convert.add_argument("target", type=Path, metavar="OUT")
+    way = convert.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="origin", choices=checkpoints.UPSTREAMS, help="whose state dict IN is")
+    way.add_argument("--to", dest="destination", choices=checkpoints.UPSTREAMS, help="whose state dict OUT becomes")
 
     commands.add_parser(
         "doctor",
@@ -141,8 +157,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _failed(why: str) -> int:
-    print(f"python -m fastroute demo: {why}", file=sys.stderr)
+def _convert(args: argparse.Namespace) -> int:
+    upstream = args.origin or args.destination
+    try:
+        report = checkpoints.convert(args.source, args.target, upstream, back=args.origin is None)
+    except checkpoints.CannotConvert as error:
+        return _failed(str(error), "convert")
+    print(f"{args.source} -> {args.target}\n{report}")
+    return 0
+
+
+def _failed(why: str, command: str = "demo") -> int:
+    print(f"python -m fastroute {command}: {why}", file=sys.stderr)
     return 1
 
 

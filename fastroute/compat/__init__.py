@@ -26,9 +26,10 @@ def install(*names: str) -> None:
     for name in names or UPSTREAMS:
         found = sys.modules.get(name)
         where = getattr(found, "__file__", None) or ""
-        if found is not None and not where.startswith(imports.ON_PATH):
-            if found is not importlib.import_module(imports.UPSTREAMS[name]):
-                raise RuntimeError(
-                    f"{name}: expected to be installed before it is imported, found {where or None} imported already"
-                )
+        if found is None or where.startswith(imports.ON_PATH):
+            continue
+        if found is not importlib.import_module(imports.UPSTREAMS[name]):
+            raise RuntimeError(
+                f"{name}: expected to be installed before it is imported, found {where or None} imported already"
+            )
     imports.install(names or UPSTREAMS)

@@ -17,7 +17,7 @@ class MLP(nn.Module):
     Args:
         input_dim: features in; of a tuple the product is taken.
         output_dim: features out.
-        layers: the hidden layers' widths; () for a single linear layer.
+        layers: the hidden layers' widths; () for a single linear layer. Also ``hidden``.
         nonlin: between layers, a function of a tensor.
 
     Shapes: [..., input_dim] -> [..., output_dim]. Parameters: ``_layers.{j}.weight``, ``_layers.{j}.bias``.
@@ -30,10 +30,15 @@ class MLP(nn.Module):
         layers: Sequence[int] = (),
         nonlin: Callable[[Tensor], Tensor] = F.relu,
         *,
+        hidden: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if hidden is not None:
+            if layers != ():
+                raise TypeError(f"MLP: expected layers or hidden, got both, {layers} and {hidden}")
+            layers = hidden
         features = input_dim if isinstance(input_dim, int) else math.prod(input_dim)
         widths = [features, *([layers] if isinstance(layers, int) else layers), output_dim]
         if any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in widths):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -27,3 +29,13 @@ class Named:
         """xs [B, ...] and its trajectory -> (ys, mxs, actions [B])."""
         made: tuple[Tensor, Trajectory, Tensor] = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
         return made
+
+
+class _Callable(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+def callable_as_its_class(name: str) -> None:
+    """Let a module be called like the class of its name, as RoutingNetworks' README does."""
+    sys.modules[name].__class__ = _Callable

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastroute import networks
 
+from ..._upstream import callable_as_its_class
 from ..Decision import Decision
 
 
@@ -33,3 +34,6 @@ class GumbelSoftmaxSampling(nn.Module):
         if self.training:
             return F.gumbel_softmax(logits, self.temperature, hard=True)
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+
+
+callable_as_its_class(__name__)
