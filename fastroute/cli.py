@@ -6,7 +6,6 @@ import argparse
 import importlib
 import importlib.metadata
 import os
-import runpy
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, compat
-from .compat import checkpoints
+from .compat import checkpoints, program
 from .demos import DEMOS, CannotRun, Options
 from .ops import _backends
 
@@ -88,10 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a script that was written for an upstream",
-        description=f"Run a script in which {', '.join(compat.UPSTREAMS)} are fastroute.compat's.",
+        description=f"Run a program, as python would, in which {', '.join(compat.UPSTREAMS)} are fastroute.compat's.",
+        epilog="Exit status: the program's, or 1 if there is no such program.",
+        usage="%(prog)s [-h] (SCRIPT.py | -m MODULE | -c CODE) ...",
     )
-    run.add_argument("script", type=Path, metavar="SCRIPT.py")
-    run.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
+    run.add_argument("script", type=Path, nargs="?", metavar="SCRIPT.py", help="also a notebook, or a folder")
+    run.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the program's own arguments")
+    run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ...", help="run a module instead")
+    run.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE ...", help="run this code instead")
 
     convert = commands.add_parser(
         "convert",
@@ -147,14 +150,16 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not args.script.is_file():
-        print(f"python -m fastroute run: {args.script}: expected a script, found no such file", file=sys.stderr)
-        return 2
-    compat.install()
-    sys.argv = [str(args.script), *args.args]
-    sys.path.insert(0, str(args.script.resolve().parent))
-    runpy.run_path(str(args.script), run_name="__main__")
-    return 0
+    try:
+        if args.script is not None:
+            return program.run_script(args.script, args.args)
+        for given, run in ((args.module, program.run_module), (args.code, program.run_code)):
+            if given:
+                return run(given[0], given[1:])
+    except program.NoProgram as error:
+        return _failed(str(error), "run")
+    print("python -m fastroute run: the following arguments are required: SCRIPT.py (or -m, or -c)", file=sys.stderr)
+    return 2
 
 
 def _convert(args: argparse.Namespace) -> int:
