@@ -81,8 +81,13 @@ class _Alias(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """What is in ``sys.modules`` afterwards is what the import gives."""
         spec = module.__spec__
-        if spec is not None:
-            sys.modules[spec.name] = importlib.import_module(self.of)
+        if spec is None:
+            return
+        sys.modules[spec.name] = importlib.import_module(self.of)
+        # Its parts, too: to import one would make it an attribute of its package, in place of a class of that name.
+        for name, part in list(sys.modules.items()):
+            if name.startswith(f"{self.of}."):
+                sys.modules.setdefault(spec.name + name.removeprefix(self.of), part)
 
 
 def install(names: Sequence[str]) -> None:

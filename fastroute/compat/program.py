@@ -102,14 +102,15 @@ def _cells(path: Path) -> list[tuple[bytes, str]]:
 
 
 def _without_commands(source: str) -> str:
-    """Lines that are for Jupyter (%) or the shell (!) become ``pass``; a cell for another language (%%) is left out."""
+    """Lines for Jupyter (%) or the shell (!) become ``pass``, what %time times stays; cells in other languages go."""
     if source.startswith("%%"):
         first, _, rest = source.partition("\n")
         return "\n" + rest if first.split()[0] in ("%%time", "%%capture") else ""
     try:
         compile(source, "", "exec", dont_inherit=True)
     except SyntaxError:
-        return re.sub(r"^([ \t]*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
+        source = re.sub(r"^([ \t]*)%time +(?=\S)", r"\1", source, flags=re.MULTILINE)
+        return re.sub(r"^([ \t]*)(%[A-Za-z]|!(?!=)).*$", r"\1pass", source, flags=re.MULTILINE)
     return source
 
 
