@@ -111,6 +111,9 @@ class DefinableVectorRouting(nn.Module):
             self.compute_beta_use = nn.Linear(d_inp, n_out, **factory)
             self.compute_beta_ign = nn.Linear(d_inp, n_out, **factory)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"d_inp": None, **state})  # which a pickle of heinsen_routing's own has not
+
     def __repr__(self) -> str:
         names = ("A", "F", "G", "S", "n_inp", "n_out", "n_iters", "return_dict")
         return f"{self._get_name()}(" + ",\n ".join(f"{name}={getattr(self, name)}" for name in names) + ")"

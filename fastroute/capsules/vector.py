@@ -115,6 +115,9 @@ class EfficientVectorRouting(nn.Module):
         self.log_f = nn.LogSigmoid()
         self.softmax = nn.Softmax(dim=-1)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_memo": Memo(), **state})  # which a pickle of heinsen_routing's own has not
+
     def extra_repr(self) -> str:
         names = ("n_inp", "n_out", "d_inp", "d_out", "n_iters", "normalize", "memory_efficient", "return_dict")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)

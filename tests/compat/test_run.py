@@ -88,25 +88,21 @@ def test_a_notebook(capsys: Capture) -> None:
     book = notebook(
         "%matplotlib inline\nimport torch\n!pip install torchmtl\nfrom torchmtl import MTLModel",
         "%%bash\nexit 3",
-        "%%time\nx = (7\n  % 4)\nif x:\n    %time y = 1\n    display(x)",
+        "%%time\nx = (7\n  % 4)\nif x:\n    %time y = x\n    display(y)",
         "def f():\n    return 1 / 0\nf()",
     )
     assert main(["run", book, "a"]) == 1
     said = capsys.readouterr()
     assert said.out == "3\n"
-    assert (
-        said.err.splitlines()[1:]
-        == [
-            '  File "mine.ipynb, code cell 4", line 3, in <module>',
-            "    f()",
-            *(line for line in said.err.splitlines()[3:4] if "^" in line or "~" in line),
-            '  File "mine.ipynb, code cell 4", line 2, in f',
-            "    return 1 / 0",
-            *(line for line in said.err.splitlines() if "~" in line and "/" not in line),
-            "ZeroDivisionError: division by zero",
-        ]
-        or "line 2, in f\n    return 1 / 0" in said.err
-    )
+    shown = [line for line in said.err.splitlines() if set(line) - set(" ~^")]  # Pythons mark places differently
+    assert shown == [
+        "Traceback (most recent call last):",
+        '  File "mine.ipynb, code cell 4", line 3, in <module>',
+        "    f()",
+        '  File "mine.ipynb, code cell 4", line 2, in f',
+        "    return 1 / 0",
+        "ZeroDivisionError: division by zero",
+    ]
 
 
 @pytest.mark.parametrize(

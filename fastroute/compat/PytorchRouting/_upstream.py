@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +22,17 @@ class Literal:
 
 class Named:
     """First base of a class that passes the triplet on: its first two are called ``xs`` and ``mxs``."""
+
+    _marks: ClassVar[str | None] = None  #: an attribute that every object of fastroute's has
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if self._marks is not None and self._marks not in state:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected an object that fastroute pickled, got one of PytorchRouting's own. "
+                "Where that is installed, save torch.save(model.state_dict(), 'state.pt'); it loads as it is, and "
+                "python -m fastroute convert state.pt out.pt --from PytorchRouting checks it"
+            )
+        super().__setstate__(state)  # type: ignore[misc]
 
     def forward(
         self, xs: Tensor, mxs: Trajectory | Sequence[SampleMetaInformation], *args: Any, **kwargs: Any

@@ -35,6 +35,15 @@ class VGG(tasks.VGG):
     ``model.apply`` of a function that sets it everywhere, or ``fastroute.set_task``, reaches the routers, too.
     """
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_active" in state:
+            super().__setstate__(state)
+            return
+        # a whole model that TaskRouting's own classes pickled
+        super().__setstate__({name: value for name, value in state.items() if name != "active_task"})
+        self.unused_grad = "none"
+        self.set_active_task(state["active_task"])
+
     def set_active_task(self, active_task: Task) -> Task:
         """Work with a task's head from now on; returns it."""
         return TaskAware.set_active_task(self, active_task)

@@ -68,6 +68,17 @@ class MTLModel(Overrides, multitask.MTLModel):
     def __init__(self, task_layers: Sequence[Mapping[str, Any]], output_tasks: Sequence[str]) -> None:
         super().__init__(task_layers, output_tasks, order="bfs", run_all=True, keep_outputs=True, fuse_heads=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "plan" in state:
+            super().__setstate__(state)
+            return
+        # a whole model that torchMTL's own class pickled
+        MTLModel.__init__(self, state["task_layers"], state["output_tasks"])
+        self._modules.update(state["_modules"])
+        for name, weight in state["_parameters"].items():
+            setattr(self, name, nn.Parameter(weight.data, weight.requires_grad))
+        self.training = state["training"]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value) is nn.Parameter and type(self._parameters.get(name)) is LearnedWeight:
             value = LearnedWeight(value.data, value.requires_grad)  # load_state_dict(assign=True)

@@ -39,6 +39,7 @@ class Decision(Overrides, Literal, Named, networks.Decision):
     in a batch, those of a sample side by side. An empty ``prior_actions`` means agent 0 for all.
     """
 
+    _marks = "_storage_type"
     _never_called: ClassVar = {
         "_construct_policy_storage": "policy_net, value_net or qvalue_net, or set _policy after __init__",
         "_eval_stochastic_are_exp": "_forward, whose third result it is",
