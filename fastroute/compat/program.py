@@ -12,6 +12,7 @@ import pkgutil
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -105,7 +106,7 @@ def _without_commands(source: str) -> str:
     """Lines for Jupyter (%) or the shell (!) become ``pass``, what %time times stays; cells in other languages go."""
     if source.startswith("%%"):
         first, _, rest = source.partition("\n")
-        return "\n" + rest if first.split()[0] in ("%%time", "%%capture") else ""
+        source = "\n" + rest if first.split()[0] in ("%%time", "%%capture") else ""
     try:
         compile(source, "", "exec", dont_inherit=True)
     except SyntaxError:
@@ -163,7 +164,10 @@ def _status(run: Any) -> int:
         return 1
     except BaseException as error:
         shown = error.with_traceback(_of_program(error.__traceback__))
-        sys.excepthook(type(error), shown, shown.__traceback__)
+        if sys.excepthook is sys.__excepthook__:  # which reads files alone, and so no cells
+            traceback.print_exception(shown)
+        else:
+            sys.excepthook(type(error), shown, shown.__traceback__)
         if isinstance(error, ImportError) and (hint := _hint(error)):
             print(hint, file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
