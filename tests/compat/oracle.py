@@ -1,4 +1,4 @@
-"""The upstreams' layers written out from their papers' and specifications' formulas, sample by sample where theirs are.
+"""The upstreams' layers written out from their papers and specifications, sample by sample where theirs are.
 
 ``upstreams()`` puts them under the upstreams' import paths: a program then runs as it ran there. Nothing of fastroute is
 used. Axes: i inputs, j outputs, d and h their features, c rows of a capsule's matrix; B samples, K choices.
@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -300,7 +301,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [input_dim, *(hidden or layers), output_dim]
-        self._layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self._layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self._nonlin = nonlin
 
     def forward(self, x: Tensor) -> Tensor:
@@ -579,11 +580,26 @@ _ALL = (
     MLP,
 )  # fmt: skip
 #: Every path that a program may import one of them from.
-PATHS = """heinsen_routing heinsen_routing.heinsen_routing taskrouting routed_vgg torchmtl torchmtl.wrapping_layers
-PytorchRouting PytorchRouting.CoreLayers PytorchRouting.DecisionLayers PytorchRouting.DecisionLayers.Decision
-PytorchRouting.DecisionLayers.Others PytorchRouting.UtilLayers PytorchRouting.Helpers PytorchRouting.Helpers.MLP
-PytorchRouting.RewardFunctions PytorchRouting.RewardFunctions.Final PytorchRouting.RewardFunctions.PerAction
-PytorchRouting.RewardFunctions.PerAction.PerActionBaseReward""".split()
+PATHS = [
+    "heinsen_routing",
+    "heinsen_routing.heinsen_routing",
+    "taskrouting",
+    "routed_vgg",
+    "torchmtl",
+    "torchmtl.wrapping_layers",
+    "PytorchRouting",
+    "PytorchRouting.CoreLayers",
+    "PytorchRouting.DecisionLayers",
+    "PytorchRouting.DecisionLayers.Decision",
+    "PytorchRouting.DecisionLayers.Others",
+    "PytorchRouting.UtilLayers",
+    "PytorchRouting.Helpers",
+    "PytorchRouting.Helpers.MLP",
+    "PytorchRouting.RewardFunctions",
+    "PytorchRouting.RewardFunctions.Final",
+    "PytorchRouting.RewardFunctions.PerAction",
+    "PytorchRouting.RewardFunctions.PerAction.PerActionBaseReward",
+]
 
 
 @contextmanager
