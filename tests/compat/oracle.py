@@ -1,6 +1,6 @@
 """The upstreams' layers written out from their papers and specifications, sample by sample where theirs are.
 
-``upstreams()`` puts them under the upstreams' import paths: a program then runs as it ran there. Nothing of fastroute is
+``upstreams()`` puts them under the upstreams' import paths: a program then runs as it ran there. fastroute is not
 used. Axes: i inputs, j outputs, d and h their features, c rows of a capsule's matrix; B samples, K choices.
 """
 

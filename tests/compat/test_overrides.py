@@ -389,3 +389,20 @@ def test_the_readmes_mlp() -> None:
     assert torch.equal(a(x), b(x)) and len(a._layers) == 3
     with pytest.raises(TypeError, match="MLP: expected layers or hidden, got both"):
         MLP(W, K, (6,), hidden=(6,))
+
+
+@pytest.mark.parametrize("formula", ["upstream", "intended"])
+def test_a_step_without_overrides_is_one_graph(formula: Any) -> None:
+    """The hooks cost a compiled step nothing."""
+    seeds.manual_seed(0)
+    decide = REINFORCE(K, W, formula=formula).eval()
+    select = Selection(*[nn.Linear(W, W) for _ in range(K)], unused_grad="zeros")
+    loss = Loss(nn.CrossEntropyLoss(), NegLossReward(), formula=formula)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        xs, mxs, actions = decide(*Initialization()(x)[:2])
+        xs, mxs, _ = select(xs, mxs, actions)
+        return sum(loss(xs, mxs, y))  # type: ignore[return-value]
+
+    x, y = torch.randn(B, W), torch.arange(B) % W
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(x, y), step(x, y))

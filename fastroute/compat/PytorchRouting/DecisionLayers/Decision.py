@@ -25,6 +25,8 @@ _DECIDES = "decide" if hasattr(networks.Decision, "decide") else "_decide"
 _UPSTREAM = __name__.removesuffix(".DecisionLayers.Decision")
 #: Upstream's methods, and what ``fastroute.networks`` calls in their place.
 _HOOKS = {"_forward": _DECIDES, "_loss": "loss"}
+#: A function: torch.compile cannot read a property of ``super()``.
+_lookahead: Callable[[Any], tuple[Need, ...]] = networks.Decision.lookahead.fget  # type: ignore[attr-defined]
 #: Upstream's methods, as ``Decision`` calls them.
 _CALLS = {"_forward": ("xs", "agent"), "_loss": ("is_terminal", "state", "next_state", "action", "next_action",
           "reward", "cum_return", "final_reward")}  # fmt: skip
@@ -114,7 +116,7 @@ class Decision(Overrides, Literal, Named, networks.Decision):
     ) -> Tensor:  # fmt: skip
         """States [N, K, 5], the others [N] -> the loss of each entry [N]."""
         entries = from_raw(
-            super().lookahead, is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward
+            _lookahead(self), is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward
         )
         made: Tensor | None = self._native("loss")(self, entries)
         return torch.zeros_like(cum_return) if made is None else made
@@ -165,7 +167,7 @@ class Decision(Overrides, Literal, Named, networks.Decision):
     @property
     def lookahead(self) -> tuple[Need, ...]:
         """What the loss reads of the next state."""
-        return (("action", 0), ("state", 0)) if "_loss" in self._user_hooks else super().lookahead
+        return (("action", 0), ("state", 0)) if "_loss" in self._user_hooks else _lookahead(self)
 
 
 def _definer(cls: type, name: str) -> type:
