@@ -254,6 +254,14 @@ def of(self: Any, *args: Any) -> None: ...
     [
         (REINFORCE, {"_eval_stochastic_are_exp": of}, r"Mine\._eval_stochastic_are_exp: .*instead: _forward"),
         (Decision, {"_construct_policy_storage": of}, r"Mine\._construct_policy_storage: .*instead: policy_net"),
+        (
+            networks.REINFORCE,
+            {"_loss": of},
+            r"Mine\._loss: .*nobody calls here; override loss, or make the class from f",
+        ),
+        (networks.Decision, {"_forward": of}, r"Mine\._forward: expected no override of a method that nobody calls"),
+        (WPL, {"loss_func": of}, r"Mine\.loss_func: expected no override of a method that nobody calls"),
+        (networks.WPL, {"loss_func": of}, r"Mine\.loss_func: expected no override of a method that nobody calls"),
         (Loss, {"_get_rl_loss_tuple_map": of}, r"Mine\._get_rl_loss_tuple_map: .*would change nothing"),
         (REINFORCE, {"_loss": of, "loss": of}, "Mine: expected _loss or loss, got both"),
         (REINFORCE, {"_loss": lambda self, sample: 0}, r"Mine\._loss: expected to be called with \(self, is_terminal"),

@@ -32,6 +32,10 @@ Triplet = tuple[Tensor, Trajectory, Tensor]
 _MAKES_A_LOSS = ("loss", "needs", "lookahead", "loss_func", "_return", "_advantage", "_target")
 
 
+#: What a subclass would override in vain, and what instead: upstream's methods, and a way to call ``loss``.
+_NOT_CALLED = {"_forward": "_decide", "_loss": "loss", "loss_func": "loss"}
+
+
 @dataclass
 class Decided:
     """What a class decided: actions [B], its state columns, what explored, and the batch if it changes it."""
@@ -74,9 +78,16 @@ class Decision(nn.Module):
     #: the name by which ``ops.trajectory_loss`` knows the intended loss of this very class; None: it does not
     algorithm: str | None = None
     critic: int | None = None  #: the state column, besides the first, that the loss moves
+    _literal = False  #: whether upstream's methods are called
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name, instead in _NOT_CALLED.items():
+            if name in cls.__dict__ and (name == "loss_func" or not cls._literal):
+                raise TypeError(
+                    f"{cls.__name__}.{name}: expected no override of a method that nobody calls here; override "
+                    f"{instead}, or make the class from fastroute.compat.PytorchRouting's"
+                )
         known = next(c for c in cls.__mro__ if "algorithm" in c.__dict__)
         if any(getattr(cls, n) is not getattr(known, n) for n in _MAKES_A_LOSS if hasattr(known, n)):
             cls.algorithm = None  # a subclass with a loss of its own

@@ -42,6 +42,7 @@ class Decision(Overrides, Literal, Named, networks.Decision):
     """
 
     _marks = "_storage_type"
+    _literal = True
     _never_called: ClassVar = {
         "_construct_policy_storage": "policy_net, value_net or qvalue_net, or set _policy after __init__",
         "_eval_stochastic_are_exp": "_forward, whose third result it is",
