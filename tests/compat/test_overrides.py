@@ -239,6 +239,47 @@ def test_further_networks() -> None:
     assert routing.abs().sum() > 0 and sum(g is not None for g in grads) >= 4
 
 
+class Square(nn.Module):
+    """A storage of the user's own."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(width, out))
+
+    def forward(self, xs: Tensor) -> Tensor:
+        return xs.detach().square() @ self.W
+
+
+def test_storages_of_ones_own() -> None:
+    """What makes them is asked for the policies and for the critics; a flag of one's own goes with a _forward."""
+
+    class Squared(WPL):
+        def _construct_policy_storage(
+            self,
+            out_dim: int,
+            policy_storage_type: Any,
+            approx_module: Any,
+            approx_hidden_dims: Any,
+            in_dim: Any = None,
+        ) -> Any:
+            return nn.ModuleList(Square(self._in_features, out_dim) for _ in range(self._num_agents))
+
+    decide = Squared(K, W, num_agents=2).eval()
+    assert list(decide.state_dict()) == ["_policy.0.W", "_policy.1.W", "_qvalue_mem.0.W", "_qvalue_mem.1.W"]
+    x, agents = torch.randn(B, W), torch.arange(B) % 2
+    actions = decide(x, Initialization()(x)[1], agents)[2]
+    z = torch.stack([x.square() @ decide._policy[b].W for b in (0, 1)])[agents, torch.arange(B)]
+    assert torch.equal(actions, z.argmax(1))
+
+    class Flagged(Own):
+        @staticmethod
+        def _eval_stochastic_are_exp(actions: Tensor, dist: Tensor) -> Tensor:
+            return torch.zeros_like(actions)
+
+    _, meta, _ = Flagged(K, W)(x, Initialization()(x)[1])
+    assert not meta.exploratory.any()
+
+
 # ------------------------------------------------------------------------------------------------ refused when made
 
 
@@ -252,8 +293,7 @@ def of(self: Any, *args: Any) -> None: ...
 @pytest.mark.parametrize(
     ("base", "methods", "message"),
     [
-        (REINFORCE, {"_eval_stochastic_are_exp": of}, r"Mine\._eval_stochastic_are_exp: .*instead: _forward"),
-        (Decision, {"_construct_policy_storage": of}, r"Mine\._construct_policy_storage: .*instead: policy_net"),
+        (REINFORCE, {"_eval_stochastic_are_exp": of}, r"Mine\._eval_stochastic_are_exp: .*_forward is not overridden"),
         (
             networks.REINFORCE,
             {"_loss": of},

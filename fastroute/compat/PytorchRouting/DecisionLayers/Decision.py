@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fastroute import networks
 from fastroute.networks import SampleMetaInformation, Trajectory
 from fastroute.networks.decisions.base import Decided
+from fastroute.networks.decisions.storage import Storages
 from fastroute.networks.entries import Entries, Need, from_raw
 from fastroute.networks.record import STATE_COLUMNS, Column
 from fastroute.ops import dispatch
 from fastroute.ops.dispatch import Plan
 
-from ...overrides import Overrides
 from .._upstream import Literal, Named
 
 _DECIDES = "decide" if hasattr(networks.Decision, "decide") else "_decide"
@@ -32,7 +32,7 @@ _CALLS = {"_forward": ("xs", "agent"), "_loss": ("is_terminal", "state", "next_s
           "reward", "cum_return", "final_reward")}  # fmt: skip
 
 
-class Decision(Overrides, Literal, Named, networks.Decision):
+class Decision(Literal, Named, networks.Decision):
     """``fastroute.networks.Decision`` with upstream's formulas and its two methods to override.
 
     ``_forward(xs, agent)`` decides for one agent's samples, ``_loss(is_terminal, state, next_state, action,
@@ -43,10 +43,6 @@ class Decision(Overrides, Literal, Named, networks.Decision):
 
     _marks = "_storage_type"
     _literal = True
-    _never_called: ClassVar = {
-        "_construct_policy_storage": "policy_net, value_net or qvalue_net, or set _policy after __init__",
-        "_eval_stochastic_are_exp": "_forward, whose third result it is",
-    }
 
     _user_hooks: frozenset[str] = frozenset()  #: of upstream's methods, those that are a user's
     _natives: ClassVar[Mapping[str, Callable[..., Any]]] = {}  #: ``fastroute.networks``' methods for the same
@@ -66,6 +62,11 @@ class Decision(Overrides, Literal, Named, networks.Decision):
                 raise TypeError(f"{cls.__name__}: expected {hook} or {ours}, got both, of which one is not called")
             if other in natives or cls.__mro__.index(owner) < cls.__mro__.index(other):
                 setattr(cls, ours, _THROUGH[hook])
+        if _definer(cls, "_eval_stochastic_are_exp") is not Decision and "_forward" not in cls._user_hooks:
+            raise TypeError(
+                f"{cls.__name__}._eval_stochastic_are_exp: expected no override where _forward is not overridden: "
+                "nobody else calls it"
+            )
         if "_loss" in cls._user_hooks:
             cls.algorithm = None  # the loss that fastroute knows under its name
         elif cls.__module__.startswith(f"{_UPSTREAM}."):
@@ -139,6 +140,11 @@ class Decision(Overrides, Literal, Named, networks.Decision):
         options |= {"approx_hidden_dims": approx_hidden_dims, "policy_net": approx_module}
         made: Any = networks.Decision(out_dim, in_dim or self._in_features, self._num_agents, **options)._policy
         return made  # type: ignore[no-any-return]
+
+    def _storages(self, outputs: int, net: nn.Module | None) -> Any:
+        if _definer(type(self), "_construct_policy_storage") is Decision:
+            return super()._storages(outputs, net)
+        return Storages(self._construct_policy_storage(outputs, self._pol_type, net, self._pol_hidden_dims), outputs)
 
     @staticmethod
     def _eval_stochastic_are_exp(actions: Tensor, dist: Tensor) -> Tensor:
