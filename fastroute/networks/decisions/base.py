@@ -78,12 +78,11 @@ class Decision(nn.Module):
     #: the name by which ``ops.trajectory_loss`` knows the intended loss of this very class; None: it does not
     algorithm: str | None = None
     critic: int | None = None  #: the state column, besides the first, that the loss moves
-    _literal = False  #: whether upstream's methods are called
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, instead in _NOT_CALLED.items():
-            if name in cls.__dict__ and (name == "loss_func" or not cls._literal):
+            if name in cls.__dict__ and (name == "loss_func" or not hasattr(cls, "_user_hooks")):
                 raise TypeError(
                     f"{cls.__name__}.{name}: expected no override of a method that nobody calls here; override "
                     f"{instead}, or make the class from fastroute.compat.PytorchRouting's"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +23,10 @@ from fastroute.ops.dispatch import Plan
 from .._upstream import Literal, Named
 
 _DECIDES = "decide" if hasattr(networks.Decision, "decide") else "_decide"
-_UPSTREAM = __name__.removesuffix(".DecisionLayers.Decision")
 #: Upstream's methods, and what ``fastroute.networks`` calls in their place.
 _HOOKS = {"_forward": _DECIDES, "_loss": "loss"}
-#: A function: torch.compile cannot read a property of ``super()``.
-_lookahead: Callable[[Any], tuple[Need, ...]] = networks.Decision.lookahead.fget  # type: ignore[attr-defined]
+#: What a user's loss reads of the next state: all of it.
+_WHOLE: tuple[Need, ...] = (("action", 0), ("state", 0))
 #: Upstream's methods, as ``Decision`` calls them.
 _CALLS = {"_forward": ("xs", "agent"), "_loss": ("is_terminal", "state", "next_state", "action", "next_action",
           "reward", "cum_return", "final_reward")}  # fmt: skip
@@ -42,44 +42,49 @@ class Decision(Literal, Named, networks.Decision):
     """
 
     _marks = "_storage_type"
-    _literal = True
-
     _user_hooks: frozenset[str] = frozenset()  #: of upstream's methods, those that are a user's
-    _natives: ClassVar[Mapping[str, Callable[..., Any]]] = {}  #: ``fastroute.networks``' methods for the same
+    _decides = False  #: whether there is something that decides
+    _natives: ClassVar[Mapping[str, Any]] = {}  #: what ``fastroute.networks`` has in their places
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        natives: list[Any] = [base for base in cls.__mro__ if base.__module__.startswith(f"{networks.__name__}.")]
-        cls._natives = {ours: next(b.__dict__[ours] for b in natives if ours in b.__dict__) for ours in _HOOKS.values()}
+        natives = [base for base in cls.__mro__ if base.__module__.startswith(f"{networks.__name__}.")]
+        wanted = (*_HOOKS.values(), "needs", "upstream_needs")
+        cls._natives = {ours: next(b.__dict__[ours] for b in natives if ours in b.__dict__) for ours in wanted}
         cls._user_hooks = frozenset(hook for hook in _HOOKS if _definer(cls, hook) is not Decision)
-        for hook, ours in _HOOKS.items():
+        for hook in cls._user_hooks:
+            ours, through = _HOOKS[hook], _THROUGH[hook]
+            _check_call(cls, hook)
             owner, other = _definer(cls, hook), _definer(cls, ours)
-            if hook in cls._user_hooks:
-                _check_call(cls, hook)
-            if other.__dict__[ours] is _THROUGH[hook]:
+            if other.__dict__[ours] is through:
                 continue
             if owner is other:
                 raise TypeError(f"{cls.__name__}: expected {hook} or {ours}, got both, of which one is not called")
             if other in natives or cls.__mro__.index(owner) < cls.__mro__.index(other):
-                setattr(cls, ours, _THROUGH[hook])
+                setattr(cls, ours, through)
+        cls._decides = getattr(cls, _DECIDES) is not networks.Decision.__dict__[_DECIDES]
+        if "_loss" in cls._user_hooks:
+            cls.needs = cls.upstream_needs = _WHOLE
+            cls.algorithm = None  # the loss that fastroute knows under its name
         if _definer(cls, "_eval_stochastic_are_exp") is not Decision and "_forward" not in cls._user_hooks:
             raise TypeError(
                 f"{cls.__name__}._eval_stochastic_are_exp: expected no override where _forward is not overridden: "
                 "nobody else calls it"
             )
-        if "_loss" in cls._user_hooks:
-            cls.algorithm = None  # the loss that fastroute knows under its name
-        elif cls.__module__.startswith(f"{_UPSTREAM}."):
-            cls.algorithm = natives[0].algorithm
+        if _definer(cls, "_construct_policy_storage") is not Decision:
+            cls._storages = _own_storages  # type: ignore[method-assign,assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _HOOKS:
             super().__setattr__(name, value)
             return
-        object.__setattr__(self, name, value)
-        self._user_hooks = self._user_hooks | {name}
-        if name == "_loss":
-            self.algorithm = None
+        own = {name: value, _HOOKS[name]: MethodType(_THROUGH[name], self)}
+        if name == "_forward":
+            own["_decides"] = True
+        else:
+            own |= {"needs": _WHOLE, "upstream_needs": _WHOLE, "algorithm": None}
+        for attribute, given in own.items():
+            object.__setattr__(self, attribute, given)
 
     def forward(  # type: ignore[override]
         self,
@@ -94,6 +99,8 @@ class Decision(Literal, Named, networks.Decision):
 
         See ``fastroute.networks.Decision.forward``, which calls the first three batch, meta and agents.
         """
+        if not self._decides:
+            self._native("_forward")  # says what is missing
         if prior_actions is not None and len(prior_actions) == 0:
             prior_actions = torch.zeros(len(xs), dtype=torch.int64, device=xs.device)
         return super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
@@ -106,7 +113,7 @@ class Decision(Literal, Named, networks.Decision):
         if self._num_agents > 1:
             whose = torch.full((len(xs),), int(agent), dtype=torch.int64, device=xs.device)
             plan = dispatch.plan(whose, self._num_agents, "agents")
-        made: Decided = self._native(_DECIDES)(self, xs, plan, None)
+        made: Decided = self._native("_forward")(self, xs, plan, None)
         columns = [c.full.expand(len(xs), self._num_selections) for c in made.columns]
         explored = made.exploratory() if callable(made.exploratory) else made.exploratory
         explored = torch.zeros_like(made.actions) if explored is None else explored
@@ -117,16 +124,15 @@ class Decision(Literal, Named, networks.Decision):
         reward: Tensor, cum_return: Tensor, final_reward: Tensor,
     ) -> Tensor:  # fmt: skip
         """States [N, K, 5], the others [N] -> the loss of each entry [N]."""
-        entries = from_raw(
-            _lookahead(self), is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward
-        )
-        made: Tensor | None = self._native("loss")(self, entries)
+        needs: Sequence[Need] = self._natives["upstream_needs" if self.formula == "upstream" else "needs"]
+        entries = from_raw(needs, is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward)
+        made: Tensor | None = self._native("_loss")(self, entries)
         return torch.zeros_like(cum_return) if made is None else made
 
-    def _native(self, name: str) -> Callable[..., Any]:
-        method: Callable[..., Any] = self._natives.get(name, networks.Decision.__dict__[name])
-        if method is networks.Decision.__dict__[name]:
-            hook = next(hook for hook, ours in _HOOKS.items() if ours == name)
+    def _native(self, hook: str) -> Callable[..., Any]:
+        ours = _HOOKS[hook]
+        method: Callable[..., Any] = self._natives.get(ours, networks.Decision.__dict__[ours])
+        if method is networks.Decision.__dict__[ours]:
             wanted = f"{hook}(self, {', '.join(_CALLS[hook])})"
             raise NotImplementedError(f"{type(self).__name__}: expected it to define {wanted}")
         return method
@@ -140,11 +146,6 @@ class Decision(Literal, Named, networks.Decision):
         options |= {"approx_hidden_dims": approx_hidden_dims, "policy_net": approx_module}
         made: Any = networks.Decision(out_dim, in_dim or self._in_features, self._num_agents, **options)._policy
         return made  # type: ignore[no-any-return]
-
-    def _storages(self, outputs: int, net: nn.Module | None) -> Any:
-        if _definer(type(self), "_construct_policy_storage") is Decision:
-            return super()._storages(outputs, net)
-        return Storages(self._construct_policy_storage(outputs, self._pol_type, net, self._pol_hidden_dims), outputs)
 
     @staticmethod
     def _eval_stochastic_are_exp(actions: Tensor, dist: Tensor) -> Tensor:
@@ -169,13 +170,6 @@ class Decision(Literal, Named, networks.Decision):
     def _pg_temperature(self, value: float) -> None:
         self._temperature = value
 
-    # --------------------------------------------------------------------------------------- what overrides go through
-
-    @property
-    def lookahead(self) -> tuple[Need, ...]:
-        """What the loss reads of the next state."""
-        return (("action", 0), ("state", 0)) if "_loss" in self._user_hooks else _lookahead(self)
-
 
 def _definer(cls: type, name: str) -> type:
     return next(base for base in cls.__mro__ if name in base.__dict__)
@@ -192,11 +186,12 @@ def _check_call(cls: type, hook: str) -> None:
         raise TypeError(f"{cls.__name__}.{hook}: expected to be called with ({', '.join(given)}): {error}") from error
 
 
+def _own_storages(self: Decision, outputs: int, net: nn.Module | None) -> Storages:
+    return Storages(self._construct_policy_storage(outputs, self._pol_type, net, self._pol_hidden_dims), outputs)
+
+
 def _decide(self: Decision, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
-    """Agent by agent, where ``_forward`` is a user's."""
-    if "_forward" not in self._user_hooks:
-        made: Decided = self._native(_DECIDES)(self, x, plan, forced)
-        return made
+    """A user's ``_forward``, agent by agent."""
     B, K = len(x), self._num_selections
     order = torch.arange(B, device=x.device) if plan is None else plan.order
     ends = [0, B] if plan is None else plan.offsets.tolist()
@@ -234,11 +229,8 @@ def _decide(self: Decision, x: Tensor, plan: Plan | None, forced: Tensor | None)
     return Decided(actions, [Column(column) for column in states.unbind(2)], explored, y)
 
 
-def _entry_losses(self: Decision, e: Entries) -> Tensor | None:
-    """[N], where ``_loss`` is a user's: what it says to the entries of active samples, a sample's side by side."""
-    if "_loss" not in self._user_hooks:
-        made: Tensor | None = self._native("loss")(self, e)
-        return made
+def _entry_losses(self: Decision, e: Entries) -> Tensor:
+    """[N]: what a user's ``_loss`` says to the entries of active samples, a sample's side by side."""
     records, steps = e._records, e._steps
 
     def whole(flag: Tensor | bool) -> Tensor:
@@ -273,6 +265,5 @@ def _entry_losses(self: Decision, e: Entries) -> Tensor | None:
     return losses.new_zeros(T * B).index_copy(0, kept, losses)
 
 
+#: What a class has in place of ``fastroute.networks``' method where upstream's is a user's.
 _THROUGH: dict[str, Callable[..., Any]] = {"_forward": _decide, "_loss": _entry_losses}
-for _hook, _ours in _HOOKS.items():
-    setattr(Decision, _ours, _THROUGH[_hook])
