@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.abc
+import importlib.util
 import json
 import linecache
 import os
@@ -37,7 +38,8 @@ def run_script(path: Path, arguments: Sequence[str]) -> int:
         if above.name in UPSTREAMS:
             sys.path.append(str(above.parent))
     if path.is_dir() or path.suffix in (".zip", ".pyz"):
-        sys.path.pop(0)  # runpy puts it there itself
+        if sys.path[0] == str(folder.resolve()):
+            sys.path.pop(0)  # runpy puts it there itself
         return _status(lambda: runpy.run_path(str(path), run_name="__main__"))
     cells = _cells(path) if path.suffix == ".ipynb" else [(path.read_bytes(), str(path))]
     return _run(cells, None if path.suffix == ".ipynb" else str(path))

@@ -207,5 +207,11 @@ print(models.Selection.__module__)
     root = str(Path(compat.__file__).resolve().parents[2])
     path = ":".join([imports.ON_PATH, str(clone), root])
     assert check_python(code, {"PYTHONPATH": path}) == "fastroute.compat.PytorchRouting.CoreLayers.Selection\n"
-    without = f"import sys; sys.path += {path.split(':')!r}; import torchmtl; print(torchmtl.__name__)"
-    assert check_python(without, {"PYTHONPATH": None}) == "fastroute.compat.torchmtl\n"
+
+
+@pytest.mark.long
+def test_a_process_with_the_folder_on_its_path_later() -> None:
+    """As where Python ignores the environment."""
+    root = str(Path(compat.__file__).resolve().parents[2])
+    code = f"import sys; sys.path += {[imports.ON_PATH, root]!r}; import torchmtl.model_builder as m; print(m.__name__)"
+    assert check_python(code, {"PYTHONPATH": None}) == "fastroute.compat.torchmtl.model_builder\n"
