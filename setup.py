@@ -217,7 +217,7 @@ setup(
     license="MIT",
     packages=[*find_packages(include=["fastroute", "fastroute.*"]), *kernels],
     package_dir={"fastroute.kernels": "kernels"},
-    package_data={"fastroute": ["py.typed"]},
+    package_data={"fastroute": ["py.typed", "compat/on_path/*.py"]},
     ext_modules=[Extension("fastroute._C", [], py_limited_api=LIMITED_API, optional=True)],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},

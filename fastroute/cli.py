@@ -6,7 +6,6 @@ import argparse
 import importlib
 import importlib.metadata
 import os
-import runpy
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, compat
+from .compat import checkpoints, program
 from .demos import DEMOS, CannotRun, Options
 from .ops import _backends
 
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(args)
     if args.command == "run":
         return _run(args)
+    if args.command == "convert":
+        return _convert(args)
     parser.print_help(sys.stderr)
     return 2
 
@@ -85,10 +87,27 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a script that was written for an upstream",
-        description=f"Run a script in which {', '.join(compat.UPSTREAMS)} are fastroute.compat's.",
+        description=f"Run a program, as python would, in which {', '.join(compat.UPSTREAMS)} are fastroute.compat's.",
+        epilog="Exit status: the program's, or 1 if there is no such program.",
+        usage="%(prog)s [-h] (SCRIPT.py | -m MODULE | -c CODE) ...",
     )
-    run.add_argument("script", type=Path, metavar="SCRIPT.py")
-    run.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
+    run.add_argument("script", type=Path, nargs="?", metavar="SCRIPT.py", help="also a notebook, or a folder")
+    run.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the program's own arguments")
+    run.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ...", help="run a module instead")
+    run.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE ...", help="run this code instead")
+
+    convert = commands.add_parser(
+        "convert",
+        help="check an upstream's state dict, and write it for fastroute, or the other way round",
+        description="Read a state dict, check that it holds whole layers of an upstream, and write it: as .safetensors "
+        "if the name says so, else by torch.save. Nothing is unpickled.",
+        epilog="Exit status: 0, or 1 if it cannot be converted; then nothing is written.",
+    )
+    convert.add_argument("source", type=Path, metavar="IN")
+    convert.add_argument("target", type=Path, metavar="OUT")
+    way = convert.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="origin", choices=checkpoints.UPSTREAMS, help="whose state dict IN is")
+    way.add_argument("--to", dest="destination", choices=checkpoints.UPSTREAMS, help="whose state dict OUT becomes")
 
     commands.add_parser(
         "doctor",
@@ -131,18 +150,30 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not args.script.is_file():
-        print(f"python -m fastroute run: {args.script}: expected a script, found no such file", file=sys.stderr)
-        return 2
-    compat.install()
-    sys.argv = [str(args.script), *args.args]
-    sys.path.insert(0, str(args.script.resolve().parent))
-    runpy.run_path(str(args.script), run_name="__main__")
+    try:
+        if args.script is not None:
+            return program.run_script(args.script, args.args)
+        for given, run in ((args.module, program.run_module), (args.code, program.run_code)):
+            if given:
+                return run(given[0], given[1:])
+    except program.NoProgram as error:
+        return _failed(str(error), "run")
+    print("python -m fastroute run: the following arguments are required: SCRIPT.py (or -m, or -c)", file=sys.stderr)
+    return 2
+
+
+def _convert(args: argparse.Namespace) -> int:
+    upstream = args.origin or args.destination
+    try:
+        report = checkpoints.convert(args.source, args.target, upstream, back=args.origin is None)
+    except checkpoints.CannotConvert as error:
+        return _failed(str(error), "convert")
+    print(f"{args.source} -> {args.target}\n{report}")
     return 0
 
 
-def _failed(why: str) -> int:
-    print(f"python -m fastroute demo: {why}", file=sys.stderr)
+def _failed(why: str, command: str = "demo") -> int:
+    print(f"python -m fastroute {command}: {why}", file=sys.stderr)
     return 1
 
 

@@ -116,6 +116,9 @@ class DefinableVectorRouting(nn.Module):
         if self.n_inp == -1:
             reset(self.compute_beta_use, self.compute_beta_ign)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"d_inp": None, **state})  # which a pickle of heinsen_routing's own has not
+
     def __repr__(self) -> str:
         names = ("A", "F", "G", "S", "n_inp", "n_out", "n_iters", "return_dict")
         return f"{self._get_name()}(" + ",\n ".join(f"{name}={getattr(self, name)}" for name in names) + ")"

@@ -122,6 +122,9 @@ class EfficientVectorRouting(nn.Module):
         if self.n_inp == -1:
             reset(self.compute_beta_use, self.compute_beta_ign)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_memo": Memo(), **state})  # which a pickle of heinsen_routing's own has not
+
     def extra_repr(self) -> str:
         names = ("n_inp", "n_out", "d_inp", "d_out", "n_iters", "normalize", "memory_efficient", "return_dict")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)

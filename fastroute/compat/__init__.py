@@ -1,30 +1,35 @@
 """The upstreams' import paths, on fastroute's layers."""
 
 import importlib
-import pkgutil
 import sys
 
-UPSTREAMS = ("heinsen_routing", "PytorchRouting", "taskrouting", "routed_vgg", "torchmtl")
+from . import imports
+
+UPSTREAMS = tuple(imports.UPSTREAMS)
 
 
 def install(*names: str) -> None:
     """From now on ``import torchmtl`` and the like give ``fastroute.compat.torchmtl`` and the like.
 
+    So they do in processes that multiprocessing starts, DataLoader's workers among them. What an upstream's package
+    holds besides (``PytorchRouting.Examples``) is found where that package is on ``sys.path``.
+
     Args:
-        names: of upstream packages; by default all of ``UPSTREAMS``. One that is not imported costs nothing later.
+        names: of upstream packages; by default all of ``UPSTREAMS``. One that is not imported costs nothing.
 
     Raises:
         ValueError: another name. RuntimeError: the upstream package itself has been imported already.
     """
-    for name in names or UPSTREAMS:
+    for name in names:
         if name not in UPSTREAMS:
             raise ValueError(f"names: expected some of {', '.join(UPSTREAMS)}, got {name!r}")
-        module = importlib.import_module(f"{__name__}.{name}")
-        found = sys.modules.setdefault(name, module)
-        if found is not module:
-            where = getattr(found, "__file__", None)
+    for name in names or UPSTREAMS:
+        found = sys.modules.get(name)
+        where = getattr(found, "__file__", None) or ""
+        if found is None or where.startswith(imports.ON_PATH):
+            continue
+        if found is not importlib.import_module(imports.UPSTREAMS[name]):
             raise RuntimeError(
-                f"{name}: expected to be installed before it is imported, found {where} imported already"
+                f"{name}: expected to be installed before it is imported, found {where or None} imported already"
             )
-        for part in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{module.__name__}."):
-            sys.modules[part.name.removeprefix(f"{__name__}.")] = importlib.import_module(part.name)
+    imports.install(names or UPSTREAMS)

@@ -109,6 +109,8 @@ def hold(model: MTLModel, losses: dict[str, Any]) -> None:
     for name, loss in losses.items():
         if not isinstance(loss, nn.Module) or id(loss) in known:
             continue
+        if not model._trains_losses and next(loss.parameters(), None) is not None:
+            continue
         if any(True for part in (loss.parameters(), loss.buffers(), loss.children()) for _ in part):
             held = model._modules.setdefault("loss_modules", LossModules())
             if held is not None:

@@ -32,6 +32,7 @@ _OWN = (
         "_keep",
         "_kept",
         "_learned",
+        "_listed",
         "_loss_weights",
         "_losses",
         "_order",
@@ -92,6 +93,8 @@ class MTLModel(Objective):
 
     #: Whether unknown keys and the like are errors.
     _strict: ClassVar[bool] = True
+    #: Whether parameters of losses are the model's.
+    _trains_losses: ClassVar[bool] = True
 
     @checked
     def __init__(
@@ -142,12 +145,14 @@ class MTLModel(Objective):
 
     @property
     def output_tasks(self) -> list[str]:
-        """The nodes whose outputs are returned."""
-        return list(self._output_tasks)
+        """The nodes whose outputs are returned. Changes of the list count from the next call on."""
+        return self._listed
 
     @output_tasks.setter
     def output_tasks(self, names: Sequence[str] | str) -> None:
         self._output_tasks = read_outputs(names, self._anchors)
+        shared = isinstance(names, list) and not self._strict  # upstream's list is the caller's own
+        self._listed: list[str] = names if shared else list(self._output_tasks)  # type: ignore[assignment]
         self._schedule()
 
     @property
@@ -226,6 +231,8 @@ class MTLModel(Objective):
 
     def forward_outputs(self, input: Any) -> list[Any]:
         """The outputs alone, as ``forward`` computes them."""
+        if tuple(self._listed) != self._output_tasks:
+            self.output_tasks = self._listed
         values: list[Any] = [input] + [None] * self._empty
         modules = self._modules
         name, first, inputs = ROOT, 0, None

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..ops.trajectory_loss import SILENT
 from .record import Column, Record
 
-#: What a loss may ask of the next state: a column reduced, or at the next action, or that action itself.
+#: What a loss may ask of the next state: a column reduced, or at the next action, or that action itself, or all columns
+#: with their gradients (``("state", 0)``).
 Need = tuple[str, int]
 
 
@@ -37,6 +38,8 @@ def reduce(record: Record, need: Need, dtype: torch.dtype) -> Tensor:
     how, i = need
     if how == "action":
         return record.actions
+    if how == "state":
+        return record.states()
     if i >= len(record.columns):
         return torch.zeros_like(record.actions, dtype=dtype)  # upstream's padding
     column = record.columns[i]

@@ -263,8 +263,7 @@ class Loss(nn.Module):
             steps.append(Step(r, R_here, f, ~more, ~more | (choices != record.choices), dict(ahead)))
             R = torch.where(active, R_here, R)
             for need in needs:
-                here = reduce(record, need, f.dtype)
-                ahead[need] = torch.where(active, here, ahead.get(need, torch.zeros_like(here)))
+                ahead[need] = _latest(active, reduce(record, need, f.dtype), ahead.get(need))
             choices = torch.where(active, record.choices, choices)
             more = more | active
         return steps[::-1]
@@ -272,6 +271,16 @@ class Loss(nn.Module):
 
 def _expanded(reward: Tensor | None, like: Tensor) -> Tensor | None:
     return reward if reward is None or reward.shape == like.shape else reward.expand(like.shape)
+
+
+def _latest(active: Tensor, here: Tensor, after: Tensor | None) -> Tensor:
+    """``here`` where the sample is active, else what comes after; of states [B, K, ...] with the K of ``here``."""
+    rows = active.reshape(-1, *[1] * (here.dim() - 1))
+    if after is None:
+        return torch.where(rows, here, 0)
+    if here.dim() > 1 and after.shape[1] != here.shape[1]:  # a change of K cuts: nobody reads the others' rows
+        after = torch.cat([after, here.new_zeros(here.shape)], 1)[:, : here.shape[1]]
+    return torch.where(rows, here, after)
 
 
 def _is_meta(value: Any) -> bool:

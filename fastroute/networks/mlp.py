@@ -24,7 +24,7 @@ class MLP(nn.Module):
     Args:
         input_dim: features in; of a tuple the product is taken.
         output_dim: features out.
-        layers: the hidden layers' widths; () for a single linear layer.
+        layers: the hidden layers' widths; () for a single linear layer. Also ``hidden``.
         nonlin: between layers, a function of a tensor.
 
     Shapes: [..., input_dim] -> [..., output_dim]. Parameters: ``_layers.{j}.weight``, ``_layers.{j}.bias``.
@@ -38,17 +38,22 @@ class MLP(nn.Module):
         layers: Widths = (),
         nonlin: Callable[[Tensor], Tensor] = F.relu,
         *,
+        hidden: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if hidden is not None:
+            if layers != ():
+                raise TypeError(f"MLP: expected layers or hidden, got both, {layers} and {hidden}")
+            layers = hidden
         try:
             if isinstance(input_dim, Mapping) or isinstance(layers, Mapping):
                 raise TypeError("dicts")
             inputs = [input_dim] if isinstance(input_dim, SupportsIndex) else input_dim
-            hidden = [layers] if isinstance(layers, SupportsIndex) else layers
+            inner = [layers] if isinstance(layers, SupportsIndex) else layers
             features = math.prod(at_least_one("input_dim", width) for width in inputs)
-            widths = [features, *(at_least_one("layers", width) for width in hidden)]
+            widths = [features, *(at_least_one("layers", width) for width in inner)]
             widths.append(at_least_one("output_dim", output_dim))
         except (TypeError, ValueError) as error:
             raise type(error)(

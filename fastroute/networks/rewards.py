@@ -131,7 +131,7 @@ def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
     """
     losses = losses.detach()
     with torch.no_grad():
-        if hasattr(function, "rewards"):
+        if _in_bulk(function, "rewards", "forward"):
             made: Tensor = function.rewards(losses, yest, ytrue)
         else:
             truth = torch.zeros_like(losses) if ytrue is None else ytrue.detach()
@@ -252,7 +252,7 @@ class _PerActionCounting(PerActionBaseReward):
         elif self.num_actions < choices:
             raise ValueError(f"num_actions: expected at least the decision's {choices} choices, got {self.num_actions}")
 
-    def _num_actions(self) -> int:
+    def _known_actions(self) -> int:
         if self.num_actions is None:
             raise ValueError("num_actions: expected the number of actions, got None and no decision to tell it")
         return self.num_actions
@@ -273,7 +273,7 @@ class CollaborationReward(_PerActionCounting):
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The share of each action among those registered."""
         ring = _on(self.history, actions.device)
-        made = dispatch.plan(ring, self._num_actions())  # to sort them is to count them
+        made = dispatch.plan(ring, self._known_actions())  # to sort them is to count them
         ratio = self.reward_ratio**2 if self.formula == "upstream" else self.reward_ratio
         if made.bounds is None:
             return ByAction(actions, made.offsets, ratio)
@@ -296,7 +296,7 @@ class RunningAverageCollaborationReward(_PerActionCounting):
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]."""
-        C, k = self._num_actions(), 10 ** (-1 / self.history_len)
+        C, k = self._known_actions(), 10 ** (-1 / self.history_len)
         here = torch.ones_like(actions) if active is None else active.to(torch.int64)
         after = here.flip(0).cumsum(0).flip(0) - here  # active samples after this one
         if self._average is None:
@@ -344,11 +344,15 @@ class ManualReward(PerActionBaseReward):
 
 
 def _in_bulk(reward: Any, bulk: str, single: str) -> bool:
-    """Whether to call its method for batches, not the one for a sample: unless it only has the latter."""
-    base, own = PerActionBaseReward, type(reward)
-    if not isinstance(reward, base):
+    """Whether to call its method for batches, not the one for a sample: unless a subclass overrides only the latter."""
+    if single in getattr(reward, "__dict__", {}):
         return False
-    return getattr(own, bulk) is not getattr(base, bulk) or getattr(own, single) is getattr(base, single)
+    for cls in type(reward).__mro__:
+        if bulk in cls.__dict__:
+            return True
+        if single in cls.__dict__:
+            return False
+    return False
 
 
 def is_silent(reward: Any) -> bool:

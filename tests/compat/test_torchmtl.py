@@ -198,3 +198,68 @@ def test_selections_before_their_declaration() -> None:
     a, b = torch.randn(4, 3), torch.randn(4, 2)
     outputs, _, weights = model([a, b])
     assert torch.equal(outputs[0], model.task(torch.cat((a, b), 1))) and weights == [1]
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own, and one that an optimizer would bring to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, yest: Tensor, y: Tensor) -> Tensor:
+        return self.scale * (yest - y).square().mean()
+
+
+def test_a_loss_with_parameters_is_not_the_models() -> None:
+    """As upstream's, which the model's optimizer does not see: 50 steps are those of the loss without one."""
+    trained = []
+    for loss in (Scaled(), nn.MSELoss()):
+        seeds.manual_seed(0)
+        model = MTLModel([{"name": "A", "layers": nn.Linear(3, 1), "loss": loss, "loss_weight": 1.0}], ["A"])
+        x, y = torch.randn(16, 3), torch.randn(16, 1)
+        assert [name for name, _ in model.named_parameters()] == list(model.state_dict()) == ["A.weight", "A.bias"]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(50):
+            (out,), (function,), (weight,) = model(x)
+            optimizer.zero_grad()
+            (weight * function(out, y)).backward()
+            optimizer.step()
+        trained.append(model.state_dict())
+        assert function is loss and model.losses["A"] is loss
+    torch.testing.assert_close(trained[0], trained[1])
+    model.losses["A"] = Scaled()
+    assert len(list(model.parameters())) == 2
+    ours = multitask.MTLModel([{"name": "A", "layers": nn.Linear(3, 1), "loss": Scaled()}], ["A"])
+    assert len(list(ours.parameters())) == 3
+
+
+def test_output_tasks_is_a_list_to_be_changed() -> None:
+    names = ["Task1"]
+    model = MTLModel(readme(), names)
+    x = torch.ones(2, 16)
+    assert model.output_tasks is names and len(model(x)[0]) == 1
+    model.output_tasks.append("Task3")
+    outputs, losses, weights = model(x)
+    assert torch.equal(outputs[1], model.outputs["Task3"]) and losses[1] is model.losses["Task3"]
+    assert weights[1] is model.Task3_loss and len(model.forward_outputs(x)) == 2
+    names.remove("Task1")  # the caller's own list
+    assert torch.equal(model(x)[0][0], outputs[1])
+    names.append("Task4")
+    with pytest.raises(ValueError, match=r"output_tasks\[1\]: expected the name of a node, got 'Task4'; did you mean"):
+        model(x)
+    model.output_tasks = ["Task2"]
+    other = copy.deepcopy(model)
+    other.output_tasks.append("root")
+    assert len(model(x)[0]) == 1 and len(other(x)[0]) == 2
+    run = torch.compile(model, fullgraph=True, backend="eager")
+    assert len(run(x)[0]) == 1
+    ours = multitask.MTLModel(readme(), names := ["Task1"])
+    ours.output_tasks.append("Task3")
+    assert len(ours(x)[0]) == 2 and names == ["Task1"]
+
+
+def test_overrides_that_nobody_would_call() -> None:
+    for name in ("_get_losses", "_bfs_forward", "_initialize_loss_weights"):
+        with pytest.raises(TypeError, match=rf"Mine\.{name}: .* would change nothing; instead: forward, or set losses"):
+            type("Mine", (MTLModel,), {name: lambda self: None})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,9 +23,30 @@ class Literal:
 class Named:
     """First base of a class that passes the triplet on: its first two are called ``xs`` and ``mxs``."""
 
+    _marks: ClassVar[str | None] = None  #: an attribute that every object of fastroute's has
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if self._marks is not None and self._marks not in state:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected an object that fastroute pickled, got one of PytorchRouting's own. "
+                "Where that is installed, save torch.save(model.state_dict(), 'state.pt'); it loads as it is, and "
+                "python -m fastroute convert state.pt out.pt --from PytorchRouting checks it"
+            )
+        super().__setstate__(state)  # type: ignore[misc]
+
     def forward(
         self, xs: Tensor, mxs: Trajectory | Sequence[SampleMetaInformation], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Trajectory, Tensor]:
         """xs [B, ...] and its trajectory -> (ys, mxs, actions [B])."""
         made: tuple[Tensor, Trajectory, Tensor] = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
         return made
+
+
+class _Callable(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+def callable_as_its_class(name: str) -> None:
+    """Let a module be called like the class of its name, as RoutingNetworks' README does."""
+    sys.modules[name].__class__ = _Callable

@@ -22,6 +22,18 @@ from ...reference.matrix_step import Outputs
 
 __all__ = ["Routing"]
 
+
+def broadcast(a_inp: Any, mu_inp: Any) -> tuple[Any, Any]:
+    """Scores [..., n] and matrices [..., n, c, d] with the leading axes of both, where these broadcast."""
+    if isinstance(a_inp, Tensor) and isinstance(mu_inp, Tensor) and mu_inp.dim() > 2 and a_inp.dim() > 0:
+        try:
+            leading = torch.broadcast_shapes(a_inp.shape, mu_inp.shape[:-2])
+        except RuntimeError:  # the layer's own error names the argument
+            return a_inp, mu_inp
+        return a_inp.expand(leading), mu_inp.expand(*leading, *mu_inp.shape[-2:])
+    return a_inp, mu_inp
+
+
 _FUNCTIONS = {"f": nn.Sigmoid, "log_f": nn.LogSigmoid, "softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}
 
 
@@ -154,6 +166,7 @@ class Routing(SingleBeta):
         Returns:
             a_out [..., n_out], mu_out and sig2_out [..., n_out, d_cov, d_out], and R [..., n_inp, n_out] if asked for.
         """
+        a_inp, mu_inp = broadcast(a_inp, mu_inp)
         w = self._capsules(self._check(a_inp, mu_inp, n_out))
         batch, n = mu_inp.shape[:-3], mu_inp.shape[-3]
         a, mu = a_inp.reshape(-1, n), mu_inp.reshape(-1, *mu_inp.shape[-3:])

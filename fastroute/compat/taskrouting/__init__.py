@@ -14,7 +14,15 @@ any rank from two up, any device, heads of the VGG that fit its features, a task
 (True, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
 """
 
+from typing import Any
+
 from . import routed_vgg, taskrouting
 from .taskrouting import TaskRouter
 
 __all__ = ["TaskRouter", "routed_vgg", "taskrouting"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "device":  # looked up when asked for: it asks for a GPU
+        return taskrouting.device
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

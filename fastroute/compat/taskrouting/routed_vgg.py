@@ -22,12 +22,27 @@ from .taskrouting import TaskRouter
 
 __all__ = ["VGG", "vgg11", "vgg11_bn"]
 
+#: Where torchvision has its files. Nothing here reads it: ``pretrained`` is a path.
+model_urls = {
+    "vgg11": "https://download.pytorch.org/models/vgg11-bbd30ac9.pth",
+    "vgg11_bn": "https://download.pytorch.org/models/vgg11_bn-6002323d.pth",
+}
+
 
 class VGG(tasks.VGG):
     """``fastroute.tasks.VGG``, whose ``set_active_task`` is for the heads alone, as upstream's.
 
     ``model.apply`` of a function that sets it everywhere, or ``fastroute.set_task``, reaches the routers, too.
     """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_active" in state:
+            super().__setstate__(state)
+            return
+        # a whole model that TaskRouting's own classes pickled
+        super().__setstate__({name: value for name, value in state.items() if name != "active_task"})
+        self.unused_grad = "none"
+        self.set_active_task(state["active_task"])
 
     def set_active_task(self, active_task: Task) -> Task:
         """Work with a task's head from now on; returns it."""

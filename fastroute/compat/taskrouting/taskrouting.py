@@ -14,6 +14,12 @@ from fastroute.tasks.active import Task, on_device
 __all__ = ["TaskRouter"]
 
 
+def __getattr__(name: str) -> Any:
+    if name == "device":  # to which upstream moves its masks; here they are where the module is
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class TaskRouter(tasks.TaskRouter):
     """``fastroute.tasks.TaskRouter`` with upstream's ways.
 
@@ -41,6 +47,18 @@ class TaskRouter(tasks.TaskRouter):
             self._unit_mapping = nn.Parameter(mapping)
         else:
             super()._register(mapping, persistent)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_active" in state:
+            super().__setstate__(state)
+            return
+        # a whole model that TaskRouting's own classes pickled
+        super().__setstate__({name: value for name, value in state.items() if name != "active_task"})
+        mapping = self._unit_mapping
+        self.task_count, self.sigma, self.inplace = len(mapping), int((mapping[0] == 0).sum()), False
+        if self.__dict__.pop("_unit_mapping", None) is not None:  # no parameter where nothing is off
+            self._register(mapping, persistent=False)
+        self.set_active_task(state["active_task"])
 
     def set_active_task(self, active_task: Any) -> Any:
         """Stores the task and returns it."""

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import multitask
+from fastroute.multitask.graph import AUTO, KEYS
+
+from ..overrides import Overrides
 
 __all__ = ["MTLModel"]
+
+# Upstream's names of the keys of a node.
+NAME_KEY, LAYER_KEY, ANCHOR_KEY, LOSS_KEY, LOSS_REG_KEY, WEIGHT_INIT_KEY = KEYS
+AUTO_WEIGHT_KEY = AUTO
+MISSING_WEIGHT_MSG = "Expect {0} for task {1} but none provided."
 
 
 class LearnedWeight(nn.Parameter):
@@ -30,12 +38,14 @@ class LearnedWeight(nn.Parameter):
         return LearnedWeight, (self.data, self.requires_grad)
 
 
-class MTLModel(multitask.MTLModel):
+class MTLModel(Overrides, multitask.MTLModel):
     """``fastroute.multitask.MTLModel`` with upstream's ways.
 
     * Nodes run in upstream's order, so dropout draws the same numbers; all of them run; ``outputs`` has what they gave.
+    * ``output_tasks`` is the list that was given: what is done to it counts from the next call on.
     * Unknown keys are ignored. A node that is twice among another's anchors is one argument of it.
     * ``loss_weight`` may be any string; "auto" is a Parameter [1], as upstream's.
+    * A loss with parameters of its own is no child: the model's optimizer does not train it.
 
     Args:
         task_layers: a list of dicts with ``name``, ``layers``, and as needed ``anchor_layer``, ``loss``,
@@ -48,9 +58,26 @@ class MTLModel(multitask.MTLModel):
     """
 
     _strict = False
+    _trains_losses = False
+    _never_called = dict.fromkeys(
+        ("_get_losses", "_bfs_forward", "_build_graph", "_add_to_graph", "_add_node", "_add_layer", "_set_loss_weight",
+         "_initialize_graph", "_initialize_losses", "_initialize_loss_weights"),
+        "forward, or set losses, loss_weights and output_tasks",
+    )  # fmt: skip
 
     def __init__(self, task_layers: Sequence[Mapping[str, Any]], output_tasks: Sequence[str]) -> None:
         super().__init__(task_layers, output_tasks, order="bfs", run_all=True, keep_outputs=True, fuse_heads=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "plan" in state:
+            super().__setstate__(state)
+            return
+        # a whole model that torchMTL's own class pickled
+        MTLModel.__init__(self, state["task_layers"], state["output_tasks"])
+        self._modules.update(state["_modules"])
+        for name, weight in state["_parameters"].items():
+            setattr(self, name, nn.Parameter(weight.data, weight.requires_grad))
+        self.training = state["training"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value) is nn.Parameter and type(self._parameters.get(name)) is LearnedWeight:

@@ -36,6 +36,10 @@ Triplet = tuple[Tensor, Trajectory, Tensor]
 _MAKES_A_LOSS = ("loss", "loss_of", "entry", "target", "needs", "lookahead", "loss_func")
 
 
+#: What a subclass would override in vain, and what instead: upstream's methods, and a way to call ``loss``.
+_NOT_CALLED = {"_forward": "decide", "_decide": "decide", "_loss": "loss_of", "loss_func": "loss_of"}
+
+
 @dataclass
 class Decided:
     """What a class decided: actions [B], its state columns, what explored, and the batch if it changes it."""
@@ -85,8 +89,13 @@ class Decision(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "_decide"):
-            raise TypeError(f"{cls.__name__}._decide: expected its new name, decide")
+        for name, instead in _NOT_CALLED.items():
+            upstreams = hasattr(cls, "_user_hooks") and name in ("_forward", "_loss")
+            if name in cls.__dict__ and not upstreams:
+                raise TypeError(
+                    f"{cls.__name__}.{name}: expected no override of a method that nobody calls here; override "
+                    f"{instead}, or make the class from fastroute.compat.PytorchRouting's"
+                )
         if "algorithm" in cls.__dict__:
             cls._formula_of = cls.algorithm or ""
         known = next(c for c in cls.__mro__ if "algorithm" in c.__dict__)

@@ -7,3 +7,5 @@ from .._upstream import Named
 
 class Selection(Named, networks.Selection):  # type: ignore[misc]
     """``fastroute.networks.Selection`` of (xs, mxs, actions, mask=None)."""
+
+    _marks = "_recipe"

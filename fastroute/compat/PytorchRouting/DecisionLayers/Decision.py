@@ -2,20 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastroute import networks
 from fastroute.networks import SampleMetaInformation, Trajectory
+from fastroute.networks.decisions.base import Decided
+from fastroute.networks.decisions.storage import Storages
+from fastroute.networks.entries import Entries, Need, from_raw
+from fastroute.networks.record import STATE_COLUMNS, Column
+from fastroute.ops import dispatch
+from fastroute.ops.dispatch import Plan
 
 from .._upstream import Literal, Named
 
+#: Upstream's methods, and what ``fastroute.networks`` calls in their place.
+_HOOKS = {"_forward": "decide", "_loss": "loss"}
+#: What a user's loss reads of the next state: all of it.
+_WHOLE: tuple[Need, ...] = (("action", 0), ("state", 0))
+#: Upstream's methods, as ``Decision`` calls them.
+_CALLS = {"_forward": ("xs", "agent"), "_loss": ("is_terminal", "state", "next_state", "action", "next_action",
+          "reward", "cum_return", "final_reward")}  # fmt: skip
+
 
 class Decision(Literal, Named, networks.Decision):
-    """``fastroute.networks.Decision`` with upstream's formulas; an empty ``prior_actions`` means agent 0 for all."""
+    """``fastroute.networks.Decision`` with upstream's formulas and its two methods to override.
+
+    ``_forward(xs, agent)`` decides for one agent's samples, ``_loss(is_terminal, state, next_state, action,
+    next_action, reward, cum_return, final_reward)`` is the loss of each entry. A class that overrides one, or an
+    object that is given one, has it called as upstream calls it: agent by agent, and once for all of a layer's entries
+    in a batch, those of a sample side by side. An empty ``prior_actions`` means agent 0 for all.
+    """
+
+    _marks = "_storage_type"
+    _user_hooks: frozenset[str] = frozenset()  #: of upstream's methods, those that are a user's
+    _decides = False  #: whether there is something that decides
+    _natives: ClassVar[Mapping[str, Any]] = {}  #: what ``fastroute.networks`` has in their places
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        natives = [base for base in cls.__mro__ if base.__module__.startswith(f"{networks.__name__}.")]
+        wanted = (*_HOOKS.values(), "needs", "upstream_needs")
+        cls._natives = {ours: next(b.__dict__[ours] for b in natives if ours in b.__dict__) for ours in wanted}
+        cls._user_hooks = frozenset(hook for hook in _HOOKS if _definer(cls, hook) is not Decision)
+        for hook in cls._user_hooks:
+            ours, through = _HOOKS[hook], _THROUGH[hook]
+            _check_call(cls, hook)
+            owner, other = _definer(cls, hook), _definer(cls, ours)
+            if other.__dict__[ours] is through:
+                continue
+            if owner is other:
+                raise TypeError(f"{cls.__name__}: expected {hook} or {ours}, got both, of which one is not called")
+            if other in natives or cls.__mro__.index(owner) < cls.__mro__.index(other):
+                setattr(cls, ours, through)
+        cls._decides = cls.decide is not networks.Decision.decide
+        if "_loss" in cls._user_hooks:
+            cls.needs = cls.upstream_needs = _WHOLE
+            cls.algorithm = None  # the loss that fastroute knows under its name
+        if _definer(cls, "_eval_stochastic_are_exp") is not Decision and "_forward" not in cls._user_hooks:
+            raise TypeError(
+                f"{cls.__name__}._eval_stochastic_are_exp: expected no override where _forward is not overridden: "
+                "nobody else calls it"
+            )
+        if _definer(cls, "_construct_policy_storage") is not Decision:
+            cls._storages = _own_storages  # type: ignore[method-assign,assignment]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOOKS:
+            super().__setattr__(name, value)
+            return
+        own = {name: value, _HOOKS[name]: MethodType(_THROUGH[name], self)}
+        if name == "_forward":
+            own["_decides"] = True
+        else:
+            own |= {"needs": _WHOLE, "upstream_needs": _WHOLE, "algorithm": None}
+        for attribute, given in own.items():
+            object.__setattr__(self, attribute, given)
 
     def forward(  # type: ignore[override]
         self,
@@ -30,6 +98,171 @@ class Decision(Literal, Named, networks.Decision):
 
         See ``fastroute.networks.Decision.forward``, which calls the first three batch, meta and agents.
         """
+        if not self._decides:
+            self._native("_forward")  # says what is missing
         if prior_actions is not None and len(prior_actions) == 0:
             prior_actions = torch.zeros(len(xs), dtype=torch.int64, device=xs.device)
         return super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
+
+    # ------------------------------------------------------------------------------------- what upstream's classes have
+
+    def _forward(self, xs: Tensor, agent: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One agent's samples [n, ...] -> (ys, actions [n], are_exploratory [n], states [n, K, C])."""
+        plan = None
+        if self._num_agents > 1:
+            whose = torch.full((len(xs),), int(agent), dtype=torch.int64, device=xs.device)
+            plan = dispatch.plan(whose, self._num_agents, "agents")
+        made: Decided = self._native("_forward")(self, xs, plan, None)
+        columns = [c.full.expand(len(xs), self._num_selections) for c in made.columns]
+        explored = made.exploratory() if callable(made.exploratory) else made.exploratory
+        explored = torch.zeros_like(made.actions) if explored is None else explored
+        return xs if made.y is None else made.y, made.actions, explored.to(torch.uint8), torch.stack(columns, -1)
+
+    def _loss(
+        self, is_terminal: Tensor, state: Tensor, next_state: Tensor, action: Tensor, next_action: Tensor,
+        reward: Tensor, cum_return: Tensor, final_reward: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """States [N, K, 5], the others [N] -> the loss of each entry [N]."""
+        needs: Sequence[Need] = self._natives["upstream_needs" if self.formula == "upstream" else "needs"]
+        entries = from_raw(needs, is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward)
+        made: Tensor | None = self._native("_loss")(self, entries)
+        return torch.zeros_like(cum_return) if made is None else made
+
+    def _native(self, hook: str) -> Callable[..., Any]:
+        ours = _HOOKS[hook]
+        method: Callable[..., Any] = self._natives.get(ours, networks.Decision.__dict__[ours])
+        if method is networks.Decision.__dict__[ours]:
+            wanted = f"{hook}(self, {', '.join(_CALLS[hook])})"
+            raise NotImplementedError(f"{type(self).__name__}: expected it to define {wanted}")
+        return method
+
+    def _construct_policy_storage(
+        self, out_dim: int, policy_storage_type: str | int, approx_module: nn.Module | None,
+        approx_hidden_dims: Sequence[int], in_dim: int | None = None,
+    ) -> nn.ModuleList:  # fmt: skip
+        """A storage per agent, as classes with further networks make them."""
+        options: dict[str, Any] = {"policy_storage_type": policy_storage_type, "detach": self._detach, **self._factory}
+        options |= {"approx_hidden_dims": approx_hidden_dims, "policy_net": approx_module}
+        made: Any = networks.Decision(out_dim, in_dim or self._in_features, self._num_agents, **options)._policy
+        return made  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _eval_stochastic_are_exp(actions: Tensor, dist: Tensor) -> Tensor:
+        """[n] uint8: where an action is the most likely one of dist [n, K] or [n, K, C]."""
+        dist = dist[:, :, 0] if dist.dim() == 3 else dist
+        return (dist.argmax(1) == actions.reshape(-1)).to(torch.uint8)
+
+    @property
+    def _pol_type(self) -> str:
+        return self._storage_type
+
+    @property
+    def _pol_hidden_dims(self) -> tuple[int, ...]:
+        return self._hidden_dims
+
+    @property
+    def _pg_temperature(self) -> float:
+        temperature: float = getattr(self, "_temperature", 1.0)
+        return temperature
+
+    @_pg_temperature.setter
+    def _pg_temperature(self, value: float) -> None:
+        self._temperature = value
+
+
+def _definer(cls: type, name: str) -> type:
+    return next(base for base in cls.__mro__ if name in base.__dict__)
+
+
+def _check_call(cls: type, hook: str) -> None:
+    """TypeError for a method that cannot be called as upstream calls it (versions 0.1 and 0.2 had other arguments)."""
+    method = inspect.getattr_static(cls, hook)
+    given = _CALLS[hook] if isinstance(method, staticmethod) else ("self", *_CALLS[hook])
+    method = getattr(method, "__func__", method)
+    try:
+        inspect.signature(method).bind(*given)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{cls.__name__}.{hook}: expected to be called with ({', '.join(given)}): {error}") from error
+
+
+def _own_storages(self: Decision, outputs: int, net: nn.Module | None) -> Storages:
+    return Storages(self._construct_policy_storage(outputs, self._pol_type, net, self._pol_hidden_dims), outputs)
+
+
+def _decide(self: Decision, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+    """A user's ``_forward``, agent by agent."""
+    B, K = len(x), self._num_selections
+    order = torch.arange(B, device=x.device) if plan is None else plan.order
+    ends = [0, B] if plan is None else plan.offsets.tolist()
+    y, actions = None, torch.zeros(B, dtype=torch.int64, device=x.device)
+    explored, states = torch.zeros(B, dtype=torch.bool, device=x.device), x.new_zeros(B, K, STATE_COLUMNS)
+    for agent, (start, end) in enumerate(pairwise(ends)):
+        if start == end:
+            continue
+        rows = order[start:end]
+        given = x[rows]
+        made_of_agent = self._forward(given, torch.tensor(agent, device=x.device))
+        if not isinstance(made_of_agent, tuple) or len(made_of_agent) != 4:
+            raise TypeError(
+                f"{type(self).__name__}._forward: expected (ys, actions, are_exploratory, states), got "
+                f"{made_of_agent if not isinstance(made_of_agent, tuple) else f'{len(made_of_agent)} results'}"
+            )
+        ys, chosen, are_exploratory, state = made_of_agent
+        if state.shape[:2] != (len(rows), K):
+            raise ValueError(
+                f"{type(self).__name__}._forward: states: expected [{len(rows)}, {K}] or [{len(rows)}, {K}, columns], "
+                f"got {list(state.shape)}"
+            )
+        state = state.reshape(len(rows), K, -1)
+        columns = state.shape[2]
+        if columns > states.shape[2]:
+            states = torch.cat([states, states.new_zeros(B, K, columns - states.shape[2])], 2)
+        pad = state.new_zeros(len(rows), K, states.shape[2] - columns)
+        states = states.to(state.dtype).index_copy(0, rows, torch.cat([state, pad], 2))
+        actions = actions.index_copy(0, rows, chosen.reshape(-1).to(torch.int64))
+        if are_exploratory is not None:
+            explored = explored.index_copy(0, rows, are_exploratory.reshape(-1).bool())
+        if ys is not given:
+            y = (x if y is None else y).index_copy(0, rows, ys.to(x.dtype))
+    actions = actions if forced is None else forced
+    return Decided(actions, [Column(column) for column in states.unbind(2)], explored, y)
+
+
+def _entry_losses(self: Decision, e: Entries) -> Tensor:
+    """[N]: what a user's ``_loss`` says to the entries of active samples, a sample's side by side."""
+    records, steps = e._records, e._steps
+
+    def whole(flag: Tensor | bool) -> Tensor:
+        return flag if isinstance(flag, Tensor) else torch.full_like(records[0].actions, flag, dtype=torch.bool)
+
+    states = [r.states() for r in records]
+    following = [s.next.get(("state", 0), state) for s, state in zip(steps, states, strict=True)]
+    cut = [whole(s.cut) for s in steps]
+    rows = [c.reshape(-1, 1, 1) for c in cut]
+    actions = [s.next.get(("action", 0), torch.zeros_like(r.actions)) for r, s in zip(records, steps, strict=True)]
+    after = [
+        state if state.shape != ahead.shape else torch.where(end, state, ahead)
+        for end, state, ahead in zip(rows, states, following, strict=True)
+    ]
+    raw = (
+        cut, states, after, [r.actions for r in records],
+        [torch.where(c, 0, a) for c, a in zip(cut, actions, strict=True)],
+        [s.r for s in steps], [s.R for s in steps], [s.f for s in steps],
+    )  # fmt: skip
+    # from one after the other decision to one after the other sample, as upstream collects them
+    T, B = len(records), e.batch
+    kept = torch.arange(T * B, device=cut[0].device).reshape(T, B).T.reshape(-1)
+    if e.active is not None:
+        kept = kept[e.active[kept]]
+    losses = self._loss(*[torch.cat(part)[kept] for part in raw])
+    if not isinstance(losses, Tensor) or losses.shape[:1] != kept.shape:
+        raise ValueError(
+            f"{type(self).__name__}._loss: expected one loss per entry, [{len(kept)}], got "
+            f"{list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__}"
+        )
+    losses = losses.reshape(len(kept), -1).sum(1)
+    return losses.new_zeros(T * B).index_copy(0, kept, losses)
+
+
+#: What a class has in place of ``fastroute.networks``' method where upstream's is a user's.
+_THROUGH: dict[str, Callable[..., Any]] = {"_forward": _decide, "_loss": _entry_losses}

@@ -2,6 +2,7 @@
 
 from fastroute import networks
 
+from ..._upstream import callable_as_its_class
 from ..Decision import Decision
 
 
@@ -15,3 +16,6 @@ class BootstrapAAC(AAC, networks.BootstrapAAC):
 
 class EGreedyAAC(networks.EGreedyAAC, AAC):  # in this order: that one is no subclass of fastroute's AAC
     """``fastroute.networks.EGreedyAAC`` with weights that multiply the sum over all samples."""
+
+
+callable_as_its_class(__name__)

@@ -2,6 +2,7 @@
 
 from fastroute import networks
 
+from ..._upstream import callable_as_its_class
 from ..Decision import Decision
 
 
@@ -15,3 +16,6 @@ class BootstrapAdvantageLearning(AdvantageLearning, networks.BootstrapAdvantageL
 
 class SurpriseLearning(AdvantageLearning, networks.SurpriseLearning):
     """``fastroute.networks.SurpriseLearning`` without discounting."""
+
+
+callable_as_its_class(__name__)

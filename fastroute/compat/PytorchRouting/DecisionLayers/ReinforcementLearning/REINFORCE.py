@@ -2,6 +2,7 @@
 
 from fastroute import networks
 
+from ..._upstream import callable_as_its_class
 from ..Decision import Decision
 
 
@@ -19,3 +20,6 @@ class REINFORCEBl2(REINFORCEBl1, networks.REINFORCEBl2):
 
 class EGreedyREINFORCE(REINFORCE, networks.EGreedyREINFORCE):
     """``fastroute.networks.EGreedyREINFORCE`` with weights that multiply the sum over all samples."""
+
+
+callable_as_its_class(__name__)
