@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .multitask import MTLModel
 from .networks import Summary, Trajectory
-from .ops._arguments import checked
 from .tasks import mask_overlap
 from .tasks.export import routers_of
 
@@ -24,7 +23,6 @@ _MOST_TICKS = 32  #: of an axis that have a label
 _MOST_BOXES = 24  #: nodes of a layer of a graph that have a name
 
 
-@checked
 def credit(
     images: Tensor | Sequence[str] | Sequence[Sequence[str]],
     credit: Tensor | Sequence[Tensor],
@@ -187,10 +185,7 @@ def _bound(credit: Tensor) -> float:
     return float(sizes[int(0.99 * (len(sizes) - 1))]) or float(sizes[-1]) or 1.0
 
 
-@checked
-def routing(
-    trajectory: Annotated[Trajectory | Summary, None], *, title: str | None = None, path: str | Path | None = None
-) -> Figure:
+def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path: str | Path | None = None) -> Figure:
     """Which task went through which module: a map per decision, a row per task, a column per module.
 
     A cell's shade is the share of its task's samples that took the module, so a row sums to one; the number in it is
@@ -249,7 +244,6 @@ def routing(
     return figure
 
 
-@checked
 def masks(
     model: nn.Module, *, measure: str = "jaccard", title: str | None = None, path: str | Path | None = None
 ) -> Figure:
@@ -302,7 +296,6 @@ def masks(
     return figure
 
 
-@checked
 def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None = None) -> Figure:
     """A multi-task model's nodes from left to right, each to the right of all its anchors.
 

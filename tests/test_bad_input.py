@@ -206,6 +206,7 @@ EXAMPLES: dict[str, Example] = {
     "networks.ManualReward": Example(sizes(rewards=[0.1] * K, num_actions=K)),
     "networks.Trajectory": Example(lambda: {"size": B, "tasks": [0, 1, 2, 0, 1]}),
     "networks.rebalance": Example(lambda: {"model": networks.TopKGating(K, F, bias_balancing=0.1)}),
+    "networks.unstacked_state_dict": Example(lambda: {"module": linears(K, stacked=True)}),
     # tasks
     "tasks.TaskRouter": Example(
         sizes(

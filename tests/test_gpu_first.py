@@ -157,7 +157,11 @@ def test_a_half_finished_run_can_be_read(tmp_path: Path) -> None:
     assert "Mend `t::fails`: off" in page and "off \\| at [3, 0]" in page
     expected = predicted.PREDICTIONS[0].ms(predicted.ASSUMED._replace(copy=4300.0))
     assert f"| {expected:.3g} | 9 | {9 / expected:.3g} | **missed: 5 ms** |" in page
-    assert "read x twice" in page and "eager 27 (3.00x)" in page and "Rerun what had no time: timings" in page
+    assert (
+        "vector_routing.force_narrow" in page
+        and "eager 27 (3.00x)" in page
+        and "Rerun what had no time: timings" in page
+    )
     assert verdict.is_bad(some_records()) and not verdict.is_bad([r for r in some_records() if r["kind"] != "test"])
 
 

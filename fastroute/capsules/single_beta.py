@@ -28,8 +28,12 @@ class SingleBeta(nn.Module):
     @property
     def beta_ign(self) -> nn.Parameter:
         """``beta_use`` itself, if they are one."""
-        found: Any = self.beta_use if self.single_beta else self._parameters["beta_ign"]
-        return found  # type: ignore[no-any-return]
+        if self.single_beta:
+            return self.beta_use
+        try:
+            return self._parameters["beta_ign"]  # type: ignore[return-value]
+        except KeyError:  # parametrized or pruned: another property, or an attribute, has the name
+            raise AttributeError(f"{type(self).__name__} has no parameter beta_ign") from None
 
     def _reset_betas(self) -> None:
         nn.init.zeros_(self.beta_use)

@@ -247,7 +247,8 @@ class TopKGating(Accumulating):
         if self.capacity is None or not bounded:
             return counts, valid
         share = Fraction(self.capacity).limit_denominator(1 << 20)
-        limit = -(-B * k * share.numerator // (share.denominator * K))
+        # rounded up; of what is negative, ONNX's division would round towards 0
+        limit = (B * k * share.numerator + share.denominator * K - 1) // (share.denominator * K)
         plan = dispatch.plan(torch.where(taken < K, taken, -1).mT.reshape(-1), K)  # first choices first
         rank = torch.arange(B * k, device=actions.device)
         modules = dispatch.module_of_row(plan.offsets, B * k)

@@ -160,10 +160,6 @@ def final_formula(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
 # ----------------------------------------------------------------------------------------------- per-action rewards
 
 
-def _on(t: Tensor, device: torch.device) -> Tensor:
-    return t if t.device == device else t.to(device)
-
-
 class PerActionBaseReward:
     """No reward, and the interface of those that give one.
 
@@ -188,7 +184,13 @@ class PerActionBaseReward:
     @property
     def history(self) -> Tensor:
         """[history_window] int64: the last actions, the latest last; -1 before there were so many."""
-        return torch.full((self.history_window,), -1) if self._ring is None else self._ring
+        return self._kept("cpu") if self._ring is None else self._ring
+
+    def _kept(self, device: torch.device | str) -> Tensor:
+        """``history`` on a device."""
+        if self._ring is None:
+            return torch.full((self.history_window,), -1, device=device)
+        return self._ring.to(device)
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]; ``dists()`` are their states [B, K, 5]."""
@@ -198,7 +200,7 @@ class PerActionBaseReward:
         if active is None and len(actions) >= W:  # what was there before is forgotten
             self._ring = torch.cat([actions if len(actions) == W else actions[-W:]])  # a copy: others have them too
             return
-        ring = _on(self.history, actions.device)
+        ring = self._kept(actions.device)
         if active is not None:
             actions = torch.where(active, actions, -1)
         ring = torch.cat([ring, actions])
@@ -272,7 +274,7 @@ class CollaborationReward(_PerActionCounting):
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The share of each action among those registered."""
-        ring = _on(self.history, actions.device)
+        ring = self._kept(actions.device)
         made = dispatch.plan(ring, self._known_actions())  # to sort them is to count them
         ratio = self.reward_ratio**2 if self.formula == "upstream" else self.reward_ratio
         if made.bounds is None:
@@ -337,7 +339,7 @@ class ManualReward(PerActionBaseReward):
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The table's entries."""
-        table = _on(self.table, actions.device)
+        table = self.table.to(actions.device)
         if not table.is_meta:
             self.table = table
         return ByAction(actions, table)

@@ -206,6 +206,7 @@ def _reset(leaves: Sequence[nn.Module], count: int) -> None:
 # ---------------------------------------------------------------------------------------------------- state dicts
 
 
+@checked
 def unstacked_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The state dict that a module would have if every stack in it were a list of modules, ``{k}.{name}``.
 

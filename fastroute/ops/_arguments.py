@@ -6,6 +6,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, SupportsIndex, TypeVar, Union
 
@@ -129,9 +130,12 @@ def _of_each(kind: _Kind, of: Sequence[Any]) -> _Kind:
 
 
 def _check(name: str, value: Any, kinds: Sequence[_Kind]) -> Any:
-    for kind in kinds:
-        if kind.takes(value):
+    fit = [kind for kind in kinds if kind.takes(value)]
+    for kind in fit[:-1]:  # of several kinds of sequences, the one whose elements fit
+        with suppress(TypeError, ValueError):
             return value if kind.check is None else kind.check(name, value)
+    if fit:
+        return value if fit[-1].check is None else fit[-1].check(name, value)
     first, *others = dict.fromkeys(kind.what for kind in kinds if kind.what != "None")
     hint = f" (or {', or '.join(others)})" if others else ""
     if inspect.isclass(value):

@@ -95,6 +95,10 @@ LIMITS: dict[tuple[str, str], str] = {
         "peft adds an adapter's output beside that of the layer, here the masked one: the sum is not masked."
     ),
     ("RoutedConv2d, RoutedLinear", "quantize_dynamic"): "It has no `nn.Linear`.",
+    **{
+        (name, "ONNX"): "It returns the losses of a training step. Routed networks without them are tried."
+        for name in ("REINFORCE, twice", "QLearning, tabular", "GumbelSoftmax")
+    },
     ("GumbelSoftmax", "fp64"): _OF_ESTIMATOR,
     ("GumbelSoftmax", "2nd"): _OF_ESTIMATOR,
 }

@@ -349,7 +349,7 @@ def test_a_layer_reads_x_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """All iterations of one call share the copy; the next call makes its own. Its gradient stays as it is."""
     layer = EfficientVectorRouting(40, 6, 24, 8, n_iters=3, device=DEVICE)
     x = torch.randn(2, 40, 24, device=DEVICE)
-    monkeypatch.setattr(import_module("fastroute.ops.efficient_routing"), "precision_of", lambda *_: "tf32")
+    monkeypatch.setattr(import_module("fastroute.ops._routing_passes"), "precision_of", lambda *_: "tf32")
     readers: list[str] = []
     real = launch.launch
 

@@ -338,7 +338,11 @@ def test_a_decision_of_ones_own() -> None:
     raises(NotImplementedError, "Half decides nothing: it defines no decide", lambda: Half(3, F)(x, start(x)))
     entry = Entry("", 3, x[0], None, None, x[0], x[0])
     raises(NotImplementedError, "Half defines no loss_of", lambda: Half(3, F).loss_of(entry))
-    raises(TypeError, "Old._decide: expected no override of a method that nobody calls here; override decide", lambda: type("Old", (Half,), {"_decide": None}))
+    raises(
+        TypeError,
+        "Old._decide: expected no override of a method that nobody calls here; override decide",
+        lambda: type("Old", (Half,), {"_decide": None}),
+    )
 
 
 def test_state_of_another_shape() -> None:

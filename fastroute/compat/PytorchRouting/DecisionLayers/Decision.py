@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -125,13 +126,16 @@ class Decision(Literal, Named, networks.Decision):
         """States [N, K, 5], the others [N] -> the loss of each entry [N]."""
         needs: Sequence[Need] = self._natives["upstream_needs" if self.formula == "upstream" else "needs"]
         entries = from_raw(needs, is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward)
-        made: Tensor | None = self._native("_loss")(self, entries)
+        plain = copy.copy(self)  # which reads of the next state what its formula does, not all of it
+        plain.needs = plain.upstream_needs = tuple(needs)
+        made: Tensor | None = self._native("_loss")(plain, entries)
         return torch.zeros_like(cum_return) if made is None else made
 
     def _native(self, hook: str) -> Callable[..., Any]:
         ours = _HOOKS[hook]
         method: Callable[..., Any] = self._natives.get(ours, networks.Decision.__dict__[ours])
-        if method is networks.Decision.__dict__[ours]:
+        has_formula = hook == "_loss" and bool(self._formula_of or "loss_of" in self._natives)
+        if method is networks.Decision.__dict__[ours] and not has_formula:
             wanted = f"{hook}(self, {', '.join(_CALLS[hook])})"
             raise NotImplementedError(f"{type(self).__name__}: expected it to define {wanted}")
         return method
