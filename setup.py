@@ -157,7 +157,7 @@ def build_extension(info):
     flags += ["-O1", "-g1", *sanitize, *HERE_ONLY] if sanitize else []
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    cpp = sorted([*ROOT.glob("csrc/common/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    cpp = sorted([*ROOT.glob("csrc/common/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")])
     cuda = sorted(ROOT.glob("csrc/cuda/*.cu"))
     jobs = [(source, [*cxx, *flags, *common]) for source in cpp]
     info["flags"] = flags + defines

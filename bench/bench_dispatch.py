@@ -21,7 +21,7 @@ from bench import harness
 from bench.harness import Product, Results, Step, Truth
 from bench.routed_rivals import Layer, module_loop, rows_by_module, rows_by_sort, sorted_loop
 from fastroute.networks import Selection, Trajectory
-from fastroute.ops._backends import taken
+from fastroute.ops.backends import taken
 
 INPUTS, OUTPUTS = 128, 48
 

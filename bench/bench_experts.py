@@ -18,8 +18,9 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Options, Product, Results, Step, Truth
-from fastroute.ops import dispatch, grouped_linear
-from fastroute.ops._backends import taken
+from fastroute.functional import grouped_linear
+from fastroute.ops import dispatch
+from fastroute.ops.backends import taken
 
 
 class Case(NamedTuple):

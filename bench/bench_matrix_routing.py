@@ -20,8 +20,8 @@ import fastroute
 from bench import harness
 from bench.child import resident_growth
 from bench.harness import Here, Options, Results, Truth
-from fastroute.reference.matrix_routing import Capsules
-from fastroute.reference.matrix_routing import matrix_routing as reference
+from fastroute.ops.matrix_routing.contract import Capsules
+from fastroute.ops.matrix_routing.reference import matrix_routing as reference
 
 MODULE = "bench.bench_matrix_routing"
 ITERATIONS = 3

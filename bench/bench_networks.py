@@ -23,7 +23,7 @@ from bench import harness
 from bench.harness import Product, Results, Step, Truth
 from bench.routed_rivals import LOOP, SHARE, SORTED, Batch, Batched, BySample, Layer
 from fastroute import networks
-from fastroute.ops._backends import taken
+from fastroute.ops.backends import taken
 
 WIDTHS = (128, 48, 48, 5)
 DEPTH = len(WIDTHS) - 1

@@ -18,8 +18,8 @@ from torch import Tensor
 import fastroute
 from bench import harness
 from bench.harness import Results, Step, Truth
-from fastroute import ops
-from fastroute.ops._backends import taken
+from fastroute import functional
+from fastroute.ops.backends import taken
 
 EPS = 1e-8
 
@@ -108,7 +108,7 @@ def ours(backend: str) -> Callable[..., Tensor]:
     def call(scores: Tensor, votes: Tensor, gate: Tensor | None, use: Tensor | None, ign: Tensor | None) -> Tensor:
         options: dict[str, Any] = {"mean": True, "eps": EPS} if gate is None else {}
         with fastroute.use_backend(backend):
-            return ops.soft_assignment(scores, votes, gate, use, ign, **options)
+            return functional.soft_assignment(scores, votes, gate, use, ign, **options)
 
     return call
 

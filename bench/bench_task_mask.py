@@ -18,9 +18,10 @@ from torch import Tensor
 import fastroute
 from bench import harness
 from bench.harness import Results, Step, Truth
-from fastroute import ops
-from fastroute.ops._backends import taken
-from fastroute.reference import task_mask as reference
+from fastroute import functional
+from fastroute.ops.backends import taken
+from fastroute.ops.batch_norm_mask_relu import reference as batch_norm_mask_relu_reference
+from fastroute.ops.task_mask import reference as reference
 
 TASKS, TASK = 20, 3
 EPS = 1e-5
@@ -152,10 +153,10 @@ def ours(kind: str, backend: str) -> Callable[[Tensor, Problem], Tensor]:
     def call(x: Tensor, p: Problem) -> Tensor:
         with fastroute.use_backend(backend):
             if kind == "norm":
-                return ops.batch_norm_mask_relu(
+                return functional.batch_norm_mask_relu(
                     x, p.mapping, p.task, None, None, p.weight, p.bias, True, 0.1, EPS
                 )  # fmt: skip
-            return ops.task_mask(x, p.mapping, p.task, relu=kind == "relu", inplace=kind == "mask")
+            return functional.task_mask(x, p.mapping, p.task, relu=kind == "relu", inplace=kind == "mask")
 
     return call
 
@@ -196,7 +197,9 @@ def _plain(case: Case, p: Problem, dtype: torch.dtype) -> Results:
         y, leaves = reference.task_mask(x, p.mapping, p.task, case.kind == "relu"), [x]
     else:
         leaves = [x, weight, bias]
-        y = reference.batch_norm_mask_relu(x, p.mapping, p.task, None, None, weight, bias, True, 0.1, EPS)
+        y = batch_norm_mask_relu_reference.batch_norm_mask_relu(
+            x, p.mapping, p.task, None, None, weight, bias, True, 0.1, EPS
+        )
     if case.kind != "mask":
         y.backward(p.dy.to(dtype))
     return {"y": y.detach()} | {f"d{k}": t.grad for k, t in enumerate(leaves) if t.grad is not None}

@@ -22,9 +22,9 @@ import fastroute
 from bench import harness
 from bench.child import Elsewhere, resident_growth
 from bench.harness import Here, Options, Product, Results, Truth
-from fastroute.ops._gemm import prefers_onednn
-from fastroute.reference.efficient_routing import Parameters
-from fastroute.reference.efficient_routing import efficient_routing as reference
+from fastroute.ops.efficient_routing.contract import Parameters
+from fastroute.ops.efficient_routing.reference import efficient_routing as reference
+from fastroute.ops.gemm import prefers_onednn
 from tests.helpers.budget import distance, size
 
 MODULE = "bench.bench_vector_routing"

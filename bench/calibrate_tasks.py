@@ -1,8 +1,8 @@
 """Where the cost rule of mixed batches gets its two numbers: a layer run densely with masks, and task by task.
 
 ``python -m bench.calibrate_tasks`` times both ways, forward and backward, for convolutions of many sizes, fits what a
-weight's gathering and one more product cost (``fastroute.tasks.products.GATHER`` and ``CALL``), and prints how much
-time the rule loses against always knowing the better way. One thread, process CPU time, both ways in turn.
+weight's gathering and one more product cost (``fastroute.tasks.live_products.GATHER`` and ``CALL``), and prints how
+much time the rule loses against always knowing the better way. One thread, process CPU time, both ways in turn.
 
 Axes: C channels in and out, S x S positions, G tasks, n samples of each, K elements of a kernel.
 """
@@ -27,9 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning wo
 import torch
 from torch import Tensor, nn
 
-from fastroute import ops
-from fastroute.tasks import products, walk
-from fastroute.tasks.units import sort
+from fastroute import functional
+from fastroute.tasks import live_execution as walk
+from fastroute.tasks import live_products as products
+from fastroute.tasks.live_channels import sort
 
 
 class Point(NamedTuple):
@@ -107,7 +108,7 @@ def ways(p: Point) -> tuple[Callable[[], None], Callable[[], None]]:
 
     def dense() -> None:
         drop()
-        ops.task_mask(layer(full), mapping, task).backward(d_full)
+        functional.task_mask(layer(full), mapping, task).backward(d_full)
 
     def grouped() -> None:
         drop()

@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning workers make small ops slow
 
 import torch
-from pages import machine, table
+from _pages import machine, table
 from torch import Tensor, nn
 
 from fastroute import data

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning wo
 
 import torch
 import torch.nn.functional as F
-from pages import machine, table, write
+from _pages import machine, table, write
 from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, data

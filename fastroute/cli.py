@@ -15,7 +15,8 @@ import torch
 from . import __version__, compat
 from .compat import checkpoints, program
 from .demos import DEMOS, CannotRun, Options
-from .ops import _backends
+from .ops import backends as _backends
+from .ops import environment
 
 _OPTIONAL = ("numpy", "matplotlib", "scikit-learn", "rich")
 _ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
@@ -27,6 +28,7 @@ TYPICAL: dict[str, dict[str, int]] = {
     "dispatch": {"N": 256, "K": 20},
     "grouped_linear": {"N": 256, "K": 20, "F": 128, "O": 48},
     "policy": {"N": 256, "K": 20},
+    "agent_policy": {"N": 256, "K": 20},
     "trajectory_loss": {"B": 256, "T": 3},
     "task_mask": {"B": 64, "C": 256, "T": 20},
     "batch_norm_mask_relu": {"B": 64, "C": 256, "T": 20},
@@ -185,7 +187,7 @@ def doctor() -> str:
     facts = {"fastroute": __version__, **_backends.describe_machine()}
     facts["cores"] = str(os.cpu_count())
     facts |= {name: _version(name) for name in _OPTIONAL}
-    facts |= {name: os.environ.get(name, "not set") for name in _ENVIRONMENT}
+    facts |= environment.facts(*_ENVIRONMENT)
     sections = [_columns(facts.items())]
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         for op in _backends.offered():

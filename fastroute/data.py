@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .ops._arguments import checked
+from .ops.arguments import checked
 
 _UINT8 = 0x08  # the type code of unsigned bytes in an IDX file
 _CHUNK = 1 << 20

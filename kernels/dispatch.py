@@ -9,13 +9,14 @@ Integers only, and no atomics: the numbers are those of the reference.
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastroute.ops.environment import interpreting
 
 from . import launch as start
 from .launch import cdiv, power_of_2
@@ -34,7 +35,7 @@ COUNTED_MODULES = 1 << 21
 
 def unsupported(device_type: str, K: int = 1, N: int = 0) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
-    if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
         return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
     if max(K, N) >= 2**31 - 2**16:
         return f"the triton kernels count entries and modules in 32 bits: N={N}, K={K}"
@@ -145,8 +146,8 @@ def place_kernel(
             tl.store(beyond, tl.load(end + blocks) - tl.load(end))
 
 
-def plan(actions: Tensor, modules: int) -> tuple[Tensor, Tensor, Tensor]:
-    """actions [N] int64 of any stride -> (order [N], offsets [K + 1], beyond [1]), int64."""
+def plan(actions: Tensor, modules: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """actions [N] int64, any stride -> (order [N], offsets [K + 1], beyond [1]), int64; None: to sort is faster."""
     N = actions.shape[0]
     order, offsets = actions.new_empty(N), actions.new_empty(modules + 1)
     beyond = actions.new_empty(1)
@@ -156,7 +157,7 @@ def plan(actions: Tensor, modules: int) -> tuple[Tensor, Tensor, Tensor]:
         elif modules <= COUNTED_MODULES and cdiv(N, BLOCK) * BLOCK * (modules + 2) <= COMPARED:
             _counted(actions, modules, order, offsets, beyond)
         else:
-            return _sorted(actions, modules)
+            return None
     return order, offsets, beyond
 
 
@@ -186,10 +187,3 @@ def _counted(actions: Tensor, K: int, order: Tensor, offsets: Tensor, beyond: Te
         place_kernel, (programs + cdiv(K + 1, 256),), actions, actions.stride(0), counts.cumsum(0), order, offsets,
         beyond, N, K, blocks, programs, BLOCK_C=BLOCK, BLOCK_I=64, BLOCK_K=256, warps=4, stages=2,
     )  # fmt: skip
-
-
-def _sorted(actions: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    from fastroute.reference import dispatch
-
-    made = dispatch.plan(actions, K)
-    return made.order, made.offsets, made.beyond

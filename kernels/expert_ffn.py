@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch as start
-from .grouped_linear import GROUP, _device
-from .grouped_linear_activation import SILU, activated, sloped
-from .grouped_linear_plan import row_tiles, rows_tile, search
-from .grouped_linear_products import _place, _rows_by_columns, _tile_of
+from .grouped_linear.activation import SILU, activated, sloped
+from .grouped_linear.launch import GROUP, device_of
+from .grouped_linear.plan import row_tiles, rows_tile, search
+from .grouped_linear.products import place_of, rows_by_columns, tile_of
 from .launch import cdiv, power_of_2
 
 __all__ = ["backward", "hidden", "is_fused"]
@@ -52,8 +52,8 @@ def hidden_kernel(
     """
     OUT: tl.constexpr = 2 * H if GATED else H
     PARTS: tl.constexpr = 2 if GATED else 1
-    tile, column_tile = _place(tl.program_id(0), row_tiles, (OUT + BLOCK_OUT - 1) // BLOCK_OUT, GROUP)
-    k, start = _tile_of(tile, offsets, K, BLOCK_N, SEARCH)
+    tile, column_tile = place_of(tl.program_id(0), row_tiles, (OUT + BLOCK_OUT - 1) // BLOCK_OUT, GROUP)
+    k, start = tile_of(tile, offsets, K, BLOCK_N, SEARCH)
     end = tl.load(offsets + k + 1, mask=k < K, other=0)
     if (k < K) & (start < end):
         i = start + tl.arange(0, BLOCK_N)
@@ -61,7 +61,7 @@ def hidden_kernel(
         entry = tl.load(order + i, mask=live, other=0)
         column = column_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         o = column // PARTS + column % PARTS * H
-        acc = _rows_by_columns(
+        acc = rows_by_columns(
             tl.zeros([BLOCK_N, BLOCK_OUT], dtype=tl.float32), x + entry // PER_SAMPLE * x_row, None, live,
             w + k.to(tl.int64) * w_module + o.to(tl.int64) * w_out, column < OUT, w_in, D, 0, PRECISION, BLOCK_IN,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def hidden(
     h = x.new_empty(N, H) if want_h else None
     u = x.new_empty(N, OUT) if want_u else None
     if N * H and (want_h or want_u):
-        tile = rows_tile(N, K, D, OUT, x.dtype, precision, _device(x))
+        tile = rows_tile(N, K, D, OUT, x.dtype, precision, device_of(x))
         tiles = row_tiles(N, K, tile.rows)
         start.launch(
             hidden_kernel, (tiles * cdiv(OUT, tile.columns),), x, x.stride(0), order,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastroute.ops.environment import interpreting
+
 #: Multiprocessors, and bytes of shared memory a block, that are assumed where no GPU can be asked: an H200's.
 SMS = 132
 SHARED = 227 << 10
@@ -18,7 +19,7 @@ SHARED = 227 << 10
 #: Element types that the kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_INTERPRETED = tl.constexpr(interpreting())
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import launch
 from .launch import _INTERPRETED, cdiv, power_of_2
 
-SHIFT = tl.constexpr(1e-6)  # of fastroute.reference.policy.shifted, and the epsilon of clamped
+SHIFT = tl.constexpr(1e-6)  # of fastroute.ops.policy.reference.shifted, and the epsilon of clamped
 CLAMP = tl.constexpr(1.1920928955078125e-07)
 SOFTMAX = tl.constexpr(0)  # indices into KINDS
 SCORE = tl.constexpr(1)

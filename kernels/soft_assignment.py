@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastroute.reference.soft_assignment import Grads, Pairs, sizes
+from fastroute.ops.soft_assignment.contract import Grads, Pairs, sizes
 
 from . import launch
 from .launch import DTYPES, cdiv, dot, power_of_2

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import task_mask as reference
 from . import launch
 from .launch import DTYPES, cdiv, power_of_2
 
@@ -106,180 +105,6 @@ def mask_kernel(
         tl.store(to, v, mask=inside)
 
 
-@triton.jit
-def shift_of(x, c, x_c, C, WIDE: tl.constexpr):
-    """A number of each channel's own: sums about it keep their digits where the mean is large."""
-    if WIDE:
-        c = c.to(tl.int64)
-    first = tl.load(x + c * x_c, mask=c < C, other=0.0).to(tl.float32)
-    return tl.where(tl.abs(first) < float("inf"), first, 0.0)
-
-
-@triton.jit(do_not_specialize=["task"])
-def sums_kernel(
-    partial, g, x, mapping, tasks, task, affine, B, C, S, T, task_stride, units,
-    g_b, g_c, g_s, x_b, x_c, x_s,
-    EACH: tl.constexpr, BACKWARD: tl.constexpr, RELU: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """grid (tiles of channels, splits): partial [splits, 3, C] of the moments of x about ``shift_of``.
-
-    BACKWARD: of dz and dz (x - mean), and whether any sample keeps the channel.
-    """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(1)
-    tiles = tl.cdiv(S, BLOCK_S)
-    if BACKWARD:
-        about = tl.load(row(affine, 2, C) + c, mask=c < C, other=0.0)[:, None]
-        factor = tl.load(affine + c, mask=c < C, other=0.0)[:, None]
-        term = tl.load(row(affine, 1, C) + c, mask=c < C, other=0.0)[:, None]
-    else:
-        about = shift_of(x, c, x_c, C, WIDE)[:, None]
-    first = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    second = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    alive = tl.zeros([BLOCK_C], tl.float32)
-    begin = split * units
-    for unit in range(begin, tl.minimum(begin + units, B * tiles)):
-        b = unit // tiles
-        s = (unit % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
-        inside = (c < C)[:, None] & (s < S)[None, :]
-        keep = inside
-        if BACKWARD:
-            live = live_channels(mapping, tasks, task, b, c, C, T, task_stride, EACH)
-            alive = tl.where(live, 1.0, alive)
-            keep = inside & live[:, None]
-        v = kept(x, b, c, s, x_b, x_c, x_s, inside, keep, DENSE, WIDE).to(tl.float32)
-        d = tl.where(keep, v - about, 0.0)
-        if BACKWARD:
-            dz = kept(g, b, c, s, g_b, g_c, g_s, inside, keep, DENSE, WIDE).to(tl.float32)
-            if RELU:
-                dz = tl.where(v * factor + term <= 0.0, 0.0, dz)
-            first += dz
-            second += dz * d
-        else:
-            first += d
-            second += d * d
-    to = partial + split.to(tl.int64) * 3 * C + c
-    tl.store(to, tl.sum(first.to(tl.float64), 1), mask=c < C)
-    tl.store(row(to, 1, C), tl.sum(second.to(tl.float64), 1), mask=c < C)
-    tl.store(row(to, 2, C), alive, mask=c < C)
-
-
-@triton.jit
-def parameter(p, c, C, GIVEN: tl.constexpr, otherwise: tl.constexpr):
-    """float32 [BLOCK_C] of a parameter [C], or of one that is not there."""
-    if GIVEN:
-        return tl.load(p + c, mask=c < C, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros([c.shape[0]], tl.float32) + otherwise
-
-
-@triton.jit
-def total(partial, c, C, number: tl.constexpr, splits, BLOCK_C: tl.constexpr):
-    """The sum of the splits, in float64 like them: there are few."""
-    sum_ = tl.zeros([BLOCK_C], tl.float64)
-    for k in range(splits):
-        sum_ += tl.load(row(partial + tl.cast(k, tl.int64) * 3 * C, number, C) + c, mask=c < C, other=0.0)
-    return sum_
-
-
-@triton.jit
-def statistics_kernel(
-    affine, mean, scale, partial, x, running_mean, running_var, weight, bias, C, count, splits, x_c,
-    TRAINING: tl.constexpr, RUNNING: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr,
-    EPS: tl.constexpr, KNOWN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """grid (tiles of channels,): affine [3, C] of z = x affine[0] + affine[1], and the mean.
-
-    TRAINING: of the batch, which updates the running statistics; if KNOWN, ``mean`` and ``scale`` are given.
-    """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < C
-    if TRAINING and KNOWN:
-        m = tl.load(mean + c, mask=inside, other=0.0)
-        r = tl.load(scale + c, mask=inside, other=0.0)
-    elif TRAINING:
-        about = total(partial, c, C, 0, splits, BLOCK_C) / count
-        var = total(partial, c, C, 1, splits, BLOCK_C) / count - about * about
-        var = tl.where(var < 0.0, 0.0, var)
-        m = (shift_of(x, c, x_c, C, WIDE).to(tl.float64) + about).to(tl.float32)
-        r = (1.0 / tl.sqrt(var + EPS)).to(tl.float32)
-        tl.store(mean + c, m, mask=inside)
-        tl.store(scale + c, r, mask=inside)
-        if RUNNING:
-            old_mean = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32)
-            old_var = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float32)
-            unbiased = (var * (count / (count - 1.0))).to(tl.float32)
-            tl.store(running_mean + c, MOMENTUM * m + (1.0 - MOMENTUM) * old_mean, mask=inside)
-            tl.store(running_var + c, MOMENTUM * unbiased + (1.0 - MOMENTUM) * old_var, mask=inside)
-    else:
-        m = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32)
-        var32 = tl.load(running_var + c, mask=inside, other=1.0).to(tl.float32)
-        r = (1.0 / tl.sqrt(var32.to(tl.float64) + EPS)).to(tl.float32)
-    a = r * parameter(weight, c, C, WEIGHT, 1.0)
-    tl.store(affine + c, a, mask=inside)
-    tl.store(row(affine, 1, C) + c, parameter(bias, c, C, BIAS, 0.0) - m * a, mask=inside)
-    tl.store(row(affine, 2, C) + c, m, mask=inside)
-
-
-@triton.jit
-def gradients_kernel(
-    affine, dweight, dbias, partial, scale, running_var, C, count, splits,
-    TRAINING: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """grid (tiles of channels,): gradients of weight and bias, and affine [3:6, C], what dx takes: k, q, any sample."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < C
-    sum_ = total(partial, c, C, 0, splits, BLOCK_C)
-    by = total(partial, c, C, 1, splits, BLOCK_C)
-    alive = total(partial, c, C, 2, splits, BLOCK_C)
-    if TRAINING:
-        r = tl.load(scale + c, mask=inside, other=0.0).to(tl.float64)
-    else:
-        r = 1.0 / tl.sqrt(tl.load(running_var + c, mask=inside, other=1.0).to(tl.float64) + EPS)
-    tl.store(dbias + c, sum_.to(tl.float32), mask=inside)
-    tl.store(dweight + c, (by * r).to(tl.float32), mask=inside)
-    tl.store(row(affine, 3, C) + c, (sum_ / count).to(tl.float32), mask=inside)
-    tl.store(row(affine, 4, C) + c, (by * r * r / count).to(tl.float32), mask=inside)
-    tl.store(row(affine, 5, C) + c, tl.where(alive > 0.0, 1.0, 0.0), mask=inside)
-
-
-@triton.jit(do_not_specialize=["task"])
-def normalise_kernel(
-    out, g, x, mapping, tasks, task, affine, C, S, T, task_stride,
-    out_b, out_c, out_s, g_b, g_c, g_s, x_b, x_c, x_s,
-    EACH: tl.constexpr, BACKWARD: tl.constexpr, TRAINING: tl.constexpr, RELU: tl.constexpr, DENSE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """grid (tiles,): y from x, or (BACKWARD) dx from g and x."""
-    b, c, s = place(C, S, BLOCK_C, BLOCK_S)
-    live = live_channels(mapping, tasks, task, b, c, C, T, task_stride, EACH)[:, None]
-    inside = (c < C)[:, None] & (s < S)[None, :]
-    factor = tl.load(affine + c, mask=c < C, other=0.0)[:, None]
-    term = tl.load(row(affine, 1, C) + c, mask=c < C, other=0.0)[:, None]
-    touched = inside & live
-    if BACKWARD and TRAINING:  # a sample that drops a channel moves its statistics still
-        touched = inside & (tl.load(row(affine, 5, C) + c, mask=c < C, other=0.0) > 0.0)[:, None]
-    v = kept(x, b, c, s, x_b, x_c, x_s, inside, touched, DENSE, WIDE).to(tl.float32)
-    z = v * factor + term
-    if BACKWARD:
-        dz = kept(g, b, c, s, g_b, g_c, g_s, inside, inside & live, DENSE, WIDE).to(tl.float32)
-        if RELU:
-            dz = tl.where(z <= 0.0, 0.0, dz)
-        if TRAINING:
-            mean = tl.load(row(affine, 2, C) + c, mask=c < C, other=0.0)[:, None]
-            k = tl.load(row(affine, 3, C) + c, mask=c < C, other=0.0)[:, None]
-            q = tl.load(row(affine, 4, C) + c, mask=c < C, other=0.0)[:, None]
-            dz = dz - k - (v - mean) * q
-        made = dz * factor
-    else:
-        made = z
-        if RELU:
-            made = tl.where(z < 0.0, 0.0, z)
-    to = addresses(out, b, c, s, out_b, out_c, out_s, WIDE)
-    tl.store(to, tl.where(touched, made, 0.0).to(out.dtype.element_ty), mask=inside)
-
-
 # ----------------------------------------------------------------------------------------------------------- launching
 
 
@@ -361,120 +186,18 @@ def _mask(
     return True
 
 
-def gate(g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int) -> Tensor:
+def gate(g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int) -> Tensor | None:
+    """None where the tensors cannot be walked."""
     out = torch.empty_like(g)
-    if not _mask(out, g, y, mapping, tasks, task, False):
-        out.copy_(reference.gate(g, y, mapping, tasks, task))
-    return out
+    return out if _mask(out, g, y, mapping, tasks, task, False) else None
 
 
-def rectify(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int) -> Tensor:
+def rectify(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int) -> Tensor | None:
+    """None where the tensors cannot be walked."""
     out = torch.empty_like(x)
-    if not _mask(out, x, None, mapping, tasks, task, True):
-        out.copy_(reference.rectify(x, mapping, tasks, task))
-    return out
+    return out if _mask(out, x, None, mapping, tasks, task, True) else None
 
 
-def mask_(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, relu: bool) -> None:
-    if not _mask(x, x, None, mapping, tasks, task, relu):
-        reference.mask_(x, mapping, tasks, task, relu)
-
-
-class _Split(NamedTuple):
-    """How sums over samples and positions are shared out."""
-
-    partial: Tensor  #: [splits, 3, C] float64
-    splits: int
-    units: int  #: tiles of each
-
-
-def _split(x: Tensor, way: Walk) -> _Split:
-    tiles, rows = way.B * cdiv(way.S, way.block_s), cdiv(way.C, way.block_c)
-    splits = max(1, min(tiles, 4 * launch.multiprocessors(x.device) // rows, 65535))
-    units = cdiv(tiles, splits)
-    splits = cdiv(tiles, units)
-    return _Split(x.new_empty(splits, 3, way.C, dtype=torch.float64), splits, units)
-
-
-_SMALL = 128  #: channels of a program that settles them
-
-
-def _statistics(
-    x: Tensor, way: Walk, split: _Split | None, affine: Tensor, mean: Tensor, scale: Tensor,
-    running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float, eps: float,
-) -> None:  # fmt: skip
-    launch.launch(
-        statistics_kernel, (cdiv(way.C, _SMALL),), affine, mean, scale, None if split is None else split.partial, x,
-        running_mean, running_var, weight, bias, way.C, way.B * way.S, 0 if split is None else split.splits,
-        way.of(0)[1], warps=4, stages=1, TRAINING=training, RUNNING=running_mean is not None, WEIGHT=weight is not None,
-        BIAS=bias is not None, MOMENTUM=momentum, EPS=eps, KNOWN=split is None, WIDE=way.wide, BLOCK_C=_SMALL,
-    )  # fmt: skip
-
-
-def batch_norm(
-    x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, running_mean: Tensor | None,
-    running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float,
-    eps: float, relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y = torch.empty_like(x)
-    way = walk(x, y)
-    if way is None:
-        raise ValueError("x: expected contiguous or channels last, of fewer than 2^31 tiles")
-    C = way.C
-    affine = x.new_empty(3, C, dtype=torch.float32)
-    mean = x.new_empty(C if training else 0, dtype=torch.float32)
-    scale = torch.empty_like(mean)
-    which, (T, task_stride), each = _task(mapping, tasks, task)
-    split = _split(x, way) if training else None
-    tile = way.constants()
-    if split is not None:
-        launch.launch(
-            sums_kernel, (cdiv(C, way.block_c), split.splits), split.partial, x, x, *which, affine, way.B, C, way.S, T,
-            task_stride, split.units, *way.of(0), *way.of(0), warps=8, stages=2, EACH=each, BACKWARD=False, RELU=relu,
-            **tile,
-        )  # fmt: skip
-    _statistics(x, way, split, affine, mean, scale, running_mean, running_var, weight, bias, training, momentum, eps)
-    launch.launch(
-        normalise_kernel, (way.tiles(),), y, x, x, *which, affine, C, way.S, T, task_stride,
-        *way.of(1), *way.of(0), *way.of(0), warps=4, stages=1, EACH=each, BACKWARD=False, TRAINING=training, RELU=relu,
-        **tile,
-    )  # fmt: skip
-    return y, mean, scale
-
-
-def batch_norm_backward(
-    g: Tensor, x: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int,
-    running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
-    scale: Tensor, training: bool, eps: float, relu: bool, want_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(x)
-    if g.stride() != dx.stride():
-        g = torch.empty_like(x).copy_(g)
-    way = walk(x, g, dx)
-    if way is None:
-        raise ValueError("x: expected contiguous or channels last, of fewer than 2^31 tiles")
-    C = way.C
-    affine = x.new_empty(6, C, dtype=torch.float32)
-    dw, db = (x.new_empty(C, dtype=torch.float32 if p is None else p.dtype) for p in (weight, bias))
-    _statistics(x, way, None, affine, mean, scale, running_mean, running_var, weight, bias, training, 0.0, eps)
-    which, (T, task_stride), each = _task(mapping, tasks, task)
-    split = _split(x, way)
-    tile = way.constants()
-    launch.launch(
-        sums_kernel, (cdiv(C, way.block_c), split.splits), split.partial, g, x, *which, affine, way.B, C, way.S, T,
-        task_stride, split.units, *way.of(1), *way.of(0), warps=8, stages=2, EACH=each, BACKWARD=True, RELU=relu,
-        **tile,
-    )  # fmt: skip
-    launch.launch(
-        gradients_kernel, (cdiv(C, _SMALL),), affine, dw, db, split.partial, scale, running_var, C, way.B * way.S,
-        split.splits, warps=4, stages=1, TRAINING=training, EPS=eps, BLOCK_C=_SMALL,
-    )  # fmt: skip
-    if not want_x:
-        return x.new_empty(0), dw, db
-    launch.launch(
-        normalise_kernel, (way.tiles(),), dx, g, x, *which, affine, C, way.S, T, task_stride,
-        *way.of(2), *way.of(1), *way.of(0), warps=4, stages=1, EACH=each, BACKWARD=True, TRAINING=training, RELU=relu,
-        **tile,
-    )  # fmt: skip
-    return dx, dw, db
+def mask_(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, relu: bool) -> bool:
+    """Whether the tensor could be walked, and is masked."""
+    return _mask(x, x, None, mapping, tasks, task, relu)

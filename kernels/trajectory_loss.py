@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from fastroute.reference.trajectory_loss import FIELDS, KINDS
+from fastroute.ops.trajectory_loss.contract import FIELDS, KINDS
 
 from . import launch as start
 from .launch import _INTERPRETED, cdiv
@@ -266,7 +266,7 @@ def forward(
     f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
     gamma: float, normalize: bool, want_slopes: bool, rewards: Rewards | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``fastroute.reference.trajectory_loss.forward``, in float32; with ``rewards``, f are the losses."""
+    """As ``fastroute.ops.trajectory_loss.plain.forward``, in float32; with ``rewards``, f are the losses."""
     B, C, T = f.shape[0], len(columns) if want_slopes else 0, len(layout) // FIELDS
     loss, slopes = f.new_empty(B, dtype=torch.float32), f.new_empty(C, B, dtype=torch.float32)
     if B == 0 or T == 0:

@@ -118,7 +118,7 @@ def record_ops(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fastroute.ops import _backends
+    from fastroute.ops import backends as _backends
 
     decide, autocast = _backends.decide, torch.autocast
 

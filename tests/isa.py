@@ -32,7 +32,7 @@ THREADS = (1, 2, 3)
 #: Threads, torch's instruction set, and that of our kernels if there are any.
 PROBE = """
 import torch
-from fastroute.ops._backends import extension
+from fastroute.ops.backends import extension
 ours = torch.ops.fastroute._isa() if extension()[0] else "none"
 print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability().lower(), ours)
 """

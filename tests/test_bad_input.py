@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import capsules, multitask, networks, ops, tasks
+from fastroute import capsules, functional, multitask, networks, ops, tasks
 from fastroute.multitask import metrics
 from fastroute.networks import Initialization, Trajectory
 from fastroute.ops import dispatch
-from fastroute.reference.matrix_routing import Capsules
+from fastroute.ops.matrix_routing.contract import Capsules
 from tests.helpers import seeds
 from tests.helpers.networks import LEARNING, F, linears
 
@@ -316,22 +316,22 @@ EXAMPLES: dict[str, Example] = {
         }
     ),
     # ops
-    "ops.vector_routing": Example(
+    "functional.vector_routing": Example(
         lambda: {
             "x": x(2, 3, 5), "gate": torch.rand(2, 3), "pred": x(2, 4, 5), "score_weight": x(3, 4),
             "score_bias": x(3, 4), "use": x(3, 4), "ign": x(3, 4), "prior": torch.rand(4),
             "mask": torch.zeros(2, 3, 4, dtype=torch.bool), "lengths": torch.tensor([3, 2]),
         }
     ),
-    "ops.efficient_routing": Example(efficient),
-    "ops.matrix_routing": Example(
+    "functional.efficient_routing": Example(efficient),
+    "functional.matrix_routing": Example(
         lambda: {
             "a_inp": x(2, 3), "mu_inp": x(2, 3, 2, 5), "n_iters": 2, "p_model": "gaussian", "eps": 1e-5,
             "w": Capsules(x(3, 4, 5, 6), x(3, 4, 2, 6), x(3, 4), x(3, 4)),
             "mask": torch.zeros(2, 3, 4, dtype=torch.bool),
         }
     ),
-    "ops.soft_assignment": Example(
+    "functional.soft_assignment": Example(
         lambda: {
             "scores": x(2, 3, 4), "votes": x(2, 3, 4, 5), "gate": torch.rand(2, 3), "use": x(3, 4), "ign": x(3, 4),
             "prior": None, "mask": torch.zeros(2, 3, 4, dtype=torch.bool), "lengths": torch.tensor([3, 2]),
@@ -339,48 +339,48 @@ EXAMPLES: dict[str, Example] = {
             "eps": 0.0,
         }
     ),
-    "ops.grouped_linear": Example(
+    "functional.grouped_linear": Example(
         lambda: {
             "x": x(), "plan": plan(), "weights": x(K, 3, F), "biases": x(K, 3), "activation": "none",
             "is_sorted": False, "keep_sorted": False, "keep_empty": False,
         }
     ),
-    "ops.policy": Example(
+    "functional.policy": Example(
         lambda: {
             "scores": x(B, K), "uniform": torch.rand(B, K), "coin": torch.rand(B), "forced": None, "kind": "softmax",
             "temperature": 1.0, "exploration": 0.1,
         }
     ),
-    "ops.agent_policy": Example(
+    "functional.agent_policy": Example(
         lambda: {
             "x": x(), "plan": plan(), "weights": x(K, 3, F), "biases": x(K, 3), "uniform": torch.rand(B, 3),
             "coin": torch.rand(B), "forced": None, "kind": "softmax", "temperature": 1.0, "exploration": 0.1,
             "expected": False, "keep_empty": False,
         }
     ),
-    "ops.trajectory_loss": Example(
+    "functional.trajectory_loss": Example(
         lambda: {
             "kinds": ["REINFORCE"], "s0": [-torch.rand(B)], "s1": [None], "aux": [None], "own": [None], "look": [None],
             "active": [None], "f": x(B), "gamma": 1.0, "normalize": True,
         }
     ),
-    "ops.task_mask": Example(
+    "functional.task_mask": Example(
         lambda: {"x": x(B, 8), "mapping": torch.ones(T, 8), "task": whose(), "relu": False, "inplace": False}
     ),
-    "ops.batch_norm_mask_relu": Example(
+    "functional.batch_norm_mask_relu": Example(
         lambda: {
             "x": x(B, 8), "mapping": torch.ones(T, 8), "task": whose(), "running_mean": torch.zeros(8),
             "running_var": torch.ones(8), "weight": torch.ones(8), "bias": torch.zeros(8), "training": True,
             "momentum": 0.1, "eps": 1e-5, "relu": True,
         }
     ),
-    "ops.expert_ffn": Example(
+    "functional.expert_ffn": Example(
         lambda: {
             "x": x(), "plan": dispatch.plan(torch.stack([whose(), whose()], 1), K), "weights": torch.rand(B, 2),
             "w_in": x(K, 6, F), "w_out": x(K, F, 3), "activation": "silu", "gated": True,
         }
     ),
-    "ops.combine": Example(
+    "functional.combine": Example(
         lambda: {"z": x(B, 2, F), "weights": torch.rand(B, 2), "valid": torch.ones(B, 2, dtype=torch.bool)}
     ),
     "ops.dispatch.plan": Example(lambda: {"actions": whose(), "modules": K}),
@@ -392,6 +392,7 @@ EXAMPLES: dict[str, Example] = {
 #: Packages whose public names are swept, under the name in ``EXAMPLES``.
 PACKAGES: dict[str, Any] = {
     "capsules": capsules, "networks": networks, "tasks": tasks, "multitask": multitask, "ops": ops,
+    "functional": functional,
 }  # fmt: skip
 #: Records of what layers did, which users read and do not make; what others are derived from; and what takes anything.
 NOT_SWEPT = {
@@ -407,7 +408,8 @@ def public() -> Iterator[str]:
         for name, thing in vars(module).items():
             if name.startswith("_") or not (inspect.isclass(thing) or inspect.isfunction(thing)):
                 continue
-            if thing.__module__.startswith(module.__name__) and f"{package}.{name}" not in NOT_SWEPT:
+            own = module.__name__ if module is not functional else "fastroute.ops"
+            if thing.__module__.startswith(own) and f"{package}.{name}" not in NOT_SWEPT:
                 yield f"{package}.{name}"
 
 
@@ -525,7 +527,7 @@ def cases(*only: str) -> list[tuple[str, str, str, str]]:
 def verdict(name: str, what: str, argument: str, bad: str) -> str | None:
     """What is wrong with how it is taken; None: nothing."""
     example, short = EXAMPLES[name], name.split(".")[-1]
-    is_op = name.startswith("ops.")
+    is_op = name.startswith(("ops.", "functional."))
     given = (example.make if what == "make" else example.call)()  # type: ignore[misc]
     names = [*given, argument]
     parameter = signature(name, what)[argument]

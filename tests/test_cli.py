@@ -11,7 +11,7 @@ import torch
 
 import fastroute
 from fastroute.cli import TYPICAL, main, typical
-from fastroute.ops import _backends
+from fastroute.ops import backends as _backends
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

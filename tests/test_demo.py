@@ -10,7 +10,7 @@ import torch
 
 from fastroute import credit_assignment, data
 from fastroute.cli import main
-from fastroute.ops._backends import missing
+from fastroute.ops.backends import missing
 from tests.helpers import seeds
 from tests.helpers.demos import run_demo
 

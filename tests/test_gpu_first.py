@@ -205,9 +205,15 @@ def test_every_gpu_test_is_in_a_wave() -> None:
     marked = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py") if "mark." + "gpu" in p.read_text()}
     assert set(waves.files()) == marked
     assert not [f for f in waves.files() if "aot" in f or "interpreted" in f]
-    assert waves.place("tests/kernels/test_gpu.py::test_real_sizes[x]") == (0, 0)
-    assert waves.WAVES[waves.place("tests/kernels/test_gpu.py::test_same_input_same_bits[x]")[0]].name == "behaviour"
-    assert waves.WAVES[waves.place("tests/kernels/test_gpu.py::test_more_than_2_31_elements")[0]].name == "large"
+    assert waves.place("tests/ops/vector_routing/test_gpu.py::test_real_sizes[x]") == (0, 0)
+    assert (
+        waves.WAVES[waves.place("tests/ops/vector_routing/test_gpu.py::test_same_input_same_bits[x]")[0]].name
+        == "behaviour"
+    )
+    assert (
+        waves.WAVES[waves.place("tests/ops/vector_routing/test_gpu.py::test_more_than_2_31_elements")[0]].name
+        == "large"
+    )
     assert waves.WAVES[waves.place("tests/networks/test_gpu.py::test_agrees_with_float64[x]")[0]].name == "ops"
 
 

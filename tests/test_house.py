@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
+import inspect
+import io
+import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +19,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import fastroute
-from fastroute.ops.efficient_routing import _backward, _forward
-from fastroute.reference import tiles
-from fastroute.reference.step import Grads, Step
+from fastroute.ops.backends import offered
+from fastroute.ops.efficient_routing.op import _backward, _forward
+from fastroute.ops.vector_routing import plain as tiles
+from fastroute.ops.vector_routing.contract import Grads, Step
 from tests.helpers.routing_cases import Size, efficient_case, some_mask, vector_case
 
 ROOT = Path(fastroute.__file__).resolve().parents[1]
 
 #: Rooms by floor: an import goes down or stays on its floor, but never from one family to another.
 FLOORS = (
-    ("reference",),
-    ("kernels", "_C"),
-    ("ops",),
+    ("kernels", "_C", "ops"),
+    ("functional",),
+    ("modules",),
     ("capsules", "networks", "tasks", "multitask"),
     ("distributed", "compat", "plots", "data", "demos"),
     ("cli", "__main__"),
 )
-FAMILIES = FLOORS[3]
+FAMILIES = ("capsules", "networks", "tasks", "multitask")
 
 
 def package() -> dict[str, Path]:
@@ -51,18 +59,19 @@ def room(module: str) -> str:
 def floor(module: str) -> int:
     """The package's face, ``fastroute/__init__.py``, is a user of the families."""
     if module == "fastroute":
-        return FLOORS.index(FAMILIES) + 1
+        return floor("fastroute.capsules") + 1
     for number, rooms in enumerate(FLOORS):
         if room(module) in rooms:
             return number
     raise AssertionError(f"{module}: which floor is {room(module)!r} on? Add it to FLOORS")
 
 
-def imports(module: str) -> Iterator[str]:
-    """The package's modules that a module imports, anywhere in it."""
+def imports(module: str, nested: bool = True) -> Iterator[str]:
+    """The package's modules that a module imports, anywhere in it or at its top."""
     path = MODULES[module]
     here = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if nested else tree.body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -116,11 +125,11 @@ def test_nothing_unpickles_evaluates_or_downloads(module: str) -> None:
                 assert given.get("weights_only") == "True", f"{module}:{node.lineno}"
 
 
-HOT = [name for name in MODULES if room(name) in ("reference", "kernels", "ops", *FAMILIES)]
+HOT = [name for name in MODULES if room(name) in ("kernels", "ops", *FAMILIES)]
 
 
 #: Functions that read numbers: on a CPU only, or where their callers say in their documentation that they wait.
-READERS = {"fastroute.reference.dispatch": ("on_host", "read"), "fastroute.multitask.named_tasks": ("decoded",)}
+READERS = {"fastroute.ops.host": ("on_host", "read"), "fastroute.multitask.named_tasks": ("decoded",)}
 
 
 @pytest.mark.parametrize("module", HOT)
@@ -134,7 +143,7 @@ def test_nothing_waits_for_the_device(module: str) -> None:
             assert not waits, f"{module}:{node.lineno}: {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("module", [m for m in HOT if m != "fastroute.ops._autocast"])
+@pytest.mark.parametrize("module", [m for m in HOT if m != "fastroute.ops.precision"])
 def test_autocast_is_asked_in_one_place(module: str) -> None:
     """Which knows the devices that have none."""
     asking = ("autocast", "is_autocast_enabled", "get_autocast_dtype")
@@ -214,3 +223,207 @@ def test_what_users_call_is_documented(module: str) -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and room(module) in FAMILIES:
             for part in (node, *(f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward")):
                 assert ast.get_docstring(part), f"{module}.{part.name}"
+
+
+# --------------------------------------------------------------------------------- ops: a folder each (ARCHITECTURE.md)
+
+OPS = sorted(path.parent.name for path in (ROOT / "fastroute" / "ops").glob("*/op.py"))
+#: Files of an op's folder by role, and those that only one op has.
+ROLES = {"__init__", "op", "contract", "reference", "plain", "schema", "native", "triton"}
+PARTS = {"efficient_routing": {"gram", "outputs", "passes", "streamed"}, "matrix_routing": {"settling"}}
+#: Below every role: what is shared by all ops and knows none.
+GROUND = {"dtypes", "host", "activations", "tiles", "registry", "precision", "environment", "backends"}
+#: Glue that takes the plain path where a kernel sees only from strides or sizes that it cannot.
+FALLBACKS = {("task_mask.triton", "task_mask.plain"), ("dispatch.triton", "dispatch.reference")}
+
+
+def files_of(folder: str, op: str) -> set[str]:
+    return {p.stem for p in (ROOT / folder / op).glob("*")} | ({op} if (ROOT / folder / f"{op}.py").exists() else set())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_one_folder_on_every_floor(op: str) -> None:
+    files = files_of("fastroute/ops", op) - {"__pycache__"}
+    assert {"__init__", "op", "reference"} <= files <= ROLES | PARTS.get(op, set()), files
+    assert op == "dispatch" or hasattr(fastroute.functional, op)
+    assert "test_op" in files_of("tests/ops", op) or op == "batch_norm_mask_relu"  # tested beside task_mask
+    backends = offered().get(op, {})
+    for name, offer in backends.items():
+        assert importlib.util.find_spec(offer.module), f"{op} offers {name} in {offer.module}, which is not there"
+    if {"schema", "native"} & files:
+        assert files_of("csrc/cpu", op), f"{op} has compiled ops, but there is no csrc/cpu/{op}"
+    if "triton" in files:
+        assert files_of("kernels", op), f"{op} has a Triton backend, but there is no kernels/{op}"
+    assert ("triton" in backends) == ("triton" in files)
+
+
+def role(module: str) -> tuple[str, str]:
+    """("vector_routing", "plain"); ("", "") for what is no part of an op."""
+    parts = module.split(".")
+    return (parts[2], parts[3]) if parts[1:2] == ["ops"] and len(parts) == 4 else ("", "")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in ("ops", "kernels")])
+def test_backends_do_not_know_one_another(module: str) -> None:
+    op, own = role(module)
+    for name in imports(module):
+        of, other = role(name)
+        if own in ("reference", "plain"):
+            allowed = {"contract", "reference", *(("plain",) if own == "plain" else ())}
+            allowed |= PARTS.get(of, set())
+            assert (of and other in allowed) or name.split(".")[2] in GROUND, f"{module} imports {name}"
+        elif own in ("contract", "schema", "native", "triton") or room(module) == "kernels":
+            forbidden = {"reference", "plain", *({"native", "schema"} - {own, "schema"})}
+            exempt = (f"{op}.{own}", f"{of}.{other}") in FALLBACKS
+            assert other not in forbidden or exempt, f"{module} imports {name}"
+
+
+def test_families_know_ops_by_their_faces() -> None:
+    for module in MODULES:
+        if room(module) in (*FAMILIES, "modules", "compat", "demos", "plots"):
+            for name in imports(module):
+                of, other = role(name)
+                assert other in {"", "op", "contract", *PARTS.get(of, ())}, f"{module} imports {name}"
+
+
+def test_imports_have_no_circle() -> None:
+    """Of modules, as they are imported; what a function imports when it is called does not count."""
+    graph = {m: {n for n in imports(m, nested=False) if n in MODULES and n != m} for m in MODULES}
+    done: set[str] = set()
+    while rest := {m for m in graph if m not in done}:
+        free = {m for m in rest if graph[m] <= done}
+        assert free, f"a circle is among {sorted(rest)}"
+        done |= free
+
+
+def test_private_names_stay_in_their_folder() -> None:
+    for module, path in MODULES.items():
+        here = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                up = here.split(".")[: len(here.split(".")) - node.level + 1] if node.level else []
+                base = ".".join([*up, *([node.module] if node.module else [])])
+                folder = base if base in MODULES and MODULES[base].name == "__init__.py" else base.rpartition(".")[0]
+                for alias in node.names:
+                    private = alias.name.startswith("_") and base.split(".")[0] in ("fastroute", "kernels")
+                    assert not private or folder == here, f"{module}:{node.lineno}: {alias.name} of {base}"
+
+
+# ------------------------------------------------------------------------------------------------------------- doors
+
+
+def test_no_star_is_imported() -> None:
+    for module in MODULES:
+        for node in ast.walk(ast.parse(MODULES[module].read_text())):
+            if isinstance(node, ast.ImportFrom) and "compat" not in module:
+                assert all(alias.name != "*" for alias in node.names), f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["fastroute", "fastroute.functional", *(f"fastroute.{f}" for f in FAMILIES), "fastroute.networks.decisions"],
+)
+def test_faces_say_what_is_public(module: str) -> None:
+    face = importlib.import_module(module)
+    assert len(set(face.__all__)) == len(face.__all__)
+    for name in face.__all__:
+        assert hasattr(face, name), f"{module}.__all__ has {name}, {module} has not"
+        assert not name.startswith("_")
+
+
+def test_no_function_hides_a_module() -> None:
+    for name in MODULES:
+        if name.count(".") and "compat" not in name:
+            parent, _, leaf = name.rpartition(".")
+            found = getattr(importlib.import_module(parent), leaf, None) if parent in MODULES else None
+            assert found is None or inspect.ismodule(found), f"{parent}.{leaf} is {found!r}, not the module {name}"
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    for module in MODULES:
+        for node in ast.walk(ast.parse(MODULES[module].read_text())):
+            reads = getattr(node, "attr", None) in ("environ", "getenv")
+            allowed = module in ("fastroute.ops.environment", "fastroute.compat.program")  # the latter for children
+            assert not reads or allowed, f"{module}:{node.lineno}"
+
+
+def test_the_environment_has_a_page() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text()
+    sources = [*MODULES.values(), *(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"]
+    read = {
+        n
+        for p in sources
+        for n in re.findall(r"""(?:environ\S*|getenv|facts)\(?\[?\(?["'](FASTROUTE_\w+)""", p.read_text())
+    }
+    assert read >= {"FASTROUTE_BACKEND", "FASTROUTE_ISA", "FASTROUTE_BUILD"}
+    assert not {name for name in read if f"`{name}`" not in page}
+
+
+# --------------------------------------------------------------------------------------------- every statement true
+
+_TOP = "fastroute|kernels|csrc|tests|bench|docs|examples"
+_PATH = re.compile(rf"``?((?:{_TOP})/[\w./*-]+|[\w-]+\.(?:py|md|h|inc|cpp|cu|toml))``?")
+_NAME = re.compile(r"``?((?:fastroute|bench|tests)(?:\.\w+)+)(?:\(.*?\))?``?")
+#: Made by a command, not kept.
+_MADE = {"gpu-first.md"}
+
+
+def _prose(path: Path) -> Iterator[str]:
+    """Docstrings and comments of a Python file; all of another."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        yield text
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and '"""' in token.string[:5]):
+            yield token.string
+
+
+def _is_there(dotted: str) -> bool:
+    parts = dotted.split(".")
+    for stop in range(len(parts), 0, -1):
+        name = ".".join(parts[:stop])
+        try:
+            there = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            there = False
+        if there:
+            found: Any = importlib.import_module(name)
+            for part in parts[stop:]:
+                if not hasattr(found, part) and part not in getattr(found, "__annotations__", {}):
+                    return False
+                found = getattr(found, part, None)
+            return True
+    return False
+
+
+WRITTEN = [
+    p
+    for folder in (*_TOP.split("|"), ".")
+    for p in sorted((ROOT / folder).glob("*" if folder == "." else "**/*"))
+    if p.suffix in (".py", ".md", ".h", ".inc", ".cpp", ".cu") and "golden" not in p.parts and not p.is_symlink()
+    and (ROOT / "fastroute" / "kernels") not in p.parents
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", [*_TOP.split("|"), "."])
+def test_what_prose_names_is_there(folder: str) -> None:
+    """Every path and every dotted name in backticks."""
+    names = {p.name for p in WRITTEN} | {p.name for p in ROOT.iterdir()} | _MADE
+    missing = []
+    for path in (
+        p for p in WRITTEN if (p.relative_to(ROOT).parts[0] == folder) or (folder == "." and p.parent == ROOT)
+    ):
+        for text in _prose(path):
+            paths = {m[1].rstrip(".") for m in _PATH.finditer(text)}
+            missing += [(path.name, p) for p in paths if not (any(ROOT.glob(p)) if "/" in p else p in names)]
+            missing += [(path.name, m[1]) for m in _NAME.finditer(text) if not _is_there(m[1])]
+    assert not missing
+
+
+def test_an_ops_folder_can_be_called() -> None:
+    """As its function, which had the name until version 0.1."""
+    z, w = torch.rand(2, 3), torch.rand(2, 3)
+    assert torch.equal(fastroute.ops.combine(z, w), fastroute.functional.combine(z, w))
+    for op in OPS:
+        assert op == "dispatch" or callable(getattr(fastroute.ops, op))

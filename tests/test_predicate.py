@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from fastroute.capsules import Add, Concatenate, EfficientVectorRouting
-from fastroute.capsules.credit import credit
+from fastroute.capsules.attribution import credit
 from fastroute.compat.heinsen_routing_2019 import Routing
+from fastroute.modules import reading as _modules
+from fastroute.modules.reading import Proof, may_be_read
 from fastroute.multitask import PLE, MTLModel
 from fastroute.networks import MLP, REINFORCE, Initialization, MoE, Selection, TopKGating, Trajectory
-from fastroute.ops import _modules
-from fastroute.ops._modules import Proof, may_be_read
-from fastroute.reference.efficient_routing import Parameters, efficient_routing
+from fastroute.ops.efficient_routing.contract import Parameters
+from fastroute.ops.efficient_routing.reference import efficient_routing
 from fastroute.tasks import TaskRouter, fold, live, route, set_task
 from tests.helpers.tasks import images, small_vgg
 from tests.helpers.threads import in_threads

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastroute
 from fastroute import capsules, multitask, networks, tasks
-from fastroute.compat import PytorchRouting, heinsen_routing_2019, taskrouting, torchmtl
+from fastroute.compat import PytorchRouting, heinsen_routing, heinsen_routing_2019, taskrouting, torchmtl
 from fastroute.compat.PytorchRouting.DecisionLayers.Others.GumbelSoftmax import GumbelSoftmaxSampling
 from fastroute.compat.PytorchRouting.PreFabs import RNNcells as cells
 from fastroute.compat.PytorchRouting.RewardFunctions import Final as final
@@ -144,6 +144,10 @@ CASES: dict[str, Case] = {
     **{name: of_layer(name) for name in LAYERS},
     "GenerativeMatrixRouting, single_beta": Case(
         lambda: gmr(4, 3, 2, 2, 2, single_beta=True), lambda m, device: m(on(device, 2, 4), on(device, 2, 4, 2, 2))
+    ),
+    "compat.heinsen_routing.GenerativeMatrixRouting": Case(
+        lambda: heinsen_routing.GenerativeMatrixRouting(4, 3, 2, 2, 2),
+        lambda m, device: m(on(device, 2, 4), on(device, 2, 4, 2, 2)),
     ),
     "GenerativeMatrixRouting, return_dict": Case(
         lambda: gmr(-1, 3, 2, 2, 2, return_dict=True), lambda m, device: m(on(device, 2, 4), on(device, 2, 4, 2, 2))

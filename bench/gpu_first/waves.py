@@ -39,11 +39,11 @@ WAVES = (
         12,
         30,
         (
-            rf"kernels/test_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
+            rf"vector_routing/test_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
             r"capsules/test_gpu\.py::.*(agrees|takes)",
-            rf"kernels/test_gpu_dispatch\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
+            rf"grouped_linear/test_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
         ),
-        ("tests/kernels/test_vector_routing.py", "-k", "test_lengths"),
+        ("tests/ops/vector_routing/test_kernels.py", "-k", "test_lengths"),
     ),
     Wave(
         "ops",
@@ -51,14 +51,14 @@ WAVES = (
         12,
         30,
         (
-            rf"test_matrix_routing_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
-            rf"test_soft_assignment_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
+            rf"matrix_routing/test_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
+            rf"soft_assignment/test_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
             rf"networks/test_(mixture_)?gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
-            rf"test_(gpu_policy|trajectory_loss_gpu)\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
-            rf"task_mask_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
+            rf"(policy|trajectory_loss)/test_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
+            rf"task_mask/test_gpu\.py::(?!.*({_LARGE}|{_BEHAVIOUR}))",
             rf"(multitask|tasks)/.*::(?!.*({_LARGE}|{_BEHAVIOUR}))",
         ),
-        ("tests/kernels/test_task_mask.py", "-k", "test_values and scalar and 32-bit"),
+        ("tests/ops/task_mask/test_kernels.py", "-k", "test_values and scalar and 32-bit"),
     ),
     Wave(
         "behaviour",
@@ -66,15 +66,22 @@ WAVES = (
         12,
         30,
         (
-            rf"kernels/test_gpu\.py::.*({_BEHAVIOUR})",
+            rf"vector_routing/test_gpu\.py::.*({_BEHAVIOUR})",
             rf"capsules/.*({_BEHAVIOUR})",
-            rf"test_gpu_dispatch\.py::.*({_BEHAVIOUR})",
+            rf"grouped_linear/test_gpu\.py::.*({_BEHAVIOUR})",
             rf"^(?!.*({_LARGE})).*({_BEHAVIOUR})",
             rf"^(?!.*({_LARGE}))",
         ),
-        ("tests/kernels/test_trajectory_loss.py", "-k", "in_its_layout or goes_elsewhere"),
+        ("tests/ops/trajectory_loss/test_kernels.py", "-k", "in_its_layout or goes_elsewhere"),
     ),
-    Wave("large", 15, 1, 60, (r"at_a_million", r"test_gpu\.py.*more_than", r""), ("tests/kernels/test_gpu.py",)),
+    Wave(
+        "large",
+        15,
+        1,
+        60,
+        (r"at_a_million", r"test_gpu\.py.*more_than", r""),
+        ("tests/ops/vector_routing/test_gpu.py",),
+    ),
 )
 
 

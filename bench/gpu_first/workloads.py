@@ -9,9 +9,10 @@ from torch import Tensor
 
 import fastroute
 from bench import harness
-from fastroute import networks, ops
+from fastroute import functional, networks
+from fastroute.functional import grouped_linear
 from fastroute.kernels import trajectory_loss
-from fastroute.ops import dispatch, grouped_linear
+from fastroute.ops import dispatch
 
 Call = Callable[[], object]
 
@@ -109,7 +110,7 @@ def task_mask(device: str, *shape: int) -> Call:
     tasks = torch.randint(4, shape[:1], device=device)
 
     def call() -> None:
-        ops.task_mask(x, mapping, tasks, relu=True).sum().backward()
+        functional.task_mask(x, mapping, tasks, relu=True).sum().backward()
 
     return call
 

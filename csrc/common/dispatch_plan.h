@@ -16,7 +16,7 @@
 namespace fastroute {
 
 constexpr int kWarp = 32;
-constexpr int64_t kPlanEntries = 16384;      // NATIVE_ENTRIES in fastroute/ops/dispatch.py
+constexpr int64_t kPlanEntries = 16384;      // NATIVE_ENTRIES in fastroute/ops/dispatch/op.py
 constexpr int64_t kPlanShared = 48 * 1024;   // bytes that every block may use
 constexpr int64_t kPlanModules = kPlanShared / 8 - 2;  // NATIVE_MODULES: counts of one warp, their sums, one number
 

@@ -5,7 +5,7 @@
 
 namespace fastroute::activation {
 
-// The first of fastroute.reference.grouped_linear.ACTIVATIONS.
+// The first of fastroute.ops.grouped_linear.reference.ACTIVATIONS.
 enum Kind : int64_t { kNone, kRelu, kTanh, kSigmoid, kSilu, kKinds };
 
 // S is the type in memory, uint16_t for bfloat16, which is computed in float.

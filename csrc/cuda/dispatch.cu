@@ -1,4 +1,4 @@
-// The plan of dispatch on a GPU in one launch, for few entries. The contract is fastroute/reference/dispatch.py.
+// The plan of dispatch on a GPU in one launch, for few entries. The contract is fastroute/ops/dispatch/reference.py.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

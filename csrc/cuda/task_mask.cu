@@ -1,5 +1,5 @@
 // task_mask on a GPU without Triton: 16-byte accesses, dead channels written without being read, masks as bits where
-// channels are dense. The contract is fastroute/reference/task_mask.py.
+// channels are dense. The contract is fastroute/ops/task_mask/reference.py.
 //
 // Axes: B samples, C channels, S positions: the axes after the channels that can be walked as one.
 

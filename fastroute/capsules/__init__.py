@@ -1,15 +1,26 @@
 """Capsule routing: layers that route sequences of vectors to sequences of vectors."""
 
-from .chunks import VectorChunks as VectorChunks
-from .compose import Add as Add
-from .compose import Concatenate as Concatenate
-from .compose import Residual as Residual
-from .credit import credit as credit
-from .credit import credit_assignment as credit_assignment
-from .credit import record as record
-from .credit import trace as trace
-from .credit_map import Credit as Credit
-from .definable import DefinableVectorRouting as DefinableVectorRouting
-from .matrix import GenerativeMatrixRouting as GenerativeMatrixRouting
-from .slots import SlotAttention as SlotAttention
-from .vector import EfficientVectorRouting as EfficientVectorRouting
+from .attribution import credit, credit_assignment, record, trace
+from .chunks import VectorChunks
+from .compose import Add, Concatenate, Residual
+from .credit_map import Credit
+from .definable import DefinableVectorRouting
+from .matrix import GenerativeMatrixRouting
+from .slots import SlotAttention
+from .vector import EfficientVectorRouting
+
+__all__ = [
+    "Add",
+    "Concatenate",
+    "Credit",
+    "DefinableVectorRouting",
+    "EfficientVectorRouting",
+    "GenerativeMatrixRouting",
+    "Residual",
+    "SlotAttention",
+    "VectorChunks",
+    "credit",
+    "credit_assignment",
+    "record",
+    "trace",
+]

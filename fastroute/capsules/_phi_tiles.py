@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..ops import _checks, efficient_routing
-from ..ops._autocast import autocast_off
-from ..ops._masked import only, reaches
-from ..reference.efficient_routing import Parameters, cast, input_scale, predict
-from ..reference.tiles import tile_rows
-from ..reference.vector_routing import assign, gates, row_is_live
+from ..functional import efficient_routing
+from ..ops import checks as _checks
+from ..ops.efficient_routing.contract import Parameters
+from ..ops.efficient_routing.op import cast, input_scale, predict
+from ..ops.masked import only, reaches
+from ..ops.precision import autocast_off
+from ..ops.tiles import tile_rows
+from ..ops.vector_routing.op import assign, gates, row_is_live
 from .vector import EfficientVectorRouting
 
 _BY_ROW = ("W_A", "B_A", "W_S", "B_S")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops._arguments import Count, checked
+from ..ops.arguments import Count, checked
 
 _BYTES = 16 << 20  #: of a chunk: large enough for the kernels, and two of them are little beside a process
 

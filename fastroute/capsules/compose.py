@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks
-from ..ops._arguments import checked
+from ..ops import checks as _checks
+from ..ops.arguments import checked
 
 
 class Residual(nn.Module):

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks, soft_assignment
-from ..ops._arguments import Count, InputCount, OutputCount, Several, checked
-from ..ops._autocast import autocast_dtype
-from ..ops._masked import only, reaches
-from ..ops._modules import reset
-from ..reference.soft_assignment import accumulating, share
-from ..reference.vector_routing import row_is_live
+from ..functional import soft_assignment
+from ..modules.reading import reset
+from ..ops import checks as _checks
+from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
+from ..ops.dtypes import accumulating
+from ..ops.masked import only, reaches
+from ..ops.precision import autocast_dtype
+from ..ops.soft_assignment.op import share
+from ..ops.vector_routing.op import row_is_live
 
 
 class _OfAll(torch.autograd.Function):

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks, matrix_routing
-from ..ops._arguments import Count, InputCapsules, OutputCapsules, Several, checked
-from ..ops._autocast import autocast_dtype, autocast_off
-from ..ops._masked import only, reaches
-from ..ops.matrix_routing import P_MODELS
-from ..reference.matrix_routing import Capsules, first_or_next
-from ..reference.matrix_step import Outputs
+from ..functional import matrix_routing
+from ..ops import checks as _checks
+from ..ops.arguments import Count, InputCapsules, OutputCapsules, Several, checked
+from ..ops.masked import only, reaches
+from ..ops.matrix_routing.contract import Capsules, Outputs
+from ..ops.matrix_routing.op import P_MODELS, first_or_next
+from ..ops.precision import autocast_dtype, autocast_off
 from .single_beta import SingleBeta
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import _checks
-from ..ops._arguments import Count, Several, checked
-from ..ops._autocast import autocast_dtype, autocast_off
-from ..ops._masked import only, reaches
-from ..ops._modules import may_be_read, reset
-from ..ops._recomputation import draws_of
-from ..ops.soft_assignment import soft_assignment
-from ..reference.vector_routing import row_is_live
+from ..modules.reading import may_be_read, reset
+from ..ops import checks as _checks
+from ..ops.arguments import Count, Several, checked
+from ..ops.masked import only, reaches
+from ..ops.precision import autocast_dtype, autocast_off
+from ..ops.recomputation import draws_of
+from ..ops.soft_assignment.op import soft_assignment
+from ..ops.vector_routing.op import row_is_live
 
 
 class SlotAttention(nn.Module):

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import _checks
-from ..ops._backends import is_strict, requested
-from ..ops._routing_passes import prepared
-from ..ops._streamed_routing import Streamed, route
-from ..ops.vector_routing import autocast_precision
-from ..reference.efficient_routing import Parameters, input_scale
+from ..ops import checks as _checks
+from ..ops.backends import is_strict, requested
+from ..ops.efficient_routing.contract import Parameters
+from ..ops.efficient_routing.op import input_scale
+from ..ops.efficient_routing.passes import prepared
+from ..ops.efficient_routing.streamed import Streamed, route
+from ..ops.precision import autocast_precision
 from .chunks import VectorChunks, as_tensor
 
 __all__ = ["Chunks", "stream"]

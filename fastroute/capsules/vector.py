@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks, efficient_routing
-from ..ops._arguments import Count, InputCount, OutputCount, Several, checked
-from ..ops._autocast import autocast_dtype, autocast_off
-from ..ops._autograd import transformed
-from ..ops._masked import only, reaches
-from ..ops._modules import Memo, Proof, call, may_be_read, reset
-from ..reference.efficient_routing import Functions, Parameters, cast, first_or_next, input_scale
-from ..reference.vector_routing import row_is_live
+from ..functional import efficient_routing
+from ..modules.reading import Memo, Proof, call, may_be_read, reset
+from ..ops import checks as _checks
+from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
+from ..ops.autograd import transformed
+from ..ops.efficient_routing.contract import Parameters
+from ..ops.efficient_routing.op import Functions, cast, first_or_next, input_scale
+from ..ops.masked import only, reaches
+from ..ops.precision import autocast_dtype, autocast_off
+from ..ops.vector_routing.op import row_is_live
 from .stream import Chunks, stream
 
 __all__ = ["EfficientVectorRouting"]

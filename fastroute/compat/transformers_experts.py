@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import combine, dispatch, expert_ffn, grouped_linear
-from ..ops._autocast import autocast_dtype
-from ..ops._modules import may_be_read
-from ..reference.grouped_linear import ACTIVATIONS
+from ..functional import combine, expert_ffn, grouped_linear
+from ..modules.reading import may_be_read
+from ..ops import dispatch
+from ..ops.activations import ACTIVATIONS
+from ..ops.precision import autocast_dtype
 
 NAME = "fastroute"
 

@@ -18,7 +18,7 @@ from torch.utils.benchmark import Timer
 
 from .. import data, plots
 from ..capsules import EfficientVectorRouting, credit_assignment
-from ..ops._backends import BACKENDS, BackendUnavailable, explain, missing, use_backend
+from ..ops.backends import BACKENDS, BackendUnavailable, explain, missing, use_backend
 from . import Options, on_digits
 
 CLASSES = 10

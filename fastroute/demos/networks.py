@@ -28,7 +28,7 @@ from ..networks import (
     Summary,
     Trajectory,
 )
-from ..ops._backends import explain
+from ..ops.backends import explain
 from . import Options, on_digits
 
 TASKS, CLASSES = 5, 2  #: digit // 2, which is known, and digit % 2, which is asked for

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._arguments import Several, checked
-from ..ops._checks import function, may_look, shown, tensor
-from ..ops._masked import only
+from ..ops.arguments import Several, checked
+from ..ops.checks import function, shown, tensor
+from ..ops.host import may_look
+from ..ops.masked import only
 
 
 class Unpack(nn.Module):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._arguments import Count, Tasks, checked
-from ..ops._autocast import autocast_off
-from ..ops._checks import floating, shown, tensor
+from ..ops.arguments import Count, Tasks, checked
+from ..ops.checks import floating, shown, tensor
+from ..ops.precision import autocast_off
 from .named_tasks import Axis, NamedTasks
-from .outputs import ByTask, by_task, task_names
+from .task_names import ByTask, by_task, task_names
 
 
 class CrossStitch(NamedTasks):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._arguments import Count, checked
-from ..ops._autocast import autocast_dtype, autocast_off
-from ..ops._checks import floating, shown, tensor
-from ..ops._modules import may_be_read
-from ..reference.grouped_linear import ACTIVATIONS
-from ..reference.policy import accumulating
+from ..modules.reading import may_be_read
+from ..ops.activations import ACTIVATIONS
+from ..ops.arguments import Count, checked
+from ..ops.checks import floating, shown, tensor
+from ..ops.dtypes import accumulating
+from ..ops.precision import autocast_dtype, autocast_off
 
 
 class Experts(nn.Module):

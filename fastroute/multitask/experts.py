@@ -12,12 +12,12 @@ from typing import Annotated, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..ops._arguments import Count, Several, Tasks, checked
-from ..ops._autocast import autocast_off
-from ..ops._checks import LARGEST, at_least_one, floating, integer, no_more, tensor
+from ..ops.arguments import Count, Several, Tasks, checked
+from ..ops.checks import LARGEST, at_least_one, floating, integer, no_more, tensor
+from ..ops.precision import autocast_off
 from .expert_bank import Experts, Gates, ModuleBank, features
 from .named_tasks import Axis, NamedTasks
-from .outputs import ByTask, by_task, task_names
+from .task_names import ByTask, by_task, task_names
 
 
 class _Level(nn.Module):

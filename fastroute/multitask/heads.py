@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops._autograd import transformed
-from ..ops._modules import Proof, may_be_read, options
-from .products import Layer, chains
+from ..modules.reading import Proof, may_be_read, options
+from ..ops.autograd import transformed
+from .head_chains import Layer, chains
 from .schedule import Call
-from .storage import SideBySide
+from .side_by_side import SideBySide
 
 #: What acts on every element alone and has no parameters.
 _ELEMENTWISE: frozenset[type] = frozenset({

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._checks import together
+from ..ops.checks import together
 
 
 def shown(value: Any) -> str:

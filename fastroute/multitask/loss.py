@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._checks import flag
+from ..ops.checks import flag
 from .labels import are_alike, classes, known, like, shown, spread
 from .weighting.base import wide
 

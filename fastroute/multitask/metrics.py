@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._accumulating import Accumulating
-from ..ops._arguments import Count, checked
+from ..ops.accumulating import Accumulating
+from ..ops.arguments import Count, checked
 from . import labels
 from .weighting.base import in_order, unknown
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops._arguments import checked
+from ..ops.arguments import checked
 from .graph import ROOT, draw, read, read_outputs
 from .heads import join
-from .held import Losses, LossWeights, hold
+from .model_losses import Losses, LossWeights, hold
 from .objective import Objective
 from .schedule import Call, Plan, assign, breadth_first, in_list_order, needed
 from .weighting import Weighting

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch, grouped_linear
-from ..ops._arguments import Count, Tasks, checked
-from ..ops._checks import shown, tensor, together
+from ..functional import grouped_linear
+from ..ops import dispatch
+from ..ops.arguments import Count, Tasks, checked
+from ..ops.checks import shown, tensor, together
+from .head_chains import Layer, chain
 from .named_tasks import Axis, NamedTasks
-from .products import Layer, chain
 from .weighting.base import names_of
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops._modules import name_before
+from ..modules.reading import name_before
 
 _KEY = "task_names"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._masked import only
+from ..ops.masked import only
 from .loss import task_losses
 from .schedule import Anchors
 from .sharing import feature_names, shared_parameters, task_parameters

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ..ops import _checks
-from ..ops._arguments import Count, checked
+from ..ops import checks as _checks
+from ..ops.arguments import Count, checked
 
 
 class Concat:

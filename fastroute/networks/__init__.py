@@ -1,5 +1,6 @@
 """Routing Networks (Rosenbaum et al. 2018): a learned choice of one module per sample, layer by layer."""
 
+from .decision_record import Mixture, Record
 from .decisions import (
     AAC,
     REINFORCE,
@@ -25,7 +26,6 @@ from .gating import TopKGating, rebalance
 from .loss import Loss
 from .mlp import MLP
 from .moe import MoE
-from .record import Mixture, Record
 from .recurrent import RoutingGRUCell, RoutingLSTMCell, RoutingRNNCellBase
 from .rewards import (
     BaseReward,
@@ -38,7 +38,7 @@ from .rewards import (
 )
 from .selection import Selection
 from .sequential import Initialization, Sequential
-from .stack import Stack, unstacked_state_dict
+from .stacked_modules import Stack, unstacked_state_dict
 from .summary import Summary
 from .trajectory import SampleMetaInformation, Trajectory
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import dispatch
-from ..ops._accumulating import Accumulating
-from ..ops._arguments import Count, NotNegative, checked
-from ..ops._autocast import autocast_off
-from ..ops._checks import floating, is_number, may_look, samples, shown, tensor
-from ..ops._masked import only
-from ..ops._modules import call, may_be_read, reset
-from ..ops._recomputation import draws_of, is_recomputation
-from ..reference.policy import accumulating
+from ..modules.reading import call, may_be_read, reset
+from ..ops import dispatch, host
+from ..ops.accumulating import Accumulating
+from ..ops.arguments import Count, NotNegative, checked
+from ..ops.checks import floating, is_number, samples, shown, tensor
+from ..ops.dtypes import accumulating
+from ..ops.host import may_look
+from ..ops.masked import only
+from ..ops.precision import autocast_off
+from ..ops.recomputation import draws_of, is_recomputation
+from .decision_record import Mixture
 from .decisions.base import Triplet, as_mask
-from .record import Mixture
 from .trajectory import SampleMetaInformation, Trajectory
 
 Scores = Literal["softmax", "sigmoid"]
@@ -193,7 +194,7 @@ class TopKGating(Accumulating):
             losses = self._losses(z, scores, counts, active)
         if self.counts is not None and self.training and not is_recomputation():
             looked_on = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-            if looked_on and not dispatch.is_wrapped(self.counts):
+            if looked_on and not host.is_wrapped(self.counts):
                 raise RuntimeError(
                     "counts: expected a call in eval, or buffers that are given to functional_call as the parameters "
                     "are: torch.func cannot change a buffer of the module"

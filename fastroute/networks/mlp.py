@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._arguments import checked
-from ..ops._checks import at_least_one, floating, shown, tensor
+from ..ops.arguments import checked
+from ..ops.checks import at_least_one, floating, shown, tensor
 
 #: An int or several; the constructor's own check tells all of them.
 Widths = Annotated[int | Sequence[int], None]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import dispatch, expert_ffn
-from ..ops._arguments import Count, Natural, checked
-from ..ops._checks import flag, floating, shown, tensor, together
-from ..ops._masked import only
-from ..ops._modules import may_be_read, reset
-from ..reference.grouped_linear import ACTIVATIONS
+from ..functional import expert_ffn
+from ..modules.reading import may_be_read, reset
+from ..ops import dispatch
+from ..ops.activations import ACTIVATIONS
+from ..ops.arguments import Count, Natural, checked
+from ..ops.checks import flag, floating, shown, tensor, together
+from ..ops.masked import only
 from .decisions.base import as_mask
 from .gating import Routed, TopKGating
 from .trajectory import Trajectory

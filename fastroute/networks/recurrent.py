@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._arguments import Count, Several, Share, checked
-from ..ops._checks import as_tensor, floating, shown, tensor, together
-from ..ops._masked import only
-from ..ops._modules import reset
+from ..modules.reading import reset
+from ..ops.arguments import Count, Several, Share, checked
+from ..ops.checks import as_tensor, floating, shown, tensor, together
+from ..ops.masked import only
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
 from .selection import Selection

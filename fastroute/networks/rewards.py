@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
-from ..ops._arguments import Count, checked
-from ..ops._checks import samples, shown, tensor, together
-from ..ops.trajectory_loss import ByAction, Final
+from ..ops.arguments import Count, checked
+from ..ops.checks import samples, shown, tensor, together
+from ..ops.trajectory_loss.op import ByAction, Final
 
 Formula = Literal["intended", "upstream"]
 

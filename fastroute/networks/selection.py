@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import combine, dispatch
-from ..ops._arguments import checked
-from ..ops._checks import floating, samples, shown, tensor
-from . import bank
+from ..functional import combine
+from ..ops import dispatch, host
+from ..ops.arguments import checked
+from ..ops.checks import floating, samples, shown, tensor
+from . import grouped_modules as bank
 from .decisions.base import as_mask
-from .stack import Stack, from_stack
+from .stacked_modules import Stack, from_stack
 from .trajectory import SampleMetaInformation, Trajectory
 
 
@@ -148,7 +149,7 @@ class Selection(nn.Module):
         """chosen [B] or [B, k] -> (what its module gives for every entry [N, ...], the plan)."""
         K = len(self._submodules)
         if self._log is not None and not chosen.is_meta:
-            self._log.update(a for a in dispatch.read(chosen.reshape(-1)) if 0 <= a < K)
+            self._log.update(a for a in host.read(chosen.reshape(-1)) if 0 <= a < K)
         plan = dispatch.plan(chosen, K)
         modules = self._submodules
         each, called = ([modules.pattern], modules.each) if isinstance(modules, Stack) else (list(modules), None)

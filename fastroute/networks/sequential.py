@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops._checks import samples, tensor
+from ..ops.checks import samples, tensor
 from .decisions.base import Decision
 from .decisions.fixed import PassThrough, PerTaskAssignment
 from .gating import TopKGating

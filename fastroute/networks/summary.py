@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .record import Mixture, Record
+from .decision_record import Mixture, Record
 from .trajectory import Trajectory
 
 COLLAPSE = 0.95  #: a layer that sends so much of several tasks' samples to one module has collapsed

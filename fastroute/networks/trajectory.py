@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..ops import dispatch
-from ..ops._checks import given, integer, shown
-from ..ops._recomputation import is_recomputation
-from ..ops.dispatch import Plan
-from ..ops.trajectory_loss import SILENT
-from .record import Mixture, Record, spread
+from ..ops.checks import given, integer, shown
+from ..ops.dispatch.contract import Plan
+from ..ops.recomputation import is_recomputation
+from ..ops.trajectory_loss.op import SILENT
+from .decision_record import Mixture, Record, spread
 
 if TYPE_CHECKING:
     from .summary import Summary

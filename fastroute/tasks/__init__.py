@@ -1,12 +1,12 @@
 """Task routing (Strezoski et al. 2019): a fixed random subset of the channels per task, hundreds of tasks in one."""
 
-from .active import on_task, set_task
+from .active_task import on_task, set_task
 from .export import Overlap, extract_task, mask_overlap
-from .fold import fold
+from .folding import fold
 from .layers import RoutedConv2d, RoutedLinear
-from .live import LiveSequential, live
-from .route import route
+from .live_model import LiveSequential, live
 from .router import TaskRouter
+from .routing import route
 from .vgg import VGG, vgg11, vgg11_bn
 
 __all__ = [

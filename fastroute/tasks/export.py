@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ..ops._arguments import checked
-from ..ops._modules import may_be_read, why_called
-from .active import task_index
-from .chain import (
+from ..modules.reading import may_be_read, why_called
+from ..ops.arguments import checked
+from .active_task import task_index
+from .layer_chain import (
     ALONE,
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -28,8 +28,8 @@ from .chain import (
     is_spatial,
     rank,
 )
-from .flow import flow
 from .router import TaskRouter
+from .traced_chain import flow
 
 
 class Overlap(NamedTuple):

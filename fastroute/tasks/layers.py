@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._arguments import Count, checked
-from ..ops._checks import tensor
-from .active import Task, is_mapped
-from .chain import MIX, Step, rank
+from ..ops.arguments import Count, checked
+from ..ops.checks import tensor
+from .active_task import Task, is_mapped
+from .layer_chain import MIX, Step, rank
+from .live_channels import sort, units
+from .live_execution import Held, Mixed, Single, is_idle
 from .router import TaskRouter
-from .units import sort, units
-from .walk import Held, Mixed, Single, is_idle
 
 
 def _shape(layer: Any) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..ops import _checks
+from ..ops import checks as _checks
 
 #: Units off: how many, or which fraction; ``units_off`` checks it.
 Sigma = Annotated[int | float, None]

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks
+from ..ops import checks as _checks
 from .router import TaskRouter
 
 #: False, or the path of a state dict; ``read`` checks it.

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks, task_mask
-from ..ops._arguments import Count, checked
+from ..functional import task_mask
+from ..ops import checks as _checks
+from ..ops.arguments import Count, checked
 from . import masks
-from .active import Task, TaskAware, traced
+from .active_task import Task, TaskAware, traced
 
 
 class TaskRouter(TaskAware):
@@ -94,7 +95,7 @@ class TaskRouter(TaskAware):
             generator.set_state(state)
         self._unit_mapping.copy_(torch.tensor(self._draw(generator), device=self._device()))
         if "_live" in self._buffers:
-            from .units import renew  # which knows routers
+            from .live_channels import renew  # which knows routers
 
             renew(self)
 

@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks, dispatch, grouped_linear
-from ..ops._arguments import Several, checked
-from ..ops._modules import may_be_read, reset, signature
-from .active import Task, TaskAware, aware_parts, on_device, traced
+from ..functional import grouped_linear
+from ..modules.reading import may_be_read, reset, signature
+from ..ops import checks as _checks
+from ..ops import dispatch
+from ..ops.arguments import Several, checked
+from .active_task import Task, TaskAware, aware_parts, on_device, traced
 from .masks import Sigma as Sigma
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_features, read

@@ -18,7 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastroute
 from fastroute import GenerativeMatrixRouting, use_backend
-from fastroute.reference.matrix_routing import Capsules, matrix_routing
+from fastroute.ops.matrix_routing.contract import Capsules
+from fastroute.ops.matrix_routing.reference import matrix_routing
 from tests.helpers import golden, seeds
 from tests.helpers.backends import HERE, each_backend, each_float32_backend
 from tests.helpers.budget import check

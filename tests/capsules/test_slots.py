@@ -15,7 +15,7 @@ from torch.export import Dim
 
 import fastroute
 from fastroute import SlotAttention, use_backend
-from fastroute.ops import _backends
+from fastroute.ops import backends as _backends
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastroute import use_backend
 from fastroute.compat import transformers_experts
-from fastroute.ops import expert_ffn as expert_ffn_op
+from fastroute.functional import expert_ffn as expert_ffn_op
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget

@@ -20,29 +20,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import fastroute.ops._native_matrix_routing
-import fastroute.ops._native_soft_assignment  # noqa: F401 (these two are imported by the first call otherwise)
-from fastroute import ops, use_backend
-from fastroute.ops import dispatch
-from fastroute.reference import agent_policy as reference_agents
-from fastroute.reference import dispatch as reference_dispatch
-from fastroute.reference import grouped_linear as reference_linear
-from fastroute.reference import policy as reference_policy
-from fastroute.reference import soft_assignment as reference_assignment
-from fastroute.reference import task_mask as reference_mask
-from fastroute.reference import tiles
-from fastroute.reference import trajectory_loss as reference_loss
-from fastroute.reference.policy import KINDS
-from fastroute.reference.soft_assignment import Grads as AssignmentGrads
-from fastroute.reference.soft_assignment import Pairs
-from fastroute.reference.step import Grads, Step
+from fastroute import functional, use_backend
+from fastroute.ops import activations, dispatch
+from fastroute.ops.agent_policy import plain as agent_policy_plain
+from fastroute.ops.batch_norm_mask_relu import plain as batch_norm_mask_relu_plain
+from fastroute.ops.dispatch import reference as reference_dispatch
+from fastroute.ops.grouped_linear import plain as grouped_linear_plain
+from fastroute.ops.policy import plain as policy_plain
+from fastroute.ops.policy.contract import KINDS
+from fastroute.ops.soft_assignment import plain as soft_assignment_plain
+from fastroute.ops.soft_assignment.contract import Grads as AssignmentGrads
+from fastroute.ops.soft_assignment.contract import Pairs
+from fastroute.ops.task_mask import plain as task_mask_plain
+from fastroute.ops.trajectory_loss import contract
+from fastroute.ops.trajectory_loss import plain as trajectory_loss_plain
+from fastroute.ops.vector_routing import plain as tiles
+from fastroute.ops.vector_routing.contract import Grads, Step
 from tests.helpers import agent_policy_cases, assignment_cases, matrix_cases, routing_cases, seeds
 from tests.helpers.cases import evaluate
 from tests.helpers.opcheck import assert_same
 from tests.helpers.trajectory_losses import loss_case, loss_op
 
 F64 = torch.float64
-ACTIVATIONS = list(reference_linear.ACTIVATIONS)
+ACTIVATIONS = list(activations.ACTIVATIONS)
 Call = tuple[str, tuple[Any, ...]]
 
 
@@ -123,21 +123,21 @@ def _networks() -> None:
     W, b = torch.randn(3, 5, 4, dtype=F64, requires_grad=True), torch.randn(3, 5, dtype=F64, requires_grad=True)
     for activation in ("none", "relu", "silu"):
         for weights, biases in ((list(W), list(b)), (W, b), (list(W), ())):
-            ops.grouped_linear(x, plan, weights, biases, activation=activation).sum().backward()
+            functional.grouped_linear(x, plan, weights, biases, activation=activation).sum().backward()
     pairs = dispatch.plan(torch.stack([actions, actions.flip(0)], 1), 3)
-    ops.grouped_linear(x, pairs, list(W), keep_sorted=True).sum().backward()
-    ops.grouped_linear(None, plan, (), [t[None] for t in b]).sum().backward()
+    functional.grouped_linear(x, pairs, list(W), keep_sorted=True).sum().backward()
+    functional.grouped_linear(None, plan, (), [t[None] for t in b]).sum().backward()
     scores = torch.randn(6, 3, dtype=F64, requires_grad=True)
     uniform, coin, forced = torch.rand(6, 3, dtype=F64), torch.rand(6, dtype=F64), torch.tensor([0, 1, 2, -1, 0, 2])
     for kind in KINDS:
-        ops.policy(scores, uniform=uniform, coin=coin, kind=kind, exploration=0.5).value.sum().backward()
-        ops.policy(scores, forced=forced, kind=kind, temperature=0.7).value.sum().backward()
+        functional.policy(scores, uniform=uniform, coin=coin, kind=kind, exploration=0.5).value.sum().backward()
+        functional.policy(scores, forced=forced, kind=kind, temperature=0.7).value.sum().backward()
     for net in agent_policy_cases.NETS:
         case = agent_policy_cases.case_of(actions, 3, 4, 5, net, dtype=F64)
         evaluate(agent_policy_cases.op("native"), case)
     for masked in (False, True):
-        case = loss_case(reference_loss.KINDS, 5, F64, masked=masked)
-        evaluate(loss_op("native", reference_loss.KINDS), case)
+        case = loss_case(contract.KINDS, 5, F64, masked=masked)
+        evaluate(loss_op("native", contract.KINDS), case)
 
 
 def _masks() -> None:
@@ -145,12 +145,12 @@ def _masks() -> None:
     for shape, task in product(((3, 4), (3, 4, 2, 2)), (1, tasks)):
         x = torch.randn(shape, dtype=F64, requires_grad=True)
         for relu in (False, True):
-            ops.task_mask(x, mapping, task, relu=relu).square().sum().backward()
-            ops.task_mask(x.detach().clone(), mapping, task, relu=relu, inplace=True)
+            functional.task_mask(x, mapping, task, relu=relu).square().sum().backward()
+            functional.task_mask(x.detach().clone(), mapping, task, relu=relu, inplace=True)
         for training in (False, True):
             given = [torch.rand(4, dtype=F64) + 0.5 for _ in range(4)]
             weight, bias = (t.requires_grad_() for t in given[2:])
-            y = ops.batch_norm_mask_relu(x, mapping, task, *given[:2], weight, bias, training, 0.1, 1e-5)
+            y = functional.batch_norm_mask_relu(x, mapping, task, *given[:2], weight, bias, training, 0.1, 1e-5)
             y.square().sum().backward()
 
 
@@ -204,32 +204,32 @@ def _matrix(
 
 
 def _assignment(*args: Any) -> tuple[Tensor, Tensor]:
-    return reference_assignment.forward(args[0], Pairs(*args[1:9]))
+    return soft_assignment_plain.forward(args[0], Pairs(*args[1:9]))
 
 
 def _assignment_backward(*args: Any) -> None:
     grads = AssignmentGrads(*args[11:])
-    reference_assignment.backward(args[0], Pairs(*args[1:9]), args[9], args[10], grads)
+    soft_assignment_plain.backward(args[0], Pairs(*args[1:9]), args[9], args[10], grads)
 
 
 def _linear(*args: Any) -> Any:
-    return reference_linear.forward(*args[:6], ACTIVATIONS[args[6]], args[7])
+    return grouped_linear_plain.forward(*args[:6], ACTIVATIONS[args[6]], args[7])
 
 
 def _linear_backward(*args: Any) -> Any:
     *given, modules, want_x, want_weights, want_biases, activation, kept, stacked, _ = args
     wants = want_x and len(args[6]) > 0, want_weights and len(args[6]) > 0, want_biases
-    return reference_linear.backward(*given, modules, wants, ACTIVATIONS[activation], kept, stacked)
+    return grouped_linear_plain.backward(*given, modules, wants, ACTIVATIONS[activation], kept, stacked)
 
 
 def _agents(*args: Any) -> Any:
-    return reference_agents.forward(*args[:10], KINDS[args[10]], *args[11:])
+    return agent_policy_plain.forward(*args[:10], KINDS[args[10]], *args[11:])
 
 
 def _agents_backward(*args: Any) -> Any:
     *given, kind, temperature, want_x, want_w, want_b, want_cw, want_cb, stacked, critic_stacked, _ = args
     wants = (want_w and len(args[9]) > 0, want_b), (want_cw and len(args[10]) > 0, want_cb)
-    return reference_agents.backward(*given, KINDS[kind], temperature, want_x, *wants, stacked, critic_stacked)
+    return agent_policy_plain.backward(*given, KINDS[kind], temperature, want_x, *wants, stacked, critic_stacked)
 
 
 def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -238,7 +238,7 @@ def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def _normed(*args: Any) -> Any:
-    return reference_mask.batch_norm(*args[:6], *_dense(*args[6:8]), *args[8:])
+    return batch_norm_mask_relu_plain.batch_norm(*args[:6], *_dense(*args[6:8]), *args[8:])
 
 
 def _normed_backward(*args: Any) -> Any:
@@ -249,7 +249,7 @@ def _normed_backward(*args: Any) -> Any:
     shape = (-1, *[1] * (x.dim() - 2))
     y = (x - about.view(shape)) * (by * (1 if weight is None else weight)).view(shape)
     y = y + (0 if bias is None else bias.view(shape))
-    return reference_mask.batch_norm_backward(
+    return batch_norm_mask_relu_plain.batch_norm_backward(
         g, x, y, mapping, tasks, task, mean, var, weight, bias, of_batch, scale, training, eps, relu, want_x
     )
 
@@ -259,17 +259,17 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "_dispatch_plan_native": lambda actions, modules: reference_dispatch.plan(actions, modules)[:3],
     "_grouped_linear_native": _linear,
     "_grouped_linear_native_backward": _linear_backward,
-    "_policy_native": lambda *a: reference_policy.forward(*a[:4], KINDS[a[4]], *a[5:]),
-    "_policy_native_backward": lambda *a: reference_policy.backward(*a[:3], KINDS[a[3]], a[4]),
+    "_policy_native": lambda *a: policy_plain.forward(*a[:4], KINDS[a[4]], *a[5:]),
+    "_policy_native_backward": lambda *a: policy_plain.backward(*a[:3], KINDS[a[3]], a[4]),
     "_agent_policy_native": _agents,
     "_agent_policy_native_backward": _agents_backward,
-    "_trajectory_loss_native": reference_loss.forward,
-    "_trajectory_loss_native_backward": reference_loss.backward,
-    "_task_mask_gate_native": reference_mask.gate,
-    "_task_mask_rectify_native": reference_mask.rectify,
-    "_task_mask_mask__native": reference_mask.mask_,
-    "_task_mask_batch_norm_native": _normed,
-    "_task_mask_batch_norm_backward_native": _normed_backward,
+    "_trajectory_loss_native": trajectory_loss_plain.forward,
+    "_trajectory_loss_native_backward": trajectory_loss_plain.backward,
+    "_task_mask_gate_native": task_mask_plain.gate,
+    "_task_mask_rectify_native": task_mask_plain.rectify,
+    "_task_mask_mask__native": task_mask_plain.mask_,
+    "_batch_norm_mask_relu_native": _normed,
+    "_batch_norm_mask_relu_native_backward": _normed_backward,
     "_vector_routing_native": _vector,
     "_vector_routing_native_backward": _vector_backward,
     "_matrix_routing_native": _matrix,
@@ -279,7 +279,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 
 
 #: Where C++ reads parameters and statistics of any dtype, and empty batches; PyTorch's batch norm does not.
-TAKES_MORE = ("_task_mask_batch_norm_native", "_task_mask_batch_norm_backward_native")
+TAKES_MORE = ("_batch_norm_mask_relu_native", "_batch_norm_mask_relu_native_backward")
 
 
 def written(name: str) -> list[int]:
@@ -458,7 +458,7 @@ def fuzz(calls: int, trace: int | None = None) -> tuple[int, int]:
 
 if __name__ == "__main__":
     if len(sys.argv) > 3:
-        from tests.cpp.cases import load
+        from tests.ops.vector_routing.cpp_cases import load
 
         load(sys.argv[3])
     raised, accepted = fuzz(int(sys.argv[1]), os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY))

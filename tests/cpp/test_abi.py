@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastroute.ops import _backends
+from fastroute.ops import backends as _backends
 from tests.helpers.subprocesses import ROOT
 
 ARM64 = "aarch64-linux-gnu-"

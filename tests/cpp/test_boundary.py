@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastroute import ops, use_backend
+from fastroute import functional, use_backend
 from fastroute.ops import dispatch
 from tests.cpp import boundary
 from tests.helpers.backends import HERE
@@ -31,7 +31,7 @@ def test_a_plan_of_actions_of_any_integer_dtype(dtype: torch.dtype, backend: str
     with use_backend(backend):
         found, expected = dispatch.plan(actions.to(dtype), 300), dispatch.plan(actions, 300)
         assert torch.equal(found.order, expected.order) and torch.equal(found.offsets, expected.offsets)
-        y = ops.grouped_linear(x, found, weights)
+        y = functional.grouped_linear(x, found, weights)
     torch.testing.assert_close(y, torch.einsum("nf,nof->no", x, weights[actions]))
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpp import cases
 from tests.cpp.test_boundary import fuzz
 from tests.helpers.backends import HERE
 from tests.helpers.subprocesses import ROOT, check_python
+from tests.ops.vector_routing import cpp_cases as cases
 
 CXX = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 

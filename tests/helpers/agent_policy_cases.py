@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastroute import ops, use_backend
+from fastroute import functional, use_backend
 from fastroute.ops import dispatch
-from fastroute.ops.agent_policy import AgentChoice
-from fastroute.ops.policy import KINDS
-from fastroute.reference import agent_policy as reference
+from fastroute.ops.agent_policy import reference as reference
+from fastroute.ops.agent_policy.op import AgentChoice
+from fastroute.ops.policy.op import KINDS
 from tests.helpers.cases import Case
 
 from . import seeds
@@ -89,7 +89,7 @@ def op(backend: str, *, stacked: bool = False, no_plan: bool = False, **options:
             plan = None if no_plan else dispatch.plan(agents, A)
         with use_backend(backend):
             rows = agents if x is None and no_plan else x
-            return results(ops.agent_policy(rows, plan, **nets, **inputs, keep_empty=True, **options))
+            return results(functional.agent_policy(rows, plan, **nets, **inputs, keep_empty=True, **options))
 
     return call
 

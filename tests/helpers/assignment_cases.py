@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastroute import ops, use_backend
-from fastroute.reference import soft_assignment as reference
+from fastroute import functional, use_backend
+from fastroute.ops import dtypes
+from fastroute.ops.soft_assignment import contract
+from fastroute.ops.soft_assignment import reference as reference
 
 from . import seeds
 from .cases import Case
@@ -78,7 +80,7 @@ def _options(form: str) -> dict[str, Any]:
 def op(backend: str, form: str) -> Callable[..., dict[str, Tensor]]:
     def call(**inputs: Tensor | None) -> dict[str, Tensor]:
         with use_backend(backend):
-            return {"y": ops.soft_assignment(**inputs, **_options(form))}  # type: ignore[arg-type]
+            return {"y": functional.soft_assignment(**inputs, **_options(form))}  # type: ignore[arg-type]
 
     return call
 
@@ -88,12 +90,12 @@ def truth(form: str) -> Callable[..., dict[str, Tensor]]:
 
     def call(**inputs: Any) -> dict[str, Tensor]:
         votes = inputs.pop("votes")
-        acc = reference.accumulating(votes.dtype)
+        acc = dtypes.accumulating(votes.dtype)
         names = ("scores", "gate", "use", "ign", "prior", "mask", "lengths")
         given = {k: inputs[k] for k in names}
         for k in ("scores", "use", "ign"):
             given[k] = None if given[k] is None else given[k].to(acc)
-        M, p = reference.soft_assignment(votes.to(acc), reference.Pairs(**given, eps=options.get("eps", 0.0)))
+        M, p = reference.soft_assignment(votes.to(acc), contract.Pairs(**given, eps=options.get("eps", 0.0)))
         return {"y": M / torch.where(p > 0, p, 1.0)[..., None] if options.get("mean") else M}
 
     return call

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastroute.ops._backends import BACKENDS, missing
+from fastroute.ops.backends import BACKENDS, missing
 
 HERE = tuple(name for name in reversed(BACKENDS) if name != "triton" and missing(name, "cpu") is None)
 

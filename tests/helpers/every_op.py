@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastroute import ops, use_backend
+from fastroute import functional, use_backend
 from fastroute.ops import dispatch
-from fastroute.reference.policy import KINDS as POLICIES
-from fastroute.reference.trajectory_loss import KINDS as LOSSES
+from fastroute.ops.policy.contract import KINDS as POLICIES
+from fastroute.ops.trajectory_loss.contract import KINDS as LOSSES
 from tests.helpers import agent_policy_cases, assignment_cases, matrix_cases, routing_cases
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.trajectory_losses import loss_case, loss_op
@@ -35,12 +35,12 @@ def _linear_case() -> Case:
 
 def _linear(actions: Tensor, x: Tensor, W: Tensor, b: Tensor) -> dict[str, Tensor]:
     plan = dispatch.plan(actions, len(W))
-    y = ops.grouped_linear(x, plan, W, b, activation="silu", keep_empty=True)
+    y = functional.grouped_linear(x, plan, W, b, activation="silu", keep_empty=True)
     return {"order": plan.order, "offsets": plan.offsets, "y": y}
 
 
 def _policy(scores: Tensor, forced: Tensor) -> dict[str, Tensor]:
-    return {kind: ops.policy(scores, forced=forced, kind=kind, temperature=0.7).value for kind in POLICIES}
+    return {kind: functional.policy(scores, forced=forced, kind=kind, temperature=0.7).value for kind in POLICIES}
 
 
 def _policy_case() -> Case:
@@ -56,12 +56,12 @@ def _masked(inputs: dict[str, Tensor | None]) -> Case:
 
 
 def _mask(**inputs: Any) -> dict[str, Tensor]:
-    return {"y": ops.task_mask(**inputs, relu=True)}
+    return {"y": functional.task_mask(**inputs, relu=True)}
 
 
 def _batch_norm(mean: Tensor, var: Tensor, **inputs: Any) -> dict[str, Tensor]:
     running = {"running_mean": mean.clone(), "running_var": var.clone()}
-    return {"y": ops.batch_norm_mask_relu(**inputs, **running, training=True, momentum=0.1, eps=1e-5), **running}
+    return {"y": functional.batch_norm_mask_relu(**inputs, **running, training=True, momentum=0.1, eps=1e-5), **running}
 
 
 #: By the op's name: how it is called, and a float64 call.

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute import ops
-from fastroute.reference import matrix_routing as reference
-from fastroute.reference.matrix_routing import Capsules
+from fastroute import functional
+from fastroute.ops.matrix_routing import reference as reference
+from fastroute.ops.matrix_routing.contract import Capsules
 
 from . import seeds
 from .cases import Case, Function
@@ -69,7 +69,9 @@ def matrix_case(
 
 def matrix_op(n_iters: int = 3, **options: Any) -> Function:
     def call(a_inp: Tensor, mu_inp: Tensor, mask: Tensor | None, **w: Tensor) -> dict[str, Tensor | None]:
-        return dict(ops.matrix_routing(a_inp, mu_inp, Capsules(**w), n_iters=n_iters, mask=mask, **options)._asdict())
+        return dict(
+            functional.matrix_routing(a_inp, mu_inp, Capsules(**w), n_iters=n_iters, mask=mask, **options)._asdict()
+        )
 
     return call
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastroute.ops._backends import requested
+from fastroute.ops.backends import requested
 
 from .cases import Case, Function
 

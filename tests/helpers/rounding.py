@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastroute.ops._registry import implementations
+from fastroute.ops.registry import implementations
 
 aten = torch.ops.aten
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute import EfficientVectorRouting, ops
-from fastroute.reference import efficient_routing as reference_efficient
-from fastroute.reference import vector_routing as reference_vector
-from fastroute.reference.efficient_routing import Parameters
+from fastroute import EfficientVectorRouting, functional
+from fastroute.ops.efficient_routing import reference as reference_efficient
+from fastroute.ops.efficient_routing.contract import Parameters
+from fastroute.ops.vector_routing import reference as reference_vector
 
 from . import seeds
 from .cases import Case
@@ -67,7 +67,7 @@ def vector_case(
     parameter_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Case:
-    """Inputs of ``ops.vector_routing`` with scores of order 1."""
+    """Inputs of ``functional.vector_routing`` with scores of order 1."""
     b, n, m, d, _ = size
     acc = torch.promote_types(dtype, torch.float32)
     normal = _normal(seeds.generator(seed), parameter_dtype or dtype)
@@ -97,7 +97,7 @@ def vector_case(
 
 
 def vector_op(**inputs: Tensor | None) -> dict[str, Tensor]:
-    M, p = ops.vector_routing(**inputs)  # type: ignore[arg-type]
+    M, p = functional.vector_routing(**inputs)  # type: ignore[arg-type]
     return {"M": M, "p": p}
 
 
@@ -124,7 +124,7 @@ def efficient_case(
     parameter_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Case:
-    """Inputs of ``ops.efficient_routing`` as a fresh module has them, but with biases that are not zero."""
+    """Inputs of ``functional.efficient_routing`` as a fresh module has them, but with biases that are not zero."""
     b, n, m, d, h = size
     stored = parameter_dtype or dtype
     normal = _normal(seeds.generator(seed), stored)
@@ -165,7 +165,7 @@ def _routed(routing: Any, n_iters: int, normalize: bool, **inputs: Tensor | None
 
 
 def efficient_op(n_iters: int = 2, normalize: bool = True) -> Any:
-    return partial(_routed, ops.efficient_routing, n_iters, normalize)
+    return partial(_routed, functional.efficient_routing, n_iters, normalize)
 
 
 def efficient_truth(n_iters: int = 2, normalize: bool = True) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastroute import ops, use_backend
-from fastroute.reference import trajectory_loss as reference
-from fastroute.reference.trajectory_loss import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
+from fastroute import functional, use_backend
+from fastroute.ops.trajectory_loss import reference as reference
+from fastroute.ops.trajectory_loss.contract import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
 
 from . import seeds
 from .cases import Case
@@ -62,7 +62,7 @@ def arguments(kinds: Sequence[str], inputs: dict[str, Any]) -> dict[str, Any]:
 def loss_op(backend: str, kinds: Sequence[str], **options: Any) -> Callable[..., dict[str, Tensor | None]]:
     def call(**inputs: Tensor | None) -> dict[str, Tensor | None]:
         with use_backend(backend):
-            return {"loss": ops.trajectory_loss(**arguments(kinds, inputs), **options)}
+            return {"loss": functional.trajectory_loss(**arguments(kinds, inputs), **options)}
 
     return call
 

@@ -6,16 +6,14 @@ import pytest
 
 from tests import aot
 
-from . import (
-    test_aot,
-    test_aot_dispatch,
-    test_aot_policy,
-    test_expert_ffn_aot,
-    test_matrix_routing_aot,
-    test_soft_assignment_aot,
-    test_task_mask_aot,
-    test_trajectory_loss_aot,
-)
+from ..ops.expert_ffn import test_aot as test_expert_ffn_aot
+from ..ops.grouped_linear import test_aot as test_aot_dispatch
+from ..ops.matrix_routing import test_aot as test_matrix_routing_aot
+from ..ops.policy import test_aot as test_aot_policy
+from ..ops.soft_assignment import test_aot as test_soft_assignment_aot
+from ..ops.task_mask import test_aot as test_task_mask_aot
+from ..ops.trajectory_loss import test_aot as test_trajectory_loss_aot
+from ..ops.vector_routing import test_aot
 
 pytest.importorskip("triton")
 CASES = {

@@ -17,7 +17,7 @@ FEW = {
         "test_kinds[one-pass-first-linear-made]", "test_kinds[one-pass-next]", "test_kinds[two-phase-next-linear]",
         "test_kinds[two-phase-first-made]", "test_a_layer_reads_x_once",
     ),
-    "dispatch": (
+    "grouped_linear": (
         "test_plans[ranked-130-64]", "test_plans[counted-130-64]", "test_plans[sorted-130-64]",
         "test_linear[uneven]",
     ),
@@ -32,7 +32,7 @@ FEW = {
     "expert_ffn": ("test_both_designs[bf16-gated-silu]", "test_both_designs[fp32-plain-gelu]"),
 }  # fmt: skip
 EVERYTHING = {
-    **{name: [f"tests/kernels/test_{name}.py"] for name in FEW},
+    **{name: [f"tests/ops/{name}/test_kernels.py"] for name in FEW},
     "golden": ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
     "definable": ["tests/capsules/test_definable.py", "-k", "test_golden_float32 and triton"],
     "matrix": ["tests/capsules/test_matrix.py", "-k", "in_float32 and triton and (base_3d or dict or var)"],
@@ -53,7 +53,7 @@ def interpret(what: list[str]) -> None:
 
 
 def test_every_kernel() -> None:
-    interpret([f"tests/kernels/test_{kernel}.py::{test}" for kernel, tests in FEW.items() for test in tests])
+    interpret([f"tests/ops/{kernel}/test_kernels.py::{test}" for kernel, tests in FEW.items() for test in tests])
 
 
 @pytest.mark.long

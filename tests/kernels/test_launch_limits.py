@@ -18,18 +18,16 @@ import triton
 import triton.language as tl
 
 import fastroute  # noqa: F401 (ops are offered when they are imported)
-from fastroute.ops import _backends
+from fastroute.ops import backends as _backends
 from tests import aot
 
-from . import (
-    test_aot,
-    test_aot_dispatch,
-    test_aot_policy,
-    test_matrix_routing_aot,
-    test_soft_assignment_aot,
-    test_task_mask_aot,
-    test_trajectory_loss_aot,
-)
+from ..ops.grouped_linear import test_aot as test_aot_dispatch
+from ..ops.matrix_routing import test_aot as test_matrix_routing_aot
+from ..ops.policy import test_aot as test_aot_policy
+from ..ops.soft_assignment import test_aot as test_soft_assignment_aot
+from ..ops.task_mask import test_aot as test_task_mask_aot
+from ..ops.trajectory_loss import test_aot as test_trajectory_loss_aot
+from ..ops.vector_routing import test_aot
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter makes no IR")
 
@@ -118,6 +116,7 @@ EDGES: dict[str, dict[str, Callable[[], Iterable[aot.Launch]]]] = {
     "dispatch": PRODUCTS,
     "grouped_linear": PRODUCTS,
     "policy": POLICIES,
+    "agent_policy": POLICIES,
     "matrix_routing": {
         "batches": batches(matrix, 3, 5, 4, 4, 4), "masked": batches(matrix, 9, 5, 2, 3, 3, masked=True),
         "ones": partial(matrix, (1, 1, 1, 1, 1, 1)), "2^31 results": partial(matrix, (200_000, 4, 64, 16, 4, 16)),
@@ -241,7 +240,7 @@ def test_larger_assignments_are_refused() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_rows_of_pairs_have_one_for_each_thread(backward: bool) -> None:
     """They are read and written in one place: a second thread with the same pair could read what the first wrote."""
-    from fastroute.kernels.matrix_routing_plan import MAX_OUTPUTS, plan
+    from fastroute.kernels.matrix_routing.plan import MAX_OUTPUTS, plan
 
     for m in (1, 2, 3, 4, 100, 1000, MAX_OUTPUTS):
         row = plan(2, 100, m, 2, 2, 2, shared=False, backward=backward).row

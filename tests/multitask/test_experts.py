@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastroute.multitask import CGC, PLE, Experts, MMoE
-from fastroute.reference.grouped_linear import ACTIVATIONS
+from fastroute.ops.activations import ACTIVATIONS
 from tests.helpers import seeds, strategies
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported

@@ -30,7 +30,7 @@ from fastroute.networks import (
     Sequential,
     Trajectory,
 )
-from fastroute.ops.trajectory_loss import Entry
+from fastroute.ops.trajectory_loss.op import Entry
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import LEARNING, F, decision, linears, start
 
@@ -167,7 +167,7 @@ def test_agents_with_a_sample_or_none(algo: str, agents: list[int], backend: str
 
 def test_negative_agents_where_counts_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: such samples are dropped, unless ``strict`` looks."""
-    monkeypatch.setattr("fastroute.ops.dispatch.on_host", lambda offsets: None)
+    monkeypatch.setattr("fastroute.ops.dispatch.op.on_host", lambda offsets: None)
     layer, x = decision("REINFORCE", 3, 2), torch.randn(5, F)
     agents = torch.tensor([0, -1, 1, -1, 0])
     assert layer(x, start(x), agents)[2][[1, 3]].tolist() == [0, 0]

@@ -133,5 +133,5 @@ def test_explain(algo: str) -> None:
             with use_backend(backend):
                 made = fastroute.explain(net, x.float(), agents, forced, y.float())
             assert {d.backend for d in made} == {backend}
-            learnt = {"policy", "trajectory_loss"} if algo != "GumbelSoftmax" else set()
+            learnt = {"agent_policy", "trajectory_loss"} if algo != "GumbelSoftmax" else set()
             assert {d.case.op for d in made} == {"dispatch", "grouped_linear"} | learnt

@@ -12,7 +12,7 @@ from fastroute.networks import Initialization, MoE, Selection, TopKGating
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
-from tests.ops.test_expert_ffn import ACTIONS, ffn_case, truth
+from tests.ops.expert_ffn.test_op import ACTIONS, ffn_case, truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -20,7 +20,8 @@ GPU = "cuda"
 
 
 def on_gpu(actions: Tensor, **given: Any) -> dict[str, Tensor]:
-    from fastroute.ops import dispatch, expert_ffn
+    from fastroute.functional import expert_ffn
+    from fastroute.ops import dispatch
 
     x, weights, w_in, w_out = (None if t is None else t.to(GPU) for t in given.values())
     plan = dispatch.plan(actions.to(GPU), len(given["w_in"]))

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fastroute
 from fastroute import use_backend
 from fastroute.networks import MoE
-from fastroute.reference.grouped_linear import ACTIVATIONS
+from fastroute.ops.activations import ACTIVATIONS
 from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import assert_within_budget

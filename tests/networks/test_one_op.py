@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fastroute import networks, use_backend
 from fastroute.networks import Loss, NegLossReward
 from fastroute.networks import loss as module
+from fastroute.networks.decision_record import Column, Record
 from fastroute.networks.decisions.base import Decided
-from fastroute.networks.entries import Entries
-from fastroute.networks.record import Column, Record
-from fastroute.ops.trajectory_loss import Entry
+from fastroute.networks.loss_entries import Entries
+from fastroute.ops.trajectory_loss.op import Entry
 from tests.helpers import seeds
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.networks import LEARNING, F, decision, start

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import use_backend
-from fastroute.networks import MLP, Selection, bank
+from fastroute.networks import MLP, Selection
+from fastroute.networks import grouped_modules as bank
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, gradients, linears, start

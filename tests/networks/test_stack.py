@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import use_backend
-from fastroute.networks import MLP, RELAX, Loss, NegLossReward, Selection, bank
-from fastroute.networks.stack import Stack, unstacked_state_dict
+from fastroute.networks import MLP, RELAX, Loss, NegLossReward, Selection
+from fastroute.networks import grouped_modules as bank
+from fastroute.networks.stacked_modules import Stack, unstacked_state_dict
 from fastroute.ops import dispatch
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend

@@ -9,7 +9,11 @@ import torch
 
 from tests.helpers import agent_policy_cases, assignment_cases, matrix_cases, routing_cases, tasks, trajectory_losses
 from tests.helpers.cases import Case, Function, Results, select
-from tests.ops import test_combine, test_expert_ffn, test_grouped_linear, test_policy, test_task_mask
+from tests.ops.combine import test_op as test_combine
+from tests.ops.expert_ffn import test_op as test_expert_ffn
+from tests.ops.grouped_linear import test_op as test_grouped_linear
+from tests.ops.policy import test_op as test_policy
+from tests.ops.task_mask import test_op as test_task_mask
 
 F32 = torch.float32
 #: Rows of a problem: of those that faults are planted in, and of those that plain PyTorch is tried on. In longer ones

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import fastroute
-from fastroute import BackendUnavailable, EfficientVectorRouting, explain, ops, strict, use_backend
-from fastroute.ops import _backends
-from fastroute.ops._backends import Case, Decision, choose, decide, is_strict, missing, offered, requested
-from fastroute.reference import tiles
+from fastroute import BackendUnavailable, EfficientVectorRouting, explain, functional, strict, use_backend
+from fastroute.ops import backends as _backends
+from fastroute.ops import environment
+from fastroute.ops.backends import Case, Decision, choose, decide, is_strict, missing, offered, requested
+from fastroute.ops.vector_routing import plain as tiles
 from tests.helpers.backends import HERE
 from tests.helpers.routing_cases import Size, vector_case, vector_op
 from tests.helpers.subprocesses import check_python
@@ -125,7 +126,7 @@ def test_a_request_that_cannot_be_met_says_why() -> None:
         vector_op(**half)
 
 
-@pytest.mark.skipif(_backends.interpreting(), reason="Triton's interpreter takes CPU tensors")
+@pytest.mark.skipif(environment.interpreting(), reason="Triton's interpreter takes CPU tensors")
 def test_triton_on_a_cpu_says_why() -> None:
     with (
         use_backend("triton"),
@@ -244,7 +245,7 @@ def test_explain_says_why_the_first_choice_does_not_run() -> None:
 
 def test_explain_a_function_and_nothing() -> None:
     inputs = vector_case(Size(2, 33, 5, 12)).inputs
-    found = explain(lambda x: ops.vector_routing(**{**inputs, "x": x})[0], inputs["x"])  # type: ignore[arg-type]
+    found = explain(lambda x: functional.vector_routing(**{**inputs, "x": x})[0], inputs["x"])  # type: ignore[arg-type]
     assert [d.case.op for d in found] == ["vector_routing"]
     assert str(explain(torch.relu, torch.zeros(3))) == "no fastroute op was called"
 

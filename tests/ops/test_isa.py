@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastroute.cli import main
-from fastroute.ops import _backends, _isa
+from fastroute.ops import backends as _backends
+from fastroute.ops import isa as _isa
 from tests.helpers.backends import HERE
 from tests.helpers.every_op import EVERY_OP
 from tests.helpers.opcheck import assert_same

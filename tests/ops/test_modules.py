@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastroute.modules.reading import options
 from fastroute.multitask import MTLModel, heads
-from fastroute.networks import Initialization, Selection, bank
-from fastroute.ops._modules import options
+from fastroute.networks import Initialization, Selection
+from fastroute.networks import grouped_modules as bank
 from tests.helpers.opcheck import assert_same
 
 ARGUMENTS: dict[type, tuple[int, ...]] = {

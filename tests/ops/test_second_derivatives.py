@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastroute import ops, use_backend
+from fastroute import functional, use_backend
 from fastroute.ops import dispatch
-from fastroute.reference.trajectory_loss import trajectory_loss
+from fastroute.ops.trajectory_loss.reference import trajectory_loss
 from tests.helpers import seeds
 from tests.helpers.backends import HERE
 from tests.helpers.cases import Case
@@ -19,7 +19,8 @@ from tests.helpers.matrix_cases import Size as MatrixSize
 from tests.helpers.matrix_cases import matrix_case, matrix_op
 from tests.helpers.routing_cases import Size, efficient_case, efficient_op, some_mask, vector_case, vector_op
 
-from . import test_expert_ffn, test_grouped_linear
+from .expert_ffn import test_op as test_expert_ffn
+from .grouped_linear import test_op as test_grouped_linear
 
 F64 = torch.float64
 Op = Callable[..., Mapping[str, Tensor | None]]
@@ -38,19 +39,19 @@ def masked_batch_norm(training: bool) -> Op:
         mapping, task = (rand(3, 4, seed=5) > 0).to(F64), torch.tensor([0, 2, 1, 1, 0])
         running = None if training else rand(4), None if training else rand(4).square() + 0.5
         args = mapping, task, *running, weight, bias, training, 0.1, 1e-5
-        return {"y": ops.batch_norm_mask_relu(x, *args)}
+        return {"y": functional.batch_norm_mask_relu(x, *args)}
 
     return call
 
 
 def masked(relu: bool) -> Op:
     mapping, task = (rand(3, 4, seed=5) > 0).to(F64), torch.tensor([0, 2, 1, 1, 0])
-    return lambda x: {"y": ops.task_mask(x.tanh(), mapping, task, relu=relu)}
+    return lambda x: {"y": functional.task_mask(x.tanh(), mapping, task, relu=relu)}
 
 
 def policy(kind: str) -> Op:
     forced = torch.tensor([0, 2, -1, 1, 0])
-    return lambda scores: {"value": ops.policy(scores, forced=forced, kind=kind).value}
+    return lambda scores: {"value": functional.policy(scores, forced=forced, kind=kind).value}
 
 
 def agent_policy(stacked: bool) -> Op:
@@ -58,7 +59,7 @@ def agent_policy(stacked: bool) -> Op:
 
     def call(x: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> dict[str, Tensor | None]:
         nets = [t if stacked else list(t.unbind()) for t in (W, b, V, c)]
-        made = ops.agent_policy(
+        made = functional.agent_policy(
             x, dispatch.plan(agents, 2), *nets[:2], critic_weights=nets[2], critic_biases=nets[3], forced=forced
         )
         return {"value": made.value, "scores": made.scores, "critic": made.critic, "critic_at": made.critic_at}
@@ -77,7 +78,7 @@ def loss_by(of: Callable[..., Tensor]) -> Op:
 
 
 def combine(z: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    return {"y": ops.combine(z, weights, rand(5, 2, seed=3) > -0.5)}
+    return {"y": functional.combine(z, weights, rand(5, 2, seed=3) > -0.5)}
 
 
 SMALL = Size(2, 5, 3, 4, 3)
@@ -90,7 +91,7 @@ CASES: dict[str, tuple[Op, Case]] = {
     "efficient_routing, gram": (efficient_op(2), efficient_case(SMALL, linear=True, dtype=F64, lengths=[5, 3])),
     "matrix_routing": (matrix_op(2), matrix_case(MatrixSize(2, 5, 3, 2, 2, 2), dtype=F64)),
     "soft_assignment": (
-        lambda **t: {"y": ops.soft_assignment(**t)},
+        lambda **t: {"y": functional.soft_assignment(**t)},
         plain_case(
             ("scores", "votes", "gate"), scores=rand(2, 5, 3), votes=rand(2, 5, 3, 4), gate=rand(2, 5).sigmoid()
         ),
@@ -119,7 +120,7 @@ CASES: dict[str, tuple[Op, Case]] = {
         for stacked in (False, True)
     },
     "trajectory_loss": (
-        loss_by(ops.trajectory_loss), plain_case(("s0", "s1"), s0=-rand(3, 5).square(), s1=rand(3, 5, seed=1))
+        loss_by(functional.trajectory_loss), plain_case(("s0", "s1"), s0=-rand(3, 5).square(), s1=rand(3, 5, seed=1))
     ),
     "task_mask": (masked(False), plain_case(("x",), x=rand(5, 4, 2))),
     "task_mask, relu": (masked(True), plain_case(("x",), x=rand(5, 4, 2))),
@@ -165,7 +166,7 @@ def test_second_derivative_of_a_trajectory_loss(backend: str) -> None:
         return [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
 
     with use_backend(backend):
-        found = second(loss_by(ops.trajectory_loss))
+        found = second(loss_by(functional.trajectory_loss))
     for a, b in zip(found, second(loss_by(trajectory_loss)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert any(t.any() for t in found)

@@ -17,10 +17,12 @@ from fastroute.tasks import (
     RoutedLinear,
     TaskRouter,
     live,
-    products,
     route,
     set_task,
     vgg11_bn,
+)
+from fastroute.tasks import (
+    live_products as products,
 )
 from tests.helpers import seeds
 from tests.helpers.budget import assert_within_budget

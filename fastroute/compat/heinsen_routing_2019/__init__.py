@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...capsules.single_beta import SingleBeta
-from ...ops import _checks, matrix_routing
-from ...ops._arguments import checked
-from ...ops._autocast import autocast_dtype, autocast_off
-from ...ops._modules import are_watched, may_be_read
-from ...ops.matrix_routing import P_MODELS
-from ...reference.matrix_routing import Capsules, first_or_next
-from ...reference.matrix_step import Outputs
+from ...functional import matrix_routing
+from ...modules.reading import are_watched, may_be_read
+from ...ops import checks as _checks
+from ...ops.arguments import checked
+from ...ops.matrix_routing.contract import Capsules, Outputs
+from ...ops.matrix_routing.op import P_MODELS, first_or_next
+from ...ops.precision import autocast_dtype, autocast_off
 
 __all__ = ["Routing"]
 

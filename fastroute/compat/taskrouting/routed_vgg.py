@@ -14,10 +14,10 @@ from torch import nn
 
 from fastroute import tasks
 from fastroute.tasks import vgg
-from fastroute.tasks.active import Task, TaskAware
+from fastroute.tasks.active_task import Task, TaskAware
 from fastroute.tasks.vgg import cfg
 
-from ...ops._arguments import checked
+from ...ops.arguments import checked
 from .taskrouting import TaskRouter
 
 __all__ = ["VGG", "vgg11", "vgg11_bn"]

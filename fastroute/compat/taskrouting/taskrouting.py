@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import tasks
-from fastroute.ops import _checks, task_mask
-from fastroute.tasks.active import Task, on_device
+from fastroute.functional import task_mask
+from fastroute.ops import checks as _checks
+from fastroute.tasks.active_task import Task, on_device
 
 __all__ = ["TaskRouter"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...ops._arguments import Tasks, checked
+from ...ops.arguments import Tasks, checked
 from .base import Losses, Present, Weighting, unknown
 from .fixed import RLW, EqualWeights, FixedWeights, GeometricMean
 from .learned import IMTL, UNBOUNDED, LearnedWeights, Uncertainty

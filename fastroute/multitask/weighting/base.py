@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...ops._accumulating import Accumulating
-from ...ops._arguments import Tasks, checked
-from ...ops._checks import MOST, floating, no_more, together
+from ...ops.accumulating import Accumulating
+from ...ops.arguments import Tasks, checked
+from ...ops.checks import MOST, floating, no_more, together
 from ..named_tasks import Axis, NamedTasks
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...ops._arguments import Tasks, checked
-from ...ops._recomputation import draws_of
+from ...ops.arguments import Tasks, checked
+from ...ops.recomputation import draws_of
 from .base import Weighting, fill, log, memory_dtype, numbers, softmax, total
 
 

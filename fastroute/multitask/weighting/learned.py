@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...ops._arguments import Tasks, checked
+from ...ops.arguments import Tasks, checked
 from .base import Weighting, fill, numbers, total, wide
 
 UNBOUNDED = (

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...ops._arguments import NotNegative, Positive, Tasks, checked
+from ...ops.arguments import NotNegative, Positive, Tasks, checked
 from .base import Losses, Present, Weighting, fill, log, memory_dtype, numbers, softmax, total
 
 #: Rows of a record: of every call that may be one of training, and of those whose total was back-propagated.

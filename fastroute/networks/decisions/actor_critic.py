@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops._arguments import checked
-from ...ops.dispatch import Plan
-from ...ops.trajectory_loss import critics_target, squared
-from ...reference.policy import values
-from ..entries import Entries, Need
-from ..record import Column, Record
+from ...ops.arguments import checked
+from ...ops.dispatch.contract import Plan
+from ...ops.policy.op import values
+from ...ops.trajectory_loss.op import critics_target, squared
+from ..decision_record import Column, Record
+from ..loss_entries import Entries, Need
 from .base import Decided, Decision
 from .policy_gradient import REINFORCE, _WithValueNet, critic_column, egreedy_columns, importance, log_softmax_column
 

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import agent_policy, dispatch, policy
-from ...ops._arguments import Count, Several, Share, checked
-from ...ops._checks import as_tensor, may_look, moved, samples, shape, share, shown, tensor
-from ...ops._checks import given as shown_value
-from ...ops._masked import only
-from ...ops._recomputation import draws_of, is_recomputation
-from ...ops.agent_policy import AgentChoice
-from ...ops.dispatch import Plan
-from ...ops.trajectory_loss import Entry, loss_of
-from ...reference.policy import accumulating, shifted
-from ..entries import Entries, Need, from_raw
-from ..record import Column, Record
+from ...functional import agent_policy, policy
+from ...ops import dispatch
+from ...ops.agent_policy.op import AgentChoice
+from ...ops.arguments import Count, Several, Share, checked
+from ...ops.checks import as_tensor, moved, samples, shape, share, shown, tensor
+from ...ops.checks import given as shown_value
+from ...ops.dispatch.contract import Plan
+from ...ops.dtypes import accumulating
+from ...ops.host import may_look
+from ...ops.masked import only
+from ...ops.policy.op import shifted
+from ...ops.recomputation import draws_of, is_recomputation
+from ...ops.trajectory_loss.op import Entry, loss_of
+from ..decision_record import Column, Record
+from ..loss_entries import Entries, Need, from_raw
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
 from ..trajectory import SampleMetaInformation, Trajectory
 from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages, TabularPolicyStorage, ask, heads
@@ -194,7 +197,7 @@ class Decision(nn.Module):
 
         Raises:
             ValueError, TypeError, IndexError: naming the argument. On a GPU, unless ``strict``, an agent or a forced
-            action out of range is no error but drops the sample, which then teaches nobody: no agent means action 0
+            action out of range is no error but drops the sample, which then gives no gradient: no agent means action 0
             (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
         """
         B = samples("batch", batch)

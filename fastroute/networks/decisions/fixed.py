@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops._checks import samples
+from ...ops.checks import samples
 from ..trajectory import SampleMetaInformation, Trajectory
 from .base import Triplet, as_indices, as_mask
 

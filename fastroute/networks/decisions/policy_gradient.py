@@ -1,7 +1,7 @@
 """Policy gradients: REINFORCE (Williams 1992), with baselines, and off-policy with epsilon-greedy exploration.
 
 Notation of the losses, per entry: p the policy, a the action taken, R the discounted sum of rewards from the entry on,
-r its own reward, sg(.) no gradient, ' the sample's next decision, K choices. See ``entries.py``.
+r its own reward, sg(.) no gradient, ' the sample's next decision, K choices. See ``loss_entries.py``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops._arguments import checked
-from ...ops.agent_policy import AgentChoice
-from ...ops.dispatch import Plan
-from ...ops.trajectory_loss import Entry
-from ...reference.policy import values
-from ..entries import Entries
-from ..record import Column, Record
+from ...ops.agent_policy.op import AgentChoice
+from ...ops.arguments import checked
+from ...ops.dispatch.contract import Plan
+from ...ops.policy.op import values
+from ...ops.trajectory_loss.op import Entry
+from ..decision_record import Column, Record
+from ..loss_entries import Entries
 from .base import Decided, Decision
 
 __all__ = ["REINFORCE", "EGreedyREINFORCE", "REINFORCEBl1", "REINFORCEBl2"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops.dispatch import Plan
-from ..entries import Entries
-from ..record import Column
+from ...ops.dispatch.contract import Plan
+from ..decision_record import Column
+from ..loss_entries import Entries
 from .base import Decided, Decision
 from .policy_gradient import _WithValueNet
 from .storage import AnyStorages

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...ops import dispatch, grouped_linear
-from ...ops._autocast import autocast_dtype
-from ...ops._autograd import transformed
-from ...ops._checks import together
-from ...ops._modules import Memo, Proof, may_be_read
-from ...ops.dispatch import Plan
-from .. import bank
+from ...functional import grouped_linear
+from ...modules.reading import Memo, Proof, may_be_read
+from ...ops import dispatch
+from ...ops.autograd import transformed
+from ...ops.checks import together
+from ...ops.dispatch.contract import Plan
+from ...ops.precision import autocast_dtype
+from .. import grouped_modules as bank
 from ..mlp import MLP
-from ..stack import Stack, from_stack
+from ..stacked_modules import Stack, from_stack
 
 
 class ApproxPolicyStorage(nn.Module):

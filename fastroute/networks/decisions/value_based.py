@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...ops.dispatch import Plan
-from ..entries import Entries
-from ..record import Column
+from ...ops.dispatch.contract import Plan
+from ..decision_record import Column
+from ..loss_entries import Entries
 from .base import Decided, Decision
 from .policy_gradient import _WithValueNet, critic_column
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from fastroute import networks
 from fastroute.networks import SampleMetaInformation, Trajectory
+from fastroute.networks.decision_record import STATE_COLUMNS, Column
 from fastroute.networks.decisions.base import Decided
 from fastroute.networks.decisions.storage import Storages
-from fastroute.networks.entries import Entries, Need, from_raw
-from fastroute.networks.record import STATE_COLUMNS, Column
+from fastroute.networks.loss_entries import Entries, Need, from_raw
 from fastroute.ops import dispatch
-from fastroute.ops.dispatch import Plan
+from fastroute.ops.dispatch.contract import Plan
 
 from .._upstream import Literal, Named
 

@@ -1,0 +1,1 @@
+"""What the families need to know of other people's modules."""

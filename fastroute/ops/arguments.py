@@ -1,0 +1,230 @@
+"""Arguments checked by their annotations, before any work: what is annotated is what is accepted."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, SupportsIndex, TypeVar, Union
+
+import torch
+from torch import Tensor, nn
+
+from . import checks as _checks
+
+#: How many of something there are, or how wide it is.
+Count = Annotated[int, _checks.at_least_one]
+#: How many of something are made, or done, one by one in Python.
+Several = Annotated[int, _checks.several]
+#: How many vectors, or capsules, a layer takes, and gives.
+InputCount = Annotated[int, _checks.inputs]
+OutputCount = Annotated[int, _checks.outputs]
+InputCapsules = Annotated[int, functools.partial(_checks.inputs, of="capsules")]
+OutputCapsules = Annotated[int, functools.partial(_checks.outputs, of="capsules")]
+#: Tasks by name, or how many. (``Annotated[..., None]``: who reads it checks it, in words of its own.)
+Tasks = Annotated[int | Sequence[str], None]
+#: A number of 0 or more; above 0; from 0 to 1.
+Natural = Annotated[int, _checks.natural]
+NotNegative = Annotated[float, _checks.at_least_zero]
+Positive = Annotated[float, _checks.positive]
+Share = Annotated[float, _checks.share]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Check = Callable[[str, Any], Any]
+
+
+class _Kind(NamedTuple):
+    """What an annotation accepts, in words, and what else is asked of it; ``None``: nothing."""
+
+    takes: Callable[[Any], bool]
+    what: str
+    check: Check | None = None
+    error: type[Exception] = TypeError
+
+
+def _is_int(value: Any) -> bool:
+    if isinstance(value, Tensor):  # 0-d ones stand for ints, as NumPy's do
+        return value.dim() == 0 and not value.is_meta and not (value.is_floating_point() or value.dtype == torch.bool)
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
+
+
+def _is_many(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() > 0
+    return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
+
+
+def _function(name: str, value: Any) -> Any:
+    _checks.function(name, value, "a module or a function")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    _checks.flag(name, value)
+    return bool(value)
+
+
+_NOTHING = object()  #: only what leaves all to its check takes it
+_PLAIN: dict[Any, _Kind] = {
+    int: _Kind(_is_int, "an int", _checks.integer),
+    float: _Kind(_checks.is_number, "a number", _checks.finite),
+    bool: _Kind(lambda v: not isinstance(v, Tensor), "True or False", _flag),
+    str: _Kind(lambda v: isinstance(v, str), "a str"),
+    NoneType: _Kind(lambda v: v is None, "None"),
+    Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor"),
+    nn.Module: _Kind(lambda v: isinstance(v, nn.Module), "a module"),
+    torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", _checks.floating_dtype),
+    torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", _checks.device),
+    torch.Generator: _Kind(lambda v: isinstance(v, torch.Generator), "a torch.Generator"),
+    Callable: _Kind(lambda v: True, "a module or a function", _function),
+    Mapping: _Kind(lambda v: isinstance(v, Mapping), "a dict"),
+    Sequence: _Kind(_is_many, "a list"),
+    Iterable: _Kind(lambda v: hasattr(v, "__iter__"), "a list"),
+}
+
+
+def _kinds(hint: Any) -> list[_Kind] | None:
+    """What an annotation accepts; None: anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (Any, object) or origin is type or isinstance(hint, TypeVar):
+        return None
+    if origin is Annotated:
+        (check,) = hint.__metadata__
+        return check and [kind._replace(check=check) for kind in _kinds(arguments[0]) or ()]
+    if origin in (Union, UnionType):
+        if torch.device in arguments:  # which a str, or an int, names
+            arguments = tuple(part for part in arguments if part is not str)
+        parts = [_kinds(part) for part in arguments]
+        kinds = [kind for part in parts for kind in part or ()]
+        return None if None in parts else sorted(kinds, key=lambda kind: kind.takes(_NOTHING))
+    if origin is Literal:
+        known = lambda v: isinstance(v, tuple(map(type, arguments))) and v in arguments  # noqa: E731
+        return [_Kind(known, " or ".join(map(repr, arguments)), None, ValueError)]
+    if origin is tuple and len(arguments) == 2 and ... not in arguments:
+        pair = _of_each(_PLAIN[Sequence], arguments[:1])
+        return [pair._replace(takes=lambda v: _is_many(v) and len(v) == 2, what="a pair" + pair.what[len("a list") :])]
+    if origin is tuple or (origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence)):
+        return [_of_each(_PLAIN[Sequence], arguments[:1])]
+    known_kind = _PLAIN.get(origin or hint)
+    if known_kind is not None:
+        return [known_kind]
+    cls = origin or hint
+    return [_Kind(lambda v: isinstance(v, cls), f"a {cls.__name__}")] if inspect.isclass(cls) else None
+
+
+def _of_each(kind: _Kind, of: Sequence[Any]) -> _Kind:
+    """A sequence whose elements are of a kind as well."""
+    kinds = _kinds(of[0]) if of else None
+    if kinds is None:
+        return kind
+
+    def check(name: str, value: Any) -> Any:
+        for element in value if isinstance(value, (list, tuple)) else ():
+            _check(name, element, kinds)
+        return value
+
+    return kind._replace(check=check, what="a list of " + " or ".join(f"{k.what.split(' ', 1)[-1]}s" for k in kinds))
+
+
+def _check(name: str, value: Any, kinds: Sequence[_Kind]) -> Any:
+    fit = [kind for kind in kinds if kind.takes(value)]
+    for kind in fit[:-1]:  # of several kinds of sequences, the one whose elements fit
+        with suppress(TypeError, ValueError):
+            return value if kind.check is None else kind.check(name, value)
+    if fit:
+        return value if fit[-1].check is None else fit[-1].check(name, value)
+    first, *others = dict.fromkeys(kind.what for kind in kinds if kind.what != "None")
+    hint = f" (or {', or '.join(others)})" if others else ""
+    if inspect.isclass(value):
+        hint += f"; write {value.__name__}(...)"
+    raise kinds[0].error(f"{name}: expected {first}, got {_checks.given(value)}{hint}")
+
+
+def _plan(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, list[_Kind]]:
+    plain = inspect.unwrap(function)
+    given = SimpleNamespace(__annotations__={k: v for k, v in plain.__annotations__.items() if k != "return"})
+    hints = typing.get_type_hints(given, plain.__globals__, include_extras=True)
+    named = (p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    found = {name: _kinds(hints[name]) for name in named if name in hints}
+    return {name: kinds for name, kinds in found.items() if kinds is not None}
+
+
+def explained(function: Function) -> Function:
+    """A function whose arguments are checked by its annotations where it fails: a good call costs nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, if one is not what its annotation says; else what was raised.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            signature = inspect.signature(function)
+            if str(error).split(":")[0] in signature.parameters:
+                raise
+            kinds = _plan(function, signature)
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if name in kinds:
+                    _check(name, value, kinds[name])
+            raise
+
+    return typing.cast(Function, run)
+
+
+class TooLarge(ValueError, RuntimeError):
+    """More memory than there is; a RuntimeError too, as torch's own."""
+
+
+def checked(function: Function) -> Function:
+    """A function or a constructor whose arguments are checked by its annotations, each time before it runs.
+
+    Raises:
+        TypeError, ValueError: naming the argument. Sizes that ask for more memory than there is are a ValueError too.
+    """
+    signature = inspect.signature(function)
+    plan = functools.cache(lambda: _plan(function, signature))
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # whose own error says it
+        kinds = plan()
+        for name, value in bound.arguments.items():
+            if name in kinds:
+                bound.arguments[name] = _check(name, value, kinds[name])
+        try:
+            return function(*bound.args, **bound.kwargs)
+        except (RuntimeError, TypeError, ValueError, MemoryError, OverflowError) as error:
+            if not _is_about_memory(error):
+                raise
+            sizes = ", ".join(f"{name}={value}" for name, value in bound.arguments.items() if type(value) is int)
+            raise TooLarge(f"{sizes}: expected sizes that fit into memory, got: {error}") from error
+
+    return typing.cast(Function, run)
+
+
+_MEMORY = (
+    "can't allocate",
+    "array is too big",
+    "unable to allocate",
+    "calculation overflowed",
+    "multiplication overflow",
+    "unpacking long",
+)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, OverflowError)):
+        return True
+    return not isinstance(error, torch.OutOfMemoryError) and any(word in str(error).lower() for word in _MEMORY)

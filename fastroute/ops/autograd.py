@@ -1,0 +1,129 @@
+"""Calls of autograd functions, and what is asked of them beyond a first derivative.
+
+Kernels have a gradient of their own, and no other rules. Whatever needs more goes through plain PyTorch, whose every
+step has them: torch.func's transforms and forward mode, from the op's call on (``transformed``); a gradient that is to
+be differentiated again, or many at a time, from the backward pass on (``asked_again``). That is slower, and right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress, cycle
+from operator import eq
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .backends import requested
+
+
+def transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...), forward mode or an export that knows no ops of ours looks on."""
+    if torch.compiler.is_compiling():
+        return bool(exported_plainly())
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def exported_plainly() -> bool:
+    """Whether a module is exported in PyTorch's own ops: for ONNX, or on the backend "reference"."""
+    return torch.compiler.is_exporting() and (torch.onnx.is_in_onnx_export() or requested() == "reference")
+
+
+def asked_again(*grads: Tensor | None) -> bool:
+    """In a backward pass: whether what it gives is differentiated itself, or these are many gradients at a time."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled():
+        return True
+    return any(_is_many(g) or _is_many_of_func(g) for g in grads if g is not None)
+
+
+def keep_for_again(ctx: Any, tensors: Sequence[Tensor], *rest: Any) -> None:
+    """What a second derivative alone asks for: not saved, as it is there anyway, but known by its tensors' versions."""
+    if not torch.compiler.is_compiling():
+        ctx.again, ctx.versions = (tensors, *rest), [t._version for t in tensors]
+
+
+def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
+    """(tensors, *rest) again; ``what`` names the op and one of the tensors.
+
+    Raises:
+        RuntimeError: a tensor has changed in place since.
+    """
+    if ctx.versions != [t._version for t in ctx.again[0]]:
+        raise RuntimeError(f"{what} was changed in place between the forward and the backward pass")
+    return ctx.again  # type: ignore[no-any-return]
+
+
+def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, ...]:
+    """Parameters, some for each module, with those of modules that have no row taken out of the graph.
+
+    They get None as gradient either way. But autograd would hand that None to hooks, which expect a tensor.
+    """
+    if bounds is None or not torch.is_grad_enabled():
+        return tuple(parameters)
+    idle = map(eq, bounds, bounds[1:])  # a flag for each module, of whom there are several lists
+    at_rest = list(compress(range(len(parameters)), cycle(idle)))
+    hooked = [i for i in at_rest if parameters[i]._backward_hooks]
+    if not hooked:
+        return tuple(parameters)
+    made = list(parameters)
+    for i in hooked:
+        made[i] = made[i].detach()
+    return tuple(made)
+
+
+#: Whether a tensor is many at a time, of torch.autograd.grad(is_grads_batched=True) or of torch.func.
+_is_many, _is_many_of_func = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_batchedtensor
+
+
+def through(
+    plain: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of ``inputs`` (None for those that need none) as autograd makes them from ``plain(*inputs)``.
+
+    ``grads`` are those of its outputs. The inputs are those that the graph knows, as they were saved.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [
+            (t.view_as(t) if again else t.detach().requires_grad_()) if need and isinstance(t, Tensor) else t
+            for t, need in zip(inputs, needs, strict=True)
+        ]
+        outputs = plain(*own)
+    pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+    wanted = [i for i, (t, need) in enumerate(zip(own, needs, strict=True)) if need and isinstance(t, Tensor)]
+    found: list[Tensor | None] = [None] * len(own)
+    if not pairs or not wanted:
+        return found
+    made = torch.autograd.grad(
+        [y for y, _ in pairs], [own[i] for i in wanted], [g for _, g in pairs], create_graph=again, allow_unused=True
+    )
+    for i, g in zip(wanted, made, strict=True):
+        found[i] = g
+    return found
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, without its search for torch.func's leftovers where torch.func is not at work.
+
+    It looks at every argument in Python, and there may be a parameter of every module among them.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def own(output: Tensor) -> Tensor:
+    """What a function's ``forward`` returns: a tensor that is none of its intermediate results.
+
+    Dynamo of torch 2.11 makes all of them outputs of the function, and an output's gradient is lost, silently, where
+    one is the same tensor: after an operation in place, or a cast to the dtype that it has.
+    """
+    return output.clone() if _LOSES_GRADIENTS and torch.compiler.is_compiling() else output
+
+
+_LOSES_GRADIENTS = torch.__version__ < "2.12"  # a TorchVersion: it compares numbers

@@ -1,0 +1,316 @@
+"""The one place that knows which backends this machine has, which one an op takes, and why not the others."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import environment
+from . import isa as _isa
+from .environment import interpreting
+
+BackendName = Literal["reference", "native", "triton"]
+BACKENDS: tuple[BackendName, ...] = ("triton", "native", "reference")  #: in the order "auto" tries them
+_CHOICES = ("auto", *BACKENDS)
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly requested backend cannot take this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a choice may depend on: never on tensor values."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    sizes: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{k}={v}" for k, v in self.sizes)
+        return f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}, {sizes}"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One backend of one op: the module that implements it, and why it would not take a case (None: it would)."""
+
+    module: str
+    refuses: Callable[[Case], str | None]
+    devices: tuple[str, ...] = ("cpu",)  #: of what C++ implements; Triton's are the same for every op
+
+
+_offers: dict[str, dict[BackendName, Offer]] = {}
+
+
+class _State:
+    """Process-wide, like torch.backends flags: a backward pass runs on autograd's threads and must see them too."""
+
+    requested: str = environment.backend()
+    strict: bool = False
+    recorder: list[Decision] | None = None
+
+
+def offer(
+    op: str,
+    backend: BackendName,
+    module: str,
+    refuses: Callable[[Case], str | None],
+    *,
+    devices: tuple[str, ...] = ("cpu",),
+) -> None:
+    """Say that ``backend`` implements ``op`` in ``module``; C++ on ``devices``."""
+    _offers.setdefault(op, {})[backend] = Offer(module, refuses, devices)
+
+
+def offered() -> dict[str, dict[BackendName, Offer]]:
+    """Every op with its backends."""
+    return _offers
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+
+@cache
+def extension() -> tuple[str | None, str]:
+    """(where fastroute._C is, loaded; "") or (None, why it is not here); ValueError for a wrong FASTROUTE_ISA."""
+    found = importlib.util.find_spec("fastroute._C")
+    if found is None or found.origin is None:
+        _isa.check_name()
+        why = build_info().get("reason") or "no fastroute._C was installed"
+        return None, f"the C++ extension fastroute._C is not built: {why}"
+    try:
+        torch.ops.load_library(
+            found.origin
+        )  # not an import: it needs no Python headers to have been there at the build
+    except OSError as error:
+        _isa.check_name()
+        return None, f"the C++ extension fastroute._C does not load: {error}"
+    _isa.in_use()
+    return found.origin, ""
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py noted about the extension; empty if it noted nothing."""
+    path = Path(__file__).resolve().parents[1] / "_build_info.json"
+    try:
+        info: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return info
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def missing(backend: BackendName, device: str, devices: tuple[str, ...] = ("cpu",)) -> str | None:
+    """Why this machine does not have ``backend`` for tensors on ``device`` ("cpu", "cuda"), or None.
+
+    ``devices``: where the op in question has native kernels.
+    """
+    if backend == "native":
+        if device not in devices:
+            where = " and ".join(name.upper() for name in devices)
+            return f"native kernels exist for {where} tensors only, these are on {device}"
+        if (why := extension()[1]) or device == "cpu":
+            return why or None
+        info = build_info()
+        return None if info.get("cuda") else f"the C++ extension has no CUDA part: {info.get('cuda_reason')}"
+    if backend == "triton":
+        if not _has_triton():
+            return "triton is not installed"
+        if device != "cuda" and not interpreting():
+            return f"triton kernels need CUDA tensors, these are on {device} (TRITON_INTERPRET=1 interprets them)"
+    return None
+
+
+def native_refuses(case: Case) -> str | None:
+    """Why the C++ kernels, which all take the same dtypes, would not take a case."""
+    if case.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"the C++ kernels take float32, float64 and bfloat16, not {str(case.dtype).removeprefix('torch.')}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- choosing
+
+
+@dataclass
+class Decision:
+    """Which backend an op takes for a case, and why each other one does not."""
+
+    case: Case
+    backend: BackendName
+    rejected: dict[BackendName, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.case}: {self.backend}"]
+        lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
+        return "\n".join(lines)
+
+
+def requested() -> str:
+    """The backend asked for by use_backend or FASTROUTE_BACKEND: a name, or "auto"."""
+    return _State.requested
+
+
+def _check_name(name: str, what: str) -> None:
+    if name not in _CHOICES:
+        raise ValueError(f"{what}: expected one of {', '.join(_CHOICES)}, got {name!r}")
+
+
+def decide(case: Case, request: str) -> Decision:
+    """The first backend that takes the case, or the requested one; BackendUnavailable if that one cannot."""
+    _check_name(request, "FASTROUTE_BACKEND")
+    rejected: dict[BackendName, str] = {}
+    for name in BACKENDS:
+        proposal = _offers[case.op].get(name)
+        why = (
+            f"{case.op} has no {name} implementation"
+            if proposal is None
+            else missing(name, case.device, proposal.devices)
+        )
+        if why is None and proposal is not None:
+            why = proposal.refuses(case)
+        if why is None and request == "auto" and name == "triton" and case.device == "cpu":
+            why = "the interpreter is for checking kernels, not for speed: ask for it by name"
+        if why is None and request in ("auto", name):
+            rest = {other: f"{name} comes first" for other in BACKENDS if other != name and other not in rejected}
+            return Decision(case, name, {**rejected, **rest} if request == "auto" else {})
+        if request == name:
+            raise BackendUnavailable(f"backend {name!r} was asked for but cannot run {case}: {why}")
+        if why is not None:
+            rejected[name] = why
+    raise BackendUnavailable(f"no backend can run {case}: {rejected}")
+
+
+def choose(case: Case, request: str) -> ModuleType:
+    """The module that implements ``case.op`` for this case."""
+    return importlib.import_module(_offers[case.op][decide(case, request).backend].module)
+
+
+def record(case: Case) -> None:
+    """Called where an op is described but not run (its fake): what ``explain`` collects."""
+    if _State.recorder is not None:
+        _State.recorder.append(decide(case, requested()))
+
+
+@cache
+def _taken(op: str, device: str, dtype: torch.dtype, request: str, interpreted: bool) -> BackendName:
+    return decide(Case(op, device, dtype, ()), request).backend
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
+    """The backend that ``op`` takes now, for ops whose backends take any sizes."""
+    return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())
+
+
+def note(op: str, t: Tensor, **sizes: int) -> None:
+    """``record``, for ops that are not described by a fake of their own; only while ``explain`` listens."""
+    if _State.recorder is not None:
+        record(Case(op, t.device.type, t.dtype, tuple(sizes.items())))
+
+
+# ---------------------------------------------------------------------------------------------- the public face
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside on one backend: "reference", "native", "triton"; "auto" chooses by device, dtype and shape.
+
+    Process-wide while it lasts. A backward pass uses the backend of its forward pass. An op that the named backend
+    cannot run raises :class:`BackendUnavailable` and says why. The environment's ``FASTROUTE_BACKEND`` sets the same.
+    """
+    _check_name(name, "use_backend")
+    before, _State.requested = _State.requested, name
+    try:
+        yield
+    finally:
+        _State.requested = before
+
+
+class strict:
+    """Check on a GPU what only the device knows (lengths, actions) and raise with the counts, at a host sync's price.
+
+    ``fastroute.strict(True)`` switches it for the process, ``with fastroute.strict(True):`` for a block. Default: off.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._before, _State.strict = _State.strict, bool(enabled)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        _State.strict = self._before
+
+
+def is_strict() -> bool:
+    return _State.strict
+
+
+class Explanation(list[Decision]):
+    """The decisions of one call, in order; prints as a report."""
+
+    def __str__(self) -> str:
+        return "\n".join(dict.fromkeys(map(str, self))) or "no fastroute op was called"
+
+
+def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
+    """Which backend each op of ``fn(*inputs)`` would take, and why each other one would not. Nothing is computed.
+
+    Args:
+        fn: a module or any function that calls fastroute ops.
+        inputs: its inputs; only devices, dtypes and shapes matter.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (inputs, kwargs))
+        before, _State.recorder = _State.recorder, []
+        try:
+            fn(*fake[0], **fake[1])
+            return Explanation(_State.recorder)
+        finally:
+            _State.recorder = before
+
+
+def describe_machine() -> dict[str, str]:
+    """Versions and hardware, for a bug report."""
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__ if _has_triton() else "not installed",
+        "threads": str(torch.get_num_threads()),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    else:
+        facts["gpu"] = "none"
+    try:
+        where, why = extension()
+        kernels = _isa.describe() if where else "none: FASTROUTE_ISA has no effect without the extension"
+    except ValueError as error:
+        where, why, kernels = None, "not usable with this FASTROUTE_ISA", str(error)
+    facts["extension"] = f"built ({build_info().get('compiler', 'unknown compiler')})" if where else why
+    facts["C++ kernels"] = kernels
+    facts["FASTROUTE_ISA"] = environment.instruction_set() or "auto"
+    facts["FASTROUTE_BACKEND"] = requested()
+    return facts

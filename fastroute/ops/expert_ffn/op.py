@@ -1,0 +1,317 @@
+"""``expert_ffn``: every sample through k feed-forward experts and a weighted sum of what they give, as one op.
+
+Shazeer et al. (2017), arXiv 1701.06538, equation 1, with the gated experts of Shazeer (2020), arXiv 2002.05202.
+Axes: B samples, k experts that each takes, N = B k entries, K experts, D features in, H hidden ones, P features out.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..arguments import explained
+from ..autograd import asked_again, through, transformed
+from ..backends import note, taken
+from ..checks import floating, shown
+from ..dispatch.contract import Plan
+from ..dtypes import accumulating
+from ..grouped_linear import op as _grouped_linear  # noqa: F401  (defines the products, and says which backends there are)
+from ..grouped_linear import plain as linear
+from ..grouped_linear.reference import of_sorted
+from ..host import on_host
+from ..precision import autocast_dtype, autocast_off, precision_of
+from ..registry import define, no_second_derivative
+from . import plain
+
+OP = "expert_ffn"
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_INPUTS = (
+    "Tensor x, Tensor order, Tensor offsets, Tensor? weights, Tensor w_in, Tensor w_out, int per_sample, "
+    "str activation, bool gated, str backend"
+)
+
+
+@cache
+def _kernels() -> Any:
+    from ...kernels import expert_ffn
+
+    return expert_ffn
+
+
+def _is_fused(backend: str) -> bool:
+    """Whether the hidden layer is made by kernels of its own, not by a product and PyTorch."""
+    return backend == "triton" and _kernels().is_fused()  # type: ignore[no-any-return]
+
+
+def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, offsets: Tensor, w: Tensor) -> Tensor:
+    """One linear module per sorted row: see ``grouped_linear.plain.forward``."""
+    if backend == "reference":
+        return linear.forward(x, take, put, offsets, [w], ())[0]
+    made = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}")(x, take, put, offsets, [w], [], 0, False)
+    return made[0]  # type: ignore[no-any-return]
+
+
+def _product_backward(
+    backend: str, grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None,
+    offsets: Tensor, w: Tensor, want_x: bool, want_w: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of x (a row for each reading of it) and of w; sorted row i of ``grad`` is put[i], or i."""
+    K = w.shape[0]
+    if backend == "reference":
+        wants = want_x, want_w, False
+        dx, dw, _ = linear.backward(grad, x, take, spread, put, offsets, [w], K, wants, stacked=True)
+    else:
+        op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}_backward")
+        dx, dw, _ = op(grad, x, take, spread, put, offsets, [w], K, want_x, want_w, False, 0, None, True, True)
+    return dx, dw[0] if want_w else w.new_empty(0)
+
+
+def _samples(order: Tensor, k: int) -> Tensor:
+    """Of the sorted entries."""
+    return order if k == 1 else order // k
+
+
+def _weights(order: Tensor, offsets: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Of the sorted entries, zero for those that are dropped whatever is there."""
+    if weights is None:
+        return None
+    w = weights.reshape(-1).index_select(0, order).to(accumulating(dtype))
+    return torch.where(torch.arange(order.shape[0], device=order.device) < offsets[-1], w, 0)
+
+
+def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Of the sorted entries: their samples and weights."""
+    return _samples(order, k), _weights(order, offsets, weights, dtype)
+
+
+def _summed(entries: Tensor, k: int) -> Tensor:
+    """[N, ...] -> [B, ...], in float32 for half precision."""
+    return entries if k == 1 else entries.view(-1 if entries.shape[0] else 0, k, entries.shape[1]).sum(1)
+
+
+def _forward(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    with autocast_off(x.device.type):
+        if _is_fused(backend):
+            options = k, _NUMBERS[activation], gated, precision_of(x, "")
+            h, _ = _kernels().hidden(x, order, offsets, weights, w_in, *options)
+        else:
+            samples, w = _rows(order, offsets, weights, k, x.dtype)
+            u = _product(backend, x, samples, None, offsets, w_in)
+            h = plain.Hidden(u, activation, gated).weighted(w)
+            del u
+        return _summed(_product(backend, h, None, order, offsets, w_out), k)
+
+
+def _forward_fake(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], w_out.shape[1])
+
+
+def _hidden_backward(
+    backend: str, x: Tensor, samples: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor,
+    w_out: Tensor, k: int, activation: str, gated: bool, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """The gradients of u, of weights and of w_out: the hidden layer by a product and PyTorch."""
+    w = _weights(order, offsets, weights, x.dtype)
+    u = _product(backend, x, samples, None, offsets, w_in)
+    g = dy.index_select(0, samples)
+    hidden = plain.Hidden(u, activation, gated)
+    h = hidden.weighted(w) if want_out else u[:, : w_out.shape[2]]  # of which then only the width is looked at
+    t, d_out = _product_backward(backend, g, h, None, None, None, offsets, w_out, want_u or want_weights, want_out)
+    del g, h, u
+    t = t.to(hidden.a.dtype)
+    d_weights = None
+    if want_weights and weights is not None:
+        dw = hidden.weights_backward(t)
+        d_weights = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
+    return hidden.backward(t, w) if want_u else None, d_weights, d_out
+
+
+def _hidden_backward_fused(
+    backend: str, x: Tensor, samples: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor,
+    w_out: Tensor, k: int, activation: str, gated: bool, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """The same by kernels of the hidden layer; entries read their sample's row of ``dy`` where it is."""
+    options, inside = (_NUMBERS[activation], gated), want_u or want_weights
+    given = order, offsets, weights
+    h, u = _kernels().hidden(x, *given, w_in, k, *options, precision_of(x, ""), want_h=want_out, want_u=inside)
+    source = u[:, : w_out.shape[2]] if h is None else h  # of which then only the width is looked at
+    t, d_out = _product_backward(backend, dy, source, None, None, samples, offsets, w_out, inside, want_out)
+    d_u, d_weights = None, None
+    if inside:
+        d_u, d_weights = _kernels().backward(t, u, *given, *options, want_u=want_u, want_weights=want_weights)
+    return d_u, d_weights, d_out
+
+
+def _backward(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str, dy: Tensor, want_x: bool, want_weights: bool, want_in: bool,
+    want_out: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The hidden layer is computed again; the experts' outputs are not needed: <g, W h> = <W^T g, h>."""
+    made: list[Tensor] = [x.new_empty(0) for _ in range(4)]
+    want_u = want_x or want_in
+    if not (want_u or want_weights or want_out):
+        return made[0], made[1], made[2], made[3]
+    with autocast_off(x.device.type):
+        samples = _samples(order, k)
+        of_hidden = _hidden_backward_fused if _is_fused(backend) else _hidden_backward
+        d_u, d_weights, made[3] = of_hidden(
+            backend, x, samples, order, offsets, weights, w_in, w_out, k, activation, gated, dy,
+            want_u, want_weights, want_out,
+        )  # fmt: skip
+        made[1] = made[1] if d_weights is None else d_weights
+        if d_u is not None:
+            dx, made[2] = _product_backward(backend, d_u, x, samples, order, None, offsets, w_in, want_x, want_in)
+            made[0] = _summed(dx, k) if want_x else made[0]
+    return made[0], made[1], made[2], made[3]
+
+
+def _backward_fake(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool, backend: str, dy: Tensor, want_x: bool, want_weights: bool, want_in: bool,
+    want_out: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(t: Tensor | None, wanted: bool) -> Tensor:
+        return t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
+
+    return like(x, want_x), like(weights, want_weights), like(w_in, want_in), like(w_out, want_out)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _plain(
+    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
+    activation: str, gated: bool,
+) -> Tensor:  # fmt: skip
+    """On slices of the sorted entries, with every derivative there is."""
+    with autocast_off(x.device.type):
+        samples, w = _rows(order, offsets, weights, k, x.dtype)
+        bounds = on_host(offsets)
+        u = of_sorted(x, order, samples, offsets, bounds, [w_in], (), "none", True, False)
+        h = plain.Hidden(u, activation, gated).weighted(w)
+        return _summed(of_sorted(h, order, None, offsets, bounds, [w_out], (), "none", False, True), k)
+
+
+def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    if dy is None:
+        return (None,) * 10
+    inputs = ctx.saved_tensors
+    if asked_again(dy):
+
+        def plain(*given: Any) -> list[Tensor]:
+            return [_plain(*given, *ctx.options[:3])]
+
+        return (*through(plain, inputs, needs[:6], [dy]), *(None,) * 4)
+    wants = needs[0], needs[3] and inputs[3] is not None, needs[4], needs[5]
+    made = torch.ops.fastroute.expert_ffn_backward(*inputs, *ctx.options, dy.contiguous(), *wants)
+    dx, d_weights, d_in, d_out = (g if want else None for g, want in zip(made, wants, strict=True))
+    return dx, None, None, d_weights, d_in, d_out, *(None,) * 4
+
+
+define(
+    "expert_ffn_backward",
+    f"({_INPUTS}, Tensor dy, bool want_x, bool want_weights, bool want_in, bool want_out) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    autograd=no_second_derivative(OP),
+)
+define(OP, f"({_INPUTS}) -> Tensor", _forward, _forward_fake, autograd=(_gradient, _setup))
+
+
+def _check(x: Tensor, plan: Plan, weights: Tensor | None, w_in: Tensor, w_out: Tensor, gated: bool) -> None:
+    for name, t in (("x", x), ("w_in", w_in), ("w_out", w_out)):
+        floating(name, t)
+    N, k = plan.order.shape[0], plan.per_sample
+    if w_in.dim() != 3 or w_out.dim() != 3:
+        raise ValueError(
+            f"w_in, w_out: expected [K, {'2H' if gated else 'H'}, D] and [K, P, H], got {shown(w_in)}, {shown(w_out)}"
+        )
+    K, inner, D = w_in.shape
+    H, odd = divmod(inner, 2) if gated else (inner, 0)
+    if odd:
+        raise ValueError(f"w_in: expected [K, 2H, D] for gated experts, got {shown(w_in)}")
+    if w_out.shape[0] != K or w_out.shape[2] != H:
+        raise ValueError(f"w_out: expected [{K}, P, {H}], as w_in is {shown(w_in)}, got {shown(w_out)}")
+    if plan.offsets.shape[0] != K + 1:
+        raise ValueError(f"plan: expected one of {K} experts, as w_in has, got one of {plan.offsets.shape[0] - 1}")
+    if x.dim() != 2 or x.shape[1] != D:
+        raise ValueError(f"x: expected [B, {D}], as the experts take, got {shown(x)}")
+    if x.shape[0] * k != N:
+        raise ValueError(f"x: expected the plan's {N // k} rows, got {shown(x)}")
+    if weights is not None:
+        floating("weights", weights)
+        if weights.shape != (x.shape[0], k):
+            raise ValueError(f"weights: expected one per entry, [{x.shape[0]}, {k}], got {shown(weights)}")
+
+
+@explained
+def expert_ffn(
+    x: Tensor,
+    plan: Plan,
+    weights: Tensor | None,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    """y_b = sum_j w_bj W_out,a h(W_in,a x_b) over sample b's entries j, a the expert that the plan gives the entry.
+
+    h(u) = act(g) * v with [g, v] = u if ``gated``, else act(u). Entries that the plan drops add nothing, whatever their
+    weight is. Kept for backward are the arguments and nothing else, so that activation memory does not grow with k but
+    for the plan's indices and the weights; the hidden layer is computed a second time there.
+
+    Args:
+        x: [B, D] float32, float64, bfloat16 (or, on the reference backend, any floating dtype).
+        plan: from ``dispatch.plan(actions, K)``, actions [B] or [B, k].
+        weights: [B, k], any floating dtype; None: ones.
+        w_in: [K, 2H, D], the gate's rows before the other ones; or [K, H, D] if not ``gated``. In x's dtype.
+        w_out: [K, P, H], in x's dtype.
+        activation: "none", "relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
+
+    Returns:
+        y [B, P] in x's dtype (autocast's, under autocast). Half precision is rounded after each of the two products and
+        after the activation; sums over features and over k are made in float32. A second
+        derivative and torch.func go through plain PyTorch.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check(x, plan, weights, w_in, w_out, gated)
+    device = x.device.type
+    autocast = autocast_dtype(device)
+    if autocast is not None and x.dtype != torch.float64:
+        x, w_in, w_out = x.to(autocast), w_in.to(autocast), w_out.to(autocast)
+    for name, t in (("w_in", w_in), ("w_out", w_out)):
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    if transformed():
+        return _plain(x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated)
+    N = plan.order.shape[0]
+    for w in (w_in, w_out):
+        note("grouped_linear", x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])
+    backend = taken("grouped_linear", device, x.dtype)
+    made: Tensor = torch.ops.fastroute.expert_ffn(
+        x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated, backend
+    )
+    return made

@@ -1,0 +1,243 @@
+"""``grouped_linear``: linear modules over a plan's entries, one for each module, with an activation after them.
+
+Axes: B samples, k modules that each takes, N = B k entries, K modules, F features in, O features out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS, TOLD_BY_VALUE
+from ..arguments import explained
+from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
+from ..backends import native_refuses, note, offer, taken
+from ..checks import shown
+from ..dispatch.contract import Plan
+from ..precision import autocast_dtype, autocast_off
+from . import plain
+from . import reference as reference
+from . import schema as schema  # defines the compiled ops
+from . import triton as triton  # implements them
+
+OP = "grouped_linear"
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+#: What the C++ does after the product; the rest is a pass of PyTorch's own, whose erf is vectorised.
+_NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
+
+offer(OP, "native", "fastroute.ops.grouped_linear.schema", native_refuses)
+offer(OP, "triton", "fastroute.ops.grouped_linear.triton", triton.refuses)
+offer(OP, "reference", "fastroute.ops.grouped_linear.plain", lambda case: None)
+
+
+def _indices(
+    order: Tensor, samples: Tensor | None, takes: bool, puts: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where sorted rows read x, write its gradient, and write y (see the reference): some of it may be one tensor."""
+    return (order if samples is None else samples) if takes else None, order if takes else None, order if puts else None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor | None, order: Tensor, samples: Tensor | None, offsets: Tensor, takes: bool, puts: bool,
+        K: int, n_weights: int, activation: str, backend: str, bounds: list[int] | None, wants_gradients: bool,
+        *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        weights, biases = parameters[:n_weights], parameters[n_weights:]
+        take, _, put = _indices(order, samples, takes or x is None, puts)
+        stacked = reference.is_stacked(weights, 3) or (n_weights == 0 and len(biases) == 1 < K)
+        keep = wants_gradients and activation not in TOLD_BY_VALUE
+        ctx.options = takes, puts, K, n_weights, activation, backend, bounds, stacked, len(biases) > 0
+        source = offsets if x is None else x  # tables are only told the rows
+        if backend == "reference":
+            y, kept = plain.forward(source, take, put, offsets, weights, biases, activation, keep)
+        else:
+            op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}")
+            y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
+        before = None if activation == "none" or not wants_gradients else kept if keep else y
+        ctx.save_for_backward(x, order, samples, offsets, before, *weights)
+        if wants_gradients:
+            keep_for_again(ctx, biases)
+        return own(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        takes, puts, K, n_weights, activation, backend, bounds, stacked, has_biases = ctx.options
+        x, order, samples, offsets, kept, *weights = ctx.saved_tensors
+        if asked_again(grad):
+            return _again(ctx, x, order, samples, offsets, weights, grad)
+        take, spread, put = _indices(order, samples, takes or x is None, puts)
+        source = offsets if x is None else x
+        needs = ctx.needs_input_grad
+        first = 12
+        wants = (
+            needs[0] and n_weights > 0,
+            any(needs[first : first + n_weights]),
+            has_biases and any(needs[first + n_weights :]),
+        )
+        if backend == "reference":
+            made = plain.backward(
+                grad, source, take, spread, put, offsets, weights, K, wants, activation, kept, stacked
+            )
+        else:
+            op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}_backward")
+            made = op(
+                grad.contiguous(), source, take, spread, put, offsets, weights, K, *wants, _NUMBERS[activation], kept,
+                stacked, stacked or bounds is None,
+            )  # fmt: skip
+        dx, dw, db = made
+        if backend == "triton" and not stacked:  # all modules' in one tensor: theirs are views of it
+            dw, db = [g for t in dw for g in t], [g for t in db for g in (t if n_weights else t[:, None])]
+        if wants[0] and takes and samples is not None and source.shape[0]:  # of no rows there is no sum to make
+            dx = dx.view(*source.shape[:1], -1, *source.shape[1:]).sum(1)
+        nothing: list[Any] = [None] * (1 if stacked else K)
+        per_module = [dw if wants[1] else nothing] * (n_weights > 0) + [db if wants[2] else nothing] * has_biases
+        if not stacked and bounds is not None and any(a == b for a, b in pairwise(bounds)):
+            per_module = [
+                [None if bounds[k] == bounds[k + 1] else g for k, g in enumerate(grads)] for grads in per_module
+            ]
+        return (dx if wants[0] else None, *[None] * (first - 1), *(g for grads in per_module for g in grads))
+
+
+def _again(
+    ctx: Any, x: Tensor | None, order: Tensor, samples: Tensor | None, offsets: Tensor, weights: Sequence[Tensor],
+    grad: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    takes, puts, _, n_weights, activation, _, bounds, _, _ = ctx.options
+    (biases,) = kept_for_again(ctx, "grouped_linear: a bias")
+
+    def plain(x: Tensor | None, *parameters: Tensor) -> list[Tensor]:
+        w, b = parameters[:n_weights], parameters[n_weights:]
+        return [reference.of_sorted(x, order, samples, offsets, bounds, w, b, activation, takes, puts)]
+
+    needs = ctx.needs_input_grad
+    with autocast_off(grad.device.type):
+        dx, *rest = through(plain, (x, *weights, *biases), (needs[0], *needs[12:]), [grad])
+    return (dx, *[None] * 11, *rest)
+
+
+def _rows(x: Tensor, plan: Plan, width: int, is_sorted: bool, keep_sorted: bool) -> Tensor:
+    """x, if it is what the modules take, with dense rows."""
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"x: expected [N, {width}], as the modules take, got {shown(x)}")
+    N = plan.order.shape[0]
+    expected = N if is_sorted else N // plan.per_sample
+    if not (is_sorted and keep_sorted) and x.shape[0] != expected:  # sorted rows may be many for each of the plan's
+        raise ValueError(f"x: expected the plan's {expected} rows, got {shown(x)}")
+    return x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
+
+
+def parameters_of(
+    weights: Sequence[Tensor] | Tensor, biases: Sequence[Tensor] | Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor], int, int, int]:
+    """(weights, biases, K, O, F), a stacked tensor as a list of one."""
+    weights = (weights,) if isinstance(weights, Tensor) else weights
+    biases = (biases,) if isinstance(biases, Tensor) else biases
+    if not weights and not biases:
+        raise ValueError("weights: expected one of each module (or biases alone), got neither")
+    if not weights:
+        return weights, biases, biases[0].shape[0] if len(biases) == 1 else len(biases), biases[0].shape[-1], 0
+    first = weights[0]
+    stacked = reference.is_stacked(weights, 3)
+    if first.dim() != 2 and not stacked:
+        raise ValueError(f"weights: expected K tensors [O, F] or one [K, O, F], got {shown(first)}")
+    K, (O, F) = first.shape[0] if stacked else len(weights), first.shape[-2:]
+    if biases and stacked and (len(biases) != 1 or biases[0].shape != (K, O)):
+        raise ValueError(f"biases: expected one tensor [{K}, {O}], as weights are stacked, got {shown(biases[0])}")
+    if biases and not stacked and (len(biases) != K or biases[0].shape != (O,)):
+        raise ValueError(
+            f"biases: expected {K} tensors [{O}], one for each weight, got {len(biases)} {shown(biases[0])}"
+        )
+    return weights, biases, K, O, F
+
+
+@explained
+def grouped_linear(
+    x: Tensor | None,
+    plan: Plan,
+    weights: Sequence[Tensor] | Tensor,
+    biases: Sequence[Tensor] | Tensor = (),
+    *,
+    activation: str = "none",
+    is_sorted: bool = False,
+    keep_sorted: bool = False,
+    keep_empty: bool = False,
+) -> Tensor:
+    """One linear module per entry: y_n = act(W_k x_b + b_k), k the module that the plan gives entry n, b its sample.
+
+    Entries that the plan drops are zero, and so is their gradient. With no ``weights``, y_n = b_k: a row of a table.
+
+    Args:
+        x: [B, F] float32, float64, bfloat16 (or, on the reference backend, any floating dtype), any row stride. Not
+            looked at without weights, and may be None then.
+        plan: from :func:`dispatch.plan`.
+        weights: K tensors [O, F] in x's dtype, each a parameter of its own; or all of them in one, [K, O, F]; or none.
+        biases: K tensors [O], or none; one tensor [K, O] with stacked weights; without weights K tensors [1, O], or one
+            [K, O].
+        activation: "none", "relu", "tanh", "sigmoid", "silu", "gelu" or "gelu_tanh".
+        is_sorted: x [N, F] has a row per entry already, in the plan's order.
+        keep_sorted: leave y in the plan's order; otherwise rows are those of the actions, sample by sample.
+        keep_empty: give modules without an entry zeros as gradients, not None. (On a GPU and under torch.compile, where
+            counts are not read, and with stacked weights they always get zeros.)
+
+    Returns:
+        y [N, O], contiguous. Sums are accumulated in float32 for half precision. A second derivative and torch.func go
+        through plain PyTorch.
+
+    Raises:
+        ValueError, TypeError: x is not of the plan's rows, or not of the modules' width or dtype.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    weights, biases, K, O, F = parameters_of(weights, biases)
+    if plan.offsets.shape[0] != K + 1:
+        raise ValueError(f"plan: expected one of {K} modules, got one of {plan.offsets.shape[0] - 1}")
+    parameters = (*weights, *biases)
+    if not weights:
+        x = None
+        if activation != "none":
+            raise ValueError(f"activation: a table is read as it is, got {activation!r}")
+    elif x is None:
+        raise ValueError("x: expected a tensor [N, F] to multiply, got None")
+    else:
+        x = _rows(x, plan, F, is_sorted, keep_sorted)
+        autocast = autocast_dtype(x.device.type)
+        if autocast is not None and x.dtype != torch.float64:
+            x, parameters = x.to(autocast), tuple(p.to(autocast) for p in parameters)
+    dtype = parameters[0].dtype if x is None else x.dtype
+    for p in parameters:
+        if p.dtype != dtype:
+            raise TypeError(f"x: expected the modules' dtype {p.dtype}, got {dtype}")
+    like = parameters[0]
+    if transformed():
+        w, b = parameters[: len(weights)], parameters[len(weights) :]
+        rest = activation, not is_sorted, not keep_sorted
+        with autocast_off(like.device.type):
+            return reference.of_sorted(x, plan.order, plan.samples, plan.offsets, plan.bounds, w, b, *rest)
+    note(OP, like, N=plan.order.shape[0] if x is None else x.shape[0], K=K, F=F, O=O)
+    backend = taken(OP, like.device.type, like.dtype)
+    if not keep_empty and len(parameters) >= K:  # each its own
+        parameters = without_gradient(parameters, plan.bounds)
+    after = activation if backend == "native" and activation not in _NATIVE_ACTIVATIONS else "none"
+    made: Tensor = apply(
+        _GroupedLinear,
+        x,
+        plan.order,
+        plan.samples,
+        plan.offsets,
+        not is_sorted,
+        not keep_sorted,
+        K,
+        len(weights),
+        activation if after == "none" else "none",
+        backend,
+        None if keep_empty else plan.bounds,
+        torch.is_grad_enabled(),
+        *parameters,
+    )
+    return made if after == "none" else ACTIVATIONS[after](made)

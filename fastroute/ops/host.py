@@ -1,0 +1,55 @@
+"""What Python may know of a tensor's numbers without waiting for a device: nothing, where there are none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import is_strict
+
+
+def is_wrapped(t: Tensor) -> bool:
+    """Whether it stands for many under torch.vmap."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[no-any-return]
+
+
+def compares(t: Tensor) -> bool:
+    """Whether to count by comparisons, as vmap and ONNX know no search."""
+    return torch.compiler.is_exporting() or is_wrapped(t)
+
+
+def is_many(t: Tensor) -> bool:
+    """Whether torch.vmap has made many of it, whose numbers nobody may read."""
+    if not is_wrapped(t):
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
+def has_numbers(t: Tensor) -> bool:
+    """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap, on
+    the meta device."""
+    return type(t) is Tensor and not torch.compiler.is_compiling() and not is_wrapped(t) and not t.is_meta
+
+
+def on_host(offsets: Tensor) -> list[int] | None:
+    """The numbers, where reading them waits for nothing; else None."""
+    if offsets.device.type != "cpu" or not has_numbers(offsets):
+        return None
+    return offsets.tolist()  # type: ignore[no-any-return]
+
+
+def read(offsets: Tensor) -> list[int]:
+    """The numbers, waiting for the device if need be."""
+    return offsets.tolist()  # type: ignore[no-any-return]
+
+
+def may_look(t: Tensor) -> bool:
+    """Whether a check may look at numbers: on a CPU, or where ``fastroute.strict`` asks for it; if there are any."""
+    return (t.device.type == "cpu" or is_strict()) and has_numbers(t)

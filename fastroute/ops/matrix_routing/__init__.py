@@ -1,0 +1,3 @@
+"""``matrix_routing``: routing of matrix capsules."""
+
+from .op import matrix_routing as matrix_routing

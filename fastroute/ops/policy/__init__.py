@@ -1,0 +1,3 @@
+"""``policy``: a discrete choice per row."""
+
+from .op import policy as policy

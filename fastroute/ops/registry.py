@@ -1,0 +1,80 @@
+"""torch.ops.fastroute: the namespace every op is defined in, with or without the C++ extension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.library import Library
+from torch.utils._pytree import tree_leaves
+
+from .environment import interpreting
+
+library = Library("fastroute", "DEF")
+
+#: What each op of :func:`define` runs, by its name.
+implementations: dict[str, Callable[..., Any]] = {}
+
+
+def no_second_derivative(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The gradient of a gradient op: an error instead of autograd's silence."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{op} has no second derivative; the plain-PyTorch function fastroute.ops.{op}.reference.{op} has"
+        )
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    return backward, setup_context
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """``fake`` for fake and for meta tensors; the latter only all together, which PyTorch leaves to the op."""
+
+    def on_one_device(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if len({t.device.type == "meta" for t in tensors}) > 1:
+            raise RuntimeError(f"{name}: expected all tensors on one device, got some on meta")
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"fastroute::{name}", on_one_device, lib=library)
+
+
+def define_compiled(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    triton: Callable[..., Any] | None = None,
+    tags: Sequence[torch.Tag] = (),
+) -> None:
+    """One op for each compiled backend, which stands for {} in ``name``; ``triton``: a fake of its own.
+
+    For what an autograd function of ours calls: its C++ is on the CPU's key, so that a call costs no Python.
+    """
+    for backend, describe in (("native", fake), ("triton", triton or fake)):
+        library.define(name.format(backend) + schema, tags=tuple(tags))
+        register_fake(name.format(backend), describe)
+
+
+def implement(name: str, implementation: Callable[..., Any], *, anywhere: bool = False) -> None:
+    """Register Triton's implementation of a compiled op; ``anywhere``: for every device, not those of its kernels."""
+    keys = ("CompositeExplicitAutograd",) if anywhere else ("CUDA", "CPU") if interpreting() else ("CUDA",)
+    for key in keys:
+        library.impl(name, torch.no_grad()(implementation), key)
+
+
+def define(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, autograd: Any = None
+) -> None:
+    """Register ``fastroute::name`` for every device: its schema, its Python dispatcher, its fake and its gradient."""
+    library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    implementations[name] = implementation
+    register_fake(name, fake)
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(f"fastroute::{name}", backward, setup_context=setup_context, lib=library)

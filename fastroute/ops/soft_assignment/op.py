@@ -1,0 +1,242 @@
+"""``soft_assignment``: the tail of any routing, softmax over outputs and weighted sum over inputs, as one op.
+
+Axes: B batch, n inputs, m outputs, h width of a vote.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks as _checks
+from ..arguments import explained
+from ..autograd import asked_again, through, transformed
+from ..backends import Case, choose, native_refuses, offer, record, requested
+from ..dtypes import accumulating
+from ..precision import autocast_off
+from ..registry import define, no_second_derivative
+from . import native as native  # defines the native ops
+from . import reference as reference
+from .contract import Grads, Pairs, sizes
+from .reference import share as share
+
+OP = "soft_assignment"
+
+_INPUTS = (
+    "Tensor votes, Tensor? scores, Tensor? gate, Tensor? use, Tensor? ign, Tensor? prior, Tensor? mask, "
+    "Tensor? lengths, float eps, str backend"
+)
+
+
+def case_of(votes: Tensor, pairs: Pairs) -> Case:
+    named = zip(("B", "n", "m", "h"), sizes(votes, pairs), strict=True)
+    return Case(OP, votes.device.type, votes.dtype, tuple(named))
+
+
+def _triton_refuses(case: Case) -> str | None:
+    from .triton import unsupported
+
+    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
+    return why
+
+
+offer(OP, "reference", "fastroute.ops.soft_assignment.plain", lambda case: None)
+offer(OP, "native", "fastroute.ops.soft_assignment.native", native_refuses)
+offer(OP, "triton", "fastroute.ops.soft_assignment.triton", _triton_refuses)
+
+
+def _empty(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    B, _, m, h = sizes(votes, pairs)
+    acc = accumulating(votes.dtype)
+    return votes.new_empty((B, m, h), dtype=acc), votes.new_empty((B, m), dtype=acc)
+
+
+def _forward(votes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *given, backend = rest
+    pairs = Pairs(*given)
+    B, n, _, h = sizes(votes, pairs)
+    if B == 0 or n == 0 or h == 0:
+        M, p = _empty(votes, pairs)
+        return M.zero_(), p.zero_()
+    with autocast_off(votes.device.type):
+        made: tuple[Tensor, Tensor] = choose(case_of(votes, pairs), backend).forward(votes, pairs)
+    return made
+
+
+def _forward_fake(votes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    pairs = Pairs(*rest[:-1])
+    record(case_of(votes, pairs))
+    return _empty(votes, pairs)
+
+
+def _buffers(votes: Tensor, pairs: Pairs, wants: list[bool]) -> Grads:
+    tensors = (votes, pairs.scores, pairs.gate, pairs.use, pairs.ign)
+    made = [t.new_empty(t.shape) if t is not None and want else None for t, want in zip(tensors, wants, strict=True)]
+    return Grads(*made)
+
+
+def _listed(votes: Tensor, grads: Grads) -> list[Tensor]:
+    return [votes.new_empty(0) if t is None else t for t in grads]
+
+
+def _backward(votes: Tensor, *rest: Any) -> list[Tensor]:
+    *given, backend, dM, dp, wants = rest
+    pairs = Pairs(*given)
+    grads = _buffers(votes, pairs, wants)
+    B, n, _, h = sizes(votes, pairs)
+    if B == 0 or n == 0 or h == 0:
+        return [t.zero_() for t in _listed(votes, grads)]
+    with autocast_off(votes.device.type):
+        choose(case_of(votes, pairs), backend).backward(votes, pairs, dM, dp, grads)
+    return _listed(votes, grads)
+
+
+def _backward_fake(votes: Tensor, *rest: Any) -> list[Tensor]:
+    *given, _, _, _, wants = rest
+    pairs = Pairs(*given)
+    record(case_of(votes, pairs))
+    return _listed(votes, _buffers(votes, pairs, wants))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _plain(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The reference, in the dtype of sums."""
+    acc = accumulating(votes.dtype)
+    wide: dict[str, Any] = {
+        name: t.to(acc) for name, t in pairs._asdict().items() if isinstance(t, Tensor) and t.is_floating_point()
+    }
+    with autocast_off(votes.device.type):
+        return reference.soft_assignment(votes.to(acc), pairs._replace(**wide))
+
+
+def _gradient(ctx: Any, dM: Tensor, dp: Tensor) -> tuple[Tensor | None, ...]:
+    wants, tensors = list(ctx.needs_input_grad[:5]), ctx.saved_tensors
+    if asked_again(dM, dp):
+
+        def plain(votes: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+            return _plain(votes, Pairs(*(*given, ctx.eps)))
+
+        return (*through(plain, tensors, ctx.needs_input_grad[: len(tensors)], [dM, dp]), None, None)
+    found = torch.ops.fastroute.soft_assignment_backward(
+        *tensors, ctx.eps, ctx.backend, dM.contiguous(), dp.contiguous(), wants
+    )
+    return (*(g if want else None for g, want in zip(found, wants, strict=True)), *[None] * 5)
+
+
+define(
+    "soft_assignment_backward",
+    f"({_INPUTS}, Tensor dM, Tensor dp, bool[] wants) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    autograd=no_second_derivative(OP),
+)
+define(OP, f"({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake, autograd=(_gradient, _setup))
+
+
+@explained
+def soft_assignment(
+    scores: Tensor | None,
+    votes: Tensor,
+    gate: Tensor | None = None,
+    use: Tensor | None = None,
+    ign: Tensor | None = None,
+    *,
+    prior: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mean: bool = False,
+    eps: float = 0,  # an int, of which torch.compile makes no variable
+) -> Tensor:
+    r"""Assign every input softly to outputs; an output is the sum, or the weighted mean, of what inputs vote for it.
+
+    .. math::
+        R_{ij} &= \mathrm{softmax}_j\, S_{ij}, \qquad
+        \phi_{ij} = \beta^{use}_{ij} f_i R_{ij} - \beta^{ign}_{ij} (f_i - f_i R_{ij}) \\
+        y_{jh} &= \sum_i \phi_{ij} V_{ijh} \qquad\text{or, as a mean,}\qquad
+        y_{jh} = \frac{\sum_i (\phi_{ij} + \epsilon) V_{ijh}}{\sum_i (\phi_{ij} + \epsilon)}
+
+    The sum is Heinsen (2022), section 2, of any routing; the mean is Locatello et al. (2020), Algorithm 1 (slots are
+    outputs). Nothing of size n x m is stored between forward and backward but ``scores`` itself. A row whose every pair
+    is masked contributes zero, and a mean over nothing is zero.
+
+    Args:
+        scores: S [B, n, m], any floating dtype. None: R is ``prior`` for every input (over its open pairs).
+        votes: V [B, n, m, h], [1, n, m, h] (the same for every sample), [B, n, 1, h] (the same for every output) or
+            [1, n, 1, h]; float16, bfloat16, float32 or float64, any strides.
+        gate: f [B, n], float32, or float64 with float64 votes. None: 1.
+        use, ign: betas [n, m] or [B, n, m]. None: 1, and 0.
+        prior: [m], dtype of gate; read where there are no scores.
+        mask: bool [B, n, m] or what broadcasts to it; True closes the pair.
+        lengths: int64 [B]; rows from there on are padding and get zero gradient.
+        mean: divide by the sum of weights over inputs; without betas only, as weights must not be negative.
+        eps: added to the weight of every open pair of a mean.
+
+    Returns:
+        y [B, m, h], float32, or float64 with float64 votes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    _checks.tensor("votes", votes, "a tensor [B, n, m, h]")
+    _checks.floating("votes", votes)
+    acc = accumulating(votes.dtype)
+    if votes.dim() != 4:
+        raise ValueError(f"votes: expected [B, n, m, h], got {_checks.shown(votes)}")
+    if scores is not None:
+        _checks.tensor("scores", scores, "a tensor [B, n, m]")
+        _checks.floating("scores", scores)
+        if scores.dim() != 3:
+            raise ValueError(f"scores: expected [B, n, m], got {_checks.shown(scores)}")
+        B, n, m = scores.shape
+    else:
+        if gate is None or prior is None:
+            raise ValueError(f"{'gate' if gate is None else 'prior'}: expected a tensor when scores is None, got None")
+        if gate.dim() != 2:
+            raise ValueError(f"gate: expected [B, n], got {_checks.shown(gate)}")
+        if prior.dim() != 1:
+            raise ValueError(f"prior: expected [m], got {_checks.shown(prior)}")
+        (B, n), m = gate.shape, prior.shape[0]
+    wide = votes.shape
+    if wide[1] != n or (wide[0] != B and wide[0] != 1) or (wide[2] != m and wide[2] != 1):
+        raise ValueError(
+            f"votes: expected [{B} or 1, {n}, {m} or 1, h] (B, n, m, h), like the "
+            f"{'gate' if scores is None else 'scores'}, got {_checks.shown(votes)}"
+        )
+    given = {"scores": scores, "gate": gate, "use": use, "ign": ign, "prior": prior, "mask": mask}
+    _checks.together(("votes", votes), given)
+    for name, t, expected, axes in (("gate", gate, (B, n), "B, n"), ("prior", prior, (m,), "m")):
+        if t is not None:
+            _checks.shape(name, t, expected, axes)
+            if t.dtype != acc:
+                raise TypeError(f"{name}: expected {acc} with votes {votes.dtype}, got {t.dtype}")
+    betas = []
+    for name, beta in (("use", use), ("ign", ign)):
+        if beta is not None:
+            _checks.floating(name, beta)
+            if beta.dim() == 2:
+                _checks.shape(name, beta, (n, m), "n, m")
+                beta = beta[None]
+            else:
+                _checks.shape(name, beta, (B, n, m), "B, n, m")
+        betas.append(beta)
+    if mask is not None:
+        mask = _checks.as_mask(mask, (B,), n, m)
+    if lengths is not None:
+        lengths = _checks.as_lengths(lengths, (B,), n, votes.device)
+    if mean and (use is not None or ign is not None):
+        raise ValueError("mean: expected no use and no ign, whose weights could be negative")
+    if eps and not mean:
+        raise ValueError(f"eps: expected 0 without mean, got {eps}")
+    use, ign = betas
+    pairs = Pairs(scores, gate, use, ign, None if scores is not None else prior, mask, lengths, float(eps))
+    if transformed():
+        M, p = _plain(votes, pairs)
+    else:
+        M, p = torch.ops.fastroute.soft_assignment(votes, *pairs, requested())
+    return M / torch.where(p > 0, p, 1.0)[..., None] if mean else M

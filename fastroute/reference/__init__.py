@@ -1,1 +1,0 @@
-"""The ops in plain PyTorch: what every other backend is checked against."""

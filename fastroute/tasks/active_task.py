@@ -1,0 +1,288 @@
+"""Which task a module works on: one for all samples or one for each, changed without compiling anything again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import checks as _checks
+from ..ops.recomputation import is_recomputation, saved_are_hooked
+
+#: A task for all samples, or [B] one for each.
+Task = int | Tensor
+
+
+def task_index(task: object, task_count: int, name: str = "task") -> Task:
+    """An int from 0 to T - 1 or an integer tensor, 0-d or [B], from what users give.
+
+    Raises:
+        TypeError: neither, or a fraction.
+        IndexError: an int out of range. (Values of tensors are looked at where they are used.)
+        ValueError: a tensor of more axes, or on the meta device.
+    """
+    if isinstance(task, Tensor):
+        if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an int or an integer tensor, 0-d or [B], got {task.dtype}")
+        if task.dim() > 1:
+            raise ValueError(f"{name}: expected an int or an integer tensor, 0-d or [B], got {_checks.shown(task)}")
+        return task
+    if isinstance(task, torch.SymInt):  # under torch.compile an int argument may be any
+        return task  # type: ignore[return-value]
+    try:
+        index = task if type(task) is int else _checks.integer(name, task)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected an int or an integer tensor, 0-d or [B] (one per sample), got {task!r}"
+        ) from None
+    if not 0 <= index < task_count:
+        raise IndexError(f"{name}: expected a task from 0 to {task_count - 1}, got {index}")
+    return index
+
+
+def on_device(task: Task, device: torch.device) -> Tensor:
+    """The task as an int64 tensor on a device, 0-d for an int."""
+    if isinstance(task, Tensor):
+        return _checks.moved("task", task, device, torch.int64)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # a graph may save it for a backward pass
+            return on_device(task, device)
+    return torch.full((), task, dtype=torch.int64, device=device)
+
+
+def traced() -> bool:
+    """Whether torch.compile or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_mapped(task: Task) -> bool:
+    """Whether vmap maps over the task: then its number is not known, and is not the same for all samples."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while isinstance(task, Tensor) and functorch.is_functorch_wrapped_tensor(task):
+        if functorch.is_batchedtensor(task):
+            return True
+        task = functorch.get_unwrapped(task)
+    return False
+
+
+class TaskAware(nn.Module):
+    """A module that works on one of ``task_count`` tasks, told in ``forward`` or beforehand by ``set_active_task``.
+
+    The active task is kept twice: as users gave it, which is what eager code reads, and as a tensor, which is what
+    traced code reads, so that no graph depends on its value. The tensor is replaced rather than written to, since a
+    backward pass may still need the old one, and is no buffer, since DistributedDataParallel would copy rank 0's to
+    all ranks, which may be at different tasks.
+
+    A forward pass that is made again for backward (torch.utils.checkpoint) has to have the task of the first time. A
+    task that is given is the same; that the active one is still the same is checked by ``_checked``, which saves it for
+    backward and so compares it with what it is when it is saved again, and, for checkpoints that save nothing the first
+    time (``use_reentrant=True``), by counting in ``_count``.
+    """
+
+    task_count: int
+    _active: Task
+    _active_id: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_follow_device)
+
+    def _device(self) -> torch.device:
+        """Where the task is needed."""
+        raise NotImplementedError
+
+    def _hold(self, task: Task, on: Tensor | None = None) -> None:
+        """Make a checked task the active one; ``on`` is the same on this module's device, if there is one already."""
+        if on is None:
+            on = on_device(task, self._device())
+        object.__setattr__(self, "_active", task)  # nn.Module's own looks for parameters of the name first
+        object.__setattr__(self, "_active_id", on)
+
+    @property
+    def active_task(self) -> Task:
+        """The task used when ``forward`` is given none, as it was set."""
+        return self._active
+
+    @active_task.setter
+    def active_task(self, task: Task) -> None:
+        self.set_active_task(task)
+
+    def set_active_task(self, active_task: Task) -> Task:
+        """Work on a task (an int, or an integer tensor, 0-d or [B]: one per sample) from now on; returns it.
+
+        Raises:
+            IndexError, TypeError, ValueError: no task of this module.
+        """
+        task = task_index(active_task, self.task_count, "active_task")
+        self._hold(task)
+        return task
+
+    def _task(self, task: Task | None) -> Task:
+        """The task to work on: the given one, checked, or the active one."""
+        if task is not None:
+            return task_index(task, self.task_count)
+        if torch.compiler.is_compiling():
+            return self._active_id
+        self._count()
+        return self._active if not isinstance(self._active, Tensor) else self._active_id
+
+    def _count(self) -> None:
+        """Of each task, the passes in training without gradients, which may be made again."""
+        if not self.training or isinstance(self._active, Tensor) or saved_are_hooked():
+            return
+        again = is_recomputation()
+        if again != torch.is_grad_enabled():
+            return
+        due: dict[int, int] = self.__dict__.setdefault("_due", {})
+        if not again:
+            due[self._active] = due.get(self._active, 0) + 1
+        elif due.get(self._active, 0):
+            due[self._active] -= 1
+        elif any(due.values()):
+            raise RuntimeError(_CHANGED)
+
+    def _checked(self, y: Tensor, task: Task | None) -> Tensor:
+        """y, made for a task that may be the active one; its backward raises if it was made again for another."""
+        if task is not None or traced() or not torch.is_grad_enabled() or not saved_are_hooked():
+            return y
+        active = self._active if isinstance(self._active, Tensor) else torch.tensor(self._active)
+        anchor = None if y.requires_grad else torch.empty(0, requires_grad=True)  # what follows depends on the task
+        checked: Tensor = _Checked.apply(y, active, anchor)
+        return checked
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        _follow_device(self)
+        return self
+
+
+_CHANGED = (
+    "task: expected a forward pass that is made again for backward (torch.utils.checkpoint) to have the task of the "
+    "first time, but the active task was changed in between; give the task in the call, model(x, task), or set it "
+    "within the function that is checkpointed, by on_task(model, task)"
+)
+
+
+class _Checked(torch.autograd.Function):
+    """The identity, in place, of what was made for a task."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, task: Tensor, anchor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(task)
+        ctx.task, ctx.version = task, task._version
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (saved,) = ctx.saved_tensors
+        if ctx.version != ctx.task._version or not (saved is ctx.task or torch.equal(saved, ctx.task)):
+            raise RuntimeError(_CHANGED)
+        return grad, None, None
+
+
+def _follow_device(module: nn.Module, *_: object) -> None:
+    """The active task's tensor is to be where the module is."""
+    assert isinstance(module, TaskAware)
+    device = module._device()
+    if module._active_id.device != device:
+        module._hold(module._active)
+
+
+def set_task(model: nn.Module, task: Task) -> None:
+    """Make ``task`` the active one in every part of a model that works on tasks. Nothing is compiled again.
+
+    ``model.apply`` of a function that calls ``set_active_task`` on whatever has an ``active_task`` does so, too.
+
+    Args:
+        model: any module with a :class:`TaskRouter` or a :class:`VGG` in it (or that is one).
+        task: an int; or an integer tensor, 0-d or [B]: one per sample of the batches to come.
+
+    Raises:
+        IndexError, TypeError, ValueError: no task of some part, of which all then keep the task they had; nothing in
+            the model works on tasks.
+    """
+    aware, others = aware_parts(model)
+    if not aware and not others:
+        raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
+    if aware:
+        checked = task_index(task, min([module.task_count for module in aware]))
+    where: dict[torch.device, Tensor] = {}
+    for module in aware:
+        device = module._active_id.device  # the module's, found faster
+        if device not in where:
+            where[device] = on_device(checked, device)
+        module._hold(checked, where[device])
+    for other in others:
+        other.set_active_task(task)
+
+
+@contextmanager
+def on_task(model: nn.Module, task: Task) -> Iterator[None]:
+    """Within, ``task`` is the active one in every part of a model that works on tasks; afterwards what was before.
+
+    So a task is given to one call of a model that does not take it as an argument. Where the call may be made again
+    for backward, as torch.utils.checkpoint does, this belongs into the function that is checkpointed::
+
+        def trunk(x, task):
+            with on_task(model, task):
+                return model.trunk(x)
+
+        y = checkpoint(trunk, x, task, use_reentrant=False)
+
+    Args:
+        model, task: as of :func:`set_task`.
+
+    Raises:
+        IndexError, TypeError, ValueError: as :func:`set_task`.
+    """
+    aware, others = aware_parts(model)
+    before = [(module, module._active, module._active_id) for module in aware]
+    theirs = [(other, other.active_task) for other in others if hasattr(other, "active_task")]
+    set_task(model, task)
+    try:
+        yield
+    finally:
+        for module, active, on in before:
+            module._hold(active, on)
+        for other, active in theirs:
+            other.set_active_task(active)
+
+
+#: By class: whether modules are TaskAware, have a ``set_active_task`` without being it, or neither.
+_kinds: dict[type, Literal["aware", "other", "none"]] = {}
+
+
+def _kind(cls: type) -> Literal["aware", "other", "none"]:
+    if issubclass(cls, TaskAware):
+        return "aware"
+    return "other" if hasattr(cls, "set_active_task") else "none"
+
+
+def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
+    """The parts that are TaskAware, and others with a ``set_active_task``; the model itself may be one.
+
+    ``model.modules()`` would find them, but takes longer than everything else in a switch of tasks.
+    """
+    aware: list[TaskAware] = []
+    others: list[Any] = []
+    seen: set[nn.Module] = set()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {_checks.given(model)}")
+    modules: list[Any] = [model]
+    for module in modules:  # which grows
+        cls = type(module)
+        kind = _kinds.get(cls)
+        if kind is None:
+            kind = _kinds[cls] = _kind(cls)
+        if kind != "none":
+            (aware if kind == "aware" else others).append(module)
+        if module is not None and (children := module._modules) and module not in seen:
+            seen.add(module)
+            modules.extend(children.values())
+    return aware, others

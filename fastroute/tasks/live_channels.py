@@ -1,0 +1,172 @@
+"""Which channels of a router are live, as indices, and compact activations that hold nothing else.
+
+Axes: B samples, C channels, T tasks, G tasks present in a batch, L live channels (of the task that has most).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.host import on_host
+from .active_task import Task, traced
+from .router import TaskRouter
+
+
+class Units(NamedTuple):
+    """The channels that tasks keep.
+
+    A task that keeps fewer than L of them (masks drawn with ``no_orphans``, or by hand) has dead ones at the end of
+    its row, no channel twice. Those are masked like before.
+    """
+
+    live: Tensor  #: [T, L] int64, rising within the kept ones
+    dead: Tensor  #: [T, C - L] int64: all others
+    padded: bool  #: whether some rows have dead channels in ``live``
+
+
+def units(router: TaskRouter) -> Units:
+    """The channels of a router, which keeps them: read again where its masks have changed since.
+
+    They are buffers of the router that are not saved. Under torch.compile they are taken as they are; loading a
+    checkpoint renews them.
+    """
+    mapping = router._unit_mapping
+    if not torch.compiler.is_compiling() and not (mapping.is_meta and "_live" in router._buffers):
+        known = (id(mapping), -1 if mapping.is_inference() else mapping._version)
+        if getattr(router, "_live_of", None) != known:
+            _renew(router, mapping)
+            object.__setattr__(router, "_live_of", known)
+    return Units(router._buffers["_live"], router._buffers["_dead"], router._live_padded)  # type: ignore[arg-type]
+
+
+def _renew(router: TaskRouter, mapping: Tensor) -> None:
+    with torch.no_grad(), torch.inference_mode(False):
+        kept = mapping != 0
+        if kept.is_meta:  # as many as were drawn
+            kept = torch.arange(mapping.shape[1]).expand(mapping.shape) >= router._off
+        counts = kept.sum(1)
+        most, fewest = max(int(counts.max()), 1), int(counts.min())
+        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(mapping.device)
+        if "_live" not in router._buffers:
+            router.register_load_state_dict_post_hook(renew)
+        router.register_buffer("_live", order[:, :most].contiguous(), persistent=False)
+        router.register_buffer("_dead", order[:, most:].contiguous(), persistent=False)
+    object.__setattr__(router, "_live_padded", fewest < most)
+
+
+def renew(router: nn.Module, *_: Any) -> None:
+    """Read the masks again, if it has been asked for its channels."""
+    object.__setattr__(router, "_live_of", None)
+    units(router)  # type: ignore[arg-type]
+
+
+def row(table: Tensor, task: Task) -> Tensor:
+    """[T, L], an int or 0-d -> [L]. A tensor's task out of range is an IndexError on a CPU; a GPU takes the nearest."""
+    if not isinstance(task, Tensor):
+        return table[task]
+    known = on_host(task)
+    if known is not None and not 0 <= known < len(table):  # type: ignore[operator]
+        raise IndexError(f"task: expected a task from 0 to {len(table) - 1}, got {known}")
+    return table.index_select(0, task.to(table.device, torch.int64).clamp(0, len(table) - 1).reshape(1))[0]
+
+
+def axis_of(router: TaskRouter | None, x: Tensor) -> int:
+    """The axis of x that a router's units are."""
+    return x.dim() - 1 if router is not None and router.over_features(x) else 1
+
+
+def spread(index: Tensor, times: int) -> Tensor:
+    """Channels [..., L] -> the features [..., L times] that they are after flattening ``times`` positions each."""
+    if times == 1:
+        return index
+    return (index.unsqueeze(-1) * times + torch.arange(times, device=index.device)).flatten(-2)
+
+
+def expand(x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor:
+    """Compact [B, L, ...] -> [B, width, ...] with zeros elsewhere, in x's memory format."""
+    full = x.new_empty((*x.shape[:axis], width, *x.shape[axis + 1 :]))
+    if axis != 1 or (traced() and not torch.compiler.is_compiling()):  # vmap knows no memory formats
+        return full.zero_().index_copy(axis, index, x)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        full = full.contiguous(memory_format=torch.channels_last)
+    return full.zero_().index_copy(1, index, x) if traced() else full.zero_().index_copy_(1, index, x)
+
+
+class Groups(NamedTuple):
+    """The tasks present in a sorted batch: samples bounds[g] to bounds[g + 1] are of task tasks[g]."""
+
+    tasks: Tensor  #: [G] int64
+    member: Tensor  #: [B] int64, rising: every sample's group
+    bounds: list[int]
+
+    @property
+    def number(self) -> int:
+        return len(self.bounds) - 1
+
+
+class Sorted(NamedTuple):
+    """A batch's order by task."""
+
+    order: Tensor  #: [B]: sample of every place
+    place: Tensor  #: [B]: place of every sample
+    task: Tensor  #: [B], rising
+    groups: Groups
+
+
+def sort(task: Tensor, task_count: int) -> Sorted | None:
+    """The tasks of a batch [B], sorted; None where that would wait for a device, or torch.compile looks on.
+
+    Raises:
+        IndexError: a task out of range.
+    """
+    task = task.to(torch.int64)
+    if on_host(task[:0]) is None:
+        return None
+    ordered, order = task.sort(stable=True)
+    tasks, member, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    found = on_host(tasks) or []
+    if found and (found[0] < 0 or found[-1] >= task_count):
+        wrong = found[0] if found[0] < 0 else found[-1]
+        raise IndexError(f"task: expected tasks from 0 to {task_count - 1}, got {wrong}")
+    bounds = [0, *(on_host(counts.cumsum(0)) or [])]
+    return Sorted(order, order.argsort(), ordered, Groups(tasks, member, bounds))
+
+
+class ExpandGroups(torch.autograd.Function):
+    """Compact [B, L, ...] with a row of channels [G, L] per group -> [B, width, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, bounds: list[int], width: int) -> Tensor:
+        """[B, width, ...] with zeros elsewhere."""
+        ctx.save_for_backward(rows)
+        ctx.bounds = bounds
+        full = x.new_zeros((x.shape[0], width, *x.shape[2:]))
+        for g, (a, b) in enumerate(pairwise(bounds)):
+            full[a:b].index_copy_(1, rows[g], x[a:b])
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return CompactGroups.apply(dy[0], *ctx.saved_tensors, ctx.bounds), None, None, None
+
+
+class CompactGroups(torch.autograd.Function):
+    """[B, C, ...] -> the channels [G, L] of each sample's group, [B, L, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, bounds: list[int]) -> Tensor:
+        """[B, L, ...]"""
+        ctx.save_for_backward(rows)
+        ctx.bounds, ctx.width = bounds, x.shape[1]
+        made = x.new_empty((x.shape[0], rows.shape[1], *x.shape[2:]))
+        for g, (a, b) in enumerate(pairwise(bounds)):
+            made[a:b] = x[a:b].index_select(1, rows[g])
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None, None]:
+        return ExpandGroups.apply(dy[0], *ctx.saved_tensors, ctx.bounds, ctx.width), None, None

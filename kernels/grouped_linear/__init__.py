@@ -1,0 +1,1 @@
+"""Triton kernels of ``grouped_linear``; ``launch`` starts them."""

@@ -1,0 +1,1 @@
+"""Triton kernels of ``matrix_routing``; ``launch`` starts them."""

@@ -1,0 +1,1 @@
+"""Triton kernels of ``vector_routing``; ``launch`` starts them."""

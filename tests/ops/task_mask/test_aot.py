@@ -1,0 +1,75 @@
+"""Every kernel of ``task_mask`` compiled for three architectures, channels first and last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests import aot
+
+CASES = ("first-fp32", "last-bf16")
+KERNELS = {"mask_kernel", "sums_kernel", "statistics_kernel", "gradients_kernel", "normalise_kernel"}
+
+
+def launches(case: str) -> Iterator[Any]:
+    import torch
+
+    place, name = case.split("-")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    x = torch.empty(64, 256, 32, 32, dtype=dtype, device="meta")
+    if place == "last":
+        x = x.to(memory_format=torch.channels_last)
+    yield from launches_of(x)
+
+
+def launches_of(x: Any) -> Iterator[Any]:
+    """Mask, ReLU, their gradient, in place; BatchNorm in training and not; one task and many."""
+    import torch
+
+    from fastroute.kernels import batch_norm_mask_relu, task_mask
+
+    def forward(t: Any, r: Any, p: Any, on: bool) -> Any:
+        return batch_norm_mask_relu.forward(x, *t, *r, *p, on, 0.1, 1e-5, True)
+
+    def backward(t: Any, r: Any, p: Any, on: bool, statistics: Any) -> Any:
+        return batch_norm_mask_relu.backward(x, x, None, *t, *r, *p, *statistics, on, 1e-5, True, True)
+
+    B, C = x.shape[:2]
+    mapping, each = torch.empty(20, C, device="meta"), torch.empty(B, dtype=torch.int64, device="meta")
+    channels = [torch.empty(C, device="meta") for _ in range(6)]
+    for tasks in (None, each):
+        task = mapping, tasks, 3
+        yield from aot.record(lambda task=task: task_mask.gate(x, x, *task))
+        yield from aot.record(lambda task=task: task_mask.gate(x, None, *task))
+        yield from aot.record(lambda task=task: task_mask.rectify(x, *task))
+        yield from aot.record(lambda task=task: task_mask.mask_(x, *task, False))
+        for training in (True, False)[B * x[0, 0].numel() == 1 :]:
+            running, parameters, (mean, scale) = channels[:2], channels[2:4], channels[4:]
+            given = {"t": task, "r": running, "p": parameters, "on": training}
+            yield from aot.record(partial(forward, **given))
+            yield from aot.record(partial(backward, **given, statistics=(mean, scale)))
+
+
+def check(name: str, found: list[aot.Report]) -> None:
+    """Shared memory is what a reduction takes. Nothing spills on sm_80 and sm_90, nor beyond the cache on sm_100."""
+    assert {r.kernel for r in found} == KERNELS
+    for r in found:
+        assert aot.spills_stay_near(r) if r.arch == 100 else r.stack <= aot.SPARE, r
+        assert r.shared <= 48 << 10, r
+        if r.kernel in ("mask_kernel", "sums_kernel", "normalise_kernel"):
+            assert r.loads.get("2", 0) <= (r.kernel == "sums_kernel") and "2" not in r.stores, (
+                r
+            )  # a shift of each channel
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_fits(name: str) -> None:
+    check(name, aot.report_of(__file__, name))
+
+
+if __name__ == "__main__":
+    aot.main(CASES, launches)
