@@ -293,4 +293,7 @@ def test_lora(name: str) -> None:
 
 def test_layers_without_a_linear() -> None:
     """Nothing to adapt or to quantize is said where it is so."""
-    assert [name for name in LAYERS if not linears_of(LAYERS[name].layer())] == list(WITHOUT_LINEAR)
+    without = [name for name in LAYERS if not linears_of(LAYERS[name].layer())]
+    assert without == list(WITHOUT_LINEAR), (
+        "name them in WITHOUT_LINEAR of tests/helpers/matrix.py, in the order of LAYERS"
+    )

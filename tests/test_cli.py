@@ -103,8 +103,11 @@ def test_doctor_tells_every_backend_of_every_op(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("op", _backends.offered())
 def test_triton_takes_what_doctor_asks_about(op: str) -> None:
     """On a machine with a GPU, which this one may not be."""
-    assert TYPICAL.keys() == _backends.offered().keys()
-    offer = _backends.offered()[op]["triton"]
+    assert TYPICAL.keys() == _backends.offered().keys(), (
+        "fastroute/cli.py: TYPICAL has the sizes of every op that offers"
+    )
+    offer = _backends.offered()[op].get("triton")
+    assert offer is not None, f"{op} offers no Triton backend: an op without one makes no offer at all"
     assert offer.refuses(typical(op, "cuda")) is None
 
 

@@ -208,7 +208,10 @@ def test_the_public_face() -> None:
     assert fastroute.EfficientVectorRouting is fastroute.capsules.EfficientVectorRouting
     for family in (fastroute.networks, fastroute.tasks, fastroute.multitask):
         for name in family.__all__:
-            assert getattr(fastroute, name) is getattr(family, name), name
+            here = getattr(fastroute, name, None) is getattr(family, name)
+            assert here, (
+                f"{family.__name__}.__all__ has {name}: fastroute/__init__.py has to import it, and its __all__ too"
+            )
     assert (ROOT / "fastroute" / "py.typed").exists()
 
 
@@ -244,9 +247,14 @@ def files_of(folder: str, op: str) -> set[str]:
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_one_folder_on_every_floor(op: str) -> None:
     files = files_of("fastroute/ops", op) - {"__pycache__"}
-    assert {"__init__", "op", "reference"} <= files <= ROLES | PARTS.get(op, set()), files
-    assert op == "dispatch" or hasattr(fastroute.functional, op)
-    assert "test_op" in files_of("tests/ops", op) or op == "batch_norm_mask_relu"  # tested beside task_mask
+    missing, more = {"__init__", "op", "reference"} - files, files - ROLES - PARTS.get(op, set())
+    assert not missing, f"fastroute/ops/{op} has no {', '.join(f'{name}.py' for name in sorted(missing))}"
+    assert not more, (
+        f"fastroute/ops/{op}: {sorted(more)}: no role of ARCHITECTURE.md; rename them, or add them to PARTS"
+    )
+    assert op == "dispatch" or hasattr(fastroute.functional, op), f"fastroute/functional.py does not import {op}"
+    tested = "test_op" in files_of("tests/ops", op) or op == "batch_norm_mask_relu"  # tested beside task_mask
+    assert tested, f"tests/ops/{op} has no test_op.py"
     backends = offered().get(op, {})
     for name, offer in backends.items():
         assert importlib.util.find_spec(offer.module), f"{op} offers {name} in {offer.module}, which is not there"
@@ -254,7 +262,10 @@ def test_an_op_is_one_folder_on_every_floor(op: str) -> None:
         assert files_of("csrc/cpu", op), f"{op} has compiled ops, but there is no csrc/cpu/{op}"
     if "triton" in files:
         assert files_of("kernels", op), f"{op} has a Triton backend, but there is no kernels/{op}"
-    assert ("triton" in backends) == ("triton" in files)
+    offers, has = "triton" in backends, "triton" in files
+    assert offers == has, (
+        f"{op}: op.py {'offers' if offers else 'does not offer'} Triton, triton.py is {'' if has else 'not '}there"
+    )
 
 
 def role(module: str) -> tuple[str, str]:
@@ -426,4 +437,5 @@ def test_an_ops_folder_can_be_called() -> None:
     z, w = torch.rand(2, 3), torch.rand(2, 3)
     assert torch.equal(fastroute.ops.combine(z, w), fastroute.functional.combine(z, w))
     for op in OPS:
-        assert op == "dispatch" or callable(getattr(fastroute.ops, op))
+        called = op == "dispatch" or callable(getattr(fastroute.ops, op, None))
+        assert called, f"import {op} in fastroute/ops/__init__.py, and its function in fastroute/ops/{op}/__init__.py"

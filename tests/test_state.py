@@ -356,7 +356,8 @@ def classes() -> Iterator[type[nn.Module]]:
 def test_every_module_with_a_state_is_in_the_table() -> None:
     """Or a subclass of it is."""
     met = {base for name in CASES for m in made(name).modules() for base in type(m).__mro__}
-    assert {cls.__qualname__ for cls in set(classes()) - met} == set()
+    new = {cls.__qualname__ for cls in set(classes()) - met}
+    assert new == set(), "add each to CASES, or a row to LAYERS in tests/helpers/layers.py"
 
 
 @each_case
@@ -456,7 +457,7 @@ def test_no_cast_changes_what_is_counted(name: str, dtype: torch.dtype) -> None:
         not ("weighting" in name or "balancing" in name or name in ("Accuracy", "F1", "L1"))
         or moved
         or (name.split()[-1] in ("equal", "auto", "uncertainty", "imtl", "rlw", "geometric"))
-    )
+    ), f"{name} remembers nothing: if it need not, add its name to the line above"
     for t in (m.get_buffer(key) for key in moved):
         t.copy_(t + 1 / 3 if t.is_floating_point() else t + 257)
     kept = {key: m.get_buffer(key).clone() for key in moved}

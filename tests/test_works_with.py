@@ -210,7 +210,7 @@ def test_works(name: str, title: str) -> None:
 
 
 def test_the_page_is_of_this_table() -> None:
-    assert PAGE.read_text() == page()
+    assert PAGE.read_text() == page(), "python -m tests.test_works_with rewrites it"
 
 
 def test_cells_of_the_table_are_of_its_rows_and_columns() -> None:

@@ -33,7 +33,8 @@ def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_page_names_every_weighting() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", PAGE.read_text(), re.MULTILINE))
-    assert rows == {name: kind.__name__ for name, kind in weighting.WEIGHTINGS.items()}
+    known = {name: kind.__name__ for name, kind in weighting.WEIGHTINGS.items()}
+    assert rows == known, f"{PAGE.name} has a row | `name` | `Class` | … for each of WEIGHTINGS"
 
 
 @pytest.mark.parametrize("installed", [True, False])
