@@ -30,10 +30,19 @@ class SingleBeta(nn.Module):
         """``beta_use`` itself, if they are one."""
         if self.single_beta:
             return self.beta_use
-        try:
-            return self._parameters["beta_ign"]  # type: ignore[return-value]
-        except KeyError:  # parametrized or pruned: another property, or an attribute, has the name
-            raise AttributeError(f"{type(self).__name__} has no parameter beta_ign") from None
+        found: Any = self._parameters.get("beta_ign", self.__dict__.get("_made_beta_ign"))
+        if found is None:  # as while it is parametrized or pruned
+            raise AttributeError(f"{type(self).__name__} has no parameter beta_ign")
+        return found  # type: ignore[no-any-return]
+
+    @beta_ign.setter
+    def beta_ign(self, made: Tensor) -> None:
+        """What pruning and older normalisations make of other parameters, before each call."""
+        self.__dict__["_made_beta_ign"] = made
+
+    @beta_ign.deleter
+    def beta_ign(self) -> None:
+        self.__dict__.pop("_made_beta_ign", None)
 
     def _reset_betas(self) -> None:
         nn.init.zeros_(self.beta_use)
