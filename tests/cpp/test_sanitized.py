@@ -63,7 +63,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.long
 def test_native_under_sanitizers(library: str) -> None:
-    printed = check_python(f"from tests.cpp import cases; cases.load({library!r}); cases.run()", ENVIRONMENT)
+    printed = check_python(
+        f"from tests.ops.vector_routing import cpp_cases as cases; cases.load({library!r}); cases.run()", ENVIRONMENT
+    )
     assert printed.splitlines()[-1] == "no findings"
 
 

@@ -235,6 +235,9 @@ REWARDS = {
 def routed(reward: str, final: Any, device: str = DEVICE) -> tuple[networks.Loss, Any, Tensor, Tensor]:
     seeds.manual_seed(0)
     own = REWARDS[reward]()  # one for all decisions
+    if device == "meta":  # where decisions register nothing
+        own.check(4)
+        own.register_all(lambda: torch.zeros(9, 4, 5, device=device), torch.zeros(9, dtype=torch.int64, device=device))
     x, truth = torch.randn(37, 6, device=device), torch.randint(3, (37,), device=device)
     meta = networks.Initialization()(x)[1]
     layers = [networks.REINFORCE(4, 6, additional_reward_func=own, device=device) for _ in range(3)]
