@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import functional
-from fastroute.tasks import live_execution as walk
-from fastroute.tasks import live_products as products
+from fastroute.tasks import live_execution, live_products
 from fastroute.tasks.live_channels import sort
 
 
@@ -57,7 +56,7 @@ class Point(NamedTuple):
 
     def favours(self, gather: float, call: float) -> bool:
         widths = (self.C, self.C), (self.live, self.live)
-        return products.grouped_is_cheaper(self.positions, self.G, *widths, self.K, gather=gather, call=call)
+        return live_products.grouped_is_cheaper(self.positions, self.G, *widths, self.K, gather=gather, call=call)
 
 
 class Timed(NamedTuple):
@@ -98,7 +97,7 @@ def ways(p: Point) -> tuple[Callable[[], None], Callable[[], None]]:
         x = torch.randn(p.G * p.n, channels, p.S, p.S, generator=generator)
         return (x if few else x.contiguous(memory_format=torch.channels_last)).requires_grad_()
 
-    few = p.positions < walk._FEW * p.G  # as a live chain has it
+    few = p.positions < live_execution._FEW * p.G  # as a live chain has it
     full, compact = images(p.C, False), images(p.live, few)
     d_full, d_compact = torch.randn_like(full), torch.randn_like(compact)
 
@@ -112,7 +111,7 @@ def ways(p: Point) -> tuple[Callable[[], None], Callable[[], None]]:
 
     def grouped() -> None:
         drop()
-        products.grouped(layer, compact, live, live, order.groups).backward(d_compact)
+        live_products.grouped(layer, compact, live, live, order.groups).backward(d_compact)
 
     return dense, grouped
 
@@ -168,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     share, gather, call = fit(rows)
     print(f"fitted: gather {gather:g}, call {call:.3g}: {share:.1%} lost against the better way, {len(rows)} layers")
     for name, g, c in (
-        ("as it is", products.GATHER, products.CALL),
+        ("as it is", live_products.GATHER, live_products.CALL),
         ("always densely", math.inf, 0.0),
         ("always task by task", 0.0, -math.inf),
     ):

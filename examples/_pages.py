@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastroute.ops import backends as _backends
+from fastroute.ops import backends
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -23,8 +23,8 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    case = _backends.Case("dispatch", "cpu", torch.float32, (("B", 64), ("K", 5)))
-    backend = _backends.decide(case, _backends.requested()).backend
+    case = backends.Case("dispatch", "cpu", torch.float32, (("B", 64), ("K", 5)))
+    backend = backends.decide(case, backends.requested()).backend
     return (
         f"{name}, cpu capability {torch.backends.cpu.get_cpu_capability()}, python {platform.python_version()}, "
         f"torch {torch.__version__}, fastroute's `{backend}` backend, {torch.get_num_threads()} thread(s). "

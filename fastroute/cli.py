@@ -15,8 +15,7 @@ import torch
 from . import __version__, compat
 from .compat import checkpoints, program
 from .demos import DEMOS, CannotRun, Options
-from .ops import backends as _backends
-from .ops import environment
+from .ops import backends, environment
 
 _OPTIONAL = ("numpy", "matplotlib", "scikit-learn", "rich")
 _ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
@@ -147,7 +146,7 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         status: int = demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads))
         return status
-    except (CannotRun, _backends.BackendUnavailable) as error:
+    except (CannotRun, backends.BackendUnavailable) as error:
         return _failed(str(error))
 
 
@@ -184,21 +183,21 @@ def _failed(why: str, command: str = "demo") -> int:
 
 def doctor() -> str:
     """Versions, hardware, and the backend of every op with reasons, as plain text."""
-    facts = {"fastroute": __version__, **_backends.describe_machine()}
+    facts = {"fastroute": __version__, **backends.describe_machine()}
     facts["cores"] = str(os.cpu_count())
     facts |= {name: _version(name) for name in _OPTIONAL}
     facts |= environment.facts(*_ENVIRONMENT)
     sections = [_columns(facts.items())]
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-        for op in _backends.offered():
+        for op in backends.offered():
             sections.append(_backends_of(typical(op, device)))
     return "\n\n".join(sections)
 
 
-def typical(op: str, device: str) -> _backends.Case:
+def typical(op: str, device: str) -> backends.Case:
     """A case of an op as layers call it."""
     dtype = torch.int64 if op == "dispatch" else torch.float32  # a plan is made of actions
-    return _backends.Case(op, device, dtype, tuple(TYPICAL[op].items()))
+    return backends.Case(op, device, dtype, tuple(TYPICAL[op].items()))
 
 
 def _version(distribution: str) -> str:
@@ -208,12 +207,12 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _backends_of(case: _backends.Case) -> str:
+def _backends_of(case: backends.Case) -> str:
     try:
-        decision = _backends.decide(case, _backends.requested())
-    except (ValueError, _backends.BackendUnavailable) as error:
+        decision = backends.decide(case, backends.requested())
+    except (ValueError, backends.BackendUnavailable) as error:
         return f"{case}\n{_columns([('none', str(error))], indent=2)}"
-    requested = _backends.requested()
+    requested = backends.requested()
     why = "first that can" if requested == "auto" else f"FASTROUTE_BACKEND={requested}"
     rows = [(decision.backend, f"taken: {why}"), *((name, f"not: {why}") for name, why in decision.rejected.items())]
     return f"{case}\n{_columns(rows, indent=2)}"

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastroute.ops.environment import interpreting
-
 from . import launch as start
 from .launch import cdiv, power_of_2
 
@@ -35,8 +33,8 @@ COUNTED_MODULES = 1 << 21
 
 def unsupported(device_type: str, K: int = 1, N: int = 0) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
-    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
-        return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
+    if why := start.refuses(device_type):
+        return why
     if max(K, N) >= 2**31 - 2**16:
         return f"the triton kernels count entries and modules in 32 bits: N={N}, K={K}"
     return None

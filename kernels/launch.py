@@ -36,6 +36,15 @@ def shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)  # ROCm: 64 KB
 
 
+def refuses(device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why kernels cannot take tensors on this device, or of this dtype; None if they can."""
+    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
+        return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
+    if dtype not in DTYPES:
+        return f"the triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:
     """Run ``kernel`` over ``grid``, on the GPU that its tensors are on: Triton's own choice is the current one."""
     device = next((a.device for a in args if isinstance(a, Tensor)), None)

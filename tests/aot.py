@@ -118,9 +118,9 @@ def record_ops(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fastroute.ops import backends as _backends
+    from fastroute.ops import backends
 
-    decide, autocast = _backends.decide, torch.autocast
+    decide, autocast = backends.decide, torch.autocast
 
     class OnGpu(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,14 +137,14 @@ def record_ops(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
 
     try:
         with (
-            mock.patch.object(_backends, "decide", chosen),
+            mock.patch.object(backends, "decide", chosen),
             mock.patch("torch.autocast", cast),
             _recording(arch) as found,
             OnGpu(),
         ):
             call()
     finally:
-        _backends._taken.cache_clear()
+        backends._taken.cache_clear()
     return found
 
 

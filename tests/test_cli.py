@@ -11,7 +11,7 @@ import torch
 
 import fastroute
 from fastroute.cli import TYPICAL, main, typical
-from fastroute.ops import backends as _backends
+from fastroute.ops import backends
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,29 +91,29 @@ def test_doctor_tells_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_tells_every_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     said = doctor(capsys)
-    for op, offers in _backends.offered().items():
+    for op, offers in backends.offered().items():
         section = next(part for part in said.split("\n\n") if part.startswith(f"{op} on cpu"))
         rows = dict(line.split(maxsplit=1) for line in section.splitlines()[1:])
-        assert rows.keys() == set(_backends.BACKENDS) >= offers.keys()
+        assert rows.keys() == set(backends.BACKENDS) >= offers.keys()
         assert sum(row.startswith("taken: ") for row in rows.values()) == 1
     columns = {line.index("taken: ") if "taken: " in line else line.index("not: ") for line in section.splitlines()[1:]}
     assert len(columns) == 1, "aligned"
 
 
-@pytest.mark.parametrize("op", _backends.offered())
+@pytest.mark.parametrize("op", backends.offered())
 def test_triton_takes_what_doctor_asks_about(op: str) -> None:
     """On a machine with a GPU, which this one may not be."""
-    assert TYPICAL.keys() == _backends.offered().keys(), (
+    assert TYPICAL.keys() == backends.offered().keys(), (
         "fastroute/cli.py: TYPICAL has the sizes of every op that offers"
     )
-    offer = _backends.offered()[op].get("triton")
+    offer = backends.offered()[op].get("triton")
     assert offer is not None, f"{op} offers no Triton backend: an op without one makes no offer at all"
     assert offer.refuses(typical(op, "cuda")) is None
 
 
 def test_doctor_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(
-        _backends, "extension", lambda: (None, "the C++ extension fastroute._C is not built:\nno compiler")
+        backends, "extension", lambda: (None, "the C++ extension fastroute._C is not built:\nno compiler")
     )
     said = doctor(capsys)
     lines = said.splitlines()
@@ -132,7 +132,7 @@ def test_doctor_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_doctor_under_a_request(
     request_: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_backends._State, "requested", request_)
+    monkeypatch.setattr(backends._State, "requested", request_)
     assert message in doctor(capsys)
 
 

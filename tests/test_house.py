@@ -295,6 +295,11 @@ def test_families_know_ops_by_their_faces() -> None:
             for name in imports(module):
                 of, other = role(name)
                 assert other in {"", "op", "contract", *PARTS.get(of, ())}, f"{module} imports {name}"
+            for node in ast.walk(ast.parse(MODULES[module].read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(".op"):
+                    assert not {alias.name for alias in node.names} & set(fastroute.functional.__all__), (
+                        f"{module}:{node.lineno}: an op's function is imported from fastroute.functional"
+                    )
 
 
 def test_imports_have_no_circle() -> None:
@@ -375,6 +380,7 @@ def test_the_environment_has_a_page() -> None:
 _TOP = "fastroute|kernels|csrc|tests|bench|docs|examples"
 _PATH = re.compile(rf"``?((?:{_TOP})/[\w./*-]+|[\w-]+\.(?:py|md|h|inc|cpp|cu|toml))``?")
 _NAME = re.compile(r"``?((?:fastroute|bench|tests)(?:\.\w+)+)(?:\(.*?\))?``?")
+_FILE = re.compile(r"(?<![\w/.-])[\w-]+\.(?:h|inc|cpp|cu)\b")
 #: Made by a command, not kept.
 _MADE = {"gpu-first.md"}
 
@@ -427,6 +433,8 @@ def test_what_prose_names_is_there(folder: str) -> None:
     ):
         for text in _prose(path):
             paths = {m[1].rstrip(".") for m in _PATH.finditer(text)}
+            if path.suffix in (".h", ".inc", ".cpp", ".cu"):  # whose comments have no backticks
+                paths |= {name for comment in re.findall(r"//.*", text) for name in _FILE.findall(comment)}
             missing += [(path.name, p) for p in paths if not (any(ROOT.glob(p)) if "/" in p else p in names)]
             missing += [(path.name, m[1]) for m in _NAME.finditer(text) if not _is_there(m[1])]
     assert not missing

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..functional import efficient_routing
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.efficient_routing.contract import Parameters
 from ..ops.efficient_routing.op import cast, input_scale, predict
 from ..ops.masked import only, reaches
@@ -38,10 +38,10 @@ class PhiTiles:
         layer._check_input(x_inp)
         self.batch, n = x_inp.shape[:-2], x_inp.shape[-2]
         if mask is not None:
-            _checks.tensor("mask", mask, "a bool tensor")
-            mask = _checks.as_mask(mask, self.batch, n, layer.n_out)
+            checks.tensor("mask", mask, "a bool tensor")
+            mask = checks.as_mask(mask, self.batch, n, layer.n_out)
         if lengths is not None:
-            lengths = _checks.as_lengths(lengths, self.batch, n, x_inp.device)
+            lengths = checks.as_lengths(lengths, self.batch, n, x_inp.device)
         self.mask, self.lengths, self.n_out = mask, lengths, layer.n_out
         self.x = x_inp.detach().reshape(math.prod(self.batch), n, x_inp.shape[-1])
         with torch.no_grad(), autocast_off(x_inp.device.type):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import NotNegative, checked
 from .compose import Add, Concatenate, Residual
 from .credit_map import Credit, checked_phi
@@ -112,7 +112,7 @@ def trace(model: nn.Module, x_inp: Tensor) -> tuple[Tensor, Credit]:
     Raises:
         TypeError: the network has another module in it; the message says where.
     """
-    _checks.tensor("x_inp", x_inp, "a tensor [..., n_inp, d_inp]")
+    checks.tensor("x_inp", x_inp, "a tensor [..., n_inp, d_inp]")
     with torch.no_grad():
         return _trace(model, x_inp, "model")
 
@@ -139,10 +139,10 @@ def credit(
     _, found = trace(model, x_inp)
     if isinstance(output, Tensor):
         if output.dim() < 1 or output.shape[-1] != found.n_out:
-            raise ValueError(f"output: expected weights [..., {found.n_out}], got {_checks.shown(output)}")
+            raise ValueError(f"output: expected weights [..., {found.n_out}], got {checks.shown(output)}")
         made = found.times(output[..., None])[..., 0]
     else:
-        made = found.output(_checks.integer("output", output))
+        made = found.output(checks.integer("output", output))
     return made / (made.std(-1, keepdim=True) + eps) if normalize else made
 
 

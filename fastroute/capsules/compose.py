@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import checked
 
 
@@ -19,10 +19,10 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., n, d]."""
-        _checks.tensor("x", x, "a tensor [..., n, d]")
+        checks.tensor("x", x, "a tensor [..., n, d]")
         y: Tensor = self.module(x)
         if y.shape != x.shape:
-            raise ValueError(f"module: expected to return {_checks.shown(x)}, like x, got {_checks.shown(y)}")
+            raise ValueError(f"module: expected to return {checks.shown(x)}, like x, got {checks.shown(y)}")
         return x + y
 
 

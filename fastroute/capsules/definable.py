@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import soft_assignment
 from ..modules.reading import reset
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
 from ..ops.dtypes import accumulating
 from ..ops.masked import only, reaches
@@ -126,7 +126,7 @@ class DefinableVectorRouting(nn.Module):
         return f"{self._get_name()}(" + ",\n ".join(f"{name}={getattr(self, name)}" for name in names) + ")"
 
     def _check_input(self, x_inp: Tensor) -> None:
-        _checks.input_vectors(x_inp, self.n_inp, self.d_inp, self.CONST_ones_over_n_out.device)
+        checks.input_vectors(x_inp, self.n_inp, self.d_inp, self.CONST_ones_over_n_out.device)
 
     def _betas(self, x_inp: Tensor, B: int) -> tuple[Tensor, Tensor]:
         """[n, m], or [B, n, m] where they are linear in x."""
@@ -156,12 +156,12 @@ class DefinableVectorRouting(nn.Module):
         *batch, n, _ = x_inp.shape
         B, m = math.prod(batch), self.n_out
         if mask is not None:
-            _checks.tensor("mask", mask, "a bool tensor")
-            _checks.together(("x_inp", x_inp), {"mask": mask})
-            mask = _checks.as_mask(mask, batch, n, m)
+            checks.tensor("mask", mask, "a bool tensor")
+            checks.together(("x_inp", x_inp), {"mask": mask})
+            mask = checks.as_mask(mask, batch, n, m)
             x_inp = only(x_inp, reaches(mask).reshape(*batch, n))
         if lengths is not None:
-            lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
+            lengths = checks.as_lengths(lengths, batch, n, x_inp.device)
             live = row_is_live(x_inp, lengths).reshape(*batch, n, 1)
             x_inp = only(x_inp, live[..., 0])
 
@@ -206,15 +206,15 @@ class DefinableVectorRouting(nn.Module):
 
     def _scores_of_use(self, a: Tensor, batch: Sequence[int], n: int) -> Tensor:
         """[*batch, n]."""
-        _checks.tensor("A", a, "its output to be a tensor [..., n_inp]")
+        checks.tensor("A", a, "its output to be a tensor [..., n_inp]")
         expected = (*batch, n)
         if tuple(a.shape) != expected and tuple(a.shape) != (*expected, 1):
-            raise ValueError(f"A: expected to return {list(expected)} or {[*expected, 1]}, got {_checks.shown(a)}")
+            raise ValueError(f"A: expected to return {list(expected)} or {[*expected, 1]}, got {checks.shown(a)}")
         return a.reshape(expected)
 
     def _votes(self, V: Tensor, batch: Sequence[int], n: int) -> Tensor:
         """[B, n, m, h], or [1, n, m, h] where they are the same for all samples."""
-        _checks.tensor("F", V, "its output to be a tensor [..., n_inp, n_out, d_out]")
+        checks.tensor("F", V, "its output to be a tensor [..., n_inp, n_out, d_out]")
         m, shape = self.n_out, tuple(V.shape)
         B = math.prod(batch)
         lead = len(batch)
@@ -230,25 +230,25 @@ class DefinableVectorRouting(nn.Module):
         else:
             raise ValueError(
                 f"F: expected to return {[*full, 'd_out']}, flat {[*flat, f'{m} * d_out']}, or either without leading "
-                f"dimensions, got {_checks.shown(V)}".replace("'", "")
+                f"dimensions, got {checks.shown(V)}".replace("'", "")
             )
-        _checks.floating("F's output", made)
+        checks.floating("F's output", made)
         if made.shape[0] > 1 and made.stride(0) == 0:
             shared: Tensor = _OfAll.apply(made) if torch.is_grad_enabled() and made.requires_grad else made[:1]
             return shared
         return made
 
     def _predictions(self, pred: Tensor, batch: Sequence[int]) -> Tensor:
-        _checks.tensor("G", pred, "its output to be a tensor [..., n_out, d_inp]")
+        checks.tensor("G", pred, "its output to be a tensor [..., n_out, d_inp]")
         if tuple(pred.shape[:-1]) != (*batch, self.n_out):
             expected = [*batch, self.n_out, "d_inp"]
-            raise ValueError(f"G: expected to return {expected}, got {_checks.shown(pred)}".replace("'", ""))
+            raise ValueError(f"G: expected to return {expected}, got {checks.shown(pred)}".replace("'", ""))
         return pred
 
     def _agreement(self, S: Tensor, batch: Sequence[int], n: int) -> Tensor:
         """[B, n, m]."""
-        _checks.tensor("S", S, "its output to be a tensor [..., n_inp, n_out]")
+        checks.tensor("S", S, "its output to be a tensor [..., n_inp, n_out]")
         expected = (*batch, n, self.n_out)
         if tuple(S.shape) != expected:
-            raise ValueError(f"S: expected to return {list(expected)}, got {_checks.shown(S)}")
+            raise ValueError(f"S: expected to return {list(expected)}, got {checks.shown(S)}")
         return S.reshape(-1, n, self.n_out)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import matrix_routing
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import Count, InputCapsules, OutputCapsules, Several, checked
 from ..ops.masked import only, reaches
 from ..ops.matrix_routing.contract import Capsules, Outputs
@@ -67,7 +67,7 @@ class GenerativeMatrixRouting(SingleBeta):
         n_iters: Several = 3,
         single_beta: bool = False,
         p_model: str = "gaussian",
-        eps: Annotated[float, partial(_checks.positive, what="a positive number")] = 1e-5,
+        eps: Annotated[float, partial(checks.positive, what="a positive number")] = 1e-5,
         return_dict: bool = False,
         *,
         device: torch.device | str | None = None,
@@ -110,8 +110,8 @@ class GenerativeMatrixRouting(SingleBeta):
 
     def _check_inputs(self, a_inp: Tensor, mu_inp: Tensor) -> None:
         for name, t in (("a_inp", a_inp), ("mu_inp", mu_inp)):
-            _checks.tensor(name, t, "a tensor")
-            _checks.floating(name, t)
+            checks.tensor(name, t, "a tensor")
+            checks.floating(name, t)
             if t.device != self.W.device:
                 raise ValueError(
                     f"{name}: expected a tensor on {self.W.device} like the parameters, got one on {t.device}; "
@@ -119,7 +119,7 @@ class GenerativeMatrixRouting(SingleBeta):
                 )
         if mu_inp.dim() < 3:
             raise ValueError(
-                "mu_inp: expected [..., n_inp, d_cov, d_inp], at least 3 dimensions, got " + _checks.shown(mu_inp)
+                "mu_inp: expected [..., n_inp, d_cov, d_inp], at least 3 dimensions, got " + checks.shown(mu_inp)
             )
         n, c, d = mu_inp.shape[-3:]
         for name, what, expected, got in (
@@ -129,14 +129,14 @@ class GenerativeMatrixRouting(SingleBeta):
         ):
             if got != expected:
                 raise ValueError(
-                    f"{name}: expected {what.format(expected)}, got {got} (mu_inp is {_checks.shown(mu_inp)})"
+                    f"{name}: expected {what.format(expected)}, got {got} (mu_inp is {checks.shown(mu_inp)})"
                 )
         if n == 0:
-            raise ValueError(f"mu_inp: expected at least 1 input capsule, got 0 (mu_inp is {_checks.shown(mu_inp)})")
+            raise ValueError(f"mu_inp: expected at least 1 input capsule, got 0 (mu_inp is {checks.shown(mu_inp)})")
         if a_inp.shape != mu_inp.shape[:-2]:
             raise ValueError(
                 f"a_inp: expected one activation per input capsule, {list(mu_inp.shape[:-2])}, got "
-                f"{_checks.shown(a_inp)} (mu_inp is {_checks.shown(mu_inp)})"
+                f"{checks.shown(a_inp)} (mu_inp is {checks.shown(mu_inp)})"
             )
 
     def forward(
@@ -177,15 +177,15 @@ class GenerativeMatrixRouting(SingleBeta):
         """Route to as many capsules as ``w`` is for, [n_inp or 1, any, ...]."""
         *batch, n, c, d = mu_inp.shape
         if mask is not None:
-            _checks.tensor("mask", mask, "a bool tensor")
-            _checks.together(("mu_inp", mu_inp), {"mask": mask})
-            mask = _checks.as_mask(mask, batch, n, w.W.shape[1])
+            checks.tensor("mask", mask, "a bool tensor")
+            checks.together(("mu_inp", mu_inp), {"mask": mask})
+            mask = checks.as_mask(mask, batch, n, w.W.shape[1])
         a, mu = a_inp.reshape(-1, n), mu_inp.reshape(-1, n, c, d)
         if mask is not None:
             open_rows = reaches(mask)
             a, mu = only(a, open_rows), only(mu, open_rows)
         if lengths is not None:
-            lengths = _checks.as_lengths(lengths, batch, n, mu_inp.device)
+            lengths = checks.as_lengths(lengths, batch, n, mu_inp.device)
             live = torch.arange(n, device=mu_inp.device) < lengths[:, None]
             a, mu = torch.where(live, a, -torch.inf), only(mu, live)
         if self.return_dict:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..functional import soft_assignment
 from ..modules.reading import may_be_read, reset
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import Count, Several, checked
 from ..ops.masked import only, reaches
 from ..ops.precision import autocast_dtype, autocast_off
 from ..ops.recomputation import draws_of
-from ..ops.soft_assignment.op import soft_assignment
 from ..ops.vector_routing.op import row_is_live
 
 
@@ -61,7 +61,7 @@ class SlotAttention(nn.Module):
         d_slot: Count,
         n_iters: Several = 3,
         d_hidden: Count | None = None,
-        eps: Annotated[float, partial(_checks.at_least_zero, what="a finite number of 0 or more")] = 1e-8,
+        eps: Annotated[float, partial(checks.at_least_zero, what="a finite number of 0 or more")] = 1e-8,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -108,7 +108,7 @@ class SlotAttention(nn.Module):
             n_slots: another number of slots than the layer's.
             generator: of the random numbers; None: torch's own.
         """
-        n_slots = self.n_slots if n_slots is None else _checks.at_least_one("n_slots", n_slots)
+        n_slots = self.n_slots if n_slots is None else checks.at_least_one("n_slots", n_slots)
         mu, device = self.mu, self.mu.device
         draw = torch.randn(*batch, n_slots, self.d_slot, device=device, dtype=mu.dtype, **draws_of(generator))
         return mu + self.log_sigma.exp() * draw
@@ -138,31 +138,31 @@ class SlotAttention(nn.Module):
         Returns:
             slots, or (slots, attn).
         """
-        _checks.tensor("x_inp", x_inp, "a tensor")
+        checks.tensor("x_inp", x_inp, "a tensor")
         if x_inp.dim() < 2:
-            raise ValueError(f"x_inp: expected [..., n, d_inp], at least 2 dimensions, got {_checks.shown(x_inp)}")
-        _checks.floating("x_inp", x_inp)
+            raise ValueError(f"x_inp: expected [..., n, d_inp], at least 2 dimensions, got {checks.shown(x_inp)}")
+        checks.floating("x_inp", x_inp)
         *batch, n, d = x_inp.shape
         if d != self.d_inp:
             raise ValueError(
-                f"d_inp: expected input vectors of width {self.d_inp}, got {d} (x_inp is {_checks.shown(x_inp)})"
+                f"d_inp: expected input vectors of width {self.d_inp}, got {d} (x_inp is {checks.shown(x_inp)})"
             )
-        _checks.flag("return_attn", return_attn)
+        checks.flag("return_attn", return_attn)
         for name, t in (("slots", slots), ("mask", mask)):
             if t is not None:
-                _checks.tensor(name, t, "a tensor")
-        _checks.together(("the parameters", self.mu), {"x_inp": x_inp, "slots": slots, "mask": mask})
+                checks.tensor(name, t, "a tensor")
+        checks.together(("the parameters", self.mu), {"x_inp": x_inp, "slots": slots, "mask": mask})
         slots = self._begin(slots, batch, generator)
         m = slots.shape[-2]
         if mask is not None:
-            mask = _checks.as_mask(mask, batch, n, m)
+            mask = checks.as_mask(mask, batch, n, m)
         device, dtype = x_inp.device.type, self.mu.dtype
         samples = math.prod(batch)
         x = x_inp.to(dtype).reshape(samples, n, d)
         if mask is not None:
             x = only(x, reaches(mask))
         if lengths is not None:
-            lengths = _checks.as_lengths(lengths, batch, n, x.device)
+            lengths = checks.as_lengths(lengths, batch, n, x.device)
             x = only(x, row_is_live(x, lengths))
         norm, (to_k, to_v) = _folded(self.norm_inputs, self.k, self.v)
         x = norm(x)
@@ -200,12 +200,12 @@ class SlotAttention(nn.Module):
             return self.initial_slots(*batch, generator=generator)
         if generator is not None:
             raise ValueError("generator: expected None with slots, which are not drawn then")
-        _checks.floating("slots", slots)
+        checks.floating("slots", slots)
         lead = slots.shape[:-2]
         fits = slots.dim() >= 2 and slots.shape[-1] == self.d_slot and len(lead) <= len(batch)
         if not fits or any(a != 1 and a != b for a, b in zip(reversed(lead), reversed(batch), strict=False)):
             expected = ", ".join(map(str, [*batch, "n_slots", self.d_slot]))
-            raise ValueError(f"slots: expected a shape that broadcasts to [{expected}], got {_checks.shown(slots)}")
+            raise ValueError(f"slots: expected a shape that broadcasts to [{expected}], got {checks.shown(slots)}")
         return slots.expand(*batch, *slots.shape[-2:])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.backends import is_strict, requested
 from ..ops.efficient_routing.contract import Parameters
 from ..ops.efficient_routing.op import input_scale
@@ -46,7 +46,7 @@ def stream(
     """See ``EfficientVectorRouting.stream``."""
     m, h, device = w.W_F1.shape[0], w.W_F2.shape[1], w.W_A.device
     graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in w)
-    n = None if n is None else _checks.at_least_one("n", n)
+    n = None if n is None else checks.at_least_one("n", n)
     if n_inp != -1:
         if n is not None and n != n_inp:
             raise ValueError(f"n: expected {n_inp} like n_inp, got {n}")
@@ -60,11 +60,11 @@ def stream(
     out = torch.promote_types(source.dtype, w.W_F2.dtype)
 
     if mask is not None:
-        _checks.tensor("mask", mask, "a bool tensor")
-        mask = _checks.as_mask(mask.to(device), batch, source.n, m)
+        checks.tensor("mask", mask, "a bool tensor")
+        mask = checks.as_mask(mask.to(device), batch, source.n, m)
     if lengths is not None:
         lengths = torch.as_tensor(lengths, device=device)
-        lengths = _checks.as_lengths(lengths, batch, source.n, device)
+        lengths = checks.as_lengths(lengths, batch, source.n, device)
     samples = source.samples
     if samples == 0:
         return w.W_F2.new_empty((*batch, m, h), dtype=out)
@@ -203,21 +203,21 @@ class _Source:
             name = f"chunks[{number}]"
             if isinstance(chunk, np.ndarray):
                 chunk = as_tensor(chunk)
-            _checks.tensor(name, chunk, "a tensor or an array [..., k, d_inp]")
+            checks.tensor(name, chunk, "a tensor or an array [..., k, d_inp]")
             if chunk.dim() < 2:
-                raise ValueError(f"{name}: expected [..., k, d_inp], at least 2 dimensions, got {_checks.shown(chunk)}")
-            _checks.floating(name, chunk)
+                raise ValueError(f"{name}: expected [..., k, d_inp], at least 2 dimensions, got {checks.shown(chunk)}")
+            checks.floating(name, chunk)
             *batch, _, d = chunk.shape
             if d != self._width:
                 raise ValueError(
-                    f"{name}: expected input vectors of width {self._width}, got {d} (it is {_checks.shown(chunk)})"
+                    f"{name}: expected input vectors of width {self._width}, got {d} (it is {checks.shown(chunk)})"
                 )
             if self._batch is None:
                 self._batch, self._came = tuple(batch), chunk.dtype
             if tuple(batch) != self._batch:
                 raise ValueError(
                     f"{name}: expected leading dimensions {list(self._batch)} like the first chunk, got "
-                    f"{_checks.shown(chunk)}"
+                    f"{checks.shown(chunk)}"
                 )
             if chunk.dtype != self._came:
                 raise TypeError(f"{name}: expected {self._came} like the first chunk, got {chunk.dtype}")

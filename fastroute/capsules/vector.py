@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import efficient_routing
 from ..modules.reading import Memo, Proof, call, may_be_read, reset
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
 from ..ops.autograd import transformed
 from ..ops.efficient_routing.contract import Parameters
@@ -188,13 +188,13 @@ class EfficientVectorRouting(nn.Module):
     def _betas(self, name: str, x: Tensor) -> Tensor:
         """[B, n, m]"""
         made = call(getattr(self, name), x)
-        _checks.tensor(name, made, "its output to be a tensor [..., n_inp, n_out]")
+        checks.tensor(name, made, "its output to be a tensor [..., n_inp, n_out]")
         if made.shape != (*x.shape[:-1], self.n_out):
-            raise ValueError(f"{name}: expected to return {[*x.shape[:-1], self.n_out]}, got {_checks.shown(made)}")
+            raise ValueError(f"{name}: expected to return {[*x.shape[:-1], self.n_out]}, got {checks.shown(made)}")
         return made
 
     def _check_input(self, x_inp: Tensor) -> None:
-        _checks.input_vectors(x_inp, self.n_inp, self.d_inp, self.W_A.device)
+        checks.input_vectors(x_inp, self.n_inp, self.d_inp, self.W_A.device)
 
     def forward(
         self, x_inp: Tensor, mask: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
@@ -216,11 +216,11 @@ class EfficientVectorRouting(nn.Module):
         self._check_input(x_inp)
         *batch, n, d = x_inp.shape
         if mask is not None:
-            _checks.tensor("mask", mask, "a bool tensor")
-            _checks.together(("x_inp", x_inp), {"mask": mask})
-            mask = _checks.as_mask(mask, batch, n, self.n_out)
+            checks.tensor("mask", mask, "a bool tensor")
+            checks.together(("x_inp", x_inp), {"mask": mask})
+            mask = checks.as_mask(mask, batch, n, self.n_out)
         if lengths is not None:
-            lengths = _checks.as_lengths(lengths, batch, n, x_inp.device)
+            lengths = checks.as_lengths(lengths, batch, n, x_inp.device)
         given = x = x_inp.reshape(-1, n, d)
         if mask is not None:
             x = only(given, reaches(mask))

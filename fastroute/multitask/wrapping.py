@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import Count, checked
 
 
@@ -87,9 +87,9 @@ class Split:
         self.dim = dim
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        _checks.tensor("x", x, "a tensor")
+        checks.tensor("x", x, "a tensor")
         if not -x.dim() <= self.dim < x.dim():
-            raise ValueError(f"x: expected a tensor with an axis {self.dim} to split, got {_checks.shown(x)}")
+            raise ValueError(f"x: expected a tensor with an axis {self.dim} to split, got {checks.shown(x)}")
         sizes = self.sizes if isinstance(self.sizes, int) else list(self.sizes)
         return tuple(torch.split(x, sizes, self.dim))
 
@@ -146,7 +146,7 @@ class Lambda:
 
     @checked
     def __init__(self, function: Annotated[Callable[..., Any], None], name: str | None = None, **options: Any) -> None:
-        _checks.function("function", function, "something to call")
+        checks.function("function", function, "something to call")
         self.function, self.options = function, options
         self.name = str(getattr(function, "__name__", repr(function)) if name is None else name)
 

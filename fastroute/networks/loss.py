@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional import trajectory_loss
 from ..ops.arguments import Share, checked
 from ..ops.checks import flag, samples, tensor
 from ..ops.recomputation import is_recomputation
-from ..ops.trajectory_loss.op import SILENT, makes_rewards, rewarded_loss, trajectory_loss
+from ..ops.trajectory_loss.op import SILENT, makes_rewards, rewarded_loss
 from .decision_record import Record
 from .loss_entries import Entries, Need, Step, known_losses, reduce, rows_of
 from .rewards import Formula, action_formulas, check_formula, final_formula, final_rewards, per_action_rewards

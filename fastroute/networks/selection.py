@@ -15,7 +15,7 @@ from ..functional import combine
 from ..ops import dispatch, host
 from ..ops.arguments import checked
 from ..ops.checks import floating, samples, shown, tensor
-from . import grouped_modules as bank
+from . import grouped_modules
 from .decisions.base import as_mask
 from .stacked_modules import Stack, from_stack
 from .trajectory import SampleMetaInformation, Trajectory
@@ -26,8 +26,8 @@ class Selection(nn.Module):
 
     With actions [B, k] it is a mixture: y_b = sum_j w_bj module_a(x_b) over the sample's actions a = a_bj.
 
-    Modules that do the same with parameters of the same shapes run together, see ``bank.run``; each keeps its own
-    parameters, under ``_submodules.{k}``.
+    Modules that do the same with parameters of the same shapes run together, see ``grouped_modules.run``; each keeps
+    its own parameters, under ``_submodules.{k}``.
 
     Args:
         modules: K of them, whose outputs have one shape. A single one is applied to all samples, whatever their
@@ -61,7 +61,7 @@ class Selection(nn.Module):
         if not modules or not all(isinstance(m, nn.Module) for m in modules):
             raise TypeError(f"Selection: expected one or more modules, got {[type(m).__name__ for m in modules]}")
         self._submodules = Stack(modules) if stacked and len(modules) > 1 else nn.ModuleList(modules)
-        self._recipe = bank.Recipe()
+        self._recipe = grouped_modules.Recipe()
         self.name, self.store_module_pointers = name, bool(store_module_pointers)
         self.dropped, self.unused_grad = dropped, unused_grad
         self._log: set[int] | None = None
@@ -121,7 +121,7 @@ class Selection(nn.Module):
             chosen = torch.where(active, chosen, -1)
         y, plan = self._run(batch, chosen)
         if self.dropped == "identity":
-            y = self._passed(y, batch, bank.kept(plan, B))
+            y = self._passed(y, batch, grouped_modules.kept(plan, B))
         return y, meta, actions
 
     def _mixture(self, batch: Tensor, actions: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -153,7 +153,7 @@ class Selection(nn.Module):
         plan = dispatch.plan(chosen, K)
         modules = self._submodules
         each, called = ([modules.pattern], modules.each) if isinstance(modules, Stack) else (list(modules), None)
-        y = bank.run(each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros", called=called)
+        y = grouped_modules.run(each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros", called=called)
         return y, plan
 
     def _passed(self, y: Tensor, batch: Tensor, kept: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..modules.reading import name_before
 from ..ops.arguments import checked
-from . import grouped_modules as bank
+from . import grouped_modules
 
 #: Under this name a stack has its pattern, with it begin the keys of a state dict.
 _PATTERN = "pattern."
@@ -42,8 +42,8 @@ class Stack(nn.Module):
     ``{k}.{name}``, is loaded too, also in parts (``strict=False``); :func:`unstacked_state_dict` makes one.
 
     Args:
-        modules: K of them, which do the same with parameters of the same shapes, see ``bank.run``; they are copied.
-            Parameters that are tied within each of them stay tied.
+        modules: K of them, which do the same with parameters of the same shapes, see ``grouped_modules.run``.
+            They are copied. Parameters that are tied within each of them stay tied.
 
     Attributes:
         pattern: one of the modules, with the stacked parameters for its own.
@@ -79,7 +79,7 @@ class Stack(nn.Module):
         self.register_load_state_dict_pre_hook(_from_list)
 
     def _do_alike(self, modules: Sequence[nn.Module]) -> bool:
-        return bank.are_alike(modules)
+        return grouped_modules.are_alike(modules)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, those of one module after the other, as their classes draw them."""
@@ -141,7 +141,7 @@ class Stack(nn.Module):
         return [partial(call, k) for k in range(self.count)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not defined: which module a sample takes is said by a plan, see ``bank.run``."""
+        """Not defined: which module a sample takes is said by a plan, see ``grouped_modules.run``."""
         raise TypeError("Stack: a stack of modules is run by Selection or a decision, not called")
 
 

@@ -13,24 +13,24 @@ from typing import Annotated, Any, Literal, NamedTuple, SupportsIndex, TypeVar, 
 import torch
 from torch import Tensor, nn
 
-from . import checks as _checks
+from . import checks
 
 #: How many of something there are, or how wide it is.
-Count = Annotated[int, _checks.at_least_one]
+Count = Annotated[int, checks.at_least_one]
 #: How many of something are made, or done, one by one in Python.
-Several = Annotated[int, _checks.several]
+Several = Annotated[int, checks.several]
 #: How many vectors, or capsules, a layer takes, and gives.
-InputCount = Annotated[int, _checks.inputs]
-OutputCount = Annotated[int, _checks.outputs]
-InputCapsules = Annotated[int, functools.partial(_checks.inputs, of="capsules")]
-OutputCapsules = Annotated[int, functools.partial(_checks.outputs, of="capsules")]
+InputCount = Annotated[int, checks.inputs]
+OutputCount = Annotated[int, checks.outputs]
+InputCapsules = Annotated[int, functools.partial(checks.inputs, of="capsules")]
+OutputCapsules = Annotated[int, functools.partial(checks.outputs, of="capsules")]
 #: Tasks by name, or how many. (``Annotated[..., None]``: who reads it checks it, in words of its own.)
 Tasks = Annotated[int | Sequence[str], None]
 #: A number of 0 or more; above 0; from 0 to 1.
-Natural = Annotated[int, _checks.natural]
-NotNegative = Annotated[float, _checks.at_least_zero]
-Positive = Annotated[float, _checks.positive]
-Share = Annotated[float, _checks.share]
+Natural = Annotated[int, checks.natural]
+NotNegative = Annotated[float, checks.at_least_zero]
+Positive = Annotated[float, checks.positive]
+Share = Annotated[float, checks.share]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[[str, Any], Any]
@@ -58,26 +58,26 @@ def _is_many(value: Any) -> bool:
 
 
 def _function(name: str, value: Any) -> Any:
-    _checks.function(name, value, "a module or a function")
+    checks.function(name, value, "a module or a function")
     return value
 
 
 def _flag(name: str, value: Any) -> bool:
-    _checks.flag(name, value)
+    checks.flag(name, value)
     return bool(value)
 
 
 _NOTHING = object()  #: only what leaves all to its check takes it
 _PLAIN: dict[Any, _Kind] = {
-    int: _Kind(_is_int, "an int", _checks.integer),
-    float: _Kind(_checks.is_number, "a number", _checks.finite),
+    int: _Kind(_is_int, "an int", checks.integer),
+    float: _Kind(checks.is_number, "a number", checks.finite),
     bool: _Kind(lambda v: not isinstance(v, Tensor), "True or False", _flag),
     str: _Kind(lambda v: isinstance(v, str), "a str"),
     NoneType: _Kind(lambda v: v is None, "None"),
     Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor"),
     nn.Module: _Kind(lambda v: isinstance(v, nn.Module), "a module"),
-    torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", _checks.floating_dtype),
-    torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", _checks.device),
+    torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", checks.floating_dtype),
+    torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", checks.device),
     torch.Generator: _Kind(lambda v: isinstance(v, torch.Generator), "a torch.Generator"),
     Callable: _Kind(lambda v: True, "a module or a function", _function),
     Mapping: _Kind(lambda v: isinstance(v, Mapping), "a dict"),
@@ -140,7 +140,7 @@ def _check(name: str, value: Any, kinds: Sequence[_Kind]) -> Any:
     hint = f" (or {', or '.join(others)})" if others else ""
     if inspect.isclass(value):
         hint += f"; write {value.__name__}(...)"
-    raise kinds[0].error(f"{name}: expected {first}, got {_checks.given(value)}{hint}")
+    raise kinds[0].error(f"{name}: expected {first}, got {checks.given(value)}{hint}")
 
 
 def _plan(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, list[_Kind]]:

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import environment
-from . import isa as _isa
+from . import environment, isa
 from .environment import interpreting
 
 BackendName = Literal["reference", "native", "triton"]
@@ -89,7 +88,7 @@ def extension() -> tuple[str | None, str]:
     """(where fastroute._C is, loaded; "") or (None, why it is not here); ValueError for a wrong FASTROUTE_ISA."""
     found = importlib.util.find_spec("fastroute._C")
     if found is None or found.origin is None:
-        _isa.check_name()
+        isa.check_name()
         why = build_info().get("reason") or "no fastroute._C was installed"
         return None, f"the C++ extension fastroute._C is not built: {why}"
     try:
@@ -97,9 +96,9 @@ def extension() -> tuple[str | None, str]:
             found.origin
         )  # not an import: it needs no Python headers to have been there at the build
     except OSError as error:
-        _isa.check_name()
+        isa.check_name()
         return None, f"the C++ extension fastroute._C does not load: {error}"
-    _isa.in_use()
+    isa.in_use()
     return found.origin, ""
 
 
@@ -306,7 +305,7 @@ def describe_machine() -> dict[str, str]:
         facts["gpu"] = "none"
     try:
         where, why = extension()
-        kernels = _isa.describe() if where else "none: FASTROUTE_ISA has no effect without the extension"
+        kernels = isa.describe() if where else "none: FASTROUTE_ISA has no effect without the extension"
     except ValueError as error:
         where, why, kernels = None, "not usable with this FASTROUTE_ISA", str(error)
     facts["extension"] = f"built ({build_info().get('compiler', 'unknown compiler')})" if where else why

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import isclass
 from math import inf, isfinite
 from numbers import Real
@@ -99,13 +99,17 @@ def finite(name: str, value: Any) -> Any:
     return value
 
 
-def at_least_zero(name: str, value: Any, what: str = "a number of 0 or more") -> Any:
-    """A finite number of 0 or more."""
+def _number(name: str, value: Any, what: str, fits: Callable[[Any], bool]) -> Any:
     if not is_number(value):
         raise TypeError(f"{name}: expected {what}, got {given(value)}")
-    if not 0 <= value < inf:
+    if not fits(value):
         raise ValueError(f"{name}: expected {what}, got {value}")
     return value
+
+
+def at_least_zero(name: str, value: Any, what: str = "a number of 0 or more") -> Any:
+    """A finite number of 0 or more."""
+    return _number(name, value, what, lambda v: 0 <= v < inf)
 
 
 def natural(name: str, value: object) -> int:
@@ -118,20 +122,12 @@ def natural(name: str, value: object) -> int:
 
 def positive(name: str, value: Any, what: str = "more than 0") -> Any:
     """A finite number above 0."""
-    if not is_number(value):
-        raise TypeError(f"{name}: expected {what}, got {given(value)}")
-    if not 0 < value < inf:
-        raise ValueError(f"{name}: expected {what}, got {value}")
-    return value
+    return _number(name, value, what, lambda v: 0 < v < inf)
 
 
 def share(name: str, value: Any) -> Any:
     """A number from 0 to 1."""
-    if not is_number(value):
-        raise TypeError(f"{name}: expected a number from 0 to 1, got {given(value)}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
-    return value
+    return _number(name, value, "a number from 0 to 1", lambda v: 0 <= v <= 1)
 
 
 def floating_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

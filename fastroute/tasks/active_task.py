@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.recomputation import is_recomputation, saved_are_hooked
 
 #: A task for all samples, or [B] one for each.
@@ -28,12 +28,12 @@ def task_index(task: object, task_count: int, name: str = "task") -> Task:
         if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool:
             raise TypeError(f"{name}: expected an int or an integer tensor, 0-d or [B], got {task.dtype}")
         if task.dim() > 1:
-            raise ValueError(f"{name}: expected an int or an integer tensor, 0-d or [B], got {_checks.shown(task)}")
+            raise ValueError(f"{name}: expected an int or an integer tensor, 0-d or [B], got {checks.shown(task)}")
         return task
     if isinstance(task, torch.SymInt):  # under torch.compile an int argument may be any
         return task  # type: ignore[return-value]
     try:
-        index = task if type(task) is int else _checks.integer(name, task)
+        index = task if type(task) is int else checks.integer(name, task)
     except TypeError:
         raise TypeError(
             f"{name}: expected an int or an integer tensor, 0-d or [B] (one per sample), got {task!r}"
@@ -46,7 +46,7 @@ def task_index(task: object, task_count: int, name: str = "task") -> Task:
 def on_device(task: Task, device: torch.device) -> Tensor:
     """The task as an int64 tensor on a device, 0-d for an int."""
     if isinstance(task, Tensor):
-        return _checks.moved("task", task, device, torch.int64)
+        return checks.moved("task", task, device, torch.int64)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # a graph may save it for a backward pass
             return on_device(task, device)
@@ -273,7 +273,7 @@ def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
     others: list[Any] = []
     seen: set[nn.Module] = set()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a module, got {_checks.given(model)}")
+        raise TypeError(f"model: expected a module, got {checks.given(model)}")
     modules: list[Any] = [model]
     for module in modules:  # which grows
         cls = type(module)

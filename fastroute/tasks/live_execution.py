@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import live_products as products
+from . import live_products
 from .active_task import Task, aware_parts
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
 from .live_batch_norm import dense_scale, live_batch_norm, uses_batch
@@ -95,7 +95,8 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
                 step = step._replace(router=None)
             router, inner = step.router, held.router
             if inner is not None and (
-                axis_of(inner, x) != axis or inner.unit_count * held.positions != products.weight_of(layer).shape[1]  # type: ignore[arg-type]
+                axis_of(inner, x) != axis
+                or inner.unit_count * held.positions != live_products.weight_of(layer).shape[1]  # type: ignore[arg-type]
             ):
                 x, held, inner = full(), Held(), None  # of other channels, or the layer is to say what is wrong
             if (router is None and inner is None) or not way.favours(step, x, held):
@@ -164,9 +165,9 @@ class Single:
         return x
 
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
-        layer: products.Mixing = step.layer  # type: ignore[assignment]
+        layer: live_products.Mixing = step.layer  # type: ignore[assignment]
         weight, bias = self._gathered(layer, out, inp)
-        y = products.apply(layer, x, weight, bias)
+        y = live_products.apply(layer, x, weight, bias)
         if step.norm is None:
             return y
         if out is None:
@@ -180,25 +181,27 @@ class Single:
         if dead is not None:
             with torch.no_grad():
                 W, b = (
-                    products.gather_weight(products.weight_of(layer), dead, inp),
-                    products.gather_bias(layer.bias, dead),
+                    live_products.gather_weight(live_products.weight_of(layer), dead, inp),
+                    live_products.gather_bias(layer.bias, dead),
                 )
-                y_dead = products.apply(layer, x, W, b)
+                y_dead = live_products.apply(layer, x, W, b)
         return live_batch_norm(step.norm, y, out, y_dead, dead)
 
-    def _gathered(self, layer: products.Mixing, out: Tensor | None, inp: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _gathered(
+        self, layer: live_products.Mixing, out: Tensor | None, inp: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Kept where nothing is trained; what changes one of these changes what they say."""
-        W, b = products.weight_of(layer), layer.bias
+        W, b = live_products.weight_of(layer), layer.bias
         keep = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if not keep or W.is_inference() or type(W) is not nn.Parameter:
-            return products.gather_weight(W, out, inp), products.gather_bias(b, out)
+            return live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out)
         stamp = [
             None if t is None else (t.data_ptr(), t._version, t.storage_offset(), t.dtype) for t in (W, b, out, inp)
         ]
         known = self._kept.get(id(layer))
         if known is None or known[0] != stamp:
             # The indices are kept too, so that no other tensor gets their addresses.
-            known = (stamp, products.gather_weight(W, out, inp), products.gather_bias(b, out), out, inp)
+            known = (stamp, live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out), out, inp)
             self._kept[id(layer)] = known
         return known[1], known[2]
 
@@ -236,14 +239,18 @@ class Mixed:
         return self._index[id(router)]
 
     def favours(self, step: Step, x: Tensor, held: Held) -> bool:
-        layer: products.Mixing = step.layer  # type: ignore[assignment]
-        if (step.norm is not None and uses_batch(step.norm)) or not products.can_group(layer) or x.dim() != rank(layer):
+        layer: live_products.Mixing = step.layer  # type: ignore[assignment]
+        if (
+            (step.norm is not None and uses_batch(step.norm))
+            or not live_products.can_group(layer)
+            or x.dim() != rank(layer)
+        ):
             return False
-        (O, I), elements = products.weight_of(layer).shape[:2], products.weight_of(layer).shape[2:].numel()
+        (O, I), elements = live_products.weight_of(layer).shape[:2], live_products.weight_of(layer).shape[2:].numel()
         lo = O if step.router is None else _width(units(step.router))
         li = I if held.router is None else _width(units(held.router)) * held.positions
-        positions, tasks = products.positions(layer, x), self._groups.number
-        return products.grouped_is_cheaper(positions, tasks, (O, I), (lo, li), elements)
+        positions, tasks = live_products.positions(layer, x), self._groups.number
+        return live_products.grouped_is_cheaper(positions, tasks, (O, I), (lo, li), elements)
 
     def compact(self, x: Tensor, index: Tensor, axis: int = 1) -> Tensor:
         made: Tensor = CompactGroups.apply(x, index, self._groups.bounds)  # type: ignore[no-untyped-call]
@@ -265,7 +272,7 @@ class Mixed:
         return x.index_select(0, self._order.place) if self._is_sorted else x
 
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
-        y = products.grouped(step.layer, x, out, inp, self._groups)  # type: ignore[arg-type]
+        y = live_products.grouped(step.layer, x, out, inp, self._groups)  # type: ignore[arg-type]
         if step.norm is None:
             return y
         if out is None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..ops import checks as _checks
+from ..ops import checks
 
 #: Units off: how many, or which fraction; ``units_off`` checks it.
 Sigma = Annotated[int | float, None]
@@ -31,7 +31,7 @@ def units_off(unit_count: int, sigma: object) -> int:
             if not 0.0 <= fraction <= 1.0:
                 raise ValueError(f"sigma: expected a fraction of units off from 0.0 to 1.0, got {sigma}")
             return int(unit_count * fraction)
-        off = _checks.integer("sigma", sigma)
+        off = checks.integer("sigma", sigma)
         if off < 0:
             raise ValueError(f"sigma: expected 0 or more units off, got {off}")
         return min(off, unit_count)

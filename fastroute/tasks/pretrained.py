@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ..ops import checks as _checks
+from ..ops import checks
 from .router import TaskRouter
 
 #: False, or the path of a state dict; ``read`` checks it.
@@ -57,7 +57,7 @@ def load_features(features: nn.Module, weights: Mapping[str, Tensor], name: str)
         )
     for key, t in given.items():
         if t.shape != wanted[key].shape:
-            raise ValueError(f"pretrained: {key}: expected {_checks.shown(wanted[key])}, got {_checks.shown(t)}")
+            raise ValueError(f"pretrained: {key}: expected {checks.shown(wanted[key])}, got {checks.shown(t)}")
     with torch.no_grad():
         for key, t in given.items():
             wanted[key].copy_(t)

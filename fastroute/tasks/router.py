@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import task_mask
-from ..ops import checks as _checks
+from ..ops import checks
 from ..ops.arguments import Count, checked
 from . import masks
 from .active_task import Task, TaskAware, traced
@@ -141,7 +141,7 @@ class TaskRouter(TaskAware):
             return x
         if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[self.axis] != self.unit_count):
             axes = f"{self.unit_count}, ..." if self.axis == 1 else f"..., {self.unit_count}"
-            raise ValueError(f"x: expected [B, {axes}] (unit_count units), got {_checks.shown(x)}")
+            raise ValueError(f"x: expected [B, {axes}] (unit_count units), got {checks.shown(x)}")
         if self.over_features(x):  # seen with its units as axis 1, without a copy
             return self._masked(x.movedim(-1, 1), task).movedim(1, -1)
         return self._masked(x, task)
@@ -174,7 +174,7 @@ class TaskRouter(TaskAware):
         """Why a checkpoint's masks cannot be this router's."""
         if given.shape != self._unit_mapping.shape:
             return (
-                f"expected masks [{self.task_count}, {self.unit_count}] (tasks, units), got {_checks.shown(given)} "
+                f"expected masks [{self.task_count}, {self.unit_count}] (tasks, units), got {checks.shown(given)} "
                 f"from the checkpoint"
             )
         known = type(given) in (Tensor, nn.Parameter) and given.device.type != "meta"

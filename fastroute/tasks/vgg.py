@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..functional import grouped_linear
 from ..modules.reading import may_be_read, reset, signature
-from ..ops import checks as _checks
-from ..ops import dispatch
+from ..ops import checks, dispatch
 from ..ops.arguments import Several, checked
 from .active_task import Task, TaskAware, aware_parts, on_device, traced
 from .masks import Sigma as Sigma
@@ -71,7 +70,7 @@ def layers(
             continue
         if isinstance(entry, str):
             raise ValueError(f'cfg: expected numbers of channels and "M", got {entry!r} at {position}')
-        width = _checks.at_least_one("cfg", entry)
+        width = checks.at_least_one("cfg", entry)
         made.append(nn.Conv2d(channels, width, kernel_size=3, padding=1, **factory))
         if batch_norm:
             made.append(nn.BatchNorm2d(width, **factory))
@@ -178,10 +177,10 @@ class VGG(TaskAware):
         Raises:
             IndexError, TypeError, ValueError: as :class:`TaskRouter`.
         """
-        _checks.tensor("x", x, "a tensor [B, 3, H, W]")
+        checks.tensor("x", x, "a tensor [B, 3, H, W]")
         if isinstance(task, Tensor) and task.dim() == 1 and (x.dim() < 1 or task.shape[0] != x.shape[0]):
             raise ValueError(
-                f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {_checks.shown(task)}"
+                f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {checks.shown(task)}"
             )
         x = _routed(self.features, x, task)
         x = torch.flatten(self.avgpool(x), 1)
@@ -262,7 +261,7 @@ def _height_and_width(bottleneck_spatial: Sequence[int]) -> tuple[int, int]:
         height, width = bottleneck_spatial
     except (TypeError, ValueError):
         raise ValueError(f"bottleneck_spatial: expected [height, width], got {bottleneck_spatial!r}") from None
-    return _checks.at_least_one("bottleneck_spatial", height), _checks.at_least_one("bottleneck_spatial", width)
+    return checks.at_least_one("bottleneck_spatial", height), checks.at_least_one("bottleneck_spatial", width)
 
 
 def _last_channels(features: nn.Module) -> int:

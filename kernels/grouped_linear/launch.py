@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops.environment import interpreting
-
 from .. import launch as start
-from ..launch import DTYPES, cdiv, multiprocessors, power_of_2, shared_memory
+from ..launch import cdiv, multiprocessors, power_of_2, shared_memory
 from .parameters import gathered
 from .plan import Device, Tile, row_tiles, rows_tile, search, slope_apart, sums_tile
 from .products import gradients_kernel, reduce_kernel, rows_kernel, slope_kernel, sums_kernel
@@ -32,10 +30,8 @@ def unsupported(
     device_type: str, dtype: torch.dtype, N: int = 0, K: int = 1, F: int = 1, O: int = 1, **_: int
 ) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
-    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
-        return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
-    if dtype not in DTYPES:
-        return f"the triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if why := start.refuses(device_type, dtype):
+        return why
     if max(N, K, F, O) >= 2**31 - 2**16:
         return f"the triton kernels count rows, modules and features in 32 bits: N={N}, K={K}, F={F}, O={O}"
     return None

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops.environment import interpreting
 from fastroute.ops.matrix_routing.contract import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, PreviousGrads
 
 from .. import launch as start
-from ..launch import DTYPES, cdiv, multiprocessors, power_of_2
+from ..launch import cdiv, multiprocessors, power_of_2
 from .backward import assign_backward_kernel, gradient_kernel, output_grads_kernel, shared_sums_kernel
 from .forward import assign_kernel, merge_kernel, moments_kernel, pairs_kernel
 from .plan import MAX_CAPSULE, MAX_OUTPUTS, Plan, VoteTile, capsule, plan
@@ -42,10 +41,8 @@ class Sums(NamedTuple):
 
 def unsupported(device_type: str, dtype: torch.dtype, B: int, n: int, m: int, c: int, d: int, h: int) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
-    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
-        return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
-    if dtype not in DTYPES:
-        return f"the triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if why := start.refuses(device_type, dtype):
+        return why
     if m > MAX_OUTPUTS:
         return f"the triton kernels keep a row of outputs on chip: at most {MAX_OUTPUTS}, not {m}"
     if capsule(c, h) > MAX_CAPSULE:

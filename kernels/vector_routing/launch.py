@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastroute.ops.environment import interpreting
 from fastroute.ops.vector_routing.contract import Grads, Step
 
 from .. import launch as start
-from ..launch import DTYPES, cdiv, multiprocessors, shared_memory
+from ..launch import cdiv, multiprocessors, shared_memory
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .plan import MAX_OUTPUTS, Plan, leaves, padded, plan, product_dtype
@@ -42,10 +41,8 @@ force_narrow: bool | None = None
 
 def unsupported(device_type: str, dtype: torch.dtype, B: int, n: int, m: int, d: int) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
-    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
-        return f"triton kernels need CUDA tensors, these are on {device_type} (TRITON_INTERPRET=1 interprets them)"
-    if dtype not in DTYPES:
-        return f"the triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if why := start.refuses(device_type, dtype):
+        return why
     if m > MAX_OUTPUTS:
         return f"the triton kernels keep a row of outputs on chip: at most {MAX_OUTPUTS}, not {m}"
     if max(n, d) >= 2**31 - 2**16:

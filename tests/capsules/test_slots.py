@@ -15,7 +15,7 @@ from torch.export import Dim
 
 import fastroute
 from fastroute import SlotAttention, use_backend
-from fastroute.ops import backends as _backends
+from fastroute.ops import backends
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -24,8 +24,8 @@ from tests.helpers.opcheck import assert_same, check_compiled, check_exported, g
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 N, K, D, H = 9, 4, 6, 5
 
-_OFFERED = _backends.offered()["soft_assignment"]
-BACKENDS = [b for b in ("reference", "native") if b in _OFFERED and _backends.missing(b, "cpu") is None]
+_OFFERED = backends.offered()["soft_assignment"]
+BACKENDS = [b for b in ("reference", "native") if b in _OFFERED and backends.missing(b, "cpu") is None]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

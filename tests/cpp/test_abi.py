@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastroute.ops import backends as _backends
+from fastroute.ops import backends
 from tests.helpers.subprocesses import ROOT
 
 ARM64 = "aarch64-linux-gnu-"
@@ -34,10 +34,10 @@ def unstable(library: Path, nm: str) -> list[str]:
     return [line for line in map(str.strip, symbols) if "@" not in line and not ALLOWED.fullmatch(line)]
 
 
-@pytest.mark.skipif(_backends.extension()[0] is None, reason="the C++ extension is not built")
+@pytest.mark.skipif(backends.extension()[0] is None, reason="the C++ extension is not built")
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="there is no GNU nm")
 def test_the_stable_abi_is_enough() -> None:
-    where, _ = _backends.extension()
+    where, _ = backends.extension()
     assert where is not None and unstable(Path(where), "nm") == []
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import use_backend
-from fastroute.networks import MLP, Selection
-from fastroute.networks import grouped_modules as bank
+from fastroute.networks import MLP, Selection, grouped_modules
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, gradients, linears, start
@@ -127,7 +126,7 @@ def test_the_same_as_one_by_one(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", STACKS)
 def test_which_are_grouped(name: str) -> None:
     selection, _ = made(name)
-    assert (bank.are_alike(list(selection._submodules))) == (name in ALIKE)
+    assert (grouped_modules.are_alike(list(selection._submodules))) == (name in ALIKE)
 
 
 @each_backend
@@ -219,7 +218,7 @@ def test_the_spatial_size_may_change() -> None:
 def test_large_images_are_not_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
     selection, x = made("conv")
     expected = selection(x, start(x), ACTIONS)[0]
-    monkeypatch.setattr(bank, "_UNFOLDED_BYTES", 100)
+    monkeypatch.setattr(grouped_modules, "_UNFOLDED_BYTES", 100)
     assert_same(selection(x, start(x), ACTIONS)[0].detach(), expected.detach())
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import use_backend
-from fastroute.networks import MLP, RELAX, Loss, NegLossReward, Selection
-from fastroute.networks import grouped_modules as bank
+from fastroute.networks import MLP, RELAX, Loss, NegLossReward, Selection, grouped_modules
 from fastroute.networks.stacked_modules import Stack, unstacked_state_dict
 from fastroute.ops import dispatch
 from tests.helpers import seeds
@@ -44,7 +43,7 @@ def modules(kind: str) -> nn.ModuleList:
 
 def run(over: nn.ModuleList | Stack, x: Tensor, actions: Tensor) -> Tensor:
     each = [over.pattern] if isinstance(over, Stack) else list(over)
-    return bank.run(each, x, dispatch.plan(actions, K), bank.Recipe(), keep_empty=True)
+    return grouped_modules.run(each, x, dispatch.plan(actions, K), grouped_modules.Recipe(), keep_empty=True)
 
 
 @each_kind

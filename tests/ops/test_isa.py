@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastroute.cli import main
-from fastroute.ops import backends as _backends
+from fastroute.ops import backends
 from fastroute.ops import isa as _isa
 from tests.helpers.backends import HERE
 from tests.helpers.every_op import EVERY_OP
@@ -42,7 +42,7 @@ def test_the_best_one_runs_unless_asked() -> None:
 @native
 def test_each_variant(tmp_path: Path) -> None:
     """What is asked for runs; all variants compute the same, whatever the number of threads."""
-    missing = _backends.offered().keys() - EVERY_OP.keys() - {"dispatch"}  # which is a part of grouped_linear
+    missing = backends.offered().keys() - EVERY_OP.keys() - {"dispatch"}  # which is a part of grouped_linear
     assert not missing, "add a call of each to EVERY_OP in tests/helpers/every_op.py"
     made = {}
     for isa in AVAILABLE:
@@ -117,7 +117,7 @@ def caught(call):
     except (ValueError, RuntimeError) as error:
         return error
 if {"native" in HERE}:  # nobody has asked extension() yet
-    torch.ops.load_library({_backends.extension()[0]!r})
+    torch.ops.load_library({backends.extension()[0]!r})
     given = torch.zeros(3, 2), None, None, None, 0, 1.0, 0.0
     assert caught(lambda: torch.ops.fastroute._policy_native(*given)) is not None
 layer = fastroute.EfficientVectorRouting(4, 3, 6, 5)
@@ -137,9 +137,9 @@ for name in ("auto", "auto", "reference"):
 @pytest.fixture
 def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        _backends.importlib.util, "find_spec", lambda name: None if name == "fastroute._C" else find_spec(name)
+        backends.importlib.util, "find_spec", lambda name: None if name == "fastroute._C" else find_spec(name)
     )
-    monkeypatch.setattr(_backends, "extension", _backends.extension.__wrapped__)
+    monkeypatch.setattr(backends, "extension", backends.extension.__wrapped__)
 
 
 def test_not_built_and_a_known_name(
@@ -147,7 +147,7 @@ def test_not_built_and_a_known_name(
 ) -> None:
     for name in ("", "auto", *_isa.ISAS):
         monkeypatch.setenv("FASTROUTE_ISA", name)
-        where, why = _backends.extension()
+        where, why = backends.extension()
         assert where is None and "is not built" in why
     assert main(["doctor"]) == 0
     said = lines(capsys.readouterr().out)
@@ -157,4 +157,4 @@ def test_not_built_and_a_known_name(
 def test_not_built_and_an_unknown_name(not_built: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTROUTE_ISA", "sse9")
     with pytest.raises(ValueError, match=r"^FASTROUTE_ISA: expected one of auto, default, avx2, avx512, got 'sse9'$"):
-        _backends.extension()
+        backends.extension()

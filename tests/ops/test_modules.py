@@ -10,15 +10,16 @@ from torch import nn
 
 from fastroute.modules.reading import options
 from fastroute.multitask import MTLModel, heads
-from fastroute.networks import Initialization, Selection
-from fastroute.networks import grouped_modules as bank
+from fastroute.networks import Initialization, Selection, grouped_modules
 from tests.helpers.opcheck import assert_same
 
 ARGUMENTS: dict[type, tuple[int, ...]] = {
     nn.LayerNorm: (4,), nn.RMSNorm: (4,), nn.GroupNorm: (2, 4), nn.Conv2d: (3, 4, 2), nn.MaxPool2d: (2,),
     nn.AvgPool2d: (2,), nn.AdaptiveAvgPool2d: (2,), nn.AdaptiveMaxPool2d: (2,),
 }  # fmt: skip
-KINDS: list[Any] = sorted(bank._FREE | bank._NORMS | heads._ELEMENTWISE | {nn.Conv2d}, key=lambda kind: kind.__name__)
+KINDS: list[Any] = sorted(
+    grouped_modules._FREE | grouped_modules._NORMS | heads._ELEMENTWISE | {nn.Conv2d}, key=lambda kind: kind.__name__
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,5 @@
 // matrix_routing on a CPU: one pass over tiles of inputs, whose votes are made, weighed and forgotten in cache. Row
-// mathematics is in matrix_routing_rows.inc, axes and layout in matrix_routing.h, what a tile is in matrix_routing_tile.h.
+// mathematics is in rows.inc, axes and layout in matrix_routing.h, what a tile is in tile.h.
 //
 // Work is divided into pieces by shape only. Pieces run in parallel, each with sums of its own in double, and the sums
 // are put together in order: the same input gives the same bits on any number of threads.

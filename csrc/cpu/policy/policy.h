@@ -1,4 +1,4 @@
-// policy for other ops, and what it needs of policy_rows.inc: functions over tiles of rows, dense [rows, K] in the dtype
+// policy for other ops, and what it needs of rows.inc: functions over tiles of rows, dense [rows, K] in the dtype
 // of sums.
 #pragma once
 

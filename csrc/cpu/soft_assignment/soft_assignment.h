@@ -1,4 +1,4 @@
-// What soft_assignment needs of soft_assignment_rows.inc: functions over tiles of rows of one sample, in the dtype of
+// What soft_assignment needs of rows.inc: functions over tiles of rows of one sample, in the dtype of
 // sums T.
 //
 // Axes: n rows, m outputs, h width of a vote.

@@ -1,4 +1,4 @@
-// What task_mask.cpp and task_mask_batch_norm.cpp need of task_mask_rows.inc: passes over runs of numbers.
+// What task_mask.cpp and batch_norm_mask_relu.cpp need of rows.inc: passes over runs of numbers.
 //
 // A number is kept as S, its storage: float, double, or uint16_t for bfloat16, which is computed with as float.
 // A mask of channels is all ones or all zeros per number, as wide as the number, so that masking is an "and".

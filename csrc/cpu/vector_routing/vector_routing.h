@@ -1,5 +1,5 @@
 // vector_routing on a CPU: tiles of input rows that stay in cache, matrix products through torch, row mathematics in
-// vector_routing_rows.inc. The contract is fastroute/ops/vector_routing/contract.py; the derivation, docs/vector_routing.md.
+// rows.inc. The contract is fastroute/ops/vector_routing/contract.py; the derivation, docs/vector_routing.md.
 //
 // Rows are divided into a number of pieces that depends on the shape only. Pieces run in parallel, each with sums of its
 // own, and the sums are added in order at the end: the same input gives the same bits on any number of threads.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...capsules.single_beta import SingleBeta
 from ...functional import matrix_routing
 from ...modules.reading import are_watched, may_be_read
-from ...ops import checks as _checks
+from ...ops import checks
 from ...ops.arguments import checked
 from ...ops.matrix_routing.contract import Capsules, Outputs
 from ...ops.matrix_routing.op import P_MODELS, first_or_next
@@ -79,9 +79,9 @@ class Routing(SingleBeta):
     ) -> None:
         super().__init__()
         sizes = {"d_cov": d_cov, "d_inp": d_inp, "d_out": d_out, "n_iters": n_iters}
-        d_cov, d_inp, d_out, n_iters = (_checks.at_least_one(name, value) for name, value in sizes.items())
+        d_cov, d_inp, d_out, n_iters = (checks.at_least_one(name, value) for name, value in sizes.items())
         for name, count in (("n_inp", n_inp), ("n_out", n_out)):
-            if _checks.integer(name, count) != -1 and count < 1:
+            if checks.integer(name, count) != -1 and count < 1:
                 raise ValueError(f"{name}: expected a positive number of capsules, or -1 for any number, got {count}")
         if p_model not in P_MODELS:
             raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
@@ -132,25 +132,25 @@ class Routing(SingleBeta):
                     f"called, got another {type(m).__name__}, or one with hooks or a forward of its own"
                 )
         for name, t in (("a_inp", a_inp), ("mu_inp", mu_inp)):
-            _checks.tensor(name, t, "a tensor")
-            _checks.floating(name, t)
-        _checks.together(("the parameters", self.W), {"a_inp": a_inp, "mu_inp": mu_inp})
+            checks.tensor(name, t, "a tensor")
+            checks.floating(name, t)
+        checks.together(("the parameters", self.W), {"a_inp": a_inp, "mu_inp": mu_inp})
         c, d = self.B.shape[-2], self.W.shape[-2]
         if mu_inp.dim() < 3 or tuple(mu_inp.shape[-2:]) != (c, d):
-            raise ValueError(f"mu_inp: expected [..., n_inp, {c}, {d}], got {_checks.shown(mu_inp)}")
+            raise ValueError(f"mu_inp: expected [..., n_inp, {c}, {d}], got {checks.shown(mu_inp)}")
         n = mu_inp.shape[-3]
         if n == 0 or (self.n_inp_is_fixed and n != self.W.shape[0]):
             wanted = self.W.shape[0] if self.n_inp_is_fixed else "at least 1"
-            raise ValueError(f"n_inp: expected {wanted} input capsules, got {n} (mu_inp is {_checks.shown(mu_inp)})")
+            raise ValueError(f"n_inp: expected {wanted} input capsules, got {n} (mu_inp is {checks.shown(mu_inp)})")
         if a_inp.shape != mu_inp.shape[:-2]:
-            raise ValueError(f"a_inp: expected shape {list(mu_inp.shape[:-2])}, got {_checks.shown(a_inp)}")
+            raise ValueError(f"a_inp: expected shape {list(mu_inp.shape[:-2])}, got {checks.shown(a_inp)}")
         if self.n_out_is_fixed:
             if n_out is not None:
                 raise ValueError(
                     f"n_out: expected none, as the layer has {self.W.shape[1]} output capsules, got {n_out}"
                 )
             return self.W.shape[1]
-        return n if n_out is None else _checks.at_least_one("n_out", n_out)
+        return n if n_out is None else checks.at_least_one("n_out", n_out)
 
     def forward(
         self, a_inp: Tensor, mu_inp: Tensor, return_R: bool = False, *, n_out: int | None = None

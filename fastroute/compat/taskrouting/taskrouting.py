@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastroute import tasks
 from fastroute.functional import task_mask
-from fastroute.ops import checks as _checks
+from fastroute.ops import checks
 from fastroute.tasks.active_task import Task, on_device
 
 __all__ = ["TaskRouter"]
@@ -40,7 +40,7 @@ class TaskRouter(tasks.TaskRouter):
             self.use_knockout = False
 
     def _plan(self, sigma: int | float) -> tuple[int, bool]:
-        units = _checks.integer("sigma", sigma)
+        units = checks.integer("sigma", sigma)
         return min(units, self.unit_count) if units >= 0 else max(self.unit_count + units, 0), units != 0
 
     def _register(self, mapping: Tensor, persistent: bool) -> None:

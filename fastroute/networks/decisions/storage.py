@@ -16,7 +16,7 @@ from ...ops.autograd import transformed
 from ...ops.checks import together
 from ...ops.dispatch.contract import Plan
 from ...ops.precision import autocast_dtype
-from .. import grouped_modules as bank
+from .. import grouped_modules
 from ..mlp import MLP
 from ..stacked_modules import Stack, from_stack
 
@@ -65,7 +65,7 @@ class ApproxPolicyStorage(nn.Module):
         return made
 
 
-bank.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
+grouped_modules.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
 
 
 class TabularPolicyStorage(nn.Module):
@@ -93,7 +93,7 @@ class Storages(nn.ModuleList):
     def __init__(self, storages: Iterable[nn.Module], outputs: int) -> None:
         super().__init__(storages)
         self.outputs = outputs
-        self.recipe, self.memo = bank.Recipe(), Memo()
+        self.recipe, self.memo = grouped_modules.Recipe(), Memo()
 
     def owners(self) -> list[Any]:
         """Whoever has parameters: every agent's storage."""
@@ -112,10 +112,10 @@ class StackedStorages(Stack):
     def __init__(self, storages: Iterable[nn.Module], outputs: int) -> None:
         super().__init__(list(storages))
         self.outputs = outputs
-        self.recipe, self.memo = bank.Recipe(), Memo()
+        self.recipe, self.memo = grouped_modules.Recipe(), Memo()
 
     def _do_alike(self, modules: Sequence[Any]) -> bool:
-        return type(modules[0]) is TabularPolicyStorage or bank.are_alike(modules)
+        return type(modules[0]) is TabularPolicyStorage or grouped_modules.are_alike(modules)
 
     def owners(self) -> list[Any]:
         """Whoever has parameters: one storage for all agents."""
@@ -168,8 +168,8 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
             return torch.cat([*tables, torch.zeros_like(tables[0][:1])])[whose]
         return grouped_linear(None, plan, (), tables)
     if not can_be_given(agents):
-        return bank.one_by_one(storages.each(), x, plan)
-    return bank.run(
+        return grouped_modules.one_by_one(storages.each(), x, plan)
+    return grouped_modules.run(
         agents, x, plan, storages.recipe, differentiable_twice=differentiable_twice, called=storages.each,
         inputs=first.inputs,
     )  # fmt: skip
@@ -206,7 +206,7 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
         return Head(None, [], tables)
     if not can_be_given(agents):
         return None
-    found = bank.up_to_the_last(agents, first.inputs(x), plan, storages.recipe, alone=alone)
+    found = grouped_modules.up_to_the_last(agents, first.inputs(x), plan, storages.recipe, alone=alone)
     if found is None or found[1][0].device != x.device:
         return None
     given, weights, biases, is_direct = found

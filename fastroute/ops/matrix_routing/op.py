@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks as _checks
+from .. import checks
 from ..arguments import explained
 from ..autograd import asked_again, through, transformed
 from ..backends import Case, choose, native_refuses, offer, record, requested
@@ -244,22 +244,22 @@ define(
 
 def _check(a_inp: Tensor, mu_inp: Tensor, w: Capsules) -> None:
     if mu_inp.dim() != 4:
-        raise ValueError(f"mu_inp: expected [B, n, c, d], got {_checks.shown(mu_inp)}")
+        raise ValueError(f"mu_inp: expected [B, n, c, d], got {checks.shown(mu_inp)}")
     if w.W.dim() != 4:
-        raise ValueError(f"W: expected [n or 1, m, d, h], got {_checks.shown(w.W)}")
+        raise ValueError(f"W: expected [n or 1, m, d, h], got {checks.shown(w.W)}")
     B, n, c, d = mu_inp.shape
     n1, m, _, h = w.W.shape
     if n1 != 1:
         n1 = n
-    _checks.shape("a_inp", a_inp, (B, n), "B, n")
-    _checks.shape("W", w.W, (n1, m, d, h), "n or 1, m, d, h")
-    _checks.shape("B", w.B, (n1, m, c, h), "n or 1, m, c, h")
-    _checks.shape("beta_use", w.beta_use, (n1, m), "n or 1, m")
-    _checks.shape("beta_ign", w.beta_ign, (n1, m), "n or 1, m")
+    checks.shape("a_inp", a_inp, (B, n), "B, n")
+    checks.shape("W", w.W, (n1, m, d, h), "n or 1, m, d, h")
+    checks.shape("B", w.B, (n1, m, c, h), "n or 1, m, c, h")
+    checks.shape("beta_use", w.beta_use, (n1, m), "n or 1, m")
+    checks.shape("beta_ign", w.beta_ign, (n1, m), "n or 1, m")
     tensors = {"a_inp": a_inp, **w._asdict()}
     for name, t in {"mu_inp": mu_inp, **tensors}.items():
-        _checks.floating(name, t)
-    _checks.together(("mu_inp", mu_inp), tensors)
+        checks.floating(name, t)
+    checks.together(("mu_inp", mu_inp), tensors)
 
 
 @explained
@@ -296,15 +296,15 @@ def matrix_routing(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     _check(a_inp, mu_inp, w)
-    _checks.at_least_one("n_iters", n_iters)
+    checks.at_least_one("n_iters", n_iters)
     if p_model not in P_MODELS:
         raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
     B, n = a_inp.shape
     m = w.W.shape[1]
     if mask is not None:
-        _checks.tensor("mask", mask, "a bool tensor")
-        _checks.together(("mu_inp", mu_inp), {"mask": mask})
-        mask = _checks.as_mask(mask, (B,), n, m)
+        checks.tensor("mask", mask, "a bool tensor")
+        checks.together(("mu_inp", mu_inp), {"mask": mask})
+        mask = checks.as_mask(mask, (B,), n, m)
     dtype = torch.promote_types(mu_inp.dtype, w.W.dtype)
     if dtype == torch.float64:  # one dtype of sums, whatever is wide
         mu_inp, w = mu_inp.to(dtype), Capsules(*(t.to(dtype) for t in w))

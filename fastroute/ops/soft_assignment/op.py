@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks as _checks
+from .. import checks
 from ..arguments import explained
 from ..autograd import asked_again, through, transformed
 from ..backends import Case, choose, native_refuses, offer, record, requested
@@ -183,52 +183,52 @@ def soft_assignment(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    _checks.tensor("votes", votes, "a tensor [B, n, m, h]")
-    _checks.floating("votes", votes)
+    checks.tensor("votes", votes, "a tensor [B, n, m, h]")
+    checks.floating("votes", votes)
     acc = accumulating(votes.dtype)
     if votes.dim() != 4:
-        raise ValueError(f"votes: expected [B, n, m, h], got {_checks.shown(votes)}")
+        raise ValueError(f"votes: expected [B, n, m, h], got {checks.shown(votes)}")
     if scores is not None:
-        _checks.tensor("scores", scores, "a tensor [B, n, m]")
-        _checks.floating("scores", scores)
+        checks.tensor("scores", scores, "a tensor [B, n, m]")
+        checks.floating("scores", scores)
         if scores.dim() != 3:
-            raise ValueError(f"scores: expected [B, n, m], got {_checks.shown(scores)}")
+            raise ValueError(f"scores: expected [B, n, m], got {checks.shown(scores)}")
         B, n, m = scores.shape
     else:
         if gate is None or prior is None:
             raise ValueError(f"{'gate' if gate is None else 'prior'}: expected a tensor when scores is None, got None")
         if gate.dim() != 2:
-            raise ValueError(f"gate: expected [B, n], got {_checks.shown(gate)}")
+            raise ValueError(f"gate: expected [B, n], got {checks.shown(gate)}")
         if prior.dim() != 1:
-            raise ValueError(f"prior: expected [m], got {_checks.shown(prior)}")
+            raise ValueError(f"prior: expected [m], got {checks.shown(prior)}")
         (B, n), m = gate.shape, prior.shape[0]
     wide = votes.shape
     if wide[1] != n or (wide[0] != B and wide[0] != 1) or (wide[2] != m and wide[2] != 1):
         raise ValueError(
             f"votes: expected [{B} or 1, {n}, {m} or 1, h] (B, n, m, h), like the "
-            f"{'gate' if scores is None else 'scores'}, got {_checks.shown(votes)}"
+            f"{'gate' if scores is None else 'scores'}, got {checks.shown(votes)}"
         )
     given = {"scores": scores, "gate": gate, "use": use, "ign": ign, "prior": prior, "mask": mask}
-    _checks.together(("votes", votes), given)
+    checks.together(("votes", votes), given)
     for name, t, expected, axes in (("gate", gate, (B, n), "B, n"), ("prior", prior, (m,), "m")):
         if t is not None:
-            _checks.shape(name, t, expected, axes)
+            checks.shape(name, t, expected, axes)
             if t.dtype != acc:
                 raise TypeError(f"{name}: expected {acc} with votes {votes.dtype}, got {t.dtype}")
     betas = []
     for name, beta in (("use", use), ("ign", ign)):
         if beta is not None:
-            _checks.floating(name, beta)
+            checks.floating(name, beta)
             if beta.dim() == 2:
-                _checks.shape(name, beta, (n, m), "n, m")
+                checks.shape(name, beta, (n, m), "n, m")
                 beta = beta[None]
             else:
-                _checks.shape(name, beta, (B, n, m), "B, n, m")
+                checks.shape(name, beta, (B, n, m), "B, n, m")
         betas.append(beta)
     if mask is not None:
-        mask = _checks.as_mask(mask, (B,), n, m)
+        mask = checks.as_mask(mask, (B,), n, m)
     if lengths is not None:
-        lengths = _checks.as_lengths(lengths, (B,), n, votes.device)
+        lengths = checks.as_lengths(lengths, (B,), n, votes.device)
     if mean and (use is not None or ign is not None):
         raise ValueError("mean: expected no use and no ign, whose weights could be negative")
     if eps and not mean:

@@ -222,8 +222,7 @@ class _Rewards:
         self.actions = None if not actions else actions[0][None] if len(actions) == 1 else torch.stack(actions)
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        losses, *rest = self.final
-        given = losses, rest[0], *rest[1:], self.table, self.actions, self.places, self.ratio
+        given = *self.final, self.table, self.actions, self.places, self.ratio
         made: tuple[Tensor, Tensor, Tensor] = torch.ops.fastroute._trajectory_loss_rewarded_triton(*given, *args)
         return made
 

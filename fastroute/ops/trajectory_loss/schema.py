@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import sums
-from ..registry import library, register_fake
+from ..registry import define_compiled, library, register_fake
 
 #: f [B], then what ``op.laid_out`` makes -> (loss [B], slopes [C, B])
 SCHEMA = (
@@ -26,10 +26,6 @@ def _fake(
     return f.new_empty(B, dtype=dtype), f.new_empty(len(columns) if want_slopes else 0, B, dtype=dtype)
 
 
-library.define("_trajectory_loss_triton" + SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
-register_fake("_trajectory_loss_triton", _fake)
-
-
 def _fake_rewarded(losses: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return *_fake(losses, *args[7:]), torch.empty_like(losses)
 
@@ -42,7 +38,7 @@ _REWARDED = SCHEMA.replace(
 ).replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor)")
 library.define("_trajectory_loss_rewarded_triton" + _REWARDED, tags=(torch.Tag.needs_fixed_stride_order,))
 register_fake("_trajectory_loss_rewarded_triton", _fake_rewarded)
-library.define("_trajectory_loss_native" + SCHEMA)
+define_compiled("_trajectory_loss_{}", SCHEMA, _fake, tags=(torch.Tag.needs_fixed_stride_order,))
 library.define("_trajectory_loss_native_backward(Tensor grad, Tensor slopes) -> Tensor[]")
 
 
@@ -50,5 +46,4 @@ def _fake_backward(grad: Tensor, slopes: Tensor) -> list[Tensor]:
     return [torch.empty_like(slope) for slope in slopes.unbind()]
 
 
-register_fake("_trajectory_loss_native", _fake)
 register_fake("_trajectory_loss_native_backward", _fake_backward)

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import accumulating
+
 
 @dataclass
 class Passes:
@@ -59,7 +61,7 @@ class Step(NamedTuple):
 
     @property
     def acc(self) -> torch.dtype:
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        return accumulating(self.x.dtype)
 
     @property
     def linear(self) -> bool:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks as _checks
+from .. import checks
 from ..arguments import explained
 from ..autograd import asked_again, through, transformed
 from ..backends import Case, choose, native_refuses, offer, record, requested
+from ..dtypes import accumulating
 from ..precision import autocast_off, autocast_precision, precision_of
 from ..registry import define, no_second_derivative
 from . import native as native  # defines the native ops
@@ -200,44 +201,44 @@ def vector_routing(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    _checks.floating("x", x)
+    checks.floating("x", x)
     if x.dim() != 3:
-        raise ValueError(f"x: expected [B, n, d], got {_checks.shown(x)}")
+        raise ValueError(f"x: expected [B, n, d], got {checks.shown(x)}")
     B, n, d = x.shape
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    acc = accumulating(x.dtype)
     linear = use_bias is not None
     m = use.shape[0] if linear else use.shape[-1]
     tensors = {"gate": gate, "pred": pred, "score_weight": score_weight, "score_bias": score_bias, "use": use,
                "ign": ign, "use_bias": use_bias, "ign_bias": ign_bias, "prior": prior, "mask": mask}  # fmt: skip
-    _checks.together(("x", x), tensors)
-    _checks.shape("gate", gate, (B, n), "B, n")
+    checks.together(("x", x), tensors)
+    checks.shape("gate", gate, (B, n), "B, n")
     beta = ((m, d), "m, d") if linear else ((n, m), "n, m")
-    _checks.shape("use", use, *beta)
+    checks.shape("use", use, *beta)
     if ign is not None:
-        _checks.shape("ign", ign, *beta)
+        checks.shape("ign", ign, *beta)
         if (ign_bias is None) == linear:
             raise ValueError("ign_bias: expected one exactly when use_bias and ign are given")
     for name in ("use_bias", "ign_bias"):
         if (bias := tensors[name]) is not None:
-            _checks.shape(name, bias, (m,), "m")
+            checks.shape(name, bias, (m,), "m")
     if pred is None:
         if prior is None:
             raise ValueError("prior: expected [m] when pred is None (a first iteration), got None")
-        _checks.shape("prior", prior, (m,), "m")
+        checks.shape("prior", prior, (m,), "m")
         score_weight = score_bias = None
     else:
-        _checks.shape("pred", pred, (B, m, d), "B, m, d")
+        checks.shape("pred", pred, (B, m, d), "B, m, d")
         for name in ("score_weight", "score_bias"):
             if (score := tensors[name]) is None:
                 raise ValueError(f"{name}: expected [n, m] with pred, got None")
-            _checks.shape(name, score, (1 if score.shape[0] == 1 else n, m), "n or 1, m")
+            checks.shape(name, score, (1 if score.shape[0] == 1 else n, m), "n or 1, m")
     for name in ("gate", "pred", "prior"):
         if (t := tensors[name]) is not None and t.dtype != acc:
             raise TypeError(f"{name}: expected {acc} with x {x.dtype}, got {t.dtype}")
     if mask is not None:
-        mask = _checks.as_mask(mask, (B,), n, m)
+        mask = checks.as_mask(mask, (B,), n, m)
     if lengths is not None:
-        lengths = _checks.as_lengths(lengths, (B,), n, x.device)
+        lengths = checks.as_lengths(lengths, (B,), n, x.device)
     if transformed():
         rest = pred, score_weight, score_bias, use, ign, use_bias, ign_bias, prior, mask, lengths
         with autocast_off(x.device.type):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastroute.ops import backends as _backends
+from fastroute.ops import backends
 from fastroute.ops.backends import Case, decide, missing, offered
 from fastroute.ops.dispatch import op as dispatch
 from tests.helpers import seeds
@@ -98,17 +98,17 @@ def test_when_it_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = offered()["dispatch"]["native"].devices
     assert devices == ("cpu", "cuda") and offered()["grouped_linear"]["native"].devices == ("cpu",)
     assert missing("native", "mps", devices) == "native kernels exist for CPU and CUDA tensors only, these are on mps"
-    monkeypatch.setattr(_backends, "extension", lambda: ("here", ""))
-    monkeypatch.setattr(_backends, "build_info", lambda: {"cuda": False, "cuda_reason": "this torch is a CPU build"})
+    monkeypatch.setattr(backends, "extension", lambda: ("here", ""))
+    monkeypatch.setattr(backends, "build_info", lambda: {"cuda": False, "cuda_reason": "this torch is a CPU build"})
     assert missing("native", "cuda", devices) == "the C++ extension has no CUDA part: this torch is a CPU build"
-    monkeypatch.setattr(_backends, "build_info", lambda: {"cuda": True})
+    monkeypatch.setattr(backends, "build_info", lambda: {"cuda": True})
     assert missing("native", "cuda", devices) is None
     assert missing("native", "cuda") == "native kernels exist for CPU tensors only, these are on cuda"
 
-    def decided(N: int, K: int) -> _backends.Decision:
+    def decided(N: int, K: int) -> backends.Decision:
         return decide(Case("dispatch", "cuda", torch.int64, (("N", N), ("K", K))), "auto")
 
-    monkeypatch.setattr(_backends, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
     assert decided(dispatch.NATIVE_ENTRIES, dispatch.NATIVE_MODULES).backend == "native"
     for N, K in ((dispatch.NATIVE_ENTRIES + 1, 3), (3, dispatch.NATIVE_MODULES + 1)):
         made = decided(N, K)

@@ -11,7 +11,7 @@ import torch
 
 import fastroute.ops.vector_routing.native as native
 from fastroute import use_backend
-from fastroute.ops import backends as _backends
+from fastroute.ops import backends
 from fastroute.ops.vector_routing.contract import Grads, Step
 from tests.helpers import seeds
 from tests.helpers.cases import evaluate
@@ -46,7 +46,7 @@ def load(library: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["fastroute._C"] = module
-    assert _backends.extension()[0] == library
+    assert backends.extension()[0] == library
     assert torch.ops.fastroute._isas() == [torch.ops.fastroute._isa()], "sanitized code is for one instruction set"
 
 
