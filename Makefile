@@ -34,8 +34,9 @@ help: ## this list
 demo: $(STAMPS)/ready ## learn handwritten digits with a capsule router
 	$(PY) -m fastroute demo $(ARGS)
 
+# Compiled tests are kept, whatever the shell says: four runs of pytest use them.
 # Inductor's pool of compiling processes takes longer to start than what a test gives it to compile.
-PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest -q -p no:benchmark \
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) -m pytest -q -p no:benchmark \
   -n auto --maxprocesses 4 --dist worksteal
 test: $(STAMPS)/ready ## the tests that run without a GPU, but for the longest
 	@$(PYTEST) -m 'not gpu and not long' $(ARGS)

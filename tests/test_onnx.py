@@ -144,10 +144,7 @@ CASES: dict[str, LayerCase] = {
     "MultiHead, by task": LayerCase(lambda: MultiHead(F, 4, 2, T), rand(B, F), rest=(TASK,)),
 }
 #: What make test tries; the rest is long.
-FIRST = (
-    "EfficientVectorRouting, any length", "GenerativeMatrixRouting", "SlotAttention", "MoE", "Sequential",
-    "TaskRouter", "live, convolutions", "MMoE", "MTLModel", "MultiHead, by task",
-)  # fmt: skip
+FIRST = ("EfficientVectorRouting, any length", "MoE", "TaskRouter", "MTLModel")
 TRIED = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in CASES]
 
 

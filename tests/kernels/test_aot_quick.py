@@ -23,6 +23,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_fits() -> None:
     found = aot.reports_of([(str(file.__file__), name) for file, name in CASES.items()], 90)
     for (file, name), reports in zip(CASES.items(), found, strict=True):

@@ -10,7 +10,7 @@ from tests.numerics.__main__ import power_of
 from tests.numerics.faults import FAULTS
 from tests.numerics.problems import PROBLEMS
 
-QUICK = ("vector_routing, betas from x", "trajectory_loss")
+QUICK = ("trajectory_loss",)
 
 #: Faults that move a result by more typical errors than this are seen whatever its own error is: 1 + 1.5 (1 + 10 sd),
 #: with an sd of 0.8 of the mean.
