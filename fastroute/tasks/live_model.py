@@ -53,6 +53,12 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
 
     Raises:
         ValueError: no Sequential in it has a router; another ``batch_norm``.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2))
+        >>> net = fastroute.live(fastroute.route(net, task_count=4, sigma=0.5))
+        >>> net(torch.randn(2, 3, 8, 8), torch.tensor([0, 3])).shape
+        torch.Size([2, 2])
     """
     found = [(name, s) for name, s in sequences(model) if any(leaf.kind == ROUTER for leaf in leaves(s, name))]
     if not found:
@@ -103,6 +109,13 @@ class LiveSequential(nn.Sequential):
     Args:
         sequence: what to run.
         batch_norm: "exact" or "live", see :func:`live`.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(8, 16), fastroute.TaskRouter(16, 4, 0.5), nn.ReLU(), nn.Linear(16, 2))
+        >>> live = fastroute.LiveSequential(net)
+        >>> x = torch.randn(5, 8)
+        >>> torch.allclose(live(x, 3), live(x, torch.full((5,), 3)), atol=1e-6)
+        True
     """
 
     #: What it has among its attributes beside those of a Sequential.
