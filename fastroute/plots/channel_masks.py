@@ -44,7 +44,10 @@ def masks(
     found = routers_of(model)
     overlap = mask_overlap(model, measure).overall
     T = len(overlap)
-    height, side = min(0.16 * max(T, 4), 4.0), 0.16 * max(T, 8) if T <= 24 else 4.0
+    height, side = (
+        min(0.16 * max(T, 4), 4.0),
+        (0.26 if T <= MOST_ANNOTATED // 2 else 0.16) * max(T, 6) if T <= 24 else 4.0,
+    )
     rows = -(-len(found) // 2)
     figure = empty_figure(9.0 + side, max((height + 0.45) * rows, side + 0.8), title)
     grid = figure.add_gridspec(rows, 3, width_ratios=[4.5, 4.5, side + 0.6])
@@ -65,7 +68,8 @@ def masks(
                 ink = "white" if overlap[a, b] > 0.55 else INK
                 ax.text(b, a, f"{overlap[a, b]:.2f}", ha="center", va="center", fontsize=6, color=ink)
     ax.set_title("shared by two tasks", fontsize=8, color=INK)
-    ax.set(xticks=range(0, T, stride(T)), yticks=range(0, T, stride(T)), xlabel="task")
+    ax.set(xticks=range(0, T, stride(T)), yticks=range(0, T, stride(T)))
+    ax.set_xlabel("task", fontsize=7)
     ax.tick_params(labelsize=6, length=0)
     figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.02).ax.tick_params(labelsize=6)
     if path is not None:

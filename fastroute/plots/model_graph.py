@@ -11,6 +11,7 @@ from .figures import INK, WRONG, empty_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_COLUMN, _ROW = 1.5, 0.55  #: inches between nodes
 MOST_BOXES = 24  #: nodes of a layer of a graph that have a name
 
 
@@ -42,7 +43,7 @@ def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None 
     columns, places = _layers(drawn)
     rows = max(map(len, columns))
     named = rows <= MOST_BOXES and len(columns) <= MOST_BOXES
-    figure = empty_figure(min(1.5 * len(columns) + 0.4, 40.0), min(0.55 * rows + 0.4, 14.0), title)
+    figure = empty_figure(min(_COLUMN * len(columns) + 0.4, 40.0), min(_ROW * rows + 0.4, 14.0), title)
     ax = figure.add_subplot()
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-rows / 2 - 0.1, rows / 2 + 0.1))
     ax.axis("off")
@@ -58,10 +59,11 @@ def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None 
             boxes[name] = label.get_bbox_patch()
         else:
             ax.plot(*at, "o", markersize=2, color=WRONG if name in outputs else ink, zorder=2)
+    heights = [[places[name][1] for name in column] for column in columns]
     for a, b in drawn.edges:
         arrow = {"arrowstyle": "-|>", "linewidth": 0.7 if named else 0.2, "shrinkA": 0, "shrinkB": 0}
         if places[b][0] - places[a][0] > 1:
-            arrow["connectionstyle"] = "arc3,rad=-0.15"  # around what is between
+            arrow["connectionstyle"] = f"arc3,rad={_bend(places[a], places[b], heights)}"
         arrow |= {"color": "#aaaaaa" if {a, b} & unused else "#555555", "mutation_scale": 8 if named else 2}
         if named:
             arrow |= {"patchA": boxes[a], "patchB": boxes[b]}
@@ -69,6 +71,22 @@ def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None 
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def _bend(a: tuple[float, float], b: tuple[float, float], heights: list[list[float]]) -> float:
+    """The least curvature with which an arrow passes no box of the columns between."""
+    columns = range(int(a[0]) + 1, int(b[0]))
+
+    def room(rad: float) -> float:
+        least = float("inf")
+        for column in columns:
+            t = (column - a[0]) / (b[0] - a[0])
+            y = (1 - t) * a[1] + t * b[1] - 2 * t * (1 - t) * rad * (b[0] - a[0]) * _COLUMN / _ROW
+            least = min([least, *(abs(y - height) for height in heights[column])])
+        return least
+
+    tried = [sign * rad / 100 for rad in range(5, 60, 5) for sign in (-1, 1)]
+    return next((rad for rad in tried if room(rad) > 0.6), max(tried, key=room))
 
 
 def _layers(graph: Any) -> tuple[list[list[str]], dict[str, tuple[float, float]]]:

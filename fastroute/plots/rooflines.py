@@ -92,9 +92,11 @@ def roofline(
     ends = (min(low, ridge / 4), ridge, high)
     ax.plot(ends, [min(peak, bandwidth * x) for x in ends], color=INK, linewidth=1.4)
     ax.annotate(f"{peak:.0f} GFLOP/s", (high, peak), xytext=(0, 4), textcoords="offset points", ha="right", fontsize=7)
+    middle = (ends[0] * ridge) ** 0.5  # of the slope, on logarithmic axes
     ax.annotate(
-        f"{bandwidth:.0f} GB/s", (ends[0], bandwidth * ends[0]), xytext=(2, 10), textcoords="offset points", fontsize=7
-    )
+        f"{bandwidth:.0f} GB/s", (middle, bandwidth * middle), xytext=(-6, 6), textcoords="offset points", ha="right",
+        fontsize=7,
+    )  # fmt: skip
     suites = sorted({row.suite for row in rows})
     for s, suite in enumerate(suites):
         style = LINES[s % len(LINES)]
@@ -112,7 +114,14 @@ def roofline(
     ax.tick_params(labelsize=7, colors=INK, which="both")
     ax.grid(True, color="#e4e4e4", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, title="share of the roof")
+    ax.legend(
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        fontsize=8,
+        frameon=False,
+        title="share of the roof",
+        title_fontsize=8,
+    )
     of = f"{next(iter(machines))}, {threads} thread{'s' if threads > 1 else ''}"
     if assumed:
         of += f"; {' and '.join(assumed)}: the most that was measured in these results"

@@ -93,7 +93,8 @@ def routing_over_time(
     """How the use of modules changed in training: a map per decision, a row per module, a column per step.
 
     A cell's shade is the share of the batch's samples (of a mixture: of its entries) that took the module, so a column
-    sums to one. A row that turns dark while the others fade is a router that collapses.
+    sums to one; shades end at the largest share. A row that turns dark while the others fade is a router that
+    collapses.
 
     Args:
         summaries: of batches in the order of training, S of them: trajectories, their ``summary()``, or one tensor
@@ -143,10 +144,10 @@ def routing_over_time(
     heights = [min(0.22 * max(t.shape[1], 3), 4.0) for t in counts]
     figure = empty_figure(6.4, sum(heights) + 0.5 * len(heights) + 0.4, title)
     axes = figure.subplots(len(counts), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    drawn = None
-    for ax, count, name in zip(axes, counts, names, strict=True):
-        share = (count / count.sum(1, keepdim=True).clamp(min=1)).T.numpy()
-        drawn = ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    drawn, shares = None, [count / count.sum(1, keepdim=True).clamp(min=1) for count in counts]
+    most = max(float(share.max()) for share in shares) or 1.0
+    for ax, count, share, name in zip(axes, counts, shares, names, strict=True):
+        drawn = ax.imshow(share.T.numpy(), cmap="Blues", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
         ax.set_title(name, fontsize=9, color=INK, loc="left")
         ax.set_ylabel("module", fontsize=8)
         ax.set_yticks(range(0, count.shape[1], stride(count.shape[1])))
@@ -211,7 +212,7 @@ def actions(
     cells, rows = cells[order], [rows[b] for b in order]
     K = max(int(cells.max()) + 1, 1)
 
-    figure = empty_figure(min(0.32 * max(T, 6), 9.0) + 1.8, min(0.2 * max(B, 6), 8.0) + 0.7, title)
+    figure = empty_figure(min(0.32 * max(T, 6), 9.0) + 1.8, min(0.17 * max(B, 6), 8.0) + 0.7, title)
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
@@ -234,10 +235,10 @@ def actions(
     for b in first[1:] if labels is not None else ():
         ax.axhline(b - 0.5, color="white", linewidth=1.5)
     ax.set_xlabel("decision", fontsize=8)
-    ax.set_ylabel("sample" if labels is None else "task", fontsize=8)
+    ax.set_ylabel("sample", fontsize=8)
     ax.tick_params(labelsize=7, length=0)
     ticks = range(0, K, stride(K))
-    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.01, ticks=list(ticks))
+    bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.01, aspect=30, ticks=list(ticks))
     bar.ax.tick_params(labelsize=7, length=0)
     bar.set_label("module", fontsize=8)
     if path is not None:

@@ -14,6 +14,8 @@ from .figures import INK, LINES, empty_figure, numbers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_DECADES = 30  #: weights that differ by more have a logarithmic axis
+
 
 def weights(
     history: Tensor | Mapping[str, Sequence[float] | Tensor],
@@ -25,7 +27,8 @@ def weights(
 ) -> Figure:
     """How a weighting divided the loss among tasks: a line per task, over steps or epochs.
 
-    Lines differ in colour, in dashes and in lightness, so that they can be told apart in grey.
+    Lines differ in colour, in dashes and in lightness, so that they can be told apart in grey. Positive weights that
+    differ by a factor of more than 30 have a logarithmic axis.
 
     Args:
         history: [S, T], a row per step; or by task a sequence of S numbers. What a weighting multiplies losses by
@@ -76,6 +79,8 @@ def weights(
     marks: dict[str, Any] = {"markersize": 3.5, "markevery": max(1, S // 12)}
     for t in range(T):
         ax.plot(x.numpy(), values[:, t].numpy(), label=shown[t], linewidth=1.4, **LINES[t % len(LINES)], **marks)
+    if float(values.min()) > 0 and float(values.max()) > _DECADES * float(values.min()):
+        ax.set_yscale("log")
     ax.set_xlabel("step", fontsize=8)
     ax.set_ylabel("weight", fontsize=8)
     ax.tick_params(labelsize=7, colors=INK)
