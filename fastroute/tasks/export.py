@@ -112,8 +112,7 @@ def extract_task(model: nn.Module, task: int) -> nn.Sequential:
 
     Args:
         model: routed Sequentials (``route``, ``live``), a ``VGG``, or a module whose forward calls layers one
-        after the other,
-            as torch.fx sees it.
+            after the other, as torch.fx sees it.
         task: which.
 
     Raises:

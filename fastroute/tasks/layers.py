@@ -148,8 +148,7 @@ class RoutedConv2d(_Routed, nn.Conv2d):
         input_router: the router of x's channels. Channels that it switches off are not read.
         output_router: the router of the result's, which the layer replaces: its channels that are off are zero.
         compact_input, compact_output: x holds, or the result is to hold, live channels only, in rising order.
-        Then a batch
-            has one task.
+            Then a batch has one task.
 
     The routers are not submodules: register them where they stand in the model.
 

@@ -26,13 +26,11 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     it, where both are ``Conv2d`` (groups=1, zero padding) or ``Linear`` and everything between treats channels alone:
     BatchNorm, activations, pooling, flattening. Other layers see the full width. Outputs and gradients are those of the
     masked model up to rounding; parameters, their names and the routers stay, and dead parameters get zero
-    gradients, so
-    optimizers with momentum or weight decay move them as before.
+    gradients, so optimizers with momentum or weight decay move them as before.
 
     **Tasks [B].** A batch of several tasks is sorted by task and each layer runs once per task on live channels, or
     densely with masks, whichever is cheaper by ``products.grouped_is_cheaper``. On a GPU (where sorting would
-    wait for the
-    device) and under torch.compile it runs densely.
+    wait for the device) and under torch.compile it runs densely.
 
     **BatchNorm in training.** Batch statistics are per channel, so live ones need nothing of dead ones. The running
     statistics of dead channels do change in a masked model, though, and another task may keep those channels: "exact"
@@ -44,8 +42,8 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
 
     Args:
         model: routed by ``route``, a routed ``vgg11`` or ``vgg11_bn``, or Sequentials with TaskRouters.
-        Changed in place, except
-            that a model which is itself a Sequential is left alone and a LiveSequential of the same layers returned.
+            Changed in place, except that a model which is itself a Sequential is left alone and a LiveSequential of the
+            same layers returned.
         batch_norm: "exact" or "live".
 
     Returns:

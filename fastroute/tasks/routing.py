@@ -49,8 +49,7 @@ def route(
 
     Raises:
         ValueError: a convolution is not in a Sequential, is used in two places or has a router already, or
-        there is none; the message
-            names the layer. Nothing is changed then.
+            there is none; the message names the layer. Nothing is changed then.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())

@@ -211,8 +211,8 @@ class Decision(nn.Module):
 
         Raises:
             ValueError, TypeError, IndexError: naming the argument. On a GPU, unless ``strict``, an agent or a forced
-            action out of range is no error but drops the sample, which then gives no gradient: no agent means action 0
-            (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
+                action out of range is no error but drops the sample, which then gives no gradient: no agent means
+                action 0 (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
         """
         B = samples("batch", batch)
         meta = Trajectory.of(meta, B)
