@@ -22,7 +22,8 @@ ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "architecture.md": "ARCHITECT
 
 
 def mathml(latex: str, display: bool) -> str:
-    return convert(latex.strip(), display="block" if display else "inline")
+    latex = latex.strip().replace("{aligned}", "{split}")  # GitHub knows the former, the converter the latter
+    return convert(latex, display="block" if display else "inline")
 
 
 def _fence(source: str, *_: Any, **__: Any) -> str:

@@ -30,6 +30,7 @@ def test_it_builds_and_fetches_nothing(tmp_path: Path) -> None:
     for path in (*pages, *(tmp_path / "site").rglob("*.css")):
         text = path.read_text()
         assert not FETCHED.search(text), f"{path.name}: {FETCHED.search(text)}"
+        assert "<mi>&</mi>" not in text and "<merror" not in text, f"{path.name}: an equation was not understood"
     code = re.sub("<[^>]*>", "", (tmp_path / "site" / "gallery.html").read_text())
     assert "plots.routing_over_time(seen" in code and "gallery.py:" not in code, "a snippet was not put in"
     equations = (tmp_path / "site" / "api" / "capsules.html").read_text()
