@@ -27,12 +27,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo test test-all test-isa test-versions bench lint gpu-test gpu-bench gpu-first gpu-cache gpu-model gpu-verdict wheel clean
+.PHONY: help demo docs test test-all test-isa test-versions bench lint gpu-test gpu-bench gpu-first gpu-cache gpu-model gpu-verdict wheel clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMPS)/ready ## learn handwritten digits with a capsule router
 	$(PY) -m fastroute demo $(ARGS)
+
+docs: $(STAMPS)/ready ## the site, in build/site; a warning is an error
+	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo build/site/index.html
 
 # Compiled tests are kept, whatever the shell says: four runs of pytest use them.
 # Inductor's pool of compiling processes takes longer to start than what a test gives it to compile.

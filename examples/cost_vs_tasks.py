@@ -28,6 +28,7 @@ from _pages import machine, table, write
 from torch import Tensor, nn
 
 from fastroute.networks import WPL, CollaborationReward, Initialization, Loss, NegLossReward, Selection, Trajectory
+from fastroute.plots.figures import LINES
 
 FEATURES, CLASSES, FIXED = 128, 5, 10
 
@@ -216,10 +217,10 @@ def draw(found: dict[tuple[int, int], dict[str, Cost]], path: Path) -> None:
     axes = figure.subplots(2, len(widths), squeeze=False, sharex=True)
     for column, width in enumerate(widths):
         tasks = [t for w, t in found if w == width]
-        for name in NETWORKS:
+        for name, style in zip(NETWORKS, LINES, strict=False):
             costs = [found[width, t][name] for t in tasks]
-            axes[0, column].plot(tasks, [c.cpu_ms for c in costs], "o-", markersize=3, label=name)
-            axes[1, column].plot(tasks, [c.held / 1e6 for c in costs], "o-", markersize=3, label=name)
+            axes[0, column].plot(tasks, [c.cpu_ms for c in costs], **style, markersize=4, label=name)
+            axes[1, column].plot(tasks, [c.held / 1e6 for c in costs], **style, markersize=4)
         axes[0, column].set_title(f"width {width}", fontsize=10)
         axes[1, column].set_xlabel("tasks")
         for ax in axes[:, column]:
@@ -229,7 +230,9 @@ def draw(found: dict[tuple[int, int], dict[str, Cost]], path: Path) -> None:
             ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("CPU time of a training step, ms")
     axes[1, 0].set_ylabel("held for the backward pass, MB")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False
+    )
     figure.savefig(path)
 
 

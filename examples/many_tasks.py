@@ -28,6 +28,7 @@ from torch import nn
 from fastroute import data
 from fastroute.demos.attributes import BASE, Attributes, attributes
 from fastroute.demos.tasks import SIGMA, AtOnce, ManyTasks, Result, Separate, train
+from fastroute.plots.figures import LINES
 
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "routed, masked": lambda tasks, seed: ManyTasks(tasks, SIGMA, "masked", seed),
@@ -72,11 +73,11 @@ def draw(swept: dict[float, list[Result]], path: Path) -> None:
 
     figure = Figure(figsize=(7.2, 2.8), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for what in ("accuracy", "f1"):
-        left.plot(list(swept), [mean(r, what) for r in swept.values()], "o-", label={"f1": "F1"}.get(what, what))
-    left.legend(fontsize=8)
+    for what, style in zip(("accuracy", "f1"), LINES, strict=False):
+        left.plot(list(swept), [mean(r, what) for r in swept.values()], **style, label={"f1": "F1"}.get(what, what))
+    left.legend(fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     left.set(xlabel="share of channels off (sigma)", ylabel="mean over tasks, held out")
-    right.plot(list(swept), [mean(r, "seconds") for r in swept.values()], "o-", color="tab:green")
+    right.plot(list(swept), [mean(r, "seconds") for r in swept.values()], **LINES[0])
     right.set(xlabel="share of channels off (sigma)", ylabel="seconds per epoch", ylim=(0, None))
     for ax in (left, right):
         ax.grid(alpha=0.3)

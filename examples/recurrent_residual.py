@@ -28,6 +28,7 @@ from _pages import machine, table, write
 from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, data
+from fastroute.plots.figures import LINES
 
 PATCH, WIDTH, CLASSES, STEPS = 2, 24, 10, 6
 BATCH, PEAK_LEARNING_RATE = 64, 1e-2
@@ -82,11 +83,11 @@ def picture(images: Tensor, labels: Tensor, probability: Tensor, curves: dict[st
     figure = Figure(figsize=(4.2 + 1.1 * K, 3.2), dpi=130, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(4.2, 1.1 * K))
     axis = left.subplots()
-    for name, accuracy in curves.items():
-        axis.plot(range(1, STEPS + 1), accuracy.numpy(), marker="o", markersize=3, label=name)
+    for (name, accuracy), style in zip(curves.items(), LINES, strict=False):
+        axis.plot(range(1, STEPS + 1), accuracy.numpy(), **style, markersize=4, label=name)
     axis.set_xlabel("steps")
     axis.set_ylabel("held-out accuracy")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes = right.subplots(2, K, squeeze=False, height_ratios=(1, 1.4))
     for k in range(K):
         axes[0, k].imshow(images[k].numpy(), cmap="gray_r", vmin=0, vmax=1)

@@ -95,7 +95,9 @@ def picture(images: Tensor, labels: Tensor, found: list[dict[str, Tensor]], path
             axes[k, t + 1].imshow(step["R"][k].numpy(), cmap="Blues", vmin=0, vmax=most, aspect="auto")
             axes[k, t + 1].set_title(f"R, iteration {t + 1}", fontsize=8)
         credit = found[-1]["phi"][k, :, int(labels[k])].view(side, side)
-        axes[k, -1].imshow(credit.numpy(), cmap="bwr", vmin=-credit.abs().max(), vmax=credit.abs().max())
+        axes[k, -1].imshow(credit.numpy(), cmap="RdBu_r", vmin=-credit.abs().max(), vmax=credit.abs().max())
+        down, across = (credit < 0).nonzero().T.numpy()  # in grey red and blue look alike
+        axes[k, -1].scatter(across, down, marker="_", color="#1a1a1a")
         axes[k, -1].set_title(f"φ in class {int(labels[k])}", fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])

@@ -1,4 +1,10 @@
-"""Routing layers for PyTorch: capsule routing and routing networks on fused kernels, with plain-PyTorch references."""
+"""Routing layers for PyTorch: capsule routing and routing networks on fused kernels, with plain-PyTorch references.
+
+Examples:
+    >>> route = fastroute.EfficientVectorRouting(n_inp=100, n_out=10, d_inp=64, d_out=32)
+    >>> route(torch.randn(4, 100, 64)).shape
+    torch.Size([4, 10, 32])
+"""
 
 from . import capsules, functional, multitask, networks, ops, tasks
 from .capsules import (

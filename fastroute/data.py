@@ -23,7 +23,13 @@ _MNIST = {
 
 
 class Digits(NamedTuple):
-    """Images [N, H, W], float32 from 0 (background) to 1 (ink), and their labels [N], int64 from 0 to 9."""
+    """Images [N, H, W], float32 from 0 (background) to 1 (ink), and their labels [N], int64 from 0 to 9.
+
+    Examples:
+        >>> found = fastroute.data.Digits(torch.zeros(3, 8, 8), torch.arange(3), torch.zeros(1, 8, 8), torch.arange(1))
+        >>> len(found.train_images)
+        3
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -36,6 +42,11 @@ def digits() -> Digits:
 
     Raises:
         ImportError: scikit-learn is not installed.
+
+    Examples:
+        >>> found = fastroute.data.digits()
+        >>> found.train_images.shape, found.test_images.shape
+        (torch.Size([1442, 8, 8]), torch.Size([355, 8, 8]))
     """
     try:
         from sklearn.datasets import load_digits
@@ -59,6 +70,13 @@ def mnist(directory: str | Path) -> Digits:
     Raises:
         FileNotFoundError: no such folder, neither set in it, or images without labels.
         ValueError: a damaged file; the message names it, what was expected and what came.
+
+    Examples:
+        >>> try:
+        ...     fastroute.data.mnist("no/such/folder")
+        ... except FileNotFoundError as error:
+        ...     print(error)
+        no/such/folder: expected a folder with MNIST's IDX files, found no folder
     """
     directory = Path(directory)
     if not directory.is_dir():

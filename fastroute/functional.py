@@ -1,4 +1,10 @@
-"""Every op's function, as in ``torch.nn.functional``."""
+"""Every op's function, as in ``torch.nn.functional``.
+
+Examples:
+    >>> plan = fastroute.ops.dispatch.plan(torch.tensor([0, 2, 2]), modules=3)
+    >>> fastroute.functional.grouped_linear(torch.randn(3, 8), plan, torch.randn(3, 4, 8)).shape
+    torch.Size([3, 4])
+"""
 
 from .ops.agent_policy.op import agent_policy
 from .ops.batch_norm_mask_relu.op import batch_norm_mask_relu

@@ -35,6 +35,15 @@ def test_a_row_of_images_over_a_row_of_maps(tmp_path: Path) -> None:
     assert drawn.shape == (height, width, 4) and drawn.std() > 0.05
 
 
+def test_cost_is_marked_without_its_colour() -> None:
+    """In grey red and blue look alike."""
+    maps = torch.tensor([[[1.0, -1.0], [-0.01, 0.5]]])
+    below = plots.credit(torch.rand(1, 2, 4), maps).axes[1]
+    assert below.collections[0].get_offsets().tolist() == [[3.0, 0.5]], "the middle of the cell of notable cost"
+    tokens = plots.credit(["a", "bc", "d"], torch.tensor([1.0, -1.0, -0.01])).axes[0]
+    assert len(tokens.lines) == 1 and tokens.lines[0].get_xdata()[0] < 3 < tokens.lines[0].get_xdata()[1]
+
+
 @pytest.mark.parametrize("name", ["credit.svg", "credit.pdf"])
 def test_the_suffix_is_the_format(tmp_path: Path, name: str) -> None:
     plots.credit(IMAGES, CREDIT, path=tmp_path / name)

@@ -1,4 +1,11 @@
-"""Capsule routing: layers that route sequences of vectors to sequences of vectors."""
+"""Capsule routing: layers that route sequences of vectors to sequences of vectors.
+
+Examples:
+    >>> Routing = fastroute.EfficientVectorRouting
+    >>> net = nn.Sequential(Routing(-1, 16, 8, 8), Routing(16, 10, 8, 1))
+    >>> net(torch.randn(4, 100, 8)).shape
+    torch.Size([4, 10, 1])
+"""
 
 from .attribution import credit, credit_assignment, record, trace
 from .chunks import VectorChunks

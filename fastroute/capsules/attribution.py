@@ -43,6 +43,14 @@ def credit_assignment(phis: Sequence[Tensor], *, normalize: bool = True, eps: No
 
     Raises:
         ValueError: no phi, or two whose shapes do not chain.
+
+    Examples:
+        >>> first = fastroute.EfficientVectorRouting(6, 4, 8, 8, return_dict=True)
+        >>> second = fastroute.EfficientVectorRouting(4, 3, 8, 8, return_dict=True)
+        >>> a = first(torch.randn(2, 6, 8))
+        >>> b = second(a["x_out"])
+        >>> fastroute.credit_assignment([a["phi"], b["phi"]]).shape
+        torch.Size([2, 6, 3])
     """
     if not phis:
         raise ValueError("phis: expected at least one phi [..., n_inp, n_out], got none")
@@ -111,6 +119,13 @@ def trace(model: nn.Module, x_inp: Tensor) -> tuple[Tensor, Credit]:
 
     Raises:
         TypeError: the network has another module in it; the message says where.
+
+    Examples:
+        >>> Routing = fastroute.EfficientVectorRouting
+        >>> net = nn.Sequential(Routing(6, 4, 8, 8), Routing(4, 3, 8, 8))
+        >>> y, credit = fastroute.capsules.trace(net, torch.randn(2, 6, 8))
+        >>> y.shape, credit.dense().shape
+        (torch.Size([2, 3, 8]), torch.Size([2, 6, 3]))
     """
     checks.tensor("x_inp", x_inp, "a tensor [..., n_inp, d_inp]")
     with torch.no_grad():
@@ -135,6 +150,12 @@ def credit(
 
     Returns:
         [..., n].
+
+    Examples:
+        >>> Routing = fastroute.EfficientVectorRouting
+        >>> net = nn.Sequential(Routing(6, 4, 8, 8), Routing(4, 3, 8, 8))
+        >>> fastroute.capsules.credit(net, torch.randn(2, 6, 8), output=1).shape
+        torch.Size([2, 6])
     """
     _, found = trace(model, x_inp)
     if isinstance(output, Tensor):
@@ -151,12 +172,6 @@ def credit(
 def record(model: nn.Module) -> Iterator[dict[str, list[Credit]]]:
     """Collect the credit of every routing in any network, call by call, while it runs.
 
-    ::
-
-        with record(model) as credits:
-            y = model(x)
-        end_to_end = (1 + credits["first"][0]) @ credits["second"][0]
-
     Forward hooks keep what each routing was given, with its mask and lengths; phi is made from that when it is asked
     for (``Credit.dense()`` is phi [..., n, m]). A routing with ``return_dict=True`` hands on its x_out meanwhile, as in
     the paper's own recipe.
@@ -166,6 +181,14 @@ def record(model: nn.Module) -> Iterator[dict[str, list[Credit]]]:
 
     Returns:
         A dict that fills up: a layer's name in ``model.named_modules()`` to a ``Credit`` for every call of it.
+
+    Examples:
+        >>> Routing = fastroute.EfficientVectorRouting
+        >>> net = nn.Sequential(Routing(6, 4, 8, 8), Routing(4, 3, 8, 8))
+        >>> with fastroute.capsules.record(net) as credits:
+        ...     y = net(torch.randn(2, 6, 8))
+        >>> (credits["0"][0] @ credits["1"][0]).dense().shape
+        torch.Size([2, 6, 3])
     """
     found: dict[str, list[Credit]] = {}
     names: dict[nn.Module, str] = {

@@ -33,6 +33,14 @@ class VectorChunks:
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> chunks = fastroute.capsules.VectorChunks(torch.randn(1, 1000, 8), rows=300)
+        >>> [chunk.shape[-2] for chunk in chunks]
+        [300, 300, 300, 100]
+        >>> route = fastroute.EfficientVectorRouting(-1, 3, 8, 8)
+        >>> route.stream(chunks).shape
+        torch.Size([1, 3, 8])
     """
 
     @checked

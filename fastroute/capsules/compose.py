@@ -10,7 +10,13 @@ from ..ops.arguments import checked
 
 
 class Residual(nn.Module):
-    """``x + module(x)``: as many vectors out as in. Its credit is 1 + that of the module."""
+    """``x + module(x)``: as many vectors out as in. Its credit is 1 + that of the module.
+
+    Examples:
+        >>> block = fastroute.capsules.Residual(fastroute.EfficientVectorRouting(6, 6, 8, 8))
+        >>> block(torch.randn(4, 6, 8)).shape
+        torch.Size([4, 6, 8])
+    """
 
     @checked
     def __init__(self, module: nn.Module) -> None:
@@ -35,7 +41,14 @@ class _Branches(nn.Module):
 
 
 class Concatenate(_Branches):
-    """``cat([a(x), b(x), ...], -2)``: every branch's vectors, in order. Its credit has the branches' columns."""
+    """``cat([a(x), b(x), ...], -2)``: every branch's vectors, in order. Its credit has the branches' columns.
+
+    Examples:
+        >>> route = lambda m: fastroute.EfficientVectorRouting(6, m, 8, 8)
+        >>> side_by_side = fastroute.capsules.Concatenate(route(3), route(2))
+        >>> side_by_side(torch.randn(4, 6, 8)).shape
+        torch.Size([4, 5, 8])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., m_a + m_b + ..., h]."""
@@ -43,7 +56,14 @@ class Concatenate(_Branches):
 
 
 class Add(_Branches):
-    """``a(x) + b(x) + ...``: parallel paths. Its credit is the sum of the branches'."""
+    """``a(x) + b(x) + ...``: parallel paths. Its credit is the sum of the branches'.
+
+    Examples:
+        >>> route = lambda: fastroute.EfficientVectorRouting(6, 3, 8, 8)
+        >>> both = fastroute.capsules.Add(route(), route())
+        >>> both(torch.randn(4, 6, 8)).shape
+        torch.Size([4, 3, 8])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., m, h]."""

@@ -41,6 +41,13 @@ class Credit:
         forth: weights of outputs [..., m, k] to credit of inputs [..., n, k]: :math:`\Phi w`.
         back: weights of inputs [..., n, k] to those of outputs [..., m, k]: :math:`\Phi^T w`.
         like: any tensor of the dtype and on the device of credits.
+
+    Examples:
+        >>> first, second = fastroute.Credit.of(torch.rand(6, 3)), fastroute.Credit.of(torch.rand(3, 2))
+        >>> (first @ second).dense().shape  # end to end
+        torch.Size([6, 2])
+        >>> (first @ (1 + fastroute.Credit.of(torch.rand(3, 3)))).dense().shape  # the second routing has a residual
+        torch.Size([6, 3])
     """
 
     def __init__(

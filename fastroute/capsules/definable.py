@@ -65,6 +65,19 @@ class DefinableVectorRouting(nn.Module):
 
     Raises:
         ValueError, TypeError: naming the argument, or which of A, F, G, S returned what, and what was expected.
+
+    Examples:
+        >>> n_inp, n_out, d = 6, 3, 8
+        >>> route = fastroute.DefinableVectorRouting(
+        ...     A=nn.Linear(d, 1),
+        ...     F=lambda x: x.unsqueeze(-2).expand(*x.shape[:-1], n_out, d),
+        ...     G=nn.Identity(),
+        ...     S=lambda x, predicted: x @ predicted.transpose(-1, -2),
+        ...     n_inp=n_inp,
+        ...     n_out=n_out,
+        ... )
+        >>> route(torch.randn(4, n_inp, d)).shape
+        torch.Size([4, 3, 8])
     """
 
     CONST_ones_over_n_out: Tensor

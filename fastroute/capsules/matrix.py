@@ -52,6 +52,12 @@ class GenerativeMatrixRouting(SingleBeta):
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> route = fastroute.GenerativeMatrixRouting(n_inp=20, n_out=5, d_cov=4, d_inp=4, d_out=4)
+        >>> a_out, mu_out, sig2_out = route(torch.randn(2, 20), torch.randn(2, 20, 4, 4))
+        >>> a_out.shape, mu_out.shape
+        (torch.Size([2, 5]), torch.Size([2, 5, 4, 4]))
     """
 
     CONST_one: Tensor

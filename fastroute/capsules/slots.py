@@ -51,6 +51,14 @@ class SlotAttention(nn.Module):
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> layer = fastroute.SlotAttention(n_slots=5, d_inp=16, d_slot=32)
+        >>> slots, attn = layer(torch.randn(2, 40, 16), return_attn=True)
+        >>> slots.shape, attn.shape
+        (torch.Size([2, 5, 32]), torch.Size([2, 40, 5]))
+        >>> torch.allclose(attn.sum(-1), torch.ones(2, 40))
+        True
     """
 
     @checked

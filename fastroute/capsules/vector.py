@@ -52,6 +52,14 @@ class EfficientVectorRouting(nn.Module):
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> route = fastroute.EfficientVectorRouting(n_inp=100, n_out=10, d_inp=64, d_out=32)
+        >>> route(torch.randn(4, 100, 64)).shape
+        torch.Size([4, 10, 32])
+        >>> any_length = fastroute.EfficientVectorRouting(-1, 10, 64, 32)
+        >>> any_length(torch.randn(4, 100, 64), lengths=[100, 31, 7, 100]).shape
+        torch.Size([4, 10, 32])
     """
 
     CONST_ones_over_n_out: Tensor

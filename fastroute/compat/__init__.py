@@ -19,6 +19,13 @@ def install(*names: str) -> None:
 
     Raises:
         ValueError: another name. RuntimeError: the upstream package itself has been imported already.
+
+    Examples:
+        >>> import fastroute.compat
+        >>> fastroute.compat.install("torchmtl")
+        >>> import torchmtl
+        >>> torchmtl.MTLModel.__module__
+        'fastroute.compat.torchmtl.model_builder'
     """
     for name in names:
         if name not in UPSTREAMS:

@@ -1,4 +1,11 @@
-"""Multi-task models from a list of dicts: a graph of layers that is checked and scheduled once."""
+"""Multi-task models from a list of dicts: a graph of layers that is checked and scheduled once.
+
+Examples:
+    >>> nodes = [{"name": t, "layers": nn.Linear(8, 1), "loss": nn.MSELoss()} for t in ("price", "rent")]
+    >>> model = fastroute.MTLModel(nodes, ["price", "rent"], weighting="uncertainty")
+    >>> total, each = model.loss(model(torch.randn(4, 8)), {"price": torch.randn(4, 1), "rent": torch.randn(4, 1)})
+    >>> total.backward()
+"""
 
 from .adapters import EachTask, OfTask, ToTasks, Unpack
 from .cross_stitch import CrossStitch

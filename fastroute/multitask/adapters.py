@@ -29,6 +29,11 @@ class Unpack(nn.Module):
         options: further keyword arguments of the layer, the same in every call.
 
     The layer's parameters have ``layer.`` before their names.
+
+    Examples:
+        >>> gate = fastroute.Unpack(fastroute.Initialization(), take=1)  # hands on the trajectory alone
+        >>> len(gate(torch.randn(4, 8)))
+        4
     """
 
     @checked
@@ -62,6 +67,11 @@ class EachTask:
 
     Args:
         tasks: T.
+
+    Examples:
+        >>> x, task = fastroute.EachTask(2)(torch.tensor([[1.0], [5.0]]))
+        >>> x.flatten(), task
+        (tensor([1., 5., 1., 5.]), tensor([0, 0, 1, 1]))
     """
 
     @checked
@@ -85,6 +95,10 @@ class ToTasks:
 
     Args:
         tasks: T.
+
+    Examples:
+        >>> fastroute.ToTasks(2)(torch.tensor([1.0, 5.0, 1.0, 5.0]))
+        (tensor([1., 5.]), tensor([1., 5.]))
     """
 
     @checked
@@ -111,6 +125,11 @@ class OfTask:
 
     Samples whose task is out of range, -1 among them, raise on a CPU and give zeros elsewhere (see
     ``fastroute.strict``).
+
+    Examples:
+        >>> of = fastroute.OfTask()
+        >>> of(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), torch.tensor([0, 1]))
+        tensor([ 1., 20.])
     """
 
     def __call__(self, *inputs: Any) -> Tensor:

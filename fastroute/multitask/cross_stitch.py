@@ -34,6 +34,12 @@ class CrossStitch(NamedTasks):
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> layer = fastroute.CrossStitch(2, own=0.9)
+        >>> a, b = layer(torch.ones(1, 3), torch.zeros(1, 3))
+        >>> round(a[0, 0].item(), 3), round(b[0, 0].item(), 3)
+        (0.9, 0.1)
     """
 
     @checked

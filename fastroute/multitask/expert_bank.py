@@ -36,6 +36,11 @@ class Experts(nn.Module):
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> experts = fastroute.Experts(in_features=16, hidden_features=32, out_features=8, num_experts=4)
+        >>> experts(torch.randn(5, 16)).shape
+        torch.Size([5, 4, 8])
     """
 
     @checked

@@ -140,6 +140,12 @@ class CGC(_Level, _Gated):
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> layer = fastroute.CGC(16, 2, 3, ["price", "kind"], hidden_features=32, out_features=8)
+        >>> y = layer(torch.randn(4, 16))
+        >>> y["price"].shape, layer.gate(torch.randn(4, 16)).shape
+        (torch.Size([4, 8]), torch.Size([4, 2, 5]))
     """
 
     @checked
@@ -209,6 +215,12 @@ class MMoE(CGC):
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> layer = fastroute.MMoE(16, 4, ["price", "kind"], hidden_features=32, out_features=8)
+        >>> y = layer(torch.randn(4, 16))
+        >>> y["price"].shape, layer.gate(torch.randn(4, 16)).shape
+        (torch.Size([4, 8]), torch.Size([4, 2, 4]))
     """
 
     @checked
@@ -241,6 +253,11 @@ class PLE(_Gated):
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> layer = fastroute.PLE(16, 1, 2, tasks=3, levels=2, hidden_features=32, out_features=8)
+        >>> [list(y.shape) for y in layer(torch.randn(4, 16))]
+        [[4, 8], [4, 8], [4, 8]]
     """
 
     @checked

@@ -99,6 +99,14 @@ def task_losses(
     Raises:
         ValueError: the shapes of a prediction, a target and a mask do not fit; a mask for a loss that is called as it
             is.
+
+    Examples:
+        >>> outputs = {"price": torch.tensor([[1.0], [9.0]]), "kind": torch.zeros(2, 4)}
+        >>> targets = {"price": torch.tensor([[2.0], [float("nan")]]), "kind": None}
+        >>> criteria = {"price": nn.MSELoss(), "kind": nn.CrossEntropyLoss()}
+        >>> losses, there = fastroute.task_losses(outputs, targets, criteria)
+        >>> losses
+        {'price': tensor(1.)}
     """
     flag("apart", apart)
     masks = {} if masks is None else masks

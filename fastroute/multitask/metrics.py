@@ -122,6 +122,12 @@ class Accuracy(_Classification):
         ignore_index: a label that is none.
         classes: C, for scores [B, C, ...].
         threshold: 0 for logits, as without it; 0.5 for probabilities, of a head that ends in Sigmoid.
+
+    Examples:
+        >>> accuracy = fastroute.multitask.Accuracy()
+        >>> accuracy.update(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))
+        >>> float(accuracy.compute())
+        0.5
     """
 
     right: Tensor
@@ -163,6 +169,12 @@ class F1(_Classification):
         classes: C, for scores [B, C, ...] and classes [B, ...] or class probabilities [B, C, ...].
         ignore_index: a label that is none.
         threshold: 0 for logits, as without it; 0.5 for probabilities, of a head that ends in Sigmoid.
+
+    Examples:
+        >>> f1 = fastroute.multitask.F1()
+        >>> f1.update(torch.tensor([1.0, 1.0, -1.0]), torch.tensor([1.0, 0.0, 0.0]))  # scores, and labels 0 or 1
+        >>> round(float(f1.compute()), 3)
+        0.667
     """
 
     hits: Tensor
@@ -198,7 +210,14 @@ class F1(_Classification):
 
 
 class L1(Metric):
-    """The mean of |prediction - label|."""
+    """The mean of |prediction - label|.
+
+    Examples:
+        >>> l1 = fastroute.multitask.L1()
+        >>> l1.update(torch.tensor([1.0, 5.0]), torch.tensor([2.0, float("nan")]))
+        >>> float(l1.compute())
+        1.0
+    """
 
     higher_is_better = False
     error: Tensor
@@ -235,6 +254,14 @@ class TaskMetrics(nn.Module):
     Args:
         metrics: by task: an ``Accuracy``, ``F1`` or ``L1``, or any object with ``update(y_hat, y)``, ``compute()`` and
             ``reset()``, as those of torchmetrics (which see labels as they are: mask nothing there).
+
+    Examples:
+        >>> metrics = fastroute.TaskMetrics({"kind": fastroute.multitask.Accuracy(), "price": fastroute.multitask.L1()})
+        >>> scores, price = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [3.0]])
+        >>> labels = {"kind": torch.tensor([1, 1]), "price": torch.tensor([[2.0], [float("nan")]])}
+        >>> metrics.update({"kind": scores, "price": price}, labels)
+        >>> {task: float(value) for task, value in metrics.compute().items()}
+        {'kind': 0.5, 'price': 1.0}
     """
 
     @checked
@@ -311,6 +338,10 @@ def relative_improvement(
 
     Raises:
         ValueError: tasks differ, or how many metrics they have; a baseline is 0.
+
+    Examples:
+        >>> round(fastroute.relative_improvement({"a": 0.9, "b": 0.5}, {"a": 0.6, "b": 0.5}), 3)
+        0.25
     """
     tasks = list(baselines)
     if not tasks:

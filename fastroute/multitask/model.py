@@ -89,6 +89,21 @@ class MTLModel(Objective):
 
     Raises:
         ValueError: which dict is wrong, and how; a cycle, as a path. TypeError: there is no list, or no dict in it.
+
+    Examples:
+        >>> model = fastroute.MTLModel(
+        ...     [
+        ...         {"name": "trunk", "layers": [nn.Linear(16, 8), nn.ReLU()]},
+        ...         {"name": "price", "layers": nn.Linear(8, 1), "anchor_layer": "trunk", "loss": nn.MSELoss()},
+        ...         {"name": "kind", "layers": nn.Linear(8, 3), "anchor_layer": "trunk", "loss": nn.CrossEntropyLoss()},
+        ...     ],
+        ...     output_tasks=["price", "kind"],
+        ... )
+        >>> outputs, losses, weights = model(torch.randn(4, 16))
+        >>> total, each = model.loss(outputs, {"price": torch.randn(4, 1), "kind": torch.tensor([0, 2, 1, 1])})
+        >>> total.backward()
+        >>> sorted(each)
+        ['kind', 'price']
     """
 
     #: Whether unknown keys and the like are errors.

@@ -67,6 +67,11 @@ class MultiHead(NamedTasks):
 
     Raises:
         ValueError, TypeError: a size below 1, an unknown word, a name twice.
+
+    Examples:
+        >>> heads = fastroute.MultiHead(16, 8, 1, tasks=["price", "kind"], returns="dict")
+        >>> {task: list(y.shape) for task, y in heads(torch.randn(4, 16)).items()}
+        {'price': [4, 1], 'kind': [4, 1]}
     """
 
     @checked

@@ -22,6 +22,10 @@ class Concat:
 
     Args:
         dim: the axis that they are joined along.
+
+    Examples:
+        >>> fastroute.Concat(dim=1)(torch.ones(4, 2), torch.zeros(4, 3)).shape
+        torch.Size([4, 5])
     """
 
     @checked
@@ -40,6 +44,10 @@ class Stack:
 
     Args:
         dim: the axis of the result that numbers them.
+
+    Examples:
+        >>> fastroute.multitask.Stack(dim=0)(torch.ones(4, 2), torch.zeros(4, 2)).shape
+        torch.Size([2, 4, 2])
     """
 
     @checked
@@ -54,7 +62,12 @@ class Stack:
 
 
 class Add:
-    """The sum of a node's inputs; shapes broadcast. One input is its own sum: the same tensor."""
+    """The sum of a node's inputs; shapes broadcast. One input is its own sum: the same tensor.
+
+    Examples:
+        >>> fastroute.Add()(torch.ones(2), torch.ones(2), torch.ones(1))
+        tensor([3., 3.])
+    """
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return reduce(add, inputs)
@@ -64,7 +77,12 @@ class Add:
 
 
 class Multiply:
-    """The product of a node's inputs, entry by entry; shapes broadcast. One input is its own product."""
+    """The product of a node's inputs, entry by entry; shapes broadcast. One input is its own product.
+
+    Examples:
+        >>> fastroute.Multiply()(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+        tensor([3., 8.])
+    """
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return reduce(mul, inputs)
@@ -79,6 +97,11 @@ class Split:
     Args:
         sizes: of the parts along ``dim``, or the size of all of them; then the last may be smaller.
         dim: the axis that is cut.
+
+    Examples:
+        >>> left, right = fastroute.Split([2, 3], dim=1)(torch.ones(4, 5))
+        >>> left.shape, right.shape
+        (torch.Size([4, 2]), torch.Size([4, 3]))
     """
 
     @checked
@@ -103,6 +126,10 @@ class SimpleSelect:
     Args:
         selection_axis: the number of an item of a list, a tuple or a tensor's first axis, or the key of a dict. (It is
             no axis: the name is torchMTL's.)
+
+    Examples:
+        >>> fastroute.SimpleSelect("image")({"image": torch.ones(2), "text": "a"})
+        tensor([1., 1.])
     """
 
     def __init__(self, selection_axis: Any) -> None:
@@ -120,6 +147,10 @@ class SliceSelect:
 
     Args:
         sel_slice: a slice, or a tuple of them, one for each axis of a tensor.
+
+    Examples:
+        >>> fastroute.SliceSelect((slice(None), 0))(torch.ones(4, 5)).shape
+        torch.Size([4])
     """
 
     def __init__(self, sel_slice: Any) -> None:
@@ -142,6 +173,10 @@ class Lambda:
         function: called with the anchors' outputs.
         name: shown by ``repr``; by default the function's.
         options: further keyword arguments for the function.
+
+    Examples:
+        >>> fastroute.Lambda(torch.flatten, name="flat", start_dim=1)
+        Lambda(flat, start_dim=1)
     """
 
     @checked

@@ -1,4 +1,12 @@
-"""Routing Networks (Rosenbaum et al. 2018): a learned choice of one module per sample, layer by layer."""
+"""Routing Networks (Rosenbaum et al. 2018): a learned choice of one module per sample, layer by layer.
+
+Examples:
+    >>> net = fastroute.Sequential(fastroute.WPL(3, 8), fastroute.Selection(*(nn.Linear(8, 2) for _ in range(3))))
+    >>> loss = fastroute.Loss(nn.CrossEntropyLoss(), fastroute.NegLossReward())
+    >>> y, meta = net(torch.randn(4, 8))
+    >>> module_loss, routing_loss = loss(y, meta, torch.tensor([0, 1, 1, 0]))
+    >>> (module_loss + routing_loss).backward()
+"""
 
 from .decision_record import Mixture, Record
 from .decisions import (

@@ -76,6 +76,13 @@ class Record:
         exploratory: [B] bool, or a function that makes it.
         columns: the layer's state, see its class; entries of inactive samples mean nothing.
         reward: its per-action reward function.
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = fastroute.REINFORCE(3, 8)(h, meta, agents)
+        >>> record = meta.records[0]
+        >>> record.choices, torch.equal(record.actions, actions)
+        (3, True)
     """
 
     def __init__(
@@ -151,6 +158,13 @@ class Mixture:
         active: [B] bool, or None: the samples it decided for; None means all.
         after: how many decisions had been recorded before it.
         counts: [K] int64, or None: entries of each module in the gating's whole batch, see ``Routed``.
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = fastroute.TopKGating(6, 8, k=2)(h, meta, agents)
+        >>> mixture = meta.mixtures[0]
+        >>> mixture.actions.shape, sorted(mixture.losses)
+        (torch.Size([4, 2]), ['balance'])
     """
 
     def __init__(

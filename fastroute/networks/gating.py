@@ -75,6 +75,14 @@ class TopKGating(Accumulating):
     Losses and weights are in the trajectory (``meta.mixtures``); ``Loss`` adds the losses to the routing loss, and
     elsewhere ``meta.aux_loss`` is to be added to one's own. Parameters: ``router.weight`` [K, F], ``router.bias`` [K];
     buffers with ``bias_balancing``: ``selection_bias`` [K] and, not saved, ``counts`` [K].
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = fastroute.TopKGating(6, 8, k=2)(h, meta, agents)
+        >>> y, meta, actions = fastroute.Selection(*(nn.Linear(8, 8) for _ in range(6)))(h, meta, actions)
+        >>> (y.sum() + meta.aux_loss).backward()
+        >>> actions.shape
+        torch.Size([4, 2])
     """
 
     selection_bias: Tensor | None
@@ -306,6 +314,13 @@ def rebalance(model: nn.Module, group: Any = None) -> None:
     """``TopKGating.rebalance`` for every gating of a model, once per optimizer step.
 
     ``optimizer.register_step_post_hook(lambda *_: rebalance(model))`` does it.
+
+    Examples:
+        >>> layer = fastroute.MoE(8, 16, num_experts=4, balance_loss=0.0, bias_balancing=1e-3)
+        >>> y = layer(torch.randn(32, 8))
+        >>> fastroute.rebalance(layer)  # after the optimizer's step
+        >>> layer.gate.selection_bias.abs().max() > 0
+        tensor(True)
     """
     for m in model.modules():
         if isinstance(m, TopKGating):

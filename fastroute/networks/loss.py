@@ -43,6 +43,14 @@ class Loss(nn.Module):
     A decision's reward is r_t = (its per-action reward + what was added) / T_b, the last one's that plus f, T_b being
     how many decisions were recorded for the sample; R_t = sum_s gamma^(s - t) r_s. A sample's routing loss is the sum
     over its decisions of what each class defines. A sample without a decision has routing loss 0.
+
+    Examples:
+        >>> loss = fastroute.Loss(nn.CrossEntropyLoss(), fastroute.NegLossReward())
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = fastroute.REINFORCE(3, 8)(h, meta, agents)
+        >>> y, meta, actions = fastroute.Selection(*(nn.Linear(8, 2) for _ in range(3)))(h, meta, actions)
+        >>> module_loss, routing_loss = loss(y, meta, torch.tensor([0, 1, 1, 0]))
+        >>> (module_loss + routing_loss).backward()
     """
 
     @checked

@@ -28,6 +28,10 @@ class MLP(nn.Module):
         nonlin: between layers, a function of a tensor.
 
     Shapes: [..., input_dim] -> [..., output_dim]. Parameters: ``_layers.{j}.weight``, ``_layers.{j}.bias``.
+
+    Examples:
+        >>> fastroute.MLP(8, 3, hidden=(16, 16))(torch.randn(4, 8)).shape
+        torch.Size([4, 3])
     """
 
     @checked

@@ -51,6 +51,13 @@ class MoE(nn.Module):
     Parameters: ``w_gate_up`` [E, 2H, D] (the gates' rows first; [E, H, D] if not gated), ``w_down`` [E, D, H], all
     experts' in one tensor, so that every one has a gradient, zeros where nobody came; ``gate.router.weight`` [E, D];
     ``shared_gate_up`` and ``shared_down`` without the first axis.
+
+    Examples:
+        >>> layer = fastroute.MoE(d_model=16, d_hidden=32, num_experts=8, k=2)
+        >>> y, aux = layer(torch.randn(2, 10, 16), return_aux=True)
+        >>> (y.sum() + aux.loss).backward()
+        >>> y.shape, aux.counts.sum()  # two entries for each of 20 tokens
+        (torch.Size([2, 10, 16]), tensor(40))
     """
 
     @checked

@@ -52,6 +52,11 @@ class RoutingRNNCellBase(nn.Module):
 
     Parameters: ``linear_{i2h,h2h}``, ``router_{i2h,h2h}.{layer}`` and ``selection_{i2h,h2h}.{layer}``, as upstream. All
     of them, the decisions' too, start uniform in +-1 / sqrt(H).
+
+    Examples:
+        >>> cell = fastroute.RoutingGRUCell(8, 16, num_selections=3, depth_routing=2, routing_agent=fastroute.REINFORCE)
+        >>> isinstance(cell, fastroute.RoutingRNNCellBase), cell.hidden_size
+        (True, 16)
     """
 
     _gates: int
@@ -237,6 +242,15 @@ class RoutingLSTMCell(RoutingRNNCellBase):
     is ever used; and samples that ``mask`` leaves out go on from such rows. (Its ``recurrent`` does not run.)
 
     See :class:`RoutingRNNCellBase` for the arguments.
+
+    Examples:
+        >>> cell = fastroute.RoutingLSTMCell(8, 16, num_selections=3, depth_routing=1, routing_agent=fastroute.WPL)
+        >>> state = meta = None
+        >>> for x in torch.randn(5, 4, 8):  # 5 time steps of 4 samples
+        ...     state, meta = cell(x, state, meta)
+        >>> h, c = state
+        >>> h.shape, meta.actions.shape
+        (torch.Size([4, 16]), torch.Size([5, 4]))
     """
 
     _gates = 4
@@ -290,6 +304,14 @@ class RoutingGRUCell(RoutingRNNCellBase):
     h' = (1 - z) n + z h.
 
     See :class:`RoutingRNNCellBase` for the arguments. Upstream has none: ``formula`` is that of the decisions.
+
+    Examples:
+        >>> cell = fastroute.RoutingGRUCell(8, 16, num_selections=3, depth_routing=2, routing_agent=fastroute.REINFORCE)
+        >>> h = meta = None
+        >>> for x in torch.randn(5, 4, 8):  # 5 time steps of 4 samples
+        ...     h, meta = cell(x, h, meta)
+        >>> h.shape, meta.actions.shape  # two decisions a step
+        (torch.Size([4, 16]), torch.Size([10, 4]))
     """
 
     _gates = 3

@@ -35,6 +35,12 @@ class BaseReward(nn.Module):
 
     Args:
         scale: multiplies the reward. (Upstream stores it and never uses it: ``formula="upstream"``.)
+
+    Examples:
+        >>> class Confidence(fastroute.BaseReward):
+        ...     def rewards(self, loss, yest, ytrue):
+        ...         return self.scaled(yest.softmax(1).amax(1))
+        >>> loss = fastroute.Loss(nn.CrossEntropyLoss(), Confidence(scale=0.5))
     """
 
     @checked
@@ -56,7 +62,12 @@ class BaseReward(nn.Module):
 
 
 class NegLossReward(BaseReward):
-    """Minus the loss."""
+    """Minus the loss.
+
+    Examples:
+        >>> fastroute.NegLossReward(scale=2.0)(torch.tensor([0.5, 1.0]), torch.randn(2, 3))
+        tensor([-1., -2.])
+    """
 
     def rewards(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
         """[B] losses -> [B]."""
@@ -77,6 +88,11 @@ class CorrectClassifiedReward(BaseReward):
 
     The prediction is the argmax of [B, C] scores, or the class index itself where there is one number per sample;
     the truth is a class index, or one-hot.
+
+    Examples:
+        >>> scores, truth = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
+        >>> fastroute.CorrectClassifiedReward()(torch.zeros(2), scores, truth)
+        tensor([ 1., -1.])
     """
 
     def rewards(self, loss: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
@@ -168,6 +184,13 @@ class PerActionBaseReward:
 
     Args:
         history_window: how many of the last actions are kept (``history``), where a subclass wants them.
+
+    Examples:
+        >>> class Dear(fastroute.PerActionBaseReward):
+        ...     def rewards(self, dists, actions, like):
+        ...         return -0.1 * actions.to(like.dtype)
+        >>> Dear().get_reward(torch.zeros(3), torch.tensor(2))
+        tensor([-0.2000])
     """
 
     keeps_history = False  #: whether ``register_all`` has to keep the last actions
@@ -268,6 +291,13 @@ class CollaborationReward(_PerActionCounting):
             (``formula="upstream"``).
         num_actions: how many actions there are; None: as many as the decision that uses it has.
         history_len: how many of the last registered actions are counted.
+
+    Examples:
+        >>> reward = fastroute.CollaborationReward(0.5, num_actions=3, history_len=4)
+        >>> reward.register_all(lambda: torch.zeros(4, 3, 5), torch.tensor([2, 2, 2, 0]))
+        >>> reward.get_reward(torch.zeros(3), torch.tensor(2))  # half of three quarters
+        tensor([0.3750])
+        >>> decide = fastroute.WPL(3, 8, additional_reward_func=reward)
     """
 
     keeps_history = True
@@ -289,6 +319,12 @@ class RunningAverageCollaborationReward(_PerActionCounting):
     k = 10^(-1 / history_len); e sums to one from the first sample on. The samples of a batch count in their order. A
     batch of n is taken in at once: e <- k^n e + sum_i (1 - k) k^(n - i) onehot(a_i), and the very first sample ever has
     weight k^(n - 1).
+
+    Examples:
+        >>> reward = fastroute.RunningAverageCollaborationReward(0.5, num_actions=3)
+        >>> reward.register_all(lambda: torch.zeros(4, 3, 5), torch.tensor([2, 2, 2, 2]))
+        >>> reward.get_reward(torch.zeros(3), torch.tensor(2))
+        tensor([0.5000])
     """
 
     def clear(self) -> None:
@@ -323,6 +359,12 @@ class ManualReward(PerActionBaseReward):
     Args:
         rewards: one number per action.
         num_actions: how many there are; has to be the length of ``rewards`` if given.
+
+    Examples:
+        >>> reward = fastroute.ManualReward([0.0, -0.1, -0.2])  # modules 1 and 2 cost something
+        >>> reward.get_reward(torch.zeros(3), torch.tensor(2))
+        tensor([-0.2000])
+        >>> decide = fastroute.REINFORCE(3, 8, additional_reward_func=reward)
     """
 
     @checked

@@ -43,6 +43,13 @@ class Selection(nn.Module):
             and optimizers then cost the same whatever K is. Modules that no sample took then have zeros for gradients.
             The modules have to do the same with parameters of the same shapes. State dicts load both ways: the keys are
             ``_submodules.pattern.{name}``, [K, ...].
+
+    Examples:
+        >>> modules = [nn.Linear(8, 2) for _ in range(3)]
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> y, meta, actions = fastroute.Selection(*modules)(h, meta, torch.tensor([0, 2, 2, 1]))
+        >>> torch.allclose(y[1], modules[2](h[1]), atol=1e-6)
+        True
     """
 
     @checked

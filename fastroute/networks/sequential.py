@@ -19,7 +19,13 @@ _ROUTING = (Decision, PerTaskAssignment, PassThrough, TopKGating, Selection)
 
 
 class Initialization(nn.Module):
-    """Begins a batch's trajectory."""
+    """Begins a batch's trajectory.
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8), tasks=[0, 1, 1, 0])
+        >>> len(meta), meta[1].task
+        (4, 1)
+    """
 
     def forward(self, xs: Tensor, tasks: Sequence[Any] | Tensor = ()) -> tuple[Tensor, Trajectory, None]:
         """(xs, its trajectory, None: no actions yet).
@@ -51,6 +57,16 @@ class Sequential(nn.Module):
 
     Args:
         modules: in order; or one OrderedDict of them, by name.
+
+    Examples:
+        >>> net = fastroute.Sequential(
+        ...     fastroute.REINFORCE(3, 8),
+        ...     fastroute.Selection(*(nn.Linear(8, 2) for _ in range(3))),
+        ...     nn.ReLU(),
+        ... )
+        >>> y, meta = net(torch.randn(4, 8))
+        >>> y.shape, meta.actions.shape
+        (torch.Size([4, 2]), torch.Size([1, 4]))
     """
 
     def __init__(self, *modules: nn.Module) -> None:

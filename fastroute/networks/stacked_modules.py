@@ -47,6 +47,11 @@ class Stack(nn.Module):
 
     Attributes:
         pattern: one of the modules, with the stacked parameters for its own.
+
+    Examples:
+        >>> stack = fastroute.Stack([nn.Linear(8, 2) for _ in range(20)])
+        >>> {name: list(p.shape) for name, p in stack.named_parameters()}
+        {'pattern.weight': [20, 2, 8], 'pattern.bias': [20, 2]}
     """
 
     @checked
@@ -211,6 +216,11 @@ def unstacked_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The state dict that a module would have if every stack in it were a list of modules, ``{k}.{name}``.
 
     It is what the same network without ``stacked=True`` loads, and what upstream loads. Entries of stacks are copies.
+
+    Examples:
+        >>> select = fastroute.Selection(nn.Linear(8, 2), nn.Linear(8, 2), stacked=True)
+        >>> list(fastroute.unstacked_state_dict(select))
+        ['_submodules.0.weight', '_submodules.0.bias', '_submodules.1.weight', '_submodules.1.bias']
     """
     state: dict[str, Tensor] = dict(module.state_dict())
     for path, stack in module.named_modules(remove_duplicate=False):

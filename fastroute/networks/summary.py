@@ -33,7 +33,15 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A batch's routing; prints as a table."""
+    """A batch's routing; prints as a table.
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8), tasks=["a", "b", "b", "a"])
+        >>> h, meta, actions = fastroute.REINFORCE(2, 8)(h, meta, agents)
+        >>> summary = meta.summary()
+        >>> summary.samples, summary.layers[0].counts.shape, summary.tasks
+        (4, torch.Size([2, 2]), ['a', 'b'])
+    """
 
     layers: list[LayerSummary]
     tasks: list[Any]  #: the labels of the counts' rows

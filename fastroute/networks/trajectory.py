@@ -100,6 +100,12 @@ class SampleMetaInformation:
 
     Args:
         task: the label.
+
+    Examples:
+        >>> sample = fastroute.SampleMetaInformation(task=3)
+        >>> sample.append("add_rewards", -0.1, new_step=True)
+        >>> sample.task, sample.steps
+        (3, [{'add_rewards': -0.1}])
     """
 
     def __init__(self, task: Any = None) -> None:
@@ -225,6 +231,12 @@ class Trajectory(Sequence[SampleMetaInformation]):
             gating learns by its weights' gradient, has no reward, and is no step.
         actions, agents: [T, B] int64; -1 where a sample was not decided for.
         active, exploratory: [T, B] bool.
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = fastroute.REINFORCE(3, 8)(h, meta, agents)
+        >>> meta.actions.shape, len(meta), len(meta[0].steps)
+        (torch.Size([1, 4]), 4, 1)
     """
 
     def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None = None) -> None:

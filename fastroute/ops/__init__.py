@@ -1,4 +1,10 @@
-"""The ops: a folder each, whose roles ARCHITECTURE.md lists. ``fastroute.functional`` has their functions."""
+"""The ops: a folder each, whose roles ARCHITECTURE.md lists. ``fastroute.functional`` has their functions.
+
+Examples:
+    >>> z, weights = torch.ones(2, 3), torch.ones(2, 3)
+    >>> fastroute.ops.combine(z, weights)  # an op's folder can be called
+    tensor([3., 3.])
+"""
 
 import sys
 from types import ModuleType

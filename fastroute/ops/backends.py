@@ -26,7 +26,16 @@ _CHOICES = ("auto", *BACKENDS)
 
 
 class BackendUnavailable(RuntimeError):
-    """An explicitly requested backend cannot take this call; the message says why."""
+    """An explicitly requested backend cannot take this call; the message says why.
+
+    Examples:
+        >>> try:
+        ...     with fastroute.use_backend("triton"):
+        ...         fastroute.functional.policy(torch.randn(4, 3, dtype=torch.float64))
+        ... except fastroute.BackendUnavailable:
+        ...     print("Triton has no float64")
+        Triton has no float64
+    """
 
 
 @dataclass(frozen=True)
@@ -234,6 +243,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     Process-wide while it lasts. A backward pass uses the backend of its forward pass. An op that the named backend
     cannot run raises :class:`BackendUnavailable` and says why. The environment's ``FASTROUTE_BACKEND`` sets the same.
+
+    Examples:
+        >>> route = fastroute.EfficientVectorRouting(6, 3, 8, 8)
+        >>> with fastroute.use_backend("reference"):
+        ...     y = route(torch.randn(2, 6, 8))
     """
     _check_name(name, "use_backend")
     before, _State.requested = _State.requested, name
@@ -247,6 +261,10 @@ class strict:
     """Check on a GPU what only the device knows (lengths, actions) and raise with the counts, at a host sync's price.
 
     ``fastroute.strict(True)`` switches it for the process, ``with fastroute.strict(True):`` for a block. Default: off.
+
+    Examples:
+        >>> with fastroute.strict(True):
+        ...     y = fastroute.ops.dispatch.plan(torch.tensor([0, 1]), modules=2)
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -276,6 +294,11 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
     Args:
         fn: a module or any function that calls fastroute ops.
         inputs: its inputs; only devices, dtypes and shapes matter.
+
+    Examples:
+        >>> route = fastroute.EfficientVectorRouting(6, 3, 8, 8)
+        >>> print(fastroute.explain(route, torch.randn(2, 6, 8)))
+        vector_routing on cpu, float32, B=2, n=6, m=3, d=8: ...
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

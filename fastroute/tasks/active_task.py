@@ -206,6 +206,12 @@ def set_task(model: nn.Module, task: Task) -> None:
     Raises:
         IndexError, TypeError, ValueError: no task of some part, of which all then keep the task they had; nothing in
             the model works on tasks.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(8, 16), fastroute.TaskRouter(16, 4, 0.5), nn.ReLU())
+        >>> fastroute.set_task(net, 3)
+        >>> net(torch.randn(5, 8)).shape
+        torch.Size([5, 16])
     """
     aware, others = aware_parts(model)
     if not aware and not others:
@@ -240,6 +246,13 @@ def on_task(model: nn.Module, task: Task) -> Iterator[None]:
 
     Raises:
         IndexError, TypeError, ValueError: as :func:`set_task`.
+
+    Examples:
+        >>> router = fastroute.TaskRouter(8, 3, 0.5)
+        >>> with fastroute.on_task(router, 2):
+        ...     y = router(torch.ones(1, 8))
+        >>> router.active_task
+        0
     """
     aware, others = aware_parts(model)
     before = [(module, module._active, module._active_id) for module in aware]

@@ -33,7 +33,14 @@ from .traced_chain import flow
 
 
 class Overlap(NamedTuple):
-    """How much pairs of tasks share."""
+    """How much pairs of tasks share.
+
+    Examples:
+        >>> net = fastroute.route(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 4, 0.5)
+        >>> overlap = fastroute.mask_overlap(net)
+        >>> list(overlap.routers), overlap.overall.shape
+        (['1', '4'], torch.Size([4, 4]))
+    """
 
     routers: dict[str, Tensor]  #: [T, T] float64 of every router, by its path
     overall: Tensor  #: [T, T] float64 of all units of all routers together
@@ -65,6 +72,11 @@ def mask_overlap(model: nn.Module, measure: str = "jaccard") -> Overlap:
 
     Raises:
         ValueError: naming the argument.
+
+    Examples:
+        >>> router = fastroute.TaskRouter(8, 3, 0.5, generator=torch.Generator().manual_seed(0))
+        >>> fastroute.mask_overlap(router).overall.diagonal()
+        tensor([1., 1., 1.], dtype=torch.float64)
     """
     if measure not in ("jaccard", "shared"):
         raise ValueError(f'measure: expected "jaccard" or "shared", got {measure!r}')
@@ -100,13 +112,22 @@ def extract_task(model: nn.Module, task: int) -> nn.Sequential:
 
     Args:
         model: routed Sequentials (``route``, ``live``), a ``VGG``, or a module whose forward calls layers one
-        after the other,
-            as torch.fx sees it.
+            after the other, as torch.fx sees it.
         task: which.
 
     Raises:
         IndexError: no such task.
         ValueError: naming the layer through which channels cannot be followed, or where a branch is.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(8, 16), fastroute.TaskRouter(16, 4, 0.5), nn.ReLU(), nn.Linear(16, 2)).eval()
+        >>> small = fastroute.extract_task(net, 3)
+        >>> small[0], small[3]
+        (Linear(in_features=8, out_features=8, bias=True), Linear(in_features=8, out_features=2, bias=True))
+        >>> x = torch.randn(5, 8)
+        >>> fastroute.set_task(net, 3)
+        >>> torch.allclose(small(x), net(x), atol=1e-6)
+        True
     """
     counted = next(iter(routers_of(model).values())).task_count
     task = _checked(task, counted)

@@ -57,6 +57,12 @@ def fold(model: nn.Module, task: int) -> nn.Module:
     Raises:
         IndexError: no such task.
         ValueError: naming a router that nothing before it can take in.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(8, 16), fastroute.TaskRouter(16, 4, 0.5), nn.ReLU(), nn.Linear(16, 2)).eval()
+        >>> folded = fastroute.fold(net, 3)
+        >>> folded[1], int((folded[0].weight.abs().sum(1) > 0).sum())
+        (Flatten(start_dim=1, end_dim=-1), 8)
     """
     task = _checked(task, next(iter(routers_of(model).values())).task_count)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

@@ -148,13 +148,20 @@ class RoutedConv2d(_Routed, nn.Conv2d):
         input_router: the router of x's channels. Channels that it switches off are not read.
         output_router: the router of the result's, which the layer replaces: its channels that are off are zero.
         compact_input, compact_output: x holds, or the result is to hold, live channels only, in rising order.
-        Then a batch
-            has one task.
+            Then a batch has one task.
 
     The routers are not submodules: register them where they stand in the model.
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> router = fastroute.TaskRouter(16, 4, 0.5)
+        >>> conv = fastroute.RoutedConv2d(3, 16, 3, padding=1, output_router=router)
+        >>> fastroute.set_task(router, 2)
+        >>> y = conv(torch.randn(2, 3, 8, 8))
+        >>> int((y.abs().sum((0, 2, 3)) > 0).sum())
+        8
     """
 
     @checked
@@ -192,6 +199,12 @@ class RoutedLinear(_Routed, nn.Linear):
     Args:
         in_features, out_features, others: of ``Linear``.
         input_router, output_router, compact_input, compact_output: as for :class:`RoutedConv2d`.
+
+    Examples:
+        >>> router = fastroute.TaskRouter(16, 4, 0.5)
+        >>> layer = fastroute.RoutedLinear(8, 16, output_router=router, compact_output=True)
+        >>> layer(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
     """
 
     @checked

@@ -26,13 +26,11 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     it, where both are ``Conv2d`` (groups=1, zero padding) or ``Linear`` and everything between treats channels alone:
     BatchNorm, activations, pooling, flattening. Other layers see the full width. Outputs and gradients are those of the
     masked model up to rounding; parameters, their names and the routers stay, and dead parameters get zero
-    gradients, so
-    optimizers with momentum or weight decay move them as before.
+    gradients, so optimizers with momentum or weight decay move them as before.
 
     **Tasks [B].** A batch of several tasks is sorted by task and each layer runs once per task on live channels, or
     densely with masks, whichever is cheaper by ``products.grouped_is_cheaper``. On a GPU (where sorting would
-    wait for the
-    device) and under torch.compile it runs densely.
+    wait for the device) and under torch.compile it runs densely.
 
     **BatchNorm in training.** Batch statistics are per channel, so live ones need nothing of dead ones. The running
     statistics of dead channels do change in a masked model, though, and another task may keep those channels: "exact"
@@ -44,8 +42,8 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
 
     Args:
         model: routed by ``route``, a routed ``vgg11`` or ``vgg11_bn``, or Sequentials with TaskRouters.
-        Changed in place, except
-            that a model which is itself a Sequential is left alone and a LiveSequential of the same layers returned.
+            Changed in place, except that a model which is itself a Sequential is left alone and a LiveSequential of the
+            same layers returned.
         batch_norm: "exact" or "live".
 
     Returns:
@@ -53,6 +51,12 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
 
     Raises:
         ValueError: no Sequential in it has a router; another ``batch_norm``.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2))
+        >>> net = fastroute.live(fastroute.route(net, task_count=4, sigma=0.5))
+        >>> net(torch.randn(2, 3, 8, 8), torch.tensor([0, 3])).shape
+        torch.Size([2, 2])
     """
     found = [(name, s) for name, s in sequences(model) if any(leaf.kind == ROUTER for leaf in leaves(s, name))]
     if not found:
@@ -103,6 +107,13 @@ class LiveSequential(nn.Sequential):
     Args:
         sequence: what to run.
         batch_norm: "exact" or "live", see :func:`live`.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(8, 16), fastroute.TaskRouter(16, 4, 0.5), nn.ReLU(), nn.Linear(16, 2))
+        >>> live = fastroute.LiveSequential(net)
+        >>> x = torch.randn(5, 8)
+        >>> torch.allclose(live(x, 3), live(x, torch.full((5,), 3)), atol=1e-6)
+        True
     """
 
     #: What it has among its attributes beside those of a Sequential.

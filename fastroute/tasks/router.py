@@ -45,6 +45,12 @@ class TaskRouter(TaskAware):
 
     Raises:
         ValueError, TypeError: naming the argument; ``no_orphans`` without room for all units.
+
+    Examples:
+        >>> router = fastroute.TaskRouter(unit_count=8, task_count=20, sigma=0.5)
+        >>> y = router(torch.ones(2, 8), torch.tensor([0, 19]))  # each sample of its own task
+        >>> y.sum(1)
+        tensor([4., 4.])
     """
 
     _unit_mapping: Tensor

@@ -105,6 +105,12 @@ class VGG(TaskAware):
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument.
+
+    Examples:
+        >>> features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), fastroute.TaskRouter(8, 4, 0.5), nn.ReLU())
+        >>> net = fastroute.VGG(features, task_count=4, bottleneck_spatial=(2, 2))
+        >>> net(torch.randn(2, 3, 16, 16), torch.tensor([0, 3])).shape
+        torch.Size([2, 2])
     """
 
     @checked
@@ -299,6 +305,11 @@ def vgg11(
 
     Raises:
         FileNotFoundError, ValueError: about ``pretrained``; ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> net = fastroute.vgg11(task_count=3, sigma=0.5, device="meta")  # on a real device: 32 x 32 images and larger
+        >>> len([m for m in net.modules() if isinstance(m, fastroute.TaskRouter)])
+        8
     """
     features = partial(
         make_layers, cfg["A"], task_count, sigma, False, generator=generator, no_orphans=no_orphans, balanced=balanced,
@@ -320,7 +331,13 @@ def vgg11_bn(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> VGG:
-    """VGG-11 with task routing and a batch norm after every convolution; as :func:`vgg11`."""
+    """VGG-11 with task routing and a batch norm after every convolution; as :func:`vgg11`.
+
+    Examples:
+        >>> net = fastroute.vgg11_bn(task_count=3, sigma=0.5, device="meta")
+        >>> len([m for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
+        8
+    """
     features = partial(
         make_layers, cfg["A"], task_count, sigma, True, generator=generator, no_orphans=no_orphans, balanced=balanced,
         device=device, dtype=dtype,

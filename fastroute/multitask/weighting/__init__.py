@@ -38,6 +38,12 @@ def as_weighting(
 
     Raises:
         ValueError: no weighting has that name.
+
+    Examples:
+        >>> fastroute.as_weighting("uncertainty", ["price", "kind"])
+        Uncertainty(tasks=2)
+        >>> fastroute.as_weighting({"price": 0.5, "kind": 3.0}, ["price", "kind"]).tasks
+        ('price', 'kind')
     """
     if isinstance(kind, Weighting):
         return kind

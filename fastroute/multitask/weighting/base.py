@@ -103,6 +103,14 @@ class Weighting(NamedTasks, Accumulating):
     Attributes:
         tasks: tuple of names.
         stateless: of the class: whether it neither learns nor remembers.
+
+    Examples:
+        >>> class Worst(fastroute.Weighting):
+        ...     stateless = True
+        ...     def combine(self, losses, present):
+        ...         return losses.amax()
+        >>> float(Worst(["price", "kind"])(torch.tensor([4.0, 1.0])))
+        4.0
     """
 
     stateless: ClassVar[bool] = False

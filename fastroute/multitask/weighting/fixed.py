@@ -17,7 +17,12 @@ from .base import Weighting, fill, log, memory_dtype, numbers, softmax, total
 
 
 class EqualWeights(Weighting):
-    """sum_i L_i. The baseline that is hard to beat (Kurin et al. 2022, "In Defense of the Unitary Scalarization")."""
+    """sum_i L_i. The baseline that is hard to beat (Kurin et al. 2022, "In Defense of the Unitary Scalarization").
+
+    Examples:
+        >>> float(fastroute.EqualWeights(["price", "kind"])(torch.tensor([4.0, 1.0])))
+        5.0
+    """
 
     stateless: ClassVar[bool] = True
 
@@ -34,6 +39,11 @@ class FixedWeights(Weighting):
 
     Raises:
         ValueError: a task of ``tasks`` has no weight, or a weight no task.
+
+    Examples:
+        >>> weighting = fastroute.FixedWeights({"price": 0.5, "kind": 3.0})
+        >>> float(weighting({"kind": torch.tensor(1.0), "price": torch.tensor(4.0)}))
+        5.0
     """
 
     stateless: ClassVar[bool] = True
@@ -71,6 +81,11 @@ class RLW(Weighting):
     Args:
         tasks: names, or how many.
         generator: of the draws, on the losses' device; PyTorch's own without it.
+
+    Examples:
+        >>> weighting = fastroute.RLW(["price", "kind"]).eval()
+        >>> float(weighting(torch.tensor([4.0, 1.0])))
+        2.5
     """
 
     stateless: ClassVar[bool] = True
@@ -99,6 +114,10 @@ class GeometricMean(Weighting):
 
     No scale of a loss matters to the others. Made of logarithms, so that it neither overflows nor vanishes with
     hundreds of tasks. Losses are to be positive: a negative one gives NaN, one of exactly 0 has no gradient.
+
+    Examples:
+        >>> float(fastroute.GeometricMean(["price", "kind"])(torch.tensor([4.0, 1.0])))
+        2.0
     """
 
     stateless: ClassVar[bool] = True

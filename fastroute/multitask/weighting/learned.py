@@ -40,6 +40,14 @@ class LearnedWeights(Weighting):
 
     Warns:
         UserWarning: that the weights fall without bound.
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     weighting = fastroute.LearnedWeights(["price", "kind"])
+        >>> weighting(torch.tensor([4.0, 1.0])).item()
+        5.0
     """
 
     @checked
@@ -83,6 +91,11 @@ class Uncertainty(Weighting):
 
     Attributes:
         log_variance: s, [T].
+
+    Examples:
+        >>> weighting = fastroute.Uncertainty(["price", "kind"])
+        >>> weighting(torch.tensor([4.0, 1.0])).item()  # with s = 0, half of the sum
+        2.5
     """
 
     @checked
@@ -122,6 +135,12 @@ class IMTL(Weighting):
 
     Attributes:
         log_scale: s, [T].
+
+    Examples:
+        >>> weighting = fastroute.IMTL(["price", "kind"])
+        >>> total = weighting({"price": torch.tensor(4.0), "kind": torch.tensor(1.0)})
+        >>> total.item(), [name for name, _ in weighting.named_parameters()]
+        (5.0, ['log_scale'])
     """
 
     @checked

@@ -115,6 +115,14 @@ class DWA(EpochMeans):
 
     Attributes:
         weights: w of this epoch, [T].
+
+    Examples:
+        >>> weighting = fastroute.DWA(["price", "kind"], temperature=2.0)
+        >>> for loss in (4.0, 2.0):  # price halves in an epoch, kind does not move
+        ...     total = weighting(torch.tensor([loss, 1.0]))
+        ...     weighting.step()
+        >>> bool(weighting.weights[1] > weighting.weights[0])
+        True
     """
 
     weights: Tensor
@@ -170,6 +178,14 @@ class FAMO(Remembering):
 
     Attributes:
         logits: xi, [T].
+
+    Examples:
+        >>> weighting = fastroute.FAMO(["price", "kind"])
+        >>> total = weighting(torch.tensor([4.0, 1.0], requires_grad=True))
+        >>> total.backward()  # and the optimizer's step
+        >>> weighting.update(torch.tensor([3.0, 1.0]))  # the losses of the same batch now
+        >>> weighting.logits.shape
+        torch.Size([2])
     """
 
     records = ("before", "seen")  # seen is 0 or 1, no bool: some tools average buffers
@@ -265,6 +281,11 @@ class STCH(EpochMeans):
         weights: lambda, a dict by task or a list; 1 / T each by default.
         reference: z, the best that each f_i could be; 0 by default.
         warmup: epochs, counted by ``step()``.
+
+    Examples:
+        >>> weighting = fastroute.STCH(["price", "kind"], mu=0.01)
+        >>> round(float(weighting(torch.tensor([4.0, 1.0]))), 2)  # nearly the worst task's half
+        2.0
     """
 
     weights: Tensor

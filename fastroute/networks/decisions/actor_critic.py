@@ -32,6 +32,13 @@ class ActorCritic(REINFORCE):
     Args:
         qvalue_net: Q instead of the default, [B, ...] -> [B, K]; None: a copy of ``policy_net``, if that is given. The
             other arguments are :class:`Decision`'s.
+
+    Examples:
+        >>> decide = fastroute.ActorCritic(3, 8, qvalue_net=nn.Linear(8, 3))
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     needs: tuple[Need, ...] = (("max", 1),)
@@ -61,6 +68,14 @@ class WPL(ActorCritic):
     action, the smaller the nearer p_a is to where it leads.
     Upstream: (log p_a - sg(log p_a m))^2, d = R - Q_a, m = 1 + d if d < 0 else 2 - d: on the logarithm, a negative
     number, which turns some steps around, and against a critic that, once right, leaves nothing but noise of d.
+
+    Examples:
+        >>> decide = fastroute.WPL(3, num_agents=2, policy_storage_type="tabular")  # 3 numbers per task
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8), tasks=torch.tensor([0, 1, 1, 0]))
+        >>> h, meta, agents = fastroute.PerTaskAssignment()(h, meta, agents)
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     needs: tuple[Need, ...] = ()
@@ -96,6 +111,13 @@ class AAC(_WithValueNet):
 
     Args:
         value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
+
+    Examples:
+        >>> decide = fastroute.AAC(3, 8, value_net=nn.Linear(8, 1))
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     algorithm, critic = "AAC", 1
@@ -117,6 +139,13 @@ class BootstrapAAC(AAC):
 
     Upstream's own code raises for any number of entries but 1 and 5; of ``formula="upstream"`` there is left
     :class:`AAC`'s mean of D^2.
+
+    Examples:
+        >>> decide = fastroute.BootstrapAAC(3, 8)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     needs = upstream_needs = (("first", 1),)
@@ -134,6 +163,13 @@ class EGreedyAAC(_WithValueNet):
 
     Args:
         value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
+
+    Examples:
+        >>> decide = fastroute.EGreedyAAC(3, 8, exploration=0.2)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     algorithm, critic = "EGreedyAAC", 3

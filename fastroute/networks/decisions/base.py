@@ -79,6 +79,20 @@ class Decision(nn.Module):
         generator: of the random numbers; None: PyTorch's own.
 
     Parameters: ``_policy.{agent}._approx...``, as upstream. All classes take these arguments.
+
+    Examples:
+        >>> from fastroute.networks.decision_record import Column
+        >>> from fastroute.networks.decisions.base import Decided
+        >>> class Greedy(fastroute.Decision):
+        ...     def decide(self, x, plan, forced):
+        ...         z = self._ask(self._policy, x, plan)
+        ...         return Decided(z.argmax(1) if forced is None else forced, [Column(z.log_softmax(1))])
+        ...     def loss_of(self, e):
+        ...         return -e.s0 * e.R
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = Greedy(3, 8)(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     #: what a loss reads of the next state: of this class as intended, and as upstream has it
@@ -197,8 +211,8 @@ class Decision(nn.Module):
 
         Raises:
             ValueError, TypeError, IndexError: naming the argument. On a GPU, unless ``strict``, an agent or a forced
-            action out of range is no error but drops the sample, which then gives no gradient: no agent means action 0
-            (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
+                action out of range is no error but drops the sample, which then gives no gradient: no agent means
+                action 0 (or the forced one), a forced action out of range -1, which a Selection turns into zeros.
         """
         B = samples("batch", batch)
         meta = Trajectory.of(meta, B)

@@ -48,14 +48,28 @@ class _Fixed(nn.Module):
 
 
 class PerTaskAssignment(_Fixed):
-    """The task label as the action: a module per task, or the agents for a dispatched decision."""
+    """The task label as the action: a module per task, or the agents for a dispatched decision.
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8), tasks=torch.tensor([0, 1, 1, 0]))
+        >>> h, meta, agents = fastroute.PerTaskAssignment()(h, meta, agents)
+        >>> agents
+        tensor([0, 1, 1, 0])
+    """
 
     def _actions(self, batch: Tensor, meta: Trajectory) -> Tensor:
         return meta.task_indices(batch.device)
 
 
 class PassThrough(_Fixed):
-    """Action 0 for every sample."""
+    """Action 0 for every sample.
+
+    Examples:
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = fastroute.PassThrough()(h, meta, agents)
+        >>> actions
+        tensor([0, 0, 0, 0])
+    """
 
     def _actions(self, batch: Tensor, meta: Trajectory) -> Tensor:
         return torch.zeros(batch.shape[0], dtype=torch.int64, device=batch.device)

@@ -39,6 +39,13 @@ class REINFORCE(Decision):
     Loss: -log p_a sg(R). State: [log p].
 
     ``set_exploration(e)`` sets temperature = 0.1 + 9.9 e if ``set_pg_temp``, and else does nothing.
+
+    Examples:
+        >>> decide = fastroute.REINFORCE(3, 8, approx_hidden_dims=(16,))  # one of 3 modules, by a network 8-16-3
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     algorithm = "REINFORCE"
@@ -82,6 +89,13 @@ class REINFORCEBl1(_WithValueNet):
 
     Args:
         value_net: V instead of the default, [B, ...] -> [B, K]; the other arguments are :class:`Decision`'s.
+
+    Examples:
+        >>> decide = fastroute.REINFORCEBl1(3, 8, value_net=nn.Linear(8, 3))
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     _value_outputs = None
@@ -101,7 +115,15 @@ class REINFORCEBl1(_WithValueNet):
 
 
 class REINFORCEBl2(REINFORCEBl1):
-    """:class:`REINFORCEBl1` with the return weighted by how unlikely the action was, R / (K p_a), in the advantage."""
+    """:class:`REINFORCEBl1` with the return weighted by how unlikely the action was, R / (K p_a), in the advantage.
+
+    Examples:
+        >>> decide = fastroute.REINFORCEBl2(3, 8)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
+    """
 
     algorithm = "REINFORCEBl2"
 
@@ -142,6 +164,13 @@ class EGreedyREINFORCE(REINFORCE):
     Upstream: mu_k = p_k / (1 - log p_max) exploration / (K - 1) for others than the greedy action, whose mu is
     1 - exploration; and w_i multiplies the sum of all entries' -log p_a R, not entry i's. Its ``set_exploration(e)``
     takes min(1, 3 e), the intended one e.
+
+    Examples:
+        >>> decide = fastroute.EGreedyREINFORCE(3, 8, exploration=0.2)  # draws for a fifth of the samples
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     algorithm = "EGreedyREINFORCE"

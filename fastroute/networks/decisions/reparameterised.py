@@ -31,6 +31,13 @@ class GumbelSoftmax(Decision):
     y = x (1 + p~_a - sg(p~_a)): x in value, with dy/dp~_a = x. In eval a = argmax z, y = x. State: [z].
 
     ``exploration`` e, in the constructor and in ``set_exploration``, sets temperature = 0.1 + 9.9 e.
+
+    Examples:
+        >>> decide = fastroute.GumbelSoftmax(3, 8, exploration=0.1)  # temperature 1.09
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     algorithm = "GumbelSoftmax"
@@ -82,6 +89,13 @@ class RELAX(_WithValueNet):
 
     Args:
         value_net: V, [B, in_features + K] -> [B, 1]; the others are :class:`Decision`'s. in_features is an int.
+
+    Examples:
+        >>> decide = fastroute.RELAX(3, 8)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     def __init__(self, num_selections: int, in_features: int | None = None, *args: Any, **kwargs: Any) -> None:

@@ -28,6 +28,11 @@ class ApproxPolicyStorage(nn.Module):
         approx: the user's network, copied; None: an MLP.
         in_features, num_selections, hidden_dims: of the MLP.
         detach: keep gradients from flowing into the input.
+
+    Examples:
+        >>> storage = fastroute.networks.decisions.ApproxPolicyStorage(None, 8, 3, hidden_dims=(16,))
+        >>> storage(torch.randn(4, 8)).shape
+        torch.Size([4, 3])
     """
 
     def __init__(
@@ -69,7 +74,12 @@ grouped_modules.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
 
 
 class TabularPolicyStorage(nn.Module):
-    """A row of a table, ``_approx`` [1, num_selections], for whatever input; 1 / num_selections at first."""
+    """A row of a table, ``_approx`` [1, num_selections], for whatever input; 1 / num_selections at first.
+
+    Examples:
+        >>> fastroute.networks.decisions.TabularPolicyStorage(4)(torch.randn(2, 8)).tolist()
+        [[0.25, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, 0.25]]
+    """
 
     def __init__(
         self, num_selections: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

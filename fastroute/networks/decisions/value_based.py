@@ -21,6 +21,13 @@ class QLearning(Decision):
 
     Intended: y = r + gamma max_k q'_k, at the last step y = r (which there includes the final reward).
     Upstream: y = max_k q'_k - r, and the final reward alone at the last step, or where K changes after it.
+
+    Examples:
+        >>> decide = fastroute.QLearning(3, 8, exploration=0.1)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     needs = upstream_needs = (("max", 0),)
@@ -35,6 +42,13 @@ class SARSA(QLearning):
     """SARSA: :class:`QLearning` with the value of the action taken next.
 
     Intended: y = r + gamma q'_{a'}. Upstream: y = q_{a'}, of the current state, without r.
+
+    Examples:
+        >>> decide = fastroute.SARSA(3, 8, exploration=0.1)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     needs = (("at", 0),)
@@ -54,6 +68,13 @@ class AdvantageLearning(_WithValueNet):
 
     Args:
         value_net: V instead of the default, [B, ...] -> [B, 1]; the other arguments are :class:`Decision`'s.
+
+    Examples:
+        >>> decide = fastroute.AdvantageLearning(3, 8, value_net=nn.Linear(8, 1))
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     algorithm, critic = "AdvantageLearning", 1
@@ -67,6 +88,13 @@ class BootstrapAdvantageLearning(AdvantageLearning):
     """:class:`AdvantageLearning` with R replaced by y.
 
     Intended: y = r + gamma V', at the last step y = r. Upstream: y = V' + r, at the last step the final reward.
+
+    Examples:
+        >>> decide = fastroute.BootstrapAdvantageLearning(3, 8)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     needs = upstream_needs = (("first", 1),)
@@ -82,6 +110,13 @@ class SurpriseLearning(AdvantageLearning):
     """:class:`AdvantageLearning` with R replaced by y = gamma V' - r, at the last step the final reward.
 
     The sign of r is what tells it from :class:`BootstrapAdvantageLearning`, so it is kept in both formulas.
+
+    Examples:
+        >>> decide = fastroute.SurpriseLearning(3, 8)
+        >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
+        >>> h, meta, actions = decide(h, meta, agents)
+        >>> actions.shape
+        torch.Size([4])
     """
 
     needs = upstream_needs = (("first", 1),)

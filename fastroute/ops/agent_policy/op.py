@@ -210,6 +210,14 @@ def agent_policy(
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit the others.
+
+    Examples:
+        >>> x, agents = torch.randn(6, 8), torch.tensor([0, 1, 1, 0, 1, 0])
+        >>> plan = fastroute.ops.dispatch.plan(agents, 2)
+        >>> weights = torch.randn(2, 4, 8, requires_grad=True)  # two agents choose one of four
+        >>> choice = fastroute.functional.agent_policy(x, plan, weights, uniform=torch.rand(6, 4))
+        >>> choice.actions.shape, choice.value.requires_grad
+        (torch.Size([6]), True)
     """
     nets = [_Net(*parameters_of(weights, biases))]
     if len(critic_weights) > 0 or len(critic_biases) > 0:

@@ -119,6 +119,13 @@ def batch_norm_mask_relu(
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`task_mask`; a batch of one value per channel in training.
+
+    Examples:
+        >>> x, mapping = torch.randn(2, 4, 5, 5), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]])
+        >>> mean, var, gain, bias = torch.zeros(4), torch.ones(4), torch.ones(4), torch.zeros(4)
+        >>> y = fastroute.functional.batch_norm_mask_relu(x, mapping, 1, mean, var, gain, bias, True, 0.1, 1e-5)
+        >>> (y.amax((0, 2, 3)) > 0).tolist()
+        [False, True, True, False]
     """
     mapping, tasks, number, backend = prepared(OP, x, mapping, task)
     given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}

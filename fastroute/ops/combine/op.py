@@ -73,6 +73,11 @@ def combine(z: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> z, weights = torch.tensor([[[1.0], [10.0]]]), torch.tensor([[0.5, 0.25]])
+        >>> fastroute.functional.combine(z, weights)
+        tensor([[3.]])
     """
     floating("z", z)
     floating("weights", weights)

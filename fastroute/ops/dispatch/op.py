@@ -85,6 +85,11 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
         ``Plan(order [N], offsets [K + 1], beyond [1], bounds, samples [N] or None, per_sample)``, int64: module k has
         the entries order[offsets[k]:offsets[k + 1]], in rising order, which are of samples order // k; dropped ones
         come last. ``bounds`` are the offsets as a list of ints on a CPU, else None.
+
+    Examples:
+        >>> plan = fastroute.ops.dispatch.plan(torch.tensor([2, 0, -1, 2]), modules=3)
+        >>> plan.order.tolist(), plan.offsets.tolist()
+        ([1, 0, 3, 2], [0, 1, 1, 3])
     """
     tensor(name, actions, "an integer tensor [B] or [B, k]")
     if actions.dtype != torch.int64:

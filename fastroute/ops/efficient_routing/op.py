@@ -212,6 +212,14 @@ def efficient_routing(
     The arguments are taken as ``EfficientVectorRouting`` has checked them: ``w`` as in
     ``reference.efficient_routing.Parameters``, ``mask`` bool [B, n, m] (any strides), ``lengths`` int64 [B].
     Returns x_out in the promoted dtype of x and w, float32 under autocast.
+
+    Examples:
+        >>> from fastroute.ops.efficient_routing.contract import Parameters
+        >>> n, m, d, h = 6, 3, 8, 4
+        >>> sizes = [(n, d), (n,), (m, d), (d, h), (m, h), (h, d), (m, d), (m, d), (n, m), (n, m), (n, m), (n, m)]
+        >>> w = Parameters(*(torch.randn(size) for size in sizes), None, None, torch.full((m,), 1 / m))
+        >>> fastroute.functional.efficient_routing(torch.randn(2, n, d), w, n_iters=2, normalize=True).shape
+        torch.Size([2, 3, 4])
     """
     autocast = autocast_precision(x.device.type)
     dtype, w = prepared(x.dtype, w, autocast)

@@ -292,6 +292,13 @@ def expert_ffn(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> x, actions = torch.randn(5, 8), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [1, 2]])
+        >>> plan = fastroute.ops.dispatch.plan(actions, 3)
+        >>> w_in, w_out = torch.randn(3, 2 * 16, 8), torch.randn(3, 8, 16)
+        >>> fastroute.functional.expert_ffn(x, plan, torch.full((5, 2), 0.5), w_in, w_out).shape
+        torch.Size([5, 8])
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

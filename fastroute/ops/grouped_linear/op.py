@@ -191,6 +191,14 @@ def grouped_linear(
 
     Raises:
         ValueError, TypeError: x is not of the plan's rows, or not of the modules' width or dtype.
+
+    Examples:
+        >>> x, actions = torch.randn(5, 8), torch.tensor([0, 2, 2, -1, 0])  # nobody takes module 1, sample 3 takes none
+        >>> plan = fastroute.ops.dispatch.plan(actions, 3)
+        >>> weights = [torch.randn(4, 8) for _ in range(3)]
+        >>> y = fastroute.functional.grouped_linear(x, plan, weights)
+        >>> torch.allclose(y[1], weights[2] @ x[1], atol=1e-5), y[3].tolist()
+        (True, [0.0, 0.0, 0.0, 0.0])
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

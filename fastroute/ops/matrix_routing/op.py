@@ -294,6 +294,14 @@ def matrix_routing(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> from fastroute.ops.matrix_routing.contract import Capsules
+        >>> n, m, c, d, h = 6, 3, 2, 4, 4
+        >>> w = Capsules(torch.randn(n, m, d, h), torch.zeros(n, m, c, h), torch.rand(n, m), torch.rand(n, m))
+        >>> out = fastroute.functional.matrix_routing(torch.randn(2, n), torch.randn(2, n, c, d), w, n_iters=3)
+        >>> out.a.shape, out.mu.shape
+        (torch.Size([2, 3]), torch.Size([2, 3, 2, 4]))
     """
     _check(a_inp, mu_inp, w)
     checks.at_least_one("n_iters", n_iters)

@@ -131,6 +131,16 @@ def policy(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> scores = torch.tensor([[0.0, 5.0], [5.0, 0.0]], requires_grad=True)
+        >>> choice = fastroute.functional.policy(scores)  # greedy, as no random numbers are given
+        >>> choice.actions.tolist()
+        [1, 0]
+        >>> drawn = fastroute.functional.policy(scores, uniform=torch.rand(2, 2))
+        >>> drawn.value.sum().backward()  # the log-probability of what was drawn
+        >>> scores.grad.shape
+        torch.Size([2, 2])
     """
     floating("scores", scores)
     if scores.dim() != 2 or scores.shape[1] < 1:

@@ -182,6 +182,11 @@ def soft_assignment(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> scores, votes = torch.randn(2, 6, 3), torch.randn(2, 6, 1, 8)
+        >>> fastroute.functional.soft_assignment(scores, votes, mean=True).shape
+        torch.Size([2, 3, 8])
     """
     checks.tensor("votes", votes, "a tensor [B, n, m, h]")
     checks.floating("votes", votes)

@@ -188,6 +188,13 @@ def task_mask(
         IndexError: a task is not from 0 to T - 1. On a GPU (and under torch.compile or vmap), where only the device
             knows, such samples are zero; ``fastroute.strict`` counts them and raises.
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> mapping = torch.tensor([[1, 1, 0], [0, 1, 1]])
+        >>> x = torch.ones(2, 3)
+        >>> fastroute.functional.task_mask(x, mapping, torch.tensor([0, 1]))
+        tensor([[1., 1., 0.],
+                [0., 1., 1.]])
     """
     mapping, tasks, number, backend = prepared(OP, x, mapping, task)
     if inplace:

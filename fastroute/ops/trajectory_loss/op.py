@@ -166,6 +166,15 @@ def trajectory_loss(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> log_p = [torch.randn(4, requires_grad=True) for _ in range(2)]  # two decisions for each of four samples
+        >>> none = [None, None]
+        >>> loss = fastroute.functional.trajectory_loss(
+        ...     ["REINFORCE", "REINFORCE"], log_p, none, none, none, none, none, f=torch.randn(4)
+        ... )
+        >>> loss.shape
+        torch.Size([4])
     """
     floating("f", f)
     if f.dim() != 1:

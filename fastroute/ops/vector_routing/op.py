@@ -200,6 +200,13 @@ def vector_routing(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> x, gate = torch.randn(2, 6, 8), torch.rand(2, 6)
+        >>> pred, weight, bias = torch.randn(2, 3, 8), torch.randn(6, 3), torch.zeros(6, 3)
+        >>> M, p = fastroute.functional.vector_routing(x, gate, pred, weight, bias, torch.rand(6, 3), torch.rand(6, 3))
+        >>> M.shape, p.shape
+        (torch.Size([2, 3, 8]), torch.Size([2, 3]))
     """
     checks.floating("x", x)
     if x.dim() != 3:

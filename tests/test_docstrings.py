@@ -1,0 +1,84 @@
+"""Every public name has a docstring with an example, and every example gives what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastroute
+from fastroute import compat, data
+
+#: Public modules: every name of their ``__all__``, and what is named here besides.
+FACES: dict[str, tuple[str, ...]] = {
+    "fastroute": (),
+    "fastroute.functional": (),
+    "fastroute.capsules": (),
+    "fastroute.networks": (),
+    "fastroute.networks.decisions": (),
+    "fastroute.tasks": (),
+    "fastroute.multitask": ("Accuracy", "F1", "L1", "Stack"),
+    "fastroute.plots": (),
+    "fastroute.data": ("Digits", "digits", "mnist"),
+    "fastroute.compat": ("install",),
+    "fastroute.ops.dispatch": ("plan",),
+}
+
+
+def public() -> dict[str, Any]:
+    """By the first name under which it is public."""
+    found: dict[int, tuple[str, Any]] = {}
+    for face, more in FACES.items():
+        module = importlib.import_module(face)
+        for name in (*getattr(module, "__all__", ()), *more):
+            thing = getattr(module, name)
+            found.setdefault(id(thing), (f"{face}.{name}", thing))
+    return dict(found.values())
+
+
+PUBLIC = {"fastroute": fastroute, **public()}
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``compat.install`` puts a finder in front, and its example imports an upstream's name."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in compat.UPSTREAMS]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_its_examples_run(name: str) -> None:
+    thing = PUBLIC[name]
+    text = inspect.getdoc(thing) or ""
+    assert ">>> " in text, f"{name}: its docstring has no example (Examples: >>> ...)"
+    if name.startswith("fastroute.plots"):
+        pytest.importorskip("matplotlib")
+    if thing is data.digits:
+        pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    given = {"torch": torch, "nn": nn, "fastroute": fastroute}
+    finder = doctest.DocTestFinder(recurse=inspect.isclass(thing))
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    heard: list[str] = []
+    for test in finder.find(thing, name, module=False, globs=given):  # type: ignore[arg-type]
+        runner.run(test, out=heard.append)
+    assert runner.tries and not runner.failures, "".join(heard)
+
+
+def test_the_runner_would_notice() -> None:
+    """A wrong output fails, and so does a name that is missing."""
+    for text in (">>> torch.zeros(2).shape\ntorch.Size([3])", ">>> fastroute.Nothing()"):
+        runner = doctest.DocTestRunner(verbose=False)
+        test = doctest.DocTestParser().get_doctest(text, {"torch": torch, "fastroute": fastroute}, "x", None, 0)
+        runner.run(test, out=lambda _: None)
+        assert runner.failures == 1
