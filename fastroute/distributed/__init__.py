@@ -1,5 +1,6 @@
 """Every family on ``torch.distributed``: parallel styles, checkpoints, agreement of ranks."""
 
 from .agreement import agree
+from .capsules import RowShardedCapsules
 
-__all__ = ["agree"]
+__all__ = ["RowShardedCapsules", "agree"]

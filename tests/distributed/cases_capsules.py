@@ -1,0 +1,168 @@
+"""Capsule layers sharded by their input vectors, against the layer in one process. See ``tests/distributed/ranks.py``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+import fastroute
+from fastroute.distributed import RowShardedCapsules
+from tests.distributed.ranks import World, case
+
+N, M, D, H, B = 10, 3, 5, 4, 2
+TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def layer(n_inp: int = N, n_iters: int = 2, **options: Any) -> fastroute.EfficientVectorRouting:
+    """In float64, every parameter with its own values."""
+    torch.manual_seed(1)
+    made = fastroute.EfficientVectorRouting(n_inp, M, D, options.pop("d_out", H), n_iters, **options).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return made
+
+
+def vectors(n: int = N, batch: Sequence[int] = (B,), seed: int = 2) -> Tensor:
+    return torch.randn(*batch, n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def own(x: Tensor, world: World, size: int, along: int = -2) -> Tensor:
+    """This rank's part, as ``torch.chunk`` cuts it."""
+    mesh = world.rows(size)
+    parts = x.chunk(size, along)
+    k = mesh.get_local_rank()
+    return parts[k] if k < len(parts) else x.narrow(along, 0, 0)
+
+
+def full(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gradients(module: torch.nn.Module) -> dict[str, Tensor | None]:
+    return {k: None if p.grad is None else full(p.grad) for k, p in module.named_parameters()}
+
+
+def same(found: Any, expected: Any, **more: Any) -> None:
+    torch.testing.assert_close(found, expected, **(TOLERANCE | more))
+
+
+def compare(
+    world: World, size: int, plain: fastroute.EfficientVectorRouting, x: Tensor, *, style: RowShardedCapsules | None = None,
+    give: Callable[[Tensor], Tensor] | None = None, own_mask: Tensor | None = None, mask: Tensor | None = None,
+    lengths: Any = None,
+) -> torch.nn.Module:  # fmt: skip
+    """Values, and gradients of x and of all parameters."""
+    sharded = parallelize_module(deepcopy(plain), world.rows(size), style or RowShardedCapsules())
+    whole = x.clone().requires_grad_()
+    y = plain(whole, mask, lengths=lengths)
+    dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
+    plain.zero_grad()
+    y.backward(dy)
+    part = (give or (lambda t: own(t, world, size)))(x).clone().requires_grad_()
+    z = sharded(part, own_mask, lengths=lengths)
+    same(z, y.detach())
+    z.backward(dy)
+    if part.shape == x.shape:
+        same(part.grad, whole.grad)
+    else:
+        same(part.grad, own(whole.grad, world, size))
+    same(gradients(sharded), gradients(plain))
+    assert all(isinstance(t, DTensor) for t in (*sharded.parameters(), *sharded.buffers()))
+    return sharded
+
+
+SIZES = (1, 2, 4)
+
+
+@case
+def local_vectors(world: World) -> None:
+    for size, n_inp, n_iters in itertools.product(SIZES, (N, -1), (1, 2, 3)):
+        compare(world, size, layer(n_inp, n_iters), vectors())
+    compare(world, 4, layer(normalize=False, d_out=1), vectors())
+
+
+@case
+def uneven_and_empty(world: World) -> None:
+    """Fewer vectors than ranks, too; and with n_inp = -1 other numbers than DTensor has."""
+    for size, n in itertools.product((2, 4), (1, 2, 3, 5, 7)):
+        for n_inp in (n, -1):
+            compare(world, size, layer(n_inp), vectors(n))
+    ends = [0, 1, 1, 6, N]  # rank 1 has none
+    k = world.rank
+    x, plain = vectors(), layer(-1)
+    sharded = parallelize_module(deepcopy(plain), world.rows(4), RowShardedCapsules())
+    part = x[:, ends[k] : ends[k + 1]].clone().requires_grad_()
+    whole = x.clone().requires_grad_()
+    for given in ({}, {"lengths": [7, 3]}):
+        y, z = plain(whole, **given), sharded(part, **given)
+        same(z, y.detach())
+        plain.zero_grad()
+        sharded.zero_grad()
+        whole.grad = part.grad = None
+        y.square().sum().backward()
+        z.square().sum().backward()
+        same(part.grad, whole.grad[:, ends[k] : ends[k + 1]])
+        same(gradients(sharded), gradients(plain))
+
+
+@case
+def leading_dimensions(world: World) -> None:
+    for batch in ((), (2, 3), (0,)):
+        for n_inp in (N, -1):
+            compare(world, 4, layer(n_inp), vectors(batch=batch))
+
+
+@case
+def masks_and_lengths(world: World) -> None:
+    draw = torch.Generator().manual_seed(4)
+    masks = [torch.rand(N, M, generator=draw) < 0.4, torch.rand(B, N, M, generator=draw) < 0.4,
+             torch.rand(B, 1, M, generator=draw) < 0.4]  # fmt: skip
+    masks[1][:, 4] = True  # an input that reaches nothing
+    for size, mask, n_inp in itertools.product((2, 4), masks, (N, -1)):
+        part = mask if mask.shape[-2] == 1 else own(mask, world, size)
+        compare(world, size, layer(n_inp), vectors(), mask=mask, own_mask=part)
+    compare(world, 4, layer(), vectors(), mask=masks[1], own_mask=masks[1])  # of all vectors
+    for size, lengths, n_inp in itertools.product((2, 4), ([N, 2], [0, 5]), (N, -1)):
+        compare(world, size, layer(n_inp), vectors(), lengths=lengths)
+        compare(world, size, layer(n_inp), vectors(), lengths=lengths, mask=masks[1], own_mask=own(masks[1], world, size))
+
+
+@case
+def layouts(world: World) -> None:
+    """All vectors on every rank; DTensors in and out."""
+    for size, n in itertools.product(SIZES, (N, 3)):
+        mesh = world.rows(size)
+        for n_inp in (n, -1):
+            x = vectors(n)
+            compare(world, size, layer(n_inp), x, style=RowShardedCapsules(input_layouts=Replicate()), give=lambda t: t)
+            plain = layer(n_inp)
+            for placement in (Shard(1), Replicate(), Shard(0)):
+                given = torch.distributed.tensor.distribute_tensor(x, mesh, [placement]).requires_grad_()
+                sharded = parallelize_module(deepcopy(plain), mesh, RowShardedCapsules(use_local_output=False))
+                z = sharded(given)
+                assert isinstance(z, DTensor) and z.placements == (Replicate(),)
+                whole = x.clone().requires_grad_()
+                y = plain(whole)
+                same(z.full_tensor(), y.detach())
+                plain.zero_grad()
+                y.square().sum().backward()
+                z.square().sum().backward()
+                same(given.grad.full_tensor(), whole.grad)
+                same(gradients(sharded), gradients(plain))
+            style = RowShardedCapsules(output_layouts=Shard(-2), use_local_output=False)
+            split = parallelize_module(deepcopy(plain), mesh, style)
+            z = split(own(x, world, size))
+            assert z.placements == (Shard(1),)
+            same(z.full_tensor(), plain(x))
+            (z.to_local() * own(torch.arange(1.0, M + 1)[:, None].double(), world, size)).sum().backward()
+            plain.zero_grad()
+            (plain(x) * torch.arange(1.0, M + 1)[:, None]).sum().backward()
+            same(gradients(split), gradients(plain))
