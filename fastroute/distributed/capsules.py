@@ -450,17 +450,17 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         try:
             self._can_be_sharded()
             w = self._local_parameters()
-            if self._rows.ranks == 1:
-                return super().stream(chunks, n=n, rows=rows, mask=mask, lengths=lengths, buffer=buffer)
+            ranks = None if self._rows.ranks == 1 else Ranks(place, partial(_total, group=group))
             n_inp = -1 if own is None else own
             if empty:  # as in forward
                 nothing = torch.zeros((*getattr(chunks, "shape", ())[:-2], 1, self.d_inp), dtype=w.W_A.dtype)
                 chunks = nothing.to(getattr(chunks, "dtype", None)) if isinstance(chunks, Tensor) else nothing
                 n, rows, mask, w, n_inp = None, None, None, _with_a_row(w), -1
-            w = _shared_rows(w, self.n_iters, group)
+            if ranks is not None:
+                w = _shared_rows(w, self.n_iters, group)
             made: Tensor = stream(
                 w, chunks, n_inp=n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n, rows=rows, mask=mask,
-                lengths=lengths, buffer=buffer, ranks=Ranks(place, partial(_total, group=group)),
+                lengths=lengths, buffer=buffer, ranks=ranks,
             )  # fmt: skip
             return made
         except Exception as error:

@@ -166,3 +166,83 @@ def layouts(world: World) -> None:
             plain.zero_grad()
             (plain(x) * torch.arange(1.0, M + 1)[:, None]).sum().backward()
             same(gradients(split), gradients(plain))
+
+
+@case
+def streams(world: World) -> None:
+    for size, n_inp, n, n_iters in itertools.product((1, 2, 4), (N, -1), (N, 5), (1, 2, 3)):
+        plain = layer(n if n_inp == N else -1, n_iters)
+        sharded = parallelize_module(deepcopy(plain), world.rows(size), RowShardedCapsules())
+        x = vectors(n)
+        part = own(x, world, size)
+        mask = torch.rand(n, M, generator=torch.Generator().manual_seed(5)) < 0.4
+        given: tuple[dict[str, Any], ...] = ({}, {"lengths": [n, 2]}, {"mask": mask, "lengths": [0, n]})
+        for kwargs in given:
+            own_kwargs = kwargs | ({"mask": own(mask, world, size)} if "mask" in kwargs else {})
+            y, z = plain(x, **kwargs), sharded.stream(part, rows=1, **own_kwargs)
+            same(z, y.detach())
+            plain.zero_grad()
+            sharded.zero_grad()
+            y.square().sum().backward()
+            z.square().sum().backward()
+            same(gradients(sharded), gradients(plain))
+
+
+@case
+def second_derivatives(world: World) -> None:
+    for n_inp, size in itertools.product((N, -1, 3), (2, 4)):
+        plain = layer(n_inp)
+        x = vectors(3 if n_inp == 3 else N)
+        sharded = parallelize_module(deepcopy(plain), world.rows(size), RowShardedCapsules())
+        found = []
+        for module, given in ((plain, x), (sharded, own(x, world, size))):
+            leaf = given.clone().requires_grad_()
+            names = [k for k, _ in module.named_parameters()]
+            y = module(leaf).square().sum()
+            first = torch.autograd.grad(y, [module.W_F2, module.W_G1], create_graph=True)
+            penalty = sum(full(g).square().sum() for g in first)
+            made = torch.autograd.grad(penalty, [leaf, *module.parameters()], allow_unused=True)
+            found.append({"x": made[0], **dict(zip(names, made[1:], strict=True))})
+        expected, got = found
+        same(got.pop("x"), own(expected.pop("x"), world, size))
+        same({k: None if t is None else full(t) for k, t in got.items()}, expected, rtol=1e-10)
+
+
+@case
+def dtypes(world: World) -> None:
+    """Every combination that one process takes; sums are in float32 or more."""
+    for dtype, given in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+        plain = layer().to(dtype)
+        x = vectors().to(given)
+        sharded = parallelize_module(deepcopy(plain), world.rows(2), RowShardedCapsules())
+        y, z = plain(x), sharded(own(x, world, 2))
+        assert z.dtype == y.dtype
+        torch.testing.assert_close(z, y.detach(), rtol=3e-2, atol=3e-2)
+        z.sum().backward()
+        assert {p.grad.dtype for p in sharded.parameters()} == {dtype}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert sharded(own(x, world, 2)).dtype == plain(x).dtype
+
+
+@case
+def compiled(world: World) -> None:
+    """``fullgraph``, and each collective is in the graph."""
+    for size, n_inp in ((2, -1), (4, N)):
+        plain, x = layer(n_inp), vectors()
+        sharded = parallelize_module(deepcopy(plain), world.rows(size), RowShardedCapsules())
+        graphs: list[str] = []
+
+        def backend(graph: Any, _: Any, graphs: list[str] = graphs) -> Any:
+            graphs.append(graph.print_readable(print_output=False))
+            return graph.forward
+
+        made = torch.compile(sharded, fullgraph=True, backend=backend)
+        part = own(x, world, size).clone().requires_grad_()
+        whole = x.clone().requires_grad_()
+        z, y = made(part), plain(whole)
+        same(z, y.detach())
+        z.square().sum().backward()
+        y.square().sum().backward()
+        same(part.grad, own(whole.grad, world, size))
+        same(gradients(sharded), gradients(plain))
+        assert len(graphs) == 1, len(graphs)
