@@ -2,5 +2,6 @@
 
 from .agreement import agree
 from .capsules import RowShardedCapsules
+from .checkpoints import Checkpoints, full_state_dict, load_full_state_dict
 
-__all__ = ["RowShardedCapsules", "agree"]
+__all__ = ["Checkpoints", "RowShardedCapsules", "agree", "full_state_dict", "load_full_state_dict"]

@@ -17,7 +17,7 @@ from fastroute.distributed import RowShardedCapsules
 from tests.distributed.ranks import World, case
 
 N, M, D, H, B = 10, 3, 5, 4, 2
-TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
+TOLERANCE = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
 
 
 def layer(n_inp: int = N, n_iters: int = 2, **options: Any) -> fastroute.EfficientVectorRouting:
