@@ -51,13 +51,13 @@ def agree(what: Mapping[str, object], group: Group = None, *, layer: str) -> Non
         return
     group = group_of(group)
     digest = hashlib.sha256(text).digest() + len(text).to_bytes(8, "big")
-    digests = _gathered(digest, group)
+    digests = _gathered(digest, group, layer)
     if own is None and all(other == digest for other in digests):
         return
     if all(other == digest for other in digests):
         raise own  # type: ignore[misc]
     longest = max(int.from_bytes(other[-8:], "big") for other in digests)
-    texts = _gathered(text.ljust(longest), group)
+    texts = _gathered(text.ljust(longest), group, layer)
     raise ValueError(_message([json.loads(other) for other in texts], layer, group)) from own
 
 
@@ -93,11 +93,17 @@ def _described(value: Any) -> str:
     return str(value)
 
 
-def _gathered(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
+def _gathered(message: bytes, group: dist.ProcessGroup | None, layer: str) -> list[bytes]:
     """Every rank's message; all have the same length."""
     mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(collective_device(group))
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
+    try:
+        dist.all_gather(every, mine, group=group)
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"{layer}: the all-gather by which ranks {ranks} agree failed; has one of them ended? {error}"
+        ) from error
     return [bytes(other.cpu().numpy()) for other in every]
 
 

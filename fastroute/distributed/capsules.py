@@ -51,8 +51,16 @@ _NOT_PLAIN = (
 # ------------------------------------------------------------------------------------------------ sums over ranks
 
 
-def _all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    made: Tensor = funcol.wait_tensor(funcol.all_reduce(t.contiguous(), "sum", group))
+def _all_reduce(t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+    try:
+        made: Tensor = funcol.wait_tensor(funcol.all_reduce(t.contiguous(), "sum", group))
+    except RuntimeError as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise RuntimeError(
+            f"RowShardedCapsules: the all-reduce of {what} over ranks {dist.get_process_group_ranks(group)} failed; "
+            f"has one of them ended? {error}"
+        ) from error
     return made
 
 
@@ -60,32 +68,33 @@ class _Sum(torch.autograd.Function):
     """The sum over ranks of what each has; its gradient is the same on all ranks, and each rank's own."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_reduce(t, group)
+    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+        ctx.group, ctx.what = group, what
+        return _all_reduce(t, group, what)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Shared.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Shared.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
 
 
 class _Shared(torch.autograd.Function):
     """What is the same on all ranks, where each begins to compute from it what is its own: gradients are summed."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+        ctx.group, ctx.what = group, what
         return t.view_as(t)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
 
 
 def _total(*parts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """The sums over ranks, in one all-reduce."""
-    flat = torch.cat([t.flatten() for t in parts]) if len(parts) > 1 else parts[0].flatten()
-    summed = _Sum.apply(flat, group)  # type: ignore[no-untyped-call]
+    several = len(parts) > 1
+    flat = torch.cat([t.flatten() for t in parts]) if several else parts[0].flatten()
+    summed = _Sum.apply(flat, group, "the moments M and p" if several else "the predictions' gradient")  # type: ignore[no-untyped-call]
     return tuple(s.view(t.shape) for s, t in zip(summed.split([t.numel() for t in parts]), parts, strict=True))
 
 
@@ -97,7 +106,9 @@ def _shared_rows(w: Parameters, n_iters: int, group: dist.ProcessGroup) -> Param
     if not names:
         return w
     given: list[Tensor] = [getattr(w, k) for k in names]
-    flat = _Shared.apply(torch.cat([t.flatten() for t in given]), group)  # type: ignore[no-untyped-call]
+    flat = _Shared.apply(  # type: ignore[no-untyped-call]
+        torch.cat([t.flatten() for t in given]), group, "the gradients of parameters that all input vectors share"
+    )
     parts = flat.split([t.numel() for t in given])
     return w._replace(**{k: part.view(t.shape) for k, part, t in zip(names, parts, given, strict=True)})
 
@@ -133,7 +144,9 @@ def _differentiable(call: _Call, x: Tensor, w: Parameters) -> Tensor:
     gate = only(gates(xs, w.W_A.to(acc), w.B_A.to(acc), call.scale).sigmoid(), live)
     y: Tensor | None = None
     for _ in range(call.n_iters):
-        pred = None if y is None else _Shared.apply(predictions(y, w).P, call.group)  # type: ignore[no-untyped-call]
+        pred = None if y is None else predictions(y, w).P
+        if pred is not None:
+            pred = _Shared.apply(pred, call.group, "the predictions' gradient")  # type: ignore[no-untyped-call]
         M, p = vector_routing(
             x, gate, pred, w.W_S, w.B_S, w.beta_use, w.beta_ign, use_bias=w.bias_use, ign_bias=w.bias_ign,
             prior=w.prior.to(acc), mask=call.mask, lengths=call.lengths,

@@ -1,4 +1,4 @@
-"""Capsule layers sharded by their input vectors, against the layer in one process. See ``tests/distributed/ranks.py``."""
+"""Capsule layers sharded by input vectors, against the layer in one process (see ``tests/distributed/ranks.py``)."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def same(found: Any, expected: Any, **more: Any) -> None:
 
 
 def compare(
-    world: World, size: int, plain: fastroute.EfficientVectorRouting, x: Tensor, *, style: RowShardedCapsules | None = None,
-    give: Callable[[Tensor], Tensor] | None = None, own_mask: Tensor | None = None, mask: Tensor | None = None,
-    lengths: Any = None,
+    world: World, size: int, plain: fastroute.EfficientVectorRouting, x: Tensor, *,
+    style: RowShardedCapsules | None = None, give: Callable[[Tensor], Tensor] | None = None,
+    own_mask: Tensor | None = None, mask: Tensor | None = None, lengths: Any = None,
 ) -> torch.nn.Module:  # fmt: skip
     """Values, and gradients of x and of all parameters."""
     sharded = parallelize_module(deepcopy(plain), world.rows(size), style or RowShardedCapsules())
@@ -132,7 +132,9 @@ def masks_and_lengths(world: World) -> None:
     compare(world, 4, layer(), vectors(), mask=masks[1], own_mask=masks[1])  # of all vectors
     for size, lengths, n_inp in itertools.product((2, 4), ([N, 2], [0, 5]), (N, -1)):
         compare(world, size, layer(n_inp), vectors(), lengths=lengths)
-        compare(world, size, layer(n_inp), vectors(), lengths=lengths, mask=masks[1], own_mask=own(masks[1], world, size))
+        compare(
+            world, size, layer(n_inp), vectors(), lengths=lengths, mask=masks[1], own_mask=own(masks[1], world, size)
+        )
 
 
 @case

@@ -48,7 +48,9 @@ class Model(nn.Module):
 
 def model(world: World, size: int, n_inp: int, wrapped: bool = False) -> Model:
     made = Model(n_inp)
-    parallelize_module(made, world.rows(size), {"routing": RowShardedCapsules(), "norm": SequenceParallel(use_local_output=True)})
+    parallelize_module(
+        made, world.rows(size), {"routing": RowShardedCapsules(), "norm": SequenceParallel(use_local_output=True)}
+    )
     return fully_shard(made, mesh=world.meshes[size]["data"]) if wrapped else made
 
 

@@ -1,7 +1,7 @@
-"""Four processes on gloo that run all cases of this folder: ``python -m tests.distributed.ranks RANK FILE MODULE...``.
+"""Four processes on gloo that run this folder's cases: ``python -m tests.distributed.ranks FILE [PART OF A NAME...]``.
 
 A case is a function of a ``World`` marked with ``@case``. All ranks run all of them in one order, so starting the
-processes is paid for once. Each rank prints what went wrong as JSON, {case: error}, and how long every case took.
+processes is paid for once. Each rank prints what went wrong as JSON, [rank, {case: error}].
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,9 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tests.helpers.subprocesses import ROOT
 
 RANKS = 4
-MODULES = tuple(
-    f"tests.distributed.{path.stem}" for path in sorted(Path(__file__).parent.glob("cases_*.py"))
-)
+MARK = "errors: "  #: a line of output that begins with it has them
+MODULES = tuple(f"tests.distributed.{path.stem}" for path in sorted(Path(__file__).parent.glob("cases_*.py")))
 CASES: dict[str, Callable[[World], None]] = {}
 
 
@@ -76,42 +76,63 @@ def main(rank: int, file: str, *wanted: str) -> None:
             CASES[name](World(rank, meshes))
         except Exception:
             found[name] = traceback.format_exc()[-3000:]
-        print(f"{name} {time.perf_counter() - began:.2f} s", file=sys.stderr)
+        if rank == 0:
+            print(f"{name} {time.perf_counter() - began:.2f} s", file=sys.stderr, flush=True)
         if name in found:
-            print(found[name], file=sys.stderr, flush=True)
-    print(json.dumps(found), flush=True)
+            print(f"rank {rank}: {found[name]}", file=sys.stderr, flush=True)
+    os.write(1, f"{MARK}{json.dumps([rank, found])}\n".encode())  # in one piece: the ranks share it
     dist.barrier()
     dist.destroy_process_group()
+
+
+def fork(ranks: int, run: Callable[[int], None], seconds: float = 400) -> list[int]:
+    """Exit statuses of so many copies of this process, which has imported everything and computed nothing."""
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(child)
+    signal.signal(signal.SIGALRM, lambda *_: [os.kill(child, signal.SIGKILL) for child in children])
+    signal.alarm(int(seconds))
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    signal.alarm(0)
+    return statuses
+
+
+def started(module: str, *arguments: str) -> str:
+    """What ``python -m module`` printed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500
+    )
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    return ran.stdout
 
 
 @cache
 def failed() -> dict[str, dict[int, str]]:
     """{case: {rank: error}} of one run of all cases."""
-    file = Path(tempfile.mkdtemp(prefix="fastroute-ranks-")) / "store"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.ranks", str(rank), str(file)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
     found: dict[str, dict[int, str]] = {}
-    try:
-        for rank, process in enumerate(started):
-            out, err = process.communicate(timeout=400)
-            assert process.returncode == 0, err[-4000:]
-            for name, error in json.loads(out.splitlines()[-1]).items():
-                found.setdefault(name, {})[rank] = error
-    finally:
-        for process in started:
-            process.kill()
-        file.unlink(missing_ok=True)
-        file.parent.rmdir()
+    with tempfile.TemporaryDirectory(prefix="fastroute-ranks-") as folder:
+        printed = started("tests.distributed.ranks", str(Path(folder) / "store"))
+    lines = [line.removeprefix(MARK) for line in printed.splitlines() if line.startswith(MARK)]
+    assert len(lines) == RANKS
+    for line in lines:
+        rank, errors = json.loads(line)
+        for name, error in errors.items():
+            found.setdefault(name, {})[rank] = error
     return found
 
 
 if __name__ == "__main__":
     from tests.distributed import ranks  # the module that cases register with, not the one that runs
 
-    ranks.main(int(sys.argv[1]), *sys.argv[2:])
+    ranks.names()
+    sys.exit(any(ranks.fork(RANKS, lambda rank: ranks.main(rank, *sys.argv[1:]))))
