@@ -307,7 +307,8 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         if n is not None:
             return n, self._rows.of(n)[0]
         own = torch.full((1,), k, dtype=torch.int64, device=_local(self.W_A).device)
-        counts = funcol.wait_tensor(funcol.all_gather_tensor(own, 0, self._rows.group))
+        gather = torch.ops._c10d_functional.all_gather_into_tensor  # whose wrapper has two names in torch 2.11 to 2.13
+        counts = funcol.wait_tensor(gather(own, self._rows.ranks, self._rows.group.group_name))
         return counts.sum(), counts[: self._rows.mesh.get_local_rank()].sum()
 
     def _local_parameters(self) -> Parameters:
