@@ -1,7 +1,7 @@
 """Train a routing whose input vectors, and the parameters that belong to them, are spread over processes.
 
-The task: vectors at known places carry a class, the others are noise. With n_inp fixed every place has parameters of its
-own, so the layer learns where to look. A run saves checkpoints; started again on the same folder, on any number of
+The task: vectors at known places carry a class, the others are noise. With n_inp fixed every place has parameters of
+its own, so the layer learns where to look. A run saves checkpoints; started again on the same folder, on any number of
 processes, it goes on from the last one.
 
     torchrun --nproc-per-node 2 examples/distributed/capsules.py
@@ -15,11 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _ranks import progress, say, start  # before torch
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _ranks import progress, say, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoints = Checkpoints(args.checkpoints, model, optimizer) if args.checkpoints else None
     done = (checkpoints.load() or 0) if checkpoints else 0
     group, place = mesh["data"].get_local_rank(), mesh["sequence"].get_local_rank()
-    of_rank = next(p for p in (model.routing.W_A,)).to_local().shape[0]
+    of_rank = -(-args.vectors // mesh["sequence"].size())
     say(f"{ranks} processes on {device.type}, {of_rank} of {args.vectors} vectors on rank 0, from step {done}")
     hits = torch.zeros((), device=device)
     with progress() as bar:

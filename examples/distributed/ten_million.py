@@ -16,10 +16,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from _ranks import progress, say, start  # before torch
-
 import torch
 import torch.distributed as dist
+from _ranks import progress, say, start
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module

@@ -566,14 +566,14 @@ class RowShardedCapsules(ParallelStyle):
     def _check(self, module: nn.Module, mesh: DeviceMesh) -> EfficientVectorRouting:
         if mesh.ndim != 1:
             raise ValueError(f"device_mesh: expected one dimension, such as mesh['sequence'], got {mesh}")
+        sharded = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
+        if sharded:
+            raise ValueError(f"module: expected parameters that are not sharded, got DTensors: {', '.join(sharded)}")
         if type(module) is not EfficientVectorRouting:
             raise TypeError(
                 f"module: expected an EfficientVectorRouting, got {type(module).__name__}, which cannot be sharded by "
                 "its input vectors; name the routing itself in parallelize_module's plan"
             )
-        sharded = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
-        if sharded:
-            raise ValueError(f"module: expected parameters that are not sharded, got DTensors: {', '.join(sharded)}")
         names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
         if "parametrizations" in module._modules or names - {*Parameters._fields, "weight", "bias"}:
             raise ValueError("module: expected no parametrizations; remove them, or shard first")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import fastroute
-from fastroute.distributed import RowShardedCapsules
+from bench.distributed_model import Routing
+from fastroute.distributed import RowShardedCapsules, agree
 from tests.distributed.ranks import World, case
+from tests.helpers.traffic import Traffic
 
 N, M, D, H, B = 10, 3, 5, 4, 2
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
@@ -248,3 +252,135 @@ def compiled(world: World) -> None:
         same(part.grad, own(whole.grad, world, size))
         same(gradients(sharded), gradients(plain))
         assert len(graphs) == 1, len(graphs)
+
+
+@case
+def two_dimensions(world: World) -> None:
+    """Data parallel over one dimension of a mesh, input vectors over the other: the weights of one process."""
+    x = vectors(batch=(4,))
+    for n_inp, policy in ((N, None), (-1, None), (N, CPUOffloadPolicy())):
+        plain = layer(n_inp)
+        sharded = parallelize_module(deepcopy(plain), world.rows(2), RowShardedCapsules())
+        data = world.meshes[2]["data"]
+        fully_shard(sharded, mesh=data, **({} if policy is None else {"offload_policy": policy}))
+        replica = x.chunk(2)[data.get_local_rank()]
+        for module, given in ((plain, x), (sharded, own(replica, world, 2))):
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+            for _ in range(3):
+                optimizer.zero_grad()
+                module(given).square().mean().backward()
+                torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+                optimizer.step()
+        same({k: full(p).detach() for k, p in sharded.named_parameters()}, dict(plain.named_parameters()))
+
+
+@case
+def bytes_of_a_step(world: World) -> None:
+    for size, n_inp, n_iters, batch in itertools.product((2, 4), (N, -1), (1, 2, 3), (1, B)):
+        sharded = parallelize_module(layer(n_inp, n_iters), world.rows(size), RowShardedCapsules())
+        x = own(vectors(batch=(batch,)), world, size)
+        sharded(x)  # the ranks compare what they were given, once
+        with Traffic() as traffic:
+            sharded(x).sum().backward()
+        expected = Routing(batch, N, M, D, H, n_iters, n_inp == -1).all_reduces()
+        assert traffic.calls["all_reduce"] == len(expected)
+        assert traffic.bytes["all_reduce"] == 8 * sum(expected)
+        assert traffic.bytes["all_gather_into_tensor"] == (8 if n_inp == -1 else 0)
+        with Traffic() as traffic, torch.no_grad():
+            sharded(x)
+        assert traffic.bytes["all_reduce"] == 8 * sum(expected[:n_iters])
+
+
+@case
+def made_without_memory(world: World) -> None:
+    """A layer that is never whole: the ranks draw their own rows, and the first one what all have."""
+    for size, n_inp in itertools.product((2, 4), (N, 3, -1)):
+        torch.manual_seed(world.rank)
+        made = fastroute.EfficientVectorRouting(n_inp, M, D, H, device="meta")
+        sharded = parallelize_module(made, world.rows(size), RowShardedCapsules()).to_empty(device="cpu")
+        sharded.reset_parameters()
+        weights = {k: t.full_tensor() for k, t in sharded.state_dict().items()}
+        assert all(t.isfinite().all() for t in weights.values())
+        agree(weights, world.rows(size), layer="drawn")  # replicas are one
+        if n_inp == N:
+            assert weights["W_A"].unique().numel() == weights["W_A"].numel()
+        plain = fastroute.EfficientVectorRouting(n_inp, M, D, H)
+        plain.load_state_dict(weights)
+        x = vectors(3 if n_inp == 3 else N).float()
+        torch.testing.assert_close(sharded(own(x, world, size)), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def says(message: str, kind: type[Exception], run: Callable[[], Any]) -> None:
+    try:
+        run()
+    except kind as error:
+        assert re.search(message, str(error)), str(error)
+    else:
+        raise AssertionError(f"nothing was said; expected: {message}")
+
+
+@case
+def bad_input(world: World) -> None:
+    """On all ranks, whichever is wrong; and afterwards the ranks still go together."""
+    mesh, odd = world.rows(4), world.rank == 2
+
+    def shard(module: torch.nn.Module, mesh: Any = mesh, **options: Any) -> Any:
+        return parallelize_module(module, mesh, RowShardedCapsules(**options))
+
+    slots = fastroute.capsules.SlotAttention(3, 4, 2) if odd else layer()
+    says(r"TypeError: module: .*SlotAttention.* on rank 2", ValueError, lambda: shard(slots))
+    says(r"EfficientVectorRouting, got Linear", TypeError, lambda: shard(torch.nn.Linear(2, 2)))
+    says("return_dict: expected False, got True", ValueError, lambda: shard(layer(return_dict=True)))
+    says(r"module: .*n_inp=10.* on ranks 0, 1 and 3, .*n_inp=9.* on rank 2", ValueError,
+         lambda: shard(layer(9 if odd else N)))  # fmt: skip
+    says(r"W_A: .*float32.* on rank 2", ValueError, lambda: shard(layer().float() if odd else layer()))
+    says("W_G1: .*False.* on rank 2", ValueError, lambda: shard(frozen("W_G1") if odd else layer()))
+    says("one dimension", ValueError, lambda: shard(layer(), world.meshes[2]))
+    says("not sharded, got DTensors", ValueError, lambda: shard(shard(layer())) and None)
+    says("output_layouts: .*Partial", TypeError, lambda: RowShardedCapsules(output_layouts=Partial()))
+    hooked = layer(-1)
+    hooked.compute_beta_use.register_forward_hook(lambda *_: None)
+    says("without hooks", ValueError, lambda: shard(hooked))
+    parametrized = layer()
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "W_F1", torch.nn.Identity())
+    says("(parametrizations|got Parametrized)", (ValueError, TypeError), lambda: shard(parametrized))
+
+    x = own(vectors(), world, 4)
+    for given, message in (
+        (x[:1] if odd else x, r"leading dimensions of x_inp: .*\[2\] on ranks 0, 1 and 3, \[1\] on rank 2"),
+        (x.float() if odd else x, "dtype of x_inp: .*float32 on rank 2"),
+        (x[:, :2] if odd else x, r"ValueError: x_inp: expected the 3 of 10 .* from number 6 on.*got 2.* on rank 2"),
+        (x[..., :4] if odd else x, "width 5, got 4.* on rank 2"),
+    ):
+        says(message, ValueError, lambda given=given: shard(layer())(given))
+    says("lengths: .*on rank 2", ValueError, lambda: shard(layer())(x, lengths=[N, 3 if odd else 4]))
+    says("lengths: expected values from 0 to 10", ValueError, lambda: shard(layer())(x, lengths=[N, 11]))
+    sharded = shard(layer())
+    sharded(x)
+    with fastroute.strict(True):  # later calls, too
+        says("dtype of x_inp: .*float32 on rank 2", ValueError, lambda: sharded(x.float() if odd else x))
+    says("mask: expected .*broadcasts", ValueError, lambda: sharded(x, torch.zeros(4, 4, dtype=torch.bool)))
+    says("lengths: expected values from 0 to 10", ValueError, lambda: shard(layer(-1))(x, lengths=[N, 11]))
+    says("at least 1 input vector", ValueError, lambda: shard(layer(-1))(x[:, :0]))
+    says("torch.func", NotImplementedError, lambda: torch.func.grad(lambda t: sharded(t).sum())(x))
+    says("chunks: expected at least 1 input vector", ValueError, lambda: shard(layer(-1)).stream(x[:, :0]))
+    says(r"stream: raised TypeError: chunks.* on rank 2", ValueError, lambda: sharded.stream(3 if odd else x))
+    says(r"leading dimensions of chunks.* on rank 2", ValueError, lambda: sharded.stream(x[:1] if odd else x))
+    same(sharded(x), layer()(vectors()).detach())
+
+
+def frozen(name: str) -> fastroute.EfficientVectorRouting:
+    made = layer()
+    getattr(made, name).requires_grad_(False)
+    return made
+
+
+@case
+def frozen_parameters(world: World) -> None:
+    """Which get no gradient, and none of whose gradients is sent."""
+    for name, n_inp in (("W_A", N), ("beta_use", N), ("W_F2", N), ("W_S", -1), ("B_A", -1)):
+        plain = layer(n_inp)
+        getattr(plain, name).requires_grad_(False)
+        compare(world, 4, plain, vectors())
+    plain = layer(-1).requires_grad_(False)
+    compare(world, 4, plain, vectors())

@@ -47,7 +47,7 @@ def test_killed_runs_go_on_on_fewer_ranks(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_torchrun_restarts(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     ran = subprocess.run(
         [sys.executable, *command, "-m", "tests.distributed.killed", str(tmp_path)],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
@@ -93,4 +93,6 @@ def test_agreement_without_a_group() -> None:
 def test_it_is_not_imported_unasked() -> None:
     for path in (ROOT / "fastroute").rglob("*.py"):
         if "distributed" not in path.parts:
-            assert not re.search(r"^\s*(from|import) .*(fastroute|\.)\.?distributed", path.read_text(), re.MULTILINE), path
+            assert not re.search(r"^\s*(from|import) .*(fastroute|\.)\.?distributed", path.read_text(), re.MULTILINE), (
+                path
+            )
