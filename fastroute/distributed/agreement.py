@@ -109,18 +109,16 @@ def _gathered(message: bytes, group: dist.ProcessGroup | None, layer: str) -> li
 
 def _message(have: list[dict[str, str]], layer: str, group: dist.ProcessGroup | None) -> str:
     ranks = dist.get_process_group_ranks(group)
-    parts = []
+    parts, failures = [], []
     for name in {name: None for one in have for name in one}:
         by_value: dict[str, list[int]] = {}
         for rank, one in zip(ranks, have, strict=True):
             by_value.setdefault(one.get(name, "nothing"), []).append(rank)
-        raised = [f"{value} on {_ranks(on)}" for value, on in by_value.items() if value.startswith(_RAISED)]
-        if raised:
-            parts.append(", ".join(raised))
-        elif len(by_value) > 1:
+        failures += [f"{value} on {_ranks(on)}" for value, on in by_value.items() if value.startswith(_RAISED)]
+        if len(by_value) > 1:
             shown = (f"{_short(value, by_value)} on {_ranks(on)}" for value, on in by_value.items())
             parts.append(f"{name}: expected the same on every rank, got " + ", ".join(shown))
-    return f"{layer}: " + "; ".join(parts)
+    return f"{layer}: " + "; ".join(failures or parts)  # what else differs may be the failure's consequence
 
 
 def _short(value: str, others: Mapping[str, object]) -> str:

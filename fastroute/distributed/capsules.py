@@ -199,10 +199,6 @@ def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
     if torch.compiler.is_compiling():
         with autocast_off(x.device.type):
             return _differentiable(call, x, w)
-    if transformed():
-        raise NotImplementedError(
-            "RowShardedCapsules: expected no torch.func transform and no forward mode, which know no collectives"
-        )
     made: Tensor = _Route.apply(call, x, *w)  # type: ignore[no-untyped-call]
     return made
 
@@ -280,12 +276,16 @@ class RowShardedVectorRouting(EfficientVectorRouting):
                 f"{rows.mesh.get_local_rank()} of {rows.ranks} has, got {x_inp.shape[-2]} (it is {checks.shown(x_inp)})"
             )
         wide = x_inp if x_inp.shape[-2] else x_inp.new_empty((*x_inp.shape[:-2], 1, x_inp.shape[-1]))
-        checks.input_vectors(wide, -1, self.d_inp, _local(self.W_A).device)
+        checks.input_vectors(wide, -1, self.d_inp, self.W_A.device)
         if n == 0:
             raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {checks.shown(x_inp)})")
         return x_inp, n
 
     def _can_be_sharded(self) -> None:
+        if transformed():
+            raise NotImplementedError(
+                "RowShardedCapsules: expected no torch.func transform and no forward mode, which know no collectives"
+            )
         if self.return_dict:
             raise ValueError("return_dict: expected False, got True: no rank has whole [n_inp, n_out] arrays")
         if not self._is_plain():
@@ -306,7 +306,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         """(how many vectors there are in all, how many are before this rank's)."""
         if n is not None:
             return n, self._rows.of(n)[0]
-        own = torch.full((1,), k, dtype=torch.int64, device=_local(self.W_A).device)
+        own = torch.full((1,), k, dtype=torch.int64, device=self.W_A.device)
         gather = torch.ops._c10d_functional.all_gather_into_tensor  # whose wrapper has two names in torch 2.11 to 2.13
         counts = funcol.wait_tensor(gather(own, self._rows.ranks, self._rows.group.group_name))
         return counts.sum(), counts[: self._rows.mesh.get_local_rank()].sum()
