@@ -128,12 +128,12 @@ def draw(machine: Machine) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     for axis, weak in zip(axes, (False, True), strict=True):
         for name, found in efficiencies(weak, machine).items():
             axis.plot([N for N, _, _ in found], [share for _, _, share in found], marker="o", label=name)
         axis.set(xscale="log", xlabel="GPUs", title="weak scaling" if weak else "strong scaling", ylim=(0, 1.05))
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("efficiency (model)")
     figure.tight_layout()

@@ -47,7 +47,7 @@ def test_killed_runs_go_on_on_fewer_ranks(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_torchrun_restarts(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/examples/distributed"}
     ran = subprocess.run(
         [sys.executable, *command, "-m", "tests.distributed.killed", str(tmp_path)],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
@@ -56,6 +56,16 @@ def test_torchrun_restarts(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report").read_text())
     assert not report["first"]
     assert report["difference"] < 1e-12
+
+
+@pytest.mark.long
+def test_examples(tmp_path: Path) -> None:
+    found = [json.loads(line) for line in started("tests.distributed.run_examples", str(tmp_path)).splitlines()]
+    assert [set(statuses) for statuses, _ in found] == [{0}] * 4
+    begun, resumed, streamed, alone = (text for _, text in found)
+    assert "2 processes on cpu, 15 of 30 vectors on rank 0, from step 0" in begun
+    assert "4 processes on cpu, 15 of 30 vectors on rank 0, from step 4" in resumed and "running accuracy" in resumed
+    assert "rank 1: 34,464 vectors" in streamed and "40,000 x 64" in alone
 
 
 @pytest.fixture
