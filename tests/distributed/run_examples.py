@@ -1,4 +1,4 @@
-"""The examples as torchrun's workers run them, in copies of one process: ``python -m tests.distributed.run_examples DIR``.
+"""The examples as under torchrun, in copies of one process: ``python -m tests.distributed.run_examples DIR``.
 
 Prints a line of JSON for each run: its exit statuses, and what it printed.
 """
