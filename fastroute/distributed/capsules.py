@@ -138,23 +138,25 @@ class _Call(NamedTuple):
 
 def _differentiable(call: _Call, x: Tensor, w: Parameters) -> Tensor:
     """The same of ops that autograd and torch.compile know, collectives included."""
-    acc = call.scale.dtype
+    acc, device = call.scale.dtype, x.device.type
     live = None if call.lengths is None else row_is_live(x, call.lengths)
-    xs = only(x, live).to(acc)
-    gate = only(gates(xs, w.W_A.to(acc), w.B_A.to(acc), call.scale).sigmoid(), live)
-    y: Tensor | None = None
-    for _ in range(call.n_iters):
-        pred = None if y is None else predictions(y, w).P
-        if pred is not None:
-            pred = _Shared.apply(pred, call.group, "the predictions' gradient")  # type: ignore[no-untyped-call]
+    with autocast_off(device):
+        xs = only(x, live).to(acc)
+        gate = only(gates(xs, w.W_A.to(acc), w.B_A.to(acc), call.scale).sigmoid(), live)
+    pred: Tensor | None = None
+    for t in range(call.n_iters):
         M, p = vector_routing(
             x, gate, pred, w.W_S, w.B_S, w.beta_use, w.beta_ign, use_bias=w.bias_use, ign_bias=w.bias_ign,
             prior=w.prior.to(acc), mask=call.mask, lengths=call.lengths,
         )  # fmt: skip
         M, p = _total(M, p, group=call.group)
-        y = outputs(M, p, call.scale, w)
-    assert y is not None
-    return norm(y) if call.normalize else y
+        with autocast_off(device):
+            y = outputs(M, p, call.scale, w)
+            if t + 1 < call.n_iters:
+                P = predictions(y, w).P
+                pred = _Shared.apply(P, call.group, "the predictions' gradient")  # type: ignore[no-untyped-call]
+    with autocast_off(device):
+        return norm(y) if call.normalize else y
 
 
 class _Route(torch.autograd.Function):
@@ -177,8 +179,7 @@ class _Route(torch.autograd.Function):
         if asked_again(dy):
 
             def plain(x: Tensor, *w: Tensor) -> list[Tensor]:
-                with autocast_off(x.device.type):
-                    return [_differentiable(call, x, Parameters(*w))]
+                return [_differentiable(call, x, Parameters(*w))]
 
             return None, *through(plain, (x, *given), needs, [dy])
         w = Parameters(*given)
@@ -197,8 +198,7 @@ class _Route(torch.autograd.Function):
 def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
     """[B, m, h] in the dtype of sums, the same on all ranks."""
     if torch.compiler.is_compiling():
-        with autocast_off(x.device.type):
-            return _differentiable(call, x, w)
+        return _differentiable(call, x, w)
     made: Tensor = _Route.apply(call, x, *w)  # type: ignore[no-untyped-call]
     return made
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import fastroute
 from bench.distributed_model import Routing
@@ -384,3 +386,45 @@ def frozen_parameters(world: World) -> None:
         compare(world, 4, plain, vectors())
     plain = layer(-1).requires_grad_(False)
     compare(world, 4, plain, vectors())
+
+
+@case
+def as_other_modules(world: World) -> None:
+    """Copies, averages, casts, inference mode, checkpointing, FSDP's mixed precision."""
+    mesh, plain = world.rows(4), layer()
+    x = own(vectors(), world, 4)
+    sharded = parallelize_module(deepcopy(plain), mesh, RowShardedCapsules())
+    same(deepcopy(sharded)(x), plain(vectors()))
+    average = AveragedModel(sharded)
+    average.update_parameters(sharded)
+    same(average(x), plain(vectors()))
+    with torch.inference_mode():
+        y = sharded(x)
+    same(y, plain(vectors()).detach())
+    checkpoint(sharded, x.requires_grad_(), use_reentrant=False).square().sum().backward()
+    plain(vectors()).square().sum().backward()
+    same(gradients(sharded), gradients(plain))
+    assert sharded.float()(x.detach().float()).dtype == torch.float32
+    mixed = parallelize_module(layer().float(), world.rows(2), RowShardedCapsules())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(mixed, mesh=world.meshes[2]["data"], mp_policy=policy)
+    y = mixed(own(vectors(batch=(4,)).float(), world, 2))
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert {p.grad.dtype for p in mixed.parameters()} == {torch.float32}
+    torch.testing.assert_close(y.float(), layer().float()(vectors(batch=(4,)).float()), rtol=0.1, atol=0.1)
+
+
+@case
+def compiled_for_any_number(world: World) -> None:
+    plain = layer(-1)
+    sharded = parallelize_module(deepcopy(plain), world.rows(2), RowShardedCapsules())
+    made = torch.compile(sharded, dynamic=True, fullgraph=True, backend="aot_eager")
+    for n in (10, 16):
+        x, lengths = vectors(n), torch.tensor([4, 1])
+        z, y = made(own(x, world, 2), lengths=lengths), plain(x, lengths=lengths)
+        same(z, y.detach())
+        for module, out in ((plain, y), (sharded, z)):
+            module.zero_grad()
+            out.square().sum().backward()
+        same(gradients(sharded), gradients(plain))
