@@ -46,13 +46,19 @@ class Row(NamedTuple):
     goal: tuple[str, str, float] | None = None  # (figure, "at least" or "at most", value)
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Wall seconds until all ranks have done it."""
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """(wall seconds until all ranks have done it, CPU seconds of the busiest one)"""
     dist.barrier()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     run()
-    dist.barrier()
-    return time.perf_counter() - began
+    busiest = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+    dist.all_reduce(busiest, dist.ReduceOp.MAX)
+    return time.perf_counter() - began, busiest.item()
+
+
+def ratio(ones: list[tuple[float, float]], others: list[tuple[float, float]], which: int) -> float:
+    """Of wall (0) or CPU time (1), the median over rounds."""
+    return statistics.median(a[which] / b[which] for a, b in zip(ones, others, strict=True))
 
 
 def loopback() -> int:
@@ -99,9 +105,10 @@ def capsules(case: Routing, ranks: int, rounds: int) -> Callable[[int, bool], Fo
         return {
             "case": f"n = {shape.n:,}, {shape.m} x {shape.h} outputs, d = {shape.d}, batch {shape.B}"
             + (", any length" if shape.any_length else ""),
-            "one process, ms": 1e3 * statistics.median(ones),
-            "sharded, ms": 1e3 * statistics.median(all_),
-            "speedup": statistics.median(a / b for a, b in zip(ones, all_, strict=True)),
+            "one process, ms": 1e3 * statistics.median(wall for wall, _ in ones),
+            "sharded, ms": 1e3 * statistics.median(wall for wall, _ in all_),
+            "speedup": ratio(ones, all_, 0),
+            "by CPU time": ratio(ones, all_, 1),
             "bytes by formula": formula,
             "bytes measured": traffic.bytes["all_reduce"],
             "bytes over loopback": min(wire),
@@ -166,12 +173,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; nothing is written")
     parser.add_argument("-k", default="", help="only rows whose names have this in them")
     args = parser.parse_args()
-    found = {}
+    found, load = {}, f"{os.getloadavg()[0]:.1f}"
     for name in ROWS:
         if args.k in name:
             found[name] = of(name, args.quick)
             print(name, found[name], flush=True)
-    facts, date = machine(), time.strftime("%Y-%m-%d")
+    facts, date = machine() | {"load average before": load}, time.strftime("%Y-%m-%d")
     print(f"\n{text(found, facts, date)}")
     if not args.quick and not args.k:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
