@@ -342,8 +342,8 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             self._can_be_sharded()
             x, n = self._own(x_inp)
             given |= {"leading dimensions of x_inp": x.shape[:-2], "dtype of x_inp": x.dtype, "vectors in all": n}
-            given |= {"autocast": autocast_precision(x.device.type), "gradients": torch.is_grad_enabled()}
-            given |= {"gradient of x_inp": x.requires_grad}
+            given |= {"autocast": autocast_precision(x.device.type), "gradient mode": torch.is_grad_enabled()}
+            given |= {"gradients of something": any(t.requires_grad for t in (x, *self.parameters()))}
             mask = self._own_mask(mask, x, n)
             known = checks.LARGEST if n is None else n
             if lengths is not None:
@@ -452,7 +452,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             placed.append(True)
             agree(
                 {"leading dimensions of chunks": batch, "dtype of chunks": dtype, "lengths": lengths,
-                 "gradients": torch.is_grad_enabled(), "autocast": autocast_precision(w.W_A.device.type)},
+                 "gradient mode": torch.is_grad_enabled(), "autocast": autocast_precision(w.W_A.device.type)},
                 group, layer=named,
             )  # fmt: skip
             count = 0 if empty else count

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 
 import fastroute
 from fastroute.distributed import Checkpoints, RowShardedCapsules, full_state_dict, load_full_state_dict
+from fastroute.multitask.weighting import WEIGHTINGS
 from tests.distributed.cases_capsules import D, N, full, layer, own, same, vectors
 from tests.distributed.ranks import World, case
 
@@ -120,3 +121,35 @@ def one_process_state_dicts(world: World) -> None:
             given = {k: t + 1 for k, t in Model(n_inp).state_dict().items()}
             load_full_state_dict(module, given if world.rank == 0 else {})
             same(state(module), given)
+
+
+def keeping() -> dict[str, nn.Module]:
+    """What knows something that training has found out, beside weights."""
+    torch.manual_seed(8)
+    made: dict[str, nn.Module] = {name: kind(3) for name, kind in WEIGHTINGS.items()}
+    made["gating"] = fastroute.TopKGating(4, D, k=2, bias_balancing=0.1)
+    made["policy"] = fastroute.WPL(4, num_agents=2, policy_storage_type="tabular")
+    made["router"] = fastroute.TaskRouter(8, 3, 0.5, "router")
+    return made
+
+
+@case
+def weightings_and_routers(world: World) -> None:
+    """What they know is there after a resumed run, whether or not a process group is."""
+    modules = keeping()
+    known = {name: dict(module.state_dict()) for name, module in modules.items()}
+    draw = torch.Generator().manual_seed(9)
+    for name, found in known.items():
+        for t in found.values():
+            if name == "router":  # zeros and ones
+                t.copy_(1 - t)
+            else:
+                t.copy_(torch.rand(t.shape, generator=draw) if t.is_floating_point() else torch.ones_like(t))
+    expected = {name: {k: t.clone() for k, t in found.items()} for name, found in known.items()}
+    with folder(world) as path:
+        Checkpoints(path, modules).save(3)
+        for _ in range(2):
+            fresh = keeping()
+            assert Checkpoints(path, fresh).load() == 3
+            for name, module in fresh.items():
+                same(dict(module.state_dict()), expected[name], rtol=0, atol=0)
