@@ -337,24 +337,24 @@ class RowShardedVectorRouting(EfficientVectorRouting):
                 the ranks compare what they were given: if it cannot go together, all of them raise.
         """
         checking = not torch.compiler.is_compiling() and (self._first or is_strict())
-        given: dict[str, object] = {}
         try:
             self._can_be_sharded()
             x, n = self._own(x_inp)
-            given |= {"leading dimensions of x_inp": x.shape[:-2], "dtype of x_inp": x.dtype, "vectors in all": n}
-            given |= {"autocast": autocast_precision(x.device.type), "gradient mode": torch.is_grad_enabled()}
-            given |= {"gradients of something": any(t.requires_grad for t in (x, *self.parameters()))}
             mask = self._own_mask(mask, x, n)
             known = checks.LARGEST if n is None else n
             if lengths is not None:
                 lengths = checks.as_lengths(lengths, x.shape[:-2], known, x.device)
-            given["lengths"] = lengths
         except Exception as error:
             if checking:
                 agree({"forward": error}, self._rows.mesh, layer=type(self).__name__)
             raise
         if checking:
-            agree(given, self._rows.mesh, layer=type(self).__name__)
+            agree(
+                {"leading dimensions of x_inp": x.shape[:-2], "dtype of x_inp": x.dtype, "vectors in all": n,
+                 "lengths": lengths, "autocast": autocast_precision(x.device.type), "gradient mode":
+                 torch.is_grad_enabled(), "gradients": any(t.requires_grad for t in (x, *self.parameters()))},
+                self._rows.mesh, layer=type(self).__name__,
+            )  # fmt: skip
             self._first = False
         y = self._routed(x, n, mask, lengths)
         rows = self._rows
