@@ -263,7 +263,7 @@ def compiled(world: World) -> None:
 def two_dimensions(world: World) -> None:
     """Data parallel over one dimension of a mesh, input vectors over the other: the weights of one process."""
     x = vectors(batch=(4,))
-    for n_inp, policy in ((N, None), (-1, None), (N, CPUOffloadPolicy())):
+    for n_inp, policy in ((N, None), (-1, None), (N, CPUOffloadPolicy(pin_memory=False))):
         plain = layer(n_inp)
         sharded = parallelize_module(deepcopy(plain), world.rows(2), RowShardedCapsules())
         data = world.meshes[2]["data"]
