@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,14 @@ _LEAST_BYTES_ELSEWHERE = 64 << 20
 _EVERY_PASS = "a tensor, an array, a list, or a function that returns a new iterator each time"
 
 
+class Ranks(NamedTuple):
+    """How vectors that are streamed by several processes are put together, each of which streams its own."""
+
+    #: Of this rank's (n, leading sizes, dtype): how many vectors there are in all, before its own, and its own.
+    place: Callable[[int, tuple[int, ...], torch.dtype], tuple[int, int, int]]
+    total: Callable[..., tuple[Tensor, ...]]  # the sums of tensors over all ranks
+
+
 @torch.compiler.disable
 def stream(
     w: Parameters,
@@ -42,8 +50,9 @@ def stream(
     mask: Tensor | None,
     lengths: Tensor | Sequence[int] | None,
     buffer: bool,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """See ``EfficientVectorRouting.stream``."""
+    """See ``EfficientVectorRouting.stream``. With ``ranks``, n_inp, n, mask and the parameters are of this rank."""
     m, h, device = w.W_F1.shape[0], w.W_F2.shape[1], w.W_A.device
     graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in w)
     n = None if n is None else checks.at_least_one("n", n)
@@ -54,6 +63,7 @@ def stream(
     source = _Source(w, chunks, rows, graph, "n" if n_inp == -1 else "n_inp")
     source.settle(n, n_iters * (2 if graph else 1), buffer)
     batch = source.look()
+    in_all, before, own = (source.n, 0, source.n) if ranks is None else ranks.place(source.n, batch, source.dtype)
 
     precision = autocast_precision(device.type)
     source.dtype, w = prepared(source.dtype, w, precision)
@@ -64,12 +74,17 @@ def stream(
         mask = checks.as_mask(mask.to(device), batch, source.n, m)
     if lengths is not None:
         lengths = torch.as_tensor(lengths, device=device)
-        lengths = checks.as_lengths(lengths, batch, source.n, device)
+        lengths = checks.as_lengths(lengths, batch, in_all, device)
     samples = source.samples
     if samples == 0:
         return w.W_F2.new_empty((*batch, m, h), dtype=out)
-    scale = input_scale(torch.empty((samples, source.n, 0), dtype=source.dtype, device=device), lengths)
-    call = Streamed(source.__iter__, scale, mask, lengths, n_iters, normalize, requested(), precision)
+    scale = input_scale(torch.empty((samples, in_all, 0), dtype=source.dtype, device=device), lengths)
+    if own < source.n:
+        lengths = torch.full((samples,), own, dtype=torch.int64, device=device)
+    elif ranks is not None and lengths is not None:
+        lengths = (lengths - before).clamp(0, own)
+    total = None if ranks is None else ranks.total
+    call = Streamed(source.__iter__, scale, mask, lengths, n_iters, normalize, requested(), precision, total)
     return route(call, w).to(out).reshape(*batch, m, h)
 
 

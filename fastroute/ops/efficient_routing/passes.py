@@ -62,10 +62,15 @@ class Call(NamedTuple):
     n_iters: int
     normalize: bool
     precision: str  # autocast's, or ""
+    over_ranks: Callable[..., tuple[Tensor, ...]] | None = None  # the sums of tensors, if others have more vectors
 
     @property
     def acc(self) -> torch.dtype:
         return self.scale.dtype
+
+    def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """What is summed over these vectors, summed over all."""
+        return parts if self.over_ranks is None else self.over_ranks(*parts)
 
 
 class Saved(NamedTuple):
@@ -200,6 +205,7 @@ def forward(call: Call, w: Parameters) -> tuple[Tensor, Saved]:
         if t == 0 and call.form == "gram":
             G, g = M, p
             M, p = first_moments(G, g, *first_betas(w, call.acc))
+        M, p = call.total(M, p)
         all_M[t] = M
         all_p[t] = p
         all_y[t] = outputs(M, p, call.scale, w)
@@ -227,7 +233,8 @@ def backward(
             dP.add(chunk.kernel.backward(step, dM, dp, grads))
             rows.add(grads, (*_SCORE, *_BETAS), {})
         rows.fresh = False
-        dy = predictions_backward(dP.get(), seen, saved.y[t - 1], w, dw)
+        (all_dP,) = call.total(dP.get())
+        dy = predictions_backward(all_dP, seen, saved.y[t - 1], w, dw)
     if want_rows or dx is not None:  # else nothing is left to be found
         _first_backward(call, w, saved, dM, dp, rows)
     return per_output | rows.found()

@@ -33,6 +33,7 @@ class Streamed(NamedTuple):
     normalize: bool
     backend: str
     precision: str  # autocast's, or ""
+    over_ranks: Callable[..., tuple[Tensor, ...]] | None = None  # as in ``Call``
 
     def chunks(self, n_out: int) -> Iterator[Chunk]:
         start = 0
@@ -46,7 +47,7 @@ class Streamed(NamedTuple):
 
     def of(self, w: Parameters) -> Call:
         chunks, form = partial(self.chunks, w.W_F1.shape[0]), first_form(w, whole=False, masked=self.mask is not None)
-        return Call(chunks, False, form, self.scale, self.n_iters, self.normalize, self.precision)
+        return Call(chunks, False, form, self.scale, self.n_iters, self.normalize, self.precision, self.over_ranks)
 
 
 class _Route(torch.autograd.Function):

@@ -1,0 +1,611 @@
+"""Capsule layers over several processes, each of which has some of the input vectors and their parameters.
+
+The M-step of an iteration is a sum over input vectors, and the E-step sees one of them at a time. So every rank routes
+its own ones, and the ranks add up [n_out, d_inp + 1] numbers per iteration. ``docs/distributed.md`` has the derivation.
+Axes: B batch, T iterations, n input vectors in all, k of this rank, m output vectors, d width of an input vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from ..capsules import EfficientVectorRouting
+from ..capsules.stream import Chunks, Ranks, stream
+from ..functional import efficient_routing, vector_routing
+from ..ops import checks
+from ..ops.autograd import asked_again, through, transformed
+from ..ops.backends import choose, is_strict, requested
+from ..ops.efficient_routing import passes
+from ..ops.efficient_routing.contract import Parameters
+from ..ops.efficient_routing.outputs import LATER, outputs, predictions
+from ..ops.efficient_routing.passes import STEP_NAMES, prepared
+from ..ops.efficient_routing.reference import norm
+from ..ops.host import may_look
+from ..ops.masked import only, reaches
+from ..ops.precision import autocast_off, autocast_precision
+from ..ops.vector_routing.op import case_of, gates, row_is_live
+from .agreement import agree
+
+__all__ = ["RowShardedCapsules", "RowShardedVectorRouting"]
+
+#: Parameters with a row per input vector, where n_inp is fixed.
+_ROWS = ("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign")
+_NOT_PLAIN = (
+    "module: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as they were "
+    "made, without hooks, parametrizations and adapters, got others, which have to be called on whole input vectors"
+)
+
+
+# ------------------------------------------------------------------------------------------------ sums over ranks
+
+
+def _all_reduce(t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+    try:
+        made: Tensor = funcol.wait_tensor(funcol.all_reduce(t.contiguous(), "sum", group))
+    except RuntimeError as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise RuntimeError(
+            f"RowShardedCapsules: the all-reduce of {what} over ranks {dist.get_process_group_ranks(group)} failed; "
+            f"has one of them ended? {error}"
+        ) from error
+    return made
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks of what each has; its gradient is the same on all ranks, and each rank's own."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+        ctx.group, ctx.what = group, what
+        return _all_reduce(t, group, what)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Shared.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
+
+
+class _Shared(torch.autograd.Function):
+    """What is the same on all ranks, where each begins to compute from it what is its own: gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+        ctx.group, ctx.what = group, what
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
+
+
+def _total(*parts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """The sums over ranks, in one all-reduce."""
+    several = len(parts) > 1
+    flat = torch.cat([t.flatten() for t in parts]) if several else parts[0].flatten()
+    summed = _Sum.apply(flat, group, "the moments M and p" if several else "the predictions' gradient")  # type: ignore[no-untyped-call]
+    return tuple(s.view(t.shape) for s, t in zip(summed.split([t.numel() for t in parts]), parts, strict=True))
+
+
+def _shared_rows(w: Parameters, n_iters: int, group: dist.ProcessGroup) -> Parameters:
+    """With n_inp = -1 all rows share the parameters: their gradients are summed over ranks in one all-reduce."""
+    if w.bias_use is None or not torch.is_grad_enabled():
+        return w
+    names = [k for k in STEP_NAMES if getattr(w, k).requires_grad and not (n_iters == 1 and k in LATER)]
+    if not names:
+        return w
+    given: list[Tensor] = [getattr(w, k) for k in names]
+    flat = _Shared.apply(  # type: ignore[no-untyped-call]
+        torch.cat([t.flatten() for t in given]), group, "the gradients of parameters that all input vectors share"
+    )
+    parts = flat.split([t.numel() for t in given])
+    return w._replace(**{k: part.view(t.shape) for k, part, t in zip(names, parts, given, strict=True)})
+
+
+# -------------------------------------------------------------------------------------------------- the iterations
+
+
+class _Call(NamedTuple):
+    """What a rank gives to a routing over all ranks, beside its vectors and parameters."""
+
+    scale: Tensor  # [B] acc, of all vectors
+    mask: Tensor | None  # [B, k, m] bool
+    lengths: Tensor | None  # [B] int64, how many of this rank's vectors are live
+    n_iters: int
+    normalize: bool
+    precision: str
+    backend: str
+    group: dist.ProcessGroup
+
+    def of(self, x: Tensor, w: Parameters) -> passes.Call:
+        kernel = choose(case_of(x, w.W_F1.shape[0]), self.backend)
+        chunks = (passes.Chunk(0, None, x, self.mask, self.lengths, kernel),)
+        form = passes.first_form(w, whole=True, masked=self.mask is not None)
+        total = partial(_total, group=self.group)
+        return passes.Call(lambda: chunks, True, form, self.scale, self.n_iters, self.normalize, self.precision, total)
+
+
+def _differentiable(call: _Call, x: Tensor, w: Parameters) -> Tensor:
+    """The same of ops that autograd and torch.compile know, collectives included."""
+    acc, device = call.scale.dtype, x.device.type
+    live = None if call.lengths is None else row_is_live(x, call.lengths)
+    with autocast_off(device):
+        xs = only(x, live).to(acc)
+        gate = only(gates(xs, w.W_A.to(acc), w.B_A.to(acc), call.scale).sigmoid(), live)
+    pred: Tensor | None = None
+    for t in range(call.n_iters):
+        M, p = vector_routing(
+            x, gate, pred, w.W_S, w.B_S, w.beta_use, w.beta_ign, use_bias=w.bias_use, ign_bias=w.bias_ign,
+            prior=w.prior.to(acc), mask=call.mask, lengths=call.lengths,
+        )  # fmt: skip
+        M, p = _total(M, p, group=call.group)
+        with autocast_off(device):
+            y = outputs(M, p, call.scale, w)
+            if t + 1 < call.n_iters:
+                P = predictions(y, w).P
+                pred = _Shared.apply(P, call.group, "the predictions' gradient")  # type: ignore[no-untyped-call]
+    with autocast_off(device):
+        return norm(y) if call.normalize else y
+
+
+class _Route(torch.autograd.Function):
+    """All iterations on the fused passes of one process, whose sums go over all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, *w: Tensor | None) -> Tensor:
+        with autocast_off(x.device.type):
+            y, saved = passes.forward(call.of(x, parameters := Parameters(*w)), parameters)  # type: ignore[arg-type]
+        ctx.call = call._replace(mask=None, lengths=None)
+        ctx.save_for_backward(call.mask, call.lengths, x, *w, *saved.gates, *saved[1:])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        mask, lengths, x, *rest = ctx.saved_tensors
+        call = ctx.call._replace(mask=mask, lengths=lengths)
+        given, saved = rest[: len(Parameters._fields)], rest[len(Parameters._fields) :]
+        needs = ctx.needs_input_grad[1:]
+        if asked_again(dy):
+
+            def plain(x: Tensor, *w: Tensor) -> list[Tensor]:
+                return [_differentiable(call, x, Parameters(*w))]
+
+            return None, *through(plain, (x, *given), needs, [dy])
+        w = Parameters(*given)
+        wants = dict(zip(Parameters._fields, needs[1:], strict=True))
+        dx = torch.empty_like(x) if needs[0] else None
+        with autocast_off(x.device.type):
+            found = passes.backward(
+                call.of(x, w), w, passes.Saved(saved[:1], *saved[1:]), dy.to(call.scale.dtype),
+                want_rows=any(wants[k] for k in STEP_NAMES), dx=dx,
+            )  # fmt: skip
+        unused = ("prior", *(LATER if call.n_iters == 1 else ()))
+        grads = (found[k].to(t.dtype) if wants[k] and k not in unused else None for k, t in zip(wants, w, strict=True))  # type: ignore[union-attr]
+        return None, dx, *grads
+
+
+def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
+    """[B, m, h] in the dtype of sums, the same on all ranks."""
+    if torch.compiler.is_compiling():
+        return _differentiable(call, x, w)
+    made: Tensor = _Route.apply(call, x, *w)  # type: ignore[no-untyped-call]
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------- the layer
+
+
+class _Rows(NamedTuple):
+    """Which input vectors a rank has."""
+
+    mesh: DeviceMesh
+    input_layout: Placement
+    output_layout: Placement
+    use_local_output: bool
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.size()
+
+    def of(self, n: int) -> tuple[int, int]:
+        """(start, count) among n, as ``torch.chunk`` and DTensor's ``Shard`` cut them: the last ranks may have none."""
+        size = -(-n // self.ranks)
+        start = min(self.mesh.get_local_rank() * size, n)
+        return start, min(size, n - start)
+
+
+def _local(t: Any) -> Any:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+class RowShardedVectorRouting(EfficientVectorRouting):
+    """An ``EfficientVectorRouting`` of which every rank of a mesh has some input vectors, and their parameters.
+
+    ``parallelize_module`` makes it by ``RowShardedCapsules``. All parameters are DTensors under their own names: those
+    with a row per input vector are ``Shard(0)``, the others ``Replicate()``. Results are those of the layer in one
+    process to rounding, on every rank.
+    """
+
+    _rows: _Rows
+    _first = True
+
+    def _own(self, x_inp: Tensor) -> tuple[Tensor, int | None]:
+        """(this rank's vectors [..., k, d], how many there are in all, None where only other ranks know)."""
+        rows = self._rows
+        checks.tensor("x_inp", x_inp, "a tensor")
+        if x_inp.dim() < 2:
+            raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {checks.shown(x_inp)}")
+        n: int | None = None
+        along = x_inp.dim() - 2
+        if not isinstance(x_inp, DTensor) and isinstance(rows.input_layout, Replicate):
+            x_inp = DTensor.from_local(x_inp, rows.mesh, [Replicate()], run_check=False)
+        if isinstance(x_inp, DTensor):
+            if x_inp.device_mesh != rows.mesh:
+                raise ValueError(f"x_inp: expected a DTensor on {rows.mesh}, the layer's mesh, got {x_inp.device_mesh}")
+            n = x_inp.shape[-2]
+            if self.n_inp not in (-1, n):
+                raise ValueError(
+                    f"n_inp: expected {self.n_inp} input vectors, got {n} (x_inp is {checks.shown(x_inp)})"
+                )
+            x_inp = x_inp.redistribute(placements=[Shard(along)]).to_local()
+        elif isinstance(rows.input_layout, Shard) and rows.input_layout.dim not in (-2, along):
+            raise ValueError(
+                f"input_layouts: expected Shard(-2), the axis of input vectors, got {rows.input_layout} (x_inp is "
+                f"{checks.shown(x_inp)})"
+            )
+        elif self.n_inp != -1 or rows.ranks == 1:
+            n = x_inp.shape[-2] if self.n_inp == -1 else self.n_inp
+        if n is not None and x_inp.shape[-2] != (own := rows.of(n))[1]:
+            raise ValueError(
+                f"x_inp: expected the {own[1]} of {n} input vectors from number {own[0]} on, which rank "
+                f"{rows.mesh.get_local_rank()} of {rows.ranks} has, got {x_inp.shape[-2]} (it is {checks.shown(x_inp)})"
+            )
+        wide = x_inp if x_inp.shape[-2] else x_inp.new_empty((*x_inp.shape[:-2], 1, x_inp.shape[-1]))
+        checks.input_vectors(wide, -1, self.d_inp, self.W_A.device)
+        if n == 0:
+            raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {checks.shown(x_inp)})")
+        return x_inp, n
+
+    def _can_be_sharded(self) -> None:
+        if transformed():
+            raise NotImplementedError(
+                "RowShardedCapsules: expected no torch.func transform and no forward mode, which know no collectives"
+            )
+        if self.return_dict:
+            raise ValueError("return_dict: expected False, got True: no rank has whole [n_inp, n_out] arrays")
+        if not self._is_plain():
+            raise ValueError(_NOT_PLAIN)
+
+    def _is_plain(self) -> bool:
+        """As ``EfficientVectorRouting``'s, of submodules whose parameters are DTensors."""
+        known: dict[str, nn.Module] = {"N": self.N, "f": self.f, "log_f": self.log_f, "softmax": self.softmax}
+        if self.n_inp == -1:
+            known |= {"compute_beta_use": self.compute_beta_use, "compute_beta_ign": self.compute_beta_ign}
+        kinds = (nn.LayerNorm, nn.Identity, nn.Sigmoid, nn.LogSigmoid, nn.Softmax, nn.Linear)
+        return set(known) == set(self._modules) and all(
+            type(m) in kinds and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+            or m._backward_pre_hooks or "forward" in m.__dict__) for m in known.values()
+        )  # fmt: skip
+
+    def _places(self, n: int | None, k: int) -> tuple[int | Tensor, int | Tensor]:
+        """(how many vectors there are in all, how many are before this rank's)."""
+        if n is not None:
+            return n, self._rows.of(n)[0]
+        own = torch.full((1,), k, dtype=torch.int64, device=self.W_A.device)
+        gather = torch.ops._c10d_functional.all_gather_into_tensor  # whose wrapper has two names in torch 2.11 to 2.13
+        counts = funcol.wait_tensor(gather(own, self._rows.ranks, self._rows.group.group_name))
+        return counts.sum(), counts[: self._rows.mesh.get_local_rank()].sum()
+
+    def _local_parameters(self) -> Parameters:
+        return Parameters(*map(_local, self._parameters_by_name()))
+
+    def forward(  # type: ignore[override]
+        self, x_inp: Tensor, mask: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """Route the input vectors of all ranks to x_out [..., n_out, d_out].
+
+        Args:
+            x_inp: this rank's input vectors [..., k, d_inp], a local tensor: with n_inp fixed, k is what
+                ``torch.chunk`` would give this rank of n_inp, and 0 on a rank past the end; with n_inp = -1 any number,
+                none included. Or all of them, [..., n_inp, d_inp]: as a DTensor, or as a tensor that is the same on all
+                ranks if the style's ``input_layouts`` is ``Replicate()``.
+            mask: bool, True = input i may not reach output j, for this rank's vectors: broadcastable to
+                [..., k, n_out]; or for all of them, [..., n_inp, n_out], where their number is known.
+            lengths: integers, one per sample, the same on all ranks: how many vectors each sample has in all. Vectors
+                from there on are padding, on whichever rank they are.
+
+        Returns:
+            x_out, the same on all ranks: local tensors or DTensors as the style says, float32 under autocast.
+
+        Raises:
+            ValueError, TypeError: naming the argument. In the first call, and in every call under ``fastroute.strict``,
+                the ranks compare what they were given: if it cannot go together, all of them raise.
+        """
+        checking = not torch.compiler.is_compiling() and (self._first or is_strict())
+        try:
+            self._can_be_sharded()
+            x, n = self._own(x_inp)
+            mask = self._own_mask(mask, x, n)
+            known = checks.LARGEST if n is None else n
+            if lengths is not None:
+                lengths = checks.as_lengths(lengths, x.shape[:-2], known, x.device)
+        except Exception as error:
+            if checking:
+                agree({"forward": error}, self._rows.mesh, layer=type(self).__name__)
+            raise
+        if checking:
+            agree(
+                {"leading dimensions of x_inp": x.shape[:-2], "dtype of x_inp": x.dtype, "vectors in all": n,
+                 "lengths": lengths, "autocast": autocast_precision(x.device.type), "gradient mode":
+                 torch.is_grad_enabled(), "gradients": any(t.requires_grad for t in (x, *self.parameters()))},
+                self._rows.mesh, layer=type(self).__name__,
+            )  # fmt: skip
+            self._first = False
+        y = self._routed(x, n, mask, lengths)
+        rows = self._rows
+        if rows.use_local_output and isinstance(rows.output_layout, Replicate):
+            return y
+        made = DTensor.from_local(y, rows.mesh, [Replicate()], run_check=False)
+        made = made.redistribute(placements=[_along(rows.output_layout, y.dim())])
+        return made.to_local() if rows.use_local_output else made
+
+    def _own_mask(self, mask: Tensor | None, x: Tensor, n: int | None) -> Tensor | None:
+        if mask is None:
+            return None
+        checks.tensor("mask", mask, "a bool tensor")
+        mask = _whole_or_own(mask)
+        checks.together(("x_inp", x), {"mask": mask})
+        k = x.shape[-2]
+        if n is not None and mask.dim() > 1 and mask.shape[-2] == n != k:
+            start, count = self._rows.of(n)
+            mask = mask[..., start : start + count, :]
+        return checks.as_mask(mask, x.shape[:-2], k, self.n_out)
+
+    def _routed(self, x_inp: Tensor, n: int | None, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """x_out [..., m, h] of local tensors."""
+        *batch, k, d = x_inp.shape
+        B = prod(batch)
+        w = self._local_parameters()
+        x = x_inp.reshape(B, k, d)
+        if mask is not None and k:
+            x = only(x, reaches(mask))
+        precision = autocast_precision(x.device.type)
+        dtype, w = prepared(x.dtype, w, precision)
+        x = x.to(dtype)
+        out = torch.promote_types(dtype, w.W_F2.dtype)
+        if B == 0 or self._rows.ranks == 1:
+            x_out = efficient_routing(
+                x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths
+            )  # fmt: skip
+            return x_out.reshape(*batch, self.n_out, self.d_out)
+        in_all, before = self._places(n, k)
+        if isinstance(in_all, Tensor) and may_look(in_all):
+            in_all, before = int(in_all), int(before)
+            if in_all == 0:
+                raise ValueError("x_inp: expected at least 1 input vector on some rank, got none")
+            if lengths is not None:
+                checks.as_lengths(lengths, (B,), in_all, x.device)
+        acc = torch.promote_types(dtype, torch.float32)
+        if lengths is not None:
+            scale = (lengths if isinstance(in_all, int) else lengths.minimum(in_all)).clamp(min=1).to(acc).rsqrt()
+            lengths = (lengths - before).clamp(0, k)
+        elif isinstance(in_all, Tensor):
+            scale = in_all.clamp(min=1).to(acc).rsqrt().expand(B)
+        else:
+            scale = torch.full((B,), in_all**-0.5, dtype=acc, device=x.device)
+        if k == 0:  # one vector that is past every sample's length: nothing is read of it
+            x, w, mask = torch.cat([x, x.new_zeros((B, 1, d))], 1), _with_a_row(w), None
+            lengths = torch.zeros(B, dtype=torch.int64, device=x.device)
+        x = x if x.stride(-1) == 1 or d == 1 else x.contiguous()
+        w = _shared_rows(w, self.n_iters, self._rows.group)
+        call = _Call(
+            scale, mask, lengths, self.n_iters, self.normalize, precision, requested(), self._rows.group
+        )  # fmt: skip
+        return _route(call, x, w).to(out).reshape(*batch, self.n_out, self.d_out)
+
+    def stream(
+        self,
+        chunks: Chunks,
+        *,
+        n: int | None = None,
+        rows: int | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        buffer: bool = False,
+    ) -> Tensor:
+        """As ``EfficientVectorRouting.stream``: each rank gives the chunks of its own input vectors.
+
+        Args:
+            chunks: of this rank's vectors; a rank that has none gives an empty tensor [..., 0, d_inp].
+            n: how many vectors this rank has.
+            mask: of this rank's vectors.
+            lengths: as in ``forward``, of each sample's vectors in all.
+            rows, buffer: as in one process.
+
+        Returns:
+            x_out [..., n_out, d_out], the same on all ranks.
+
+        Raises:
+            ValueError, TypeError: as in one process; before the first pass, all ranks raise if one does.
+        """
+        group, named = self._rows.group, f"{type(self).__name__}.stream"
+        placed: list[bool] = []
+        own = None if self.n_inp == -1 else self._rows.of(self.n_inp)[1]
+        empty = own == 0 if own is not None else getattr(chunks, "shape", (1, 1))[-2:-1] == (0,)
+
+        def place(count: int, batch: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int]:
+            placed.append(True)
+            agree(
+                {"leading dimensions of chunks": batch, "dtype of chunks": dtype, "lengths": lengths,
+                 "gradient mode": torch.is_grad_enabled(), "autocast": autocast_precision(w.W_A.device.type)},
+                group, layer=named,
+            )  # fmt: skip
+            count = 0 if empty else count
+            in_all, before = (int(t) for t in self._places(None if self.n_inp == -1 else self.n_inp, count))
+            if in_all == 0:
+                raise ValueError("chunks: expected at least 1 input vector on some rank, got none")
+            return in_all, before, count
+
+        try:
+            self._can_be_sharded()
+            w = self._local_parameters()
+            ranks = None if self._rows.ranks == 1 else Ranks(place, partial(_total, group=group))
+            n_inp = -1 if own is None else own
+            if empty:  # as in forward
+                nothing = torch.zeros((*getattr(chunks, "shape", ())[:-2], 1, self.d_inp), dtype=w.W_A.dtype)
+                chunks = nothing.to(getattr(chunks, "dtype", None)) if isinstance(chunks, Tensor) else nothing
+                n, rows, mask, w, n_inp = None, None, None, _with_a_row(w), -1
+            if ranks is not None:
+                w = _shared_rows(w, self.n_iters, group)
+            made: Tensor = stream(
+                w, chunks, n_inp=n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n, rows=rows, mask=mask,
+                lengths=lengths, buffer=buffer, ranks=ranks,
+            )  # fmt: skip
+            return made
+        except Exception as error:
+            if not placed:
+                agree({"stream": error}, group, layer=named)
+            raise
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: each rank its own rows; those that all ranks have are the first one's.
+
+        So a layer made on the "meta" device, sharded, and given memory by ``to_empty`` is never whole anywhere. The
+        values are not those that one process draws from the same seed.
+        """
+        k = -1 if self.n_inp == -1 else max(1, self._rows.of(self.n_inp)[1])
+        w = _local(self.W_A)
+        drawn = EfficientVectorRouting(k, self.n_out, self.d_inp, self.d_out, device=w.device, dtype=w.dtype)
+        theirs = dict(drawn.state_dict())
+        for name, t in (*self.named_parameters(), *self.named_buffers()):
+            own = _local(t)
+            value = theirs[name]
+            if self.n_inp == -1 or name not in _ROWS:
+                dist.broadcast(value, group=self._rows.group, group_src=0)
+            own.copy_(value[: own.shape[0]])
+
+
+def _along(layout: Placement, dims: int) -> Placement:
+    return Shard(layout.dim % dims) if isinstance(layout, Shard) else layout
+
+
+def _whole_or_own(mask: Tensor) -> Tensor:
+    """A DTensor's local part if it has some vectors of each sample, else all of it."""
+    if not isinstance(mask, DTensor):
+        return mask
+    return mask.to_local() if mask.placements == (Shard(mask.dim() - 2),) else mask.full_tensor()
+
+
+def _with_a_row(w: Parameters) -> Parameters:
+    """A rank without vectors has parameters of none; kernels take one or more."""
+    if w.bias_use is not None:
+        return w
+    return w._replace(**{k: torch.cat([t := getattr(w, k), t.new_zeros((1, *t.shape[1:]))]) for k in _ROWS})
+
+
+# ------------------------------------------------------------------------------------------------------- the style
+
+
+class RowShardedCapsules(ParallelStyle):
+    """Sharding of an ``EfficientVectorRouting`` over a mesh dimension by its input vectors.
+
+    For ``torch.distributed.tensor.parallel.parallelize_module``. Every rank has about n / N of the input vectors and,
+    with n_inp fixed, of the parameters that belong to them (``Shard(0)``); it has all others (``Replicate()``). An
+    iteration costs one all-reduce of n_out (d_inp + 1) numbers per sample forward and, but for the first one, one of
+    n_out d_inp backward. Heinsen (2022), "An Algorithm for Routing Vectors in Sequences": the sums over i of section 2.
+
+    Args:
+        input_layouts: ``Shard(-2)`` (default): tensors that are given are this rank's input vectors. ``Replicate()``:
+            they are all input vectors, on every rank. DTensors of any layout are taken either way.
+        output_layouts: ``Replicate()`` (default): every rank has all output vectors. ``Shard(-2)``: each its own ones.
+        use_local_output: return local tensors, not DTensors.
+
+    Raises:
+        TypeError, ValueError: at set-up, on all ranks: the module is no ``EfficientVectorRouting``, has
+            ``return_dict=True``, or has hooks, adapters or parametrizations; the mesh has several dimensions; the
+            modules differ between ranks.
+
+    Example::
+
+        mesh = init_device_mesh("cuda", (8, 8), mesh_dim_names=("data", "sequence"))
+        model = parallelize_module(model, mesh["sequence"], {"routing": RowShardedCapsules()})
+        fully_shard(model, mesh=mesh["data"])
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, layout in (("input_layouts", input_layouts), ("output_layouts", output_layouts)):
+            if not (layout is None or isinstance(layout, (Replicate, Shard))):
+                raise TypeError(f"{name}: expected Shard(-2) or Replicate(), got {layout!r}")
+        self.input_layouts = input_layouts or Shard(-2)
+        self.output_layouts = output_layouts or Replicate()
+        self.use_local_output = use_local_output
+
+    def _check(self, module: nn.Module, mesh: DeviceMesh) -> EfficientVectorRouting:
+        if mesh.ndim != 1:
+            raise ValueError(f"device_mesh: expected one dimension, such as mesh['sequence'], got {mesh}")
+        sharded = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
+        if sharded:
+            raise ValueError(f"module: expected parameters that are not sharded, got DTensors: {', '.join(sharded)}")
+        if type(module) is not EfficientVectorRouting:
+            raise TypeError(
+                f"module: expected an EfficientVectorRouting, got {type(module).__name__}, which cannot be sharded by "
+                "its input vectors; name the routing itself in parallelize_module's plan"
+            )
+        names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+        if "parametrizations" in module._modules or names - {*Parameters._fields, "weight", "bias"}:
+            raise ValueError("module: expected no parametrizations; remove them, or shard first")
+        if module.return_dict:
+            raise ValueError("return_dict: expected False, got True: no rank has whole [n_inp, n_out] arrays")
+        if not module._is_plain():
+            raise ValueError(_NOT_PLAIN)
+        return module
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        have: dict[str, object] = {}
+        try:
+            layer = self._check(module, device_mesh)
+            have |= {"module": repr(layer), "input_layouts": self.input_layouts, "output_layouts": self.output_layouts}
+            have |= {name: [t.dtype, t.shape, t.requires_grad] for name, t in layer.named_parameters()}
+            have |= {"use_local_output": self.use_local_output}
+        except Exception as error:
+            have["module"] = error
+        agree(have, device_mesh if device_mesh.ndim == 1 else None, layer=type(self).__name__)
+        for owner in (layer, *layer.children()):
+            for name, t in (*owner._parameters.items(), *owner._buffers.items()):
+                if t is None:
+                    continue
+                split = owner is layer and layer.n_inp != -1 and name in _ROWS
+                made = distribute_tensor(
+                    t.detach(), device_mesh, [Shard(0) if split else Replicate()], src_data_rank=self.src_data_rank
+                )
+                if name in owner._buffers:
+                    owner._buffers[name] = made
+                else:
+                    owner.register_parameter(name, nn.Parameter(made, requires_grad=t.requires_grad))
+        layer.__class__ = RowShardedVectorRouting
+        assert isinstance(layer, RowShardedVectorRouting)
+        layer._rows = _Rows(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output)
+        return layer

@@ -1,0 +1,108 @@
+"""Four processes, started once: every case of ``tests/distributed/ranks.py``; runs that are killed; one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.distributed import ranks
+from tests.distributed.ranks import failed, started
+from tests.helpers.subprocesses import ROOT
+
+NAMES = [
+    f"{path.stem}.{name}"
+    for path in sorted(Path(__file__).parent.glob("cases_*.py"))
+    for name in re.findall(r"^@case\ndef (\w+)", path.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_four_ranks(name: str) -> None:
+    assert not failed().get(name)
+
+
+@pytest.mark.long
+def test_killed_runs_go_on_on_fewer_ranks(tmp_path: Path) -> None:
+    """A rank is killed in a forward pass, before an optimizer's step, and while a checkpoint is written."""
+    report = json.loads(started("tests.distributed.killed", str(tmp_path)).splitlines()[-1])
+    assert [run["statuses"] for run in report["runs"]] == [[3, 3, 3, -9], [3, 3, -9], [3, -9], [0]]
+    assert [run["complete"] for run in report["runs"]] == [[2], [2, 4], [2, 4], [6, 8]]
+    for run in report["runs"]:
+        for error in run["errors"]:
+            assert re.search(r"RowShardedCapsules: the all-reduce of .* over ranks \[0, 1|Checkpoints", error), error
+    assert report["difference"] < 1e-12
+
+
+@pytest.mark.long
+def test_torchrun_restarts(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/examples/distributed"}
+    ran = subprocess.run(
+        [sys.executable, *command, "-m", "tests.distributed.killed", str(tmp_path)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    report = json.loads((tmp_path / "report").read_text())
+    assert not report["first"]
+    assert report["difference"] < 1e-12
+
+
+@pytest.mark.long
+def test_examples(tmp_path: Path) -> None:
+    found = [json.loads(line) for line in started("tests.distributed.run_examples", str(tmp_path)).splitlines()]
+    assert [set(statuses) for statuses, _ in found] == [{0}] * 4
+    begun, resumed, streamed, alone = (text for _, text in found)
+    assert "2 processes on cpu, 15 of 30 vectors on rank 0, from step 0" in begun
+    assert "4 processes on cpu, 15 of 30 vectors on rank 0, from step 4" in resumed and "running accuracy" in resumed
+    assert "rank 1: 34,464 vectors" in streamed and "40,000 x 64" in alone
+
+
+@pytest.fixture
+def alone() -> Iterator[ranks.World]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield ranks.World(0, {1: init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "rows"))})
+    dist.destroy_process_group()
+
+
+def test_one_process(alone: ranks.World, tmp_path: Path) -> None:
+    """Sharding over a group of one, and a checkpoint of it."""
+    from fastroute.distributed import Checkpoints
+    from tests.distributed.cases_capsules import N, compare, layer, same, vectors
+
+    for n_inp in (N, -1):
+        sharded = compare(alone, 1, layer(n_inp), vectors(), lengths=[N, 3])
+        checkpoints = Checkpoints(tmp_path / str(n_inp), sharded)
+        checkpoints.save(5)
+        before = {k: t.full_tensor().clone() for k, t in sharded.state_dict().items()}
+        sharded.reset_parameters()
+        assert checkpoints.load() == 5
+        same({k: t.full_tensor() for k, t in sharded.state_dict().items()}, before)
+        with pytest.raises(FileNotFoundError, match="expected one of"):
+            checkpoints.load(4)
+
+
+def test_agreement_without_a_group() -> None:
+    from fastroute.distributed import agree
+
+    agree({"n": 1, "mask": torch.ones(2)}, layer="routing")
+    with pytest.raises(KeyError, match="n"):
+        agree({"n": KeyError("n")}, layer="routing")
+
+
+def test_it_is_not_imported_unasked() -> None:
+    for path in (ROOT / "fastroute").rglob("*.py"):
+        if "distributed" not in path.parts:
+            assert not re.search(r"^\s*(from|import) .*(fastroute|\.)\.?distributed", path.read_text(), re.MULTILINE), (
+                path
+            )
