@@ -20,11 +20,11 @@ from torch.nn.utils import stateless
 from ..functional import combine, expert_ffn
 from ..networks import MoE, Selection, Stack, grouped_modules
 from ..networks.gating import Routed
-from ..networks.group_statistics import Processes
 from ..ops import dispatch
 from ..ops.backends import is_strict
 from ..ops.dispatch.contract import Plan
 from ..ops.precision import autocast_dtype
+from ..ops.processes import Processes
 from .agreement import agree
 from .dispatchers import AllToAll, Dispatcher, Local, Place, lost
 from .exchange import bounds_by_rank, mean_gradient, part, placed, rows_of_all, sum_of, whole
@@ -106,8 +106,14 @@ class ExpertParallel(ParallelStyle):
         self.use_local_output, self.replicas = use_local_output, replicas
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if device_mesh.ndim != 1:
+            raise ValueError(
+                f"{_name(module)}: device_mesh: expected one dimension, as mesh['expert'], got {device_mesh.ndim}"
+            )
+        if isinstance(module, (_ParallelMoE, _ParallelSelection)):
+            raise TypeError(f"{_name(module)}: expected a layer that is not spread yet, got one that is")
         what = _described(module, self)
-        problem = _problem(module, device_mesh, self)
+        problem = _problem(module, device_mesh)
         agree(what if problem is None else {**what, "module": problem}, device_mesh, layer=_name(module))
         spread = _Shards(module, device_mesh, self)
         kind = _ParallelMoE if isinstance(module, MoE) else _ParallelSelection
@@ -130,15 +136,11 @@ def _name(module: nn.Module) -> str:
     return f"ExpertParallel of {type(module).__name__}"
 
 
-def _problem(module: nn.Module, mesh: DeviceMesh, style: ExpertParallel) -> Exception | None:
+def _problem(module: nn.Module, mesh: DeviceMesh) -> Exception | None:
     """Why a module cannot be spread; all ranks then raise."""
     name = _name(module)
     if not isinstance(module, (MoE, Selection)):
         return TypeError(f"{name}: expected a Selection or an MoE, got {type(module).__name__}")
-    if isinstance(module, (_ParallelMoE, _ParallelSelection)):
-        return TypeError(f"{name}: expected a layer that is not spread yet, got one that is")
-    if mesh.ndim != 1:
-        return ValueError(f"{name}: device_mesh: expected one dimension, as mesh['expert'], got {mesh.ndim}")
     if isinstance(module, MoE):
         for part_name in ("w_gate_up", "w_down"):
             p = module._parameters.get(part_name)
@@ -374,7 +376,9 @@ class _Shards:
         first = next(iter(there.values()))
         if any(told != first for told in there.values()):
             shown = ", ".join(f"{told[2 : 2 + told[0]]} {dtypes[told[1]]} on {rank}" for rank, told in there.items())
-            raise ValueError(f"{self.place.layer}: modules: expected outputs of one shape and dtype, got by rank: {shown}")
+            raise ValueError(
+                f"{self.place.layer}: modules: expected outputs of one shape and dtype, got by rank: {shown}"
+            )
         return tuple(first[2 : 2 + first[0]]), dtypes[first[1]]
 
 
@@ -482,16 +486,21 @@ class _ParallelSelection(Selection):
             return grouped_modules.run(each, rows, plan, self._recipe, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole models
+# --------------------------------------------------------------------------------------------------------- whole models
 
 
-def expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether it stands for a module of another rank."""
+    return isinstance(module, _Elsewhere)
+
+
+def expert_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
     """The parameters that :class:`ExpertParallel` has spread: this rank's share of them.
 
     Each rank has others, so whoever replicates a model leaves them out: ``fully_shard(..., ignored_params=set(...))``;
-    ``fastroute.distributed.ddp`` does it.
+    ``fastroute.distributed.ddp`` and ``shard`` do it.
     """
-    for m in model.modules():
+    for m in model.modules() if recurse else (model,):
         if isinstance(m, _ParallelMoE):
             yield from (m.w_gate_up, m.w_down)
         elif isinstance(m, _ParallelSelection):

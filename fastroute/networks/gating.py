@@ -23,10 +23,10 @@ from ..ops.dtypes import accumulating
 from ..ops.host import may_look
 from ..ops.masked import only
 from ..ops.precision import autocast_off
+from ..ops.processes import Processes
 from ..ops.recomputation import draws_of, is_recomputation
 from .decision_record import Mixture
 from .decisions.base import Triplet, as_mask
-from .group_statistics import Processes
 from .trajectory import SampleMetaInformation, Trajectory
 
 Scores = Literal["softmax", "sigmoid"]
@@ -200,7 +200,7 @@ class TopKGating(Accumulating):
             actions = self._choose(z, scores) if forced is None else forced
             own, kept = self._kept(actions, active, forced is None)
             weights = self._weights(z, scores, actions, actions >= 0)
-            counts, share = self._load(own, active, B)
+            counts, share = self._load(own, active, B, z.dtype)
             losses = self._losses(z, scores, counts, active, share)
         if self.counts is not None and self.training and not is_recomputation():
             looked_on = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -259,7 +259,7 @@ class TopKGating(Accumulating):
             return counts, valid
         share = Fraction(self.capacity).limit_denominator(1 << 20)
         # rounded up; of what is negative, ONNX's division would round towards 0
-        limit = (B * k * share.numerator + share.denominator * K - 1) // (share.denominator * K)
+        limit: Any = (B * k * share.numerator + share.denominator * K - 1) // (share.denominator * K)
         flat = torch.where(taken < K, taken, -1).mT.reshape(-1)  # first choices first
         plan = dispatch.plan(flat, K)
         rank = torch.arange(B * k, device=actions.device)
@@ -286,13 +286,13 @@ class TopKGating(Accumulating):
         before = all_of[:here].sum(0) + (total.cumsum(0) - total) - (mine.cumsum(0) - mine)
         return before, each[:, -1].sum()
 
-    def _load(self, own: Tensor, active: Tensor | None, B: int) -> tuple[Tensor, Tensor | None]:
-        """(entries by module, what a sample's losses are multiplied by; None: nothing): the group's, if there is one."""
+    def _load(self, own: Tensor, active: Tensor | None, B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(entries by module, what a sample's losses are multiplied by, if at all): the group's, if there is one."""
         if self.load_group is None:
-            return own, None if active is None else B / active.sum().clamp(min=1)
+            return own, None if active is None else B / active.sum().clamp(min=1).to(dtype)
         samples = own.new_full((1,), B) if active is None else active.sum().reshape(1)
         counts = self.load_group.sum(torch.cat([own, samples]))
-        return counts[:-1], B * self.load_group.size / counts[-1].clamp(min=1)
+        return counts[:-1], B * self.load_group.size / counts[-1].clamp(min=1).to(dtype)
 
     def _weights(self, z: Tensor, scores: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
         at = actions.clamp(min=0)

@@ -1,4 +1,4 @@
-"""What several processes count together.
+"""``Processes``: a process group, and what its processes count together.
 
 Axes: W processes.
 """
