@@ -382,7 +382,8 @@ def compiled(world: World) -> None:
         x = torch.randn(8, D, requires_grad=True)
         y = run(x)
         (expected,) = torch.autograd.grad(y.square().sum(), x)
-        made = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+        backend = "aot_eager" if kind == "moe" else "eager"
+        made = torch.compile(run, fullgraph=True, backend=backend)(x)
         (found,) = torch.autograd.grad(made.square().sum(), x)
         torch.testing.assert_close(made, y)
         torch.testing.assert_close(found, expected)
