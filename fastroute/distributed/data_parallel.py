@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..multitask import Weighting
-from ..networks import Decision, Selection, TopKGating
+from ..networks import Decision, TopKGating
 from ..networks.rewards import PerActionBaseReward, is_silent
 from ..ops.processes import Processes
 from .agreement import agree
@@ -54,8 +54,8 @@ def prepare(
         The model.
 
     Raises:
-        ValueError: the ranks differ in modules, in parameters' shapes or dtypes, or in the masks of tasks, bit by bit; on
-            all ranks. TypeError: a reward of one's own remembers actions in a way that cannot be told other ranks'.
+        ValueError: the ranks differ in modules, in parameters' shapes or dtypes, or in the masks of tasks, bit by bit;
+            on all ranks. TypeError: a reward of one's own remembers actions in a way that cannot be told other ranks'.
 
     Example::
 
@@ -170,8 +170,8 @@ def _foreign(model: nn.Module) -> Iterator[Exception]:
         )
         if not (ours or plain):
             yield TypeError(
-                f"{name}.additional_reward_func: expected one of fastroute's rewards, or a subclass without register and "
-                f"register_all of its own, got {type(reward).__name__}, which would see this rank's actions alone; "
+                f"{name}.additional_reward_func: expected one of fastroute's rewards, or a subclass without register "
+                f"and register_all of its own, got {type(reward).__name__}, which would see this rank's actions alone; "
                 "sync_rewards=False lets it"
             )
 

@@ -54,7 +54,7 @@ class ExpertParallel(ParallelStyle):
     Args:
         dispatcher: how samples travel, see ``Dispatcher``. None: :class:`AllToAll`.
         input_layouts: what the ranks have of the batch: ``Shard(dim)``: samples of their own, of any number;
-            ``Replicate()``: all the same. With ``AllToAll`` each then takes its chunk of them, and results are gathered.
+            ``Replicate()``: all the same. With ``AllToAll`` each then takes its chunk, and results are gathered.
         output_layouts: of a DTensor output; None: the input's.
         use_local_output: return plain tensors; False: a DTensor, if a DTensor came.
         replicas: a mesh over which the modules are replicated with other samples, as ``mesh["data"]`` of a mesh data x
@@ -66,8 +66,8 @@ class ExpertParallel(ParallelStyle):
 
     Raises:
         TypeError: the module is no Selection or MoE, or its parameters cannot be split.
-        ValueError: the ranks differ in modules, shapes, dtypes or options; on all of them, at set-up. In a call: samples
-            of different size or dtype; on all of them.
+        ValueError: the ranks differ in modules, shapes, dtypes or options; on all of them, at set-up. In a call: the
+            ranks' samples differ in size or dtype; on all of them.
 
     Example (``torchrun --nproc-per-node 2``)::
 
@@ -151,8 +151,8 @@ def _problem(module: nn.Module, mesh: DeviceMesh) -> Exception | None:
     modules = module._submodules
     if isinstance(modules, Stack):
         found = modules._tensors()
-        for part_name, t in modules.pattern.named_parameters():
-            if part_name not in found or "parametrizations" in part_name or isinstance(t, DTensor):
+        for part_name, p in modules.pattern.named_parameters():
+            if part_name not in found or "parametrizations" in part_name or isinstance(p, DTensor):
                 return TypeError(f"{name}: {part_name}: expected a parameter [K, ...] that can be split")
         return None
     bounds, owners = bounds_by_rank(len(modules), mesh.size()), dict[int, tuple[int, int]]()
@@ -312,8 +312,8 @@ class _Shards:
             raise RuntimeError(f"{place.layer}: {type(self.dispatcher).__name__} lost samples: {what}")
 
     def _check_returned(self, plan: Plan, y: Tensor) -> None:
-        each = rows_of_all(plan.offsets.new_tensor([y.shape[0], 0]) + plan.offsets[-1:] * plan.offsets.new_tensor([0, 1]),
-                           self.place.ranks, self.place.group).tolist()  # fmt: skip
+        counts = torch.cat([plan.offsets.new_tensor([y.shape[0]]), plan.offsets[-1:]])
+        each = rows_of_all(counts, self.place.ranks, self.place.group).tolist()
         if wrong := [f"{b - a} of {b} of rank {rank}'s" for rank, (a, b) in enumerate(each) if a != b]:
             raise RuntimeError(
                 f"{self.place.layer}: {type(self.dispatcher).__name__} lost samples on the way back: {', '.join(wrong)}"
@@ -359,7 +359,7 @@ class _Shards:
         return made.redistribute(placements=[self.output_layouts])
 
     def shape_of(self, rows: Tensor, y: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
-        """An output row's shape and dtype on all ranks; y is None where there is no module. Told once for each input."""
+        """An output row's shape and dtype on all ranks; y: None where there is no module. Told once for each input."""
         key = (*rows.shape[1:], rows.dtype, autocast_dtype(rows.device.type))
         if key not in self.shapes:
             self.shapes[key] = self._told(y, rows)
@@ -478,7 +478,7 @@ class _ParallelSelection(Selection):
         modules, shards = self._submodules, self._shards
         stack = modules if isinstance(modules, Stack) else None
         owner = nn.ModuleList([modules[k] for k in shards.place.own]) if stack is None else stack.pattern
-        each = list(owner) if stack is None else [owner]  # type: ignore[arg-type]
+        each: list[Any] = list(owner.children()) if stack is None else [owner]
         called = None if stack is None else (lambda: stack.each()[: len(shards.place.own)])
         options: dict[str, Any] = {"keep_empty": self.unused_grad == "zeros", "called": called}
         named = dict(owner.named_parameters())

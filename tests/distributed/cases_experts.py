@@ -378,7 +378,11 @@ def compiled(world: World) -> None:
             MoE(D, 5, 5, 2, shared_experts=1) if kind == "moe" else Selection(*(nn.Linear(D, D) for _ in a[:5]))
         )
         parallelize_module(layer, world.rows(4), ExpertParallel())
-        run: Any = (lambda x: layer(x)) if kind == "moe" else (lambda x: layer(x, Trajectory(len(x)), a[: len(x)])[0])
+
+        def run(x: Tensor, layer: Any = layer, a: Any = None if kind == "moe" else a) -> Tensor:
+            made: Tensor = layer(x) if a is None else layer(x, Trajectory(len(x)), a[: len(x)])[0]
+            return made
+
         x = torch.randn(8, D, requires_grad=True)
         y = run(x)
         (expected,) = torch.autograd.grad(y.square().sum(), x)
@@ -404,8 +408,6 @@ def second_derivatives(world: World) -> None:
     mesh, ref = world.rows(2), Selection(*(nn.Sequential(nn.Linear(D, 4), nn.Tanh()) for _ in range(3))).double()
     rank, layer = mesh.get_local_rank(), copy.deepcopy(ref)
     parallelize_module(layer, mesh, ExpertParallel())
-    for m in (ref, *layer._submodules):  # type: ignore[misc]
-        dist.broadcast(torch.zeros(1), 0)
     torch.manual_seed(8)
     x, a = torch.randn(8, D, dtype=F64), torch.arange(8) % 3
     ref.load_state_dict(whole_state_dict(layer))
