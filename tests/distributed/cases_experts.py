@@ -6,19 +6,26 @@ Axes: W ranks, B samples of all of them, in the order of ranks.
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint as activations
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastroute
-from fastroute.distributed import AllToAll, ExpertParallel, Local, ddp, shard, whole_state_dict
+from fastroute.distributed import AllToAll, ExpertParallel, Local, ddp, prepare, shard, whole_state_dict
 from fastroute.networks import MoE, Selection, TopKGating, Trajectory
 from tests.distributed.ranks import World, case
 
@@ -345,8 +352,6 @@ def trained(model: nn.Module, parts: list[Tensor], gate_loss: bool = True) -> No
 @case
 def two_dimensions(world: World) -> None:
     """Data x expert, by DDP and by FSDP2, trained to the weights of one process; also with experts over all ranks."""
-    from fastroute.distributed import prepare
-
     torch.manual_seed(6)
     parts = [torch.randn(4, D, dtype=F64) for _ in range(4)]
     one = Model()
@@ -391,6 +396,88 @@ def compiled(world: World) -> None:
         (found,) = torch.autograd.grad(made.square().sum(), x)
         torch.testing.assert_close(made, y)
         torch.testing.assert_close(found, expected)
+
+
+@case
+def saved_on_four_ranks_loaded_on_two(world: World) -> None:
+    """torch.distributed.checkpoint: experts and their optimizer's state go where their modules are."""
+    for kind in ("moe", "modules", "stacked"):
+
+        def made(W: int, kind: str = kind) -> tuple[nn.Module, torch.optim.Optimizer]:
+            torch.manual_seed(11)
+            layer: nn.Module = MoE(D, 5, 3, 2, dtype=F64) if kind == "moe" else experts(3, stacked=kind == "stacked")
+            parallelize_module(layer, world.rows(W), ExpertParallel())
+            return layer, torch.optim.Adam(layer.parameters(), 0.1)
+
+        def step(layer: Any, optimizer: torch.optim.Optimizer, kind: str = kind) -> None:
+            torch.manual_seed(12)  # the same samples on all ranks
+            x, a = torch.randn(6, D, dtype=F64), torch.arange(6) % 3
+            optimizer.zero_grad()
+            y: Tensor = layer(x) if kind == "moe" else layer(x, Trajectory(6), a)[0]
+            y.square().sum().backward()
+            optimizer.step()
+
+        folder = Path(tempfile.gettempdir()) / f"fastroute-experts-{os.getppid()}-{kind}"
+        layer, optimizer = made(4)
+        step(layer, optimizer)
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        model_state, optimizer_state = get_state_dict(layer, optimizer, options=options)
+        checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+        step(layer, optimizer)
+        other, its = made(2)
+        step(other, its)  # another state than the one that is to be loaded
+        step(other, its)
+        model_state, optimizer_state = get_state_dict(other, its, options=options)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        checkpoint.load(state, checkpoint_id=folder)
+        set_state_dict(
+            other, its, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+        )
+        step(other, its)
+        found = whole_state_dict(other)
+        for name, t in whole_state_dict(layer).items():
+            same(found[name], t, f"{kind}: {name}")
+        dist.barrier()
+        if world.rank == 0:
+            shutil.rmtree(folder)
+
+
+@case
+def under_autocast_and_checkpointing(world: World) -> None:
+    """A forward pass made again exchanges again; bfloat16 rows travel under autocast; x without gradients on a rank."""
+    mesh = world.rows(4)
+    for kind in ("moe", "selection"):
+        torch.manual_seed(13)
+        ref: Any = MoE(D, 5, 3, 2, shared_experts=1) if kind == "moe" else experts(3, unused_grad="zeros").float()
+        layer = copy.deepcopy(ref)
+        parallelize_module(layer, mesh, ExpertParallel())
+        x = torch.randn(8, D)
+        rows = slice(2 * world.rank, 2 * world.rank + 2)
+        a = torch.arange(8) % 3
+
+        def run(m: Any, x: Tensor, a: Tensor, kind: str = kind) -> Tensor:
+            made: Tensor = m(x) if kind == "moe" else m(x, Trajectory(len(x)), a)[0]
+            return made
+
+        with torch.no_grad():
+            assert not run(layer, x[rows], a[rows]).requires_grad
+        own = x[rows].clone().requires_grad_(world.rank != 2)
+        y = activations.checkpoint(run, layer, own, a[rows], use_reentrant=False)
+        y.square().sum().backward()
+        whole = x.clone().requires_grad_()
+        expected = run(ref, whole, a)
+        (expected.square().sum() / 4).backward()
+        torch.testing.assert_close(y, expected[rows])
+        if world.rank != 2:
+            torch.testing.assert_close(own.grad, 4 * whole.grad[rows])  # type: ignore[index]
+        for name, p in layer.named_parameters():
+            if isinstance(p, DTensor) or "_submodules" in name:
+                grad = p.grad.full_tensor() if isinstance(p, DTensor) else p.grad  # type: ignore[union-attr]
+                torch.testing.assert_close(grad, ref.get_parameter(name).grad)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = run(layer, x[rows], a[rows]), run(ref, x, a)[rows]
+        assert y.dtype == expected.dtype
+        torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
 
 
 @case
