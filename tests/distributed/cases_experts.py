@@ -406,14 +406,16 @@ def saved_on_four_ranks_loaded_on_two(world: World) -> None:
         def made(W: int, kind: str = kind) -> tuple[nn.Module, torch.optim.Optimizer]:
             torch.manual_seed(11)
             layer: nn.Module = MoE(D, 5, 3, 2, dtype=F64) if kind == "moe" else experts(3, stacked=kind == "stacked")
-            parallelize_module(layer, world.rows(W), ExpertParallel())
-            return layer, torch.optim.Adam(layer.parameters(), 0.1)
+            model = nn.ModuleList([nn.Linear(D, D, dtype=F64), layer])  # on a rank without a module, parameters anyway
+            parallelize_module(model, world.rows(W), {"1": ExpertParallel()})
+            return model, torch.optim.Adam(model.parameters(), 0.1)
 
         def step(layer: Any, optimizer: torch.optim.Optimizer, kind: str = kind) -> None:
             torch.manual_seed(12)  # the same samples on all ranks
             x, a = torch.randn(6, D, dtype=F64), torch.arange(6) % 3
             optimizer.zero_grad()
-            y: Tensor = layer(x) if kind == "moe" else layer(x, Trajectory(6), a)[0]
+            h = layer[0](x)
+            y: Tensor = layer[1](h) if kind == "moe" else layer[1](h, Trajectory(6), a)[0]
             y.square().sum().backward()
             optimizer.step()
 
