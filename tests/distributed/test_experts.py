@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import fastroute
 from fastroute import networks
 from fastroute.distributed import ExpertParallel, ddp, expert_parameters, prepare, whole_state_dict
-from tests.helpers.subprocesses import ROOT
+from tests.distributed.ranks import started
 
 D = 4
 
@@ -86,28 +83,11 @@ def test_a_model_of_all_families_is_prepared(mesh: DeviceMesh) -> None:
 
 @pytest.mark.long
 def test_examples(tmp_path: Path) -> None:
-    """As their first lines say, on two processes and for a few steps."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    file = tmp_path / "experts.pt"
-    for name, argv, said in (
-        ("experts", ["--checkpoint", str(file), "--batch", "64"], "8 of 16 experts on rank 0"),
-        ("routing_network", ["--batch", "64"], "samples by module"),
-    ):
-        command = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            f"examples/distributed/{name}.py",
-        ]
-        ran = subprocess.run(
-            [sys.executable, *command, "--steps", "3", *argv],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr[-4000:]
-        assert said in ran.stdout, ran.stdout
-    assert torch.load(file, weights_only=True)["moe.w_down"].shape == (16, 32, 64)
+    """On two processes, for a few steps."""
+    started("tests.distributed.run_expert_examples", str(tmp_path))
+    assert "8 of 16 experts on rank 0" in (tmp_path / "experts").read_text()
+    assert "samples by module" in (tmp_path / "routing_network").read_text()
+    assert torch.load(tmp_path / "experts.pt", weights_only=True)["moe.w_down"].shape == (16, 32, 64)
 
 
 def test_without_processes() -> None:
