@@ -51,13 +51,13 @@ def agree(what: Mapping[str, object], group: Group = None, *, layer: str) -> Non
         return
     group = group_of(group)
     digest = hashlib.sha256(text).digest() + len(text).to_bytes(8, "big")
-    digests = _gathered(digest, group)
+    digests = _gathered(digest, group, layer)
     if own is None and all(other == digest for other in digests):
         return
     if all(other == digest for other in digests):
         raise own  # type: ignore[misc]
     longest = max(int.from_bytes(other[-8:], "big") for other in digests)
-    texts = _gathered(text.ljust(longest), group)
+    texts = _gathered(text.ljust(longest), group, layer)
     raise ValueError(_message([json.loads(other) for other in texts], layer, group)) from own
 
 
@@ -93,28 +93,32 @@ def _described(value: Any) -> str:
     return str(value)
 
 
-def _gathered(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
+def _gathered(message: bytes, group: dist.ProcessGroup | None, layer: str) -> list[bytes]:
     """Every rank's message; all have the same length."""
     mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(collective_device(group))
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
+    try:
+        dist.all_gather(every, mine, group=group)
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"{layer}: the all-gather by which ranks {ranks} agree failed; has one of them ended? {error}"
+        ) from error
     return [bytes(other.cpu().numpy()) for other in every]
 
 
 def _message(have: list[dict[str, str]], layer: str, group: dist.ProcessGroup | None) -> str:
     ranks = dist.get_process_group_ranks(group)
-    parts = []
+    parts, failures = [], []
     for name in {name: None for one in have for name in one}:
         by_value: dict[str, list[int]] = {}
         for rank, one in zip(ranks, have, strict=True):
             by_value.setdefault(one.get(name, "nothing"), []).append(rank)
-        raised = [f"{value} on {_ranks(on)}" for value, on in by_value.items() if value.startswith(_RAISED)]
-        if raised:
-            parts.append(", ".join(raised))
-        elif len(by_value) > 1:
+        failures += [f"{value} on {_ranks(on)}" for value, on in by_value.items() if value.startswith(_RAISED)]
+        if len(by_value) > 1:
             shown = (f"{_short(value, by_value)} on {_ranks(on)}" for value, on in by_value.items())
             parts.append(f"{name}: expected the same on every rank, got " + ", ".join(shown))
-    return f"{layer}: " + "; ".join(parts)
+    return f"{layer}: " + "; ".join(failures or parts)  # what else differs may be the failure's consequence
 
 
 def _short(value: str, others: Mapping[str, object]) -> str:
