@@ -23,6 +23,7 @@ from ..ops.dtypes import accumulating
 from ..ops.host import may_look
 from ..ops.masked import only
 from ..ops.precision import autocast_off
+from ..ops.processes import Processes
 from ..ops.recomputation import draws_of, is_recomputation
 from .decision_record import Mixture
 from .decisions.base import Triplet, as_mask
@@ -37,7 +38,7 @@ class Routed(NamedTuple):
     actions: Tensor  #: [B, k] int64, -1 for no module
     weights: Tensor  #: [B, k] float32 or float64, 0 where the action is -1
     losses: dict[str, Tensor]  #: by name, [B], scaled; the mean over the batch is the loss
-    counts: Tensor  #: [K] int64: entries of each module, before any was dropped for capacity
+    counts: Tensor  #: [K] int64: entries of each module, before any was dropped for capacity; the group's, if any
 
     @property
     def loss(self) -> Tensor:
@@ -73,7 +74,14 @@ class TopKGating(Accumulating):
         generator: of the jitter; None: PyTorch's own.
 
     Losses and weights are in the trajectory (``meta.mixtures``); ``Loss`` adds the losses to the routing loss, and
-    elsewhere ``meta.aux_loss`` is to be added to one's own. Parameters: ``router.weight`` [K, F], ``router.bias`` [K];
+    elsewhere ``meta.aux_loss`` is to be added to one's own.
+
+    Attributes:
+        load_group: the processes whose samples count as one batch, in the order of ranks, for capacity and
+            for the losses: f_k and the number of samples are then the group's, and the mean of the losses over its
+            processes is the loss of the whole batch. ``fastroute.distributed`` sets it. None: this process alone.
+
+    Parameters: ``router.weight`` [K, F], ``router.bias`` [K];
     buffers with ``bias_balancing``: ``selection_bias`` [K] and, not saved, ``counts`` [K].
 
     Examples:
@@ -123,6 +131,7 @@ class TopKGating(Accumulating):
         self.balance_loss, self.z_loss = float(balance_loss), float(z_loss)
         self.bias_balancing = float(bias_balancing)
         self.generator = generator
+        self.load_group: Processes | None = None
         self.router = nn.Linear(self._in_features, K, bias=bool(bias), device=device, dtype=dtype)
         balances = self.bias_balancing > 0
         made = torch.zeros(K, dtype=torch.float32, device=device) if balances else None
@@ -197,9 +206,10 @@ class TopKGating(Accumulating):
             z = self._logits(flat, active)
             scores = z.softmax(1) if self.scores == "softmax" else z.sigmoid()
             actions = self._choose(z, scores) if forced is None else forced
-            counts, kept = self._kept(actions, active, forced is None)
+            own, kept = self._kept(actions, active, forced is None)
             weights = self._weights(z, scores, actions, actions >= 0)
-            losses = self._losses(z, scores, counts, active)
+            counts, share = self._load(own, active, B, z.dtype)
+            losses = self._losses(z, scores, counts, active, share)
         if self.counts is not None and self.training and not is_recomputation():
             looked_on = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
             if looked_on and not host.is_wrapped(self.counts):
@@ -208,7 +218,7 @@ class TopKGating(Accumulating):
                     "are: torch.func cannot change a buffer of the module"
                 )
             with torch.no_grad():
-                self.counts.add_(counts)
+                self.counts.add_(own)
         if kept is not None:
             actions, weights = torch.where(kept, actions, -1), torch.where(kept, weights, 0)
         return Routed(actions, weights, losses, counts)
@@ -257,12 +267,40 @@ class TopKGating(Accumulating):
             return counts, valid
         share = Fraction(self.capacity).limit_denominator(1 << 20)
         # rounded up; of what is negative, ONNX's division would round towards 0
-        limit = (B * k * share.numerator + share.denominator * K - 1) // (share.denominator * K)
-        plan = dispatch.plan(torch.where(taken < K, taken, -1).mT.reshape(-1), K)  # first choices first
+        limit: Any = (B * k * share.numerator + share.denominator * K - 1) // (share.denominator * K)
+        flat = torch.where(taken < K, taken, -1).mT.reshape(-1)  # first choices first
+        plan = dispatch.plan(flat, K)
         rank = torch.arange(B * k, device=actions.device)
         modules = dispatch.module_of_row(plan.offsets, B * k)
-        fits = (modules < K) & (rank - plan.offsets.index_select(0, modules) < limit)
+        place = rank - plan.offsets.index_select(0, modules)
+        if self.load_group is not None:
+            ahead, entries = self._ahead(taken, self.load_group)
+            place = place + ahead.reshape(-1).index_select(0, plan.order // max(B, 1) * (K + 1) + modules)
+            limit = (entries * share.numerator + share.denominator * K - 1) // (share.denominator * K)
+        fits = (modules < K) & (place < limit)
         return counts, torch.empty_like(fits).index_copy_(0, plan.order, fits).view(k, B).mT
+
+    def _ahead(self, taken: Tensor, group: Processes) -> tuple[Tensor, Tensor]:
+        """Of the group's entries that come before this process's j-th choices of a module, those of others.
+
+        taken [B, k], K for none -> (ahead [k, K + 1], how many entries the group has []).
+        """
+        k, K1 = taken.shape[1], self._num_selections + 1
+        slots = (taken + K1 * torch.arange(k, device=taken.device)).reshape(-1)
+        own = slots.new_zeros(k * K1).index_add_(0, slots, torch.ones_like(slots))
+        each = group.gather(torch.cat([own, own.sum()[None]]))
+        here, all_of = group.rank, each[:, :-1].view(-1, k, K1)
+        mine, total = all_of[here], all_of.sum(0)
+        before = all_of[:here].sum(0) + (total.cumsum(0) - total) - (mine.cumsum(0) - mine)
+        return before, each[:, -1].sum()
+
+    def _load(self, own: Tensor, active: Tensor | None, B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(entries by module, what a sample's losses are multiplied by, if at all): the group's, if there is one."""
+        if self.load_group is None:
+            return own, None if active is None else B / active.sum().clamp(min=1).to(dtype)
+        samples = own.new_full((1,), B) if active is None else active.sum().reshape(1)
+        counts = self.load_group.sum(torch.cat([own, samples]))
+        return counts[:-1], B * self.load_group.size / counts[-1].clamp(min=1).to(dtype)
 
     def _weights(self, z: Tensor, scores: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
         at = actions.clamp(min=0)
@@ -275,7 +313,9 @@ class TopKGating(Accumulating):
             picked = picked / picked.sum(1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
         return torch.where(valid, picked, 0)
 
-    def _losses(self, z: Tensor, scores: Tensor, counts: Tensor, active: Tensor | None) -> dict[str, Tensor]:
+    def _losses(
+        self, z: Tensor, scores: Tensor, counts: Tensor, active: Tensor | None, scale: Tensor | None
+    ) -> dict[str, Tensor]:
         """Of every sample, times B over the active ones: the mean over the batch is that over them."""
         made = {}
         if self.balance_loss:
@@ -284,9 +324,8 @@ class TopKGating(Accumulating):
             made["balance"] = self.balance_loss * self._num_selections * (p @ share)
         if self.z_loss:
             made["z"] = self.z_loss * z.logsumexp(1).square()
-        if active is not None:
-            scale = active.shape[0] / active.sum().clamp(min=1)
-            made = {name: torch.where(active, loss, 0) * scale for name, loss in made.items()}
+        if scale is not None:
+            made = {name: only(loss, active) * scale for name, loss in made.items()}
         return made
 
     @torch.no_grad()

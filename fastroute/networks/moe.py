@@ -140,11 +140,7 @@ class MoE(nn.Module):
             active = as_mask(mask.reshape(-1), flat.shape[0], x.device)
             flat = only(flat, active)
         routed = self._routed(flat, active)
-        plan = dispatch.plan(routed.actions, self.num_experts)
-        options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
-        y = expert_ffn(flat, plan, routed.weights, self.w_gate_up, self.w_down, **options)
-        if self.shared_gate_up is not None and self.shared_down is not None:
-            y = y + self._shared(flat, active, self.shared_gate_up, self.shared_down)
+        y = self._mixture(flat, active, routed)
         y = y.reshape(*lead, D)
         if not return_aux:
             return y
@@ -168,9 +164,19 @@ class MoE(nn.Module):
             counts = taken.new_zeros(self.num_experts + 1).index_add(0, taken, torch.ones_like(taken))[:-1]
         return Routed(actions, weights, made.losses, counts)
 
-    def _shared(self, x: Tensor, mask: Tensor | None, w_in: Tensor, w_out: Tensor) -> Tensor:
-        u = F.linear(x, w_in)
+    def _mixture(self, x: Tensor, active: Tensor | None, routed: Routed) -> Tensor:
+        """[N, D]: the routed experts and the shared ones."""
+        plan = dispatch.plan(routed.actions, self.num_experts)
+        options: dict[str, Any] = {"activation": self.activation, "gated": self.gated}
+        y = expert_ffn(x, plan, routed.weights, self.w_gate_up, self.w_down, **options)
+        return y if self.shared_experts == 0 else y + self._shared_out(self._shared_hidden(x), active)
+
+    def _shared_hidden(self, x: Tensor) -> Tensor:
+        """The first half of the shared experts."""
+        u = F.linear(x, self.shared_gate_up)  # type: ignore[arg-type]
         g, v = u.chunk(2, -1) if self.gated else (u, None)
         h = ACTIVATIONS[self.activation](g)
-        y = F.linear(h if v is None else h * v, w_out)
-        return only(y, mask)
+        return h if v is None else h * v
+
+    def _shared_out(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        return only(F.linear(h, self.shared_down), mask)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ops import dispatch
 from ..ops.arguments import Count, checked
 from ..ops.checks import samples, shown, tensor, together
+from ..ops.processes import Processes
 from ..ops.trajectory_loss.op import ByAction, Final
 
 Formula = Literal["intended", "upstream"]
@@ -185,6 +186,10 @@ class PerActionBaseReward:
     Args:
         history_window: how many of the last actions are kept (``history``), where a subclass wants them.
 
+    Attributes:
+        sync_rewards: whether what is registered are the actions of all processes of a group, in the order of ranks, as
+            if their batches were one. All of them then have to call the decision equally often.
+        processes: that group; None: all processes, where ``torch.distributed`` runs several.
     Examples:
         >>> class Dear(fastroute.PerActionBaseReward):
         ...     def rewards(self, dists, actions, like):
@@ -194,11 +199,19 @@ class PerActionBaseReward:
     """
 
     keeps_history = False  #: whether ``register_all`` has to keep the last actions
+    sync_rewards = False
+    processes: Processes | None = None
 
     @checked
     def __init__(self, history_window: Count = 256) -> None:
         self.history_window = history_window
         self.clear()
+
+    def _group(self) -> Processes | None:
+        """With whom to register."""
+        if self.sync_rewards and self.processes is None:
+            self.processes = Processes.of()
+        return self.processes if self.sync_rewards else None
 
     def clear(self) -> None:
         """Forget what was registered."""
@@ -220,6 +233,11 @@ class PerActionBaseReward:
         if not self.keeps_history:
             return
         W = self.history_window
+        if (group := self._group()) is not None:  # of each process as many as are kept, so that sizes are alike
+            actions = actions if active is None else torch.where(active, actions, -1)
+            own = torch.cat([actions.new_full((W,), -1), actions])
+            actions = group.gather(own[(own >= 0).to(torch.int8).argsort(stable=True)][-W:]).flatten()
+            active = actions >= 0
         if active is None and len(actions) >= W:  # what was there before is forgotten
             self._ring = torch.cat([actions if len(actions) == W else actions[-W:]])  # a copy: others have them too
             return
@@ -266,9 +284,10 @@ class _PerActionCounting(PerActionBaseReward):
         history_len: int = 256,
         *,
         formula: Formula = "intended",
+        sync_rewards: bool = False,
     ) -> None:
         self.reward_ratio, self.num_actions, self.history_len = reward_ratio, num_actions, history_len
-        self.formula = check_formula(formula)
+        self.formula, self.sync_rewards = check_formula(formula), sync_rewards
         super().__init__(history_len)
 
     def check(self, choices: int) -> None:
@@ -291,6 +310,7 @@ class CollaborationReward(_PerActionCounting):
             (``formula="upstream"``).
         num_actions: how many actions there are; None: as many as the decision that uses it has.
         history_len: how many of the last registered actions are counted.
+        sync_rewards: count the actions of all processes, see :class:`PerActionBaseReward`.
 
     Examples:
         >>> reward = fastroute.CollaborationReward(0.5, num_actions=3, history_len=4)
@@ -341,10 +361,18 @@ class RunningAverageCollaborationReward(_PerActionCounting):
             self._average = torch.zeros(C, dtype=torch.float64, device=actions.device)
         e = self._average.to(actions.device)
         weight = torch.where(here > 0, (1 - k) * k ** after.double(), 0.0)
-        never = e.sum() == 0
-        first = here.bool() & (here.cumsum(0) == 1)
-        weight = torch.where(never & first, k ** after.double(), weight)
-        self._average = (e * k ** here.sum().double()).index_add(0, actions.clamp(0, C - 1), weight)
+        first = torch.where((here > 0) & (here.cumsum(0) == 1), weight.new_ones(()), 0)
+        index = actions.clamp(0, C - 1)
+        own = e.new_zeros(2, C).index_add(1, index, torch.stack([weight, first]))
+        facts = torch.cat([own.flatten(), here.sum().double()[None]])[None]  # the same size in every process
+        if (group := self._group()) is not None:
+            facts = group.gather(facts[0])
+        counts = facts[:, -1]
+        later = counts.flip(0).cumsum(0).flip(0) - counts
+        is_first = (counts > 0) & (counts.cumsum(0) == counts)  # of the first process with a sample
+        n, never = counts.sum(), e.sum() == 0
+        start = torch.where(never, k**n, 0) * (facts[:, C:-1] * is_first[:, None]).sum(0)
+        self._average = e * k**n + (facts[:, :C] * k ** later[:, None]).sum(0) + start
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The faded share of each action, times ``reward_ratio``."""

@@ -116,10 +116,7 @@ class Selection(nn.Module):
             if weights is not None or actions.shape[1] != 1:
                 return self._mixture(batch, actions, weights, mask), meta, actions
         if K == 1 and weights is None:
-            y = self._submodules[0](batch)
-            if self._log is not None:
-                self._log.add(0)
-            return y, meta, actions
+            return self._of_one(batch), meta, actions
         if actions is None:
             raise ValueError(f"actions: expected one per sample to choose among {K} modules by, got None")
         chosen = dispatch.as_actions(actions, B, batch.device)
@@ -152,16 +149,28 @@ class Selection(nn.Module):
         y = combine(y.reshape(B, k, *y.shape[1:]), weights.to(y.device), valid)
         return y if self.dropped == "zero" else self._passed(y, batch, None if valid is None else valid.any(1))
 
+    def _of_one(self, batch: Tensor) -> Tensor:
+        """What a single module gives."""
+        if self._log is not None:
+            self._log.add(0)
+        y: Tensor = self._submodules[0](batch)
+        return y
+
     def _run(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:
         """chosen [B] or [B, k] -> (what its module gives for every entry [N, ...], the plan)."""
         K = len(self._submodules)
         if self._log is not None and not chosen.is_meta:
             self._log.update(a for a in host.read(chosen.reshape(-1)) if 0 <= a < K)
         plan = dispatch.plan(chosen, K)
+        return self._on_plan(batch, plan), plan
+
+    def _on_plan(self, batch: Tensor, plan: dispatch.Plan) -> Tensor:
+        """[N, ...]: what its module gives for every entry."""
         modules = self._submodules
         each, called = ([modules.pattern], modules.each) if isinstance(modules, Stack) else (list(modules), None)
-        y = grouped_modules.run(each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros", called=called)
-        return y, plan
+        return grouped_modules.run(
+            each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros", called=called
+        )
 
     def _passed(self, y: Tensor, batch: Tensor, kept: Tensor | None) -> Tensor:
         """The input where nothing was applied."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...ops.accumulating import Accumulating
 from ...ops.arguments import Tasks, checked
 from ...ops.checks import MOST, floating, no_more, together
+from ...ops.processes import Processes
 from ..named_tasks import Axis, NamedTasks
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
@@ -103,6 +104,9 @@ class Weighting(NamedTasks, Accumulating):
     Attributes:
         tasks: tuple of names.
         stateless: of the class: whether it neither learns nor remembers.
+        processes: a group of processes, all of which call it at once. Losses are then the group's means (over those
+            that have the task), also where they are remembered, with the gradient of the own ones: the mean of the
+            processes' gradients is that of the total of the means. ``fastroute.distributed.prepare`` sets it.
 
     Examples:
         >>> class Worst(fastroute.Weighting):
@@ -114,6 +118,7 @@ class Weighting(NamedTasks, Accumulating):
     """
 
     stateless: ClassVar[bool] = False
+    processes: Processes | None = None
     tasks: tuple[str, ...]
 
     @checked
@@ -184,13 +189,23 @@ class Weighting(NamedTasks, Accumulating):
         own = next(chain(self._parameters.values(), self._buffers.values()), None)
         together(("the weighting", values if own is None else own), {"losses": values})
         if all(t is not None for t in given) and all(f is None or f is True for f in flags):
-            return values, None
+            return self._of_group(values, None)
         here = torch.stack([
             f.reshape(()).to(values.device, torch.bool) if isinstance(f, Tensor) and t is not None
             else torch.full((), t is not None and f is not False, device=values.device)
             for t, f in zip(given, flags, strict=True)
         ])  # fmt: skip
-        return torch.where(here, values, 0), here
+        return self._of_group(torch.where(here, values, 0), here)
+
+    def _of_group(self, values: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.processes is None:
+            return values, here
+        own = values.detach()
+        summed, count = self.processes.sum(
+            torch.stack([own, own.new_ones(own.shape) if here is None else here.to(own)])
+        )
+        mean = torch.where(count > 0, summed / count.clamp(min=1), 0)
+        return values + (mean - own), None if here is None else count > 0
 
 
 def _shown(t: object) -> str:
