@@ -110,13 +110,47 @@ struct Modules {
   }
 };
 
-// is_same(fingerprint, objects, dicts, owners, kinds, exchange) -> bool
+// Whether two lists have the same elements.
+bool are_same(PyObject* a, PyObject* b) {
+  const Py_ssize_t size = PyList_Check(a) && PyList_Check(b) ? PyList_Size(a) : -1;
+  bool same = size >= 0 && PyList_Size(b) == size;
+  for (Py_ssize_t i = 0; same && i < size; ++i) {
+    same = PyList_GetItem(a, i) == PyList_GetItem(b, i);
+  }
+  return same;
+}
+
+// Whether classes have what they had: a list of tuples (class, name, what it had of that name).
+bool have_attributes(PyObject* looks) {
+  bool same = PyList_Check(looks);
+  for (Py_ssize_t i = 0; same && i < PyList_Size(looks); ++i) {
+    PyObject* look = PyList_GetItem(looks, i);
+    same = PyTuple_Check(look) && PyTuple_Size(look) == 3;
+    PyObject* found = same ? PyObject_GetAttr(PyTuple_GetItem(look, 0), PyTuple_GetItem(look, 1)) : nullptr;
+    same = found != nullptr && found == PyTuple_GetItem(look, 2);
+    if (found == nullptr) {
+      PyErr_Clear();
+    } else {
+      Py_DecRef(found);
+    }
+  }
+  return same;
+}
+
+// is_same(fingerprint, given, known, looks, objects, dicts, owners, kinds, exchange) -> bool
+//
+// Also whether the lists `given` and `known` have the same elements, and classes what `looks` says they had.
 PyObject* is_same(PyObject*, PyObject* args) {
   Modules m;
   const char* bytes = nullptr;
   Py_ssize_t size = 0;
-  if (!PyArg_ParseTuple(args, "y#OOOOO", &bytes, &size, &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange)) {
+  PyObject *given = nullptr, *known = nullptr, *looks = nullptr;
+  if (!PyArg_ParseTuple(args, "y#OOOOOOOO", &bytes, &size, &given, &known, &looks, &m.objects, &m.dicts, &m.owners,
+                        &m.kinds, &m.exchange)) {
     return nullptr;
+  }
+  if (!are_same(given, known) || !have_attributes(looks)) {
+    return PyBool_FromLong(0);
   }
   const auto* at = reinterpret_cast<const Word*>(bytes);
   const Word* const end = at + size / sizeof(Word);
@@ -148,7 +182,7 @@ PyObject* fingerprint(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"fingerprint", fingerprint, METH_VARARGS, "Of modules; see ops/_modules.py."},
+    {"fingerprint", fingerprint, METH_VARARGS, "Of modules; see fastroute/modules/reading.py."},
     {"is_same", is_same, METH_VARARGS, "Whether modules have this fingerprint."},
     {nullptr, nullptr, 0, nullptr}};
 

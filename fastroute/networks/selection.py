@@ -150,9 +150,14 @@ class Selection(nn.Module):
         K = len(self._submodules)
         if self._log is not None and not chosen.is_meta:
             self._log.update(a for a in host.read(chosen.reshape(-1)) if 0 <= a < K)
-        plan = dispatch.plan(chosen, K)
         modules = self._submodules
-        each, called = ([modules.pattern], modules.each) if isinstance(modules, Stack) else (list(modules), None)
+        each, called = list(modules._modules.values()), None
+        if isinstance(modules, Stack):
+            each, called = [modules.pattern], modules.each
+        made = grouped_modules.run_actions(each, batch, chosen, self._recipe, keep_empty=self.unused_grad == "zeros")
+        if made is not None:
+            return made
+        plan = dispatch.plan(chosen, K)
         y = grouped_modules.run(each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros", called=called)
         return y, plan
 

@@ -19,6 +19,7 @@
 #include "common/check.h"
 #include "common/empty.h"
 #include "cpu/activation.h"
+#include "cpu/dispatch/dispatch.h"
 #include "cpu/grouped_linear/grouped_linear.h"
 
 namespace fastroute::grouped_linear {
@@ -404,33 +405,61 @@ void check_rows(const Check& check, const Tensor& x, const OptionalTensor& take,
   check.offsets("offsets", offsets, N);
 }
 
+// (modules, O, F, dtype) of arguments that fit together.
+struct Sizes {
+  int64_t modules, O, F;
+  ScalarType type;
+
+  Sizes(const Check& check, const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
+    const bool has_weights = !weights.empty();
+    check.that(has_weights || !biases.empty(), "weights: expected some, or biases");
+    const Tensor& like = has_weights ? weights[0] : biases[0];
+    O = like.size(like.dim() - (has_weights ? 2 : 1));
+    F = has_weights ? like.size(like.dim() - 1) : 0;
+    type = like.scalar_type();
+    modules = check_modules(check, weights, biases, type, O, F);
+    check.that(kind >= 0 && kind < activation::kKinds, "activation: there is none of number ", kind);
+    check.that(kind == activation::kNone ? !keep : has_weights, "activation: expected one to keep for, after weights");
+  }
+};
+
+std::tuple<Tensor, Tensor> made(
+    const Sizes& s, const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
+    int64_t N, const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
+  Tensor y = empty_cpu<2>({N, s.O}, s.type), before = keep ? empty_cpu<2>({N, s.O}, s.type) : empty_cpu<1>({0}, s.type);
+  with_type(s.type, [&](auto number) {
+    using S = decltype(number);
+    forward<S>(
+        static_cast<S*>(y.data_ptr()), keep ? static_cast<S*>(before.data_ptr()) : nullptr, x, Index(take), Index(put),
+        Index(offsets), N, weights_of<S>(weights), biases_of<S>(biases), s.O, kind);
+  });
+  return {std::move(y), std::move(before)};
+}
+
+// forward_op of rows whose modules are named by actions: (y, before, the plan's order, offsets and beyond).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> planned_op(
+    const Tensor& x, const Tensor& actions, const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
+  const Check check("grouped_linear");
+  const Sizes s(check, weights, biases, kind, keep);
+  check.that(!weights.empty() && s.modules >= 1, "weights: expected one of each module");
+  auto [order, offsets, beyond] = dispatch_plan(actions, s.modules);
+  const int64_t N = order.size(0);
+  check.tensor("x", x, s.type, {N, s.F}, Layout::kRows);
+  auto [y, before] = made(s, x, order, order, offsets, N, weights, biases, kind, keep);
+  return {std::move(y), std::move(before), std::move(order), std::move(offsets), std::move(beyond)};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> forward_op(
     const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
     const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
   const Check check("grouped_linear");
-  const bool has_weights = !weights.empty();
-  check.that(has_weights || !biases.empty(), "weights: expected some, or biases");
-  const Tensor& like = has_weights ? weights[0] : biases[0];
-  const int64_t O = like.size(like.dim() - (has_weights ? 2 : 1)), F = has_weights ? like.size(like.dim() - 1) : 0;
+  const Sizes s(check, weights, biases, kind, keep);
   const int64_t N = take.has_value() ? take->size(0) : x.size(0);
-  const ScalarType type = like.scalar_type();
-  const int64_t modules = check_modules(check, weights, biases, type, O, F);
-  check_rows(check, x, take, offsets, has_weights, type, N, F, modules);
+  check_rows(check, x, take, offsets, !weights.empty(), s.type, N, s.F, s.modules);
   check_written(check, "put", put, N);
-  check.that(kind >= 0 && kind < activation::kKinds, "activation: there is none of number ", kind);
-  check.that(kind == activation::kNone ? !keep : has_weights, "activation: expected one to keep for, after weights");
-  Tensor y = empty_cpu<2>({N, O}, type), before = keep ? empty_cpu<2>({N, O}, type) : empty_cpu<1>({0}, type);
-  with_type(type, [&](auto s) {
-    using S = decltype(s);
-    const auto w = weights_of<S>(weights);
-    const auto b = biases_of<S>(biases);
-    forward<S>(
-        static_cast<S*>(y.data_ptr()), keep ? static_cast<S*>(before.data_ptr()) : nullptr, x, Index(take), Index(put),
-        Index(offsets), N, w, b, O, kind);
-  });
-  return {std::move(y), std::move(before)};
+  return made(s, x, take, put, offsets, N, weights, biases, kind, keep);
 }
 
 std::tuple<Tensor, Tensors, Tensors> backward_op(
@@ -501,5 +530,6 @@ std::tuple<Tensor, Tensors, Tensors> backward_op(
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
   library.impl("_grouped_linear_native", TORCH_BOX(&fastroute::grouped_linear::forward_op));
+  library.impl("_grouped_linear_native_planned", TORCH_BOX(&fastroute::grouped_linear::planned_op));
   library.impl("_grouped_linear_native_backward", TORCH_BOX(&fastroute::grouped_linear::backward_op));
 }
