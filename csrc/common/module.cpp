@@ -100,8 +100,11 @@ struct Modules {
     for (PyObject* list : {dicts, owners}) {
       for (Py_ssize_t i = 0; i < PyList_Size(list); ++i) {
         PyObject* dict = PyList_GetItem(list, i);
-        if (!PyDict_Check(dict) || !put(static_cast<Word>(PyDict_Size(dict))) ||
-            !(list == dicts ? put_items(put, dict) : put_forms(put, dict, kinds, *api))) {
+        const Py_ssize_t size = PyDict_Check(dict) ? PyDict_Size(dict) : -1;
+        if (size < 0 || !put(static_cast<Word>(size))) {
+          return false;
+        }
+        if (size > 0 && !(list == dicts ? put_items(put, dict) : put_forms(put, dict, kinds, *api))) {
           return false;
         }
       }

@@ -219,7 +219,7 @@ def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
     return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())
 
 
-def is_heard() -> bool:
+def is_explaining() -> bool:
     """Whether ``explain`` listens."""
     return _State.recorder is not None
 

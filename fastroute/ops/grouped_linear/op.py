@@ -14,8 +14,18 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, TOLD_BY_VALUE
 from ..arguments import explained
-from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
-from ..backends import is_heard, native_refuses, note, offer, taken
+from ..autograd import (
+    apply,
+    asked_again,
+    is_observed,
+    keep_for_again,
+    kept_for_again,
+    own,
+    through,
+    transformed,
+    without_gradient,
+)
+from ..backends import is_explaining, native_refuses, note, offer, taken
 from ..checks import shown
 from ..dispatch.contract import Plan
 from ..dispatch.op import finished
@@ -29,9 +39,6 @@ OP = "grouped_linear"
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 #: What the C++ does after the product; the rest is a pass of PyTorch's own, whose erf is vectorised.
 _NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
-
-#: What is no wrapper, subclass or trace's stand-in.
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 _OPS = torch.ops.fastroute
 
@@ -250,18 +257,17 @@ def planned(
     like, parameters = weights[0], (*weights, *biases)
     simple = (
         x.is_cpu
-        and type(x) in _PLAIN
         and x.dim() == 2
         and x.dtype == like.dtype == parameters[-1].dtype
         and x.shape == (actions.shape[0], like.shape[-1])
         and (x.shape[1] < 2 or x.stride(1) == 1)
         and len(parameters) <= _FEW
         and activation in _NATIVE_ACTIVATIONS
-        and not transformed()
+        and not is_observed(x)
+        and not is_explaining()
         and autocast_dtype("cpu") is None
-        and not is_heard()
     )
-    if not simple or torch.compiler.is_compiling() or taken(OP, "cpu", x.dtype) != "native":
+    if not simple or taken(OP, "cpu", x.dtype) != "native":
         return None
     learns = torch.is_grad_enabled()
     if learns and any(p._backward_hooks for p in parameters):
