@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -31,6 +32,15 @@ using Word = uintptr_t;
 
 Word address(const void* p) {
   return reinterpret_cast<Word>(p);
+}
+
+// Where CPython up to 3.12 has a number that any change of a dict gives another value, unique among all dicts. Elsewhere
+// it is something else, inside the object all the same: reading.py tries it before it relies on it.
+Word version_of(PyObject* dict) {
+  constexpr size_t words_before = 3;  // reference count, type, number of items
+  uint64_t version = 0;
+  std::memcpy(&version, reinterpret_cast<const char*>(dict) + words_before * sizeof(void*), sizeof version);
+  return static_cast<Word>(version);
 }
 
 // The addresses of a dict's keys and values. `put` takes words, and says whether to go on.
@@ -83,6 +93,7 @@ bool put_forms(const Put& put, PyObject* dict, PyObject* kinds, const DLPackExch
 // Modules: lists of `objects`, of whom the class counts, of `dicts`, and of dicts `owners` of tensors.
 struct Modules {
   PyObject *objects, *dicts, *owners, *kinds, *exchange;
+  int by_version;  // whether a dict's version tells that it is the same
 
   template <typename Put>
   bool walk(const Put& put) const {
@@ -104,7 +115,11 @@ struct Modules {
         if (size < 0 || !put(static_cast<Word>(size))) {
           return false;
         }
-        if (size > 0 && !(list == dicts ? put_items(put, dict) : put_forms(put, dict, kinds, *api))) {
+        if (list == dicts && by_version != 0) {
+          if (!put(version_of(dict))) {
+            return false;
+          }
+        } else if (size > 0 && !(list == dicts ? put_items(put, dict) : put_forms(put, dict, kinds, *api))) {
           return false;
         }
       }
@@ -140,7 +155,7 @@ bool have_attributes(PyObject* looks) {
   return same;
 }
 
-// is_same(fingerprint, given, known, looks, objects, dicts, owners, kinds, exchange) -> bool
+// is_same(fingerprint, given, known, looks, objects, dicts, owners, kinds, exchange, by_version) -> bool
 //
 // Also whether the lists `given` and `known` have the same elements, and classes what `looks` says they had.
 PyObject* is_same(PyObject*, PyObject* args) {
@@ -148,8 +163,8 @@ PyObject* is_same(PyObject*, PyObject* args) {
   const char* bytes = nullptr;
   Py_ssize_t size = 0;
   PyObject *given = nullptr, *known = nullptr, *looks = nullptr;
-  if (!PyArg_ParseTuple(args, "y#OOOOOOOO", &bytes, &size, &given, &known, &looks, &m.objects, &m.dicts, &m.owners,
-                        &m.kinds, &m.exchange)) {
+  if (!PyArg_ParseTuple(args, "y#OOOOOOOOp", &bytes, &size, &given, &known, &looks, &m.objects, &m.dicts, &m.owners,
+                        &m.kinds, &m.exchange, &m.by_version)) {
     return nullptr;
   }
   if (!are_same(given, known) || !have_attributes(looks)) {
@@ -161,7 +176,7 @@ PyObject* is_same(PyObject*, PyObject* args) {
   return PyBool_FromLong(same && at == end);
 }
 
-// fingerprint(objects, dicts, owners, kinds, exchange) -> bytes
+// fingerprint(objects, dicts, owners, kinds, exchange, by_version) -> bytes
 //
 // As long as nobody lets go of what it was made of, another one is the same only if nothing has changed. Empty where that
 // cannot be told: a value in `owners` is of none of the classes `kinds`, of which the first is None's, or on a device
@@ -169,7 +184,7 @@ PyObject* is_same(PyObject*, PyObject* args) {
 // Python could not load the ops.)
 PyObject* fingerprint(PyObject*, PyObject* args) {
   Modules m;
-  if (!PyArg_ParseTuple(args, "OOOOO", &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange)) {
+  if (!PyArg_ParseTuple(args, "OOOOOp", &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange, &m.by_version)) {
     return nullptr;
   }
   std::vector<Word> words;
@@ -184,8 +199,14 @@ PyObject* fingerprint(PyObject*, PyObject* args) {
       reinterpret_cast<const char*>(words.data()), static_cast<Py_ssize_t>(words.size() * sizeof(Word)));
 }
 
+// version(dict) -> int
+PyObject* version(PyObject*, PyObject* dict) {
+  return PyLong_FromUnsignedLongLong(PyDict_Check(dict) ? version_of(dict) : 0);
+}
+
 PyMethodDef methods[] = {
     {"fingerprint", fingerprint, METH_VARARGS, "Of modules; see fastroute/modules/reading.py."},
+    {"version", version, METH_O, "Of a dict, where Python has one."},
     {"is_same", is_same, METH_VARARGS, "Whether modules have this fingerprint."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -198,6 +199,33 @@ def _compiled() -> Any:
         return None
 
 
+@cache
+def _has_versions() -> bool:
+    """Whether each change of a dict, and of an object's attributes, gives it another version; nothing else does."""
+    compiled = _compiled()
+
+    class Owner:
+        pass
+
+    def differ(d: dict[str, Any], changes: Sequence[Callable[[], Any]]) -> bool:
+        seen = [compiled.version(d)]
+        for change in changes:
+            change()
+            seen.append(compiled.version(d))
+            if compiled.version(d) != seen[-1] or (d.copy(), list(d.items()), d.get("a"), "b" in d) is None:
+                return False
+        return len(set(seen)) == len(seen) and compiled.version(d) == seen[-1]
+
+    made: tuple[dict[str, Any], ...] = {"a": 1}, OrderedDict(a=1)
+    for d in made:
+        if not differ(d, [partial(d.__setitem__, "a", 2), partial(d.update, b=1), partial(d.pop, "b"), d.clear]):
+            return False
+    owner: Any = Owner()
+    owner.a = 1
+    given = partial(setattr, owner, "a", 2), partial(setattr, owner, "b", 1), partial(delattr, owner, "b")
+    return differ(owner.__dict__, given)
+
+
 _EXCHANGE = "__dlpack_c_exchange_api__"
 
 
@@ -234,7 +262,8 @@ class Proof:
         tensors = [t for d in self._owners for t in d.values()]
         self._all_on_cpu = all(t.is_cpu for t in tensors if t is not None)  # which is told faster than a device
         dicts: list[dict[Any, Any]] = [*self._dicts, *self._children, *hooks, *_GLOBAL_HOOKS]
-        self._facts = list(self._every), dicts, self._owners, _PLAIN, getattr(Tensor, _EXCHANGE, None)
+        versions = not torch.compiler.is_compiling() and _compiled() is not None and _has_versions()
+        self._facts = list(self._every), dicts, self._owners, _PLAIN, getattr(Tensor, _EXCHANGE, None), versions
         self._printed = self._print()
         self._copies, self._state, self._called = [d.copy() for d in self._dicts], self._look(), self._calls()
         self._looks = self._attributes()
