@@ -231,7 +231,7 @@ def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
 
 
 #: Multiply-adds of all modules for all samples beyond which that is no rival; and the most that torch.compile is given.
-_DENSE, MOST_K, MOST_B = 2e9, 20, 4096
+_DENSE, MOST_K, MOST_B = 2e9, 20, 1024
 
 
 def grid_rivals(case: Case, p: Problem, device: str, threads: int) -> list[Step]:
@@ -240,9 +240,9 @@ def grid_rivals(case: Case, p: Problem, device: str, threads: int) -> list[Step]
         ways.append(("grouped_mm", grouped_mm))
     if case.B * case.K * case.F * case.O <= _DENSE:
         ways.append(("dense", dense))
-        if threads == 1 and case.K <= MOST_K and case.B <= MOST_B:
+        if threads == 1 and case.K <= MOST_K and case.B <= MOST_B and (case.training or not harness.HELD_TO):
             ways.append(("dense, torch.compile", torch.compile(dense, dynamic=False)))
-            if case.training and case.K == 4:
+            if case.training and case.K == 4 and not harness.HELD_TO:
                 tuned = torch.compile(dense, dynamic=False, mode="max-autotune-no-cudagraphs")
                 ways.append(("dense, torch.compile, max-autotune", tuned))
 
