@@ -28,6 +28,28 @@ def suites() -> list[Path]:
     return sorted(HERE.glob("bench_*.py"), key=lambda p: (rank.get(p.stem.removeprefix("bench_"), len(rank)), p.stem))
 
 
+#: What makes an AVX-512 processor run what an AVX2 one would.
+AVX2 = {"FASTROUTE_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+#: Suites with a grid of sizes (rows whose names begin with "grid"), which is run under AVX2 as well.
+GRIDS = ("dispatch", "soft_assignment")
+
+
+def runs(args: argparse.Namespace) -> list[tuple[Path, str, str | None, dict[str, str]]]:
+    """(suite, name of its results, pytest's -k, environment beside the usual) of each run."""
+    found: list[tuple[Path, str, str | None, dict[str, str]]] = []
+    for suite in suites():
+        name = suite.stem.removeprefix("bench_")
+        found.append((suite, f"{name}-{'cuda' if args.gpu else 'cpu'}", args.k, {}))
+        if name in GRIDS and not (args.gpu or args.quick) and "avx512f" in _flags():
+            found.append((suite, f"{name}-cpu-avx2", f"grid and ({args.k})" if args.k else "grid", AVX2))
+    return found
+
+
+def _flags() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text() if cpuinfo.exists() else ""
+
+
 def run(args: argparse.Namespace) -> int:
     partial = args.quick or bool(args.k)
     if args.out is None:
@@ -37,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
     env |= {"OMP_WAIT_POLICY": "PASSIVE"}  # a suite is a process of its own, so torch is not imported before this
     env.setdefault("FASTROUTE_BENCH_BEGAN", repr(time.monotonic()))  # all suites share the run's clock
     status, written = 0, []
-    for suite in suites():
-        name = suite.stem.removeprefix("bench_")
-        path = args.out / f"{name}-{'cuda' if args.gpu else 'cpu'}.json"
+    for suite, name, selected, own in runs(args):
+        path = args.out / f"{name}.json"
         command = [
             sys.executable,
             "-m",
@@ -53,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
         ]
         command += ["--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={path}"]
         command += ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname"]
-        command += ["--bench-gpu"] * args.gpu + ["--bench-quick"] * args.quick + (["-k", args.k] if args.k else [])
+        command += ["--bench-gpu"] * args.gpu + ["--bench-quick"] * args.quick + (["-k", selected] if selected else [])
         command += [] if args.gpu else ["--benchmark-timer=time.process_time"]
         path.unlink(missing_ok=True)
-        code = subprocess.run(command, cwd=HERE.parent, env=env).returncode
+        code = subprocess.run(command, cwd=HERE.parent, env=env | own).returncode
         if code == 5:  # no test selected
             continue
         status = status or code
@@ -66,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             path.unlink(missing_ok=True)
     for path in written:
         print(f"\n{path}\n\n{report.tables(path)}")
+    print(f"{time.monotonic() - float(env['FASTROUTE_BENCH_BEGAN']):.0f} s in all")
     if args.out.resolve() == RESULTS and not partial:
         report.rewrite(RESULTS)
         print(f"rewrote {report.PAGE.relative_to(HERE.parent)}")

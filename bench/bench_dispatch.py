@@ -1,6 +1,6 @@
-"""Selection alone, forward and backward: K linear modules 128 -> 48, of which every sample takes one.
+"""Selection alone: K linear modules, of which every sample takes one; the main table trains modules 128 -> 48.
 
-Axes: B samples, K modules, F = 128 features in, O = 48 out.
+Axes: B samples, K modules, F features in, O out.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from bench.routed_rivals import Layer, module_loop, rows_by_module, rows_by_sort
 from fastroute.networks import Selection, Trajectory
 from fastroute.ops.backends import taken
 
-INPUTS, OUTPUTS = 128, 48
-
 
 class Case(NamedTuple):
-    """The sizes of one call."""
+    """The sizes of one call, and its pass."""
 
     B: int
     K: int
+    F: int = 128
+    O: int = 48
+    training: bool = True
 
     def __str__(self) -> str:
-        return f"B {self.B}, K {self.K}"
+        return f"B {self.B}, K {self.K}" + (f", {self.F} to {self.O}" if (self.F, self.O) != (128, 48) else "")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,21 @@ class Row:
     case: Case
     threads: int = 1
     targets: dict[str, float] = field(default_factory=dict, hash=False)
+    grid: bool = False
 
     def __str__(self) -> str:
-        return f"B{self.case.B}-K{self.case.K}-{self.threads}thread"
+        B, K, F, O, training = self.case
+        if not self.grid:
+            return f"B{B}-K{K}-{self.threads}thread"
+        return f"grid-B{B}-K{K}-{F}x{O}-{'training' if training else 'forward'}-{self.threads}thread"
+
+
+#: The grid: from 10 to 10^6 samples.
+GRID = (
+    *(Case(B, K, 32, 32) for B in (10, 64, 1024, 16_384) for K in (4, 20, 100)),
+    *(Case(B, K, 256, 256) for B in (10, 64, 512, 4096) for K in (4, 20)),
+    Case(131_072, 20, 32, 32), Case(1_000_000, 4, 16, 16),
+)  # fmt: skip
 
 
 def rows(options: harness.Options) -> list[Row]:
@@ -56,6 +69,8 @@ def rows(options: harness.Options) -> list[Row]:
         if case.K >= 20 and not options.gpu:
             asked |= {"module loop": 4.0, "module loop, stacked": 4.0}
         found += [Row(case, targets=asked)] + [Row(case, threads=2)] * (not options.gpu)
+    for case in () if options.gpu else GRID:
+        found += [Row(case._replace(training=False), grid=True), Row(case, grid=True), Row(case, threads=2, grid=True)]
     return found
 
 
@@ -74,10 +89,10 @@ class Problem(NamedTuple):
 @lru_cache(maxsize=1)
 def problem(case: Case, device: str) -> Problem:
     torch.manual_seed(0)
-    modules = [nn.Linear(INPUTS, OUTPUTS, device=device) for _ in range(case.K)]
+    modules = [nn.Linear(case.F, case.O, device=device) for _ in range(case.K)]
     actions = torch.randint(case.K, (case.B,), device=device)
-    dy = torch.randn(case.B, OUTPUTS, device=device)
-    return Problem(modules, torch.randn(case.B, INPUTS, device=device), actions, dy)
+    dy = torch.randn(case.B, case.O, device=device)
+    return Problem(modules, torch.randn(case.B, case.F, device=device), actions, dy)
 
 
 def _stacked(modules: list[nn.Linear]) -> tuple[Tensor, Tensor]:
@@ -99,10 +114,15 @@ def grouped_mm(modules: list[nn.Linear], x: Tensor, actions: Tensor) -> Tensor:
     return torch.empty_like(made).index_copy(0, order, made) + b[actions]
 
 
+def dense(modules: list[nn.Linear], x: Tensor, actions: Tensor) -> Tensor:
+    """Every module of all samples, of which each takes its own."""
+    return torch.stack([m(x) for m in modules], 1)[torch.arange(len(x), device=x.device), actions]
+
+
 def moe_loop(modules: list[nn.Linear], x: Tensor, actions: Tensor) -> Tensor:
     """As transformers runs experts by default: a one-hot mask says who was chosen, each adds its rows to the sum."""
     chosen = F.one_hot(actions, len(modules)).T
-    y = x.new_zeros(len(x), OUTPUTS)
+    y = x.new_zeros(len(x), modules[0].out_features)
     for k in (chosen.sum(1) > 0).nonzero()[:, 0].tolist():
         rows = chosen[k].nonzero()[:, 0]
         y.index_add_(0, rows, modules[k](x[rows]))
@@ -126,8 +146,17 @@ def _drop(p: Problem) -> None:
         leaf.grad = None
 
 
-def contestant(p: Problem, name: str, fn: Callable[[Tensor], Tensor], device: str, every: int = 1) -> Step:
+def contestant(
+    p: Problem, name: str, fn: Callable[[Tensor], Tensor], device: str, every: int = 1, training: bool = True
+) -> Step:
     p.x.requires_grad_()
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return fn(p.x)
+
+    if not training:
+        return Step(name, lambda: {"y": forward()}, forward, device=device, every=every)
 
     def run() -> Tensor:
         y = fn(p.x)
@@ -149,7 +178,7 @@ def _gradients(p: Problem) -> Results:
     return {"dx": p.x.grad, "dW": stacked([m.weight for m in p.modules]), "db": stacked([m.bias for m in p.modules])}
 
 
-def fastroute_step(p: Problem, name: str, backend: str, device: str) -> Step:
+def fastroute_step(p: Problem, name: str, backend: str, device: str, training: bool = True) -> Step:
     selection, meta = Selection(*p.modules), Trajectory(len(p.x))
 
     def fn(x: Tensor) -> Tensor:
@@ -157,7 +186,7 @@ def fastroute_step(p: Problem, name: str, backend: str, device: str) -> Step:
             y: Tensor = selection(x, meta, p.actions)[0]
         return y
 
-    return contestant(p, name, fn, device)
+    return contestant(p, name, fn, device, training=training)
 
 
 def stacked_step(p: Problem, device: str) -> Step:
@@ -201,6 +230,28 @@ def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
     return found
 
 
+#: Multiply-adds of all modules for all samples beyond which that is no rival; and the most that torch.compile is given.
+_DENSE, MOST_K, MOST_B = 2e9, 20, 1024
+
+
+def grid_rivals(case: Case, p: Problem, device: str, threads: int) -> list[Step]:
+    ways: list[tuple[str, Callable[..., Tensor]]] = [("module loop", _loop), ("sort + addmm", _sorted)]
+    if hasattr(F, "grouped_mm"):
+        ways.append(("grouped_mm", grouped_mm))
+    if case.B * case.K * case.F * case.O <= _DENSE:
+        ways.append(("dense", dense))
+        if threads == 1 and case.K <= MOST_K and case.B <= MOST_B and (case.training or not harness.HELD_TO):
+            ways.append(("dense, torch.compile", torch.compile(dense, dynamic=False)))
+            if case.training and case.K == 4 and not harness.HELD_TO:
+                tuned = torch.compile(dense, dynamic=False, mode="max-autotune-no-cudagraphs")
+                ways.append(("dense, torch.compile, max-autotune", tuned))
+
+    def step(name: str, fn: Callable[..., Tensor]) -> Step:
+        return contestant(p, name, lambda x: fn(p.modules, x, p.actions), device, training=case.training)
+
+    return [step(*way) for way in ways]
+
+
 # ---------------------------------------------------------------------------------------------- the truth
 
 
@@ -213,10 +264,18 @@ def _exact(p: Problem) -> Results:
     return {"y": y.detach(), **_gradients(other)}
 
 
+#: Of cases with more samples, fewer are compared number by number.
+MANY = 20_000
+
+
 @lru_cache(maxsize=1)
-def truth(case: Case, device: str) -> Truth:
+def truth(case: Case, device: str) -> harness.Gate:
     p = problem(case, device)
-    return Truth(lambda: _exact(p), torch.float32)
+    if case.B <= MANY:
+        return Truth(lambda: _exact(p), torch.float32)
+    few = problem.__wrapped__(case._replace(B=MANY // 10), device)
+    found = fastroute_step(few, "", "auto", device).results()
+    return harness.ByNorm(Truth(lambda: _exact(few), torch.float32), found, _exact(p))
 
 
 # ---------------------------------------------------------------------------------------------- the rows
@@ -225,15 +284,15 @@ def truth(case: Case, device: str) -> Truth:
 def products(case: Case) -> list[Product]:
     """As many rows, as if all had one module."""
     return [
-        Product("nt", case.B, INPUTS, OUTPUTS),
-        Product("nn", case.B, OUTPUTS, INPUTS),
-        Product("tn", OUTPUTS, case.B, INPUTS),
-    ]
+        Product("nt", case.B, case.F, case.O),
+        Product("nn", case.B, case.O, case.F),
+        Product("tn", case.O, case.B, case.F),
+    ][: 3 if case.training else 1]
 
 
 def moved(case: Case) -> int:
     """Bytes of x, y and their gradients, and twice the weights and biases."""
-    return 4 * (2 * case.B * (INPUTS + OUTPUTS) + 2 * case.K * OUTPUTS * (INPUTS + 1))
+    return 4 * (1 + case.training) * (case.B * (case.F + case.O) + case.K * case.O * (case.F + 1))
 
 
 @pytest.fixture
@@ -245,23 +304,17 @@ def settings(row: Row, options: harness.Options) -> Iterator[Case]:
 
 def test_dispatch(benchmark: Any, row: Row, options: harness.Options, settings: Case) -> None:
     case, device = settings, options.device
-    p, checked = problem(case, device), truth(case, device)
-    subject = fastroute_step(p, "fastroute", "auto", device)
-    rivals, made = rivals_of(p, device, options.gpu), products(case)
-    info: dict[str, Any] = {"case": str(case), "pass": "training", "threads": row.threads, "targets": row.targets}
+    p, checked = problem(case, device), truth(case._replace(training=True), device)
+    subject = fastroute_step(p, "fastroute", "auto", device, case.training)
+    rivals = grid_rivals(case, p, device, row.threads) if row.grid else rivals_of(p, device, options.gpu)
+    made, what = products(case), "training" if case.training else "forward"
+    info: dict[str, Any] = {"case": str(case), "pass": what, "threads": row.threads, "targets": row.targets}
     info |= {"GFLOP": harness.flops(made) / 1e9, "GB": moved(case) / 1e9}
     info["backend"] = taken("dispatch", torch.device(device).type, torch.float32)
-    benchmark.extra_info.update(info)
-    harness.race(
-        benchmark,
-        subject,
-        rivals,
-        harness.floors(made, torch.float32, device),
-        checked,
-        options=options,
-        seconds=2.5,
-        most=300,
-    )
+    benchmark.extra_info.update(info | ({"grid": True} if row.grid else {}))
+    floors = [] if row.grid else harness.floors(made, torch.float32, device)
+    how = {"seconds": 1.5, "most": 40} if row.grid else {"seconds": 2.5, "most": 300}
+    harness.race(benchmark, subject, rivals, floors, checked, options=options, **how)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))

@@ -45,10 +45,12 @@ class Row:
     case: Case
     threads: int = 1
     targets: dict[str, float] = field(default_factory=dict, hash=False)
+    grid: bool = False
 
     def __str__(self) -> str:
         votes, *sizes, training = self.case
-        return f"{votes}-{'x'.join(map(str, sizes))}-{'training' if training else 'forward'}-{self.threads}thread"
+        what = "training" if training else "forward"
+        return f"{'grid-' * self.grid}{votes}-{'x'.join(map(str, sizes))}-{what}-{self.threads}thread"
 
 
 SIZES = (
@@ -56,11 +58,30 @@ SIZES = (
     ("slots", 16, 1024, 7, 64), ("slots", 4, 4096, 16, 64),
 )  # fmt: skip
 
+#: Inputs of all samples beyond which max-autotune, which tries every kernel on them, takes minutes.
+TUNED = 2000
+#: The grid: from 10 to 10^6 inputs.
+GRID = (
+    ("own", 4, 10, 4, 16), ("own", 4, 50, 10, 64), ("own", 32, 64, 16, 32), ("own", 8, 196, 10, 64),
+    ("own", 2, 1000, 32, 32), ("own", 1, 10_000, 10, 32), ("own", 1, 100_000, 8, 16),
+    ("memory", 4, 10, 4, 16), ("memory", 16, 100, 10, 64), ("memory", 32, 64, 16, 32), ("memory", 4, 1000, 32, 64),
+    ("memory", 2, 10_000, 10, 64), ("memory", 2, 100_000, 8, 16),
+    ("slots", 4, 10, 4, 16), ("slots", 64, 16, 4, 32), ("slots", 16, 196, 8, 64), ("slots", 8, 1024, 7, 64),
+    ("slots", 2, 4096, 16, 64), ("slots", 1, 10_000, 10, 64), ("slots", 1, 100_000, 16, 64),
+    ("slots", 1, 1_000_000, 8, 16),
+)  # fmt: skip
+
 
 def rows(options: harness.Options) -> list[Row]:
-    """conftest makes a test of each."""
+    """conftest makes a test of each; rows of one case stand together, so that it is built once."""
     found = [Row(Case(*size, training)) for size in SIZES for training in (False, True)]
-    return found if options.gpu else found + [Row(row.case, threads=2) for row in found]
+    if options.gpu:
+        return found
+    found += [Row(row.case, threads=2) for row in found]
+    for size in GRID:
+        forward, training = Case(*size, False), Case(*size, True)
+        found += [Row(forward, grid=True), Row(training, grid=True), Row(training, threads=2, grid=True)]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the contestants
@@ -136,11 +157,22 @@ def contestant(case: Case, p: Problem, name: str, fn: Callable[..., Tensor], dev
     return Step(name, check, run, drop, device)
 
 
+#: Of cases with more inputs, fewer are compared number by number.
+MANY = 5000
+
+
+def _exact(case: Case, device: str) -> Step:
+    p = problem.__wrapped__(case, device)
+    return contestant(case, Problem(*(None if t is None else t.double() for t in p)), "", plain, device)  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=1)
-def truth(case: Case, device: str) -> Truth:
-    p = problem(case, device)
-    exact = contestant(case, Problem(*(None if t is None else t.double() for t in p)), "", plain, device)  # type: ignore[arg-type]
-    return Truth(exact.results, torch.float32)
+def truth(case: Case, device: str) -> harness.Gate:
+    if case.n <= MANY:
+        return Truth(_exact(case, device).results, torch.float32)
+    few = case._replace(n=MANY // 10)
+    found = contestant(few, problem.__wrapped__(few, device), "", ours("auto"), device).results()
+    return harness.ByNorm(Truth(_exact(few, device).results, torch.float32), found, _exact(case, device).results())
 
 
 # ---------------------------------------------------------------------------------------------- the rows
@@ -163,19 +195,22 @@ def test_soft_assignment(benchmark: Any, row: Row, options: harness.Options, set
     case, device = settings, options.device
     p, checked = problem(case, device), truth(case, device)
     subject = contestant(case, p, "fastroute", ours("auto"), device)
-    rivals = [
-        contestant(case, p, "eager", plain, device),
-        contestant(case, p, "torch.compile", torch.compile(plain, dynamic=False), device),
-    ]
-    if not options.gpu:
+    rivals = [contestant(case, p, "eager", plain, device)]
+    if not row.grid or (row.threads == 1 and (case.training or not harness.HELD_TO)):  # compiling takes longest
+        rivals.append(contestant(case, p, "torch.compile", torch.compile(plain, dynamic=False), device))
+    if row.grid and row.threads == 1 and case.training and not harness.HELD_TO and case.B * case.n <= TUNED:
+        tuned = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
+        rivals.append(contestant(case, p, "torch.compile, max-autotune", tuned, device))
+    if not options.gpu and not row.grid:
         rivals.append(contestant(case, p, "fastroute, reference", ours("reference"), device))
     what = "training" if case.training else "forward"
     info: dict[str, Any] = {"case": str(case), "pass": what, "threads": row.threads, "targets": row.targets}
     work = 2 * case.B * case.n * case.m * case.h * (3 if case.training else 1)
     info |= {"GFLOP": work / 1e9, "GB": moved(p, case.training) / 1e9}
     info["backend"] = taken("soft_assignment", torch.device(device).type, torch.float32)
-    benchmark.extra_info.update(info)
-    harness.race(benchmark, subject, rivals, [], checked, options=options, seconds=4, most=60)
+    benchmark.extra_info.update(info | ({"grid": True} if row.grid else {}))
+    how = {"seconds": 1.5, "most": 40} if row.grid else {"seconds": 4, "most": 60}
+    harness.race(benchmark, subject, rivals, [], checked, options=options, **how)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -39,6 +40,8 @@ from torch import Tensor
 from tests.helpers.budget import LOOKS, NORMS, Yardstick
 
 Results = dict[str, Tensor]
+#: The instruction set that this run is held to, if any: its grids have compiled rivals in the training pass alone.
+HELD_TO = os.environ.get("FASTROUTE_ISA", "")
 #: ``time.monotonic()`` when the run began, of which a suite's process is one part.
 BEGAN = "FASTROUTE_BENCH_BEGAN"
 _BEGAN = float(os.environ.get(BEGAN, time.monotonic()))
@@ -313,6 +316,34 @@ class Truth:
         return by_norm.allowed / by_norm.scale
 
 
+class ByNorm:
+    """The gate of many rows: relative errors by norm, within the budget of the same with fewer rows.
+
+    Rounding errors of rows are independent, and so are the rows: errors and results of sums over rows grow alike.
+
+    Args:
+        known: of the fewer rows.
+        found: our results of these.
+        exact: of all rows.
+    """
+
+    def __init__(self, known: Truth, found: Results, exact: Results) -> None:
+        self._few, self.exact = known.excess(found), exact
+        self._allowed = {name: known.relative(name, t) for name, t in found.items()}
+
+    def excess(self, found: Results) -> tuple[str, float]:
+        """As of :class:`Truth`."""
+        if self._few[1] > 1:
+            return f"{self._few[0]} of fewer rows", self._few[1]
+        by = {}
+        for name, t in found.items():
+            exact = self.exact[name]
+            off = (t.double() - exact).norm() / exact.norm() if t.shape == exact.shape else math.inf
+            by[name] = float(off) / self._allowed[name]
+        name = max(by, key=by.__getitem__)
+        return name, by[name] if math.isfinite(by[name]) else math.inf
+
+
 class Gate(Protocol):
     """What says whether results are right."""
 
@@ -424,6 +455,19 @@ def _figures(samples: Sequence[Sample]) -> dict[str, float]:
 FAULTY: list[dict[str, Any]] = []
 
 
+#: The standard error at which a median over rounds is said to be known.
+KNOWN = 0.015
+
+
+def rounds_for(samples: Sequence[Sequence[float]]) -> int:
+    """How many rounds until every median over them is known to ``KNOWN``, from a few ratios of each contestant.
+
+    The standard error of a median of n is 1.25 s / sqrt(n), s as wide as the middle half of the logarithms says.
+    """
+    widest = max((b - a for a, _, b in (_quartiles([math.log(v) for v in of]) for of in samples)), default=0.0)
+    return math.ceil((1.2533 * widest / 1.349 / KNOWN) ** 2)
+
+
 def race(
     benchmark: Any,
     subject: Contestant,
@@ -437,8 +481,9 @@ def race(
 ) -> None:
     """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``.
 
-    There are 5 to ``most`` rounds. A contestant with ``every`` (see :class:`Step`) is only in some of them. A rival
-    that fails is left out, and so are the compiled ones of a late run.
+    There are 5 to ``most`` rounds, and after the fifth no more than the medians need (``rounds_for``). A contestant
+    with ``every`` (see :class:`Step`) is only in some of them. A rival that fails is left out, and so are the compiled
+    ones of a late run.
     """
     excess, left_out = {subject.name: truth.excess(subject.results())}, {}
     for one in rivals:
@@ -464,7 +509,7 @@ def race(
         one.sample()
         round_s += (time.perf_counter() - began) / every[one.name]
     seconds = min(seconds, options.seconds or seconds)
-    count = 2 if options.quick else min(max(int(seconds / round_s), 5), most)
+    most = 2 if options.quick else min(max(int(seconds / round_s), 5), most)
     turns = itertools.count()
 
     def time_others() -> None:
@@ -476,11 +521,26 @@ def race(
     def time_subject() -> None:
         samples[subject.name].append(subject.sample())
 
+    def once() -> None:
+        time_others()
+        if subject.name not in wrong:
+            time_subject()
+
+    def ratios(name: str, figure: str = "time") -> list[float]:
+        mine = samples[subject.name][:: every[name]]
+        return [getattr(a, figure) / getattr(b, figure) for a, b in zip(samples[name], mine, strict=False)]
+
+    few = min(4, most - 1)
+    for _ in range(few):
+        once()
+    count = most
+    if subject.name not in wrong and not options.quick:
+        count = min(most, max(5, rounds_for([ratios(one.name) for one in others if every[one.name] == 1])))
     if subject.name in wrong:
-        for _ in range(count):
-            time_others()
+        for _ in range(count - few):
+            once()
     else:
-        benchmark.pedantic(time_subject, setup=time_others, rounds=count)
+        benchmark.pedantic(time_subject, setup=time_others, rounds=count - few)
 
     found: dict[str, Any] = {}
     for one in (subject, *rivals, *floor):
@@ -489,9 +549,8 @@ def race(
         if name in excess and not excess[name][1] <= 1:
             found[name]["off"], found[name]["times_the_budget"] = excess[name]
         if name in samples and subject.name in samples and name != subject.name:
-            pairs = list(zip(samples[name], samples[subject.name][:: every[name]], strict=True))
-            found[name]["ratio"] = _quartiles([theirs.time / mine.time for theirs, mine in pairs])
-            found[name]["wall_ratio"] = _quartiles([theirs.wall / mine.wall for theirs, mine in pairs])
+            found[name]["ratio"] = _quartiles(ratios(name))
+            found[name]["wall_ratio"] = _quartiles(ratios(name, "wall"))
     floor_names = [one.name for one in floor]
     shares = [found[k]["ratio"][1] for k in floor_names if "ratio" in found[k]]
     benchmark.extra_info.update(
@@ -502,6 +561,8 @@ def race(
         share_of_floor=min(shares, default=None),
         load=[round(v, 1) for v in os.getloadavg()],
     )
+    if HELD_TO:
+        benchmark.extra_info["isa"] = HELD_TO
     if left_out:
         benchmark.extra_info["left out"] = "; ".join(f"{name} ({why})" for name, why in left_out.items())
 

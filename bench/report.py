@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 
 Row = dict[str, Any]
@@ -272,14 +274,93 @@ def _roofline(rows: Sequence[Row]) -> str:
     return _table(["case", "pass", *head], body)
 
 
+# ---------------------------------------------------------------------------------------------- grids
+
+#: (case, pass, threads, rival, how many times fastroute's)
+Cell = tuple[str, str, int, str, float]
+
+
+def _cells(rows: Sequence[Row]) -> list[Cell]:
+    """What stands beside fastroute in a grid, smallest work first; fastroute's other forms are no rivals."""
+    return [
+        (row["case"], row["pass"], row["threads"], name, r["ratio"][1])
+        for row in sorted(rows, key=lambda row: row["GFLOP"])
+        for name, r in row["rivals"].items()
+        if "ratio" in r and not name.startswith(row["subject"])
+    ]
+
+
+def _conclusions(rows: Sequence[Row]) -> list[str]:
+    """A line for each rival and number of threads: cells won, geometric means of both halves, the lowest cells."""
+    cells, lines = _cells(rows), []
+    sizes = list(dict.fromkeys(case for case, *_ in cells))
+    small = set(sizes[: len(sizes) // 2])
+    for name, threads in dict.fromkeys((name, threads) for _, _, threads, name, _ in cells):
+        own = [(ratio, f"{case}, {of}") for case, of, n, rival, ratio in cells if (rival, n) == (name, threads)]
+        halves = [[r for r, what in own if (what.rpartition(", ")[0] in small) is half] for half in (True, False)]
+        means = " and ".join(
+            f"{statistics.geometric_mean(half):.2f}× over the {which} half"
+            for half, which in zip(halves, ("small", "large"), strict=True)
+            if half
+        )
+        lost = sorted((ratio, what) for ratio, what in own if ratio < 1)
+        lowest = "; ".join(f"{ratio:.2f}× at {what}" for ratio, what in lost[:3])
+        lines.append(
+            f"* Against {name}, {threads} thread{'s' * (threads > 1)}: {means}; {len(own) - len(lost)} of {len(own)} "
+            f"cells at 1.00× or more" + (f"; lowest {lowest}." if lost else f", the lowest at {min(own)[0]:.2f}×.")
+        )
+    return lines
+
+
+def heat_map(rows: Sequence[Row], path: Path) -> None:
+    """A picture of a grid: a line for each size, smallest first, a column for each rival and pass."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = _cells(rows)
+    sizes = list(dict.fromkeys(case for case, *_ in cells))
+    columns = sorted(dict.fromkeys((threads, name, of) for _, of, threads, name, _ in cells))
+    table = np.full((len(sizes), len(columns)), np.nan)
+    for case, of, threads, name, ratio in cells:
+        table[sizes.index(case), columns.index((threads, name, of))] = ratio
+    figure = Figure(figsize=(2.6 + 0.62 * len(columns), 1.9 + 0.24 * len(sizes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(np.log2(table), cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+    for (i, j), ratio in np.ndenumerate(table):
+        if np.isfinite(ratio):
+            dark = abs(np.log2(ratio)) > 1.3
+            shown = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}"
+            axes.text(j, i, shown, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    labels = [f"{name}, {of}, {threads} thread{'s' * (threads > 1)}" for threads, name, of in columns]
+    axes.set_xticks(range(len(columns)), labels, rotation=40, ha="right", fontsize=7)
+    axes.set_yticks(range(len(sizes)), sizes, fontsize=7)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6)
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"], fontsize=7)
+    bar.set_label("rival's time over fastroute's", fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _grid(stem: str, rows: Sequence[Row]) -> list[str]:
+    """What the grid says, and its picture, which stands in docs/img."""
+    alone = rows[0].get("isa")
+    under = f" under {alone}, by FASTROUTE_ISA, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA" if alone else ""
+    title = f"**A grid of {len({row['case'] for row in rows})} sizes{under}** (CPU time; above 1 fastroute wins)"
+    return [title, "\n".join(_conclusions(rows)), f"![Heat map](img/bench_{stem}.png)"]
+
+
 def tables(path: Path) -> str:
     """One result file as Markdown."""
     data = json.loads(path.read_text())
     rows: list[Row] = [row["extra_info"] for row in data["benchmarks"] if "rivals" in row["extra_info"]]
+    grid = [row for row in rows if row.get("grid")]
     machine = ", ".join(v if k in ("cpu", "gpu") else f"{k} {v}" for k, v in data["machine"].items())
     loads = sorted(row["load"][0] for row in rows) or [0.0]
     small = ", small sizes" if data["quick"] else ""
     parts = [f"{machine}. {data['date']}{small}. Load average while it ran: {loads[0]} to {loads[-1]}."]
+    parts += _grid(path.stem, grid) if grid else []
+    rows = [row for row in rows if not row.get("grid")]
     gpu = any("roofline" in row for row in rows)
     one = rows if gpu else [row for row in rows if row["threads"] == 1]
     two = [] if gpu else [row for row in rows if row["threads"] == 2]
@@ -344,4 +425,7 @@ def rewrite(results: Path) -> None:
         if old is None:
             raise SystemExit(f"{PAGE.name} has no place for {path.name}: add the lines {begin} and {end}")
         page = page.replace(old.group(), f"{begin}\n{tables(path)}\n{end}")
+        rows = [row["extra_info"] for row in json.loads(path.read_text())["benchmarks"]]
+        if grid := [row for row in rows if row.get("grid")]:
+            heat_map(grid, PAGE.parent / "img" / f"bench_{path.stem}.png")
     PAGE.write_text(page)

@@ -6,6 +6,7 @@ What is expected is the plain loop that calls each module on its samples.
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import timeit
 import warnings
@@ -891,3 +892,21 @@ def test_first_calls_of_heads_in_threads() -> None:
             for p in layer.parameters():
                 p.mul_(0.5)
             torch.testing.assert_close(case.run(layer, case.x), case.loop(layer, case.x))
+
+
+def test_a_dicts_version_is_relied_on_only_where_every_change_gives_another() -> None:
+    """CPython has one up to 3.12; without it, or where it says too little, what is in the dicts is compared."""
+    compiled = _modules._compiled()
+    if compiled is None:
+        pytest.skip("the extension is not built")
+    assert _modules._has_versions() == (sys.version_info < (3, 13))
+    for told in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_modules, "_has_versions", lambda told=told: told and sys.version_info < (3, 13))
+            m = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+            proof = Proof([m], [m, m[0], m[1]])
+            assert proof.holds([m])
+            m[1].p = 0.5
+            assert proof.holds([m])  # looked over
+            m[1].p = 0.25
+            assert not proof.holds([m])

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -31,6 +32,15 @@ using Word = uintptr_t;
 
 Word address(const void* p) {
   return reinterpret_cast<Word>(p);
+}
+
+// Where CPython up to 3.12 has a number that any change of a dict gives another value, unique among all dicts. Elsewhere
+// it is something else, inside the object all the same: reading.py tries it before it relies on it.
+Word version_of(PyObject* dict) {
+  constexpr size_t words_before = 3;  // reference count, type, number of items
+  uint64_t version = 0;
+  std::memcpy(&version, reinterpret_cast<const char*>(dict) + words_before * sizeof(void*), sizeof version);
+  return static_cast<Word>(version);
 }
 
 // The addresses of a dict's keys and values. `put` takes words, and says whether to go on.
@@ -83,6 +93,7 @@ bool put_forms(const Put& put, PyObject* dict, PyObject* kinds, const DLPackExch
 // Modules: lists of `objects`, of whom the class counts, of `dicts`, and of dicts `owners` of tensors.
 struct Modules {
   PyObject *objects, *dicts, *owners, *kinds, *exchange;
+  int by_version;  // whether a dict's version tells that it is the same
 
   template <typename Put>
   bool walk(const Put& put) const {
@@ -100,8 +111,15 @@ struct Modules {
     for (PyObject* list : {dicts, owners}) {
       for (Py_ssize_t i = 0; i < PyList_Size(list); ++i) {
         PyObject* dict = PyList_GetItem(list, i);
-        if (!PyDict_Check(dict) || !put(static_cast<Word>(PyDict_Size(dict))) ||
-            !(list == dicts ? put_items(put, dict) : put_forms(put, dict, kinds, *api))) {
+        const Py_ssize_t size = PyDict_Check(dict) ? PyDict_Size(dict) : -1;
+        if (size < 0 || !put(static_cast<Word>(size))) {
+          return false;
+        }
+        if (list == dicts && by_version != 0) {
+          if (!put(version_of(dict))) {
+            return false;
+          }
+        } else if (size > 0 && !(list == dicts ? put_items(put, dict) : put_forms(put, dict, kinds, *api))) {
           return false;
         }
       }
@@ -110,13 +128,47 @@ struct Modules {
   }
 };
 
-// is_same(fingerprint, objects, dicts, owners, kinds, exchange) -> bool
+// Whether two lists have the same elements.
+bool are_same(PyObject* a, PyObject* b) {
+  const Py_ssize_t size = PyList_Check(a) && PyList_Check(b) ? PyList_Size(a) : -1;
+  bool same = size >= 0 && PyList_Size(b) == size;
+  for (Py_ssize_t i = 0; same && i < size; ++i) {
+    same = PyList_GetItem(a, i) == PyList_GetItem(b, i);
+  }
+  return same;
+}
+
+// Whether classes have what they had: a list of tuples (class, name, what it had of that name).
+bool have_attributes(PyObject* looks) {
+  bool same = PyList_Check(looks);
+  for (Py_ssize_t i = 0; same && i < PyList_Size(looks); ++i) {
+    PyObject* look = PyList_GetItem(looks, i);
+    same = PyTuple_Check(look) && PyTuple_Size(look) == 3;
+    PyObject* found = same ? PyObject_GetAttr(PyTuple_GetItem(look, 0), PyTuple_GetItem(look, 1)) : nullptr;
+    same = found != nullptr && found == PyTuple_GetItem(look, 2);
+    if (found == nullptr) {
+      PyErr_Clear();
+    } else {
+      Py_DecRef(found);
+    }
+  }
+  return same;
+}
+
+// is_same(fingerprint, given, known, looks, objects, dicts, owners, kinds, exchange, by_version) -> bool
+//
+// Also whether the lists `given` and `known` have the same elements, and classes what `looks` says they had.
 PyObject* is_same(PyObject*, PyObject* args) {
   Modules m;
   const char* bytes = nullptr;
   Py_ssize_t size = 0;
-  if (!PyArg_ParseTuple(args, "y#OOOOO", &bytes, &size, &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange)) {
+  PyObject *given = nullptr, *known = nullptr, *looks = nullptr;
+  if (!PyArg_ParseTuple(args, "y#OOOOOOOOp", &bytes, &size, &given, &known, &looks, &m.objects, &m.dicts, &m.owners,
+                        &m.kinds, &m.exchange, &m.by_version)) {
     return nullptr;
+  }
+  if (!are_same(given, known) || !have_attributes(looks)) {
+    return PyBool_FromLong(0);
   }
   const auto* at = reinterpret_cast<const Word*>(bytes);
   const Word* const end = at + size / sizeof(Word);
@@ -124,7 +176,7 @@ PyObject* is_same(PyObject*, PyObject* args) {
   return PyBool_FromLong(same && at == end);
 }
 
-// fingerprint(objects, dicts, owners, kinds, exchange) -> bytes
+// fingerprint(objects, dicts, owners, kinds, exchange, by_version) -> bytes
 //
 // As long as nobody lets go of what it was made of, another one is the same only if nothing has changed. Empty where that
 // cannot be told: a value in `owners` is of none of the classes `kinds`, of which the first is None's, or on a device
@@ -132,7 +184,7 @@ PyObject* is_same(PyObject*, PyObject* args) {
 // Python could not load the ops.)
 PyObject* fingerprint(PyObject*, PyObject* args) {
   Modules m;
-  if (!PyArg_ParseTuple(args, "OOOOO", &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange)) {
+  if (!PyArg_ParseTuple(args, "OOOOOp", &m.objects, &m.dicts, &m.owners, &m.kinds, &m.exchange, &m.by_version)) {
     return nullptr;
   }
   std::vector<Word> words;
@@ -147,8 +199,14 @@ PyObject* fingerprint(PyObject*, PyObject* args) {
       reinterpret_cast<const char*>(words.data()), static_cast<Py_ssize_t>(words.size() * sizeof(Word)));
 }
 
+// version(dict) -> int
+PyObject* version(PyObject*, PyObject* dict) {
+  return PyLong_FromUnsignedLongLong(PyDict_Check(dict) ? version_of(dict) : 0);
+}
+
 PyMethodDef methods[] = {
-    {"fingerprint", fingerprint, METH_VARARGS, "Of modules; see ops/_modules.py."},
+    {"fingerprint", fingerprint, METH_VARARGS, "Of modules; see fastroute/modules/reading.py."},
+    {"version", version, METH_O, "Of a dict, where Python has one."},
     {"is_same", is_same, METH_VARARGS, "Whether modules have this fingerprint."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -31,11 +31,26 @@ bool prefers_onednn() {
   return chosen;
 }
 
-Tensor onednn_linear(const Tensor& a, const Tensor& b) {
-  AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu__linear_pointwise(a.get(), b.get(), nullptr, "none", nullptr, 0, nullptr, &out));
+Tensor onednn_linear(const Tensor& a, const Tensor& b, const Tensor* bias) {
+  AtenTensorHandle out = nullptr, added = bias == nullptr ? nullptr : bias->get();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+      a.get(), b.get(), bias == nullptr ? nullptr : &added, "none", nullptr, 0, nullptr, &out));
   return Tensor(out);
+}
+
+bool onednn_multiplies_bfloat16(int64_t rows, int64_t multiply_adds) {
+  static const int64_t least = [] {
+    constexpr int64_t never = INT64_MAX;
+    if (&aoti_torch_cpu__linear_pointwise == nullptr) {
+      return never;
+    }
+#if defined(__x86_64__) && defined(__GNUC__)
+    return isa() != Isa::kAvx512 ? never : __builtin_cpu_supports("avx512bf16") ? int64_t{1} << 20 : int64_t{1} << 22;
+#else
+    return never;
+#endif
+  }();
+  return rows >= 16 && rows * multiply_adds >= least;
 }
 
 namespace {

@@ -445,6 +445,10 @@ class _ParallelSelection(Selection):
     def _of_one(self, batch: Tensor) -> Tensor:
         return self._run(batch, torch.zeros(batch.shape[0], dtype=torch.int64, device=batch.device))[0]
 
+    def _routed(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, Plan]:
+        plan = dispatch.plan(chosen, len(self._submodules))
+        return self._on_plan(batch, plan), plan
+
     def _on_plan(self, batch: Tensor, plan: Plan) -> Tensor:
         shards, own = self._shards, plan
         if shards._divides:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -40,8 +41,14 @@ _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (type(None), nn.Parameter, Tensor)
 
-#: By class: what looks up what a call of it runs, and what that was when the class was first seen.
-_originals: dict[tuple[type, bool], tuple[attrgetter[Any], Any]] = {}
+#: Hooks on all modules.
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks,
+    global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks,
+)  # fmt: skip
+
+#: By class: names of what a call of it runs, what looks that up, and what it was when the class was first seen.
+_originals: dict[tuple[type, bool], tuple[list[str], attrgetter[Any], Any]] = {}
 
 
 def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -56,17 +63,19 @@ def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
 # ---------------------------------------------------------------------------------------------------- what is looked at
 
 
-def _original(cls: type, names: Sequence[str]) -> tuple[attrgetter[Any], Any] | None:
+def _original(cls: type, names: Sequence[str]) -> tuple[list[str], attrgetter[Any], Any] | None:
     """None if somebody has replaced one of them."""
     names = [name for name in names if hasattr(cls, name)]
     for name in names:
         owner = next(base for base in cls.__mro__ if name in vars(base))
         function = vars(owner)[name]
+        if function is global_hooks._forward_unimplemented:  # of containers
+            continue
         own = getattr(function, "__qualname__", "").startswith(f"{owner.__qualname__}.")
         if not own or getattr(function, "__module__", None) != owner.__module__ or hasattr(function, "__wrapped__"):
             return None
     look = attrgetter(*names)
-    return look, look(cls)
+    return names, look, look(cls)
 
 
 @torch.compiler.assume_constant_result
@@ -79,17 +88,12 @@ def is_pristine(cls: type) -> bool:
         if known is None:
             return False
         _originals[key] = known
-    return bool(known[0](cls) == known[1])
+    return bool(known[1](cls) == known[2])
 
 
 def are_watched() -> bool:
     """Whether somebody looks at every module's calls."""
-    return bool(
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    )
+    return any(_GLOBAL_HOOKS)
 
 
 def _is_plain(t: Any) -> bool:
@@ -195,6 +199,33 @@ def _compiled() -> Any:
         return None
 
 
+@cache
+def _has_versions() -> bool:
+    """Whether each change of a dict, and of an object's attributes, gives it another version; nothing else does."""
+    compiled = _compiled()
+
+    class Owner:
+        pass
+
+    def differ(d: dict[str, Any], changes: Sequence[Callable[[], Any]]) -> bool:
+        seen = [compiled.version(d)]
+        for change in changes:
+            change()
+            seen.append(compiled.version(d))
+            if compiled.version(d) != seen[-1] or (d.copy(), list(d.items()), d.get("a"), "b" in d) is None:
+                return False
+        return len(set(seen)) == len(seen) and compiled.version(d) == seen[-1]
+
+    made: tuple[dict[str, Any], ...] = {"a": 1}, OrderedDict(a=1)
+    for d in made:
+        if not differ(d, [partial(d.__setitem__, "a", 2), partial(d.update, b=1), partial(d.pop, "b"), d.clear]):
+            return False
+    owner: Any = Owner()
+    owner.a = 1
+    given = partial(setattr, owner, "a", 2), partial(setattr, owner, "b", 1), partial(delattr, owner, "b")
+    return differ(owner.__dict__, given)
+
+
 _EXCHANGE = "__dlpack_c_exchange_api__"
 
 
@@ -230,10 +261,12 @@ class Proof:
         self._classes = dict.fromkeys(map(type, every))
         tensors = [t for d in self._owners for t in d.values()]
         self._all_on_cpu = all(t.is_cpu for t in tensors if t is not None)  # which is told faster than a device
-        dicts = [*self._dicts, *self._children, *hooks]
-        self._facts = list(self._every), dicts, self._owners, _PLAIN, getattr(Tensor, _EXCHANGE, None)
+        dicts: list[dict[Any, Any]] = [*self._dicts, *self._children, *hooks, *_GLOBAL_HOOKS]
+        versions = not torch.compiler.is_compiling() and _compiled() is not None and _has_versions()
+        self._facts = list(self._every), dicts, self._owners, _PLAIN, getattr(Tensor, _EXCHANGE, None), versions
         self._printed = self._print()
         self._copies, self._state, self._called = [d.copy() for d in self._dicts], self._look(), self._calls()
+        self._looks = self._attributes()
 
     def _print(self) -> tuple[bytes, Any]:
         """The fingerprint of what is, and that, kept alive: it has addresses. Empty without the extension or traced."""
@@ -242,6 +275,13 @@ class Proof:
             return b"", None
         kept = [d.copy() for d in self._facts[1]]
         return compiled.fingerprint(*self._facts), kept
+
+    def _attributes(self) -> list[tuple[type, str, Any]] | None:
+        """Of every class what a call runs; None where a fingerprint is not enough."""
+        pristine, shadowed, _ = self._called
+        if not self._printed[0] or not all(pristine) or not all(shadowed):
+            return None
+        return [(cls, name, getattr(cls, name)) for cls in self._classes for name in _originals[cls, False][0]]
 
     def _look(self) -> tuple[Any, ...]:
         named: list[Any] = [t for d in self._owners for t in d.values()]
@@ -263,12 +303,15 @@ class Proof:
         return list(map(is_pristine, self._classes)), list(map(_SHADOWED.isdisjoint, self._changing)), are_watched()
 
     def holds(self, modules: Sequence[Any]) -> bool:
-        """Whether it does, and is about these modules."""
+        """Whether it does, and is about these modules. Not for a trace, which is guarded by what it reads."""
+        if (
+            self._looks is not None
+            and all(map(_SHADOWED.isdisjoint, self._changing))
+            and _compiled().is_same(self._printed[0], modules, self._modules, self._looks, *self._facts)
+        ):
+            return True
         if self._modules != modules or self._calls() != self._called:
             return False
-        printed, _ = self._printed
-        if printed and not torch.compiler.is_compiling() and _compiled().is_same(printed, *self._facts):
-            return True
         if any(self._empty) or not all(self._full):
             return False
         now = self._print()  # before it is looked at: what changes meanwhile is not in it

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.autograd import asked_again, through, transformed
+from ..ops.autograd import apply, asked_again, through, transformed
 from ..ops.precision import autocast_dtype
 
 _aten: Any = torch.ops.aten
@@ -195,7 +195,7 @@ def chains(
         if not plain and all(
             len(layer.then) < 2 and all(type(m) in _ACTIVATIONS for m in layer.then) for layer in layers
         ):
-            made = _Chains.apply(x, layers, T, whole, *parameters)
+            made = apply(_Chains, x, layers, T, whole, *parameters)
             return made.unbind() if layers[-1].then else made  # type: ignore[no-any-return]
         whole = None  # which has no gradient
     if whole is None or plain:

@@ -19,6 +19,7 @@ from ..modules.reading import Memo, Proof, may_be_read, signature
 from ..ops import dispatch, host
 from ..ops.autograd import transformed
 from ..ops.dispatch.contract import Plan
+from ..ops.grouped_linear.op import of_alike, planned
 from ..ops.masked import only
 from .mlp import MLP
 
@@ -228,10 +229,10 @@ class _Flow:
         shape = self.x.shape
         weights, biases = stage.parameters("weight"), stage.parameters("bias")
         if len(shape) == 2:
-            self.x = grouped_linear(
-                self.x, self.plan, weights, biases, activation=stage.activation, is_sorted=self.is_sorted,
-                keep_sorted=stay_sorted, keep_empty=self.keep_empty,
-            )  # fmt: skip
+            K, F = weights[0].shape[0] if weights[0].dim() == 3 else len(weights), weights[0].shape[-1]
+            self.x = of_alike(
+                self.x, self.plan, weights, biases, K, F, stage.activation, self.is_sorted, stay_sorted, self.keep_empty
+            )
             self.is_sorted = stay_sorted
             self._spread()
             return
@@ -347,6 +348,21 @@ def run(
     others = [p for m in modules for p in m.parameters()] if keep_empty and not transformed() else []
     y = one_by_one(modules if called is None else called(), x, plan)
     return _WithZeros.apply(y, *others) if others else y
+
+
+def run_actions(
+    modules: list[Any], x: Tensor, actions: Tensor, recipe: Recipe, *, keep_empty: bool = False
+) -> tuple[Tensor, Plan] | None:
+    """:func:`run` of actions [B] and their plan, in one call of C++; None where it takes more than that."""
+    alike = recipe.stages(modules)
+    if alike is None or len(alike) > 1 or alike[0].kind != "linear" or actions.dim() != 1:
+        return None
+    stage = alike[0]
+    if stage.device != x.device:
+        return None
+    weights = stage.parameters("weight")
+    K = weights[0].shape[0] if weights[0].dim() == 3 else len(weights)
+    return planned(x, actions, weights, stage.parameters("bias"), K, stage.activation, keep_empty)
 
 
 def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor | None:

@@ -161,16 +161,19 @@ class Selection(nn.Module):
         K = len(self._submodules)
         if self._log is not None and not chosen.is_meta:
             self._log.update(a for a in host.read(chosen.reshape(-1)) if 0 <= a < K)
-        plan = dispatch.plan(chosen, K)
-        return self._on_plan(batch, plan), plan
+        return self._routed(batch, chosen)
 
-    def _on_plan(self, batch: Tensor, plan: dispatch.Plan) -> Tensor:
-        """[N, ...]: what its module gives for every entry."""
-        modules = self._submodules
-        each, called = ([modules.pattern], modules.each) if isinstance(modules, Stack) else (list(modules), None)
-        return grouped_modules.run(
-            each, batch, plan, self._recipe, keep_empty=self.unused_grad == "zeros", called=called
-        )
+    def _routed(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:
+        """As ``_run``, which has noted the selections."""
+        modules, keep_empty = self._submodules, self.unused_grad == "zeros"
+        each, called = list(modules._modules.values()), None
+        if isinstance(modules, Stack):
+            each, called = [modules.pattern], modules.each
+        made = grouped_modules.run_actions(each, batch, chosen, self._recipe, keep_empty=keep_empty)
+        if made is not None:
+            return made
+        plan = dispatch.plan(chosen, len(modules))
+        return grouped_modules.run(each, batch, plan, self._recipe, keep_empty=keep_empty, called=called), plan
 
     def _passed(self, y: Tensor, batch: Tensor, kept: Tensor | None) -> Tensor:
         """The input where nothing was applied."""

@@ -107,13 +107,36 @@ def through(
     return found
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, without its search for torch.func's leftovers where torch.func is not at work.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
-    It looks at every argument in Python, and there may be a parameter of every module among them.
+
+def is_observed(*tensors: Tensor | None) -> bool:
+    """Whether others than autograd look on: torch.func, a trace, a mode or a subclass, which know a registered op."""
+    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(t is not None and type(t) not in _PLAIN for t in tensors)
+
+
+class _NoContext:
+    """What a ``forward`` is given where there is no graph: nothing of it is kept."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, at less cost; its ``forward`` returns new tensors alone.
+
+    Without gradients it is its ``forward``. With them, what is left out is the search for torch.func's leftovers where
+    torch.func is not at work: it looks at every argument in Python, and there may be a parameter of every module.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(_NoContext(), *args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 

@@ -228,6 +228,11 @@ def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
     return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())
 
 
+def is_explaining() -> bool:
+    """Whether ``explain`` listens."""
+    return _State.recorder is not None
+
+
 def note(op: str, t: Tensor, **sizes: int) -> None:
     """``record``, for ops that are not described by a fake of their own; only while ``explain`` listens."""
     if _State.recorder is not None:

@@ -35,12 +35,15 @@ def is_many(t: Tensor) -> bool:
 def has_numbers(t: Tensor) -> bool:
     """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap, on
     the meta device."""
-    return type(t) is Tensor and not torch.compiler.is_compiling() and not is_wrapped(t) and not t.is_meta
+    if type(t) is not Tensor or torch.compiler.is_compiling() or t.is_meta:
+        return False
+    functorch = torch._C._functorch
+    return not (torch._C._are_functorch_transforms_active() and functorch.is_functorch_wrapped_tensor(t))
 
 
 def on_host(offsets: Tensor) -> list[int] | None:
     """The numbers, where reading them waits for nothing; else None."""
-    if offsets.device.type != "cpu" or not has_numbers(offsets):
+    if not offsets.is_cpu or not has_numbers(offsets):
         return None
     return offsets.tolist()  # type: ignore[no-any-return]
 

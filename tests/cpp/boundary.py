@@ -26,6 +26,7 @@ from fastroute.ops.agent_policy import plain as agent_policy_plain
 from fastroute.ops.batch_norm_mask_relu import plain as batch_norm_mask_relu_plain
 from fastroute.ops.dispatch import reference as reference_dispatch
 from fastroute.ops.grouped_linear import plain as grouped_linear_plain
+from fastroute.ops.grouped_linear.op import planned
 from fastroute.ops.policy import plain as policy_plain
 from fastroute.ops.policy.contract import KINDS
 from fastroute.ops.soft_assignment import plain as soft_assignment_plain
@@ -124,6 +125,7 @@ def _networks() -> None:
     for activation in ("none", "relu", "silu"):
         for weights, biases in ((list(W), list(b)), (W, b), (list(W), ())):
             functional.grouped_linear(x, plan, weights, biases, activation=activation).sum().backward()
+        assert planned(x, actions, list(W), list(b), 3, activation, False) is not None
     pairs = dispatch.plan(torch.stack([actions, actions.flip(0)], 1), 3)
     functional.grouped_linear(x, pairs, list(W), keep_sorted=True).sum().backward()
     functional.grouped_linear(None, plan, (), [t[None] for t in b]).sum().backward()
@@ -216,6 +218,12 @@ def _linear(*args: Any) -> Any:
     return grouped_linear_plain.forward(*args[:6], ACTIVATIONS[args[6]], args[7])
 
 
+def _linear_planned(x: Tensor, actions: Tensor, weights: Any, biases: Any, activation: int, keep: bool) -> Any:
+    modules = weights[0].shape[0] if weights[0].dim() == 3 else len(weights)
+    order, offsets, beyond = reference_dispatch.plan(actions, modules)[:3]
+    return *_linear(x, order, order, offsets, weights, biases, activation, keep), order, offsets, beyond
+
+
 def _linear_backward(*args: Any) -> Any:
     *given, modules, want_x, want_weights, want_biases, activation, kept, stacked, _ = args
     wants = want_x and len(args[6]) > 0, want_weights and len(args[6]) > 0, want_biases
@@ -258,6 +266,7 @@ def _normed_backward(*args: Any) -> Any:
 REFERENCE: dict[str, Callable[..., Any]] = {
     "_dispatch_plan_native": lambda actions, modules: reference_dispatch.plan(actions, modules)[:3],
     "_grouped_linear_native": _linear,
+    "_grouped_linear_native_planned": _linear_planned,
     "_grouped_linear_native_backward": _linear_backward,
     "_policy_native": lambda *a: policy_plain.forward(*a[:4], KINDS[a[4]], *a[5:]),
     "_policy_native_backward": lambda *a: policy_plain.backward(*a[:3], KINDS[a[3]], a[4]),

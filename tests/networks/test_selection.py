@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import use_backend
-from fastroute.networks import MLP, Selection, grouped_modules
+from fastroute.networks import MLP, Selection, Trajectory, grouped_modules
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, gradients, linears, start
@@ -426,3 +426,28 @@ def test_pointers() -> None:
     assert select.name == "layer" and meta[0].steps == []
     for b in range(1, 5):
         assert meta[b].steps[0]["selected_modules"] is select._submodules[int(actions[b])]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("K", [2, 4, 40])
+def test_one_call_gives_the_bits_of_a_plan_and_a_product(K: int, stacked: bool) -> None:
+    """Few Linear modules are run by one op that makes the plan along."""
+    seeds.manual_seed(0)
+    layer = Selection(*(nn.Sequential(nn.Linear(5, 3), nn.ReLU()) for _ in range(K)), stacked=stacked)
+    x, actions = torch.randn(9, 5, requires_grad=True), torch.randint(-1, K, (9,))
+    leaves = [x, *layer.parameters()]
+
+    def results() -> list[Tensor | None]:
+        y = layer(x, Trajectory(9), actions)[0]
+        with torch.no_grad():
+            assert torch.equal(layer(x, Trajectory(9), actions)[0], y)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]
+
+    made = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_modules, "run_actions", lambda *args, **kwargs: None)
+        apart = results()
+    for one, other in zip(made, apart, strict=True):
+        assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
+    with pytest.raises(IndexError, match=f"actions: expected indices below {K}, got 1 of 9"):
+        layer(x, Trajectory(9), torch.tensor([K, *[0] * 8]))

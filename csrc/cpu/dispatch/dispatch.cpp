@@ -7,9 +7,9 @@
 
 #include "common/check.h"
 #include "common/empty.h"
+#include "cpu/dispatch/dispatch.h"
 
 namespace fastroute {
-namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -47,8 +47,6 @@ std::tuple<Tensor, Tensor, Tensor> dispatch_plan(const Tensor& actions, int64_t 
   *static_cast<int64_t*>(beyond.data_ptr()) = above;
   return {order, offsets, beyond};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
   library.impl("_dispatch_plan_native", TORCH_BOX(&dispatch_plan));

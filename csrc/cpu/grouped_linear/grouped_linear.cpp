@@ -18,7 +18,9 @@
 
 #include "common/check.h"
 #include "common/empty.h"
+#include "common/gemm.h"
 #include "cpu/activation.h"
+#include "cpu/dispatch/dispatch.h"
 #include "cpu/grouped_linear/grouped_linear.h"
 
 namespace fastroute::grouped_linear {
@@ -27,6 +29,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kTileRows = 96;
+constexpr int64_t kLibraryRows = 512;  // of a tile that a library multiplies
+constexpr int64_t kLongest = 4096;     // of its sums
 
 // int64 numbers anywhere; without any, the identity.
 class Index {
@@ -166,10 +170,11 @@ class Units {
 };
 
 // Tiles of the rows of every module that has some.
-void add_row_tiles(Units& units, const Index& offsets, int64_t K, int64_t cost_of_module, int64_t cost_of_row) {
+void add_row_tiles(
+    Units& units, const Index& offsets, int64_t K, int64_t most, int64_t cost_of_module, int64_t cost_of_row) {
   for (int64_t k = 0; k < K; ++k) {
     const int64_t start = offsets[k], stop = offsets[k + 1], rows = stop - start;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (rows + most - 1) / most;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = start + rows * t / tiles, end = start + rows * (t + 1) / tiles;
       units.add(Kind::kRows, k, begin, end, cost_of_module + (end - begin) * cost_of_row);
@@ -204,11 +209,67 @@ class RowPointers {
   std::unique_ptr<S*[]> many_;
 };
 
+// Whether a library makes products of so many rows with a weight [O, F]. Of bfloat16 alone; by shape alone.
+template <class S>
+bool is_by_library(int64_t rows, int64_t O, int64_t F) {
+  return std::is_same_v<S, uint16_t> && std::min(O, F) >= 64 && std::max(O, F) <= kLongest &&
+         onednn_multiplies_bfloat16(rows, O * F);
+}
+template <class S>
+int64_t tile_rows(int64_t O, int64_t F) {
+  return is_by_library<S>(kLibraryRows, O, F) ? kLibraryRows : kTileRows;
+}
+
+// A matrix of bfloat16 in memory of somebody else's.
+template <class S>
+Tensor matrix(const S* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  const std::array<int64_t, 2> sizes{rows, cols}, strides{row_stride, col_stride};
+  return torch::stable::from_blob(
+      const_cast<S*>(data), {sizes.data(), 2}, {strides.data(), 2},
+      torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::BFloat16);
+}
+
+// Rows [rows, n] side by side, of columns [begin, begin + n).
+template <class S>
+std::unique_ptr<S[]> gathered(const S* const* from, int64_t rows, int64_t begin, int64_t n) {
+  std::unique_ptr<S[]> to(new S[rows * n]);
+  for (int64_t i = 0; i < rows; ++i) {
+    std::copy_n(from[i] + begin, n, to.get() + i * n);
+  }
+  return to;
+}
+
+// What multiply does, by a library.
+template <class S>
+void multiply_by_library(
+    S* const* out, const S* const* a, int64_t rows, const Dense<S>& w, bool transposed, const S* bias, int64_t O,
+    int64_t F) {
+  const int64_t n = transposed ? F : O, k = transposed ? O : F;
+  const auto left = gathered(a, rows, 0, k);
+  const Tensor weight = transposed ? matrix(w.data, F, O, 1, F) : matrix(w.data, O, F, F, 1);
+  const std::array<int64_t, 1> size{n}, stride{1};
+  std::optional<Tensor> added;
+  if (bias != nullptr) {
+    added = torch::stable::from_blob(
+        const_cast<S*>(bias), {size.data(), 1}, {stride.data(), 1},
+        torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::BFloat16);
+  }
+  const Tensor made = onednn_linear(matrix(left.get(), rows, k, k, 1), weight, added.has_value() ? &*added : nullptr);
+  const auto* from = static_cast<const S*>(made.data_ptr());
+  for (int64_t i = 0; i < rows; ++i) {
+    std::copy_n(from + i * n, n, out[i]);
+  }
+}
+
 // out[i] = w a[i] + bias, or w^T a[i]
 template <class S>
 void multiply(
     const RowPointers<S>& out, const RowPointers<const S>& a, int64_t rows, const Dense<S>& w, bool transposed,
     const S* bias, int64_t O, int64_t F) {
+  if (is_by_library<S>(rows, O, F) && w.is_by_row && w.stride == F) {
+    multiply_by_library(out.get(), a.get(), rows, w, transposed, bias, O, F);
+    return;
+  }
   const auto kernel = w.is_by_row != transposed ? kernels<S>().dot : kernels<S>().combine;
   kernel(out.get(), a.get(), rows, w.data, w.stride, bias, transposed ? F : O, transposed ? O : F);
 }
@@ -232,7 +293,7 @@ void forward(
   const auto* x_data = weights.empty() ? nullptr : static_cast<const S*>(x.data_ptr());
   const auto activate = activation::functions<S>().apply[kind];
   Units units;
-  add_row_tiles(units, offsets, K, weight_cost<S>(O, F), row_cost(O, F));
+  add_row_tiles(units, offsets, K, tile_rows<S>(O, F), weight_cost<S>(O, F), row_cost(O, F));
   units.run([&](const Unit& u) {
     const DenseBias<S> bias(biases.empty() ? Bias<S>() : biases[u.module], O);
     if (weights.empty()) {
@@ -296,7 +357,7 @@ void backward(
   const int64_t x_row = x.stride(0);
   Units units;
   if (to.dx != nullptr) {
-    add_row_tiles(units, offsets, K, weight_cost<S>(O, F), row_cost(O, F));
+    add_row_tiles(units, offsets, K, tile_rows<S>(O, F), weight_cost<S>(O, F), row_cost(O, F));
   }
   if (!to.dw.empty() || !to.db.empty()) {
     const int64_t width = to.dw.empty() ? 1 : F;
@@ -305,7 +366,8 @@ void backward(
       if ((to.dw.empty() || to.dw[k] == nullptr) && (to.db.empty() || to.db[k] == nullptr)) {
         continue;
       }
-      const int64_t parts = std::max<int64_t>(1, std::min(rows * O * width >> 20, (O + 47) / 48));
+      const int64_t least = is_by_library<S>(rows, O, width) ? 256 : 48;  // columns of a part
+      const int64_t parts = std::max<int64_t>(1, std::min(rows * O * width >> 20, (O + least - 1) / least));
       const int64_t step = (O + parts * kPanel - 1) / (parts * kPanel) * kPanel;
       for (int64_t o = 0; o < O; o += step) {
         const int64_t end = std::min(o + step, O);
@@ -324,6 +386,17 @@ void backward(
     const RowPointers<const S> grads(g, O, put, start, stop);
     if (!to.dw.empty() && to.dw[u.module] != nullptr) {
       const RowPointers<const S> rows(x_data, x_row, take, start, stop);
+      const int64_t columns = u.end - u.begin, count = stop - start;
+      if (is_by_library<S>(count, columns, F) && count <= kLongest) {
+        const auto g_here = gathered(grads.get(), count, u.begin, columns), x_here = gathered(rows.get(), count, 0, F);
+        const Tensor made = onednn_linear(
+            matrix(g_here.get(), columns, count, 1, columns), matrix(x_here.get(), F, count, 1, F));
+        std::copy_n(static_cast<const S*>(made.data_ptr()), columns * F, to.dw[u.module] + u.begin * F);
+        if (!to.db.empty() && to.db[u.module] != nullptr) {
+          kernels<S>().sum(to.db[u.module], grads.get(), count, u.begin, u.end);
+        }
+        return;
+      }
       const std::unique_ptr<typename Sum<S>::type[]> scratch(
           new typename Sum<S>::type[outer_scratch(stop - start, u.end - u.begin, F)]);
       kernels<S>().outer(
@@ -404,33 +477,61 @@ void check_rows(const Check& check, const Tensor& x, const OptionalTensor& take,
   check.offsets("offsets", offsets, N);
 }
 
+// (modules, O, F, dtype) of arguments that fit together.
+struct Sizes {
+  int64_t modules, O, F;
+  ScalarType type;
+
+  Sizes(const Check& check, const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
+    const bool has_weights = !weights.empty();
+    check.that(has_weights || !biases.empty(), "weights: expected some, or biases");
+    const Tensor& like = has_weights ? weights[0] : biases[0];
+    O = like.size(like.dim() - (has_weights ? 2 : 1));
+    F = has_weights ? like.size(like.dim() - 1) : 0;
+    type = like.scalar_type();
+    modules = check_modules(check, weights, biases, type, O, F);
+    check.that(kind >= 0 && kind < activation::kKinds, "activation: there is none of number ", kind);
+    check.that(kind == activation::kNone ? !keep : has_weights, "activation: expected one to keep for, after weights");
+  }
+};
+
+std::tuple<Tensor, Tensor> made(
+    const Sizes& s, const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
+    int64_t N, const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
+  Tensor y = empty_cpu<2>({N, s.O}, s.type), before = keep ? empty_cpu<2>({N, s.O}, s.type) : empty_cpu<1>({0}, s.type);
+  with_type(s.type, [&](auto number) {
+    using S = decltype(number);
+    forward<S>(
+        static_cast<S*>(y.data_ptr()), keep ? static_cast<S*>(before.data_ptr()) : nullptr, x, Index(take), Index(put),
+        Index(offsets), N, weights_of<S>(weights), biases_of<S>(biases), s.O, kind);
+  });
+  return {std::move(y), std::move(before)};
+}
+
+// forward_op of rows whose modules are named by actions: (y, before, the plan's order, offsets and beyond).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> planned_op(
+    const Tensor& x, const Tensor& actions, const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
+  const Check check("grouped_linear");
+  const Sizes s(check, weights, biases, kind, keep);
+  check.that(!weights.empty() && s.modules >= 1, "weights: expected one of each module");
+  auto [order, offsets, beyond] = dispatch_plan(actions, s.modules);
+  const int64_t N = order.size(0);
+  check.tensor("x", x, s.type, {N, s.F}, Layout::kRows);
+  auto [y, before] = made(s, x, order, order, offsets, N, weights, biases, kind, keep);
+  return {std::move(y), std::move(before), std::move(order), std::move(offsets), std::move(beyond)};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> forward_op(
     const Tensor& x, const OptionalTensor& take, const OptionalTensor& put, const Tensor& offsets,
     const Tensors& weights, const Tensors& biases, int64_t kind, bool keep) {
   const Check check("grouped_linear");
-  const bool has_weights = !weights.empty();
-  check.that(has_weights || !biases.empty(), "weights: expected some, or biases");
-  const Tensor& like = has_weights ? weights[0] : biases[0];
-  const int64_t O = like.size(like.dim() - (has_weights ? 2 : 1)), F = has_weights ? like.size(like.dim() - 1) : 0;
+  const Sizes s(check, weights, biases, kind, keep);
   const int64_t N = take.has_value() ? take->size(0) : x.size(0);
-  const ScalarType type = like.scalar_type();
-  const int64_t modules = check_modules(check, weights, biases, type, O, F);
-  check_rows(check, x, take, offsets, has_weights, type, N, F, modules);
+  check_rows(check, x, take, offsets, !weights.empty(), s.type, N, s.F, s.modules);
   check_written(check, "put", put, N);
-  check.that(kind >= 0 && kind < activation::kKinds, "activation: there is none of number ", kind);
-  check.that(kind == activation::kNone ? !keep : has_weights, "activation: expected one to keep for, after weights");
-  Tensor y = empty_cpu<2>({N, O}, type), before = keep ? empty_cpu<2>({N, O}, type) : empty_cpu<1>({0}, type);
-  with_type(type, [&](auto s) {
-    using S = decltype(s);
-    const auto w = weights_of<S>(weights);
-    const auto b = biases_of<S>(biases);
-    forward<S>(
-        static_cast<S*>(y.data_ptr()), keep ? static_cast<S*>(before.data_ptr()) : nullptr, x, Index(take), Index(put),
-        Index(offsets), N, w, b, O, kind);
-  });
-  return {std::move(y), std::move(before)};
+  return made(s, x, take, put, offsets, N, weights, biases, kind, keep);
 }
 
 std::tuple<Tensor, Tensors, Tensors> backward_op(
@@ -501,5 +602,6 @@ std::tuple<Tensor, Tensors, Tensors> backward_op(
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
   library.impl("_grouped_linear_native", TORCH_BOX(&fastroute::grouped_linear::forward_op));
+  library.impl("_grouped_linear_native_planned", TORCH_BOX(&fastroute::grouped_linear::planned_op));
   library.impl("_grouped_linear_native_backward", TORCH_BOX(&fastroute::grouped_linear::backward_op));
 }

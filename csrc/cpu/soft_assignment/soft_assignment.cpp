@@ -1,7 +1,8 @@
 // soft_assignment on a CPU, in tiles of rows. The contract is fastroute/ops/soft_assignment/reference.py.
 //
 // Axes: B samples, n inputs (rows), m outputs, h width of a vote. Votes come as [B or 1, n, m or 1, h]: the same for all
-// samples, for all outputs, or both. Votes that are the same for all outputs are multiplied by a library's product.
+// samples, for all outputs, or both. Votes that are the same for all outputs are multiplied as matrices: by few outputs
+// with the kernels of grouped_linear, since a library's products are made for wide ones.
 
 #include "cpu/soft_assignment/soft_assignment.h"
 
@@ -18,6 +19,7 @@
 #include "common/check.h"
 #include "common/empty.h"
 #include "common/gemm.h"
+#include "cpu/grouped_linear/grouped_linear.h"
 
 namespace fastroute::soft_assignment {
 namespace {
@@ -198,10 +200,83 @@ class Workspace {
   std::vector<T> votes_;
 };
 
+// The three products of a tile's votes [rows, h] that are the same for all outputs.
 template <class T>
-Matrix<const T> as_matrix(Votes<const T> votes, int64_t rows, int64_t h) {
-  return Matrix<const T>(votes.data, rows, h, votes.row);
-}
+class SharedProducts {
+ public:
+  SharedProducts(int64_t rows, int64_t m, int64_t h) : m_(m), h_(h), is_thin_(m <= kThin) {
+    if (is_thin_) {
+      left_.resize(rows);
+      right_.resize(rows);
+      out_.resize(rows);
+      made_.resize(std::max(m, rows) * h);
+      scratch_.resize(grouped_linear::outer_scratch(rows, m, h));
+    }
+  }
+
+  // w^T votes [m, h]
+  const T* sums(const T* w, Votes<const T> votes, int64_t rows) {
+    if (!is_thin_) {
+      return product_(Matrix<const T>(w, rows, m_, m_).transposed(), matrix(votes, rows));
+    }
+    point(left_, w, m_, rows);
+    point(right_, votes.data, votes.row, rows);
+    grouped_linear::kernels<T>().outer(made_.data(), h_, left_.data(), right_.data(), rows, 0, m_, h_, scratch_.data());
+    return made_.data();
+  }
+
+  // to = votes g^T + p [rows, m]
+  void dots(T* to, Votes<const T> votes, const T* g, const T* p, int64_t rows) {
+    if (is_thin_) {
+      point(left_, votes.data, votes.row, rows);
+      point(out_, to, m_, rows);
+      grouped_linear::kernels<T>().dot(out_.data(), left_.data(), rows, g, h_, p, m_, h_);
+      return;
+    }
+    const T* made = product_(matrix(votes, rows), Matrix<const T>(g, m_, h_, h_).transposed());
+    for (int64_t i = 0; i < rows; ++i) {
+      std::transform(made + i * m_, made + (i + 1) * m_, p, to + i * m_, [](T x, T y) { return x + y; });
+    }
+  }
+
+  // to = w g [rows, h], or += where it adds
+  void spread(T* to, const T* w, const T* g, bool adds, int64_t rows) {
+    const T* made = nullptr;
+    if (is_thin_) {
+      point(left_, w, m_, rows);
+      point(out_, adds ? made_.data() : to, h_, rows);
+      grouped_linear::kernels<T>().combine(out_.data(), left_.data(), rows, g, h_, nullptr, h_, m_);
+      made = made_.data();
+    } else {
+      made = product_(Matrix<const T>(w, rows, m_, m_), Matrix<const T>(g, m_, h_, h_));
+    }
+    if (adds) {
+      std::transform(made, made + rows * h_, to, to, [](T x, T y) { return x + y; });
+    } else if (!is_thin_) {
+      std::copy_n(made, rows * h_, to);
+    }
+  }
+
+ private:
+  static constexpr int64_t kThin = 64;
+
+  Matrix<const T> matrix(Votes<const T> votes, int64_t rows) const {
+    return Matrix<const T>(votes.data, rows, h_, votes.row);
+  }
+  template <class S>
+  static void point(std::vector<S*>& to, S* data, int64_t stride, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      to[i] = data + i * stride;
+    }
+  }
+
+  int64_t m_, h_;
+  bool is_thin_;
+  std::vector<const T*> left_, right_;
+  std::vector<T*> out_;
+  std::vector<T> made_, scratch_;
+  Product<T> product_;
+};
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
@@ -215,7 +290,7 @@ void forward(const Problem<T, X>& q, T* M, T* p) {
   const std::unique_ptr<double[]> all(new double[pieces * B * size]);
   torch::stable::parallel_for(0, groups * pieces, 1, [&](int64_t begin, int64_t end) {
     Workspace<T, X> space(q);
-    Product<T> product;
+    SharedProducts<T> products(q.same_outputs ? tile : 0, m, h);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / pieces * samples, piece = item % pieces;
       double* sums = all.get() + piece * B * size;
@@ -235,8 +310,7 @@ void forward(const Problem<T, X>& q, T* M, T* p) {
           const Tile<T> a = space.weigh(b, start, count);
           double *to = sums + b * size, *to_p = to + m * h;
           if (q.same_outputs) {
-            const T* made = product(Matrix<const T>(a.w, count, m, m).transposed(), as_matrix(votes, count, h));
-            soft_assignment::rows<T>().add(to, made, m * h);
+            soft_assignment::rows<T>().add(to, products.sums(a.w, votes, count), m * h);
           } else {
             soft_assignment::rows<T>().add_votes(to, a.w, votes, count, m, h);
           }
@@ -290,7 +364,7 @@ void backward(const Problem<T, X>& q, const T* dM, const T* dp, const Targets<T,
   const int64_t tiles = (n + tile - 1) / tile;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     Workspace<T, X> space(q);
-    Product<T> product, other;
+    SharedProducts<T> products(q.same_outputs ? tile : 0, m, h);
     // a tile of the votes' gradient, where it is in another dtype or its product in other memory
     std::vector<T> own(to.votes != nullptr && !std::is_same_v<T, X> ? tile * outputs * h : 0);
     for (int64_t k = begin; k < end; ++k) {
@@ -336,18 +410,9 @@ void backward(const Problem<T, X>& q, const T* dM, const T* dp, const Targets<T,
           T* dphi = space.dphi();
           const T *g = dM + b * m * h, *gp = dp + b * m;
           if (q.same_outputs) {
-            const Matrix<const T> grads(g, m, h, h);
-            const T* dots = product(as_matrix(votes, count, h), grads.transposed());
-            for (int64_t i = 0; i < count; ++i) {
-              std::transform(dots + i * m, dots + (i + 1) * m, gp, dphi + i * m, [](T x, T y) { return x + y; });
-            }
+            products.dots(dphi, votes, g, gp, count);
             if (part != nullptr) {
-              const T* spread = other(Matrix<const T>(a.w, count, m, m), grads);
-              if (q.same_samples) {
-                std::transform(spread, spread + count * h, part, part, [](T x, T y) { return x + y; });
-              } else {
-                std::copy_n(spread, count * h, part);
-              }
+              products.spread(part, a.w, g, q.same_samples, count);
             }
           } else {
             soft_assignment::rows<T>().dot_votes(dphi, g, gp, votes, count, m, h);

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import explained
-from ..autograd import asked_again, own, through, transformed
+from ..autograd import apply, asked_again, own, through, transformed
 from ..checks import floating, shown
 from ..dtypes import accumulating
 
@@ -87,5 +87,5 @@ def combine(z: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
         if t is not None and t.shape != z.shape[:2]:
             raise ValueError(f"{name}: expected one per entry, {list(z.shape[:2])}, got {shown(t)}")
     flat = z[:, :, None] if z.dim() == 2 else z.flatten(2)
-    made: Tensor = _plain(flat, weights, valid)[0] if transformed() else _Combine.apply(flat, weights, valid)
+    made: Tensor = _plain(flat, weights, valid)[0] if transformed() else apply(_Combine, flat, weights, valid)
     return made.reshape(z.shape[0], *z.shape[2:])

@@ -100,18 +100,24 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
     per_sample = 1 if actions.dim() == 1 else actions.shape[1]
     flat = actions if actions.dim() == 1 else actions.reshape(-1)
     note("dispatch", flat, N=flat.shape[0], K=modules)
-    backend = "reference" if transformed() or is_wrapped(flat) else taken("dispatch", flat.device.type, flat.dtype)
-    if backend == "native" and flat.device.type == "cuda":  # which depends on sizes
+    backend = "reference" if transformed() else taken("dispatch", flat.device.type, flat.dtype)
+    if backend == "native" and flat.is_cuda:  # which depends on sizes
         sizes = (("N", flat.shape[0]), ("K", modules))
         backend = decide(Case("dispatch", "cuda", flat.dtype, sizes), requested()).backend
     if backend == "reference":
         order, offsets, beyond = reference.plan(flat, modules)[:3]
     else:
         order, offsets, beyond = getattr(torch.ops.fastroute, f"_dispatch_plan_{backend}")(flat, modules)
+    return finished(order, offsets, beyond, modules, name, per_sample)
+
+
+def finished(
+    order: Tensor, offsets: Tensor, beyond: Tensor, modules: int, name: str = "actions", per_sample: int = 1
+) -> Plan:
+    """The plan of what a backend made; its errors are those of :func:`plan`."""
     bounds = on_host(offsets)
     _check_beyond(order, beyond, bounds, modules, name)
-    samples = None if per_sample == 1 else order // per_sample
-    return Plan(order, offsets, beyond, bounds, samples, per_sample)
+    return Plan(order, offsets, beyond, bounds, None if per_sample == 1 else order // per_sample, per_sample)
 
 
 def check_all_named(plan: Plan, indices: Tensor, name: str) -> None:

@@ -14,10 +14,21 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, TOLD_BY_VALUE
 from ..arguments import explained
-from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
-from ..backends import native_refuses, note, offer, taken
+from ..autograd import (
+    apply,
+    asked_again,
+    is_observed,
+    keep_for_again,
+    kept_for_again,
+    own,
+    through,
+    transformed,
+    without_gradient,
+)
+from ..backends import is_explaining, native_refuses, note, offer, taken
 from ..checks import shown
 from ..dispatch.contract import Plan
+from ..dispatch.op import finished
 from ..precision import autocast_dtype, autocast_off
 from . import plain
 from . import reference as reference
@@ -28,6 +39,8 @@ OP = "grouped_linear"
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 #: What the C++ does after the product; the rest is a pass of PyTorch's own, whose erf is vectorised.
 _NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
+
+_OPS = torch.ops.fastroute
 
 offer(OP, "native", "fastroute.ops.grouped_linear.schema", native_refuses)
 offer(OP, "triton", "fastroute.ops.grouped_linear.triton", triton.refuses)
@@ -57,7 +70,7 @@ class _GroupedLinear(torch.autograd.Function):
         if backend == "reference":
             y, kept = plain.forward(source, take, put, offsets, weights, biases, activation, keep)
         else:
-            op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}")
+            op = getattr(_OPS, f"_grouped_linear_{backend}")
             y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         ctx.save_for_backward(x, order, samples, offsets, before, *weights)
@@ -85,8 +98,7 @@ class _GroupedLinear(torch.autograd.Function):
                 grad, source, take, spread, put, offsets, weights, K, wants, activation, kept, stacked
             )
         else:
-            op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}_backward")
-            made = op(
+            made = getattr(_OPS, f"_grouped_linear_{backend}_backward")(
                 grad.contiguous(), source, take, spread, put, offsets, weights, K, *wants, _NUMBERS[activation], kept,
                 stacked, stacked or bounds is None,
             )  # fmt: skip
@@ -102,6 +114,28 @@ class _GroupedLinear(torch.autograd.Function):
                 [None if bounds[k] == bounds[k + 1] else g for k, g in enumerate(grads)] for grads in per_module
             ]
         return (dx if wants[0] else None, *[None] * (first - 1), *(g for grads in per_module for g in grads))
+
+
+class _PlannedLinear(_GroupedLinear):
+    """The same with actions in place of the order: the plan is made along, and put into ``plan``."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, actions: Tensor, samples: None, plan: list[Plan], takes: bool, puts: bool, K: int,
+        n_weights: int, activation: str, name: str, keep_empty: bool, wants_gradients: bool, *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        weights, biases = parameters[:n_weights], parameters[n_weights:]
+        keep = wants_gradients and activation not in TOLD_BY_VALUE
+        op = _OPS._grouped_linear_native_planned
+        y, kept, order, offsets, beyond = op(x, actions, weights, biases, _NUMBERS[activation], keep)
+        plan.append(finished(order, offsets, beyond, K, name))
+        before = None if activation == "none" or not wants_gradients else kept if keep else y
+        bounds, stacked = None if keep_empty else plan[0].bounds, reference.is_stacked(weights, 3)
+        ctx.options = True, True, K, n_weights, activation, "native", bounds, stacked, len(biases) > 0
+        ctx.save_for_backward(x, order, None, offsets, before, *weights)
+        if wants_gradients:
+            keep_for_again(ctx, biases)
+        return y  # type: ignore[no-any-return]
 
 
 def _again(
@@ -202,32 +236,80 @@ def grouped_linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    weights, biases, K, O, F = parameters_of(weights, biases)
-    if plan.offsets.shape[0] != K + 1:
-        raise ValueError(f"plan: expected one of {K} modules, got one of {plan.offsets.shape[0] - 1}")
-    parameters = (*weights, *biases)
+    weights, biases, K, _, F = parameters_of(weights, biases)
+    like = (*weights, *biases)[0]
+    casts = x is not None and x.dtype != torch.float64 and autocast_dtype(like.device.type) is not None
+    for p in () if casts and weights else (*weights, *biases):
+        if p.dtype != like.dtype:
+            raise TypeError(f"weights, biases: expected one dtype, got {like.dtype} and {p.dtype}")
     if not weights:
-        x = None
         if activation != "none":
             raise ValueError(f"activation: a table is read as it is, got {activation!r}")
     elif x is None:
         raise ValueError("x: expected a tensor [N, F] to multiply, got None")
-    else:
+    return of_alike(x if weights else None, plan, weights, biases, K, F, activation, is_sorted, keep_sorted, keep_empty)
+
+
+#: With more parameters a call's fixed cost is not what counts.
+_FEW = 64
+
+
+def planned(
+    x: Tensor, actions: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], K: int, activation: str,
+    keep_empty: bool, name: str = "actions",
+) -> tuple[Tensor, Plan] | None:  # fmt: skip
+    """:func:`of_alike` of rows whose modules are named by actions [N] int64, and the plan of these: one call of C++.
+
+    None where it takes more: another backend, a cast, a trace, gradients of hooked parameters.
+    """
+    like, parameters = weights[0], (*weights, *biases)
+    simple = (
+        x.is_cpu
+        and x.dim() == 2
+        and x.dtype == like.dtype == parameters[-1].dtype
+        and x.shape == (actions.shape[0], like.shape[-1])
+        and (x.shape[1] < 2 or x.stride(1) == 1)
+        and len(parameters) <= _FEW
+        and activation in _NATIVE_ACTIVATIONS
+        and not is_observed(x)
+        and not is_explaining()
+        and autocast_dtype("cpu") is None
+    )
+    if not simple or taken(OP, "cpu", x.dtype) != "native":
+        return None
+    learns = torch.is_grad_enabled()
+    if learns and any(p._backward_hooks for p in parameters):
+        return None
+    plan: list[Plan] = []
+    options = K, len(weights), activation, name, keep_empty, learns
+    y = apply(_PlannedLinear, x, actions, None, plan, True, True, *options, *parameters)
+    return y, plan[0]
+
+
+def of_alike(
+    x: Tensor | None, plan: Plan, weights: Sequence[Tensor], biases: Sequence[Tensor], K: int, F: int, activation: str,
+    is_sorted: bool, keep_sorted: bool, keep_empty: bool,
+) -> Tensor:  # fmt: skip
+    """:func:`grouped_linear` with parameters that are known to fit together; x is None if these are tables."""
+    if plan.offsets.shape[0] != K + 1:
+        raise ValueError(f"plan: expected one of {K} modules, got one of {plan.offsets.shape[0] - 1}")
+    parameters = (*weights, *biases)
+    like = parameters[0]
+    if x is not None:
         x = _rows(x, plan, F, is_sorted, keep_sorted)
         autocast = autocast_dtype(x.device.type)
         if autocast is not None and x.dtype != torch.float64:
             x, parameters = x.to(autocast), tuple(p.to(autocast) for p in parameters)
-    dtype = parameters[0].dtype if x is None else x.dtype
-    for p in parameters:
-        if p.dtype != dtype:
-            raise TypeError(f"x: expected the modules' dtype {p.dtype}, got {dtype}")
-    like = parameters[0]
+            like = parameters[0]
+        for p in (like, parameters[-1]):
+            if p.dtype != x.dtype:
+                raise TypeError(f"x: expected the modules' dtype {p.dtype}, got {x.dtype}")
     if transformed():
         w, b = parameters[: len(weights)], parameters[len(weights) :]
         rest = activation, not is_sorted, not keep_sorted
         with autocast_off(like.device.type):
             return reference.of_sorted(x, plan.order, plan.samples, plan.offsets, plan.bounds, w, b, *rest)
-    note(OP, like, N=plan.order.shape[0] if x is None else x.shape[0], K=K, F=F, O=O)
+    note(OP, like, N=plan.order.shape[0] if x is None else x.shape[0], K=K, F=F, O=like.shape[-2 if weights else -1])
     backend = taken(OP, like.device.type, like.dtype)
     if not keep_empty and len(parameters) >= K:  # each its own
         parameters = without_gradient(parameters, plan.bounds)

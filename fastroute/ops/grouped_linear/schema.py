@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..registry import define_compiled
+from ..registry import define_compiled, library, register_fake
 
 
 def _forward(
@@ -27,6 +27,14 @@ def _forward(
     rows = x.shape[0] if take is None else take.shape[0]
     y = like.new_empty(rows, like.shape[-2 if weights else -1])
     return y, torch.empty_like(y) if keep else like.new_empty(0)
+
+
+def _planned(
+    x: Tensor, actions: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: int, keep: bool
+) -> tuple[Tensor, ...]:
+    modules = weights[0].shape[0] if weights[0].dim() == 3 else len(weights)
+    plan = torch.empty_like(actions), actions.new_empty(modules + 1), actions.new_empty(1)
+    return *_forward(x, actions, None, plan[1], weights, biases, activation, keep), *plan
 
 
 def _backward(
@@ -71,3 +79,10 @@ define_compiled(
     _backward,
     triton=_backward_stacked,
 )
+
+_PLANNED = "_grouped_linear_native_planned"
+library.define(
+    f"{_PLANNED}(Tensor x, Tensor actions, Tensor[] weights, Tensor[] biases, int activation, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+register_fake(_PLANNED, _planned)

@@ -5,6 +5,7 @@ Axes: B batch, n inputs, m outputs, h width of a vote.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from .. import checks
 from ..arguments import explained
-from ..autograd import asked_again, through, transformed
-from ..backends import Case, choose, native_refuses, offer, record, requested
+from ..autograd import apply, asked_again, is_observed, through, transformed
+from ..backends import Case, choose, is_explaining, native_refuses, offer, record, requested, taken
 from ..dtypes import accumulating
 from ..precision import autocast_off
 from ..registry import define, no_second_derivative
@@ -139,6 +140,57 @@ define(
 define(OP, f"({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake, autograd=(_gradient, _setup))
 
 
+class _OneCall(torch.autograd.Function):
+    """The C++'s sum, or mean, one call a pass; a registered op that chooses in Python costs several times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: bool, eps: float, votes: Tensor, *given: Any) -> Tensor:
+        M, p = native.forward(votes, _pairs(given, eps))
+        total = None
+        if mean:
+            total = p.masked_fill_(p <= 0, 1.0)  # beside which nothing reads p
+            M = M.div_(total[..., None])
+        ctx.eps, ctx.mean = eps, mean
+        ctx.save_for_backward(votes, *given, M if mean else None, total)
+        return M
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        votes, *given, y, total = ctx.saved_tensors
+        eps, mean = ctx.eps, ctx.mean
+        if asked_again(dy):
+
+            def plain(votes: Tensor, *given: Any) -> list[Tensor]:
+                return [_mean(*_plain(votes, _pairs(given, eps)), mean)]
+
+            return (None, None, *through(plain, (votes, *given), ctx.needs_input_grad[2:], [dy]))
+        pairs = _pairs(given, eps)
+        wants = list(ctx.needs_input_grad[2:7])
+        grads = _buffers(votes, pairs, wants)
+        if mean:
+            dM = dy / total[..., None]
+            dp = (dM * y).sum(-1).neg_()  # nothing where p is 0: y is
+        else:
+            dM, dp = dy.contiguous(), dy.new_zeros(dy.shape[:2])
+        native.backward(votes, pairs, dM, dp, grads)
+        return (None, None, *grads, None, None, None)
+
+
+def _pairs(given: Sequence[Any], eps: float) -> Pairs:
+    scores, gate, use, ign, prior, mask, lengths = given
+    return Pairs(scores, gate, use, ign, prior, mask, lengths, eps)
+
+
+def _mean(M: Tensor, p: Tensor, mean: bool) -> Tensor:
+    return M / torch.where(p > 0, p, 1.0)[..., None] if mean else M
+
+
+def _is_one_call(votes: Tensor, pairs: Pairs) -> bool:
+    if not votes.is_cpu or is_explaining() or is_observed(votes, *pairs[:-1]):
+        return False
+    return taken(OP, "cpu", votes.dtype) == "native" and 0 not in sizes(votes, pairs)
+
+
 @explained
 def soft_assignment(
     scores: Tensor | None,
@@ -240,8 +292,12 @@ def soft_assignment(
         raise ValueError(f"eps: expected 0 without mean, got {eps}")
     use, ign = betas
     pairs = Pairs(scores, gate, use, ign, None if scores is not None else prior, mask, lengths, float(eps))
+    if _is_one_call(votes, pairs):
+        with autocast_off("cpu"):
+            made: Tensor = apply(_OneCall, mean, float(eps), votes, *pairs[:-1])
+        return made
     if transformed():
         M, p = _plain(votes, pairs)
     else:
         M, p = torch.ops.fastroute.soft_assignment(votes, *pairs, requested())
-    return M / torch.where(p > 0, p, 1.0)[..., None] if mean else M
+    return _mean(M, p, mean)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..arguments import explained
-from ..autograd import asked_again, own, transformed
+from ..autograd import apply, asked_again, own, transformed
 from ..backends import Case, is_strict, native_refuses, note, offer, taken
 from ..checks import floating, integer, shown, tensor, together
 from ..host import has_numbers
@@ -211,7 +211,7 @@ def task_mask(
             torch.autograd.graph.increment_version(x)
         return x
     if relu:
-        y = _Rectify.apply(x, mapping, tasks, number, backend)
+        y = apply(_Rectify, x, mapping, tasks, number, backend)
     else:
-        y = _Gate.apply(x, mapping, tasks, number, backend)
+        y = apply(_Gate, x, mapping, tasks, number, backend)
     return x.copy_(y) if inplace else y

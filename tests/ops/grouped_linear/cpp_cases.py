@@ -28,6 +28,7 @@ SIZES = (
     (150, 1, 8, 7),
     (5, 1, 1100, 2),
     (600, 2, 19, 9),
+    (70, 2, 192, 192),
 )
 CHOICES = ((0, 3), (1, 1), (70, 5), (900, 7), (3, 5000))
 
@@ -59,7 +60,8 @@ def grouped_linears() -> None:
         if layout != "contiguous":
             parameters = [arrange(p) for p in parameters]
         weights, biases = parameters[:K], parameters[K:]
-        order, offsets, _ = OPS._dispatch_plan_native(torch.randint(-1, K, (N,)), K)
+        actions = torch.randint(-1, K, (N,))
+        order, offsets, _ = OPS._dispatch_plan_native(actions, K)
         for take, put, has_weights, has_biases in product((None, order), (None, order), (True, False), (True, False)):
             if not has_weights and not has_biases:
                 continue
@@ -73,6 +75,9 @@ def grouped_linears() -> None:
                 expected_y, expected_before = grouped_linear_plain.forward(x, take, put, offsets, W, b, name, keep)
                 same(y, expected_y, what)
                 same(before, expected_before, what)
+                if take is put is order and has_weights:
+                    made = OPS._grouped_linear_native_planned(x, actions, W, b, kind, keep)
+                    assert all(map(torch.equal, made[:4], (y, before, order, offsets))), what
                 kept = None if name == "none" else before if keep else y
                 wants = has_weights, has_weights, has_biases
                 given = grad, x, take, take, put, offsets, W, K, *wants

@@ -28,6 +28,7 @@ SIZES = (
     (300, 4, 33, 48),
     (700, 3, 130, 27),
     (9, 1, 300, 9),
+    (90, 2, 200, 136),
 )
 
 
@@ -184,3 +185,20 @@ def test_no_operator_runs_inside() -> None:
     counts = {e.key: e.count for e in profile.key_averages() if e.key.startswith("aten::")}
     assert counts.pop("aten::detach") == 1 + 2 * K  # what AccumulateGrad does to a gradient that it keeps as it is
     assert counts == {}, counts
+
+
+def test_wide_products_of_bfloat16_have_the_same_bits_on_any_threads() -> None:
+    """A library makes them, where rows are many."""
+    N, K, F, O = 90, 2, 200, 136
+    x, grad, W, b = (torch.randn(shape).to(torch.bfloat16) for shape in ((N, F), (N, O), (K, O, F), (K, O)))
+    of, found, before = plan(some_actions(N, K), K), [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            leaves = [t.clone().requires_grad_() for t in (x, W, b)]
+            y = grouped_linear(leaves[0], of, leaves[1], leaves[2])
+            found.append([y, *torch.autograd.grad(y, leaves, grad)])
+        finally:
+            torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))

@@ -310,6 +310,10 @@ def test_opcheck(dtype: torch.dtype, takes: bool, puts: bool) -> None:
                 W_ = [torch.stack(W)] if weights else []
                 b_ = [torch.stack(b).reshape(3, 3)] if biases else []
             opcheck(ops._grouped_linear_native.default, (x, take, put, offsets, W_, b_, kind, kind > 0), grad=False)
+            if weights and takes and puts:
+                actions = torch.tensor([0, 2, -1, 2, 0, 1, 2, 2])[: len(x)]
+                given = x[: len(actions)], actions, W_, b_, kind, kind > 0
+                opcheck(ops._grouped_linear_native_planned.default, given, grad=False)
             kept = grad if kind else None
             given = grad, x, take, take, put, offsets, W_, 3, *wanted, kind, kept, stacked, True
             opcheck(ops._grouped_linear_native_backward.default, given, grad=False)
