@@ -1,5 +1,10 @@
 """Routing layers for PyTorch: capsule routing and routing networks on fused kernels, with plain-PyTorch references."""
 
+from .importing import uncollected
+
+_importing = uncollected()
+next(_importing)
+
 from . import capsules, functional, multitask, networks, ops, tasks
 from .capsules import (
     Credit,
@@ -109,7 +114,10 @@ from .tasks import (
     vgg11_bn,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_importing.close()
+del _importing, uncollected
 
 __all__ = [
     "AAC",

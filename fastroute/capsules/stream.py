@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..importing import not_compiled
 from ..ops import checks
 from ..ops.backends import is_strict, requested
 from ..ops.efficient_routing.contract import Parameters
@@ -29,7 +30,7 @@ _LEAST_BYTES_ELSEWHERE = 64 << 20
 _EVERY_PASS = "a tensor, an array, a list, or a function that returns a new iterator each time"
 
 
-@torch.compiler.disable
+@not_compiled
 def stream(
     w: Parameters,
     chunks: Chunks,

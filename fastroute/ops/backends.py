@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..importing import constant_result
 from . import environment, isa
 from .environment import interpreting
 
@@ -213,7 +214,7 @@ def _taken(op: str, device: str, dtype: torch.dtype, request: str, interpreted: 
     return decide(Case(op, device, dtype, ()), request).backend
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
     """The backend that ``op`` takes now, for ops whose backends take any sizes."""
     return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())
