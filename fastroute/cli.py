@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from .compat import checkpoints, program
 from .demos import DEMOS, CannotRun, Options
 from .ops import backends, environment
 
+_INTERRUPTED = 130  #: as a shell says of what SIGINT has ended
 _OPTIONAL = ("numpy", "matplotlib", "scikit-learn", "rich")
 _ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 #: Sizes to ask each op about, in its own letters.
@@ -36,22 +38,25 @@ TYPICAL: dict[str, dict[str, int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's) and return its exit status: 0, 1 for a failure, 2 for misuse."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no × shows a ?
+        if not (stream.encoding or "").lower().startswith("utf") and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = _parser()
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse's way to end --help, --version and misuse
         return stop.code if isinstance(stop.code, int) else 2
-    if args.command == "doctor":
-        print(doctor())
-        return 0
-    if args.command == "demo":
-        return _demo(args)
-    if args.command == "run":
+    if args.command == "run":  # Ctrl-C is the program's
         return _run(args)
-    if args.command == "convert":
-        return _convert(args)
-    parser.print_help(sys.stderr)
-    return 2
+    commands = {"doctor": _doctor, "demo": _demo, "convert": _convert}
+    if args.command not in commands:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        return commands[args.command](args)
+    except KeyboardInterrupt:
+        _failed("interrupted", args.command)
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="learn handwritten digits (about half a minute)",
         description="Train on real data, report the held-out accuracy and what it takes, and draw what the router did.",
         epilog="Exit status: 0, or 1 if the held-out accuracy stays below 0.95 (tasks: a mean of 0.9; multitask: "
-        "of 0.85) or the data cannot be read.",
+        "of 0.85) or the data cannot be read. Ctrl-C leaves a checkpoint beside the picture, and gives 130.",
     )
     demo.add_argument(
         "name", nargs="?", default="capsules", choices=DEMOS,
@@ -84,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, metavar="N", default=Options.threads,
         help="CPU threads (default: %(default)s, the model is too small to gain from more)",
     )  # fmt: skip
+
+    demo.add_argument("--quiet", action="store_true", help="no progress bars; there are none without a terminal")
 
     run = commands.add_parser(
         "run",
@@ -131,6 +138,8 @@ def _png(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"expected a name ending in .png, got {text}")
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {text}")
     return path
 
 
@@ -144,10 +153,20 @@ def _demo(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return _failed(f"needs {error.name}: pip install 'fastroute[demo]'")
     try:
-        status: int = demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads))
+        status: int = demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet))
         return status
+    except KeyboardInterrupt as stop:
+        if not hasattr(stop, "save"):
+            raise
+        _failed(stop.save(args.out.with_suffix(".pt")))
+        return _INTERRUPTED
     except (CannotRun, backends.BackendUnavailable) as error:
         return _failed(str(error))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    print(doctor())
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:
