@@ -53,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return commands[args.command](args)
+        status = commands[args.command](args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads the output has read enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         _failed("interrupted", args.command)
         return _INTERRUPTED
@@ -80,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
     )
     demo.add_argument(
-        "--out", type=_png, metavar="PNG", default=Options.out, help="the picture to write (default: %(default)s)"
+        "--out", type=_png, metavar="PNG", default=str(Options.out), help="the picture to write (default: %(default)s)"
     )
     demo.add_argument("--epochs", type=_positive, metavar="N", help="default: enough for the data")
     demo.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="default: %(default)s")
@@ -160,7 +165,7 @@ def _demo(args: argparse.Namespace) -> int:
             raise
         _failed(stop.save(args.out.with_suffix(".pt")))
         return _INTERRUPTED
-    except (CannotRun, backends.BackendUnavailable) as error:
+    except (CannotRun, OSError, backends.BackendUnavailable) as error:
         return _failed(str(error))
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
 from fastroute.demos import training
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A process in the background of a shell ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

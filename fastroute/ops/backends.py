@@ -212,11 +212,11 @@ def _run_on(case: Case, request: str) -> BackendName:
 def _warn_of_slowness(why: str) -> None:
     """Once in a process: pip shows nothing of what a build says that ends well."""
     if build_info().get("reason") != "FASTROUTE_BUILD=0":
-        warnings.warn(
+        line = (
             f"{why}. CPU tensors take plain PyTorch, which is slower. Once that is mended, install fastroute again, "
-            "by pip install --force-reinstall --no-deps --no-cache-dir",
-            stacklevel=2,
+            "by pip install --force-reinstall --no-deps --no-cache-dir"
         )
+        warnings.warn_explicit(line, UserWarning, "fastroute", 1)  # nobody's line of code
 
 
 def choose(case: Case, request: str) -> ModuleType:
