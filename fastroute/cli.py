@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -122,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     way.add_argument("--from", dest="origin", choices=checkpoints.UPSTREAMS, help="whose state dict IN is")
     way.add_argument("--to", dest="destination", choices=checkpoints.UPSTREAMS, help="whose state dict OUT becomes")
 
+    convert.add_argument("--quiet", action="store_true", help="say only what fails")
+
     commands.add_parser(
         "doctor",
         help="what to paste into a bug report: versions, hardware, backends and why",
@@ -190,11 +194,21 @@ def _run(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     upstream = args.origin or args.destination
     try:
-        report = checkpoints.convert(args.source, args.target, upstream, back=args.origin is None)
+        with _shown_as_busy(f"converting {args.source}", args.quiet):
+            report = checkpoints.convert(args.source, args.target, upstream, back=args.origin is None)
     except checkpoints.CannotConvert as error:
         return _failed(str(error), "convert")
-    print(f"{args.source} -> {args.target}\n{report}")
+    if not args.quiet:
+        print(f"{args.source} -> {args.target}\n{report}")
     return 0
+
+
+def _shown_as_busy(what: str, quiet: bool) -> AbstractContextManager[object]:
+    """A spinner on a terminal, where there is rich: a large file takes a while."""
+    if quiet or not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return nullcontext()
+    status: AbstractContextManager[object] = importlib.import_module("rich.console").Console(stderr=True).status(what)
+    return status
 
 
 def _failed(why: str, command: str = "demo") -> int:

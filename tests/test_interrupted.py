@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastroute
 from fastroute import cli
 from fastroute.compat import checkpoints
 from fastroute.demos import DEMOS
@@ -77,6 +78,16 @@ def test_elsewhere_one_line(
         assert cli.main(argv) == 130
         assert capsys.readouterr() == ("", f"python -m fastroute {argv[0]}: interrupted\n")
     assert not any(tmp_path.iterdir())
+
+
+def test_convert_is_quiet_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(fastroute.TaskRouter(4, 2, 0.5).state_dict(), tmp_path / "in.pt")
+    argv = ["convert", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--from", "taskrouting"]
+    for quiet, lines in (([], True), (["--quiet"], False)):
+        assert cli.main([*argv, *quiet]) == 0
+        said = capsys.readouterr()
+        assert bool(said.out) == lines and said.err == ""  # no terminal, no spinner
+    assert torch.load(tmp_path / "out.pt", weights_only=True)
 
 
 def test_bars_are_for_terminals() -> None:
