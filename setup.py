@@ -11,7 +11,6 @@ CXX, CXXFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST    as usual
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -26,6 +25,9 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # setuptools alone leaves it out
+from build_backend import NotBuilt, find_cxx, find_torch
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020b000000000000"  # oldest libtorch the extension runs on: 2.11
@@ -45,35 +47,6 @@ CUDA_FLAGS = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 SANITIZE = ["-fsanitize=address", "-fsanitize=undefined", "-fno-omit-frame-pointer"]
 # Sanitized code runs where it was built: one instruction set of it, a third of the time to compile.
 HERE_ONLY = ["-DFASTROUTE_ONE_ISA", *(["-march=native"] if platform.machine() == "x86_64" else [])]
-
-
-class NotBuilt(Exception):
-    """Why the extension, or its CUDA part, cannot be built: one line."""
-
-
-def find_torch():
-    """Directory, version and CUDA version (or None) of the torch that this Python would import."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise NotBuilt("no torch in the build environment: install torch, then use --no-build-isolation")
-    directory = Path(spec.submodule_search_locations[0])
-    about = (directory / "version.py").read_text()
-    version = re.search(r"^__version__\s*=\s*'([^']+)", about, re.MULTILINE)
-    cuda = re.search(r"^cuda\b[^=\n]*=\s*'([\d.]+)", about, re.MULTILINE)
-    version = version[1] if version else "0.0"
-    if tuple(int(n) for n in version.split(".")[:2]) < (2, 11):
-        raise NotBuilt(f"torch {version} is older than 2.11")
-    return directory, version, cuda and cuda[1]
-
-
-def find_cxx():
-    if os.name != "posix":
-        raise NotBuilt(f"not supported on {platform.system()}")
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for command in map(shlex.split, candidates):
-        if shutil.which(command[0]):
-            return command
-    raise NotBuilt(f"no C++ compiler found: {'/'.join(candidates)}")
 
 
 def find_nvcc(torch_cuda):

@@ -107,7 +107,11 @@ def main() -> int:
     commands.add_parser("report", help="rewrite docs/benchmarks.md from bench/results")
     args = parser.parse_args()
     if args.command == "run":
-        return run(args)
+        try:
+            return run(args)
+        except KeyboardInterrupt:
+            print("interrupted; finished suites are in the folder of --out", file=sys.stderr)
+            return 130
     report.rewrite(RESULTS)
     return 0
 

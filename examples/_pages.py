@@ -1,10 +1,11 @@
-"""What the examples share: a markdown table, the machine it was measured on, and its place in a page."""
+"""What the examples share: Ctrl-C, a markdown table, the machine it was measured on, and its place in a page."""
 
 from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,3 +40,12 @@ def write(path: Path, name: str, text: str) -> None:
     if begin in page and end in page:
         text = f"{page[: page.index(begin)]}{begin}\n{text}\n{page[page.index(end) :]}"
     path.write_text(text)
+
+
+def interruptible(main: Callable[[], int]) -> int:
+    """``main()``; where Ctrl-C ends it, one line, and the checkpoint that a demo's training leaves."""
+    try:
+        return main()
+    except KeyboardInterrupt as stop:
+        print(stop.save(Path("interrupted.pt")) if hasattr(stop, "save") else "interrupted", file=sys.stderr)
+        return 130

@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning workers make small ops slow
 
 import torch
-from _pages import machine, table
+from _pages import interruptible, machine, table
 from torch import Tensor, nn
 
 from fastroute import data
@@ -155,4 +155,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning workers make small ops slow
 
 import torch
-from _pages import machine, table, write
+from _pages import interruptible, machine, table, write
 from torch import Tensor, nn
 
 from fastroute import data, networks
@@ -246,4 +246,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning wo
 
 import torch
 import torch.nn.functional as F
-from _pages import machine, table, write
+from _pages import interruptible, machine, table, write
 from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, data
@@ -153,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

@@ -6,6 +6,11 @@ Examples:
     torch.Size([4, 10, 32])
 """
 
+from .importing import uncollected
+
+_importing = uncollected()
+next(_importing)
+
 from . import capsules, functional, multitask, networks, ops, tasks
 from .capsules import (
     Credit,
@@ -115,7 +120,10 @@ from .tasks import (
     vgg11_bn,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_importing.close()
+del _importing, uncollected
 
 __all__ = [
     "AAC",

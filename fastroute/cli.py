@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ from .compat import checkpoints, program
 from .demos import DEMOS, CannotRun, Options
 from .ops import backends, environment
 
+_INTERRUPTED = 130  #: as a shell says of what SIGINT has ended
 _OPTIONAL = ("numpy", "matplotlib", "scikit-learn", "rich")
 _ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 #: Sizes to ask each op about, in its own letters.
@@ -36,22 +40,30 @@ TYPICAL: dict[str, dict[str, int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's) and return its exit status: 0, 1 for a failure, 2 for misuse."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no × shows a ?
+        if not (stream.encoding or "").lower().startswith("utf") and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = _parser()
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse's way to end --help, --version and misuse
         return stop.code if isinstance(stop.code, int) else 2
-    if args.command == "doctor":
-        print(doctor())
-        return 0
-    if args.command == "demo":
-        return _demo(args)
-    if args.command == "run":
+    if args.command == "run":  # Ctrl-C is the program's
         return _run(args)
-    if args.command == "convert":
-        return _convert(args)
-    parser.print_help(sys.stderr)
-    return 2
+    commands = {"doctor": _doctor, "demo": _demo, "convert": _convert}
+    if args.command not in commands:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        status = commands[args.command](args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads the output has read enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        _failed("interrupted", args.command)
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help="learn handwritten digits (about half a minute)",
         description="Train on real data, report the held-out accuracy and what it takes, and draw what the router did.",
         epilog="Exit status: 0, or 1 if the held-out accuracy stays below 0.95 (tasks: a mean of 0.9; multitask: "
-        "of 0.85) or the data cannot be read.",
+        "of 0.85) or the data cannot be read. Ctrl-C leaves a checkpoint beside the picture, and gives 130.",
     )
     demo.add_argument(
         "name", nargs="?", default="capsules", choices=DEMOS,
@@ -75,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
     )
     demo.add_argument(
-        "--out", type=_png, metavar="PNG", default=Options.out, help="the picture to write (default: %(default)s)"
+        "--out", type=_png, metavar="PNG", default=str(Options.out), help="the picture to write (default: %(default)s)"
     )
     demo.add_argument("--epochs", type=_positive, metavar="N", help="default: enough for the data")
     demo.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="default: %(default)s")
@@ -84,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, metavar="N", default=Options.threads,
         help="CPU threads (default: %(default)s, the model is too small to gain from more)",
     )  # fmt: skip
+
+    demo.add_argument("--quiet", action="store_true", help="no progress bars; there are none without a terminal")
 
     run = commands.add_parser(
         "run",
@@ -110,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     way.add_argument("--from", dest="origin", choices=checkpoints.UPSTREAMS, help="whose state dict IN is")
     way.add_argument("--to", dest="destination", choices=checkpoints.UPSTREAMS, help="whose state dict OUT becomes")
 
+    convert.add_argument("--quiet", action="store_true", help="say only what fails")
+
     commands.add_parser(
         "doctor",
         help="what to paste into a bug report: versions, hardware, backends and why",
@@ -131,6 +147,8 @@ def _png(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"expected a name ending in .png, got {text}")
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that can be written, got {text}")
     return path
 
 
@@ -144,10 +162,20 @@ def _demo(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return _failed(f"needs {error.name}: pip install 'fastroute[demo]'")
     try:
-        status: int = demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads))
+        status: int = demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet))
         return status
-    except (CannotRun, backends.BackendUnavailable) as error:
+    except KeyboardInterrupt as stop:
+        if not hasattr(stop, "save"):
+            raise
+        _failed(stop.save(args.out.with_suffix(".pt")))
+        return _INTERRUPTED
+    except (CannotRun, OSError, backends.BackendUnavailable) as error:
         return _failed(str(error))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    print(doctor())
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -166,11 +194,21 @@ def _run(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     upstream = args.origin or args.destination
     try:
-        report = checkpoints.convert(args.source, args.target, upstream, back=args.origin is None)
+        with _shown_as_busy(f"converting {args.source}", args.quiet):
+            report = checkpoints.convert(args.source, args.target, upstream, back=args.origin is None)
     except checkpoints.CannotConvert as error:
         return _failed(str(error), "convert")
-    print(f"{args.source} -> {args.target}\n{report}")
+    if not args.quiet:
+        print(f"{args.source} -> {args.target}\n{report}")
     return 0
+
+
+def _shown_as_busy(what: str, quiet: bool) -> AbstractContextManager[object]:
+    """A spinner on a terminal, where there is rich: a large file takes a while."""
+    if quiet or not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return nullcontext()
+    status: AbstractContextManager[object] = importlib.import_module("rich.console").Console(stderr=True).status(what)
+    return status
 
 
 def _failed(why: str, command: str = "demo") -> int:

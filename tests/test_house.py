@@ -29,7 +29,7 @@ ROOT = Path(fastroute.__file__).resolve().parents[1]
 
 #: Rooms by floor: an import goes down or stays on its floor, but never from one family to another.
 FLOORS = (
-    ("kernels", "_C", "ops"),
+    ("kernels", "_C", "ops", "importing"),
     ("functional",),
     ("modules",),
     ("capsules", "networks", "tasks", "multitask"),

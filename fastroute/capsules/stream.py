@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..importing import not_compiled
 from ..ops import checks
 from ..ops.backends import is_strict, requested
 from ..ops.efficient_routing.contract import Parameters
@@ -37,7 +38,7 @@ class Ranks(NamedTuple):
     total: Callable[..., tuple[Tensor, ...]]  # the sums of tensors over all ranks
 
 
-@torch.compiler.disable
+@not_compiled
 def stream(
     w: Parameters,
     chunks: Chunks,

@@ -29,6 +29,7 @@ class Options:
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
+    quiet: bool = False  #: no bars on a terminal either
 
 
 class CannotRun(Exception):

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
@@ -20,6 +19,7 @@ from .. import data, plots
 from ..capsules import EfficientVectorRouting, credit_assignment
 from ..ops.backends import BACKENDS, BackendUnavailable, explain, missing, use_backend
 from . import Options, on_digits
+from .training import console_for, training
 
 CLASSES = 10
 ACCURACY_BAR = 0.95  #: on held-out images; below it the demo has failed
@@ -96,16 +96,9 @@ def train(model: nn.Module, found: data.Digits, epochs: int, console: Console) -
     steps = epochs * math.ceil(len(images) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs · loss {task.fields[loss]:.3f} · held-out accuracy {task.fields[accuracy]:.1%}"),
-        TimeElapsedColumn(),
-    )
+    shown = "epochs · loss {task.fields[loss]:.3f} · held-out accuracy {task.fields[accuracy]:.1%}"
     held_out = 0.0
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=epochs, loss=math.nan, accuracy=held_out)
+    with training("", epochs, console, shown, model=model, optimizer=optimizer, schedule=schedule) as epoch:
         for _ in range(epochs):
             losses = []
             for batch in torch.randperm(len(images), device=images.device).split(BATCH):
@@ -116,7 +109,7 @@ def train(model: nn.Module, found: data.Digits, epochs: int, console: Console) -
                 schedule.step()
                 losses.append(loss.detach())
             held_out = accuracy(model, test_images, test_labels)
-            progress.update(bar, advance=1, loss=float(torch.stack(losses).mean()), accuracy=held_out)
+            epoch(loss=float(torch.stack(losses).mean()), accuracy=held_out)
     return held_out
 
 
@@ -205,7 +198,7 @@ def run(options: Options) -> int:
 
 
 def _run(found: data.Digits, options: Options, began: float) -> int:
-    console = Console()
+    console = console_for(options.quiet)
     n, H, W = found.train_images.shape
     model = DigitRouter(H, W, cell=1 if H * W <= 256 else 4).to(found.train_images.device)
     backend = explain(model, found.train_images[:BATCH])[0].backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -32,6 +30,7 @@ from ..networks import WPL, CollaborationReward, Initialization, Loss, NegLossRe
 from ..tasks import TaskRouter
 from . import Options, on_digits
 from .attributes import attributes
+from .training import console_for, training
 
 #: The tasks, and how many classes each has.
 TASKS = {
@@ -276,14 +275,10 @@ def train(name: str, model: MTLModel, found: Tasks, epochs: int, console: Consol
     objective = Objective()
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, LEARNING_RATE / 20)
-    columns = (
-        TextColumn(f"{name:<{max(map(len, NETWORKS))}}"), BarColumn(12), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(),
-    )  # fmt: skip
+    label, parts = f"{name:<{max(map(len, NETWORKS))}}", {"model": model, "optimizer": optimizer, "schedule": schedule}
     times: list[float] = []
     device = found.images.device
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=epochs, loss=math.nan)
+    with training(label, epochs, console, "loss {task.fields[loss]:.3f}", **parts) as epoch:
         for _ in range(epochs):
             losses = []
             for batch in torch.randperm(len(found.images), device=device).split(BATCH):
@@ -295,7 +290,7 @@ def train(name: str, model: MTLModel, found: Tasks, epochs: int, console: Consol
                 times.append(time.process_time() - began)
                 losses.append(loss.detach())
             schedule.step()
-            progress.update(bar, advance=1, loss=float(torch.stack(losses).mean()))
+            epoch(loss=float(torch.stack(losses).mean()))
     parameters = sum(p.numel() for p in model.parameters())
     return Result(test(model, found), statistics.median(times) * 1e3, parameters)
 
@@ -329,7 +324,7 @@ def run(options: Options) -> int:
 
 
 def _run(digits: data.Digits, options: Options, began: float) -> int:
-    console = Console()
+    console = console_for(options.quiet)
     found = tasks_of(digits)
     n, pixels = found.images.shape
     epochs = options.epochs or max(1, min(40, 60_000 // n))

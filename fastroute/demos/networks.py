@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -30,6 +28,7 @@ from ..networks import (
 )
 from ..ops.backends import explain
 from . import Options, on_digits
+from .training import console_for, training
 
 TASKS, CLASSES = 5, 2  #: digit // 2, which is known, and digit % 2, which is asked for
 MODULES, WIDTH, LAYERS = 5, 48, 3
@@ -127,17 +126,12 @@ def train(name: str, model: nn.Module, found: data.Digits, epochs: int, console:
     images, labels, test_images, test_labels = found
     objective = Loss(nn.CrossEntropyLoss(), NegLossReward())
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
-    columns = (
-        TextColumn(f"{name:<{max(map(len, NETWORKS))}}"),
-        BarColumn(12),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}, held out {task.fields[accuracy]:.1%}"),
-        TimeElapsedColumn(),
-    )
+    shown = "loss {task.fields[loss]:.3f}, held out {task.fields[accuracy]:.1%}"
     times: list[float] = []
     accuracy, summary = test(model, test_images, test_labels)
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=epochs, loss=math.nan, accuracy=accuracy)
+    with training(
+        f"{name:<{max(map(len, NETWORKS))}}", epochs, console, shown, model=model, optimizer=optimizer
+    ) as epoch:
         for _ in range(epochs):
             began, losses = time.perf_counter(), []
             for batch in torch.randperm(len(images), device=images.device).split(BATCH):
@@ -151,7 +145,7 @@ def train(name: str, model: nn.Module, found: data.Digits, epochs: int, console:
             loss = float(torch.stack(losses).mean())
             times.append((time.perf_counter() - began) / len(losses))
             accuracy, summary = test(model, test_images, test_labels)
-            progress.update(bar, advance=1, loss=loss, accuracy=accuracy)
+            epoch(loss=loss, accuracy=accuracy)
     parameters = sum(p.numel() for p in model.parameters())
     return Result(accuracy, statistics.median(times) * 1e3, summary, parameters)
 
@@ -174,7 +168,7 @@ def run(options: Options) -> int:
 
 
 def _run(found: data.Digits, options: Options, began: float) -> int:
-    console = Console()
+    console = console_for(options.quiet)
     images, labels = found.train_images, found.train_labels
     n, H, W = images.shape
     epochs = options.epochs or max(2, min(30, 60_000 // n))

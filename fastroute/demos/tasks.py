@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from .. import data, plots
 from ..tasks import live, mask_overlap, route, set_task
 from . import Options, on_digits
 from .attributes import Attributes, attributes
+from .training import console_for, training
 
 SIGMA = 0.5  #: the share of the channels that a task does without
 ACCURACY_BAR = 0.9  #: mean over tasks on held-out images, of the routed network; below it the demo has failed
@@ -123,13 +122,9 @@ def train(name: str, model: nn.Module, found: Attributes, epochs: int, console: 
     x, y = found.train_images, found.train_answers
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, LEARNING_RATE / 20)
-    columns = (
-        TextColumn(f"{name:<28}"), BarColumn(12), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(),
-    )  # fmt: skip
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     times: list[float] = []
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=epochs, loss=math.nan)
+    with training(f"{name:<28}", epochs, console, "loss {task.fields[loss]:.3f}", **parts) as epoch:
         for _ in range(epochs):
             began, losses = time.perf_counter(), []
             order = torch.cat([torch.randperm(len(x), device=x.device) for _ in range(PER_IMAGE)])
@@ -147,7 +142,7 @@ def train(name: str, model: nn.Module, found: Attributes, epochs: int, console: 
             schedule.step()
             shown = float(torch.stack(losses).mean())
             times.append(time.perf_counter() - began)
-            progress.update(bar, advance=1, loss=shown)
+            epoch(loss=shown)
     accuracy, f1, balanced = test(model, found)
     return Result(
         accuracy=float(accuracy.mean()),
@@ -185,7 +180,7 @@ def run(options: Options) -> int:
 
 
 def _run(digits: data.Digits, options: Options, began: float) -> int:
-    console = Console()
+    console = console_for(options.quiet)
     found = attributes(digits)
     n, _, H, W = found.train_images.shape
     T = len(found.names)

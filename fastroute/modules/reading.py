@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from ..importing import constant_result
 from ..ops.backends import extension
 
 _AFFINE = ("weight", "bias")
@@ -78,7 +79,7 @@ def _original(cls: type, names: Sequence[str]) -> tuple[list[str], attrgetter[An
     return names, look, look(cls)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def is_pristine(cls: type) -> bool:
     """Whether a call of an instance runs what the class was written with: nobody has replaced a method of it."""
     key = cls, torch.compiler.is_compiling()

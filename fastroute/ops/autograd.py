@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..importing import constant_result
 from .backends import requested
 
 
@@ -26,7 +27,7 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def exported_plainly() -> bool:
     """Whether a module is exported in PyTorch's own ops: for ONNX, or on the backend "reference"."""
     return torch.compiler.is_exporting() and (torch.onnx.is_in_onnx_export() or requested() == "reference")

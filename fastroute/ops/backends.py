@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..importing import constant_result
 from . import environment, isa
 from .environment import interpreting
 
@@ -206,9 +208,29 @@ def decide(case: Case, request: str) -> Decision:
     raise BackendUnavailable(f"no backend can run {case}: {rejected}")
 
 
+def _run_on(case: Case, request: str) -> BackendName:
+    """``decide`` for a call that is made, not described."""
+    decision = decide(case, request)
+    why = decision.rejected.get("native", "")
+    if decision.backend == "reference" and case.device == "cpu" and why.startswith("the C++ extension"):
+        _warn_of_slowness(why)
+    return decision.backend
+
+
+@cache
+def _warn_of_slowness(why: str) -> None:
+    """Once in a process: pip shows nothing of what a build says that ends well."""
+    if build_info().get("reason") != "FASTROUTE_BUILD=0":
+        line = (
+            f"{why}. CPU tensors take plain PyTorch, which is slower. Once that is mended, install fastroute again, "
+            "by pip install --force-reinstall --no-deps --no-cache-dir"
+        )
+        warnings.warn_explicit(line, UserWarning, "fastroute", 1)  # nobody's line of code
+
+
 def choose(case: Case, request: str) -> ModuleType:
     """The module that implements ``case.op`` for this case."""
-    return importlib.import_module(_offers[case.op][decide(case, request).backend].module)
+    return importlib.import_module(_offers[case.op][_run_on(case, request)].module)
 
 
 def record(case: Case) -> None:
@@ -219,10 +241,10 @@ def record(case: Case) -> None:
 
 @cache
 def _taken(op: str, device: str, dtype: torch.dtype, request: str, interpreted: bool) -> BackendName:
-    return decide(Case(op, device, dtype, ()), request).backend
+    return _run_on(Case(op, device, dtype, ()), request)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
     """The backend that ``op`` takes now, for ops whose backends take any sizes."""
     return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
+from ..importing import when_imported
 from . import agent_policy as agent_policy
 from . import efficient_routing as efficient_routing
 from . import expert_ffn as expert_ffn
@@ -21,6 +21,10 @@ from . import vector_routing as vector_routing
 Shape = Sequence[int]
 
 
+#: By op.
+_formulas: dict[str, Callable[..., int]] = {}
+
+
 def _counts(name: str, backward: bool = True) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """For an op of this name; its backward pass has two products for each one."""
 
@@ -28,9 +32,9 @@ def _counts(name: str, backward: bool = True) -> Callable[[Callable[..., int]], 
         def twice(*args: Any, **options: Any) -> int:
             return 2 * count(*args, **options)
 
-        register_flop_formula(getattr(torch.ops.fastroute, name))(count)
+        _formulas[name] = count
         if backward:
-            register_flop_formula(getattr(torch.ops.fastroute, f"{name}_backward"))(twice)
+            _formulas[f"{name}_backward"] = twice
         return count
 
     return register
@@ -38,7 +42,12 @@ def _counts(name: str, backward: bool = True) -> Callable[[Callable[..., int]], 
 
 def _compiled(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """For the ops of both compiled backends."""
-    return register_flop_formula([getattr(torch.ops.fastroute, name.format(b)) for b in ("native", "triton")])  # type: ignore[no-any-return]
+
+    def register(count: Callable[..., int]) -> Callable[..., int]:
+        _formulas.update({name.format(backend): count for backend in ("native", "triton")})
+        return count
+
+    return register
 
 
 @_counts("efficient_routing")
@@ -113,3 +122,13 @@ def _(*args: Any, **_: Any) -> int:
         return 0
     made: int = _linear(x[0], weights) * (want_x + wants[0]) + _linear(x[0], critics) * (want_x + wants[2])
     return made
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, count in _formulas.items():
+        register_flop_formula(getattr(torch.ops.fastroute, name))(count)
+
+
+when_imported("torch.utils.flop_counter", _register)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,19 @@ from torch.utils._pytree import tree_leaves
 
 from .environment import interpreting
 
-library = Library("fastroute", "DEF")
+
+def _namespace() -> Library:
+    try:
+        return Library("fastroute", "DEF")
+    except RuntimeError as error:
+        first = re.search(r"registered at (\S+):\d+;", str(error))
+        raise ImportError(
+            f"fastroute: expected to be imported once in a process, found the ops registered by {first and first[1]}. "
+            "Start Python again; if that file is another copy's, take one of the two off sys.path"
+        ) from error
+
+
+library = _namespace()
 
 #: What each op of :func:`define` runs, by its name.
 implementations: dict[str, Callable[..., Any]] = {}

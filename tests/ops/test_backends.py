@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -181,8 +182,22 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_without_the_extension_the_reference_runs(without_extension: None, on_reference: Spy) -> None:
-    vector_op(**leaves())["M"].sum().backward()
+def test_without_the_extension_the_reference_runs(
+    without_extension: None, on_reference: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says why, and what to do, in one line a process; not where one has asked for no extension."""
+    _backends._warn_of_slowness.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"not built: no C\+\+ compiler found\. CPU tensors .* pip install --force"
+    ) as told:
+        vector_op(**leaves())["M"].sum().backward()
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    monkeypatch.setattr(_backends, "build_info", lambda: {"reason": "FASTROUTE_BUILD=0"})
+    _backends._warn_of_slowness.cache_clear()
+    on_reference.calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vector_op(**leaves())["M"].sum().backward()
     assert on_reference.calls == ["forward", "backward"]
     assert choose(A_CASE, "auto") is tiles
     with use_backend("native"), pytest.raises(BackendUnavailable, match="not built: no C\\+\\+ compiler found"):

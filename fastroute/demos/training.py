@@ -1,0 +1,76 @@
+"""What every demo's training has: a bar on a terminal, and a whole checkpoint where Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a training: what there was after its last whole epoch."""
+
+    def __init__(self, checkpoint: dict[str, Any], epochs: int) -> None:
+        super().__init__()
+        self.checkpoint, self.epochs = checkpoint, epochs
+
+    def save(self, path: Path) -> str:
+        """Write the checkpoint, whole or not at all; the line that says so."""
+        part = path.with_name(f".{path.name}.part")
+        try:
+            torch.save(self.checkpoint, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        network, done = self.checkpoint["network"], self.checkpoint["epoch"]
+        of = f" of {network!r}" if network else ""
+        return f"interrupted; the state{of} after {done} of {self.epochs} epochs is in {path}"
+
+
+def console_for(quiet: bool) -> Console:
+    """Of a demo. There are bars where it is interactive: on a terminal, if nobody has asked for quiet."""
+    return Console(force_interactive=False) if quiet else Console()
+
+
+@contextmanager
+def training(name: str, epochs: int, console: Console, shown: str, **parts: Any) -> Iterator[Callable[..., None]]:
+    """A bar over epochs; what it gives is called after each, with the fields that ``shown`` prints.
+
+    Args:
+        shown: text beside the bar, "loss {task.fields[loss]:.3f}".
+        parts: what has a ``state_dict``, under its key in a checkpoint: model, optimizer, schedule.
+
+    Raises:
+        Interrupted: for Ctrl-C within.
+    """
+
+    def state() -> dict[str, Any]:
+        return {key: copy.deepcopy(part.state_dict()) for key, part in parts.items()}
+
+    columns = (
+        TextColumn(name or "training"),
+        BarColumn(12),
+        MofNCompleteColumn(),
+        TextColumn(shown),
+        TimeElapsedColumn(),
+    )
+    whole: dict[str, Any] = {"network": name.strip(), "epoch": 0, **state()}
+    with Progress(*columns, console=console, disable=not console.is_interactive) as progress:
+        bar = progress.add_task("", total=epochs, loss=float("nan"), accuracy=0.0)
+
+        def epoch(**fields: Any) -> None:
+            whole.update(state(), epoch=whole["epoch"] + 1)
+            progress.update(bar, advance=1, **fields)
+
+        try:
+            yield epoch
+        except KeyboardInterrupt:
+            progress.stop()
+            raise Interrupted(whole, epochs) from None
