@@ -102,6 +102,11 @@ def extension() -> tuple[str | None, str]:
     return found.origin, ""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_extension() -> bool:
+    return extension()[0] is not None
+
+
 def build_info() -> dict[str, Any]:
     """What setup.py noted about the extension; empty if it noted nothing."""
     path = Path(__file__).resolve().parents[1] / "_build_info.json"
@@ -217,6 +222,11 @@ def _taken(op: str, device: str, dtype: torch.dtype, request: str, interpreted: 
 def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
     """The backend that ``op`` takes now, for ops whose backends take any sizes."""
     return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())
+
+
+def is_explaining() -> bool:
+    """Whether ``explain`` listens."""
+    return _State.recorder is not None
 
 
 def note(op: str, t: Tensor, **sizes: int) -> None:
