@@ -169,8 +169,8 @@ class Operand {
   // c (+)= a b; `raw` is b again, with its row stride, where it was not packed
   void multiply(T* c, int64_t ldc, const T* a, int64_t ai, int64_t ak, int64_t rows, bool add, const T* raw,
                 int64_t ldb, int64_t copy = 0) const {
-    kernels<T>().gemm({c, ldc, a, ai, ak, packs_ ? packed_ + copy * size_ : raw, packs_ ? 0 : ldb, rows, columns_,
-                       terms_, add});
+    kernels<T>().gemm({c, ldc, a, ai, ak, packs_ ? packed_ + copy * size_ : raw, ldb, rows, columns_, terms_,
+                       add, packs_});
   }
 
  private:
@@ -263,7 +263,8 @@ class Forward {
             p[j] += group[j];
           }
         }
-        kernel.gemm({M, d, block, 1, m, x, c.x_row, m, d, count, start > piece.first_row});
+        kernel.gemm({M, d, block, 1, m, x, c.x_row, m, d, count, start > piece.first_row,
+                     false});
       }
     }
   }
@@ -489,7 +490,7 @@ class Backward {
         kernel.backward[t == 0][adds](a);
         if (t > 0) {
           kernel.gemm({dP + (piece.row * s.B + b) * m * d, d, block, 1, ld, x, c.x_row, m, d, count,
-                       start > piece.first_row});
+                       start > piece.first_row, false});
         }
         if (dx != nullptr) {
           spread.multiply(dx, d, block, ld, 1, count, !fresh, stacked, d, piece.number);

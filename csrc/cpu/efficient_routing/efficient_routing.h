@@ -9,7 +9,7 @@ namespace fastroute::efficient_routing {
 
 constexpr int64_t kRun = 256;  // terms of one chain of a sum; longer sums are made of such, added up
 
-// c [rows, columns] (+)= a b, a(i, k) = a[i ai + k ak] with one stride 1; b is packed (ldb 0), or its rows lie ldb apart
+// c [rows, columns] (+)= a b, a(i, k) = a[i ai + k ak] with one stride 1; b is packed, or its rows lie ldb apart
 template <class T>
 struct Gemm {
   T* c;
@@ -18,7 +18,7 @@ struct Gemm {
   int64_t ai, ak;
   const T* b;
   int64_t ldb, rows, columns, terms;
-  bool add;
+  bool add, packed;
 };
 
 // Rows of one sample, with parameters of the same rows [rows, m]. A row of the block holds <x, P>, leaves with phi

@@ -226,11 +226,10 @@ class _OneCall(torch.autograd.Function):
         return (*(g if need and name not in unused else None for name, need, g in given), None, None, None)
 
 
-def _literally(n_iters: int, normalize: bool, *inputs: Tensor) -> list[Tensor]:
+def _literally(n_iters: int, normalize: bool, x: Tensor, *rest: Tensor) -> list[Tensor]:
     """The reference, of ``native``'s arguments."""
-    x, *w, prior = inputs
-    parameters = Parameters(*w, bias_use=None, bias_ign=None, prior=prior)
-    return [reference.efficient_routing(x, parameters, n_iters=n_iters, normalize=normalize)]
+    w = Parameters(*rest[:-1], None, None, rest[-1])  # type: ignore[call-arg]
+    return [reference.efficient_routing(x, w, n_iters=n_iters, normalize=normalize)]
 
 
 def _is_one_call(x: Tensor, w: Parameters, autocast: str) -> bool:
