@@ -233,10 +233,14 @@ def _literally(n_iters: int, normalize: bool, x: Tensor, *rest: Tensor) -> list[
 
 
 def _is_one_call(x: Tensor, w: Parameters, autocast: str) -> bool:
-    """Whether ``native``'s ops take a call without mask and lengths. What describes tensors is not asked."""
+    """Whether ``native``'s ops take a call without mask and lengths.
+
+    An exported graph has the op that every backend implements, and ``explain`` asks that one.
+    """
     return (
         not autocast
         and x.device.type == "cpu"
+        and not torch.compiler.is_exporting()
         and native.takes(x, w)
         and x.shape[0] > 0
         and requested() in ("auto", "native")
