@@ -125,6 +125,7 @@ struct Division {
     tile = std::clamp<int64_t>(fit, 24, 96);
   }
   int64_t pieces() const { return row_pieces * sample_pieces; }
+  int64_t tiles(int64_t rows) const { return (rows + tile - 1) / tile; }
 };
 
 struct Piece {
@@ -147,6 +148,54 @@ void each_piece(const Sizes& s, const Division& div, const F& f) {
       one(k);
     }
   });
+}
+
+// A product per tile of rows, summed over the tiles of a sample: in T over a few, and over those in double. One running sum
+// of T over a hundred thousand rows would be ten times less accurate.
+template <class T>
+class TileSum {
+ public:
+  // `part` and `total`: memory for `count` numbers, of which short sums make no use
+  TileSum(T* out, T* part, double* total, int64_t count, int64_t tiles)
+      : out_(out), part_(part), total_(total), count_(count), tiles_(tiles) {}
+  // c += a b, of the next tile
+  void add(Gemm<T> product) {
+    product.c = is_short() ? out_ : part_;
+    product.add = at_ % kTiles != 0;
+    kernels<T>().gemm(product);
+    ++at_;
+    if (is_short() || (at_ % kTiles != 0 && at_ < tiles_)) {
+      return;
+    }
+    for (int64_t k = 0; k < count_; ++k) {
+      total_[k] = (at_ <= kTiles ? 0 : total_[k]) + part_[k];
+    }
+    if (at_ == tiles_) {
+      std::copy_n(total_, count_, out_);
+    }
+  }
+
+ private:
+  static constexpr int64_t kTiles = 8;
+  bool is_short() const { return tiles_ <= kTiles; }
+  T *out_, *part_;
+  double* total_;
+  int64_t count_, tiles_, at_ = 0;
+};
+
+// Sums over samples, of `count` numbers each: f(b, to) adds those of a sample. In runs of so many, added up afterwards.
+constexpr int64_t kSamples = 32;
+template <class T, class F>
+void sum_samples(int64_t B, T* out, T* part, int64_t count, const F& f) {
+  for (int64_t b = 0; b < B; ++b) {
+    if (B > kSamples && b % kSamples == 0) {
+      std::fill_n(part, count, T(0));
+    }
+    f(b, B > kSamples ? part : out);
+    if (B > kSamples && (b % kSamples == kSamples - 1 || b == B - 1)) {
+      kernels<T>().add_scaled(out, T(1), part, count);
+    }
+  }
 }
 
 // b(k, j) = b[k bk + j bj], packed where it is used often enough to pay or lies columns first.
@@ -208,6 +257,8 @@ class Forward {
     space.want(p_parts, div.row_pieces * s.outputs());
     space.want(blocks, div.pieces() * div.tile * s.m);
     space.want(scratch, div.pieces() * 4 * s.m);
+    space.want(part, div.pieces() * s.m * s.d);
+    space.want(total, div.pieces() * s.m * s.d);
     space.make();
   }
 
@@ -239,6 +290,8 @@ class Forward {
       T* M = (div.row_pieces > 1 ? M_parts + piece.row * s.outputs() * d : kept_.M + t * s.outputs() * d) + b * m * d;
       double* p = p_parts + piece.row * s.outputs() + b * m;
       std::fill_n(p, m, 0.0);
+      const int64_t at_piece = piece.number * m * d;
+      TileSum<T> M_sum(M, part + at_piece, total + at_piece, m * d, div.tiles(piece.last_row - piece.first_row));
       for (int64_t start = piece.first_row; start < piece.last_row; start += div.tile) {
         const int64_t count = std::min(div.tile, piece.last_row - start);
         const T* x = c.x + b * c.x_batch + start * c.x_row;
@@ -263,8 +316,7 @@ class Forward {
             p[j] += group[j];
           }
         }
-        kernel.gemm({M, d, block, 1, m, x, c.x_row, m, d, count, start > piece.first_row,
-                     false});
+        M_sum.add({nullptr, d, block, 1, m, x, c.x_row, m, d, count, false, false});
       }
     }
   }
@@ -316,8 +368,8 @@ class Forward {
   const Kept<T> kept_;
   Workspace space;
   Operand<T> by_F2, by_G1, by_P;
-  T *P, *U, *z, *M_parts, *blocks, *scratch;
-  double* p_parts;
+  T *P, *U, *z, *M_parts, *blocks, *scratch, *part;
+  double *p_parts, *total;
 };
 
 // ------------------------------------------------------------------------------------------------------------ backward
@@ -360,6 +412,9 @@ class Backward {
     space.want(stack, again ? pieces * 2 * s.m * s.d : 0);
     space.want(blocks, pieces * div.tile * 2 * s.m);
     space.want(scratch, pieces * 7 * s.m);
+    space.want(part, again ? pieces * s.m * s.d : 0);
+    space.want(total, again ? pieces * s.m * s.d : 0);
+    space.want(sums, s.B > kSamples ? s.m * (s.d + std::max(s.d, s.h)) : 0);
     per_row_ = g.use == nullptr ? 0 : s.n * (4 * s.m + s.d + 1);
     space.want(row_parts, (div.sample_pieces - 1) * per_row_);
     space.make();
@@ -417,15 +472,18 @@ class Backward {
       by_dy.multiply(g.W_F2 + begin * h, h, U + begin, 1, d, end - begin, add, dy, h);
     });
     share(m, s.B * (2 * d + h), [&](int64_t begin, int64_t end) {
-      for (int64_t b = 0; b < s.B; ++b) {
-        const int64_t k = b * m + begin, count = end - begin;
-        kernel.multiply(U + k * d, M + k * d, dM + k * d, c.scale, count * d);
-        kernel.add_scaled(g.W_F1 + begin * d, T(1), U + k * d, count * d);
-        kernel.multiply(dM + k * d, dM + k * d, c.W_F1 + begin * d, c.scale, count * d);
+      const int64_t wide = (end - begin) * d, high = (end - begin) * h;
+      sum_samples(s.B, g.W_F1 + begin * d, sums + begin * d, wide, [&](int64_t b, T* to) {
+        const int64_t k = (b * m + begin) * d;
+        kernel.multiply(U + k, M + k, dM + k, c.scale, wide);
+        kernel.add_scaled(to, T(1), U + k, wide);
+        kernel.multiply(dM + k, dM + k, c.W_F1 + begin * d, c.scale, wide);
+      });
+      sum_samples(s.B, g.B_F2 + begin * h, sums + m * d + begin * h, high, [&](int64_t b, T* to) {
         for (int64_t j = begin; j < end; ++j) {
-          kernel.add_scaled(g.B_F2 + j * h, p[b * m + j], dy + (b * m + j) * h, h);
+          kernel.add_scaled(to + (j - begin) * h, p[b * m + j], dy + (b * m + j) * h, h);
         }
-      }
+      });
     });
   }
 
@@ -470,6 +528,9 @@ class Backward {
       }
       a.dp = dp + b * m;
       const bool adds = wants && !(fresh && b == piece.first_sample);
+      const int64_t at_piece = piece.number * m * d;
+      TileSum<T> dP_sum(t == 0 ? nullptr : dP + (piece.row * s.B + b) * m * d, part + at_piece, total + at_piece, m * d,
+                        div.tiles(piece.last_row - piece.first_row));
       for (int64_t start = piece.first_row; start < piece.last_row; start += div.tile) {
         const int64_t count = std::min(div.tile, piece.last_row - start), at = start * m;
         const T* x = c.x + b * c.x_batch + start * c.x_row;
@@ -489,8 +550,7 @@ class Backward {
         a.db = wants ? to.B_S + at : dump + 3 * m;
         kernel.backward[t == 0][adds](a);
         if (t > 0) {
-          kernel.gemm({dP + (piece.row * s.B + b) * m * d, d, block, 1, ld, x, c.x_row, m, d, count,
-                       start > piece.first_row, false});
+          dP_sum.add({nullptr, d, block, 1, ld, x, c.x_row, m, d, count, false, false});
         }
         if (dx != nullptr) {
           spread.multiply(dx, d, block, ld, 1, count, !fresh, stacked, d, piece.number);
@@ -529,11 +589,13 @@ class Backward {
       by_dQ.multiply(g.W_G1 + begin * d, d, z + begin, 1, h, end - begin, add, dQ, d);
     });
     share(m, s.B * 2 * d, [&](int64_t begin, int64_t end) {
-      for (int64_t b = 0; b < s.B; ++b) {
-        const int64_t k = (b * m + begin) * d, count = (end - begin) * d;
-        kernel.add_scaled(g.B_G2 + begin * d, T(1), dP + k, count);
-        kernel.add_product(g.W_G2 + begin * d, dP + k, Q + k, count);
-      }
+      const int64_t wide = (end - begin) * d, at = begin * d;
+      sum_samples(s.B, g.B_G2 + at, sums + at, wide, [&](int64_t b, T* to) {
+        kernel.add_scaled(to, T(1), dP + b * m * d + at, wide);
+      });
+      sum_samples(s.B, g.W_G2 + at, sums + m * d + at, wide, [&](int64_t b, T* to) {
+        kernel.add_product(to, dP + b * m * d + at, Q + b * m * d + at, wide);
+      });
     });
   }
 
@@ -580,7 +642,8 @@ class Backward {
   Workspace space;
   Operand<T> by_F2, by_G1, to_z, by_dy, by_dQ, by_stack, by_dM, to_x, to_x_first;
   int64_t per_row_;
-  T *dy, *U, *dM, *dp, *dgate, *z, *Q, *P, *dP, *stack, *blocks, *scratch, *row_parts;
+  T *dy, *U, *dM, *dp, *dgate, *z, *Q, *P, *dP, *stack, *blocks, *scratch, *row_parts, *part, *sums;
+  double* total;
 };
 
 // ----------------------------------------------------------------------------------------------------------------- ops

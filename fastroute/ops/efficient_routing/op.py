@@ -1,7 +1,8 @@
 """``efficient_routing``: all iterations of efficient vector routing as one registered op and its gradient.
 
 Heinsen (2022), "An Algorithm for Routing Vectors in Sequences". The passes over the inputs are ``vector_routing``'s
-backends; what is per output ([m, d] and [m, h]) is plain PyTorch. Derived in ``docs/vector_routing.md``.
+backends; what is per output ([m, d] and [m, h]) is plain PyTorch. On a CPU most calls are one op of C++ a pass instead
+(``native``). Derived in ``docs/vector_routing.md``.
 Axes: B batch, T iterations, n input vectors, m output vectors, d width of an input vector, h width of an output vector.
 """
 
