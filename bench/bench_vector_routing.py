@@ -77,6 +77,7 @@ class Row:
 _LARGE, _MIDDLE, _SMALL = (Case(1, n, 100, 256, 256) for n in (100_000, 20_000, 1_000))
 _ANY = _LARGE._replace(any_length=True)
 _WIDE = Case(2, 2_000, 1_000, 1_024, 1_024)
+_BATCH, _TINY = Case(128, 64, 16, 32, 32), Case(4, 50, 10, 64, 64)  # on a CPU the grid has them
 
 # The targets of a ratio are "at least"; those named max_ are "at most", in MB or ms or GB.
 _CPU = [
@@ -102,6 +103,7 @@ _GPU = [
     Row(_HALF, "forward", {"matmul": 0.45}, memory=True),
     Row(_HALF, "training", {"matmul": 0.45}, memory=True),
     *(Row(row.case, row.what) for row in _CPU),
+    *(Row(case, what) for case in (_BATCH, _TINY) for what in ("forward", "training")),
 ]
 
 
