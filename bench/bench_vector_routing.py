@@ -22,6 +22,7 @@ import fastroute
 from bench import harness
 from bench.child import Elsewhere, resident_growth
 from bench.harness import Here, Options, Product, Results, Truth
+from fastroute.ops import backends
 from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.efficient_routing.reference import efficient_routing as reference
 from fastroute.ops.gemm import prefers_onednn
@@ -76,7 +77,7 @@ class Row:
 _LARGE, _MIDDLE, _SMALL = (Case(1, n, 100, 256, 256) for n in (100_000, 20_000, 1_000))
 _ANY = _LARGE._replace(any_length=True)
 _WIDE = Case(2, 2_000, 1_000, 1_024, 1_024)
-_BATCH, _TINY = Case(128, 64, 16, 32, 32), Case(4, 50, 10, 64, 64)
+_BATCH, _TINY = Case(128, 64, 16, 32, 32), Case(4, 50, 10, 64, 64)  # on a CPU the grid has them
 
 # The targets of a ratio are "at least"; those named max_ are "at most", in MB or ms or GB.
 _CPU = [
@@ -88,7 +89,6 @@ _CPU = [
     Row(_WIDE, "training", {"eager": 1.1, "torch.compile": 1.05}, memory=True),
     Row(_SMALL, "forward", {"eager": 1.0}),
     Row(_SMALL, "training", {"eager": 1.0}),
-    *(Row(case, what) for case in (_BATCH, _TINY) for what in ("forward", "training")),
 ]
 
 _MILLION = Case(1, 1_000_000, 100, 1_024, 1_024, tf32=True)
@@ -103,6 +103,7 @@ _GPU = [
     Row(_HALF, "forward", {"matmul": 0.45}, memory=True),
     Row(_HALF, "training", {"matmul": 0.45}, memory=True),
     *(Row(row.case, row.what) for row in _CPU),
+    *(Row(case, what) for case in (_BATCH, _TINY) for what in ("forward", "training")),
 ]
 
 
@@ -112,9 +113,8 @@ def rows(options: Options) -> list[Row]:
         return _GPU
     found: list[Row] = []
     for case in dict.fromkeys(row.case for row in _CPU):
-        same = [row for row in _CPU if row.case == case]
-        found += same
-        found += [Row(row.case, row.what, threads=2) for row in same]
+        found += [row for row in _CPU if row.case == case]
+        found += [Row(case, "training", threads=2)] * (case in (_LARGE, _WIDE))
     return found
 
 
@@ -371,6 +371,7 @@ def test_vector_routing(benchmark: Any, row: Row, options: Options, settings: Ca
             harness.floors(made, case.torch_dtype, device),
             checked,
             options=options,
+            seconds=3,
         )
     finally:
         for one in rivals:
@@ -381,3 +382,17 @@ def test_vector_routing(benchmark: Any, row: Row, options: Options, settings: Ca
         what = "graph" if row.what == "forward" else "training"
         benchmark.extra_info["memory"] = memory(case, what, options)
     harness.fail_if_wrong(benchmark, str(row))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+def test_grid(benchmark: Any, isa: str, options: Options) -> None:
+    """Many sizes against upstream's operators; ``bench.routing_grid`` says which, and what a cell is."""
+    from bench import routing_grid
+
+    backends.extension()
+    if options.gpu or isa not in torch.ops.fastroute._isas():
+        pytest.skip(f"no {isa} here")
+    cells = benchmark.pedantic(routing_grid.run, (isa, options.quick), rounds=1)
+    benchmark.extra_info.update(isa=isa, grid=cells)
+    wrong = [cell for cell in cells if "off" in cell]
+    assert not wrong, wrong

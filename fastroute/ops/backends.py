@@ -113,6 +113,11 @@ def extension() -> tuple[str | None, str]:
     return found.origin, ""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_extension() -> bool:
+    return extension()[0] is not None
+
+
 def build_info() -> dict[str, Any]:
     """What setup.py noted about the extension; empty if it noted nothing."""
     path = Path(__file__).resolve().parents[1] / "_build_info.json"

@@ -57,6 +57,12 @@ def _(x: Shape, *rest: Any, **_: Any) -> int:
     return 2 * B * m * d * (n * (2 * n_iters - 1 + 2 * linear) + h * (2 * n_iters - 1))
 
 
+@_counts("_efficient_routing_native")
+def _(x: Shape, *rest: Any, **_: Any) -> int:
+    (B, n, d), m, h, n_iters = x, int(rest[2][0]), int(rest[3][1]), int(rest[13])
+    return 2 * B * m * d * (n + h) * (2 * n_iters - 1)
+
+
 @_counts("vector_routing")
 def _(x: Shape, gate: Shape, pred: Shape | None, *rest: Any, **_: Any) -> int:
     (B, n, d), use, linear = x, rest[2], rest[4] is not None

@@ -7,6 +7,7 @@ one or two arguments are changed. Everything is float64, so that results are com
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from fastroute.ops import activations, dispatch
 from fastroute.ops.agent_policy import plain as agent_policy_plain
 from fastroute.ops.batch_norm_mask_relu import plain as batch_norm_mask_relu_plain
 from fastroute.ops.dispatch import reference as reference_dispatch
+from fastroute.ops.efficient_routing import op as efficient
 from fastroute.ops.grouped_linear import plain as grouped_linear_plain
 from fastroute.ops.grouped_linear.op import planned
 from fastroute.ops.policy import plain as policy_plain
@@ -171,6 +173,21 @@ def valid_calls() -> dict[str, list[tuple[Any, ...]]]:
 # ------------------------------------------------------------------------------------------------------- the reference
 
 
+def _efficient(*args: Any) -> tuple[Tensor, ...]:
+    x, *w, prior, n_iters, normalize = args
+    out, *kept, _, _ = efficient._forward(x, *w, None, None, prior, None, None, n_iters, normalize, "reference", "")
+    return out, torch.cat([t.flatten() for t in kept])
+
+
+def _efficient_backward(*args: Any) -> list[Tensor]:
+    x, *w, prior, n_iters, normalize, dout, kept, want_x, want_rows = args
+    (B, n, d), (m, h) = x.shape, dout.shape[1:]
+    shapes = (B, n), (n_iters, B, m, d), (n_iters, B, m), (n_iters, B, m, h)
+    saved = [t.view(s) for t, s in zip(kept.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+    given = x, *w, None, None, prior, None, None, n_iters, normalize, "reference", "", dout, *saved, kept, kept
+    return efficient._backward(*given, want_x, want_rows)[:13]
+
+
 def _vector(*args: Any) -> tuple[Tensor, ...]:
     M, p, gate = tiles.forward(Step(*args))
     return M, p, gate if args[1] is None else gate.new_empty(0)
@@ -279,6 +296,8 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "_task_mask_mask__native": task_mask_plain.mask_,
     "_batch_norm_mask_relu_native": _normed,
     "_batch_norm_mask_relu_native_backward": _normed_backward,
+    "_efficient_routing_native": _efficient,
+    "_efficient_routing_native_backward": _efficient_backward,
     "_vector_routing_native": _vector,
     "_vector_routing_native_backward": _vector_backward,
     "_matrix_routing_native": _matrix,

@@ -106,6 +106,15 @@ def vector(**changes: Any) -> None:
     OPS._vector_routing_native(*{**first, **given, **after, **last, **changes}.values())
 
 
+def routed(**changes: Any) -> None:
+    per_row = {"W_S": zeros(3, 2), "B_S": zeros(3, 2), "beta_use": zeros(3, 2), "beta_ign": zeros(3, 2)}
+    outputs = {"W_F1": zeros(2, 4), "W_F2": zeros(4, 5), "B_F2": zeros(2, 5)}
+    predictions = {"W_G1": zeros(5, 4), "W_G2": zeros(2, 4), "B_G2": zeros(2, 4)}
+    gates = {"x": zeros(2, 3, 4), "W_A": zeros(3, 4), "B_A": zeros(3)}
+    last = {"prior": zeros(2), "n_iters": 2, "normalize": True}
+    OPS._efficient_routing_native(*{**gates, **outputs, **predictions, **per_row, **last, **changes}.values())
+
+
 def matrix(**changes: Any) -> None:
     given = {
         "gate": zeros(2, 3),
@@ -177,6 +186,12 @@ WRONG: dict[str, tuple[Callable[[], None], str]] = {
     "fewer lengths": (lambda: vector(lengths=torch.tensor([3])), "lengths: expected sizes"),
     "fewer rows": (lambda: vector(use=zeros(2, 2)), "use: expected sizes"),
     "no prior": (lambda: vector(prior=None), "pred: expected with score_weight, or a prior"),
+    "one gate for all": (lambda: routed(W_A=zeros(1, 4)), "W_A: expected sizes"),
+    "no iteration": (lambda: routed(n_iters=0), "n_iters: expected at least 1"),
+    "no inputs": (lambda: routed(x=zeros(2, 0, 4)), "expected none empty"),
+    "halves": (lambda: routed(x=zeros(2, 3, 4).bfloat16()), "x: expected another dtype"),
+    "two dtypes": (lambda: routed(B_S=zeros(3, 2).float()), "B_S: expected Double, got Float"),
+    "columns first": (lambda: routed(W_F2=zeros(5, 4).mT), "W_F2: expected a contiguous tensor"),
     "empty capsules": (lambda: matrix(mu_inp=zeros(2, 0, 2, 2)), "expected"),
     "half of the parameters": (lambda: matrix(W=zeros(3, 4, 2, 2).bfloat16()), "W: expected Double"),
     "mu without weight": (lambda: matrix(prior=zeros(2, 4), mu=zeros(2, 4, 2, 2)), "prior: expected with mu"),

@@ -1,7 +1,8 @@
 """``efficient_routing``: all iterations of efficient vector routing as one registered op and its gradient.
 
 Heinsen (2022), "An Algorithm for Routing Vectors in Sequences". The passes over the inputs are ``vector_routing``'s
-backends; what is per output ([m, d] and [m, h]) is plain PyTorch. Derived in ``docs/vector_routing.md``.
+backends; what is per output ([m, d] and [m, h]) is plain PyTorch. On a CPU most calls are one op of C++ a pass instead
+(``native``). Derived in ``docs/vector_routing.md``.
 Axes: B batch, T iterations, n input vectors, m output vectors, d width of an input vector, h width of an output vector.
 """
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..arguments import explained
-from ..autograd import asked_again, through, transformed
-from ..backends import Case, choose, record, requested
+from ..autograd import apply, asked_again, through, transformed
+from ..backends import Case, choose, has_extension, is_explaining, record, requested
 from ..precision import autocast_off, autocast_precision
 from ..registry import define, no_second_derivative
 from ..vector_routing.op import case_of
+from . import native as native
 from . import passes as passes
 from . import reference as reference
 from .contract import Parameters
@@ -197,6 +199,57 @@ define(
 )
 
 
+class _OneCall(torch.autograd.Function):
+    """``native``'s ops, one a pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        out: Tensor
+        out, kept = torch.ops.fastroute._efficient_routing_native(*args)
+        ctx.save_for_backward(*args[:-2], kept)
+        ctx.options = args[-2:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, kept = ctx.saved_tensors
+        n_iters, normalize = ctx.options
+        needs = ctx.needs_input_grad
+        if asked_again(dout):
+            found = through(partial(_literally, n_iters, normalize), inputs, needs[: len(inputs)], [dout])
+            return (*found, None, None)
+        rows = any(need for name, need in zip(native.NAMES, needs, strict=False) if name in native.ROWS)
+        made = torch.ops.fastroute._efficient_routing_native_backward(
+            *inputs, n_iters, normalize, dout.contiguous(), kept, needs[0], rows
+        )
+        unused = LATER if n_iters == 1 else ()
+        given = zip(native.NAMES, needs, made, strict=False)
+        return (*(g if need and name not in unused else None for name, need, g in given), None, None, None)
+
+
+def _literally(n_iters: int, normalize: bool, x: Tensor, *rest: Tensor) -> list[Tensor]:
+    """The reference, of ``native``'s arguments."""
+    w = Parameters(*rest[:-1], None, None, rest[-1])  # type: ignore[call-arg]
+    return [reference.efficient_routing(x, w, n_iters=n_iters, normalize=normalize)]
+
+
+def _is_one_call(x: Tensor, w: Parameters, autocast: str) -> bool:
+    """Whether ``native``'s ops take a call without mask and lengths.
+
+    An exported graph has the op that every backend implements, and ``explain`` asks that one.
+    """
+    return (
+        not autocast
+        and x.device.type == "cpu"
+        and not torch.compiler.is_exporting()
+        and native.takes(x, w)
+        and x.shape[0] > 0
+        and requested() in ("auto", "native")
+        and not is_explaining()
+        and has_extension()
+    )
+
+
 @explained
 def efficient_routing(
     x: Tensor,
@@ -226,7 +279,15 @@ def efficient_routing(
     x = x.to(dtype)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
-    args = x, *used(w, n_iters), mask, lengths, n_iters, normalize, requested(), autocast
+    w = used(w, n_iters)
+    if mask is None and lengths is None and not transformed() and _is_one_call(x, w, autocast):
+        given = x, *w[:12], w.prior, n_iters, normalize
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given[:-2]):
+            made: Tensor = apply(_OneCall, *given)
+            return made
+        made, _ = torch.ops.fastroute._efficient_routing_native(*given)
+        return made
+    args = x, *w, mask, lengths, n_iters, normalize, requested(), autocast
     if transformed():
         return _plain(_Call.of(args))
     out: Tensor = torch.ops.fastroute.efficient_routing(*args)[0]

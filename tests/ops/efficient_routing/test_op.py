@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastroute import use_backend
+from fastroute.ops.efficient_routing import native
 from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.efficient_routing.op import _Call
 from fastroute.ops.efficient_routing.passes import first_form
@@ -436,6 +437,63 @@ def test_opcheck_of_the_backward_op(name: str, want_x: bool, want_rows: bool) ->
     torch.library.opcheck(
         torch.ops.fastroute.efficient_routing_backward.default, args, test_utils=("test_schema", "test_faketensor")
     )
+
+
+needs_extension = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+
+
+@needs_extension
+@pytest.mark.parametrize("n_iters", [1, 2])
+@pytest.mark.parametrize(("want_x", "want_rows"), list(itertools.product([True, False], repeat=2)))
+def test_opcheck_of_one_call(n_iters: int, want_x: bool, want_rows: bool) -> None:
+    case = efficient_case(SMALL)
+    given = [case.inputs[name] for name in native.NAMES]
+    out, kept = torch.ops.fastroute._efficient_routing_native(*given, n_iters, True)
+    backward = *given, n_iters, True, torch.ones_like(out), kept, want_x, want_rows
+    for op, args in (
+        (torch.ops.fastroute._efficient_routing_native, (*given, n_iters, True)),
+        (torch.ops.fastroute._efficient_routing_native_backward, backward),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_extension
+@pytest.mark.parametrize("n_iters", [1, 3])
+def test_one_call_gives_what_passes_give(n_iters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide calls go through the library's products instead."""
+    case = efficient_case(Size(5, 150, 21, 40, 24), dtype=F64)
+    one = evaluate(op("native", n_iters), case)
+    monkeypatch.setattr(native, "WIDEST", 0)
+    for name, expected in evaluate(op("native", n_iters), case).items():
+        got = one[name]
+        assert (got is None) == (expected is None), name
+        if got is not None and expected is not None:
+            assert_same(got, expected, name)
+
+
+@needs_extension
+def test_which_calls_are_one() -> None:
+    """A compiled graph shows it: what has a mask, betas linear in x or bfloat16 takes the passes."""
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        seen.extend(str(node.target) for node in graph.graph.nodes if "routing" in str(node.target))
+        return graph.forward  # type: ignore[no-any-return]
+
+    def ops_of(fn: Callable[..., Any], case: Case) -> str:
+        seen.clear()
+        torch._dynamo.reset()
+        inputs = {k: t for k, t in case.inputs.items() if t is not None}
+        nothing = dict.fromkeys(k for k in case.inputs if k not in inputs)
+        torch.compile(lambda given: fn(**given, **nothing)["x_out"], backend=backend, fullgraph=True)(inputs)
+        return " ".join(seen)
+
+    assert "_efficient_routing_native" in ops_of(efficient_op(), efficient_case(SMALL))
+    several = {"linear": True}, {"mask": some_mask(2, 33, 5)}, {"lengths": [3, 33]}, {"dtype": BF16}
+    for options in several:
+        found = ops_of(efficient_op(), efficient_case(SMALL, **options))  # type: ignore[arg-type]
+        assert "native" not in found and "efficient_routing" in found, options
+    assert "native" not in ops_of(op("reference"), efficient_case(SMALL))
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["fixed", "any-length"])

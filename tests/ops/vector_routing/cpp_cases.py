@@ -29,6 +29,7 @@ from tests.helpers.routing_cases import (
     vector_truth,
 )
 from tests.ops.agent_policy.cpp_cases import agent_policies
+from tests.ops.efficient_routing.cpp_cases import one_call
 from tests.ops.grouped_linear.cpp_cases import grouped_linears, plans, policies
 from tests.ops.matrix_routing.cpp_cases import matrix_iterations, matrix_passes
 from tests.ops.soft_assignment.cpp_cases import soft_assignments
@@ -120,7 +121,7 @@ def layouts() -> None:
 def run() -> None:
     seeds.manual_seed(0)
     with use_backend("native"), poisoned_memory():
-        capsules = one_iteration, fenced, all_iterations, layouts, matrix_iterations, matrix_passes
+        capsules = one_iteration, fenced, all_iterations, one_call, layouts, matrix_iterations, matrix_passes
         networks = plans, grouped_linears, policies, agent_policies, trajectory_losses
         for part in (*capsules, soft_assignments, *networks, task_masks, masked_batch_norms):
             part()

@@ -1,0 +1,138 @@
+"""EfficientVectorRouting over a grid of sizes, on one instruction set: a process of its own, a printed line a cell.
+
+``FASTROUTE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m bench.routing_grid [--quick]``.
+The rivals are upstream's operators, eager and compiled. A cell is a size in one pass on so many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+from torch import Tensor
+
+from bench import bench_vector_routing as suite
+from bench import harness
+from bench.bench_vector_routing import Case
+from fastroute.ops import backends
+
+#: From 10 to a million input vectors.
+GRID = (
+    Case(1, 10, 4, 16, 16), Case(1, 30, 2, 8, 8), Case(4, 10, 4, 16, 16), Case(1, 50, 10, 64, 64),
+    Case(4, 50, 10, 64, 64), Case(1, 196, 10, 192, 192), Case(1, 1000, 100, 256, 256), Case(32, 49, 10, 64, 64),
+    Case(8, 196, 10, 192, 192), Case(16, 128, 32, 128, 1), Case(32, 64, 16, 32, 32), Case(4, 512, 64, 256, 256),
+    Case(1, 2000, 10, 1024, 1024), Case(2, 2000, 1000, 256, 256), Case(128, 64, 16, 32, 32),
+    Case(1, 10_000, 64, 64, 64), Case(64, 196, 10, 192, 192), Case(1, 20_000, 100, 256, 256),
+    Case(256, 128, 8, 16, 16), Case(100, 1000, 16, 64, 64), Case(1, 100_000, 10, 32, 32),
+    Case(1, 1_000_000, 10, 16, 16),
+)  # fmt: skip
+#: torch.compile's modes, and the sizes at which each is a rival: tuning takes the compiler a minute a size.
+MODES = {"default": range(len(GRID)), "max-autotune-no-cudagraphs": (4, 11)}
+#: What each instruction set's process is started with, and how many seconds its rivals may take to compile in all.
+SETTINGS: dict[str, tuple[dict[str, str], float]] = {
+    "avx512": ({}, 110),
+    "avx2": ({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, 50),
+}
+#: The exact results of larger cases come by tiles, and are compared by norm.
+_DIRECT = 1 << 22
+
+
+def run(isa: str, quick: bool) -> list[dict[str, Any]]:
+    """The cells on that instruction set."""
+    env = {**os.environ, "FASTROUTE_ISA": isa, **SETTINGS[isa][0]}
+    command = [sys.executable, "-m", "bench.routing_grid", *["--quick"] * quick]
+    done = subprocess.run(
+        command, cwd=Path(__file__).resolve().parents[1], env=env, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"size"')]
+
+
+def _race(subject: harness.Here, rivals: Sequence[harness.Here], seconds: float) -> dict[str, Any]:
+    """Each in turn, until the median of every ratio is known to a hundredth or the time is up."""
+    samples: dict[str, list[float]] = {one.name: [] for one in (subject, *rivals)}
+    for one in (*rivals, subject):
+        one.sample()
+    began = time.perf_counter()
+    while True:
+        for one in (*rivals, subject):
+            samples[one.name].append(one.sample().time)
+        mine = samples[subject.name]
+        ratios = {
+            one.name: harness._quartiles([a / b for a, b in zip(samples[one.name], mine, strict=True)])
+            for one in rivals
+        }
+        known = all(high - low < 0.01 * len(mine) ** 0.5 * middle for low, middle, high in ratios.values())
+        spent = (time.perf_counter() - began) / seconds
+        if len(mine) >= 3 and ((len(mine) >= 9 and (known or spent > 1)) or spent > 4):
+            break
+    ms = {name: 1e3 * statistics.median(found) for name, found in samples.items()}
+    return {"ms": ms, "ratios": ratios, "rounds": len(mine)}
+
+
+def _compiled(mode: str) -> Callable[..., Tensor]:
+    made: Callable[..., Tensor] = torch.compile(suite.upstream, mode=mode, fullgraph=True)
+    return made
+
+
+def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]:
+    inductor.cpp.dynamic_threads = True  # compiled once for any number of threads
+    backends.extension()  # which has the op that follows
+    isa = torch.ops.fastroute._isa()
+    seconds, compiling = SETTINGS[isa][1] if seconds is None else seconds, 0.0
+    for k, whole in enumerate(GRID[:3] if quick else GRID):
+        case = whole.smaller() if quick else whole
+        p = suite.problem(case, "cpu")
+        direct = case.B * case.n * case.m * case.d <= _DIRECT
+        gate: harness.Gate = suite.rounding(case, "cpu") if direct else suite.ByNorm(case, "cpu")
+        torch._dynamo.reset()
+        functions: dict[str, Callable[[Tensor], Tensor]] = {"eager": lambda x, p=p: suite.upstream(x, p.w)}  # type: ignore[misc]
+        for mode, sizes in MODES.items():
+            if k in sizes and compiling < seconds:
+                call = _compiled(mode)
+                functions[f"torch.compile, {mode}"] = lambda x, p=p, call=call: call(x, p.w)  # type: ignore[misc]
+        for what in ("forward", "training"):
+            subject = harness.Here("fastroute", *suite._pass(what, p.layer, p.w, p.x, p.dy)[:1])
+            off, times = gate.excess(subject.results())
+            rivals = [harness.Here(name, suite._pass(what, f, p.w, p.x, p.dy)[0]) for name, f in functions.items()]
+            began = time.perf_counter()
+            left_out = {}
+            for one in tuple(rivals):
+                try:
+                    one.results()
+                except (RuntimeError, AssertionError) as error:  # of the compiler
+                    left_out[one.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    rivals.remove(one)
+            compiling += time.perf_counter() - began
+            for count in (1, 2):
+                cell = {
+                    "size": case._asdict(), "inputs": case.B * case.n, "pass": what, "threads": count, "isa": isa,
+                    "load": round(os.getloadavg()[0], 1), "left out": left_out,
+                }  # fmt: skip
+                if times > 1:
+                    yield {**cell, "off": off, "times_the_budget": times}
+                    continue
+                with harness.threads(count):
+                    yield {**cell, **_race(subject, rivals, 0.1 if quick else 0.4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.routing_grid", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few small sizes")
+    parser.add_argument("--seconds", type=float, help="that rivals may take to compile in all")
+    args = parser.parse_args()
+    for cell in cells(args.quick, args.seconds):
+        print(json.dumps(cell), flush=True)
+
+
+if __name__ == "__main__":
+    main()
