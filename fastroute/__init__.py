@@ -9,6 +9,7 @@ from .capsules import (
     SlotAttention,
     credit_assignment,
 )
+from .monitor import RoutingMonitor
 from .multitask import (
     CGC,
     DWA,
@@ -176,6 +177,7 @@ __all__ = [
     "RoutedLinear",
     "RoutingGRUCell",
     "RoutingLSTMCell",
+    "RoutingMonitor",
     "RoutingRNNCellBase",
     "RunningAverageCollaborationReward",
     "SampleMetaInformation",
