@@ -92,7 +92,7 @@ class OnText(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         ink = (images.flatten(1) * self.INKS).ceil().long().clamp(max=self.INKS)
-        there, order = (ink > 0).long().sort(1, descending=True, stable=True)
+        there, order = (ink > 0).long().sort(dim=1, descending=True, stable=True)
         there = there[:, : int(there.sum(1).max())].bool()
         order = order[:, : there.shape[1]]
         words = order * self.INKS + (ink.gather(1, order) - 1).clamp(min=0)
@@ -230,11 +230,12 @@ MODELS = {
         "capsule head (Heinsen 2022) on an encoder of words",
     ),
     "small-norb": Recipe(
-        lambda found: Classifier(found, lambda side: SmallNORB(10, 1), side=40), 6, 20, _radam(1e-3), 0.1, 0.9,
+        lambda found: Classifier(found, lambda side: SmallNORB(10, 1), side=40), 8, 20, _radam(2e-3), 0.1, 0.9,
         "smallNORB network (Heinsen 2019)",
     ),
     "task-vgg": Recipe(
-        ManyTasksLearner, 16, 64, _adam(2e-3), 0.3, 0.8, f"VGG-11 with task routing (Strezoski et al. 2019), {QUESTIONS} tasks"
+        ManyTasksLearner, 16, 64, _adam(2e-3), 0.3, 0.8,
+        f"VGG-11 with task routing (Strezoski et al. 2019), {QUESTIONS} tasks",
     ),
 }  # fmt: skip
 
@@ -306,7 +307,7 @@ def _accuracy(learner: Learner) -> float:
 def table(results: dict[str, list[Result]]) -> Table:
     """The mean and the range over seeds."""
     made = Table(title="held-out accuracy", title_justify="left")
-    made.add_column("model")
+    made.add_column("model", no_wrap=True)
     for heading in ("parameters", "epochs", "seeds", "mean", "lowest", "highest", "s per seed"):
         made.add_column(heading, justify="right", no_wrap=True)
     for name, runs in results.items():
