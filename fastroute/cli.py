@@ -14,8 +14,9 @@ import torch
 
 from . import __version__, compat
 from .compat import checkpoints, program
-from .demos import DEMOS, CannotRun, Options
+from .demos import DEMOS, MODELS, CannotRun, Options
 from .ops import backends, environment
+from .report import CannotReport, write_report
 
 _OPTIONAL = ("numpy", "matplotlib", "scikit-learn", "rich")
 _ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "demo":
         return _demo(args)
+    if args.command == "train":
+        return _train(args)
+    if args.command == "report":
+        return _report(args)
     if args.command == "run":
         return _run(args)
     if args.command == "convert":
@@ -84,6 +89,41 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, metavar="N", default=Options.threads,
         help="CPU threads (default: %(default)s, the model is too small to gain from more)",
     )  # fmt: skip
+
+    train = commands.add_parser(
+        "train",
+        help="train the papers' networks on handwritten digits",
+        description="Train networks of fastroute.models from several seeds, log what their routers do, print the "
+        "held-out accuracies, draw the learning curves.",
+        epilog="Exit status: 0, or 1 if a network learns too little or the data cannot be read.",
+    )
+    train.add_argument(
+        "names", nargs="+", choices=MODELS, metavar="MODEL", help="; ".join(f"{k}: {v}" for k, v in MODELS.items())
+    )
+    train.add_argument(
+        "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
+    )
+    train.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("fastroute-runs"),
+        help="where runs go, DIR/MODEL/seed-N (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument("--epochs", type=_positive, metavar="N", help="default: the recipe's, docs/models.md")
+    train.add_argument("--seeds", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
+    train.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="the first (default: %(default)s)")
+    train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    train.add_argument(
+        "--threads", type=_positive, metavar="N", default=Options.threads, help="CPU threads (default: %(default)s)"
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="a page of what a run's routers did",
+        description="Read RUN_DIR/routing.jsonl, which fastroute.RoutingMonitor writes by a RunLog, and write one HTML "
+        "page with charts, which needs no network.",
+        epilog="Exit status: 0, or 1 if there is no log, nothing in it can be read, or the page cannot be written.",
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("--out", type=Path, metavar="HTML", help="the page (default: RUN_DIR/report.html)")
 
     run = commands.add_parser(
         "run",
@@ -148,6 +188,37 @@ def _demo(args: argparse.Namespace) -> int:
         return status
     except (CannotRun, backends.BackendUnavailable) as error:
         return _failed(str(error))
+
+
+def _train(args: argparse.Namespace) -> int:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        return _failed("--device cuda: expected a CUDA GPU, found none", "train")
+    try:
+        importlib.import_module("matplotlib")  # the picture comes last
+        training = importlib.import_module("fastroute.demos.training")
+        args.out.mkdir(parents=True, exist_ok=True)
+    except ModuleNotFoundError as error:
+        return _failed(f"needs {error.name}: pip install 'fastroute[demo]'", "train")
+    except OSError as error:
+        return _failed(f"--out {args.out}: cannot be made ({error.strerror})", "train")
+    options = training.TrainOptions(args.data, args.out, args.epochs, args.seed, device, args.threads, args.seeds)
+    try:
+        status: int = training.run(list(dict.fromkeys(args.names)), options)
+        return status
+    except (CannotRun, backends.BackendUnavailable) as error:
+        return _failed(str(error), "train")
+
+
+def _report(args: argparse.Namespace) -> int:
+    try:
+        path, run = write_report(args.run_dir, args.out)
+    except CannotReport as error:
+        return _failed(str(error), "report")
+    for remark in run.remarks:
+        print(f"python -m fastroute report: {remark}", file=sys.stderr)
+    print(path)
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:
