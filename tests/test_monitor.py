@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -181,3 +183,27 @@ def test_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert events.Scalars("routing/gate/entries")[0].value == 6
+
+
+@pytest.mark.long
+def test_the_page_in_chromium(tmp_path: Path) -> None:
+    """Nothing sticks out of the window at 400 and 1400 pixels. Installs nothing: needs a Chromium that is there."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed; test_a_page parses the page without one")
+    layer, log = moe(), RunLog(tmp_path)
+    monitor = RoutingMonitor(layer)
+    for step in range(3):
+        layer(torch.randn(10, 8))
+        monitor.write(log, step=step, loss=float(step))
+    assert main(["report", str(tmp_path)]) == 0
+    page = tmp_path / "report.html"
+    script = "<script>document.title=[document.documentElement.scrollWidth,innerWidth,document.images.length]</script>"
+    (tmp_path / "asked.html").write_text(page.read_text() + script)
+    for width in (500, 1400):  # a window is 500 wide at least
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+        said = subprocess.run(
+            [*command, (tmp_path / "asked.html").as_uri()], capture_output=True, text=True, timeout=120
+        )
+        found = re.search(r"<title>(\d+),(\d+),0</title>", said.stdout)
+        assert found is not None and int(found[1]) <= int(found[2]) <= width, said.stderr[-500:]
