@@ -207,3 +207,33 @@ def test_the_page_in_chromium(tmp_path: Path) -> None:
         )
         found = re.search(r"<title>(\d+),(\d+),0</title>", said.stdout)
         assert found is not None and int(found[1]) <= int(found[2]) <= width, said.stderr[-500:]
+
+
+@pytest.mark.long
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    from fastroute.lightning import RoutingCallback
+    from fastroute.report import read_run
+
+    class Net(lightning.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = moe()
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return self.moe(batch[0]).square().mean()  # type: ignore[union-attr]
+
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            self.moe(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 8)), batch_size=4)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    callback = RoutingCallback(tmp_path, every_n_steps=1)
+    trainer = lightning.Trainer(max_epochs=1, callbacks=[callback], enable_model_summary=False, **options)
+    trainer.fit(Net(), data, data)
+    run = read_run(tmp_path)
+    assert run.steps == [1, 2] and run.numbers["moe.gate/entries"] == [8.0, 8.0]
+    assert run.last("val/moe.gate/entries") == 16.0
