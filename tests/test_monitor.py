@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import pickle
 import re
 import shutil
@@ -237,3 +239,12 @@ def test_lightning(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.steps == [1, 2] and run.numbers["moe.gate/entries"] == [8.0, 8.0]
     assert run.last("val/moe.gate/entries") == 16.0
+
+
+@pytest.mark.parametrize(
+    "name", ["monitor", "loggers", "models.routed_cnn", "models.small_norb", "models.task_vgg", "models.capsule_head"]
+)
+def test_examples_of_docstrings(name: str) -> None:
+    module = importlib.import_module(f"fastroute.{name}")
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
