@@ -20,6 +20,7 @@ from .capsules import (
     SlotAttention,
     credit_assignment,
 )
+from .monitor import RoutingMonitor
 from .multitask import (
     CGC,
     DWA,
@@ -190,6 +191,7 @@ __all__ = [
     "RoutedLinear",
     "RoutingGRUCell",
     "RoutingLSTMCell",
+    "RoutingMonitor",
     "RoutingRNNCellBase",
     "RunningAverageCollaborationReward",
     "SampleMetaInformation",

@@ -17,8 +17,9 @@ import torch
 
 from . import __version__, compat
 from .compat import checkpoints, program
-from .demos import DEMOS, CannotRun, Options
+from .demos import DEMOS, MODELS, CannotRun, Options
 from .ops import backends, environment
+from .report import CannotReport, write_report
 
 _INTERRUPTED = 130  #: as a shell says of what SIGINT has ended
 _OPTIONAL = ("numpy", "matplotlib", "scikit-learn", "rich")
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     if args.command == "run":  # Ctrl-C is the program's
         return _run(args)
-    commands = {"doctor": _doctor, "demo": _demo, "convert": _convert}
+    commands = {"doctor": _doctor, "demo": _demo, "train": _train, "report": _report, "convert": _convert}
     if args.command not in commands:
         parser.print_help(sys.stderr)
         return 2
@@ -98,6 +99,40 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     demo.add_argument("--quiet", action="store_true", help="no progress bars; there are none without a terminal")
+    train = commands.add_parser(
+        "train",
+        help="train the papers' networks on handwritten digits",
+        description="Train networks of fastroute.models from several seeds, log what their routers do, print the "
+        "held-out accuracies, draw the learning curves.",
+        epilog="Exit status: 0, or 1 if a network learns too little or the data cannot be read.",
+    )
+    train.add_argument(
+        "names", nargs="+", choices=MODELS, metavar="MODEL", help="; ".join(f"{k}: {v}" for k, v in MODELS.items())
+    )
+    train.add_argument(
+        "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
+    )
+    train.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("fastroute-runs"),
+        help="where runs go, DIR/MODEL/seed-N (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument("--epochs", type=_positive, metavar="N", help="default: the recipe's, docs/models.md")
+    train.add_argument("--seeds", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
+    train.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="the first (default: %(default)s)")
+    train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    train.add_argument(
+        "--threads", type=_positive, metavar="N", default=Options.threads, help="CPU threads (default: %(default)s)"
+    )
+
+    report = commands.add_parser(
+        "report",
+        help="a page of what a run's routers did",
+        description="Read RUN_DIR/routing.jsonl, which fastroute.RoutingMonitor writes by a RunLog, and write one HTML "
+        "page with charts, which needs no network.",
+        epilog="Exit status: 0, or 1 if there is no log, nothing in it can be read, or the page cannot be written.",
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("--out", type=Path, metavar="HTML", help="the page (default: RUN_DIR/report.html)")
 
     run = commands.add_parser(
         "run",
@@ -175,6 +210,37 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     print(doctor())
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        return _failed("--device cuda: expected a CUDA GPU, found none", "train")
+    try:
+        importlib.import_module("matplotlib")  # the picture comes last
+        published = importlib.import_module("fastroute.demos.published")
+        args.out.mkdir(parents=True, exist_ok=True)
+    except ModuleNotFoundError as error:
+        return _failed(f"needs {error.name}: pip install 'fastroute[demo]'", "train")
+    except OSError as error:
+        return _failed(f"--out {args.out}: cannot be made ({error.strerror})", "train")
+    options = published.TrainOptions(args.data, args.out, args.epochs, args.seed, device, args.threads, args.seeds)
+    try:
+        status: int = published.run(list(dict.fromkeys(args.names)), options)
+        return status
+    except (CannotRun, backends.BackendUnavailable) as error:
+        return _failed(str(error), "train")
+
+
+def _report(args: argparse.Namespace) -> int:
+    try:
+        path, run = write_report(args.run_dir, args.out)
+    except CannotReport as error:
+        return _failed(str(error), "report")
+    for remark in run.remarks:
+        print(f"python -m fastroute report: {remark}", file=sys.stderr)
+    print(path)
     return 0
 
 

@@ -33,7 +33,7 @@ FLOORS = (
     ("functional",),
     ("modules",),
     ("capsules", "networks", "tasks", "multitask"),
-    ("distributed", "compat", "plots", "data", "demos"),
+    ("distributed", "compat", "plots", "data", "monitor", "loggers", "lightning", "report", "models", "demos"),
     ("cli", "__main__"),
 )
 FAMILIES = ("capsules", "networks", "tasks", "multitask")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import soft_assignment
+from ..modules import watching
 from ..modules.reading import reset
 from ..ops import checks
 from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
@@ -207,6 +208,7 @@ class DefinableVectorRouting(nn.Module):
             votes = votes.masked_fill(~live.reshape(B, n, 1, 1), 0.0)
         shares = share(None if scores is None else scores.to(acc), gate, use.to(acc), ign.to(acc), prior, mask)
         x_out = (shares.phi[..., None] * votes.to(acc).expand(B, -1, -1, -1)).sum(1)
+        watching.tell(self, "credit", shares.R, shares.phi)
         found = {"a_inp": a_inp, "V": V.expand(B, -1, -1, -1), "pred_x_inp": pred, "S": scores,
                  **{k: t.to(dtype) for k, t in shares._asdict().items()}, "x_out": x_out.to(dtype)}  # fmt: skip
         as_given = ("a_inp", "pred_x_inp")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import matrix_routing
+from ..modules import watching
 from ..ops import checks
 from ..ops.arguments import Count, InputCapsules, OutputCapsules, Several, checked
 from ..ops.masked import only, reaches
@@ -196,6 +197,7 @@ class GenerativeMatrixRouting(SingleBeta):
             a, mu = torch.where(live, a, -torch.inf), only(mu, live)
         if self.return_dict:
             found = self._last_iteration(a, mu, w, mask)
+            watching.tell(self, "credit", found["R"], None)
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
         made = matrix_routing(a, mu, w, n_iters=self.n_iters, p_model=self.p_model, eps=self.eps, mask=mask)
         a_out, mu_out, sig2_out = (t.reshape(*batch, *t.shape[1:]) for t in made)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import soft_assignment
+from ..modules import watching
 from ..modules.reading import may_be_read, reset
 from ..ops import checks
 from ..ops.arguments import Count, Several, checked
@@ -201,6 +202,7 @@ class SlotAttention(nn.Module):
                 closed = closed | ~row_is_live(x, lengths)[..., None]
             shut = closed.all(-1, keepdim=True)
             attn = scores.to(found.dtype).masked_fill(closed & ~shut, -torch.inf).softmax(-1).masked_fill(shut, 0.0)
+            watching.tell(self, "credit", attn, None)
             return found, attn.reshape(*batch, n, m)
 
     def _begin(self, slots: Tensor | None, batch: Sequence[int], generator: torch.Generator | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import efficient_routing
+from ..modules import watching
 from ..modules.reading import Memo, Proof, call, may_be_read, reset
 from ..ops import checks
 from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
@@ -244,6 +245,7 @@ class EfficientVectorRouting(nn.Module):
         plain = self._is_plain()
         if self.return_dict or not plain:
             found = self._last_iteration(x, given, mask, lengths, plain)
+            watching.tell(self, "credit", found["R"], found["phi"])
             if not self.return_dict:
                 return found["x_out"].reshape(*batch, self.n_out, self.d_out)  # type: ignore[union-attr]
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}

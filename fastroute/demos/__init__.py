@@ -18,6 +18,15 @@ DEMOS = {
     "multitask": "learn handwritten digits as eight tasks, a network divided among them in nine ways; draw the graph",
 }
 
+#: What ``fastroute train`` trains, by ``published.py``.
+MODELS = {
+    "routed-cnn": "the routed CNN of 2018, five tasks",
+    "capsule-vision": "the capsule head of 2022 on an encoder of patches",
+    "capsule-text": "the capsule head of 2022 on an encoder of words",
+    "small-norb": "the smallNORB network of 2019",
+    "task-vgg": "VGG-11 with task routing of 2019, twenty tasks",
+}
+
 
 @dataclass(frozen=True)
 class Options:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..modules import watching
 from ..modules.reading import may_be_read
 from ..ops.activations import ACTIVATIONS
 from ..ops.arguments import Count, checked
@@ -173,12 +174,15 @@ class Gates(nn.Module):
 
     def ask(self, xs: Sequence[Tensor]) -> Tensor:
         """One input [N, D] for all tasks, or one for each -> [N, T, E], by calls where the gates may not be read."""
+        made: Tensor
         if type(self) is Gates and may_be_read(self):
-            return self.run(xs[0]) if len(xs) == 1 else self.run_grouped(torch.stack(list(xs)))
-        if len(xs) == 1:
-            made: Tensor = self(xs[0])
-            return made
-        return torch.stack([self(x)[:, t] for t, x in enumerate(xs)], 1)
+            made = self.run(xs[0]) if len(xs) == 1 else self.run_grouped(torch.stack(list(xs)))
+        elif len(xs) == 1:
+            made = self(xs[0])
+        else:
+            made = torch.stack([self(x)[:, t] for t, x in enumerate(xs)], 1)
+        watching.tell(self, "shares", made)
+        return made
 
     def run(self, x: Tensor) -> Tensor:
         """Unchecked: [N, D] -> [N, T, E]."""

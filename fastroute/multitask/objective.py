@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules import watching
 from ..ops.masked import only
 from .loss import task_losses
 from .schedule import Anchors
@@ -172,7 +173,9 @@ class Objective(nn.Module):
         """
         tasks = self.output_tasks
         losses, weights = self._held_losses()
-        return objective(tasks, losses, weights, y_hat, y, mask, self._weighting_of(weighting, losses), apart)
+        total, found = objective(tasks, losses, weights, y_hat, y, mask, self._weighting_of(weighting, losses), apart)
+        watching.tell(self, "task losses", found)
+        return total, found
 
     def _held_losses(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """(losses, their weights) by the name of the node."""

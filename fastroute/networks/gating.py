@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..modules import watching
 from ..modules.reading import call, may_be_read, reset
 from ..ops import dispatch, host
 from ..ops.accumulating import Accumulating
@@ -221,6 +222,7 @@ class TopKGating(Accumulating):
                 self.counts.add_(own)
         if kept is not None:
             actions, weights = torch.where(kept, actions, -1), torch.where(kept, weights, 0)
+        watching.tell(self, "entries", actions, self._num_selections, active)
         return Routed(actions, weights, losses, counts)
 
     def _forced(self, forced: Tensor, B: int, device: torch.device) -> Tensor:

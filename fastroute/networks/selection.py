@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import combine
+from ..modules import watching
 from ..ops import dispatch, host
 from ..ops.arguments import checked
 from ..ops.checks import floating, samples, shown, tensor
@@ -161,6 +162,7 @@ class Selection(nn.Module):
         K = len(self._submodules)
         if self._log is not None and not chosen.is_meta:
             self._log.update(a for a in host.read(chosen.reshape(-1)) if 0 <= a < K)
+        watching.tell(self, "entries", chosen, K, None)
         return self._routed(batch, chosen)
 
     def _routed(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 import torch
 from torch import Tensor
 
+from ..modules import watching
 from ..ops import dispatch
 from ..ops.checks import given, integer, shown
 from ..ops.dispatch.contract import Plan
@@ -400,6 +401,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
             record = record.spread(self._index(record.actions.device), self._batch.size)
         if not self._batch.is_again():
             self._batch.records.append(record)
+            watching.tell(record.decision, "decision", self._batch, record)
 
     def mix(self, mixture: Mixture) -> None:
         """Add what a gating did. Its tensors are those of this view's samples."""
@@ -415,6 +417,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         if self._rows is not None:
             mixture = mixture.spread(self._index(mixture.actions.device), self._batch.size)
         self._batch.mixtures.append(mixture)
+        watching.tell(mixture.decision, "mixture", self._batch, mixture)
 
     def weights_of(self, actions: Tensor) -> Tensor | None:
         """[B, k]: the weights that a gating gave with these very actions; None if there was no gating.

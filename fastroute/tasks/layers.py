@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from ..modules import watching
 from ..ops.arguments import Count, checked
 from ..ops.checks import tensor
 from .active_task import Task, is_mapped
@@ -66,6 +67,9 @@ class _Routed(nn.Module):
         tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
         if not tasks:
             return super().forward(x)  # type: ignore[no-any-return,misc]
+        router = out or inp
+        if router is not None:
+            watching.tell(self, "tasks", tasks[id(router)], x.shape[0], router.task_count)
         if x.dim() > 2 and all(r is None or r.over_features(x) for r in (inp, out)):
             if not any(isinstance(t, Tensor) and (t.dim() or is_mapped(t)) for t in tasks.values()):
                 rows = self._run(x.flatten(0, -2), task)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..modules import watching
 from ..modules.reading import Memo, Proof
 from ..ops.arguments import checked
 from ..ops.checks import tensor
@@ -183,6 +184,8 @@ class LiveSequential(nn.Sequential):
             for module in plan.chain:
                 x = called(module, x, task)
             return x
+        for router, active in zip(plan.routers, tasks, strict=True):
+            watching.tell(router, "tasks", active, x.shape[0], router.task_count)
         if not _is_slow_layout(x):
             return self._checked(walk(plan.steps, x, way), task, plan)
         way.turned = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import task_mask
+from ..modules import watching
 from ..ops import checks
 from ..ops.arguments import Count, checked
 from . import masks
@@ -158,7 +159,9 @@ class TaskRouter(TaskAware):
 
     def _masked(self, x: Tensor, task: Task | None) -> Tensor:
         inplace = self.inplace and (torch.compiler.is_compiling() or not traced())  # under vmap x may be fewer than y
-        return self._checked(task_mask(x, self._unit_mapping, self._task(task), inplace=inplace), task)
+        active = self._task(task)
+        watching.tell(self, "tasks", active, x.shape[0], self.task_count)
+        return self._checked(task_mask(x, self._unit_mapping, active, inplace=inplace), task)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import grouped_linear
+from ..modules import watching
 from ..modules.reading import may_be_read, reset, signature
 from ..ops import checks, dispatch
 from ..ops.arguments import Several, checked
@@ -190,7 +191,9 @@ class VGG(TaskAware):
             )
         x = _routed(self.features, x, task)
         x = torch.flatten(self.avgpool(x), 1)
-        return self._checked(self._classify(x, self._task(task)), task)
+        active = self._task(task)
+        watching.tell(self, "tasks", active, x.shape[0], self.task_count)
+        return self._checked(self._classify(x, active), task)
 
     def _classify(self, x: Tensor, task: Task) -> Tensor:
         """The heads of the tasks, in one grouped product unless there is but one."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...modules import watching
 from ...ops.accumulating import Accumulating
 from ...ops.arguments import Tasks, checked
 from ...ops.checks import MOST, floating, no_more, together
@@ -162,7 +163,9 @@ class Weighting(NamedTasks, Accumulating):
                 loss at all.
         """
         values, here = self.gather(losses, present)
-        return self.combine(values, here)
+        total = self.combine(values, here)
+        watching.tell(self, "losses", self.tasks, values, total)
+        return total
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
         """The total of losses [T], 0 where ``present`` [T] is False."""

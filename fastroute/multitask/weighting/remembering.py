@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...modules import watching
 from ...ops.arguments import NotNegative, Positive, Tasks, checked
 from .base import Losses, Present, Weighting, fill, log, memory_dtype, numbers, softmax, total
 
@@ -50,6 +51,7 @@ class Remembering(Weighting):
         """As every weighting's."""
         values, here = self.gather(losses, present)
         made = self.combine(values, here)
+        watching.tell(self, "losses", self.tasks, values, made)
         if self.is_recording and self.training and torch.is_grad_enabled():
             read = values.detach()
             self.record(CALLED, read, here)

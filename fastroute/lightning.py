@@ -1,0 +1,93 @@
+"""A callback for Lightning that watches the routing of the module it trains. Needs lightning or pytorch_lightning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ModuleNotFoundError:
+    try:
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment,no-redef]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "fastroute.lightning needs Lightning: pip install lightning", name="lightning"
+        ) from error
+
+from .loggers import RunLog
+from .monitor import RoutingMonitor
+from .ops.arguments import Count, checked
+
+__all__ = ["RoutingCallback"]
+
+
+class RoutingCallback(Callback):
+    """Logs a :class:`~fastroute.RoutingMonitor`'s numbers to the trainer's loggers.
+
+    In training every ``log_every_n_steps`` of the trainer (or ``every_n_steps``), under ``routing/...``; of validation
+    once per epoch, under ``val_routing/...``. Each process counts its own samples; what is logged is the first one's.
+
+    Args:
+        run_dir: also write ``RUN_DIR/routing.jsonl``, for ``fastroute report``, with the trainer's metrics beside.
+        every_n_steps: None: the trainer's ``log_every_n_steps``.
+        counts: give how often each module was taken, too.
+
+    Attributes:
+        monitor: while the trainer runs; ``monitor.gradient_conflict`` may be called from ``training_step``.
+    """
+
+    @checked
+    def __init__(
+        self, run_dir: str | Path | None = None, *, every_n_steps: Count | None = None, counts: bool = True
+    ) -> None:
+        super().__init__()
+        self.run_dir, self.every_n_steps, self.counts = run_dir, every_n_steps, counts
+        self.monitor: RoutingMonitor | None = None
+        self._log: RunLog | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Watch the module."""
+        if self.monitor is None or self.monitor.model is not pl_module:
+            self.monitor = RoutingMonitor(pl_module, counts=self.counts)
+        self.monitor.attach()
+        if self.run_dir is not None and trainer.is_global_zero:
+            self._log = RunLog(self.run_dir)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Watch no more."""
+        if self.monitor is not None:
+            self.monitor.remove()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log, if it is time."""
+        every = self.every_n_steps or trainer.log_every_n_steps
+        if trainer.global_step % every == 0:
+            self._write(trainer, "routing")
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """What was counted in training is not validation's."""
+        if not trainer.sanity_checking and self.monitor is not None and trainer.global_step:
+            self._write(trainer, "routing")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log validation's numbers, which are not training's."""
+        if trainer.sanity_checking and self.monitor is not None:
+            self.monitor.reset()
+        else:
+            self._write(trainer, "val_routing")
+
+    def _write(self, trainer: Any, prefix: Literal["routing", "val_routing"]) -> None:
+        if self.monitor is None:
+            return
+        numbers = self.monitor.numbers()
+        if not numbers or not trainer.is_global_zero:
+            return
+        step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{prefix}/{name}": value for name, value in numbers.items()}, step)
+        if self._log is not None:
+            mine = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            if prefix == "val_routing":
+                numbers = {f"val/{name}": value for name, value in numbers.items()}
+            self._log.write({**mine, **numbers}, step)

@@ -1,0 +1,58 @@
+"""What layers tell those who watch them: no hook, so that watched modules stay plain and run as before.
+
+A layer calls :func:`tell` where it has decided something. Nobody is told in what ``torch.compile`` or ``torch.export``
+trace (the call is left out of the graph), in a forward pass that is made again for backward, or within ``torch.func``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..ops.recomputation import is_recomputation
+
+
+class Watcher(Protocol):
+    def see(self, layer: nn.Module, kind: str, *seen: Any) -> None: ...
+
+
+#: Beside the modules, not on them: copies and pickles of a module are not watched, and its state is as before.
+_watchers: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Watcher], ...]] = weakref.WeakKeyDictionary()
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether somebody is to be told of this call of a layer."""
+    return (
+        not torch.compiler.is_compiling()
+        and bool(_watchers)
+        and layer in _watchers
+        and not is_recomputation()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def tell(layer: Any, kind: str, *seen: Any) -> None:
+    """Tell a layer's watchers what it has just done."""
+    if is_watched(layer):
+        for reference in _watchers.get(layer, ()):
+            watcher = reference()
+            if watcher is not None:
+                watcher.see(layer, kind, *seen)
+
+
+def watch(layer: nn.Module, watcher: Watcher) -> None:
+    """Have a watcher told from now on, as long as both live."""
+    others = tuple(r for r in _watchers.get(layer, ()) if r() not in (None, watcher))
+    _watchers[layer] = (*others, weakref.ref(watcher))
+
+
+def unwatch(layer: nn.Module, watcher: Watcher) -> None:
+    """Tell a watcher no more."""
+    others = tuple(r for r in _watchers.get(layer, ()) if r() not in (None, watcher))
+    if others:
+        _watchers[layer] = others
+    else:
+        _watchers.pop(layer, None)

@@ -1,0 +1,250 @@
+"""What a monitor counts, that it changes nothing, and what its log and page make of good and bad files."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+import pickle
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastroute import MoE, RoutingMonitor, Selection, TaskRouter, Trajectory, Uncertainty
+from fastroute.cli import main
+from fastroute.loggers import RunLog, TensorBoard
+from fastroute.models import CapsuleHead, SmallNORB
+
+K = 4
+
+
+def moe() -> MoE:
+    torch.manual_seed(0)
+    return MoE(8, 8, K, 2)
+
+
+def test_counts_are_those_of_the_actions() -> None:
+    layer = moe()
+    x = torch.randn(30, 8)
+    with RoutingMonitor(layer) as monitor:
+        _, aux = layer(x, return_aux=True)
+        numbers = monitor.numbers()
+        assert monitor.numbers() == {}
+    counts = [numbers[f"gate/count/{k}"] for k in range(K)]
+    assert counts == aux.counts.tolist() and numbers["gate/entries"] == 60
+    assert numbers["gate/dead"] == sum(c == 0 for c in counts) == numbers["total/dead"]
+    share = aux.counts.double() / 60
+    entropy = float(torch.special.entr(share).sum() / torch.tensor(2.0).double().log())
+    assert numbers["gate/entropy"] == pytest.approx(entropy)
+
+
+def test_collapse_dead_and_dropped() -> None:
+    layer = Selection(*(nn.Linear(3, 3) for _ in range(K)))
+    monitor = RoutingMonitor(layer)
+    layer(torch.randn(5, 3), Trajectory(5), torch.tensor([2, 2, 2, -1, 2]))
+    numbers = monitor.numbers()
+    assert numbers["Selection/collapsed"] == 1 and numbers["Selection/dead"] == 3 and numbers["Selection/dropped"] == 1
+
+
+def test_nothing_changes() -> None:
+    x, made = torch.randn(6, 8), []
+    for is_watched in (False, True):
+        layer = moe()
+        monitor = RoutingMonitor(layer) if is_watched else None
+        y = layer(x)
+        y.sum().backward()
+        made.append((y.detach(), *(p.grad for p in layer.parameters())))
+        assert monitor is None or monitor.numbers()["gate/entries"] == 12
+        assert not layer._forward_hooks and list(layer.state_dict()) == list(moe().state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_counts_once(reentrant: bool) -> None:
+    layer = moe()
+    monitor = RoutingMonitor(layer)
+    y = checkpoint(layer, torch.randn(6, 8).requires_grad_(), use_reentrant=reentrant)
+    assert isinstance(y, Tensor)
+    y.sum().backward()
+    assert monitor.numbers()["gate/entries"] == 12
+
+
+def test_copies_and_compiled_code_tell_nothing() -> None:
+    layer = moe()
+    monitor = RoutingMonitor(layer)
+    x = torch.randn(6, 8)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other(x)
+    torch.compile(layer, fullgraph=True, backend="eager")(x)
+    assert monitor.numbers() == {} and monitor.silent == ["gate"]
+    assert pickle.loads(pickle.dumps(monitor)).numbers() == {}
+    monitor.remove()
+    layer(x)
+    assert monitor.numbers() == {}
+
+
+def test_tasks_weights_and_conflict() -> None:
+    router = TaskRouter(8, 3, 0.5)
+    monitor = RoutingMonitor(router)
+    router(torch.randn(4, 8), 2)
+    router(torch.randn(2, 8), torch.tensor([0, 2]))
+    numbers = monitor.numbers()
+    assert [numbers[f"TaskRouter/count/{t}"] for t in range(3)] == [1, 0, 5]
+
+    weighting = Uncertainty(["a", "b"])
+    monitor = RoutingMonitor(weighting)
+    losses = torch.tensor([2.0, 3.0], requires_grad=True)
+    (weighting(losses) * 1024).backward()  # as a gradient scaler has it
+    assert losses.grad is not None
+    numbers = monitor.numbers()
+    assert [numbers[f"Uncertainty/weight/{t}"] for t in "ab"] == pytest.approx((losses.grad / 1024).tolist())
+
+    w = nn.Parameter(torch.ones(2))
+    found = monitor.gradient_conflict({"a": w[0] + w[1], "b": -w[0] - w[1], "c": w[0] - w[1]}, [w])
+    assert found["conflict/a|b"] == pytest.approx(-1) and found["conflict/a|c"] == pytest.approx(0)
+    assert w.grad is None and monitor.numbers()["conflict/lowest"] == pytest.approx(-1)
+
+
+def test_credit_ignores_padding_and_is_watched() -> None:
+    torch.manual_seed(0)
+    head = CapsuleHead(5, 8, 3, parts=4, return_credit=True)
+    x, mask = torch.randn(2, 6, 3, 8), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 0]])
+    monitor = RoutingMonitor(head)
+    y, _ = head(x, mask)
+    assert monitor.numbers()["route.0/credit_entropy"] > 0
+    torch.testing.assert_close(y[1:], head(x[1:, 2:5])[0])
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="expected a fastroute layer"):
+        RoutingMonitor(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="losses: expected two"):
+        RoutingMonitor(moe()).gradient_conflict({})
+    with pytest.raises(ValueError, match="images: expected"):
+        SmallNORB()(torch.rand(1, 2, 28, 28))
+
+
+# ---------------------------------------------------------------------------------------------------- log and page
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data")]
+
+
+def test_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer, log = moe(), RunLog(tmp_path)
+    monitor = RoutingMonitor(layer)
+    for step in range(3):
+        layer(torch.randn(10, 8))
+        monitor.write(log, step=step, loss=float("nan") if step == 1 else step, **{"<script>": 1.0})
+    with log.path.open("ab") as file:
+        file.write(b'not json\n{"step": 3, "num')
+    assert main(["report", str(tmp_path)]) == 0
+    said, text = capsys.readouterr(), (tmp_path / "report.html").read_text()
+    assert "unfinished" in said.err and "unfinished" in text and "no log line" in text and "NaN" in text
+    page = _Page()
+    page.feed(text)
+    assert page.tags.count("svg") >= 4 and "script" not in page.tags and not page.references
+    assert not re.search(r"url\(|@import|https?:", text) and "prefers-color-scheme" in text
+    RunLog(tmp_path).write({"loss": 1.0}, 4)  # begins a line of its own
+    assert main(["report", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": 1, "num'])
+def test_no_page(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "routing.jsonl").write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 1
+    assert "expected" in capsys.readouterr().err and not (tmp_path / "report.html").exists()
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    writer = tensorboard.SummaryWriter(tmp_path)
+    layer = moe()
+    monitor = RoutingMonitor(layer)
+    layer(torch.randn(3, 8))
+    monitor.write(TensorBoard(writer), step=1)
+    writer.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Scalars("routing/gate/entries")[0].value == 6
+
+
+@pytest.mark.long
+def test_the_page_in_chromium(tmp_path: Path) -> None:
+    """Nothing sticks out of the window at 400 and 1400 pixels. Installs nothing: needs a Chromium that is there."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed; test_a_page parses the page without one")
+    layer, log = moe(), RunLog(tmp_path)
+    monitor = RoutingMonitor(layer)
+    for step in range(3):
+        layer(torch.randn(10, 8))
+        monitor.write(log, step=step, loss=float(step))
+    assert main(["report", str(tmp_path)]) == 0
+    page = tmp_path / "report.html"
+    script = "<script>document.title=[document.documentElement.scrollWidth,innerWidth,document.images.length]</script>"
+    (tmp_path / "asked.html").write_text(page.read_text() + script)
+    for width in (500, 1400):  # a window is 500 wide at least
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+        said = subprocess.run(
+            [*command, (tmp_path / "asked.html").as_uri()], capture_output=True, text=True, timeout=120
+        )
+        found = re.search(r"<title>(\d+),(\d+),0</title>", said.stdout)
+        assert found is not None and int(found[1]) <= int(found[2]) <= width, said.stderr[-500:]
+
+
+@pytest.mark.long
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    from fastroute.lightning import RoutingCallback
+    from fastroute.report import read_run
+
+    class Net(lightning.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = moe()
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return self.moe(batch[0]).square().mean()  # type: ignore[union-attr]
+
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            self.moe(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 8)), batch_size=4)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    callback = RoutingCallback(tmp_path, every_n_steps=1)
+    trainer = lightning.Trainer(max_epochs=1, callbacks=[callback], enable_model_summary=False, **options)
+    trainer.fit(Net(), data, data)
+    run = read_run(tmp_path)
+    assert run.steps == [1, 2] and run.numbers["moe.gate/entries"] == [8.0, 8.0]
+    assert run.last("val/moe.gate/entries") == 16.0
+
+
+@pytest.mark.parametrize(
+    "name", ["monitor", "loggers", "models.routed_cnn", "models.small_norb", "models.task_vgg", "models.capsule_head"]
+)
+def test_examples_of_docstrings(name: str) -> None:
+    module = importlib.import_module(f"fastroute.{name}")
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
