@@ -169,8 +169,8 @@ class RoutingMonitor:
         elif kind == "entries":
             self._tally(name, _Entries).add(*seen)
         elif kind == "tasks":
-            task, size, count = seen
-            self._tally(name, _Tasks).add_tasks(task, size, count)
+            task, x, count = seen
+            self._tally(name, _Tasks).add_tasks(task, x.shape[0], count)
         elif kind == "shares":
             self._tally(name, _Shares).add(*seen)
         elif kind == "credit":

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 import fastroute
-from fastroute import capsules, multitask, networks, tasks
+from fastroute import capsules, models, multitask, networks, tasks
 from fastroute.compat import PytorchRouting, heinsen_routing, heinsen_routing_2019, taskrouting, torchmtl
 from fastroute.compat.PytorchRouting.DecisionLayers.Others.GumbelSoftmax import GumbelSoftmaxSampling
 from fastroute.compat.PytorchRouting.PreFabs import RNNcells as cells
@@ -46,6 +47,17 @@ AGENTS = torch.tensor([0, 2, 1, 1, 0])
 class Case(NamedTuple):
     build: Callable[[], nn.Module]
     call: Callable[[Any, str], Any] | None = None  #: (module, device) -> outputs
+
+
+class Encoder(nn.Module):
+    """Two depths of hidden states, as transformers' encoders return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.config = nn.Linear(F, F), SimpleNamespace(hidden_size=F, num_hidden_layers=1)
+
+    def forward(self, x: Tensor, output_hidden_states: bool) -> Any:
+        return SimpleNamespace(hidden_states=(x, self.layer(x)))
 
 
 def on(device: str, *shape: int) -> Tensor:
@@ -167,6 +179,15 @@ CASES: dict[str, Case] = {
         lambda: heinsen_routing_2019.Routing(2, 2, 2, 4, 3),
         lambda m, device: m(on(device, 2, 4), on(device, 2, 4, 2, 2)),
     ),
+    "RoutedCNN": Case(
+        lambda: models.RoutedCNN(T, 3, 1, 4, blocks=1, channels=2, width=4, layers=2, modules=2),
+        lambda m, device: m(on(device, B, 1, 4, 4), torch.arange(B, device=device) % T),
+    ),
+    "CapsuleHead": Case(lambda: models.CapsuleHead(3, F, 2, parts=2), plain(2, 4, 2, F)),
+    "CapsuleClassifier": Case(
+        lambda: models.CapsuleClassifier(Encoder(), 3, parts=2), lambda m, device: m(on(device, 2, 4, F))
+    ),
+    "SmallNORB": Case(lambda: models.SmallNORB(2, 1, parts=2, channels=4), plain(2, 1, 29, 29)),
     "capsules together": Case(
         lambda: capsules.Add(
             nn.Sequential(capsules.Residual(evr(4, 4, F, F)), capsules.Concatenate(evr(4, 3, F, F))), evr(4, 3, F, F)
@@ -341,7 +362,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> None:
 @cache
 def _modules() -> tuple[Any, ...]:
     found = pkgutil.walk_packages(fastroute.__path__, "fastroute.")
-    apart = (".demos", ".kernels", "__main__", "._C", ".transformers_experts")
+    apart = (".demos", ".kernels", "__main__", "._C", ".transformers_experts", ".distributed")  # tests/distributed
     return tuple(importlib.import_module(i.name) for i in found if not any(part in i.name for part in apart))
 
 

@@ -73,6 +73,13 @@ class CapsuleHead(nn.Module):
             *(EfficientVectorRouting(*s, n_iters=n_iters, return_dict=return_credit, **own) for s in sizes)
         )
 
+    def reset_parameters(self) -> None:
+        """As when it was made: the scales one, the shifts zero, the routings drawn anew."""
+        nn.init.ones_(self.W)
+        nn.init.zeros_(self.B)
+        for routing in self.route:
+            routing.reset_parameters()  # type: ignore[operator]
+
     def forward(
         self, hidden_states: Tensor | Sequence[Tensor], attention_mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:

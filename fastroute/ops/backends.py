@@ -113,7 +113,7 @@ def extension() -> tuple[str | None, str]:
     return found.origin, ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def has_extension() -> bool:
     return extension()[0] is not None
 

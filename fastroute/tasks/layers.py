@@ -69,7 +69,7 @@ class _Routed(nn.Module):
             return super().forward(x)  # type: ignore[no-any-return,misc]
         router = out or inp
         if router is not None:
-            watching.tell(self, "tasks", tasks[id(router)], x.shape[0], router.task_count)
+            watching.tell(self, "tasks", tasks[id(router)], x, router.task_count)
         if x.dim() > 2 and all(r is None or r.over_features(x) for r in (inp, out)):
             if not any(isinstance(t, Tensor) and (t.dim() or is_mapped(t)) for t in tasks.values()):
                 rows = self._run(x.flatten(0, -2), task)

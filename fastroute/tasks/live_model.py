@@ -185,7 +185,7 @@ class LiveSequential(nn.Sequential):
                 x = called(module, x, task)
             return x
         for router, active in zip(plan.routers, tasks, strict=True):
-            watching.tell(router, "tasks", active, x.shape[0], router.task_count)
+            watching.tell(router, "tasks", active, x, router.task_count)
         if not _is_slow_layout(x):
             return self._checked(walk(plan.steps, x, way), task, plan)
         way.turned = True

@@ -160,7 +160,7 @@ class TaskRouter(TaskAware):
     def _masked(self, x: Tensor, task: Task | None) -> Tensor:
         inplace = self.inplace and (torch.compiler.is_compiling() or not traced())  # under vmap x may be fewer than y
         active = self._task(task)
-        watching.tell(self, "tasks", active, x.shape[0], self.task_count)
+        watching.tell(self, "tasks", active, x, self.task_count)
         return self._checked(task_mask(x, self._unit_mapping, active, inplace=inplace), task)
 
     def _load_from_state_dict(

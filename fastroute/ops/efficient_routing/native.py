@@ -6,6 +6,7 @@ Axes: B batch, n input vectors, m output vectors, d width of an input vector, h 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ def _backward(*args: Any) -> list[Tensor]:
 
 register_fake("_efficient_routing_native", _forward)
 register_fake("_efficient_routing_native_backward", _backward)
+
+
+def parts(kept: Tensor, x: Tensor, w: Parameters, n_iters: int) -> list[Tensor]:
+    """Views of what forward keeps: gates [B, n], M [T, B, m, d], p [T, B, m] and y [T, B, m, h]."""
+    (B, n, d), m, h = x.shape, w.W_F1.shape[0], w.W_F2.shape[1]
+    shapes = (B, n), (n_iters, B, m, d), (n_iters, B, m), (n_iters, B, m, h)
+    pieces = kept.split([math.prod(shape) for shape in shapes])
+    return [t.view(shape) for t, shape in zip(pieces, shapes, strict=True)]
+
 
 #: Beyond that many parameters of an output the library's products, which are made for wide matrices, are faster:
 #: ``bench/calibrate_routing.py`` has the data.

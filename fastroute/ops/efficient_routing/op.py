@@ -78,6 +78,21 @@ class _Call(NamedTuple):
     def is_empty(self) -> bool:
         return self.x.shape[0] == 0
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether ``native``'s ops take it, of which an exported graph has the bits, too."""
+        whole = self.mask is None and self.lengths is None and not self.precision and not self.is_empty
+        return (
+            whole
+            and self.x.device.type == "cpu"
+            and self.backend in ("auto", "native")
+            and native.takes(self.x, self.w)
+            and has_extension()
+        )
+
+    def of_native(self) -> tuple[Any, ...]:
+        return self.x, *self.w[:12], self.w.prior, self.n_iters, self.normalize
+
     def of_one_chunk(self) -> passes.Call:
         chunks = (Chunk(0, None, self.x, self.mask, self.lengths, choose(self.case, self.backend)),)
         scale = input_scale(self.x, self.lengths)
@@ -96,6 +111,10 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     call = _Call.of(args)
     if call.is_empty:
         return _new_outputs(call)
+    if call.is_one_call:
+        y, kept = torch.ops.fastroute._efficient_routing_native(*call.of_native())
+        none = y.new_empty(0)
+        return y, *(t.clone() for t in native.parts(kept, call.x, call.w, call.n_iters)), none, none.clone()
     with autocast_off(call.x.device.type):
         y, saved = passes.forward(call.of_one_chunk(), call.w)
         return y.to(call.out_dtype), *saved.gates, *saved[1:]
@@ -233,23 +252,6 @@ def _literally(n_iters: int, normalize: bool, x: Tensor, *rest: Tensor) -> list[
     return [reference.efficient_routing(x, w, n_iters=n_iters, normalize=normalize)]
 
 
-def _is_one_call(x: Tensor, w: Parameters, autocast: str) -> bool:
-    """Whether ``native``'s ops take a call without mask and lengths.
-
-    An exported graph has the op that every backend implements, and ``explain`` asks that one.
-    """
-    return (
-        not autocast
-        and x.device.type == "cpu"
-        and not torch.compiler.is_exporting()
-        and native.takes(x, w)
-        and x.shape[0] > 0
-        and requested() in ("auto", "native")
-        and not is_explaining()
-        and has_extension()
-    )
-
-
 @explained
 def efficient_routing(
     x: Tensor,
@@ -280,15 +282,17 @@ def efficient_routing(
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     w = used(w, n_iters)
-    if mask is None and lengths is None and not transformed() and _is_one_call(x, w, autocast):
-        given = x, *w[:12], w.prior, n_iters, normalize
+    call = _Call(x, w, mask, lengths, n_iters, normalize, requested(), autocast)
+    # An exported graph has the op that every backend implements; ``explain`` asks that one, which has prior's gradient.
+    own = call.is_one_call and not w.prior.requires_grad
+    if own and not transformed() and not torch.compiler.is_exporting() and not is_explaining():
+        given = call.of_native()
         if torch.is_grad_enabled() and any(t.requires_grad for t in given[:-2]):
             made: Tensor = apply(_OneCall, *given)
             return made
         made, _ = torch.ops.fastroute._efficient_routing_native(*given)
         return made
-    args = x, *w, mask, lengths, n_iters, normalize, requested(), autocast
     if transformed():
-        return _plain(_Call.of(args))
-    out: Tensor = torch.ops.fastroute.efficient_routing(*args)[0]
+        return _plain(call)
+    out: Tensor = torch.ops.fastroute.efficient_routing(x, *w, *call[2:])[0]
     return out

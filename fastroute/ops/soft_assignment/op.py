@@ -16,6 +16,7 @@ from ..arguments import explained
 from ..autograd import apply, asked_again, is_observed, through, transformed
 from ..backends import Case, choose, is_explaining, native_refuses, offer, record, requested, taken
 from ..dtypes import accumulating
+from ..environment import interpreting
 from ..precision import autocast_off
 from ..registry import define, no_second_derivative
 from . import native as native  # defines the native ops
@@ -186,7 +187,7 @@ def _mean(M: Tensor, p: Tensor, mean: bool) -> Tensor:
 
 
 def _is_one_call(votes: Tensor, pairs: Pairs) -> bool:
-    if not votes.is_cpu or is_explaining() or is_observed(votes, *pairs[:-1]):
+    if not votes.is_cpu or interpreting() or is_explaining() or is_observed(votes, *pairs[:-1]):
         return False
     return taken(OP, "cpu", votes.dtype) == "native" and 0 not in sizes(votes, pairs)
 

@@ -1,6 +1,6 @@
 """A mixture of experts on two processes against one, each pinned to a core, on gloo.
 
-    python -m bench.bench_distributed_experts [--quick]
+    python -m bench.distributed_experts [--quick]
 
 16 experts, 4096 tokens in all, two for each. In each round the contestants take turns: the one process alone with all
 tokens, then both with half of them each. The exchange's share is that of its four all-to-alls and the counts', made

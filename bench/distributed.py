@@ -1,4 +1,4 @@
-"""Layers over several processes, on gloo, each pinned to a core: ``python -m bench.bench_distributed [--quick]``.
+"""Layers over several processes, on gloo, each pinned to a core: ``python -m bench.distributed [--quick]``.
 
 Every row's processes are copies of this one. In each round the contestants take turns, so that what disturbs the
 machine disturbs all; a ratio is the median over rounds. Results are compared before anything is timed. Writes
@@ -170,7 +170,7 @@ def text(found: dict[str, Found], facts: dict[str, Any], date: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_distributed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; nothing is written")
     parser.add_argument("-k", default="", help="only rows whose names have this in them")
     args = parser.parse_args()
