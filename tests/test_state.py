@@ -470,9 +470,10 @@ def test_no_cast_changes_what_is_counted(name: str, dtype: torch.dtype) -> None:
     if CASES[name].call is None or "live" in name:
         return
     called(name, m)
+    of_torch = {name for name, part in m.named_modules() if type(part).__module__.startswith("torch.")}  # batch norms
     moved = [
         key for (key, t), u in zip(m.named_buffers(), before.buffers(), strict=True)
-        if not torch.equal(t.nan_to_num(), u.nan_to_num())
+        if not torch.equal(t.nan_to_num(), u.nan_to_num()) and key.rpartition(".")[0] not in of_torch
     ]  # fmt: skip
     assert (
         not ("weighting" in name or "balancing" in name or name in ("Accuracy", "F1", "L1"))
