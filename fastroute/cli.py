@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--threads", type=_positive, metavar="N", default=Options.threads, help="CPU threads (default: %(default)s)"
     )
+    train.add_argument("--quiet", action="store_true", help="no line per epoch")
 
     report = commands.add_parser(
         "report",
@@ -225,7 +226,9 @@ def _train(args: argparse.Namespace) -> int:
         return _failed(f"needs {error.name}: pip install 'fastroute[demo]'", "train")
     except OSError as error:
         return _failed(f"--out {args.out}: cannot be made ({error.strerror})", "train")
-    options = published.TrainOptions(args.data, args.out, args.epochs, args.seed, device, args.threads, args.seeds)
+    options = published.TrainOptions(
+        args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet, seeds=args.seeds
+    )
     try:
         status: int = published.run(list(dict.fromkeys(args.names)), options)
         return status

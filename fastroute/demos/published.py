@@ -206,7 +206,7 @@ class Recipe:
     epochs: int  #: on scikit-learn's digits
     batch: int
     optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
-    warm_up: float | None  #: share of the steps of a one-cycle schedule; None: a constant rate
+    warm_up: float  #: share of the steps of the one-cycle schedule
     bar: float  #: held-out accuracy below which training has failed
 
 
@@ -219,7 +219,7 @@ def _radam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
 
 
 RECIPES = {
-    "routed-cnn": Recipe(RoutedLearner, 20, 64, _adam(3e-3), None, 0.9),
+    "routed-cnn": Recipe(RoutedLearner, 20, 64, _adam(3e-3), 0.3, 0.9),
     "capsule-vision": Recipe(lambda found: Classifier(found, OnImages), 20, 32, _radam(3e-3), 0.3, 0.9),
     "capsule-text": Recipe(lambda found: Classifier(found, OnText), 20, 32, _radam(3e-3), 0.3, 0.8),
     "small-norb": Recipe(
@@ -256,10 +256,8 @@ def train(name: str, found: data.Digits, options: TrainOptions, seed: int, conso
     epochs = options.epochs or max(1, min(recipe.epochs, recipe.epochs * 1442 // len(found.train_images)))
     optimizer = recipe.optimizer(model.parameters())
     steps = epochs * -(-len(found.train_images) // recipe.batch)
-    schedule = None
-    if recipe.warm_up is not None:
-        rate = optimizer.param_groups[0]["lr"]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=recipe.warm_up)
+    rate = optimizer.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=recipe.warm_up)
     log = RunLog(options.out / name / f"seed-{seed}")
     began, losses, accuracies = time.perf_counter(), [], [_accuracy(learner)]
     monitor = RoutingMonitor(model, when="training")
@@ -270,12 +268,13 @@ def train(name: str, found: data.Digits, options: TrainOptions, seed: int, conso
             optimizer.zero_grad()
             step.loss.backward()
             optimizer.step()
-            if schedule is not None:
-                schedule.step()
+            schedule.step()
             shown.append(step.shown)
         losses.append(float(torch.stack(shown).mean()))
         accuracies.append(_accuracy(learner))
         monitor.write(log, step=epoch, loss=losses[-1], accuracy=accuracies[-1])
+        if options.quiet:
+            continue
         console.print(
             f"{name}, seed {seed}, epoch {epoch} of {epochs}: loss {losses[-1]:.3f}, held out {accuracies[-1]:.1%}, "
             f"{time.perf_counter() - began:.0f} s",
