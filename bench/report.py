@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -342,24 +342,54 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _grid(stem: str, rows: Sequence[Row]) -> list[str]:
+def _rows(data: Mapping[str, Any]) -> list[Row]:
+    """The rows of a result file, each cell of a grid that one benchmark ran being a row."""
+    found: list[Row] = []
+    for info in (row["extra_info"] for row in data["benchmarks"]):
+        if isinstance(cells := info.get("grid"), list):
+            found += [_of_cell(cell) for cell in cells if "ratios" in cell]
+        elif "rivals" in info:
+            found.append(info)
+    return found
+
+
+def _of_cell(cell: Mapping[str, Any]) -> Row:
+    B, n, m, d, h = (cell["size"][name] for name in "Bnmdh")
+    return {
+        "case": f"{B}, {n}×{d} → {m}×{h}", "pass": cell["pass"], "threads": cell["threads"], "isa": cell["isa"],
+        "GFLOP": B * n * m * d, "subject": "fastroute", "grid": True, "load": [cell["load"]], "targets": {},
+        "rivals": {name: {"ratio": ratio} for name, ratio in cell["ratios"].items()},
+    }  # fmt: skip
+
+
+def _grids(stem: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Grids by the name of their picture: one under each instruction set that ran in one file, the best one first."""
+    grid = [row for row in rows if row.get("grid")]
+    best, *others = sorted({row.get("isa") or "" for row in grid}, reverse=True) or [""]
+    if not others:
+        return {f"bench_{stem}": grid} if grid else {}
+    found = {f"bench_{stem}": [{**row, "isa": None} for row in grid if row["isa"] == best]}
+    return found | {f"bench_{stem}-{isa}": [row for row in grid if row["isa"] == isa] for isa in others}
+
+
+def _grid(picture: str, rows: Sequence[Row]) -> list[str]:
     """What the grid says, and its picture, which stands in docs/img."""
     alone = rows[0].get("isa")
     under = f" under {alone}, by FASTROUTE_ISA, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA" if alone else ""
     title = f"**A grid of {len({row['case'] for row in rows})} sizes{under}** (CPU time; above 1 fastroute wins)"
-    return [title, "\n".join(_conclusions(rows)), f"![Heat map](img/bench_{stem}.png)"]
+    return [title, "\n".join(_conclusions(rows)), f"![Heat map](img/{picture}.png)"]
 
 
 def tables(path: Path) -> str:
     """One result file as Markdown."""
     data = json.loads(path.read_text())
-    rows: list[Row] = [row["extra_info"] for row in data["benchmarks"] if "rivals" in row["extra_info"]]
-    grid = [row for row in rows if row.get("grid")]
+    rows = _rows(data)
     machine = ", ".join(v if k in ("cpu", "gpu") else f"{k} {v}" for k, v in data["machine"].items())
     loads = sorted(row["load"][0] for row in rows) or [0.0]
     small = ", small sizes" if data["quick"] else ""
     parts = [f"{machine}. {data['date']}{small}. Load average while it ran: {loads[0]} to {loads[-1]}."]
-    parts += _grid(path.stem, grid) if grid else []
+    for picture, grid in _grids(path.stem, rows).items():
+        parts += _grid(picture, grid)
     rows = [row for row in rows if not row.get("grid")]
     gpu = any("roofline" in row for row in rows)
     one = rows if gpu else [row for row in rows if row["threads"] == 1]
@@ -416,7 +446,7 @@ def _best(rows: Sequence[Row]) -> str:
 def rewrite(results: Path) -> None:
     """Put each result file's tables between its markers in docs/benchmarks.md."""
     page = PAGE.read_text()
-    for path in sorted(results.glob("*.json")):
+    for path in sorted(p for p in results.glob("*.json") if {"cpu", "cuda"} & set(p.stem.split("-"))):
         if json.loads(path.read_text())["quick"]:
             raise SystemExit(f"{path.name} is from a --quick run: its sizes are not the tables'")
         begin, end = f"<!-- begin {path.stem} -->", f"<!-- end {path.stem} -->"
@@ -425,7 +455,6 @@ def rewrite(results: Path) -> None:
         if old is None:
             raise SystemExit(f"{PAGE.name} has no place for {path.name}: add the lines {begin} and {end}")
         page = page.replace(old.group(), f"{begin}\n{tables(path)}\n{end}")
-        rows = [row["extra_info"] for row in json.loads(path.read_text())["benchmarks"]]
-        if grid := [row for row in rows if row.get("grid")]:
-            heat_map(grid, PAGE.parent / "img" / f"bench_{path.stem}.png")
+        for picture, grid in _grids(path.stem, _rows(json.loads(path.read_text()))).items():
+            heat_map(grid, PAGE.parent / "img" / f"{picture}.png")
     PAGE.write_text(page)
