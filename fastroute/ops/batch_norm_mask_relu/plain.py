@@ -29,7 +29,11 @@ def batch_norm_backward(
     """Gradients of x (empty, where it is not wanted), weight and bias (of no use, where there is none)."""
     g = gate(g, y if relu else None, mapping, tasks, task)
     wants = [want_x, weight is not None, bias is not None]
-    dx, dw, db = torch.ops.aten.native_batch_norm_backward(
-        g, x, weight, running_mean, running_var, mean, scale, training, eps, wants
-    )
+    if x.numel():
+        dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, running_mean, running_var, mean, scale, training, eps, wants
+        )
+    else:  # PyTorch's divides by the number of samples, as an integer
+        given = zip((x, weight, bias), wants, strict=True)
+        dx, dw, db = (torch.zeros_like(t) if t is not None and wanted else None for t, wanted in given)
     return tuple(x.new_empty(0) if t is None else t for t in (dx, dw, db))  # type: ignore[return-value]

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastroute
 from fastroute import functional, use_backend
+from fastroute.ops.batch_norm_mask_relu import plain as batch_norm_plain
 from fastroute.ops.batch_norm_mask_relu import reference as batch_norm_mask_relu_reference
 from fastroute.ops.task_mask import reference as reference
 from tests.helpers import seeds, strategies
@@ -752,3 +753,11 @@ def test_opcheck(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None
                 True,
                 True,
             )
+
+
+def test_no_samples_written_out() -> None:
+    """PyTorch's own gradient of a batch norm ends the process there."""
+    x, ones = torch.empty(0, 4), torch.ones(4)
+    args = (None, torch.ones(3, 4), None, 1, None, None, ones, ones, ones, ones, True, 1e-5, False, True)
+    made = batch_norm_plain.batch_norm_backward(x, x, *args)
+    assert made[0].shape == x.shape and all(torch.equal(t, torch.zeros(4)) for t in made[1:])
