@@ -1,4 +1,4 @@
-"""``python -m bench run`` times every suite and rewrites docs/benchmarks.md; ``report`` only rewrites."""
+"""``python -m bench run [SUITE ...]`` times suites and rewrites docs/benchmarks.md; ``report`` only rewrites."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def runs(args: argparse.Namespace) -> list[tuple[Path, str, str | None, dict[str
     found: list[tuple[Path, str, str | None, dict[str, str]]] = []
     for suite in suites():
         name = suite.stem.removeprefix("bench_")
+        if args.suites and name not in args.suites:
+            continue
         found.append((suite, f"{name}-{'cuda' if args.gpu else 'cpu'}", args.k, {}))
         if name in GRIDS and not (args.gpu or args.quick) and "avx512f" in _flags():
             found.append((suite, f"{name}-cpu-avx2", f"grid and ({args.k})" if args.k else "grid", AVX2))
@@ -97,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="time every suite")
+    runs = commands.add_parser("run", help="time every suite, or those that are named")
+    names = [p.stem.removeprefix("bench_") for p in suites()]
+    runs.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(names)}; none: all of them")
     runs.add_argument(
         "--gpu", action="store_true", help="the GPU's rows (with --quick and no GPU: a dry run on the CPU)"
     )
@@ -106,6 +110,8 @@ def main() -> int:
     runs.add_argument("--quick", action="store_true", help="small sizes, to see that it works; the docs are left alone")
     commands.add_parser("report", help="rewrite docs/benchmarks.md from bench/results")
     args = parser.parse_args()
+    if unknown := set(getattr(args, "suites", ())) - set(names):
+        parser.error(f"no suite is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if args.command == "run":
         try:
             return run(args)
