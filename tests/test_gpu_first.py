@@ -96,6 +96,7 @@ def test_last(): pass
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("side_by_side", [[], ["-n", "2", "--max-worker-restart", "9"]], ids=["one", "xdist"])
 def test_a_test_loses_itself_alone(run: driver.Run, tmp_path: Path, side_by_side: list[str]) -> None:
     """Its process is replaced, and every other test has a record."""

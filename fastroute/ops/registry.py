@@ -17,7 +17,7 @@ def _namespace() -> Library:
     try:
         return Library("fastroute", "DEF")
     except RuntimeError as error:
-        first = re.search(r"registered at (\S+):\d+;", str(error))
+        first = re.search(r"registered at (.+?):\d+;", str(error))
         raise ImportError(
             f"fastroute: expected to be imported once in a process, found the ops registered by {first and first[1]}. "
             "Start Python again; if that file is another copy's, take one of the two off sys.path"

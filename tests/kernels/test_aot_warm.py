@@ -64,6 +64,7 @@ def print_keys() -> None:
     print(json.dumps([keys[0] == keys[1], len(keys), len(hashes), len(set(hashes))]))
 
 
+@pytest.mark.long
 def test_another_process_finds_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "made"))
     assert json.loads(aot._printed(__file__, "print_hits")) == [False]
@@ -74,6 +75,7 @@ def test_another_process_finds_the_kernels(tmp_path: Path, monkeypatch: pytest.M
     assert json.loads(aot._printed(__file__, "print_hits")) == [True]
 
 
+@pytest.mark.long
 def test_keys_are_those_of_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that a kernel is not specialised for give one kernel, whatever they are."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

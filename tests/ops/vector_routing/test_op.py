@@ -639,6 +639,7 @@ def test_bad_input(name: str) -> None:
 # ----------------------------------------------------------------------------------------- both libraries' products
 
 
+@pytest.mark.long
 @pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 @pytest.mark.parametrize("library", ["mm", "onednn"])
 def test_both_libraries_of_matrix_products(library: str) -> None:
