@@ -342,27 +342,49 @@ def run(
         [N, ...], entry n of sample n // k.
     """
     alike = None if differentiable_twice else recipe.stages(modules)
+    return _run(modules, alike, x, plan, keep_empty, called, inputs)
+
+
+def run_actions(
+    modules: list[Any],
+    x: Tensor,
+    actions: Tensor,
+    K: int,
+    recipe: Recipe,
+    *,
+    keep_empty: bool = False,
+    called: Callable[[], Sequence[Callable[[Tensor], Tensor]]] | None = None,
+) -> tuple[Tensor, Plan]:
+    """:func:`run` of actions [B] or [B, k] among K, and their plan: one call of C++ where no more is needed."""
+    alike = recipe.stages(modules)
+    made = None if alike is None or len(alike) > 1 else _planned(alike[0], x, actions, K, keep_empty)
+    if made is not None:
+        return made
+    plan = dispatch.plan(actions, K)
+    return _run(modules, alike, x, plan, keep_empty, called), plan
+
+
+def _planned(stage: _Stage, x: Tensor, actions: Tensor, K: int, keep_empty: bool) -> tuple[Tensor, Plan] | None:
+    if stage.kind != "linear" or actions.dim() != 1 or stage.device != x.device:
+        return None
+    return planned(x, actions, stage.parameters("weight"), stage.parameters("bias"), K, stage.activation, keep_empty)
+
+
+def _run(
+    modules: list[Any],
+    alike: list[_Stage] | None,
+    x: Tensor,
+    plan: Plan,
+    keep_empty: bool,
+    called: Callable[[], Sequence[Callable[[Tensor], Tensor]]] | None,
+    inputs: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     made = None if alike is None else _together(alike, x if inputs is None else inputs(x), plan, keep_empty)
     if made is not None:
         return made
     others = [p for m in modules for p in m.parameters()] if keep_empty and not transformed() else []
     y = one_by_one(modules if called is None else called(), x, plan)
     return _WithZeros.apply(y, *others) if others else y
-
-
-def run_actions(
-    modules: list[Any], x: Tensor, actions: Tensor, recipe: Recipe, *, keep_empty: bool = False
-) -> tuple[Tensor, Plan] | None:
-    """:func:`run` of actions [B] and their plan, in one call of C++; None where it takes more than that."""
-    alike = recipe.stages(modules)
-    if alike is None or len(alike) > 1 or alike[0].kind != "linear" or actions.dim() != 1:
-        return None
-    stage = alike[0]
-    if stage.device != x.device:
-        return None
-    weights = stage.parameters("weight")
-    K = weights[0].shape[0] if weights[0].dim() == 3 else len(weights)
-    return planned(x, actions, weights, stage.parameters("bias"), K, stage.activation, keep_empty)
 
 
 def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor | None:

@@ -171,11 +171,9 @@ class Selection(nn.Module):
         each, called = list(modules._modules.values()), None
         if isinstance(modules, Stack):
             each, called = [modules.pattern], modules.each
-        made = grouped_modules.run_actions(each, batch, chosen, self._recipe, keep_empty=keep_empty)
-        if made is not None:
-            return made
-        plan = dispatch.plan(chosen, len(modules))
-        return grouped_modules.run(each, batch, plan, self._recipe, keep_empty=keep_empty, called=called), plan
+        return grouped_modules.run_actions(
+            each, batch, chosen, len(modules), self._recipe, keep_empty=keep_empty, called=called
+        )
 
     def _passed(self, y: Tensor, batch: Tensor, kept: Tensor | None) -> Tensor:
         """The input where nothing was applied."""
