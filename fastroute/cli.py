@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,8 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastroute {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
+    learner = argparse.ArgumentParser(add_help=False)
+    learner.add_argument(
+        "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
+    )
+    learner.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+
     demo = commands.add_parser(
         "demo",
+        parents=[learner],
         help="learn handwritten digits (about half a minute)",
         description="Train on real data, report the held-out accuracy and what it takes, and draw what the router did.",
         epilog="Exit status: 0, or 1 if the held-out accuracy stays below 0.95 (tasks: a mean of 0.9; multitask: "
@@ -85,22 +93,19 @@ def _parser() -> argparse.ArgumentParser:
         help="; ".join(f"{k}: {v}" for k, v in DEMOS.items()) + " (default: %(default)s)",
     )  # fmt: skip
     demo.add_argument(
-        "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
-    )
-    demo.add_argument(
         "--out", type=_png, metavar="PNG", default=str(Options.out), help="the picture to write (default: %(default)s)"
     )
     demo.add_argument("--epochs", type=_positive, metavar="N", help="default: enough for the data")
     demo.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="default: %(default)s")
-    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     demo.add_argument(
         "--threads", type=_positive, metavar="N", default=Options.threads,
         help="CPU threads (default: %(default)s, the model is too small to gain from more)",
     )  # fmt: skip
-
     demo.add_argument("--quiet", action="store_true", help="no progress bars; there are none without a terminal")
+
     train = commands.add_parser(
         "train",
+        parents=[learner],
         help="train the papers' networks on handwritten digits",
         description="Train networks of fastroute.models from several seeds, log what their routers do, print the "
         "held-out accuracies, draw the learning curves.",
@@ -110,16 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="+", choices=MODELS, metavar="MODEL", help="; ".join(f"{k}: {v}" for k, v in MODELS.items())
     )
     train.add_argument(
-        "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
-    )
-    train.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("fastroute-runs"),
         help="where runs go, DIR/MODEL/seed-N (default: %(default)s)",
     )  # fmt: skip
     train.add_argument("--epochs", type=_positive, metavar="N", help="default: the recipe's, docs/models.md")
     train.add_argument("--seeds", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
     train.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="the first (default: %(default)s)")
-    train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     train.add_argument(
         "--threads", type=_positive, metavar="N", default=Options.threads, help="CPU threads (default: %(default)s)"
     )
@@ -188,16 +189,21 @@ def _png(text: str) -> Path:
     return path
 
 
-def _demo(args: argparse.Namespace) -> int:
+def _trainer(args: argparse.Namespace, name: str) -> tuple[Any, str]:
+    """The module of ``fastroute.demos`` that trains, and the device."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        return _failed("--device cuda: expected a CUDA GPU, found none")
+        raise CannotRun("--device cuda: expected a CUDA GPU, found none")
     try:
         importlib.import_module("matplotlib")  # the picture comes last: say now if it cannot come
-        demo = importlib.import_module(f"fastroute.demos.{args.name}")
+        return importlib.import_module(f"fastroute.demos.{name}"), device
     except ModuleNotFoundError as error:
-        return _failed(f"needs {error.name}: pip install 'fastroute[demo]'")
+        raise CannotRun(f"needs {error.name}: pip install 'fastroute[demo]'") from error
+
+
+def _demo(args: argparse.Namespace) -> int:
     try:
+        demo, device = _trainer(args, args.name)
         status: int = demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet))
         return status
     except KeyboardInterrupt as stop:
@@ -215,21 +221,15 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        return _failed("--device cuda: expected a CUDA GPU, found none", "train")
     try:
-        importlib.import_module("matplotlib")  # the picture comes last
-        published = importlib.import_module("fastroute.demos.published")
-        args.out.mkdir(parents=True, exist_ok=True)
-    except ModuleNotFoundError as error:
-        return _failed(f"needs {error.name}: pip install 'fastroute[demo]'", "train")
-    except OSError as error:
-        return _failed(f"--out {args.out}: cannot be made ({error.strerror})", "train")
-    options = published.TrainOptions(
-        args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet, seeds=args.seeds
-    )
-    try:
+        published, device = _trainer(args, "published")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotRun(f"--out {args.out}: cannot be made ({error.strerror})") from error
+        options = published.TrainOptions(
+            args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet, seeds=args.seeds
+        )
         status: int = published.run(list(dict.fromkeys(args.names)), options)
         return status
     except (CannotRun, backends.BackendUnavailable) as error:

@@ -21,7 +21,7 @@ from ..loggers import RunLog
 from ..models import CapsuleHead, RoutedCNN, SmallNORB, routed_vgg
 from ..monitor import RoutingMonitor
 from ..networks import Loss, NegLossReward
-from . import Options, digits
+from . import Options, on_digits
 from .attributes import attributes
 
 TASKS, CLASSES = 5, 2  #: of the routed network: digit // 2, which is known, and digit % 2, which is asked for
@@ -331,19 +331,16 @@ def curves(results: dict[str, list[Result]], path: Path) -> None:
 
 def run(names: list[str], options: TrainOptions) -> int:
     """0, or 1 if a network's mean accuracy stays below its bar."""
-    found = data.Digits(*(t.to(options.device) for t in digits(options)))
-    console, threads = Console(), torch.get_num_threads()
-    results: dict[str, list[Result]] = {}
-    torch.set_num_threads(options.threads)
-    try:
-        with torch.random.fork_rng():
-            for name in names:
-                seeds = range(options.seed, options.seed + options.seeds)
-                results[name] = [train(name, found, options, seed, console) for seed in seeds]
-                path = options.out / name / "results.json"
-                path.write_text(json.dumps([vars(r) for r in results[name]], indent=1))
-    finally:
-        torch.set_num_threads(threads)
+    return on_digits(options, lambda found, _, began: _run(names, found, options))
+
+
+def _run(names: list[str], found: data.Digits, options: TrainOptions) -> int:
+    console, results = Console(), dict[str, list[Result]]()
+    for name in names:
+        seeds = range(options.seed, options.seed + options.seeds)
+        results[name] = [train(name, found, options, seed, console) for seed in seeds]
+        path = options.out / name / "results.json"
+        path.write_text(json.dumps([vars(r) for r in results[name]], indent=1))
     console.print(table(results))
     picture = options.out / "curves.png"
     curves(results, picture)

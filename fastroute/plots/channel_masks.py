@@ -9,7 +9,7 @@ from torch import nn
 
 from ..tasks import mask_overlap
 from ..tasks.export import routers_of
-from .figures import INK, MOST_ANNOTATED, empty_figure, stride
+from .figures import INK, MOST_ANNOTATED, empty_figure, saved, stride
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +72,4 @@ def masks(
     ax.set_xlabel("task", fontsize=7)
     ax.tick_params(labelsize=6, length=0)
     figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.02).ax.tick_params(labelsize=6)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .figures import INK, WRONG, checked, empty_figure, names_of
+from .figures import INK, WRONG, checked, empty_figure, names_of, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,9 +103,7 @@ def credit(
     bar = figure.colorbar(drawn, ax=axes[1, :].tolist(), extend="both", fraction=0.06 / K, aspect=13, pad=0.01)  # type: ignore[arg-type]
     bar.ax.tick_params(labelsize=7)
     bar.set_label("cost  ·  benefit", fontsize=8)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)
 
 
 def _as_texts(images: Any) -> list[list[str]] | None:
@@ -182,9 +180,7 @@ def _credit_of_tokens(
     bar = figure.colorbar(colours, ax=ax, extend="both", fraction=0.03, pad=0.01, aspect=12)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("cost  ·  benefit", fontsize=8)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)
 
 
 def _bound(credit: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,29 @@ def empty_figure(width: float, height: float, title: str | None) -> Figure:
     if title is not None:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def saved(figure: Figure, path: str | Path | None) -> Figure:
+    """The figure, written to a file too where one is named."""
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def lined(ax: Any, **legend: Any) -> None:
+    """How axes of lines and points look; the legend stands outside, on the right."""
+    ax.tick_params(labelsize=7, colors=INK, which="both")
+    ax.grid(True, color="#e4e4e4", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, **legend)
+
+
+def places(steps: Sequence[float] | Tensor | None, count: int, what: str) -> Tensor:
+    """What stands on the axis of steps: [count], by default 0 to count - 1."""
+    at = torch.arange(count) if steps is None else numbers("steps", steps)
+    if len(at) != count:
+        raise ValueError(f"steps: expected {count} numbers, one per {what}, got {len(at)}")
+    return at
 
 
 def checked(name: str, t: Any, axes: str) -> Tensor:

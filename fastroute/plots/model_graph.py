@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..multitask import MTLModel
-from .figures import INK, WRONG, empty_figure
+from .figures import INK, WRONG, empty_figure, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,9 +68,7 @@ def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None 
         if named:
             arrow |= {"patchA": boxes[a], "patchB": boxes[b]}
         ax.annotate("", xy=places[b], xytext=places[a], arrowprops=arrow, zorder=1)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)
 
 
 def _bend(a: tuple[float, float], b: tuple[float, float], heights: list[list[float]]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .figures import INK, LINES, empty_figure
+from .figures import INK, LINES, empty_figure, lined, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,21 +111,9 @@ def roofline(
     ax.set(xscale="log", yscale="log")
     ax.set_xlabel("FLOPs per byte of the algorithm", fontsize=8)
     ax.set_ylabel("GFLOP/s", fontsize=8)
-    ax.tick_params(labelsize=7, colors=INK, which="both")
-    ax.grid(True, color="#e4e4e4", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        fontsize=8,
-        frameon=False,
-        title="share of the roof",
-        title_fontsize=8,
-    )
+    lined(ax, title="share of the roof", title_fontsize=8)
     of = f"{next(iter(machines))}, {threads} thread{'s' if threads > 1 else ''}"
     if assumed:
         of += f"; {' and '.join(assumed)}: the most that was measured in these results"
     figure.supxlabel(of, fontsize=7, color="#555555")
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)

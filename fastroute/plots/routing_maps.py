@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..networks import Summary, Trajectory
-from .figures import INK, MOST_ANNOTATED, empty_figure, names_of, numbers, stride
+from .figures import INK, MOST_ANNOTATED, empty_figure, names_of, numbers, places, saved, stride
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def _summary(name: str, given: Any) -> Summary:
+    if not isinstance(given, (Trajectory, Summary)):
+        raise TypeError(f"{name}: expected a Trajectory or its summary(), got {type(given).__name__}")
+    return given.summary() if isinstance(given, Trajectory) else given
 
 
 def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path: str | Path | None = None) -> Figure:
@@ -43,9 +49,7 @@ def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path:
         >>> figure.axes[0].images[0].get_array().shape  # tasks, modules
         (4, 3)
     """
-    if not isinstance(trajectory, (Trajectory, Summary)):
-        raise TypeError(f"trajectory: expected a Trajectory or its summary(), got {type(trajectory).__name__}")
-    summary = trajectory.summary() if isinstance(trajectory, Trajectory) else trajectory
+    summary = _summary("trajectory", trajectory)
     if not summary.layers or not summary.samples:
         raise ValueError(
             f"trajectory: expected a decision and a sample at least, got {len(summary.layers)} decisions of "
@@ -78,9 +82,7 @@ def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path:
     bar = figure.colorbar(drawn, ax=axes.tolist(), fraction=0.05, pad=0.01)  # type: ignore[arg-type]
     bar.ax.tick_params(labelsize=7)
     bar.set_label("share of the task's samples", fontsize=8)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)
 
 
 def routing_over_time(
@@ -124,11 +126,7 @@ def routing_over_time(
     if isinstance(summaries, Tensor):
         counts, names = [numbers("summaries", summaries, 2)], ["modules"]
     else:
-        read = []
-        for s, item in enumerate(summaries):
-            if not isinstance(item, (Trajectory, Summary)):
-                raise TypeError(f"summaries[{s}]: expected a Trajectory or its summary(), got {type(item).__name__}")
-            read.append(item.summary() if isinstance(item, Trajectory) else item)
+        read = [_summary(f"summaries[{s}]", item) for s, item in enumerate(summaries)]
         shapes = [[layer.counts.shape[1] for layer in summary.layers] for summary in read]
         if not read or not shapes[0] or any(shape != shapes[0] for shape in shapes):
             raise ValueError(
@@ -137,9 +135,7 @@ def routing_over_time(
         names = [f"{t}: {layer.name}" for t, layer in enumerate(read[0].layers)]
         counts = [torch.stack([s.layers[t].counts.sum(0) for s in read]).float().cpu() for t in range(len(names))]
     S = len(counts[0])
-    at = torch.arange(S) if steps is None else numbers("steps", steps)
-    if len(at) != S:
-        raise ValueError(f"steps: expected {S} numbers, one per summary, got {len(at)}")
+    at = places(steps, S, "summary")
 
     heights = [min(0.22 * max(t.shape[1], 3), 4.0) for t in counts]
     figure = empty_figure(6.4, sum(heights) + 0.5 * len(heights) + 0.4, title)
@@ -158,9 +154,7 @@ def routing_over_time(
     bar = figure.colorbar(drawn, ax=axes.tolist(), fraction=0.04, pad=0.01)  # type: ignore[arg-type]
     bar.ax.tick_params(labelsize=7)
     bar.set_label("share of samples", fontsize=8)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)
 
 
 def actions(
@@ -241,6 +235,4 @@ def actions(
     bar = figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.01, aspect=30, ticks=list(ticks))
     bar.ax.tick_params(labelsize=7, length=0)
     bar.set_label("module", fontsize=8)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return saved(figure, path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .figures import INK, LINES, empty_figure, numbers
+from .figures import LINES, empty_figure, lined, numbers, places, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,9 +70,7 @@ def weights(
     shown = [str(t) for t in (range(T) if tasks is None else tasks)]
     if len(shown) != T:
         raise ValueError(f"tasks: expected {T} names, one per column of history, got {len(shown)}")
-    x = torch.arange(S) if steps is None else numbers("steps", steps)
-    if len(x) != S:
-        raise ValueError(f"steps: expected {S} numbers, one per row of history, got {len(x)}")
+    x = places(steps, S, "row of history")
 
     figure = empty_figure(6.4, 3.2, title)
     ax = figure.subplots()
@@ -83,10 +81,5 @@ def weights(
         ax.set_yscale("log")
     ax.set_xlabel("step", fontsize=8)
     ax.set_ylabel("weight", fontsize=8)
-    ax.tick_params(labelsize=7, colors=INK)
-    ax.grid(True, color="#e4e4e4", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, ncols=-(-T // 16))
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    lined(ax, ncols=-(-T // 16))
+    return saved(figure, path)
