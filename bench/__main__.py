@@ -74,19 +74,23 @@ def run(args: argparse.Namespace) -> int:
             "no:cacheprovider",
             str(suite),
         ]
-        command += ["--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={path}"]
+        part = path.with_suffix(".part")  # what there was stays until there is something in its place
+        command += ["--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={part}"]
         command += ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname"]
         command += ["--bench-gpu"] * args.gpu + ["--bench-quick"] * args.quick + (["-k", selected] if selected else [])
         command += [] if args.gpu else ["--benchmark-timer=time.process_time"]
-        path.unlink(missing_ok=True)
-        code = subprocess.run(command, cwd=HERE.parent, env=env | own).returncode
-        if code == 5:  # no test selected
-            continue
-        status = status or code
-        if path.exists() and json.loads(path.read_text())["benchmarks"]:
-            written.append(path)
-        else:  # a suite without rows for this device
-            path.unlink(missing_ok=True)
+        try:
+            code = subprocess.run(command, cwd=HERE.parent, env=env | own).returncode
+            if code == 5:  # no test selected
+                continue
+            status = status or code
+            if part.exists() and json.loads(part.read_text() or "{}").get("benchmarks"):
+                part.replace(path)
+                written.append(path)
+            elif code == 0:  # a suite without rows for this device
+                path.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
     for path in written:
         print(f"\n{path}\n\n{report.tables(path)}")
     print(f"{time.monotonic() - float(env['FASTROUTE_BENCH_BEGAN']):.0f} s in all")
