@@ -519,18 +519,28 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     All ranks of the default group have to call it. DTensors, of whatever style, come whole.
     """
-    made: dict[str, Tensor] = {}
-    for key, t in model.state_dict().items():
-        made[key] = (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
-    spread = [name for name, m in model.named_modules() if isinstance(m, _ParallelSelection)]
-    if not spread:
-        return made
-    each: list[Any] = [None] * dist.get_world_size()
-    prefixes = tuple(f"{name}._submodules." if name else "_submodules." for name in spread)
-    dist.all_gather_object(each, {key: t for key, t in made.items() if key.startswith(prefixes)})
-    for own in each:
-        made.update(own)
-    return made
+    others = spread_modules(model)
+    return {key: _whole(t) for key, t in model.state_dict().items() if key not in others} | others
+
+
+def _whole(t: Tensor) -> Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
+
+
+def spread_modules(model: nn.Module) -> dict[str, Tensor]:
+    """What all ranks' own modules of spread selections save, on every rank's CPU, by ``model``'s names.
+
+    Each rank has such modules under keys that other ranks lack. All ranks of the default group have to call it.
+    """
+    found = {name: m._submodules for name, m in model.named_modules() if isinstance(m, _ParallelSelection)}
+    if not found:
+        return {}
+    own: dict[str, Tensor] = {}
+    for name, modules in found.items():
+        own |= modules.state_dict(prefix=f"{name}._submodules." if name else "_submodules.")
+    each: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(each, {key: _whole(t) for key, t in own.items()})
+    return {key: t for one in each for key, t in one.items()}
 
 
 __all__ = ["AllToAll", "Dispatcher", "ExpertParallel", "Local", "Place", "expert_parameters", "whole_state_dict"]

@@ -25,7 +25,16 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastroute
-from fastroute.distributed import AllToAll, ExpertParallel, Local, ddp, prepare, shard, whole_state_dict
+from fastroute.distributed import (
+    AllToAll,
+    ExpertParallel,
+    Local,
+    ddp,
+    full_state_dict,
+    prepare,
+    shard,
+    whole_state_dict,
+)
 from fastroute.networks import MoE, Selection, TopKGating, Trajectory
 from tests.distributed.ranks import World, case
 
@@ -367,8 +376,12 @@ def two_dimensions(world: World) -> None:
             wrapped = ddp(model) if how == "ddp" else shard(model, mesh, expert="rows")
             trained(wrapped, [parts[world.rank]])
             found = whole_state_dict(model)
+            alone = full_state_dict(wrapped)  # on rank 0, of what is wrapped
+            assert set(alone) == (set(one.state_dict()) if world.rank == 0 else set())
             for name, t in one.state_dict().items():
                 same(found[name], t, f"{how}, {size} ranks of experts: {name}")
+                if world.rank == 0:
+                    same(alone[name], t, f"{how}, {size} ranks of experts, full: {name}")
 
 
 @case
