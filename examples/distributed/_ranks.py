@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -43,6 +45,23 @@ def progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=dist.get_rank() != 0) as bar:
         yield bar
+
+
+def leaving(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """``main``, which leaves the group when it has ended and its model is gone.
+
+    A DistributedDataParallel that is the last to hold its group may wait for ever: freed, it waits for gloo's thread,
+    which waits for Python's lock (torch 2.13).
+    """
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        status = main(argv)
+        gc.collect()
+        dist.destroy_process_group()
+        return status
+
+    return run
 
 
 def say(text: str) -> None:

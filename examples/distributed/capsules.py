@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from _ranks import progress, say, start
+from _ranks import leaving, progress, say, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -49,6 +49,7 @@ def samples(step: int, group: int, batch: int, vectors: int) -> tuple[Tensor, Te
     return x, classes
 
 
+@leaving
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vectors", type=int, default=1000)
@@ -94,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoints.wait()
     if args.steps > done:
         say(f"loss {loss.item():.3f}, running accuracy {hits.item():.2f} (chance: {1 / CLASSES:.2f})")
-    dist.destroy_process_group()
     return 0
 
 

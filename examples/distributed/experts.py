@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from _ranks import progress, say, start
+from _ranks import leaving, progress, say, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
@@ -62,6 +62,7 @@ class Maps:
         return (self.centres[kinds] + noise).to(self.device), y.to(self.device)
 
 
+@leaving
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, train, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -100,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = whole_state_dict(model)
         if rank == 0:
             torch.save(state, args.checkpoint)
-    dist.destroy_process_group()
     return 0
 
 

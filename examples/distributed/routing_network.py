@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from _ranks import progress, say, start
+from _ranks import leaving, progress, say, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
@@ -51,6 +51,7 @@ def samples(count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor
     return x.to(device), y.to(device)
 
 
+@leaving
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, train, test."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -88,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = ", ".join(f"{100 * share:.0f}" for share in (counts / counts.sum()).tolist())
     say(f"{ranks} processes on {device.type}: test loss {error.item() / ranks:.3f} (one linear module: 2)")
     say(f"samples by module, %: {load}; each process has the modules of its rank")
-    dist.destroy_process_group()
     return 0
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from _ranks import progress, say, start
+from _ranks import leaving, progress, say, start
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
@@ -42,6 +42,7 @@ def megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
+@leaving
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vectors", type=int, default=10_000_000)
@@ -90,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.vectors:,} x {args.width} to {args.outputs} x {args.width} in {seconds:.1f} s, {passes} passes; one "
         f"rank's vectors together would take {whole:.0f} MB. First output: {y[0, :3].tolist()}"
     )
-    dist.destroy_process_group()
     return 0
 
 

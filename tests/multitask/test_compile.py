@@ -186,6 +186,7 @@ for step in range(2):
     loss(ddp, rank).backward()
     for p, a, b in zip(parameters, *alone):
         torch.testing.assert_close(p.grad, (a + b) / 2)
+del ddp  # before its group
 dist.destroy_process_group()
 if child:
     assert os.waitpid(child, 0)[1] == 0

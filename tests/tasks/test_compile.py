@@ -172,6 +172,7 @@ for model in models:
         dist.all_gather(both, p.detach())
         assert torch.equal(*both)
     assert all(torch.equal(a, b) for a, b in zip(masks, (b for k, b in model.named_buffers() if "mapping" in k)))
+del ddp  # before its group
 dist.destroy_process_group()
 if child:
     assert os.waitpid(child, 0)[1] == 0

@@ -136,6 +136,7 @@ for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
     both = [torch.empty_like(q) for _ in range(2)]
     dist.all_gather(both, q.detach())
     assert torch.equal(*both)
+del ddps, ddp  # before their group
 dist.destroy_process_group()
 if child:
     assert os.waitpid(child, 0)[1] == 0
