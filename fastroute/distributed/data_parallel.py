@@ -85,10 +85,9 @@ def prepare(
 def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
     """``DistributedDataParallel(model, **options)``, which leaves alone what ``ExpertParallel`` has spread.
 
-    Let go of it before ``destroy_process_group``: freed after its group, it can wait for ever (torch 2.13, gloo).
-
     Their gradients are means over the expert mesh already; over a data mesh beside it, ``ExpertParallel(replicas=...)``
-    makes them so.
+    makes them so. Let go of the wrapper before ``destroy_process_group``: freed after its group, it can wait for ever
+    (torch 2.13, gloo).
     """
     experts = {id(p) for p in expert_parameters(model)}
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in experts]
