@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from fastroute.ops.trajectory_loss.contract import FIELDS, KINDS
+from fastroute.ops.trajectory_loss.contract import ALGORITHMS, FIELDS
 
 from . import launch as start
 from .launch import _INTERPRETED, cdiv
@@ -48,19 +48,19 @@ class Rewards(NamedTuple):
     final: Tensor  # out: f [B]
 
 
-_REINFORCE = tl.constexpr(KINDS.index("REINFORCE"))
-_BL1 = tl.constexpr(KINDS.index("REINFORCEBl1"))
-_BL2 = tl.constexpr(KINDS.index("REINFORCEBl2"))
-_EGREEDY_REINFORCE = tl.constexpr(KINDS.index("EGreedyREINFORCE"))
-_BOOTSTRAP_AAC = tl.constexpr(KINDS.index("BootstrapAAC"))
-_EGREEDY_AAC = tl.constexpr(KINDS.index("EGreedyAAC"))
-_SURPRISE = tl.constexpr(KINDS.index("SurpriseLearning"))
-_WPL = tl.constexpr(KINDS.index("WPL"))
-_SILENT = tl.constexpr(KINDS.index("GumbelSoftmax"))
+_REINFORCE = tl.constexpr(ALGORITHMS.index("REINFORCE"))
+_BL1 = tl.constexpr(ALGORITHMS.index("REINFORCEBl1"))
+_BL2 = tl.constexpr(ALGORITHMS.index("REINFORCEBl2"))
+_EGREEDY_REINFORCE = tl.constexpr(ALGORITHMS.index("EGreedyREINFORCE"))
+_BOOTSTRAP_AAC = tl.constexpr(ALGORITHMS.index("BootstrapAAC"))
+_EGREEDY_AAC = tl.constexpr(ALGORITHMS.index("EGreedyAAC"))
+_SURPRISE = tl.constexpr(ALGORITHMS.index("SurpriseLearning"))
+_WPL = tl.constexpr(ALGORITHMS.index("WPL"))
+_SILENT = tl.constexpr(ALGORITHMS.index("GumbelSoftmax"))
 
 
 def _set(*names: str) -> tl.constexpr:
-    return tl.constexpr(sum(1 << KINDS.index(name) for name in names))
+    return tl.constexpr(sum(1 << ALGORITHMS.index(name) for name in names))
 
 
 # sets of kinds, a bit each
@@ -294,7 +294,7 @@ def forward(
 def _constants(layout: Sequence[int], columns: int) -> dict[str, int]:
     """What the kernel is compiled for: the kinds of some decisions, and which rows are theirs."""
     kind, choices, s0, s1, aux, own, look, active = (layout[i::FIELDS] for i in range(FIELDS))
-    bl2, after = KINDS.index("REINFORCEBl2"), columns + 1
+    bl2, after = ALGORITHMS.index("REINFORCEBl2"), columns + 1
     return {
         "T": len(kind),
         "CHOICES": _packed((K if k == bl2 else 0 for k, K in zip(kind, choices, strict=True)), 32),

@@ -140,8 +140,8 @@ def _networks() -> None:
         case = agent_policy_cases.case_of(actions, 3, 4, 5, net, dtype=F64)
         evaluate(agent_policy_cases.op("native"), case)
     for masked in (False, True):
-        case = loss_case(contract.KINDS, 5, F64, masked=masked)
-        evaluate(loss_op("native", contract.KINDS), case)
+        case = loss_case(contract.ALGORITHMS, 5, F64, masked=masked)
+        evaluate(loss_op("native", contract.ALGORITHMS), case)
 
 
 def _masks() -> None:

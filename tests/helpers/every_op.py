@@ -12,7 +12,7 @@ from torch import Tensor
 from fastroute import functional, use_backend
 from fastroute.ops import dispatch
 from fastroute.ops.policy.contract import KINDS as POLICIES
-from fastroute.ops.trajectory_loss.contract import KINDS as LOSSES
+from fastroute.ops.trajectory_loss.contract import ALGORITHMS as LOSSES
 from tests.helpers import agent_policy_cases, assignment_cases, matrix_cases, routing_cases
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.trajectory_losses import loss_case, loss_op

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from fastroute import functional, use_backend
 from fastroute.ops.trajectory_loss import reference as reference
-from fastroute.ops.trajectory_loss.contract import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
+from fastroute.ops.trajectory_loss.contract import AIDED, ALGORITHMS, BOOTSTRAPPING, CRITICS, SILENT
 
 from . import seeds
 from .cases import Case
 
 LISTS = ("s0", "s1", "aux", "own", "look", "active")
-LOG_P = frozenset(KINDS) - {"QLearning", "SARSA", SILENT} - {k for k in KINDS if k.endswith("AdvantageLearning")}
+LOG_P = (
+    frozenset(ALGORITHMS) - {"QLearning", "SARSA", SILENT} - {k for k in ALGORITHMS if k.endswith("AdvantageLearning")}
+)
 
 
 def loss_case(

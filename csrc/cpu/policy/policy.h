@@ -22,7 +22,7 @@ Tensor gradient(
     const OptionalTensor& grad, const OptionalTensor& also, const Tensor& scores, const Tensor& actions, int64_t kind,
     double temperature);
 
-// Indices into fastroute.ops.policy.reference.KINDS.
+// Indices into fastroute.ops.policy.contract.KINDS.
 enum Kind : int64_t { kSoftmax, kScore, kShifted };
 
 template <class T>

@@ -27,7 +27,7 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kTile = 256;              // samples; what is kept of a tile stays in a first-level cache
 constexpr int64_t kThreadEntries = 32768;  // decisions of samples that are worth waking a thread for
 
-// Indices into fastroute.ops.trajectory_loss.reference.KINDS, each k and its name.
+// Indices into fastroute.ops.trajectory_loss.contract.ALGORITHMS, each k and its name.
 enum Kind : int64_t {
   kREINFORCE, kREINFORCEBl1, kREINFORCEBl2, kEGreedyREINFORCE, kQLearning, kSARSA, kActorCritic, kAAC, kBootstrapAAC,
   kEGreedyAAC, kAdvantageLearning, kBootstrapAdvantageLearning, kSurpriseLearning, kWPL, kGumbelSoftmax,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 #: The classes whose loss is known, each in its intended form. The last one has none, but counts as a decision.
-KINDS = (
+ALGORITHMS = (
     "REINFORCE", "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "QLearning", "SARSA", "ActorCritic", "AAC",
     "BootstrapAAC", "EGreedyAAC", "AdvantageLearning", "BootstrapAdvantageLearning", "SurpriseLearning", "WPL",
     "GumbelSoftmax",
@@ -22,7 +22,7 @@ SILENT = "GumbelSoftmax"
 
 
 #: Those with a second column, which learns too: the critic's.
-CRITICS = frozenset(KINDS) - {"REINFORCE", "EGreedyREINFORCE", "QLearning", "SARSA", SILENT}
+CRITICS = frozenset(ALGORITHMS) - {"REINFORCE", "EGreedyREINFORCE", "QLearning", "SARSA", SILENT}
 
 
 #: Those that read an auxiliary number: the baseline, w = p_a / mu_a, or the policy's mean value.
@@ -76,4 +76,4 @@ def taken_apart(
     rows = [layout[i : i + FIELDS] for i in range(0, len(layout), FIELDS)]
     sources = (columns, columns, others, others, others, masks)
     tensors = [[None if row[2 + i] < 0 else s[row[2 + i]] for row in rows] for i, s in enumerate(sources)]
-    return Decisions([KINDS[row[0]] for row in rows], [row[1] for row in rows], *tensors)
+    return Decisions([ALGORITHMS[row[0]] for row in rows], [row[1] for row in rows], *tensors)

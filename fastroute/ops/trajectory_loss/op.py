@@ -21,10 +21,10 @@ from . import reference as reference
 from . import schema as schema  # defines the compiled ops
 from . import triton as triton  # implements some of them
 from .contract import AIDED as AIDED
+from .contract import ALGORITHMS as ALGORITHMS
 from .contract import BOOTSTRAPPING as BOOTSTRAPPING
 from .contract import CRITICS as CRITICS
 from .contract import FIELDS, Rows
-from .contract import KINDS as KINDS
 from .contract import SILENT as SILENT
 from .contract import Entry as Entry
 from .reference import ByAction as ByAction
@@ -34,7 +34,7 @@ from .reference import loss_of as loss_of
 from .reference import squared as squared
 
 OP = "trajectory_loss"
-_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+_NUMBERS = {kind: number for number, kind in enumerate(ALGORITHMS)}
 
 
 def _native_refuses(case: Case) -> str | None:
@@ -147,7 +147,7 @@ def trajectory_loss(
     one). docs/networks.md has the formulas.
 
     Args:
-        kinds: T names of ``KINDS``.
+        kinds: T names of ``ALGORITHMS``.
         s0: T tensors [B], at the action taken: log p_a, q_a or A_a. Differentiable.
         s1: T tensors [B], what the critic says: V_a, Q_a or V; read where the kind is in ``CRITICS``. Differentiable.
         aux: T tensors [B], read where the kind is in ``AIDED``: the baseline sum_k p_k V_k of REINFORCEBl1 and 2,
@@ -319,7 +319,7 @@ def laid_out(
     for t, kind in enumerate(kinds):
         number = _NUMBERS.get(kind)
         if number is None:
-            raise ValueError(f"kinds: expected names among {', '.join(KINDS)}, got {kind!r}")
+            raise ValueError(f"kinds: expected names among {', '.join(ALGORITHMS)}, got {kind!r}")
         if choices is None and kind == "REINFORCEBl2":
             raise ValueError("choices: REINFORCEBl2 needs K, the number of choices, got None")
         layout += (

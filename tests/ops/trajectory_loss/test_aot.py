@@ -21,12 +21,12 @@ class Case(NamedTuple):
 
 
 def cases() -> dict[str, Case]:
-    from fastroute.ops.trajectory_loss.contract import KINDS
+    from fastroute.ops.trajectory_loss.contract import ALGORITHMS
 
     return {
         "one": Case(("REINFORCE",)),
         "wpl": Case(("WPL",) * 3, own=True),
-        "all": Case(KINDS, masked=True, own=True),
+        "all": Case(ALGORITHMS, masked=True, own=True),
         "rewards": Case(("REINFORCE",) * 3, masked=True, own=True, rewards="classes"),
         "shares": Case(("WPL",) * 3, rewards="counted"),
         "without slopes": Case(("REINFORCEBl2", "GumbelSoftmax", "EGreedyAAC"), want_slopes=False),

@@ -22,7 +22,7 @@ from fastroute.kernels import launch
 from fastroute.kernels import trajectory_loss as kernels
 from fastroute.ops.trajectory_loss import plain
 from fastroute.ops.trajectory_loss import reference as reference
-from fastroute.ops.trajectory_loss.contract import KINDS, SILENT
+from fastroute.ops.trajectory_loss.contract import ALGORITHMS, SILENT
 from fastroute.ops.trajectory_loss.op import ByAction, Final, laid_out, rewarded_loss
 from tests import aot
 from tests.helpers import seeds
@@ -54,7 +54,7 @@ def on_device(case: Case) -> Case:
 
 
 @each_dtype
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != SILENT])
+@pytest.mark.parametrize("kind", [kind for kind in ALGORITHMS if kind != SILENT])
 def test_losses(kind: str, dtype: torch.dtype) -> None:
     for T, masked, options in ((3, True, {"gamma": 0.7}), (2, False, {"normalize": False})):
         kinds = (kind,) * T
@@ -67,7 +67,7 @@ def test_losses(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "full"])
 def test_every_kind_at_once(B: int, masked: bool) -> None:
     """Two more than a kernel is written out for, three times, so that there are several and a short one."""
-    kinds = (*KINDS, "WPL", "SARSA", *reversed(KINDS))[: 3 * kernels.CHUNK + 2]
+    kinds = (*ALGORITHMS, "WPL", "SARSA", *reversed(ALGORITHMS))[: 3 * kernels.CHUNK + 2]
     cases = [on_device(loss_case(kinds, B, masked=masked, seed=seed)) for seed in range(2)]
     op, truth = loss_op("triton", kinds, gamma=0.7), loss_truth(kinds, gamma=0.7)
     check(op, truth, cases, dtype=torch.float32)
@@ -75,8 +75,8 @@ def test_every_kind_at_once(B: int, masked: bool) -> None:
 
 def test_what_is_not_a_number_stays_in_its_sample() -> None:
     """And what a mask leaves out is nowhere."""
-    case = on_device(loss_case(KINDS, 9, masked=True))
-    op = loss_op("triton", KINDS, gamma=0.7)
+    case = on_device(loss_case(ALGORITHMS, 9, masked=True))
+    op = loss_op("triton", ALGORITHMS, gamma=0.7)
     clean, others = evaluate(op, case), torch.arange(9, device=DEVICE) != 2
     for name, t in case.inputs.items():
         if t is None or t.dtype == torch.bool:

@@ -22,7 +22,7 @@ import fastroute
 from fastroute import functional, use_backend
 from fastroute.ops.trajectory_loss import contract, plain
 from fastroute.ops.trajectory_loss import reference as reference
-from fastroute.ops.trajectory_loss.contract import AIDED, BOOTSTRAPPING, CRITICS, KINDS, SILENT
+from fastroute.ops.trajectory_loss.contract import AIDED, ALGORITHMS, BOOTSTRAPPING, CRITICS, SILENT
 from fastroute.ops.trajectory_loss.op import laid_out
 from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend
@@ -33,7 +33,7 @@ from tests.helpers.opcheck import assert_same, check_compiled, check_exported, g
 from tests.helpers.trajectory_losses import LOG_P, arguments, loss_case, loss_op, loss_truth
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-LEARNING = tuple(kind for kind in KINDS if kind != SILENT)
+LEARNING = tuple(kind for kind in ALGORITHMS if kind != SILENT)
 each_kind = pytest.mark.parametrize("kind", LEARNING)
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=["fp32", "fp64", "bf16", "fp16"])
 needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
@@ -67,7 +67,7 @@ def test_losses(backend: str, kind: str, dtype: torch.dtype) -> None:
 @hypothesis.given(data=st.data())
 def test_mixtures(backend: str, data: st.DataObject) -> None:
     """Any classes one after another, in float64."""
-    kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=6))
+    kinds = data.draw(st.lists(st.sampled_from(ALGORITHMS), min_size=1, max_size=6))
     B, seed = data.draw(st.sampled_from([0, 1, 2, 9, 300])), data.draw(strategies.seeds)
     case = loss_case(kinds, B, F64, masked=data.draw(st.booleans()), own=data.draw(st.booleans()), seed=seed)
     layout = LAYOUTS[data.draw(strategies.layouts)]
@@ -91,7 +91,7 @@ def test_gradcheck(backend: str, kind: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALGORITHMS)
 def test_a_decision_for_nobody_is_none(backend: str, kind: str) -> None:
     """Whatever its numbers are, and exactly."""
     B, kinds = 40, ("ActorCritic", kind, "QLearning", "AAC")
@@ -128,8 +128,8 @@ def test_samples_are_apart(backend: str) -> None:
 
 @each_backend
 def test_what_is_not_a_number_stays_in_its_sample(backend: str) -> None:
-    case = loss_case(KINDS, 9, masked=True)
-    op = loss_op(backend, KINDS, gamma=0.7)
+    case = loss_case(ALGORITHMS, 9, masked=True)
+    op = loss_op(backend, ALGORITHMS, gamma=0.7)
     clean, others = evaluate(op, case), torch.arange(9) != 2
     for spoiled in (math.nan, math.inf):
         for name, t in case.inputs.items():
@@ -202,7 +202,7 @@ def test_what_has_a_gradient(backend: str) -> None:
 )
 @pytest.mark.parametrize("want", [True, False])
 def test_opcheck(dtype: torch.dtype, want: bool) -> None:
-    for kinds in (KINDS, ("QLearning",), (SILENT,)):
+    for kinds in (ALGORITHMS, ("QLearning",), (SILENT,)):
         given = arguments(kinds, dict(loss_case(kinds, 6, dtype, masked=True).inputs))
         columns, others, masks, layout = laid_out(**given)
         args = (given["f"], columns, others, masks, layout, 0.7, True, want)
@@ -314,28 +314,32 @@ def test_bad_input(changed: dict[str, Any], error: type[Exception], message: str
 def test_the_tables_agree() -> None:
     """Sets of kinds are of known names, and the C++ and the kernels count them in this order."""
     assert set(LEARNING) >= CRITICS | AIDED | BOOTSTRAPPING | reference.ADVANTAGES
-    assert (KINDS.index("REINFORCE"), KINDS.index("WPL"), KINDS.index(SILENT)) == (0, 13, 14) == (0, 13, len(KINDS) - 1)
+    assert (
+        (ALGORITHMS.index("REINFORCE"), ALGORITHMS.index("WPL"), ALGORITHMS.index(SILENT))
+        == (0, 13, 14)
+        == (0, 13, len(ALGORITHMS) - 1)
+    )
     assert contract.FIELDS == 2 + 6
     (source,) = (Path(__file__).resolve().parents[3] / "csrc").rglob("trajectory_loss.cpp")
     (enumerators,) = re.findall(r"enum Kind : int64_t \{(.*?)\}", source.read_text(), re.DOTALL)
-    assert tuple(re.findall(r"\bk(\w+),", enumerators)) == KINDS
+    assert tuple(re.findall(r"\bk(\w+),", enumerators)) == ALGORITHMS
     of_cpp = {  # what the functions of the C++ that are sets of kinds name
         name: set(re.findall(r"\bk([A-Z]\w*)", body))
         for name, body in re.findall(r"bool (\w+)\(int64_t kind\) \{(.*?)\}", source.read_text(), re.DOTALL)
     }
-    assert of_cpp == {"has_critic": set(KINDS) - CRITICS, "is_aided": AIDED}
+    assert of_cpp == {"has_critic": set(ALGORITHMS) - CRITICS, "is_aided": AIDED}
 
 
 def test_the_kernels_sets_of_kinds_agree() -> None:
     kernels = pytest.importorskip("fastroute.kernels.trajectory_loss")
 
     def names(bits: Any) -> set[str]:
-        return {kind for number, kind in enumerate(KINDS) if bits.value >> number & 1}
+        return {kind for number, kind in enumerate(ALGORITHMS) if bits.value >> number & 1}
 
     assert names(kernels.ADVANTAGES) == reference.ADVANTAGES
     entries = {kind: contract.Entry(kind, 3, *(torch.tensor(float(i)) for i in range(5))) for kind in CRITICS}
     assert names(kernels.RETURNS) == {kind for kind, e in entries.items() if reference.critics_target(e) is e.R}
-    assert names(kernels.VALUES) == set(KINDS) - LOG_P - reference.ADVANTAGES - {SILENT}
+    assert names(kernels.VALUES) == set(ALGORITHMS) - LOG_P - reference.ADVANTAGES - {SILENT}
 
 
 @each_kind
