@@ -14,6 +14,7 @@ often plain PyTorch is beyond the bound, and which planted faults are.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastroute import use_backend
 
@@ -123,10 +124,13 @@ class Yardstick:
         self._dtypes: set[torch.dtype] = set()
         self._errors: dict[tuple[str, torch.dtype], list[tuple[float, ...]]] = {}
 
+    def _made(self, seed: int) -> Mapping[str, Tensor | None]:
+        with Rounded(self._dtype, seed, self._operands):
+            return self._run()
+
     def _draw(self, seed: int) -> None:
         """One more draw: its errors are kept, in both norms and in every dtype that results have come in."""
-        with Rounded(self._dtype, seed, self._operands) as rounding:
-            made = self._run()
+        made = self._made(seed)
         for name, exact in self.exact.items():
             t = made[name]
             if exact is None or t is None or not exact.is_floating_point():
@@ -134,7 +138,7 @@ class Yardstick:
             for dtype in self._dtypes:
                 known = self._errors.setdefault((name, dtype), [])
                 if len(known) == seed:
-                    narrower = torch.finfo(dtype).eps > torch.finfo(rounding.dtype).eps
+                    narrower = torch.finfo(dtype).eps > torch.finfo(self._dtype).eps
                     last = Rounded(dtype, seed).rounded(t.detach()) if narrower else t
                     own = math.sqrt(2) if self._dtype == torch.float64 else 1.0  # the exact answer is a draw, too
                     known.append(tuple(own * distance(last, exact, p) for _, p in NORMS))
@@ -195,6 +199,30 @@ class Yardstick:
                 )  # whatever the budget
                 each = excess.allowed / (1 if excess.norm == NORMS[0][0] else math.sqrt(max(actual.numel(), 1)))
                 assert excess.error <= excess.allowed, f"{what} {excess}; {where(each)}".strip()
+
+
+class MovedStarts(Yardstick):
+    """The yardstick of a training that is too long for every result in it to be rounded.
+
+    A draw is a training in float32 whose first weights are moved by a unit in the last place, up or down at random: how
+    far the training itself carries a rounding.
+
+    Args:
+        run: results of the training of a model, in the model's dtype, which it may change.
+        model: the start, in float32.
+    """
+
+    def __init__(self, run: Callable[[nn.Module], Mapping[str, Tensor | None]], model: nn.Module) -> None:
+        self._train, self._start = run, model
+        super().__init__(lambda: run(copy.deepcopy(model).double()), torch.float32)
+
+    def _made(self, seed: int) -> Mapping[str, Tensor | None]:
+        draw, moved = torch.Generator().manual_seed(seed), copy.deepcopy(self._start)
+        with torch.no_grad():
+            for p in moved.parameters():
+                up = torch.randint(2, p.shape, generator=draw, dtype=torch.bool)
+                p.copy_(torch.nextafter(p, torch.where(up, math.inf, -math.inf)))
+        return self._train(moved)
 
 
 def check(
