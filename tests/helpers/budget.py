@@ -2,8 +2,8 @@
 
 The exact answer is a function of plain PyTorch in float64, on the very values that the op was given. The yardstick is
 the same function under :class:`tests.helpers.rounding.Rounded`, which rounds every result in it at random. Nothing in
-it is measured on a float32 computation of this machine, so it is the same on every processor. Trainings too long for that:
-:class:`MovedStarts`.
+it is measured on a float32 computation of this machine, so it is the same on every processor.
+Trainings too long for that: :class:`MovedStarts`.
 
 For a result and a norm, let mean and sd be those of |drawn - exact| over the draws. The error may be
 
