@@ -39,6 +39,8 @@ _FREE_FUNCTIONS: frozenset[Any] = frozenset({
 _NORMS: frozenset[type] = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GroupNorm})
 #: Unfolded images beyond so many bytes go image by image through their own convolution.
 _UNFOLDED_BYTES = 1 << 26
+#: On a CPU, of a module's images on the average: patches win by sparing calls (``bench/calibrate_thresholds.py``).
+_UNFOLDED_BYTES_OF_A_MODULE = 1 << 17
 
 Leaf = nn.Module | Callable[[Tensor], Tensor]
 _ACTIVATIONS: dict[Any, str] = {
@@ -202,7 +204,7 @@ class _Flow:
     """
 
     def __init__(self, x: Tensor, plan: Plan, keep_empty: bool) -> None:
-        self.x, self.plan, self.keep_empty, self.is_sorted = x, plan, keep_empty, False
+        self.x, self.plan, self.keep_empty, self.is_sorted, self.unfolds = x, plan, keep_empty, False, False
 
     def sort(self) -> None:
         if not self.is_sorted:
@@ -245,8 +247,14 @@ class _Flow:
         )  # fmt: skip
         self.x = made.reshape(*shape[:-1], made.shape[-1])
 
+    def _unfolded_bytes(self) -> int:
+        """The most that a convolution's patches may take."""
+        if not self.x.is_cpu or self.unfolds or torch.compiler.is_compiling() or transformed():
+            return _UNFOLDED_BYTES
+        return min(_UNFOLDED_BYTES, (self.plan.offsets.shape[0] - 1) * _UNFOLDED_BYTES_OF_A_MODULE)
+
     def conv(self, stage: _Stage) -> bool:
-        """By the patches that it sees, one product for all modules; False where those would take too much memory."""
+        """By the patches that it sees, one product for all modules; False where those would take too much."""
         m: Any = stage.leaves[0]
         B, (C, H, W) = self.plan.order.shape[0], self.x.shape[1:]  # of entries, which are samples where k is 1
         sizes = [
@@ -257,8 +265,9 @@ class _Flow:
         if torch.compiler.is_exporting():  # for any number of samples
             if transformed():
                 return False
-        elif B * pixels * patch * self.x.element_size() > _UNFOLDED_BYTES:
+        elif B * pixels * patch * self.x.element_size() > self._unfolded_bytes():
             return False
+        self.unfolds = True
         self.sort()
         patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
         weights = [w.flatten(-3) for w in stage.parameters("weight")]

@@ -215,10 +215,12 @@ def test_the_spatial_size_may_change() -> None:
         assert_same(selection(x, start(x), ACTIONS)[0], one_by_one(selection._submodules, x, ACTIONS))
 
 
-def test_large_images_are_not_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["_UNFOLDED_BYTES", "_UNFOLDED_BYTES_OF_A_MODULE"])
+def test_large_images_are_not_unfolded(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     selection, x = made("conv")
     expected = selection(x, start(x), ACTIONS)[0]
-    monkeypatch.setattr(grouped_modules, "_UNFOLDED_BYTES", 100)
+    monkeypatch.setattr(grouped_modules, limit, 100)
+    monkeypatch.delattr(torch.nn.functional, "unfold")
     assert_same(selection(x, start(x), ACTIONS)[0].detach(), expected.detach())
 
 

@@ -21,8 +21,9 @@ from .reference import _each, _width
 GATHERED_BYTES = 1 << 28
 
 
-#: One batched product, with zeros where modules have fewer rows than others, may multiply so many times too much.
-WASTE = 4
+#: One batched product, with zeros where modules have fewer rows than others, may multiply so many times too much. It
+#: spares calls, which counts where no module has more rows than that (``bench/calibrate_thresholds.py``).
+WASTE, BATCHED_ROWS = 4, 32
 
 
 def forward(
@@ -85,7 +86,7 @@ class _Slots:
     def of(cls, offsets: Tensor, bounds: list[int]) -> _Slots | None:
         """None where too many slots would stay empty."""
         K, capacity = len(bounds) - 1, max(b - a for a, b in pairwise(bounds))
-        if not 0 < K * capacity <= WASTE * bounds[-1]:
+        if not 0 < capacity <= BATCHED_ROWS or K * capacity > WASTE * bounds[-1]:
             return None
         ids = module_of_row(offsets, bounds[-1])
         first = offsets.index_select(0, ids)
