@@ -27,7 +27,6 @@ import torch
 from torch import nn
 
 import fastroute
-from fastroute import tasks
 
 Step = Callable[[], object]
 
@@ -115,21 +114,6 @@ def _agent() -> list[Size]:
     return [Size(f"{B} rows, {F} to {K}", float(B * K * F), partial(step, B, K, F)) for B, K, F in sizes]
 
 
-def _live() -> list[Size]:
-    def step(B: int, side: int, n: int) -> Step:
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
-        routed, ids = tasks.live(tasks.route(net, task_count=n, sigma=0.5)), torch.arange(B) % n
-        x = torch.randn(B, 16, side, side)
-        return _training(lambda: routed(x, ids), *routed.parameters())
-
-    sizes = ((16, 4, 4), (16, 8, 4), (16, 16, 4), (16, 32, 4), (64, 8, 4), (64, 16, 16))
-    return [
-        Size(f"{B} images of 16 x {side} x {side}, {n} tasks", B * side * side / n, partial(step, B, side, n))
-        for B, side, n in sizes
-    ]
-
-
 def _heads(compiled: bool) -> Callable[[], list[Size]]:
     def step(n: int) -> Step:
         trunk = [{"name": "trunk", "layers": nn.Linear(64, 64)}]
@@ -150,8 +134,6 @@ THRESHOLDS = (
               ("plan and product in one call", "two calls"), _modules),
     Threshold("fastroute.networks.decisions.storage", "_LARGE", math.inf, -1,
               ("product and draw in one op", "the library's product"), _agent),
-    Threshold("fastroute.tasks.live_execution", "_FEW", math.inf, -1,
-              ("channels first", "channels last"), _live),
     Threshold("fastroute.multitask.heads", "_LEAST", {"cpu": 10**9}, {"cpu": 0},
               ("a loop", "together"), _heads(compiled=False)),
     Threshold("fastroute.multitask.heads", "_FEWEST", 10**9, 0,

