@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,12 @@ from torch.nn import functional as F
 from ..functional import grouped_linear
 from ..modules.reading import Memo, Proof, may_be_read, signature
 from ..ops import dispatch, host
-from ..ops.autograd import transformed
+from ..ops.autograd import is_observed, transformed
 from ..ops.dispatch.contract import Plan
 from ..ops.grouped_linear.op import of_alike, planned
 from ..ops.masked import only
 from .mlp import MLP
+from .sorted_rows import SortedRows
 
 #: What acts on every element (or every sample) alone and has no parameters.
 _FREE: frozenset[type] = frozenset({
@@ -39,6 +41,8 @@ _FREE_FUNCTIONS: frozenset[Any] = frozenset({
 _NORMS: frozenset[type] = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GroupNorm})
 #: Unfolded images beyond so many bytes go image by image through their own convolution.
 _UNFOLDED_BYTES = 1 << 26
+#: On a CPU the norms of so few modules are called one by one.
+_NORMS_APART = 8
 #: On a CPU, of a module's images on the average: patches win by sparing calls (``bench/calibrate_thresholds.py``).
 _UNFOLDED_BYTES_OF_A_MODULE = 1 << 17
 
@@ -205,20 +209,22 @@ class _Flow:
 
     def __init__(self, x: Tensor, plan: Plan, keep_empty: bool) -> None:
         self.x, self.plan, self.keep_empty, self.is_sorted, self.unfolds = x, plan, keep_empty, False, False
+        self.rows = SortedRows(plan)
 
     def sort(self) -> None:
         if not self.is_sorted:
-            self.x, self.is_sorted = self.x.index_select(0, _samples(self.plan)), True
+            self.x, self.is_sorted = self.rows.sort(self.x), True
             self._spread()
 
     def _spread(self) -> None:
         """Rows are entries from now on."""
         if self.plan.samples is not None:
             self.plan = self.plan._replace(samples=None, per_sample=1)
+            self.rows.plan = self.plan
 
     def unsort(self) -> None:
         if self.is_sorted:
-            self.x, self.is_sorted = torch.zeros_like(self.x).index_copy(0, self.plan.order, self.x), False
+            self.x, self.is_sorted = self.rows.unsort(self.x), False
 
     def _rows(self, per_sample: int) -> Plan:
         """The plan of rows of which every sample has so many, sorted."""
@@ -279,9 +285,23 @@ class _Flow:
         return True
 
     def norm(self, stage: _Stage) -> None:
+        m: Any = stage.leaves[0]
+        bounds = self.plan.bounds
+        if (
+            bounds is not None
+            and len(bounds) - 1 == len(stage.leaves) <= _NORMS_APART
+            and bounds[-1] > 0
+            and not self.keep_empty
+            and not is_observed(self.x)
+        ):
+            self.sort()
+            parts = [m(rows) for m, rows in zip(stage.leaves, _slices(self.x, bounds), strict=True) if len(rows)]
+            if bounds[-1] < self.x.shape[0]:
+                parts.append(parts[0].new_zeros(self.x.shape[0] - bounds[-1], *self.x.shape[1:]))
+            self.x = torch.cat(parts)
+            return
         if self.plan.samples is not None:
             self.sort()
-        m: Any = stage.leaves[0]
         if isinstance(m, nn.GroupNorm):
             y = F.group_norm(self.x, m.num_groups, None, None, m.eps)
             shape = (m.num_channels, *[1] * (y.dim() - 2))
@@ -299,11 +319,6 @@ class _Flow:
                 )  # fmt: skip
                 y = combine(y, own.reshape(y.shape[0], *shape))
         self.x = y.to(dtype)
-
-
-def _samples(plan: Plan) -> Tensor:
-    """[N]: what the sorted rows read."""
-    return plan.order if plan.samples is None else plan.samples
 
 
 def kept(plan: Plan, rows: int) -> Tensor | None:
@@ -473,16 +488,18 @@ class _WithZeros(torch.autograd.Function):
 
 def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
     """``run``, every module called with its own samples; in an exported program with all of them."""
-    sorted_x, N = x.index_select(0, _samples(plan)), plan.order.shape[0]
+    rows, N = SortedRows(plan), plan.order.shape[0]
+    sorted_x = rows.sort(x)
     if torch.compiler.is_exporting():
         return _all_by_all(modules, sorted_x, plan)
     if host.is_many(plan.offsets):
         return _of_all(modules, sorted_x, plan)
     bounds = dispatch.bounds_of(plan)
+    slices = _slices(sorted_x, bounds)
     made: dict[int, Tensor] = {}
     for k, m in enumerate(modules):
         if bounds[k] < bounds[k + 1]:
-            made[k] = m(sorted_x[bounds[k] : bounds[k + 1]])
+            made[k] = m(slices[k])
             if not isinstance(made[k], Tensor) or made[k].dim() == 0 or len(made[k]) != bounds[k + 1] - bounds[k]:
                 raise ValueError(f"module {k}: expected an output with a row per sample, got {_shown(made[k])}")
     if not made:  # nothing but the shape is asked for
@@ -498,8 +515,18 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
     parts = list(made.values())
     if bounds[-1] < N:
         parts.append(parts[0].new_zeros(N - bounds[-1], *parts[0].shape[1:]))
-    y = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return torch.zeros_like(y).index_copy(0, plan.order, y)
+    return rows.unsort(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+def _slices(x: Tensor, bounds: list[int]) -> Sequence[Tensor]:
+    """Each module's rows, which it may change in place.
+
+    Of a split the gradient is made once, of slices once for each. A safe split's parts may not be changed in place.
+    """
+    if is_observed(x):
+        return [x[a:b] for a, b in pairwise(bounds)]
+    parts: Sequence[Tensor] = x.unsafe_split_with_sizes([b - a for a, b in pairwise([*bounds, x.shape[0]])])
+    return parts[:-1]
 
 
 def _all_by_all(modules: Sequence[Callable[[Tensor], Tensor]], sorted_x: Tensor, plan: Plan) -> Tensor:
