@@ -38,7 +38,7 @@ class Routed(NamedTuple):
 
     actions: Tensor  #: [B, k] int64, -1 for no module
     weights: Tensor  #: [B, k] float32 or float64, 0 where the action is -1
-    losses: dict[str, Tensor]  #: by name, [B], scaled; the mean over the batch is the loss
+    losses: dict[str, Tensor]  #: by name, [B], scaled; the mean over the batch is the loss. None where not asked for
     counts: Tensor  #: [K] int64: entries of each module, before any was dropped for capacity; the group's, if any
 
     @property
@@ -193,8 +193,13 @@ class TopKGating(Accumulating):
         )
         return batch, meta, made.actions
 
-    def route(self, x: Tensor, mask: Tensor | None = None, forced_actions: Tensor | None = None) -> Routed:
-        """The decision alone, for x [B, ...]; the arguments are ``forward``'s."""
+    def route(
+        self, x: Tensor, mask: Tensor | None = None, forced_actions: Tensor | None = None, *, losses: bool = True
+    ) -> Routed:
+        """The decision alone, for x [B, ...]; the arguments are ``forward``'s.
+
+        With ``losses`` False there are none, nor counts (an empty tensor), unless processes make them together.
+        """
         tensor("batch", x, "a tensor [B, ...]")
         floating("batch", x)
         B = x.shape[0]
@@ -207,10 +212,14 @@ class TopKGating(Accumulating):
             z = self._logits(flat, active)
             scores = z.softmax(1) if self.scores == "softmax" else z.sigmoid()
             actions = self._choose(z, scores) if forced is None else forced
-            own, kept = self._kept(actions, active, forced is None)
-            weights = self._weights(z, scores, actions, actions >= 0)
-            counts, share = self._load(own, active, B, z.dtype)
-            losses = self._losses(z, scores, counts, active, share)
+            taken, kept = self._kept(actions, active, forced is None)
+            weights = self._weights(z, scores, actions, None if forced is None else actions >= 0)
+            learns = losses or self.load_group is not None
+            own = self._entries(taken) if learns or (self.counts is not None and self.training) else taken.new_empty(0)
+            counts, made = own, {}
+            if learns:
+                counts, share = self._load(own, active, B, z.dtype)
+                made = self._losses(z, scores, counts, active, share)
         if self.counts is not None and self.training and not is_recomputation():
             looked_on = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
             if looked_on and not host.is_wrapped(self.counts):
@@ -223,7 +232,7 @@ class TopKGating(Accumulating):
         if kept is not None:
             actions, weights = torch.where(kept, actions, -1), torch.where(kept, weights, 0)
         watching.tell(self, "entries", actions, self._num_selections, active)
-        return Routed(actions, weights, losses, counts)
+        return Routed(actions, weights, made, counts)
 
     def _forced(self, forced: Tensor, B: int, device: torch.device) -> Tensor:
         forced = dispatch.as_entries(forced, B, device, "forced_actions")
@@ -236,14 +245,15 @@ class TopKGating(Accumulating):
 
     def _logits(self, x: Tensor, active: Tensor | None) -> Tensor:
         router = self.router
+        is_read = type(router) is nn.Linear and may_be_read(router)
         to = accumulating(x.dtype)
-        for p in router.parameters():
+        for p in (router.weight,) if is_read and router.bias is None else router.parameters():
             to = torch.promote_types(to, accumulating(p.dtype)) if p.is_floating_point() else to
         x = only(x.to(to), active)
         if self.jitter and self.training:
             noise = torch.rand(x.shape, dtype=to, device=x.device, **draws_of(self.generator))
             x = x * (1 + self.jitter * (2 * noise - 1))
-        if type(router) is nn.Linear and may_be_read(router):
+        if is_read:
             bias = router.bias
             return F.linear(x, router.weight.to(to), None if bias is None else bias.to(to))
         z = call(router, x)
@@ -257,16 +267,14 @@ class TopKGating(Accumulating):
         return by.topk(self.k, dim=1).indices
 
     def _kept(self, actions: Tensor, active: Tensor | None, bounded: bool) -> tuple[Tensor, Tensor | None]:
-        """Entries of each module [K], and which of all entries have one [B, k] (None: all)."""
+        """Each entry's module before any is dropped, K for none, and which have one (None: all), [B, k]."""
         (B, k), K = actions.shape, self._num_selections
         valid = None if bounded and active is None else actions >= 0
         if valid is not None and active is not None:
             valid = valid & active[:, None]
         taken = actions if valid is None else torch.where(valid, actions, K)
-        ones = torch.ones_like(taken).reshape(-1)
-        counts = ones.new_zeros(K + 1).index_add_(0, taken.reshape(-1), ones)[:K]
         if self.capacity is None or not bounded:
-            return counts, valid
+            return taken, valid
         share = Fraction(self.capacity).limit_denominator(1 << 20)
         # rounded up; of what is negative, ONNX's division would round towards 0
         limit: Any = (B * k * share.numerator + share.denominator * K - 1) // (share.denominator * K)
@@ -280,7 +288,12 @@ class TopKGating(Accumulating):
             place = place + ahead.reshape(-1).index_select(0, plan.order // max(B, 1) * (K + 1) + modules)
             limit = (entries * share.numerator + share.denominator * K - 1) // (share.denominator * K)
         fits = (modules < K) & (place < limit)
-        return counts, torch.empty_like(fits).index_copy_(0, plan.order, fits).view(k, B).mT
+        return taken, torch.empty_like(fits).index_copy_(0, plan.order, fits).view(k, B).mT
+
+    def _entries(self, taken: Tensor) -> Tensor:
+        """[K]: how many of [B, k] each module has."""
+        ones = torch.ones_like(taken).reshape(-1)
+        return ones.new_zeros(self._num_selections + 1).index_add_(0, taken.reshape(-1), ones)[:-1]
 
     def _ahead(self, taken: Tensor, group: Processes) -> tuple[Tensor, Tensor]:
         """Of the group's entries that come before this process's j-th choices of a module, those of others.
@@ -304,16 +317,16 @@ class TopKGating(Accumulating):
         counts = self.load_group.sum(torch.cat([own, samples]))
         return counts[:-1], B * self.load_group.size / counts[-1].clamp(min=1).to(dtype)
 
-    def _weights(self, z: Tensor, scores: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
-        at = actions.clamp(min=0)
+    def _weights(self, z: Tensor, scores: Tensor, actions: Tensor, valid: Tensor | None) -> Tensor:
+        at = actions if valid is None else actions.clamp(min=0)
         if not self.normalize:
             picked = scores.gather(1, at)
         elif self.scores == "softmax":  # of the picked alone: the same, without their sum's rounding
-            picked = torch.where(valid, z.gather(1, at), torch.finfo(z.dtype).min).softmax(1)
+            picked = only(z.gather(1, at), valid, torch.finfo(z.dtype).min).softmax(1)
         else:
-            picked = torch.where(valid, scores.gather(1, at), 0)
+            picked = only(scores.gather(1, at), valid)
             picked = picked / picked.sum(1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
-        return torch.where(valid, picked, 0)
+        return only(picked, valid)
 
     def _losses(
         self, z: Tensor, scores: Tensor, counts: Tensor, active: Tensor | None, scale: Tensor | None

@@ -139,7 +139,7 @@ class MoE(nn.Module):
                 raise ValueError(f"mask: expected one per token, {list(lead)}, got {shown(mask)}")
             active = as_mask(mask.reshape(-1), flat.shape[0], x.device)
             flat = only(flat, active)
-        routed = self._routed(flat, active)
+        routed = self._routed(flat, active, return_aux)
         y = self._mixture(flat, active, routed)
         y = y.reshape(*lead, D)
         if not return_aux:
@@ -147,11 +147,11 @@ class MoE(nn.Module):
         k = routed.actions.shape[1]
         return y, Aux(routed.loss, routed.actions.view(*lead, k), routed.weights.view(*lead, k), routed.counts)
 
-    def _routed(self, x: Tensor, active: Tensor | None) -> Routed:
+    def _routed(self, x: Tensor, active: Tensor | None, losses: bool) -> Routed:
         """The gating's decision, by a call of it where that is seen or changed by others."""
         gate: Any = self.gate
         if type(gate) is TopKGating and may_be_read(gate):
-            return gate.route(x, active)
+            return gate.route(x, active, losses=losses)  # type: ignore[no-any-return]
         meta = Trajectory(x.shape[0])
         actions = gate(x, meta, None, active)[2]
         weights = meta.weights_of(actions)
