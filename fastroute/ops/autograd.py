@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from ..importing import constant_result
 from .backends import requested
+from .registry import functions, implementations
 
 
 def transformed() -> bool:
@@ -139,6 +140,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return function.forward(_NoContext(), *args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def called(name: str, *args: Any) -> Any:
+    """The op ``torch.ops.fastroute.<name>``, without its dispatcher where nobody looks on: that costs 25 us."""
+    if is_observed(*(t for t in args if isinstance(t, Tensor))):
+        return getattr(torch.ops.fastroute, name)(*args)
+    return apply(functions[name], *args) if torch.is_grad_enabled() else implementations[name](*args)
 
 
 def own(output: Tensor) -> Tensor:

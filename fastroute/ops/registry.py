@@ -26,8 +26,9 @@ def _namespace() -> Library:
 
 library = _namespace()
 
-#: What each op of :func:`define` runs, by its name.
+#: What each op of :func:`define` runs, by its name, and the same with its gradient.
 implementations: dict[str, Callable[..., Any]] = {}
+functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def no_second_derivative(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -90,4 +91,20 @@ def define(
     register_fake(name, fake)
     if autograd is not None:
         backward, setup_context = autograd
+        functions[name] = _function(implementation, backward, setup_context)
         torch.library.register_autograd(f"fastroute::{name}", backward, setup_context=setup_context, lib=library)
+
+
+def _function(run: Callable[..., Any], gradient: Callable[..., Any], setup: Callable[..., None]) -> Any:
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            made = run(*args)
+            setup(ctx, args, made)
+            return made
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradient(ctx, *grads)
+
+    return Op

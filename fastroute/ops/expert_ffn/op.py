@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..arguments import explained
-from ..autograd import asked_again, through, transformed
+from ..autograd import asked_again, called, through, transformed
 from ..backends import note, taken
 from ..checks import floating, shown
 from ..dispatch.contract import Plan
@@ -218,7 +218,7 @@ def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
 
         return (*through(plain, inputs, needs[:6], [dy]), *(None,) * 4)
     wants = needs[0], needs[3] and inputs[3] is not None, needs[4], needs[5]
-    made = torch.ops.fastroute.expert_ffn_backward(*inputs, *ctx.options, dy.contiguous(), *wants)
+    made = called("expert_ffn_backward", *inputs, *ctx.options, dy.contiguous(), *wants)
     dx, d_weights, d_in, d_out = (g if want else None for g, want in zip(made, wants, strict=True))
     return dx, None, None, d_weights, d_in, d_out, *(None,) * 4
 
@@ -318,7 +318,7 @@ def expert_ffn(
     for w in (w_in, w_out):
         note("grouped_linear", x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])
     backend = taken("grouped_linear", device, x.dtype)
-    made: Tensor = torch.ops.fastroute.expert_ffn(
-        x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated, backend
+    made: Tensor = called(
+        OP, x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated, backend
     )
     return made

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks
 from ..arguments import explained
-from ..autograd import asked_again, through, transformed
+from ..autograd import asked_again, called, through, transformed
 from ..backends import Case, choose, native_refuses, offer, record, requested
 from ..precision import autocast_dtype, autocast_off
 from ..registry import define, no_second_derivative
@@ -220,7 +220,7 @@ def _gradient(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         torch.zeros_like(like[0]) if t is None else t.contiguous()
         for t, like in zip(d[:3], (N0, mean, mean), strict=True)
     ]
-    made = torch.ops.fastroute.matrix_routing_backward(*inputs, *ctx.options, *given, *saved, needs[1], any(needs[2:6]))
+    made = called(f"{OP}_backward", *inputs, *ctx.options, *given, *saved, needs[1], any(needs[2:6]))
     grads = [g.to(t.dtype) if need else None for g, t, need in zip(made, inputs, needs, strict=False)]
     return *grads, *nothing
 
@@ -319,5 +319,5 @@ def matrix_routing(
     if autocast_dtype(mu_inp.device.type) is not None:
         dtype = torch.promote_types(dtype, torch.float32)
     args = a_inp, mu_inp, *w, mask, n_iters, p_model, float(eps), requested()
-    a, mu, sig2, *_ = _plain(_Call.of(args)) if transformed() else torch.ops.fastroute.matrix_routing(*args)
+    a, mu, sig2, *_ = _plain(_Call.of(args)) if transformed() else called(OP, *args)
     return Outputs(a.to(dtype), mu.to(dtype), sig2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..arguments import explained
-from ..autograd import asked_again, through, transformed
+from ..autograd import asked_again, called, through, transformed
 from ..backends import Case, choose, native_refuses, offer, record, requested
 from ..dtypes import accumulating
 from ..precision import autocast_off, autocast_precision, precision_of
@@ -142,8 +142,15 @@ def _gradient(ctx: Any, dM: Tensor, dp: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if asked_again(dM, dp):
         return (*through(_plain, tensors, needs[: len(tensors)], [dM, dp]), None, None)
-    found = torch.ops.fastroute.vector_routing_backward(
-        *tensors, ctx.backend, ctx.precision, dM.contiguous(), dp.contiguous(), needs[0], any(needs[3:9])
+    found = called(
+        f"{OP}_backward",
+        *tensors,
+        ctx.backend,
+        ctx.precision,
+        dM.contiguous(),
+        dp.contiguous(),
+        needs[0],
+        any(needs[3:9]),
     )
     found = [g.to(t.dtype) if need else None for g, t, need in zip(found, tensors, needs, strict=False)]
     return (*found, None, None, None, None, None)
@@ -250,9 +257,9 @@ def vector_routing(
         rest = pred, score_weight, score_bias, use, ign, use_bias, ign_bias, prior, mask, lengths
         with autocast_off(x.device.type):
             return _plain(x, gate, *rest)
-    M, p = torch.ops.fastroute.vector_routing(
-        _rows_contiguous(x), gate, pred, score_weight, score_bias, use, ign, use_bias, ign_bias, prior, mask, lengths,
-        requested(), autocast_precision(x.device.type),
+    M, p = called(
+        OP, _rows_contiguous(x), gate, pred, score_weight, score_bias, use, ign, use_bias, ign_bias, prior, mask,
+        lengths, requested(), autocast_precision(x.device.type),
     )  # fmt: skip
     return M, p
 
