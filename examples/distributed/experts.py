@@ -63,7 +63,7 @@ class Maps:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse arguments, train, save."""
+    """Parse arguments, train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=64)
@@ -73,9 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="a file for the trained weights, as one process has them")
     args = parser.parse_args(argv)
     device = start()
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    ranks = dist.get_world_size()
     if args.data < 1 or ranks % args.data or args.batch % ranks:
         parser.error(f"--data, --batch: expected a divisor and a multiple of {ranks} processes")
+    train(args, device)
+    dist.destroy_process_group()  # after DDP has gone: see docs/distributed_experts.md
+    return 0
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Make the model, train and save it."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh(device.type, (args.data, ranks // args.data), mesh_dim_names=("data", "expert"))
     torch.manual_seed(0)
     model = Model(args.hidden, args.experts).to(device)
@@ -100,8 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = whole_state_dict(model)
         if rank == 0:
             torch.save(state, args.checkpoint)
-    dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -52,16 +52,24 @@ def samples(count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse arguments, train, test."""
+    """Parse arguments, train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", type=int, default=4)
     parser.add_argument("--batch", type=int, default=512, help="samples of a step, of all processes together")
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args(argv)
     device = start()
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    ranks = dist.get_world_size()
     if args.batch % ranks:
         parser.error(f"--batch: expected a multiple of {ranks} processes, got {args.batch}")
+    train(args, device)
+    dist.destroy_process_group()  # after DDP has gone: see docs/distributed_experts.md
+    return 0
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Make the network, train and test it."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("expert",))
     torch.manual_seed(0)
     model = Network(args.modules).to(device)
@@ -88,8 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = ", ".join(f"{100 * share:.0f}" for share in (counts / counts.sum()).tolist())
     say(f"{ranks} processes on {device.type}: test loss {error.item() / ranks:.3f} (one linear module: 2)")
     say(f"samples by module, %: {load}; each process has the modules of its rank")
-    dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

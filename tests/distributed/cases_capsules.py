@@ -332,9 +332,9 @@ def bad_input(world: World) -> None:
     def shard(module: torch.nn.Module, mesh: Any = mesh, **options: Any) -> Any:
         return parallelize_module(module, mesh, RowShardedCapsules(**options))
 
-    slots = fastroute.capsules.SlotAttention(3, 4, 2) if odd else layer()
-    says(r"TypeError: module: .*SlotAttention.* on rank 2", ValueError, lambda: shard(slots))
-    says(r"EfficientVectorRouting, got Linear", TypeError, lambda: shard(torch.nn.Linear(2, 2)))
+    other = torch.nn.Bilinear(3, 4, 2) if odd else layer()
+    says(r"TypeError: module: .*Bilinear.* on rank 2", ValueError, lambda: shard(other))
+    says(r"EfficientVectorRouting, .*, got Linear", TypeError, lambda: shard(torch.nn.Linear(2, 2)))
     says("return_dict: expected False, got True", ValueError, lambda: shard(layer(return_dict=True)))
     says(r"module: .*n_inp=10.* on ranks 0, 1 and 3, .*n_inp=9.* on rank 2", ValueError,
          lambda: shard(layer(9 if odd else N)))  # fmt: skip
