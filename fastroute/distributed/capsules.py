@@ -251,7 +251,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             ValueError, TypeError: naming the argument. In the first call, and in every call under ``fastroute.strict``,
                 the ranks compare what they were given: if it cannot go together, all of them raise.
         """
-        checking = not torch.compiler.is_compiling() and (self._first or is_strict())
+        checking = not (torch.compiler.is_compiling() or transformed()) and (self._first or is_strict())
         try:
             self._can_be_sharded()
             x, n = self._own(x_inp)

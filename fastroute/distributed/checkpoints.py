@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
 
 from .agreement import agree
-from .experts import spread_modules
+from .experts import own_names, spread_modules
 
 __all__ = ["Checkpoints", "full_state_dict", "load_full_state_dict"]
 
@@ -121,10 +121,12 @@ class Checkpoints:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(path, ignore_errors=True)  # of a run that ended while it saved
         # nobody writes before the first rank is here, too
-        agree(
-            {"step": step, "names": sorted(state["modules"]), "more": sorted(state["more"])}, self._group,
-            layer=type(self).__name__,
-        )  # fmt: skip
+        own = own_names(self._root)
+        names = [
+            f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" if isinstance(t, Tensor) else key
+            for key, t in sorted(state["modules"].items()) if key not in own
+        ]  # fmt: skip
+        agree({"step": step, "names": names, "more": sorted(state["more"])}, self._group, layer=type(self).__name__)
         if asynchronous:
             self._saving = async_save(state, checkpoint_id=path, process_group=self._group, no_dist=self._alone)
         else:

@@ -137,7 +137,7 @@ class RowSharded(nn.Module):
             check: (inputs): raises if the layer would; called where ranks compare what they have, before they begin.
         """
         rows = self._rows
-        checking = not torch.compiler.is_compiling() and (self._first or is_strict())
+        checking = not (torch.compiler.is_compiling() or transformed()) and (self._first or is_strict())
         try:
             if transformed():
                 raise NotImplementedError(
@@ -261,7 +261,8 @@ class RowSharded(nn.Module):
             if w.W.shape[0] == 1 and self._fixed() == -1 and torch.is_grad_enabled():
                 names = [name for name, t in w._asdict().items() if t.requires_grad]
                 if names:
-                    each = shared_by_rows([getattr(w, name) for name in names], self._rows.group)
+                    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (getattr(w, n) for n in names)]
+                    each = shared_by_rows(wide, self._rows.group)  # of wide ones: partial sums are not rounded
                     w = w._replace(**dict(zip(names, each, strict=True)))
             if self._trains and not any(t.requires_grad for t in (a, mu, *w)):
                 a = a.detach().requires_grad_()

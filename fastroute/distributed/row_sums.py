@@ -58,9 +58,10 @@ class Shared(torch.autograd.Function):
 
 
 def shared(t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-    """See :class:`Shared`."""
-    made: Tensor = Shared.apply(t, group, what)  # type: ignore[no-untyped-call]
-    return made
+    """See :class:`Shared`; sums are in at least float32."""
+    acc = torch.promote_types(t.dtype, torch.float32)
+    made: Tensor = Shared.apply(t.to(acc), group, what)  # type: ignore[no-untyped-call]
+    return made.to(t.dtype)
 
 
 def total(*parts: Tensor, group: dist.ProcessGroup, what: str = "the moments M and p", trains: bool = False

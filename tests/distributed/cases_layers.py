@@ -20,8 +20,7 @@ import fastroute
 from fastroute.compat import heinsen_routing
 from fastroute.distributed import Checkpoints, RowShardedCapsules, full_state_dict
 from tests.distributed.cases_capsules import D, H, M, N, full, gradients, same, says, vectors
-from tests.distributed.cases_checkpoints import folder
-from tests.distributed.ranks import World, case
+from tests.distributed.ranks import World, case, folder
 from tests.helpers.traffic import Traffic
 
 C, B = 2, 2  #: rows of a capsule's matrix; samples

@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -49,6 +50,17 @@ class World(NamedTuple):
 def case(function: Callable[[World], None]) -> Callable[[World], None]:
     CASES[f"{function.__module__.rpartition('.')[2]}.{function.__name__}"] = function
     return function
+
+
+@contextmanager
+def folder(world: World) -> Iterator[Path]:
+    """One that all ranks have; the parent's directory tells them which."""
+    path = Path(tempfile.gettempdir()) / f"fastroute-checkpoints-{os.getppid()}"
+    dist.barrier()
+    yield path
+    dist.barrier()
+    if world.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def names() -> list[str]:

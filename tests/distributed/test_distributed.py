@@ -109,6 +109,6 @@ def test_waiting_for_processes_ends() -> None:
     """Whatever they leave behind has the output open; and what they printed is told."""
     began = time.monotonic()
     assert ran(["sh", "-c", "echo said; sleep 60 & exit 3"], 30).returncode == 3
-    with pytest.raises(AssertionError, match="(?s)not done after 0.2 s.*said"):
+    with pytest.raises(AssertionError, match=r"(?s)not done after 0.2 s.*said"):
         ran(["sh", "-c", "echo said; sleep 60 & sleep 60"], 0.2)
     assert time.monotonic() - began < 30
