@@ -38,7 +38,7 @@ from ..ops.precision import autocast_off, autocast_precision
 from ..ops.vector_routing.op import case_of, gates, row_is_live
 from .agreement import agree
 from .row_layers import KINDS, RowShardedDefinable
-from .row_sums import Rows, along, local, own_mask, shared, shared_by_rows, total
+from .row_sums import Rows, along, local, own_mask, shared, shared_by_rows, told, total
 
 __all__ = ["RowShardedCapsules", "RowShardedVectorRouting"]
 
@@ -267,7 +267,8 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             agree(
                 {"leading dimensions of x_inp": x.shape[:-2], "dtype of x_inp": x.dtype, "vectors in all": n,
                  "lengths": lengths, "autocast": autocast_precision(x.device.type), "gradient mode":
-                 torch.is_grad_enabled(), "gradients": any(t.requires_grad for t in (x, *self.parameters()))},
+                 torch.is_grad_enabled(), "gradients": any(t.requires_grad for t in (x, *self.parameters())),
+                 **told(self, self._rows, {"x_inp": x_inp})},
                 self._rows.mesh, layer=type(self).__name__,
             )  # fmt: skip
             self._first = False

@@ -114,7 +114,7 @@ class ExpertParallel(ParallelStyle):
         if isinstance(module, (_ParallelMoE, _ParallelSelection)):
             raise TypeError(f"{_name(module)}: expected a layer that is not spread yet, got one that is")
         what = _described(module, self)
-        problem = _problem(module, device_mesh)
+        problem = _problem(module, device_mesh) or _other_ranks(self.replicas, device_mesh)
         agree(what if problem is None else {**what, "module": problem}, device_mesh, layer=_name(module))
         spread = _Shards(module, device_mesh, self)
         kind = _ParallelMoE if isinstance(module, MoE) else _ParallelSelection
@@ -166,6 +166,18 @@ def _problem(module: nn.Module, mesh: DeviceMesh) -> Exception | None:
                     f"{name}: expected modules with tensors of their own, but {part_name} of module {k}, which goes to "
                     f"rank {rank}, is that of module {other[0]}, which goes to rank {other[1]}"
                 )
+    return None
+
+
+def _other_ranks(replicas: DeviceMesh | None, mesh: DeviceMesh) -> Exception | None:
+    """Gradients of different modules would be averaged if a rank of the mesh were among a rank's replicas."""
+    if replicas is None:
+        return None
+    if replicas.ndim != 1 or set(replicas.mesh.tolist()) & set(mesh.mesh.tolist()) != {dist.get_rank()}:
+        return ValueError(
+            f"replicas: expected another dimension of the mesh than the modules', as mesh['data'] beside "
+            f"mesh['expert'], got {replicas} beside {mesh}"
+        )
     return None
 
 

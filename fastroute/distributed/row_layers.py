@@ -32,7 +32,7 @@ from ..ops.precision import autocast_off, autocast_precision
 from ..ops.soft_assignment.contract import Pairs
 from ..ops.soft_assignment.op import mean_of
 from .agreement import agree
-from .row_sums import Rows, along, local, own_mask, shared, shared_by_rows, total
+from .row_sums import Rows, along, local, own_mask, shared, shared_by_rows, told, total
 
 _MOMENTS = "the moments of the outputs"
 _GRADIENT = "the outputs' gradient"
@@ -172,7 +172,8 @@ class RowSharded(nn.Module):
             agree(
                 {f"leading dimensions of {name}": batch, **{f"dtype of {key}": t.dtype for key, t in inputs.items()},
                  "vectors in all": n, "lengths": lengths, "autocast": autocast_precision(device.type), "gradient mode":
-                 torch.is_grad_enabled(), "gradients": trains, "training": self.training, **facts},
+                 torch.is_grad_enabled(), "gradients": trains, "training": self.training,
+                 **told(self, rows, {name: t for name, (t, _) in given.items()}), **facts},
                 rows.mesh, layer=type(self).__name__,
             )  # fmt: skip
             self._first = False

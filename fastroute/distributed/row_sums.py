@@ -5,16 +5,18 @@ Axes: n input vectors in all, k of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+
+from ..ops.backends import is_strict
 
 
 def all_reduce(t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
@@ -117,6 +119,13 @@ class Rows(NamedTuple):
         gather = torch.ops._c10d_functional.all_gather_into_tensor  # whose wrapper has two names in torch 2.11 to 2.13
         counts = funcol.wait_tensor(gather(own, self.ranks, self.group.group_name))
         return counts.sum(), counts[: self.mesh.get_local_rank()].sum()
+
+
+def told(layer: nn.Module, rows: Rows, given: Mapping[str, Tensor]) -> dict[str, object]:
+    """What else ranks compare: frozen parameters; under ``strict`` inputs that are said to be the same everywhere."""
+    frozen = [name for name, p in layer.named_parameters() if not p.requires_grad]
+    same = isinstance(rows.input_layout, Replicate) and is_strict()
+    return {"frozen": frozen, **{k: t for k, t in given.items() if same and not isinstance(t, DTensor)}}
 
 
 def along(layout: Placement, dims: int, axis: int | None = None) -> Placement:

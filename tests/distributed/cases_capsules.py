@@ -364,6 +364,13 @@ def bad_input(world: World) -> None:
     sharded(x)
     with fastroute.strict(True):  # later calls, too
         says("dtype of x_inp: .*float32 on rank 2", ValueError, lambda: sharded(x.float() if odd else x))
+    whole = shard(layer(), input_layouts=Replicate())
+    whole(vectors())
+    with fastroute.strict(True):
+        says("x_inp: expected the same", ValueError, lambda: whole(vectors() + odd))
+    later = shard(layer())
+    later.W_F2.requires_grad_(not odd)
+    says(r"frozen: .*\[W_F2\] on rank 2", ValueError, lambda: later(x))
     says("mask: expected .*broadcasts", ValueError, lambda: sharded(x, torch.zeros(4, 4, dtype=torch.bool)))
     says("lengths: expected values from 0 to 10", ValueError, lambda: shard(layer(-1))(x, lengths=[N, 11]))
     says("at least 1 input vector", ValueError, lambda: shard(layer(-1))(x[:, :0]))

@@ -275,6 +275,7 @@ def bad_input_is_an_error_on_all_ranks(world: World) -> None:
     assert "[4] for " in chosen(mine[:4] if first else mine)
     assert "actions: expected the same" in chosen(mine[:, None] if first else mine)
     assert "mask: expected the same" in chosen(mine, mask=mine > 0 if first else None)
+    assert "replicas: expected another dimension" in message(ValueError, lambda: spread(experts(4), replicas=mesh))
     mixture = spread(MoE(D, 5, 4, 2))
     with torch.set_grad_enabled(not first):
         assert "gradient mode" in message(ValueError, lambda: mixture(x))
