@@ -72,6 +72,10 @@ LAYERS: dict[str, Layer] = {
 }
 
 
+#: Slots take any number of inputs.
+THREE = (("matrix", N), ("matrix", -1), ("slots", N), ("definable", N), ("definable", -1))
+
+
 def made(name: str, n_inp: int = N) -> nn.Module:
     """In float64, every parameter with its own values."""
     torch.manual_seed(1)
@@ -144,7 +148,7 @@ def compare(
 @case
 def every_layer(world: World) -> None:
     for name, size in itertools.product(LAYERS, (1, 2, 4)):
-        for n_inp in (N, -1):
+        for n_inp in (N,) if name == "slots" else (N, -1):
             compare(world, size, name, N, n_inp)
 
 
@@ -152,7 +156,7 @@ def every_layer(world: World) -> None:
 def uneven_and_empty(world: World) -> None:
     """Fewer inputs than ranks; no sample; several leading dimensions."""
     for name, n in itertools.product(LAYERS, (1, 3, 5)):
-        for n_inp in (n, -1):
+        for n_inp in (n,) if name in ("slots", "one iteration") else (n, -1):
             compare(world, 4, name, n, n_inp)
     for name, batch in itertools.product(("matrix", "slots", "definable"), ((), (2, 3), (0,))):
         compare(world, 4, name, N, N, batch=batch)
@@ -163,7 +167,7 @@ def masks_and_lengths(world: World) -> None:
     draw = torch.Generator().manual_seed(4)
     mask = torch.rand(B, N, M, generator=draw) < 0.4
     mask[:, 4] = True  # an input that reaches nothing
-    for name, n_inp, size in itertools.product(("matrix", "slots", "definable"), (N, -1), (2, 4)):
+    for (name, n_inp), size in itertools.product(THREE, (2, 4)):
         compare(world, size, name, N, n_inp, mask=mask)
         compare(world, size, name, N, n_inp, lengths=[N, 2])
         compare(world, size, name, N, n_inp, mask=mask, lengths=[4, N])
@@ -171,8 +175,8 @@ def masks_and_lengths(world: World) -> None:
 
 @case
 def layouts(world: World) -> None:
-    for name in ("matrix", "slots", "definable"):
-        for size, n_inp in itertools.product((2, 4), (N, -1)):
+    for size in (2, 4):
+        for name, n_inp in THREE:
             compare(world, size, name, N, n_inp, RowShardedCapsules(input_layouts=Replicate()), whole=True)
             mesh, plain = world.rows(size), made(name, n_inp)
             given, more = inputs(name)
@@ -210,7 +214,7 @@ def row_parameters(world: World) -> None:
 
 @case
 def second_derivatives(world: World) -> None:
-    for name, n_inp in itertools.product(("matrix", "skm", "slots", "definable"), (N, -1, 3)):
+    for name, n_inp in (*THREE, ("skm", 3), ("slots", 3)):
         n = 3 if n_inp == 3 else N
         plain = made(name, n_inp)
         sharded = parallelize_module(deepcopy(plain), world.rows(4), RowShardedCapsules())
@@ -255,9 +259,11 @@ def compiled(world: World) -> None:
     """``fullgraph``: collectives are in the graph."""
     if world.rank >= 2:
         return
-    layers = {name: made(name) for name in ("matrix", "slots")} | {"definable": definable(-1, n_iters=2).double()}
-    for name, plain in layers.items():
+    layers = {"matrix": matrix(N, n_iters=2), "definable": definable(-1, n_iters=2)}
+    layers["slots"] = fastroute.SlotAttention(M, D, H, n_iters=2)
+    for name, layer in layers.items():
         torch._dynamo.reset()
+        plain = layer.double()
         sharded = parallelize_module(deepcopy(plain), world.rows(2), RowShardedCapsules())
         given, more = inputs(name)
         here = {k: part(t, world, 2, axis(k)) for k, t in given.items()}
@@ -272,7 +278,7 @@ def compiled(world: World) -> None:
 @case
 def two_dimensions_and_checkpoints(world: World) -> None:
     """Data x inputs trains to the weights of one process, and goes on in other shardings, and in one process."""
-    for name, n_inp in itertools.product(("matrix", "slots", "definable"), (N, -1)):
+    for name, n_inp in THREE:
         plain = made(name, n_inp)
         given, more = inputs(name, batch=(4,))
         sharded = parallelize_module(deepcopy(plain), world.rows(2), RowShardedCapsules())

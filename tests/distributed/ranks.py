@@ -74,7 +74,7 @@ def main(rank: int, file: str, *wanted: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120)
     )
     meshes = {
         size: init_device_mesh("cpu", (RANKS // size, size), mesh_dim_names=("data", "rows")) for size in (1, 2, 4)
