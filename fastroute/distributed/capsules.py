@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from ..capsules import EfficientVectorRouting
+from ..capsules import DefinableVectorRouting, EfficientVectorRouting, GenerativeMatrixRouting, SlotAttention
 from ..capsules.stream import Chunks, Ranks, stream
+from ..compat import heinsen_routing
 from ..functional import efficient_routing, vector_routing
 from ..ops import checks
 from ..ops.autograd import asked_again, through, transformed
@@ -37,11 +38,20 @@ from ..ops.masked import only, reaches
 from ..ops.precision import autocast_off, autocast_precision
 from ..ops.vector_routing.op import case_of, gates, row_is_live
 from .agreement import agree
-from .row_layers import KINDS, RowShardedDefinable
+from .row_definable import RowShardedDefinable
+from .row_layers import RowSharded, RowShardedMatrixRouting, RowShardedRouting2019, RowShardedSlots
 from .row_sums import Rows, along, local, own_mask, shared, shared_by_rows, told, total
 
 __all__ = ["RowShardedCapsules", "RowShardedVectorRouting"]
 
+#: By class: what a layer becomes.
+KINDS: dict[type[nn.Module], type[RowSharded]] = {
+    GenerativeMatrixRouting: RowShardedMatrixRouting,
+    heinsen_routing.GenerativeMatrixRouting: RowShardedMatrixRouting,
+    heinsen_routing.Routing: RowShardedRouting2019,
+    SlotAttention: RowShardedSlots,
+    DefinableVectorRouting: RowShardedDefinable,
+}
 #: Parameters with a row per input vector, where n_inp is fixed.
 _ROWS = ("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign")
 _NOT_PLAIN = (

@@ -89,6 +89,13 @@ def test_one_process(alone: ranks.World, tmp_path: Path) -> None:
             checkpoints.load(4)
 
 
+def test_other_layers_in_one_process(alone: ranks.World) -> None:
+    from tests.distributed.cases_layers import THREE, N, compare
+
+    for name, n_inp in THREE:
+        compare(alone, 1, name, N, n_inp, lengths=[N, 3])
+
+
 def test_agreement_without_a_group() -> None:
     from fastroute.distributed import agree
 
