@@ -98,7 +98,7 @@ def main(rank: int, file: str, *wanted: str) -> None:
     dist.destroy_process_group()
 
 
-def fork(ranks: int, run: Callable[[int], None], seconds: float = 400) -> list[int]:
+def fork(ranks: int, run: Callable[[int], None], seconds: float = 600) -> list[int]:
     """Exit statuses of so many copies of this process, which has imported everything and computed nothing.
 
     Those that have not ended after so many seconds say where they are, and are killed.
@@ -159,7 +159,7 @@ def agent_store() -> Iterator[int]:
 def started(module: str, *arguments: str) -> str:
     """What ``python -m module`` printed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
-    done = ran([sys.executable, "-m", module, *arguments], 500, env)
+    done = ran([sys.executable, "-m", module, *arguments], 700, env)
     status = done.returncode
     assert status == 0, f"{module}: exit status {status}\n{done.stdout[-3000:]}\n{done.stderr[-8000:]}"
     return done.stdout
