@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.matrix import cell, tried
-from tests.helpers.subprocesses import ROOT
+from tests.helpers.subprocesses import ran
 
 
 @cache
 def failed() -> dict[str, dict[str, str]]:
     """By column and layer; the processes try all of them, once."""
     file = Path(os.environ.get("TMPDIR", "/tmp")) / f"fastroute-sharded-{os.getpid()}"
+    command = [sys.executable, "-m", "tests.helpers.sharded"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.sharded", str(rank), str(file)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
     found: dict[str, dict[str, str]] = {"DDP": {}, "FSDP2": {}}
     try:
-        for process in pair:
-            out, err = process.communicate(timeout=300)
-            assert process.returncode == 0, err[-4000:]
-            for column, errors in json.loads(out.splitlines()[-1]).items():
-                found[column].update(errors)
+        with ThreadPoolExecutor(2) as pool:
+            pair = list(pool.map(lambda rank: ran([*command, str(rank), str(file)], 300, env), range(2)))
     finally:
-        for process in pair:
-            process.kill()
         file.unlink(missing_ok=True)
+    for done in pair:
+        assert done.returncode == 0, done.stderr[-4000:]
+        for column, errors in json.loads(done.stdout.splitlines()[-1]).items():
+            found[column].update(errors)
     return found
 
 

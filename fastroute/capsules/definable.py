@@ -139,8 +139,22 @@ class DefinableVectorRouting(nn.Module):
         names = ("A", "F", "G", "S", "n_inp", "n_out", "n_iters", "return_dict")
         return f"{self._get_name()}(" + ",\n ".join(f"{name}={getattr(self, name)}" for name in names) + ")"
 
+    def _inputs_here(self) -> int:
+        """n_inp, of which ``fastroute.distributed`` gives some to every process."""
+        return self.n_inp
+
+    # Where inputs are of several processes, fastroute.distributed has others of these.
+
+    def _assigned(self, *args: Any, **options: Any) -> Tensor:
+        """The sums over inputs."""
+        return soft_assignment(*args, **options)
+
+    def _for_inputs(self, t: Tensor) -> Tensor:
+        """What is per output, as each input sees it."""
+        return t
+
     def _check_input(self, x_inp: Tensor) -> None:
-        checks.input_vectors(x_inp, self.n_inp, self.d_inp, self.CONST_ones_over_n_out.device)
+        checks.input_vectors(x_inp, self._inputs_here(), self.d_inp, self.CONST_ones_over_n_out.device)
 
     def _betas(self, x_inp: Tensor, B: int) -> tuple[Tensor, Tensor]:
         """[n, m], or [B, n, m] where they are linear in x."""
@@ -192,11 +206,11 @@ class DefinableVectorRouting(nn.Module):
         x_out = pred = scores = None
         for t in range(self.n_iters):
             if x_out is not None:
-                pred = self._predictions(self.G(x_out), batch)
+                pred = self._for_inputs(self._predictions(self.G(x_out), batch))
                 scores = self._agreement(self.S(x_inp, pred), batch, n)
             if self.return_dict and t == self.n_iters - 1:
                 break
-            made = soft_assignment(scores, votes, gate, use, ign, prior=prior, mask=mask, lengths=lengths)
+            made = self._assigned(scores, votes, gate, use, ign, prior=prior, mask=mask, lengths=lengths)
             x_out = made.reshape(*batch, m, made.shape[-1]).to(dtype)
         if not self.return_dict:
             assert x_out is not None

@@ -115,6 +115,14 @@ class GenerativeMatrixRouting(SingleBeta):
     def __repr__(self) -> str:
         return f"{self._get_name()}({self.extra_repr()})"
 
+    def _inputs_here(self) -> int:
+        """n_inp, of which ``fastroute.distributed`` gives some to every process."""
+        return self.n_inp
+
+    def _iterations(self, a: Tensor, mu: Tensor, w: Capsules, mask: Tensor | None) -> Outputs:
+        """The sums over inputs are here alone: ``fastroute.distributed`` makes them sums over processes."""
+        return matrix_routing(a, mu, w, n_iters=self.n_iters, p_model=self.p_model, eps=self.eps, mask=mask)
+
     def _check_inputs(self, a_inp: Tensor, mu_inp: Tensor) -> None:
         for name, t in (("a_inp", a_inp), ("mu_inp", mu_inp)):
             checks.tensor(name, t, "a tensor")
@@ -132,7 +140,7 @@ class GenerativeMatrixRouting(SingleBeta):
         for name, what, expected, got in (
             ("d_cov", "matrices of {} rows", self.d_cov, c),
             ("d_inp", "matrices of {} columns", self.d_inp, d),
-            ("n_inp", "{} input capsules", self.n_inp if self.n_inp_is_fixed else n, n),
+            ("n_inp", "{} input capsules", self._inputs_here() if self.n_inp_is_fixed else n, n),
         ):
             if got != expected:
                 raise ValueError(
@@ -199,7 +207,7 @@ class GenerativeMatrixRouting(SingleBeta):
             found = self._last_iteration(a, mu, w, mask)
             watching.tell(self, "credit", found["R"], None)
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
-        made = matrix_routing(a, mu, w, n_iters=self.n_iters, p_model=self.p_model, eps=self.eps, mask=mask)
+        made = self._iterations(a, mu, w, mask)
         a_out, mu_out, sig2_out = (t.reshape(*batch, *t.shape[1:]) for t in made)
         return a_out, mu_out, sig2_out
 

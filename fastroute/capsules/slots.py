@@ -107,6 +107,20 @@ class SlotAttention(nn.Module):
         names = ("n_slots", "d_inp", "d_slot", "n_iters", "d_hidden", "eps")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
+    # Where inputs are of several processes, fastroute.distributed has others of these.
+
+    def _assigned(self, *args: Any, **options: Any) -> Tensor:
+        """The sums over inputs."""
+        return soft_assignment(*args, **options)
+
+    def _for_inputs(self, t: Tensor) -> Tensor:
+        """What is per output, as each input sees it."""
+        return t
+
+    def _agreed(self, draw: Tensor) -> Tensor:
+        """A draw that has to be the same wherever inputs are."""
+        return draw
+
     def initial_slots(
         self, *batch: int, n_slots: int | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -120,7 +134,7 @@ class SlotAttention(nn.Module):
         n_slots = self.n_slots if n_slots is None else checks.at_least_one("n_slots", n_slots)
         mu, device = self.mu, self.mu.device
         draw = torch.randn(*batch, n_slots, self.d_slot, device=device, dtype=mu.dtype, **draws_of(generator))
-        return mu + self.log_sigma.exp() * draw
+        return mu + self.log_sigma.exp() * self._agreed(draw)
 
     def forward(
         self,
@@ -185,8 +199,8 @@ class SlotAttention(nn.Module):
             norm_mlp, (first,) = _folded(self.norm_mlp, begin)
             for _ in range(self.n_iters):
                 q = to_q(norm_slots(slots)) * self.d_slot**-0.5
-                scores = torch.bmm(k, q.to(k.dtype).mT)
-                updates = soft_assignment(scores, v[:, :, None], mask=mask, lengths=lengths, mean=True, eps=self.eps)
+                scores = torch.bmm(k, self._for_inputs(q).to(k.dtype).mT)
+                updates = self._assigned(scores, v[:, :, None], mask=mask, lengths=lengths, mean=True, eps=self.eps)
                 slots = self.gru(updates.to(dtype).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
                 made = first(norm_mlp(slots))
                 for layer in others:

@@ -7,6 +7,7 @@ Axes: B batch, T iterations, n input vectors in all, k of this rank, m output ve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from math import prod
@@ -14,15 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from ..capsules import EfficientVectorRouting
+from ..capsules import DefinableVectorRouting, EfficientVectorRouting, GenerativeMatrixRouting, SlotAttention
 from ..capsules.stream import Chunks, Ranks, stream
+from ..compat import heinsen_routing
 from ..functional import efficient_routing, vector_routing
 from ..ops import checks
 from ..ops.autograd import asked_again, through, transformed
@@ -37,65 +38,26 @@ from ..ops.masked import only, reaches
 from ..ops.precision import autocast_off, autocast_precision
 from ..ops.vector_routing.op import case_of, gates, row_is_live
 from .agreement import agree
+from .row_definable import RowShardedDefinable
+from .row_layers import RowSharded, RowShardedMatrixRouting, RowShardedRouting2019, RowShardedSlots
+from .row_sums import Rows, along, local, own_mask, shared, shared_by_rows, told, total
 
 __all__ = ["RowShardedCapsules", "RowShardedVectorRouting"]
 
+#: By class: what a layer becomes.
+KINDS: dict[type[nn.Module], type[RowSharded]] = {
+    GenerativeMatrixRouting: RowShardedMatrixRouting,
+    heinsen_routing.GenerativeMatrixRouting: RowShardedMatrixRouting,
+    heinsen_routing.Routing: RowShardedRouting2019,
+    SlotAttention: RowShardedSlots,
+    DefinableVectorRouting: RowShardedDefinable,
+}
 #: Parameters with a row per input vector, where n_inp is fixed.
 _ROWS = ("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign")
 _NOT_PLAIN = (
     "module: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as they were "
     "made, without hooks, parametrizations and adapters, got others, which have to be called on whole input vectors"
 )
-
-
-# ------------------------------------------------------------------------------------------------ sums over ranks
-
-
-def _all_reduce(t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-    try:
-        made: Tensor = funcol.wait_tensor(funcol.all_reduce(t.contiguous(), "sum", group))
-    except RuntimeError as error:
-        if torch.compiler.is_compiling():
-            raise
-        raise RuntimeError(
-            f"RowShardedCapsules: the all-reduce of {what} over ranks {dist.get_process_group_ranks(group)} failed; "
-            f"has one of them ended? {error}"
-        ) from error
-    return made
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks of what each has; its gradient is the same on all ranks, and each rank's own."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-        ctx.group, ctx.what = group, what
-        return _all_reduce(t, group, what)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Shared.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
-
-
-class _Shared(torch.autograd.Function):
-    """What is the same on all ranks, where each begins to compute from it what is its own: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
-        ctx.group, ctx.what = group, what
-        return t.view_as(t)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Sum.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
-
-
-def _total(*parts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """The sums over ranks, in one all-reduce."""
-    several = len(parts) > 1
-    flat = torch.cat([t.flatten() for t in parts]) if several else parts[0].flatten()
-    summed = _Sum.apply(flat, group, "the moments M and p" if several else "the predictions' gradient")  # type: ignore[no-untyped-call]
-    return tuple(s.view(t.shape) for s, t in zip(summed.split([t.numel() for t in parts]), parts, strict=True))
 
 
 def _shared_rows(w: Parameters, n_iters: int, group: dist.ProcessGroup) -> Parameters:
@@ -105,12 +67,8 @@ def _shared_rows(w: Parameters, n_iters: int, group: dist.ProcessGroup) -> Param
     names = [k for k in STEP_NAMES if getattr(w, k).requires_grad and not (n_iters == 1 and k in LATER)]
     if not names:
         return w
-    given: list[Tensor] = [getattr(w, k) for k in names]
-    flat = _Shared.apply(  # type: ignore[no-untyped-call]
-        torch.cat([t.flatten() for t in given]), group, "the gradients of parameters that all input vectors share"
-    )
-    parts = flat.split([t.numel() for t in given])
-    return w._replace(**{k: part.view(t.shape) for k, part, t in zip(names, parts, given, strict=True)})
+    made = shared_by_rows([getattr(w, k) for k in names], group)
+    return w._replace(**dict(zip(names, made, strict=True)))
 
 
 # -------------------------------------------------------------------------------------------------- the iterations
@@ -132,8 +90,8 @@ class _Call(NamedTuple):
         kernel = choose(case_of(x, w.W_F1.shape[0]), self.backend)
         chunks = (passes.Chunk(0, None, x, self.mask, self.lengths, kernel),)
         form = passes.first_form(w, whole=True, masked=self.mask is not None)
-        total = partial(_total, group=self.group)
-        return passes.Call(lambda: chunks, True, form, self.scale, self.n_iters, self.normalize, self.precision, total)
+        of_all = partial(total, group=self.group)
+        return passes.Call(lambda: chunks, True, form, self.scale, self.n_iters, self.normalize, self.precision, of_all)
 
 
 def _differentiable(call: _Call, x: Tensor, w: Parameters) -> Tensor:
@@ -149,12 +107,11 @@ def _differentiable(call: _Call, x: Tensor, w: Parameters) -> Tensor:
             x, gate, pred, w.W_S, w.B_S, w.beta_use, w.beta_ign, use_bias=w.bias_use, ign_bias=w.bias_ign,
             prior=w.prior.to(acc), mask=call.mask, lengths=call.lengths,
         )  # fmt: skip
-        M, p = _total(M, p, group=call.group)
+        M, p = total(M, p, group=call.group)
         with autocast_off(device):
             y = outputs(M, p, call.scale, w)
             if t + 1 < call.n_iters:
-                P = predictions(y, w).P
-                pred = _Shared.apply(P, call.group, "the predictions' gradient")  # type: ignore[no-untyped-call]
+                pred = shared(predictions(y, w).P, call.group, "the predictions' gradient")
     with autocast_off(device):
         return norm(y) if call.normalize else y
 
@@ -206,33 +163,6 @@ def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the layer
 
 
-class _Rows(NamedTuple):
-    """Which input vectors a rank has."""
-
-    mesh: DeviceMesh
-    input_layout: Placement
-    output_layout: Placement
-    use_local_output: bool
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        return self.mesh.get_group()
-
-    @property
-    def ranks(self) -> int:
-        return self.mesh.size()
-
-    def of(self, n: int) -> tuple[int, int]:
-        """(start, count) among n, as ``torch.chunk`` and DTensor's ``Shard`` cut them: the last ranks may have none."""
-        size = -(-n // self.ranks)
-        start = min(self.mesh.get_local_rank() * size, n)
-        return start, min(size, n - start)
-
-
-def _local(t: Any) -> Any:
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
 class RowShardedVectorRouting(EfficientVectorRouting):
     """An ``EfficientVectorRouting`` of which every rank of a mesh has some input vectors, and their parameters.
 
@@ -241,8 +171,12 @@ class RowShardedVectorRouting(EfficientVectorRouting):
     process to rounding, on every rank.
     """
 
-    _rows: _Rows
+    _rows: Rows
     _first = True
+
+    def has_rows(self, name: str) -> bool:
+        """Whether a parameter or buffer has a row per input vector."""
+        return self.n_inp != -1 and name in _ROWS
 
     def _own(self, x_inp: Tensor) -> tuple[Tensor, int | None]:
         """(this rank's vectors [..., k, d], how many there are in all, None where only other ranks know)."""
@@ -302,17 +236,8 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             or m._backward_pre_hooks or "forward" in m.__dict__) for m in known.values()
         )  # fmt: skip
 
-    def _places(self, n: int | None, k: int) -> tuple[int | Tensor, int | Tensor]:
-        """(how many vectors there are in all, how many are before this rank's)."""
-        if n is not None:
-            return n, self._rows.of(n)[0]
-        own = torch.full((1,), k, dtype=torch.int64, device=self.W_A.device)
-        gather = torch.ops._c10d_functional.all_gather_into_tensor  # whose wrapper has two names in torch 2.11 to 2.13
-        counts = funcol.wait_tensor(gather(own, self._rows.ranks, self._rows.group.group_name))
-        return counts.sum(), counts[: self._rows.mesh.get_local_rank()].sum()
-
     def _local_parameters(self) -> Parameters:
-        return Parameters(*map(_local, self._parameters_by_name()))
+        return Parameters(*map(local, self._parameters_by_name()))
 
     def forward(  # type: ignore[override]
         self, x_inp: Tensor, mask: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
@@ -336,7 +261,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             ValueError, TypeError: naming the argument. In the first call, and in every call under ``fastroute.strict``,
                 the ranks compare what they were given: if it cannot go together, all of them raise.
         """
-        checking = not torch.compiler.is_compiling() and (self._first or is_strict())
+        checking = not (torch.compiler.is_compiling() or transformed()) and (self._first or is_strict())
         try:
             self._can_be_sharded()
             x, n = self._own(x_inp)
@@ -352,7 +277,8 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             agree(
                 {"leading dimensions of x_inp": x.shape[:-2], "dtype of x_inp": x.dtype, "vectors in all": n,
                  "lengths": lengths, "autocast": autocast_precision(x.device.type), "gradient mode":
-                 torch.is_grad_enabled(), "gradients": any(t.requires_grad for t in (x, *self.parameters()))},
+                 torch.is_grad_enabled(), "gradients": any(t.requires_grad for t in (x, *self.parameters())),
+                 **told(self, self._rows, {"x_inp": x_inp})},
                 self._rows.mesh, layer=type(self).__name__,
             )  # fmt: skip
             self._first = False
@@ -361,14 +287,14 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         if rows.use_local_output and isinstance(rows.output_layout, Replicate):
             return y
         made = DTensor.from_local(y, rows.mesh, [Replicate()], run_check=False)
-        made = made.redistribute(placements=[_along(rows.output_layout, y.dim())])
+        made = made.redistribute(placements=[along(rows.output_layout, y.dim())])
         return made.to_local() if rows.use_local_output else made
 
     def _own_mask(self, mask: Tensor | None, x: Tensor, n: int | None) -> Tensor | None:
         if mask is None:
             return None
         checks.tensor("mask", mask, "a bool tensor")
-        mask = _whole_or_own(mask)
+        mask = own_mask(mask)
         checks.together(("x_inp", x), {"mask": mask})
         k = x.shape[-2]
         if n is not None and mask.dim() > 1 and mask.shape[-2] == n != k:
@@ -393,7 +319,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
                 x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths
             )  # fmt: skip
             return x_out.reshape(*batch, self.n_out, self.d_out)
-        in_all, before = self._places(n, k)
+        in_all, before = self._rows.places(n, k, x.device)
         if isinstance(in_all, Tensor) and may_look(in_all):
             in_all, before = int(in_all), int(before)
             if in_all == 0:
@@ -456,7 +382,9 @@ class RowShardedVectorRouting(EfficientVectorRouting):
                 group, layer=named,
             )  # fmt: skip
             count = 0 if empty else count
-            in_all, before = (int(t) for t in self._places(None if self.n_inp == -1 else self.n_inp, count))
+            in_all, before = (
+                int(t) for t in self._rows.places(None if self.n_inp == -1 else self.n_inp, count, w.W_A.device)
+            )
             if in_all == 0:
                 raise ValueError("chunks: expected at least 1 input vector on some rank, got none")
             return in_all, before, count
@@ -464,7 +392,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         try:
             self._can_be_sharded()
             w = self._local_parameters()
-            ranks = None if self._rows.ranks == 1 else Ranks(place, partial(_total, group=group))
+            ranks = None if self._rows.ranks == 1 else Ranks(place, partial(total, group=group))
             n_inp = -1 if own is None else own
             if empty:  # as in forward
                 nothing = torch.zeros((*getattr(chunks, "shape", ())[:-2], 1, self.d_inp), dtype=w.W_A.dtype)
@@ -490,26 +418,15 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         values are not those that one process draws from the same seed.
         """
         k = -1 if self.n_inp == -1 else max(1, self._rows.of(self.n_inp)[1])
-        w = _local(self.W_A)
+        w = local(self.W_A)
         drawn = EfficientVectorRouting(k, self.n_out, self.d_inp, self.d_out, device=w.device, dtype=w.dtype)
         theirs = dict(drawn.state_dict())
         for name, t in (*self.named_parameters(), *self.named_buffers()):
-            own = _local(t)
+            own = local(t)
             value = theirs[name]
-            if self.n_inp == -1 or name not in _ROWS:
+            if not self.has_rows(name):
                 dist.broadcast(value, group=self._rows.group, group_src=0)
             own.copy_(value[: own.shape[0]])
-
-
-def _along(layout: Placement, dims: int) -> Placement:
-    return Shard(layout.dim % dims) if isinstance(layout, Shard) else layout
-
-
-def _whole_or_own(mask: Tensor) -> Tensor:
-    """A DTensor's local part if it has some vectors of each sample, else all of it."""
-    if not isinstance(mask, DTensor):
-        return mask
-    return mask.to_local() if mask.placements == (Shard(mask.dim() - 2),) else mask.full_tensor()
 
 
 def _with_a_row(w: Parameters) -> Parameters:
@@ -523,23 +440,29 @@ def _with_a_row(w: Parameters) -> Parameters:
 
 
 class RowShardedCapsules(ParallelStyle):
-    """Sharding of an ``EfficientVectorRouting`` over a mesh dimension by its input vectors.
+    """Sharding of a capsule layer over a mesh dimension by its inputs.
 
-    For ``torch.distributed.tensor.parallel.parallelize_module``. Every rank has about n / N of the input vectors and,
-    with n_inp fixed, of the parameters that belong to them (``Shard(0)``); it has all others (``Replicate()``). An
-    iteration costs one all-reduce of n_out (d_inp + 1) numbers per sample forward and, but for the first one, one of
-    n_out d_inp backward. Heinsen (2022), "An Algorithm for Routing Vectors in Sequences": the sums over i of section 2.
+    For ``torch.distributed.tensor.parallel.parallelize_module``. Every rank has about n / N of the inputs and, with
+    n_inp fixed, of the parameters that belong to them (``Shard(0)``); it has all others (``Replicate()``). What an
+    iteration sums over inputs is summed over ranks: one all-reduce forward (``GenerativeMatrixRouting``: two) and, but
+    for the first one, one backward; their sizes do not depend on n. Heinsen (2022), "An Algorithm for Routing Vectors
+    in Sequences", section 2; Heinsen (2019), section 2; Locatello et al. (2020), Algorithm 1.
+
+    Layers: ``EfficientVectorRouting``, ``GenerativeMatrixRouting``, ``SlotAttention``, ``DefinableVectorRouting`` whose
+    A, F and S treat each input vector alone, and those of ``fastroute.compat.heinsen_routing``.
 
     Args:
-        input_layouts: ``Shard(-2)`` (default): tensors that are given are this rank's input vectors. ``Replicate()``:
-            they are all input vectors, on every rank. DTensors of any layout are taken either way.
-        output_layouts: ``Replicate()`` (default): every rank has all output vectors. ``Shard(-2)``: each its own ones.
+        input_layouts: ``Shard(-2)`` (default): tensors that are given are this rank's inputs. ``Replicate()``: they are
+            all inputs, on every rank. DTensors of any layout are taken either way.
+        output_layouts: ``Replicate()`` (default): every rank has all outputs. ``Shard(-2)``: each its own ones.
         use_local_output: return local tensors, not DTensors.
+        row_parameters: of a ``DefinableVectorRouting``: names of parameters [n_inp, ...] in A, F and S, such as
+            "F.weight", of which every rank has the rows of its inputs.
 
     Raises:
-        TypeError, ValueError: at set-up, on all ranks: the module is no ``EfficientVectorRouting``, has
-            ``return_dict=True``, or has hooks, adapters or parametrizations; the mesh has several dimensions; the
-            modules differ between ranks.
+        TypeError, ValueError: at set-up, on all ranks: the module is none of these layers, has ``return_dict=True``, or
+            hooks, adapters or parametrizations (``EfficientVectorRouting``), or parameters that inputs and outputs
+            share; the mesh has several dimensions; the modules differ between ranks.
 
     Example::
 
@@ -554,6 +477,7 @@ class RowShardedCapsules(ParallelStyle):
         input_layouts: Placement | None = None,
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
+        row_parameters: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, layout in (("input_layouts", input_layouts), ("output_layouts", output_layouts)):
@@ -561,19 +485,37 @@ class RowShardedCapsules(ParallelStyle):
                 raise TypeError(f"{name}: expected Shard(-2) or Replicate(), got {layout!r}")
         self.input_layouts = input_layouts or Shard(-2)
         self.output_layouts = output_layouts or Replicate()
-        self.use_local_output = use_local_output
+        self.use_local_output, self.row_parameters = use_local_output, tuple(row_parameters)
 
-    def _check(self, module: nn.Module, mesh: DeviceMesh) -> EfficientVectorRouting:
+    def _check(self, module: nn.Module, mesh: DeviceMesh) -> type[nn.Module]:
+        """What the layer becomes."""
         if mesh.ndim != 1:
             raise ValueError(f"device_mesh: expected one dimension, such as mesh['sequence'], got {mesh}")
         sharded = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
         if sharded:
             raise ValueError(f"module: expected parameters that are not sharded, got DTensors: {', '.join(sharded)}")
-        if type(module) is not EfficientVectorRouting:
+        kind = KINDS.get(type(module))
+        if kind is None and type(module) is not EfficientVectorRouting:
+            layers: tuple[type[nn.Module], ...] = (EfficientVectorRouting, *KINDS)
+            known = ", ".join(dict.fromkeys(layer.__name__ for layer in layers))
             raise TypeError(
-                f"module: expected an EfficientVectorRouting, got {type(module).__name__}, which cannot be sharded by "
-                "its input vectors; name the routing itself in parallelize_module's plan"
+                f"module: expected one of {known}, got {type(module).__name__}, which cannot be sharded by its inputs; "
+                "name the routing itself in parallelize_module's plan"
             )
+        there = dict(module.named_parameters())
+        for name in self.row_parameters:
+            n = getattr(module, "n_inp", -1)
+            if kind is not RowShardedDefinable or name not in there or n == -1 or there[name].shape[:1] != (n,):
+                raise ValueError(
+                    "row_parameters: expected names of parameters [n_inp, ...] of a DefinableVectorRouting with a "
+                    f"fixed n_inp, got {name!r}"
+                )
+        if kind is not None:
+            problem = kind.refuses(module)
+            if problem is not None:
+                raise problem
+            return kind
+        assert isinstance(module, EfficientVectorRouting)
         names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
         if "parametrizations" in module._modules or names - {*Parameters._fields, "weight", "bias"}:
             raise ValueError("module: expected no parametrizations; remove them, or shard first")
@@ -581,31 +523,32 @@ class RowShardedCapsules(ParallelStyle):
             raise ValueError("return_dict: expected False, got True: no rank has whole [n_inp, n_out] arrays")
         if not module._is_plain():
             raise ValueError(_NOT_PLAIN)
-        return module
+        return RowShardedVectorRouting
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         have: dict[str, object] = {}
         try:
-            layer = self._check(module, device_mesh)
-            have |= {"module": repr(layer), "input_layouts": self.input_layouts, "output_layouts": self.output_layouts}
-            have |= {name: [t.dtype, t.shape, t.requires_grad] for name, t in layer.named_parameters()}
-            have |= {"use_local_output": self.use_local_output}
+            kind = self._check(module, device_mesh)
+            named = re.sub(r" at 0x[0-9a-f]+", "", repr(module))  # functions of the user's
+            have |= {"module": named, "input_layouts": self.input_layouts, "output_layouts": self.output_layouts}
+            have |= {name: [t.dtype, t.shape, t.requires_grad] for name, t in module.named_parameters()}
+            have |= {"use_local_output": self.use_local_output, "row_parameters": self.row_parameters}
         except Exception as error:
             have["module"] = error
         agree(have, device_mesh if device_mesh.ndim == 1 else None, layer=type(self).__name__)
-        for owner in (layer, *layer.children()):
+        own, made = type(module), dict[int, Any]()
+        module.__class__ = kind if kind is RowShardedVectorRouting else type(kind.__name__, (kind, own), {})
+        layer: Any = module
+        layer._rows = Rows(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output)
+        layer._more_rows = self.row_parameters
+        for prefix, owner in list(layer.named_modules()):
             for name, t in (*owner._parameters.items(), *owner._buffers.items()):
                 if t is None:
                     continue
-                split = owner is layer and layer.n_inp != -1 and name in _ROWS
-                made = distribute_tensor(
-                    t.detach(), device_mesh, [Shard(0) if split else Replicate()], src_data_rank=self.src_data_rank
-                )
-                if name in owner._buffers:
-                    owner._buffers[name] = made
-                else:
-                    owner.register_parameter(name, nn.Parameter(made, requires_grad=t.requires_grad))
-        layer.__class__ = RowShardedVectorRouting
-        assert isinstance(layer, RowShardedVectorRouting)
-        layer._rows = _Rows(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output)
-        return layer
+                place = Shard(0) if layer.has_rows(f"{prefix}.{name}" if prefix else name) else Replicate()
+                if id(t) not in made:  # tied ones stay so
+                    whole = distribute_tensor(t.detach(), device_mesh, [place], src_data_rank=self.src_data_rank)
+                    is_parameter = isinstance(t, nn.Parameter)
+                    made[id(t)] = nn.Parameter(whole, requires_grad=t.requires_grad) if is_parameter else whole
+                (owner._buffers if name in owner._buffers else owner._parameters)[name] = made[id(t)]
+        return module

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
 
 from .agreement import agree
-from .experts import spread_modules
+from .experts import own_names, spread_modules
 
 __all__ = ["Checkpoints", "full_state_dict", "load_full_state_dict"]
 
@@ -120,10 +121,12 @@ class Checkpoints:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(path, ignore_errors=True)  # of a run that ended while it saved
         # nobody writes before the first rank is here, too
-        agree(
-            {"step": step, "names": sorted(state["modules"]), "more": sorted(state["more"])}, self._group,
-            layer=type(self).__name__,
-        )  # fmt: skip
+        own = own_names(self._root)
+        names = [
+            f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" if isinstance(t, Tensor) else key
+            for key, t in sorted(state["modules"].items()) if key not in own
+        ]  # fmt: skip
+        agree({"step": step, "names": names, "more": sorted(state["more"])}, self._group, layer=type(self).__name__)
         if asynchronous:
             self._saving = async_save(state, checkpoint_id=path, process_group=self._group, no_dist=self._alone)
         else:
@@ -174,13 +177,23 @@ class Checkpoints:
                 raise FileNotFoundError(f"step: expected one of {there} in {self.folder}, got {step}")
             return None
         state = self._state(which)
+        self._leave_out(state["optimizers"], FileSystemReader(self._path(which)).read_metadata().state_dict_metadata)
         load(state, checkpoint_id=self._path(which), process_group=self._group, no_dist=self._alone)
-        set_state_dict(
-            self._root, self._optimizers, model_state_dict=state["modules"], optim_state_dict=state["optimizers"]
-        )
+        set_model_state_dict(self._root, state["modules"])
+        if self._optimizers:
+            options = StateDictOptions(strict=False)  # what has no state is known to have had none
+            set_optimizer_state_dict(self._root, self._optimizers, state["optimizers"], options=options)
         for name, each in self._more.items():
             each.load_state_dict(state["more"][name])
         return int(state["step"])
+
+    @staticmethod
+    def _leave_out(optimizers: dict[str, Any], there: Mapping[str, Any]) -> None:
+        """The state of parameters that had no gradient in any step before the save, so that no state was saved."""
+        known = {key.rpartition(".")[0] for key in there if key.startswith("optimizers.state.")}
+        of_parameters = optimizers.get("state", {})
+        for name in [name for name in of_parameters if f"optimizers.state.{name}" not in known]:
+            del of_parameters[name]
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:

@@ -88,8 +88,17 @@ def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
     Their gradients are means over the expert mesh already; over a data mesh beside it, ``ExpertParallel(replicas=...)``
     makes them so. Let go of the wrapper before ``destroy_process_group``: freed after its group, it can wait for ever
     (torch 2.13, gloo).
+
+    Raises:
+        ValueError: other parameters are DTensors, which DDP cannot replicate.
     """
     experts = {id(p) for p in expert_parameters(model)}
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor) and id(p) not in experts]
+    if sharded:
+        raise ValueError(
+            f"ddp: expected parameters that are not sharded, got DTensors: {', '.join(sharded)}; replicate them with "
+            'fully_shard(model, mesh=mesh["data"])'
+        )
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in experts]
     names += [name for name, _ in model.named_buffers() if _is_of_one_rank(model, name)]
     if names:
@@ -109,7 +118,13 @@ def shard(model: Model, mesh: DeviceMesh, *, data: str = "data", expert: str = "
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: the mesh has other dimensions.
     """
+    named = mesh.mesh_dim_names or ()
+    if mesh.ndim != 2 or not {data, expert} <= set(named):
+        raise ValueError(f"mesh: expected two dimensions, {data!r} and {expert!r}, got {mesh}")
     experts = set(expert_parameters(model))
     fully_shard(model, mesh=mesh[data, expert]._flatten(), ignored_params=experts, **options)
     others = set(model.parameters()) - experts

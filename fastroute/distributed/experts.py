@@ -21,6 +21,7 @@ from ..functional import combine, expert_ffn
 from ..networks import MoE, Selection, Stack, grouped_modules
 from ..networks.gating import Routed
 from ..ops import dispatch
+from ..ops.autograd import transformed
 from ..ops.backends import is_strict
 from ..ops.dispatch.contract import Plan
 from ..ops.precision import autocast_dtype
@@ -113,7 +114,7 @@ class ExpertParallel(ParallelStyle):
         if isinstance(module, (_ParallelMoE, _ParallelSelection)):
             raise TypeError(f"{_name(module)}: expected a layer that is not spread yet, got one that is")
         what = _described(module, self)
-        problem = _problem(module, device_mesh)
+        problem = _problem(module, device_mesh) or _other_ranks(self.replicas, device_mesh)
         agree(what if problem is None else {**what, "module": problem}, device_mesh, layer=_name(module))
         spread = _Shards(module, device_mesh, self)
         kind = _ParallelMoE if isinstance(module, MoE) else _ParallelSelection
@@ -165,6 +166,18 @@ def _problem(module: nn.Module, mesh: DeviceMesh) -> Exception | None:
                     f"{name}: expected modules with tensors of their own, but {part_name} of module {k}, which goes to "
                     f"rank {rank}, is that of module {other[0]}, which goes to rank {other[1]}"
                 )
+    return None
+
+
+def _other_ranks(replicas: DeviceMesh | None, mesh: DeviceMesh) -> Exception | None:
+    """Gradients of different modules would be averaged if a rank of the mesh were among a rank's replicas."""
+    if replicas is None:
+        return None
+    if replicas.ndim != 1 or set(replicas.mesh.tolist()) & set(mesh.mesh.tolist()) != {dist.get_rank()}:
+        return ValueError(
+            f"replicas: expected another dimension of the mesh than the modules', as mesh['data'] beside "
+            f"mesh['expert'], got {replicas} beside {mesh}"
+        )
     return None
 
 
@@ -255,6 +268,7 @@ class _Shards:
         self.replicas = 1 if replicas is None else replicas.size()
         self.replicas_group = "" if replicas is None else replicas.get_group().group_name
         self.shapes: dict[Any, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.first = True
 
     def __deepcopy__(self, memo: Any) -> _Shards:
         made = _Shards.__new__(_Shards)
@@ -264,6 +278,26 @@ class _Shards:
     def place_of(self, trains: bool) -> Place:
         """The place, with what is known of the modules."""
         return Place(**{**self.place.__dict__, "trains": trains})
+
+    def meet(self, given: dict[str, Any], batch: Any) -> None:
+        """In a first call, and in every call under ``strict``: the ranks compare what they are called with."""
+        strict = is_strict()
+        if torch.compiler.is_compiling() or transformed() or not (self.first or strict):
+            return
+        what: dict[str, object] = {"gradient mode": torch.is_grad_enabled()}
+        what["autocast"] = str(autocast_dtype(self.mesh.device_type))
+        B = batch.shape[:1] if isinstance(batch, Tensor) else None
+        for name, t in given.items():
+            if isinstance(t, Tensor):
+                each = "one for each sample" if t.shape[:1] == B else f"{list(t.shape)} for {B} samples"
+                what[name] = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape[1:])}, {each}"
+            else:
+                what[name] = "none" if t is None else type(t).__name__
+        if self.samples == "all" and isinstance(batch, Tensor):
+            what["number of samples"] = B
+            what |= {"samples": batch, **given} if strict and not isinstance(batch, DTensor) else {}
+        agree(what, self.mesh, layer=self.place.layer)
+        self.first = False
 
     def through(
         self,
@@ -393,6 +427,7 @@ class _ParallelMoE(MoE):
     def forward(self, x: Any, mask: Any = None, *, return_aux: bool = False) -> Any:
         """As of the one-process layer; see :class:`ExpertParallel`."""
         shards = self._shards
+        shards.meet({"x": x, "mask": mask}, x)
         made = super().forward(shards.given(x), shards.given(mask), return_aux=return_aux)
         if return_aux:
             return shards.returned(made[0], x), made[1]  # type: ignore[arg-type]
@@ -430,6 +465,7 @@ class _ParallelSelection(Selection):
     def forward(self, batch: Any, meta: Any, actions: Any, mask: Any = None, *, weights: Any = None) -> Any:
         """As of the one-process layer; see :class:`ExpertParallel`."""
         given = self._shards.given
+        self._shards.meet({"actions": actions, "weights": weights, "mask": mask}, batch)
         as_given = actions
         y, meta, actions = super().forward(given(batch), meta, given(actions), given(mask), weights=given(weights))
         return self._shards.returned(y, batch), meta, as_given
@@ -525,6 +561,16 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
+
+
+def own_names(model: nn.Module) -> set[str]:
+    """What this rank's own modules of spread selections save, by ``model``'s names without those of wrappers."""
+    found = set[str]()
+    for name, m in model.named_modules():
+        if isinstance(m, _ParallelSelection):
+            state = m._submodules.state_dict(prefix=f"{name}._submodules." if name else "_submodules.")
+            found |= {key for key, t in state.items() if not isinstance(t, DTensor)}
+    return found
 
 
 def spread_modules(model: nn.Module) -> dict[str, Tensor]:

@@ -332,9 +332,9 @@ def bad_input(world: World) -> None:
     def shard(module: torch.nn.Module, mesh: Any = mesh, **options: Any) -> Any:
         return parallelize_module(module, mesh, RowShardedCapsules(**options))
 
-    slots = fastroute.capsules.SlotAttention(3, 4, 2) if odd else layer()
-    says(r"TypeError: module: .*SlotAttention.* on rank 2", ValueError, lambda: shard(slots))
-    says(r"EfficientVectorRouting, got Linear", TypeError, lambda: shard(torch.nn.Linear(2, 2)))
+    other = torch.nn.Bilinear(3, 4, 2) if odd else layer()
+    says(r"TypeError: module: .*Bilinear.* on rank 2", ValueError, lambda: shard(other))
+    says(r"EfficientVectorRouting, .*, got Linear", TypeError, lambda: shard(torch.nn.Linear(2, 2)))
     says("return_dict: expected False, got True", ValueError, lambda: shard(layer(return_dict=True)))
     says(r"module: .*n_inp=10.* on ranks 0, 1 and 3, .*n_inp=9.* on rank 2", ValueError,
          lambda: shard(layer(9 if odd else N)))  # fmt: skip
@@ -364,6 +364,13 @@ def bad_input(world: World) -> None:
     sharded(x)
     with fastroute.strict(True):  # later calls, too
         says("dtype of x_inp: .*float32 on rank 2", ValueError, lambda: sharded(x.float() if odd else x))
+    whole = shard(layer(), input_layouts=Replicate())
+    whole(vectors())
+    with fastroute.strict(True):
+        says("x_inp: expected the same", ValueError, lambda: whole(vectors() + odd))
+    later = shard(layer())
+    later.W_F2.requires_grad_(not odd)
+    says(r"frozen: .*\[W_F2\] on rank 2", ValueError, lambda: later(x))
     says("mask: expected .*broadcasts", ValueError, lambda: sharded(x, torch.zeros(4, 4, dtype=torch.bool)))
     says("lengths: expected values from 0 to 10", ValueError, lambda: shard(layer(-1))(x, lengths=[N, 11]))
     says("at least 1 input vector", ValueError, lambda: shard(layer(-1))(x[:, :0]))

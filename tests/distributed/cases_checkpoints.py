@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,18 +12,7 @@ import fastroute
 from fastroute.distributed import Checkpoints, RowShardedCapsules, full_state_dict, load_full_state_dict
 from fastroute.multitask.weighting import WEIGHTINGS
 from tests.distributed.cases_capsules import D, N, full, layer, own, same, vectors
-from tests.distributed.ranks import World, case
-
-
-@contextmanager
-def folder(world: World) -> Iterator[Path]:
-    """One that all ranks have; the parent's directory tells them which."""
-    path = Path(tempfile.gettempdir()) / f"fastroute-checkpoints-{os.getppid()}"
-    dist.barrier()
-    yield path
-    dist.barrier()
-    if world.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
+from tests.distributed.ranks import World, case, folder
 
 
 class Model(nn.Module):

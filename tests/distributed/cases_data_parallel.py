@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 
 import fastroute
 from fastroute import networks
-from fastroute.distributed import ddp, prepare
+from fastroute.distributed import Checkpoints, RowShardedCapsules, ddp, prepare, shard
 from fastroute.multitask import MTLModel
 from fastroute.tasks import TaskRouter, set_task
 from tests.distributed.cases_experts import message, same
@@ -271,3 +272,15 @@ def load_of_the_group(world: World) -> None:
     mean = own_aux.loss.detach().clone()
     dist.all_reduce(mean)
     same(mean / RANKS, aux.loss.detach())
+
+
+@case
+def what_cannot_be_wrapped(world: World) -> None:
+    mesh = world.rows(RANKS)
+    sharded = parallelize_module(Capsules(), mesh, {"routing": RowShardedCapsules()})
+    assert "fully_shard(model" in message(ValueError, lambda: ddp(sharded))
+    for wrong in (mesh, world.meshes[2]):
+        assert "'data' and 'expert'" in message(ValueError, lambda wrong=wrong: shard(nn.Linear(D, D), wrong))
+    assert "names: expected the same" in message(
+        ValueError, lambda: Checkpoints("unwritten", nn.Linear(D, 1 + (world.rank == 2))).save(1)
+    )

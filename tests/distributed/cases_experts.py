@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastroute
 from fastroute.distributed import (
     AllToAll,
+    Checkpoints,
     ExpertParallel,
     Local,
     ddp,
@@ -36,7 +37,7 @@ from fastroute.distributed import (
     whole_state_dict,
 )
 from fastroute.networks import MoE, Selection, TopKGating, Trajectory
-from tests.distributed.ranks import World, case
+from tests.distributed.ranks import World, case, folder
 
 F64 = torch.float64
 SIZES = (3, 0, 7, 2)  #: samples of each rank
@@ -264,6 +265,28 @@ def bad_input_is_an_error_on_all_ranks(world: World) -> None:
     assert "torch.float64 on 0" in said
     unlike = spread(Selection(*(nn.Linear(D, 4 + (k == 2)) for k in range(4))))
     assert "outputs of one shape" in message(ValueError, lambda: unlike(x, Trajectory(5), torch.arange(5) % 4))
+    mine = torch.arange(5) % 4
+
+    def chosen(actions: Any, **given: Any) -> str:
+        select = spread(Selection(*(nn.Linear(D, D) for _ in range(4))))
+        return message(ValueError, lambda: select(x, Trajectory(5), actions, **given))
+
+    assert "actions: expected the same" in chosen(mine.float() if first else mine)
+    assert "[4] for " in chosen(mine[:4] if first else mine)
+    assert "actions: expected the same" in chosen(mine[:, None] if first else mine)
+    assert "mask: expected the same" in chosen(mine, mask=mine > 0 if first else None)
+    assert "replicas: expected another dimension" in message(ValueError, lambda: spread(experts(4), replicas=mesh))
+    mixture = spread(MoE(D, 5, 4, 2))
+    with torch.set_grad_enabled(not first):
+        assert "gradient mode" in message(ValueError, lambda: mixture(x))
+    assert "x: expected the same" in message(ValueError, lambda: mixture(x[:, : D - first]))
+    mixture(x)
+    with torch.set_grad_enabled(not first), fastroute.strict(True):  # later calls, too
+        assert "gradient mode" in message(ValueError, lambda: mixture(x))
+    alike = spread(MoE(D, 5, 4, 2), input_layouts=Replicate())
+    assert "number of samples" in message(ValueError, lambda: alike(x[: 5 - first]))
+    with fastroute.strict(True):
+        assert "samples: expected the same" in message(ValueError, lambda: alike(x + first))
     assert "Replicate() with Local" in message(
         ValueError, lambda: ExpertParallel(dispatcher=Local(), input_layouts=Shard(0))
     )
@@ -455,6 +478,29 @@ def saved_on_four_ranks_loaded_on_two(world: World) -> None:
         dist.barrier()
         if world.rank == 0:
             shutil.rmtree(folder)
+
+
+@case
+def a_run_is_saved_and_goes_on(world: World) -> None:
+    """``Checkpoints`` of modules that ranks have for themselves, and of what had no gradient yet."""
+    for stacked in (False, True):
+        model = nn.ModuleList([nn.Linear(D, D, dtype=F64), experts(4, stacked=stacked)])
+        parallelize_module(model, world.rows(4), {"1": ExpertParallel()})
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        x, a = torch.ones(4, D, dtype=F64), torch.arange(4)
+        model[1](x, Trajectory(4), a)[0].square().sum().backward()  # the first layer has no gradient
+        optimizer.step()
+        expected = whole_state_dict(model)
+        with folder(world) as path:
+            Checkpoints(path, model, optimizer).save(1)
+            other = nn.ModuleList([nn.Linear(D, D, dtype=F64), experts(4, stacked=stacked)])
+            parallelize_module(other, world.rows(2), {"1": ExpertParallel()})
+            its = torch.optim.Adam(other.parameters(), 0.1)
+            assert Checkpoints(path, other, its).load() == 1
+            found = whole_state_dict(other)
+            for name, t in expected.items():
+                same(found[name], t, name)
+            assert not its.state[other[0].weight]
 
 
 @case

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from fastroute.distributed import Checkpoints, RowShardedCapsules, capsules
+from fastroute.distributed import Checkpoints, RowShardedCapsules, row_sums
 from tests.distributed.cases_capsules import B, N, full, layer, vectors
 from tests.distributed.ranks import fork
 
@@ -83,7 +83,7 @@ def train(folder: Path, where: str, when: int, victim: bool) -> dict[str, Tensor
                 if calls == 2:
                     end()
 
-            before(capsules, "_all_reduce", second)
+            before(row_sums, "all_reduce", second)
         if victim and step == when and where == "saving":
             before(FileSystemWriter, "write_data", end)
         optimizer.zero_grad()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tests.distributed import ranks
 from tests.distributed.ranks import failed, started
-from tests.helpers.subprocesses import ROOT
+from tests.helpers.subprocesses import ROOT, ran
 
 NAMES = [
     f"{path.stem}.{name}"
@@ -48,11 +48,8 @@ def test_killed_runs_go_on_on_fewer_ranks(tmp_path: Path) -> None:
 def test_torchrun_restarts(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/examples/distributed"}
-    ran = subprocess.run(
-        [sys.executable, *command, "-m", "tests.distributed.killed", str(tmp_path)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    done = ran([sys.executable, *command, "-m", "tests.distributed.killed", str(tmp_path)], 300, env)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
     report = json.loads((tmp_path / "report").read_text())
     assert not report["first"]
     assert report["difference"] < 1e-12
@@ -60,8 +57,8 @@ def test_torchrun_restarts(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_examples(tmp_path: Path) -> None:
-    found = [json.loads(line) for line in started("tests.distributed.run_examples", str(tmp_path)).splitlines()]
-    assert [set(statuses) for statuses, _ in found] == [{0}] * 4
+    printed = started("tests.distributed.run_examples", "capsules", str(tmp_path))
+    found = [json.loads(line) for line in printed.splitlines()]
     begun, resumed, streamed, alone = (text for _, text in found)
     assert "2 processes on cpu, 15 of 30 vectors on rank 0, from step 0" in begun
     assert "4 processes on cpu, 15 of 30 vectors on rank 0, from step 4" in resumed and "running accuracy" in resumed
@@ -92,6 +89,13 @@ def test_one_process(alone: ranks.World, tmp_path: Path) -> None:
             checkpoints.load(4)
 
 
+def test_other_layers_in_one_process(alone: ranks.World) -> None:
+    from tests.distributed.cases_layers import THREE, N, compare
+
+    for name, n_inp in THREE:
+        compare(alone, 1, name, N, n_inp, lengths=[N, 3])
+
+
 def test_agreement_without_a_group() -> None:
     from fastroute.distributed import agree
 
@@ -106,3 +110,12 @@ def test_it_is_not_imported_unasked() -> None:
             assert not re.search(r"^\s*(from|import) .*(fastroute|\.)\.?distributed", path.read_text(), re.MULTILINE), (
                 path
             )
+
+
+def test_waiting_for_processes_ends() -> None:
+    """Whatever they leave behind has the output open; and what they printed is told."""
+    began = time.monotonic()
+    assert ran(["sh", "-c", "echo said; sleep 60 & exit 3"], 30).returncode == 3
+    with pytest.raises(AssertionError, match=r"(?s)not done after 0.2 s.*said"):
+        ran(["sh", "-c", "echo said; sleep 60 & sleep 60"], 0.2)
+    assert time.monotonic() - began < 30

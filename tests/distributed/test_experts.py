@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,9 +85,10 @@ def test_a_model_of_all_families_is_prepared(mesh: DeviceMesh) -> None:
 @pytest.mark.long
 def test_examples(tmp_path: Path) -> None:
     """On two processes, for a few steps."""
-    started("tests.distributed.run_expert_examples", str(tmp_path))
-    assert "8 of 16 experts on rank 0" in (tmp_path / "experts").read_text()
-    assert "samples by module" in (tmp_path / "routing_network").read_text()
+    printed = started("tests.distributed.run_examples", "experts", str(tmp_path))
+    experts, network = (json.loads(line)[1] for line in printed.splitlines())
+    assert "8 of 16 experts on rank 0" in experts
+    assert "samples by module" in network
     assert torch.load(tmp_path / "experts.pt", weights_only=True)["moe.w_down"].shape == (16, 32, 64)
 
 

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def ran(
+    command: Sequence[str], timeout: float, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, and end all that it has started when it has not ended in so many seconds.
+
+    Output goes to files: a pipe stays open as long as a grandchild has it, and whoever reads it waits for that.
+
+    Raises:
+        AssertionError: it did not end; with what it printed.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+
+        def said(file: Any) -> str:
+            file.seek(0)
+            text: str = file.read().decode(errors="replace")
+            return text
+
+        process = subprocess.Popen(command, env=env, cwd=cwd, stdout=out, stderr=err, start_new_session=True)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what a command that has ended left behind
+        printed = said(out), said(err)
+    assert status is not None, (
+        f"{' '.join(command)[:200]}: not done after {timeout} s\n{printed[0][-4000:]}\n{printed[1][-8000:]}"
+    )
+    return subprocess.CompletedProcess(command, status, *printed)
 
 
 def run_python(
@@ -20,13 +56,11 @@ def run_python(
         env.pop(name, None)
         if value is not None:
             env[name] = value
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return ran([sys.executable, "-c", code], timeout, env)
 
 
 def check_python(code: str, environment: Mapping[str, str | None] | None = None, timeout: float = 300) -> str:
     """What ``code`` printed; it must end well."""
-    ran = run_python(code, environment, timeout)
-    assert ran.returncode == 0, f"exit status {ran.returncode}\n{ran.stdout[-4000:]}\n{ran.stderr[-8000:]}"
-    return ran.stdout
+    done = run_python(code, environment, timeout)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout

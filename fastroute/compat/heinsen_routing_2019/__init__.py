@@ -122,6 +122,10 @@ class Routing(SingleBeta):
         betas = (beta.expand(-1, n_out) for beta in (self.beta_use, self.beta_ign))
         return Capsules(self.W.expand(-1, n_out, -1, -1), self.B + self.B_brk * t, *betas)
 
+    def _iterations(self, a: Tensor, mu: Tensor, w: Capsules, mask: Tensor | None) -> Outputs:
+        """The sums over inputs are here alone: ``fastroute.distributed`` makes them sums over processes."""
+        return matrix_routing(a, mu, w, n_iters=self.n_iters, p_model=self.p_model, eps=self.eps, mask=mask)
+
     def _check(self, a_inp: Tensor, mu_inp: Tensor, n_out: int | None) -> int:
         """n_out of this call."""
         for function, kind in _FUNCTIONS.items():
@@ -184,5 +188,5 @@ class Routing(SingleBeta):
                 last = first_or_next(a, mu, before, w, **options)
             made = last.a_out.to(dtype), last.mu_out.to(dtype), last.sig2_out, last.R.to(dtype)
         else:
-            made = matrix_routing(a, mu, w, n_iters=self.n_iters, **options)
+            made = self._iterations(a, mu, w, None)
         return tuple(t.reshape(*batch, *t.shape[1:]) for t in made)

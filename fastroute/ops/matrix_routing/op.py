@@ -8,6 +8,7 @@ before routing (d_inp), h its columns after (d_out).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from .settling import settle
 
 OP = "matrix_routing"
 P_MODELS = ("gaussian", "skm")
+#: Moments, or PreviousGrads, of some inputs to those of all.
+Total = Callable[[Any], Any]
 _INPUTS = (
     "Tensor a_inp, Tensor mu_inp, Tensor W, Tensor B, Tensor beta_use, Tensor beta_ign, Tensor? mask, int n_iters, "
     "str p_model, float eps, str backend"
@@ -46,7 +49,7 @@ offer(OP, "native", "fastroute.ops.matrix_routing.native", native_refuses)
 offer(OP, "triton", "fastroute.ops.matrix_routing.triton", _triton_refuses)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The op's arguments, and what follows from their shapes."""
 
     a_inp: Tensor
@@ -59,7 +62,7 @@ class _Call(NamedTuple):
     backend: str
 
     @classmethod
-    def of(cls, args: Any) -> _Call:
+    def of(cls, args: Any) -> Call:
         return cls(args[0], args[1], Capsules(*args[2:6]), *args[6:])
 
     @property
@@ -105,23 +108,25 @@ def _at(saved: Moments, t: int) -> Moments:
     return Moments(*(part[t] for part in saved))  # type: ignore[index]
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
-    call = _Call.of(args)
+def forward_passes(call: Call, total: Total | None = None) -> tuple[Outputs, Moments]:
+    """(outputs, what to keep of every iteration). ``total`` makes an iteration's moments those of all inputs, from
+    those of these; None: these are all."""
     saved = call.new_saved()
     if call.is_empty:
         for part in saved:
             part.zero_()  # type: ignore[union-attr]
         out = settle(_at(saved, -1), call.eps)
-        return out.a.clone(), out.mu, out.sig2, *saved  # type: ignore[return-value]
+        return Outputs(out.a.clone(), out.mu, out.sig2), saved
     kernel = choose(call.case, call.backend)
     with autocast_off(call.mu_inp.device.type):
         step = call.step(call.gate(), None)
         for t in range(call.n_iters):
-            if _folds(kernel):
+            if total is None and _folds(kernel):
                 out = kernel.folded_forward(step, _at(saved, t), call.eps)
                 step = step._replace(previous=out)
                 continue
             made: Moments = kernel.forward(step)
+            made = made if total is None else total(made)
             for kept, part in zip(saved, made, strict=True):
                 if part is None:
                     kept[t].zero_()  # type: ignore[index]
@@ -129,17 +134,22 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
                     kept[t] = part  # type: ignore[index]
             out = settle(made, call.eps)
             step = step._replace(previous=out)
+    return out, saved
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    out, saved = forward_passes(Call.of(args))
     return *out, *saved  # type: ignore[return-value]
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    call = _Call.of(args)
+    call = Call.of(args)
     record(call.case)
     saved = call.new_saved()
     return *(t.new_empty(t.shape[1:]) for t in (saved.a, saved.mean, saved.M2)), *saved  # type: ignore
 
 
-def _new_grads(call: _Call, want_mu: bool, want_parameters: bool) -> MatrixGrads:
+def _new_grads(call: Call, want_mu: bool, want_parameters: bool) -> MatrixGrads:
     def like(t: Tensor, wanted: bool = True) -> Tensor | None:
         return t.new_empty(t.shape, dtype=call.acc) if wanted else None
 
@@ -148,14 +158,15 @@ def _new_grads(call: _Call, want_mu: bool, want_parameters: bool) -> MatrixGrads
     return MatrixGrads(True, gate, like(call.mu_inp, want_mu), *parameters)
 
 
-def _listed(call: _Call, da_inp: Tensor, grads: MatrixGrads) -> list[Tensor]:
+def _listed(call: Call, da_inp: Tensor, grads: MatrixGrads) -> list[Tensor]:
     made = (grads.mu_inp, grads.W, grads.bias, grads.beta_use, grads.beta_ign)
     return [da_inp, *(t if t is not None else call.mu_inp.new_empty(0, dtype=call.acc) for t in made)]
 
 
-def _backward(*args: Any) -> list[Tensor]:
-    *inputs, da, dmu, dsig2, N0, mean, M2, a, low, want_mu, want_parameters = args
-    call, saved = _Call.of(inputs), Moments(N0, mean, M2, a, low)
+def backward_passes(
+    call: Call, saved: Moments, d: Outputs, want_mu: bool, want_parameters: bool, total: Total | None = None
+) -> list[Tensor]:
+    """Gradients of a_inp, mu_inp and the parameters, empty where they are not wanted, from those of the outputs."""
     grads = _new_grads(call, want_mu, want_parameters)
     if call.is_empty:
         return [t.zero_() for t in _listed(call, grads.gate, grads)]
@@ -163,9 +174,8 @@ def _backward(*args: Any) -> list[Tensor]:
     with autocast_off(call.mu_inp.device.type):
         gate = call.gate()
         step = call.step(gate, None)
-        d = Outputs(da, dmu, dsig2)
         for t in reversed(range(call.n_iters)):
-            if _folds(kernel):
+            if total is None and _folds(kernel):
                 d = kernel.folded_backward(step, _at(saved, t), _at(saved, t - 1) if t else None, d, call.eps, grads)
                 grads.fresh = False
                 continue
@@ -173,14 +183,20 @@ def _backward(*args: Any) -> list[Tensor]:
             sums = kernel.backward(step._replace(previous=previous), OutputGrads.of(_at(saved, t), d, call.eps), grads)
             grads.fresh = False
             if previous is not None:
-                d = sums.of(previous, call.p_model)
+                d = (sums if total is None else total(sums)).of(previous, call.p_model)
         da_inp = grads.gate.mul_(gate * (1 - gate))
     return _listed(call, da_inp, grads)
 
 
+def _backward(*args: Any) -> list[Tensor]:
+    *inputs, da, dmu, dsig2, N0, mean, M2, a, low, want_mu, want_parameters = args
+    saved = Moments(N0, mean, M2, a, low)
+    return backward_passes(Call.of(inputs), saved, Outputs(da, dmu, dsig2), want_mu, want_parameters)
+
+
 def _backward_fake(*args: Any) -> list[Tensor]:
     *inputs, _, _, _, _, _, _, _, _, want_mu, want_parameters = args
-    call = _Call.of(inputs)
+    call = Call.of(inputs)
     record(call.case)
     grads = _new_grads(call, want_mu, want_parameters)
     return _listed(call, grads.gate, grads)
@@ -193,7 +209,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:7], *output[3:])
 
 
-def _plain(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The reference, in the dtype of sums."""
     w = Capsules(*(t.to(call.acc) for t in call.w))
     options = {"n_iters": call.n_iters, "p_model": call.p_model, "eps": call.eps, "mask": call.mask}
@@ -212,7 +228,7 @@ def _gradient(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     if asked_again(*d[:3]):
 
         def plain(*given: Any) -> tuple[Tensor, ...]:
-            return _plain(_Call.of((*given, *ctx.options)))
+            return _plain(Call.of((*given, *ctx.options)))
 
         return *through(plain, inputs, needs[:7], d[:3]), *nothing[1:]
     N0, mean = saved[:2]
@@ -319,5 +335,5 @@ def matrix_routing(
     if autocast_dtype(mu_inp.device.type) is not None:
         dtype = torch.promote_types(dtype, torch.float32)
     args = a_inp, mu_inp, *w, mask, n_iters, p_model, float(eps), requested()
-    a, mu, sig2, *_ = _plain(_Call.of(args)) if transformed() else called(OP, *args)
+    a, mu, sig2, *_ = _plain(Call.of(args)) if transformed() else called(OP, *args)
     return Outputs(a.to(dtype), mu.to(dtype), sig2)

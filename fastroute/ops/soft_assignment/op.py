@@ -162,7 +162,7 @@ class _OneCall(torch.autograd.Function):
         if asked_again(dy):
 
             def plain(votes: Tensor, *given: Any) -> list[Tensor]:
-                return [_mean(*_plain(votes, _pairs(given, eps)), mean)]
+                return [mean_of(*_plain(votes, _pairs(given, eps)), mean)]
 
             return (None, None, *through(plain, (votes, *given), ctx.needs_input_grad[2:], [dy]))
         pairs = _pairs(given, eps)
@@ -182,7 +182,8 @@ def _pairs(given: Sequence[Any], eps: float) -> Pairs:
     return Pairs(scores, gate, use, ign, prior, mask, lengths, eps)
 
 
-def _mean(M: Tensor, p: Tensor, mean: bool) -> Tensor:
+def mean_of(M: Tensor, p: Tensor, mean: bool) -> Tensor:
+    """What is returned, of the sums over all inputs."""
     return M / torch.where(p > 0, p, 1.0)[..., None] if mean else M
 
 
@@ -301,4 +302,4 @@ def soft_assignment(
         M, p = _plain(votes, pairs)
     else:
         M, p = torch.ops.fastroute.soft_assignment(votes, *pairs, requested())
-    return _mean(M, p, mean)
+    return mean_of(M, p, mean)
