@@ -81,9 +81,9 @@ class _Call(NamedTuple):
     @property
     def is_one_call(self) -> bool:
         """Whether ``native``'s ops take it, of which an exported graph has the bits, too."""
-        whole = self.mask is None and self.lengths is None and not self.precision and not self.is_empty
         return (
-            whole
+            not self.precision
+            and not self.is_empty
             and self.x.device.type == "cpu"
             and self.backend in ("auto", "native")
             and native.takes(self.x, self.w)
@@ -91,7 +91,7 @@ class _Call(NamedTuple):
         )
 
     def of_native(self) -> tuple[Any, ...]:
-        return self.x, *self.w[:12], self.w.prior, self.n_iters, self.normalize
+        return self.x, *self.w, self.mask, self.lengths, self.n_iters, self.normalize
 
     def of_one_chunk(self) -> passes.Call:
         chunks = (Chunk(0, None, self.x, self.mask, self.lengths, choose(self.case, self.backend)),)
@@ -113,8 +113,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         return _new_outputs(call)
     if call.is_one_call:
         y, kept = torch.ops.fastroute._efficient_routing_native(*call.of_native())
-        none = y.new_empty(0)
-        return y, *(t.clone() for t in native.parts(kept, call.x, call.w, call.n_iters)), none, none.clone()
+        return y, *(t.clone() for t in native.parts(kept, call.x, call.w, call.mask, call.n_iters))
     with autocast_off(call.x.device.type):
         y, saved = passes.forward(call.of_one_chunk(), call.w)
         return y.to(call.out_dtype), *saved.gates, *saved[1:]
@@ -145,6 +144,10 @@ def _backward(*args: Any) -> list[Tensor]:
     call = _Call.of(inputs)
     if call.is_empty:
         return [t.zero_() for t in _new_grads(call, want_x, want_rows)]
+    if call.is_one_call:
+        kept = torch.cat([t.flatten() for t in (gate, M, p, y, G, g)])
+        made = torch.ops.fastroute._efficient_routing_native_backward(*call.of_native(), dout, kept, want_x, want_rows)
+        return [*(t if t.numel() else t.new_empty(0) for t in made), torch.zeros_like(call.w.prior)]
     dx = _new_dx(call, want_x)
     saved = Saved([gate], M, p, y, G, g)
     with autocast_off(call.x.device.type):
@@ -243,13 +246,16 @@ class _OneCall(torch.autograd.Function):
         )
         unused = LATER if n_iters == 1 else ()
         given = zip(native.NAMES, needs, made, strict=False)
-        return (*(g if need and name not in unused else None for name, need, g in given), None, None, None)
+        return (*(g if need and name not in unused else None for name, need, g in given), *[None] * 5)
 
 
-def _literally(n_iters: int, normalize: bool, x: Tensor, *rest: Tensor) -> list[Tensor]:
+def _literally(n_iters: int, normalize: bool, x: Tensor, *rest: Any) -> list[Tensor]:
     """The reference, of ``native``'s arguments."""
-    w = Parameters(*rest[:-1], None, None, rest[-1])  # type: ignore[call-arg]
-    return [reference.efficient_routing(x, w, n_iters=n_iters, normalize=normalize)]
+    *w, mask, lengths = rest
+    made = reference.efficient_routing(
+        x, Parameters(*w), n_iters=n_iters, normalize=normalize, mask=mask, lengths=lengths
+    )
+    return [made]
 
 
 @explained
@@ -287,7 +293,7 @@ def efficient_routing(
     own = call.is_one_call and not w.prior.requires_grad
     if own and not transformed() and not torch.compiler.is_exporting() and not is_explaining():
         given = call.of_native()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in given[:-2]):
+        if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in w)):
             made: Tensor = apply(_OneCall, *given)
             return made
         made, _ = torch.ops.fastroute._efficient_routing_native(*given)
