@@ -239,18 +239,17 @@ class EfficientVectorRouting(nn.Module):
             mask = checks.as_mask(mask, batch, n, self.n_out)
         if lengths is not None:
             lengths = checks.as_lengths(lengths, batch, n, x_inp.device)
-        given = x = x_inp.reshape(-1, n, d)
-        if mask is not None:
-            x = only(given, reaches(mask))
+        given = x_inp.reshape(-1, n, d)
         plain = self._is_plain()
         if self.return_dict or not plain:
+            x = given if mask is None else only(given, reaches(mask))
             found = self._last_iteration(x, given, mask, lengths, plain)
             watching.tell(self, "credit", found["R"], found["phi"])
             if not self.return_dict:
                 return found["x_out"].reshape(*batch, self.n_out, self.d_out)  # type: ignore[union-attr]
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
         w = self._parameters_by_name()
-        x_out = efficient_routing(x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
+        x_out = efficient_routing(given, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
         return x_out.reshape(*batch, self.n_out, self.d_out)
 
     def stream(

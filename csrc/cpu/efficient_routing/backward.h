@@ -8,7 +8,11 @@ namespace fastroute::efficient_routing {
 // Gradients of the parameters; those that the passes over the inputs read may be unwanted (null), all together.
 template <class T>
 struct Gradients {
-  T *x, *W_A, *B_A, *W_F1, *W_F2, *B_F2, *W_G1, *W_G2, *B_G2, *W_S, *B_S, *use, *ign, *use_bias, *ign_bias;
+  T* x;
+  uint16_t* half_x;  // in bfloat16, in place of x
+  T *W_A, *B_A, *W_F1, *W_F2, *B_F2, *W_G1, *W_G2, *B_G2, *W_S, *B_S, *use, *ign, *use_bias, *ign_bias;
+
+  bool wants_x() const { return x != nullptr || half_x != nullptr; }
 };
 
 // Of what all rows share, in double: [use, ign, v] each [m, d]; the biases of use and ign, W_S, B_S, e each [m]; W_A [d], B_A.
@@ -45,9 +49,9 @@ class Backward {
     by_dM.reserve(space, pieces);
     by_betas.reserve(space, of_betas);
     by_sym.reserve(space, gram ? pieces : 0);
-    to_x.reserve(space, two && g.x != nullptr ? pieces : 0);
-    to_x_first.reserve(space, g.x != nullptr ? pieces : 0);
-    betas_to_x.reserve(space, of_betas && g.x != nullptr);
+    to_x.reserve(space, two && g.wants_x() ? pieces : 0);
+    to_x_first.reserve(space, g.wants_x() ? pieces : 0);
+    betas_to_x.reserve(space, of_betas && g.wants_x());
     space.want(dy, all * s.h);
     space.want(U, all * s.d);
     space.want(dM, all * s.d);
@@ -66,7 +70,8 @@ class Backward {
     space.want(stack, two ? pieces * 2 * s.m * s.d : 0);
     block_ = div.tile * std::max((two ? 2 : 1) * s.m + (of_betas ? 2 * s.m : 0), gram ? s.d : 0);
     space.want(blocks, pieces * block_);
-    space.want(copies, c.mask == nullptr ? 0 : pieces * div.tile * s.d);
+    space.want(copies, pieces * c.copied(div.tile));
+    space.want(dx_tiles, g.half_x != nullptr ? pieces * div.tile * s.d : 0);
     scratch_ = 8 * s.m + (s.is_linear ? Shared::vectors(s) : 0);
     space.want(scratch, pieces * scratch_);
     space.want(part, again ? pieces * s.m * s.d : 0);
@@ -96,7 +101,7 @@ class Backward {
     }
     for (int64_t t = last; t >= 0; --t) {
       outputs(t);
-      if (t == 0 && g.use == nullptr && g.x == nullptr) {
+      if (t == 0 && g.use == nullptr && !g.wants_x()) {
         return;
       }
       if (t > 0) {
@@ -125,7 +130,7 @@ class Backward {
       std::copy_n(c.use, s.m * s.d, betas);
       std::copy_n(c.ign, s.m * s.d, betas + s.m * s.d);
       by_betas.set(betas, 1, s.d);
-      if (g.x != nullptr) {
+      if (g.wants_x()) {
         betas_to_x.set(betas, s.d, 1);
       }
     }
@@ -188,7 +193,7 @@ class Backward {
     const bool one = t == 0 && s.first() == First::kOneBeta, linear = s.is_linear && !one, two = t > 0 || one;
     const bool fresh = t + 1 == s.iterations;
     const int64_t before_betas = two ? 2 * m : m, ld = before_betas + (linear ? 2 * m : 0);
-    T *block = blocks + piece.number * block_, *copy = copies + piece.number * div.tile * d;
+    T *block = blocks + piece.number * block_, *copy = copies + piece.number * c.copied(div.tile);
     T *own = scratch + piece.number * scratch_, *dump = own + 4 * m;  // dump: rows that nobody wants, one for each kind
     T* group = dump + 4 * m;  // of linear betas, the sums of a few rows: as Shared's vectors
     const Gradients<T> to = of_piece(piece.sample);
@@ -215,11 +220,11 @@ class Backward {
         stacked = both;
       }
       to_block.set(stacked, 1, d, piece.number);
-      if (g.x != nullptr) {
+      if (g.wants_x()) {
         spread.set(stacked, d, 1, piece.number);
-        if (fresh) {
-          std::fill_n(g.x + (b * n + end) * d, (piece.last_row - end) * d, T(0));
-        }
+      }
+      if (fresh) {
+        clear_dx(b, end, piece.last_row);
       }
       a.dp = dp + b * m;
       const bool writes = fresh && c.lengths == nullptr && b == piece.first_sample, adds = wants && !writes;
@@ -231,7 +236,7 @@ class Backward {
       for (int64_t start = piece.first_row; start < end; start += div.tile) {
         const int64_t count = std::min(div.tile, end - start), at = start * m;
         const Vectors<T> x = c.vectors(b, start, count, copy);
-        T* dx = g.x == nullptr ? nullptr : g.x + (b * n + start) * d;
+        T* dx = dx_of(piece, b, start, count, fresh);
         to_block.multiply(block, ld, x.x, x.row, 1, count, false, nullptr, 0, piece.number);
         c.parameters(a, b, start);
         a.rows = count;
@@ -285,19 +290,45 @@ class Backward {
           }
         }
         if (t == 0) {
-          gates(piece, x, b, start, count, to);
+          gates(piece, x, b, start, count, to, dx);
         }
+        keep_dx(dx, b, start, count);
       }
     }
     beta_sum.flush();
   }
 
+  // Where a tile's gradient of x is made, null if it is not wanted; what earlier passes have made of it is there.
+  T* dx_of(const Piece& piece, int64_t b, int64_t start, int64_t count, bool fresh) const {
+    const int64_t at = (b * s.n + start) * s.d;
+    if (g.half_x == nullptr) {
+      return g.x == nullptr ? nullptr : g.x + at;
+    }
+    T* tile = dx_tiles + piece.number * div.tile * s.d;
+    if (!fresh) {
+      widen(tile, g.half_x + at, count * s.d);
+    }
+    return tile;
+  }
+  void keep_dx(const T* dx, int64_t b, int64_t start, int64_t count) const {
+    if (g.half_x != nullptr) {
+      narrow(g.half_x + (b * s.n + start) * s.d, dx, count * s.d);
+    }
+  }
+  void clear_dx(int64_t b, int64_t first, int64_t last) const {
+    const int64_t at = (b * s.n + first) * s.d, count = (last - first) * s.d;
+    if (g.x != nullptr) {
+      std::fill_n(g.x + at, count, T(0));
+    } else if (g.half_x != nullptr) {
+      std::fill_n(g.half_x + at, count, uint16_t{0});
+    }
+  }
+
   // The gradients of the gates, from dgate.
   void gates(const Piece& piece, const Vectors<T>& x, int64_t b, int64_t start, int64_t count,
-             const Gradients<T>& to) const {
+             const Gradients<T>& to, T* dx) const {
     const int64_t d = s.d, row = c.row();
     const bool wants = to.use != nullptr;
-    T* dx = g.x == nullptr ? nullptr : g.x + (b * s.n + start) * d;
     const T *of = dgate + b * s.n + start, *gate = kept_.gate + b * s.n + start;
     if (!s.is_linear) {
       kernel.gate_gradients({count, d, of, gate, x.x, x.row, c.W_A + start * d, d, 1, c.scale(b),
@@ -364,20 +395,22 @@ class Backward {
   void gram(const Piece& piece) const {
     const int64_t n = s.n, d = s.d;
     const bool fresh = s.iterations == 1;
-    T* y = blocks + piece.number * block_;
+    T *y = blocks + piece.number * block_, *copy = copies + piece.number * c.copied(div.tile);
     for (int64_t b = piece.first_sample; b < piece.last_sample; ++b) {
       const int64_t end = piece.first_row + c.live(b, piece.first_row, piece.last_row);
       by_sym.set(sym + b * d * d, d, 1, piece.number);
-      if (g.x != nullptr && fresh) {
-        std::fill_n(g.x + (b * n + end) * d, (piece.last_row - end) * d, T(0));
+      if (fresh) {
+        clear_dx(b, end, piece.last_row);
       }
       for (int64_t start = piece.first_row; start < end; start += div.tile) {
         const int64_t count = std::min(div.tile, end - start);
-        const Vectors<T> x = c.vectors(b, start, count, nullptr);
+        const Vectors<T> x = c.vectors(b, start, count, copy);
+        T* dx = dx_of(piece, b, start, count, fresh);
         by_sym.multiply(y, d, x.x, x.row, 1, count, false, sym + b * d * d, d, piece.number);
         kernel.gram_rows({count, d, x.x, x.row, kept_.gate + b * n + start, y, dg + b * (d + 1), dgate + b * n + start,
-                          g.x == nullptr ? nullptr : g.x + (b * n + start) * d, !fresh});
-        gates(piece, x, b, start, count, g);
+                          dx, !fresh});
+        gates(piece, x, b, start, count, g, dx);
+        keep_dx(dx, b, start, count);
       }
     }
   }
@@ -500,7 +533,7 @@ class Backward {
   Workspace space;
   Operand<T> by_F2, by_G1, to_z, by_dy, by_dQ, by_stack, by_dM, by_betas, by_sym, to_x, to_x_first, betas_to_x;
   int64_t per_row_, block_, scratch_;  // numbers of a piece
-  T *dy, *U, *dM, *dp, *dgate, *z, *Q, *P, *dP, *betas, *v, *e, *dv, *sym, *dg, *stack, *blocks, *copies, *scratch;
+  T *dy, *U, *dM, *dp, *dgate, *z, *Q, *P, *dP, *betas, *v, *e, *dv, *sym, *dg, *stack, *blocks, *copies, *dx_tiles, *scratch;
   T *row_parts, *part, *beta_part, *sums;
   double *total, *shared;
 };

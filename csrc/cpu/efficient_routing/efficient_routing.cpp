@@ -1,4 +1,5 @@
-// All iterations of efficient_routing in one call a pass, everything in one dtype. The contract is fastroute/ops/efficient_routing/native.py; the derivation, docs/vector_routing.md.
+// All iterations of efficient_routing in one call a pass, everything in one dtype but
+// x, which may be bfloat16 beside float32. The contract is fastroute/ops/efficient_routing/native.py; the derivation, docs/vector_routing.md.
 //
 // Work is divided by shape alone wherever a sum depends on how, and each number is otherwise made by one chain of
 // operations: the same input gives the same bits on any number of threads.
@@ -35,9 +36,14 @@ struct Arguments {
   bool normalize;
 };
 
+// The dtype of sums, and of everything but x.
+ScalarType type_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : x.scalar_type();
+}
+
 Sizes checked(const Check& check, const Arguments& in) {
-  const ScalarType type = in.x.scalar_type();
-  check.tensor("x", in.x, {ScalarType::Float, ScalarType::Double}, {kAny, kAny, kAny}, Layout::kRows);
+  const ScalarType type = type_of(in.x);
+  check.tensor("x", in.x, kFloats, {kAny, kAny, kAny}, Layout::kRows);
   check.axes("W_F1", in.W_F1, 2);
   check.axes("W_F2", in.W_F2, 2);
   const int64_t B = in.x.size(0), n = in.x.size(1), d = in.x.size(2), m = in.W_F1.size(0), h = in.W_F2.size(1);
@@ -70,7 +76,9 @@ template <class T>
 Call<T> call_of(const Arguments& in, const Sizes& s) {
   const auto at = [](const Tensor& t) { return static_cast<const T*>(t.data_ptr()); };
   const auto if_there = [&](const OptionalTensor& t) { return t.has_value() ? at(*t) : nullptr; };
-  Call<T> c{s, in.normalize, at(in.x), in.x.stride(0), in.x.stride(1), at(in.W_A), at(in.B_A), at(in.W_F1),
+  const bool is_half = in.x.scalar_type() == ScalarType::BFloat16;
+  Call<T> c{s, in.normalize, is_half ? nullptr : at(in.x),
+            is_half ? static_cast<const uint16_t*>(in.x.data_ptr()) : nullptr, in.x.stride(0), in.x.stride(1), at(in.W_A), at(in.B_A), at(in.W_F1),
             at(in.W_F2), at(in.B_F2), at(in.W_G1), at(in.W_G2), at(in.B_G2), at(in.W_S), at(in.B_S), at(in.use),
             at(in.ign), if_there(in.use_bias), if_there(in.ign_bias), at(in.prior), nullptr, 0, 0, 0, nullptr, 0};
   if (in.mask.has_value()) {
@@ -99,7 +107,7 @@ std::tuple<Tensor, Tensor> forward_op(
   const Arguments in{x,   W_A, B_A, W_F1,     W_F2,     B_F2,  W_G1, W_G2,    B_G2,    W_S,
                      B_S, use, ign, use_bias, ign_bias, prior, mask, lengths, n_iters, normalize};
   const Sizes s = checked(Check("efficient_routing"), in);
-  const ScalarType type = x.scalar_type();
+  const ScalarType type = type_of(x);
   Tensor out = empty_cpu<3>({s.B, s.m, s.h}, type), kept = empty_cpu<1>({s.kept()}, type);
   with_type(type, [&](auto t) {
     using T = decltype(t);
@@ -119,7 +127,7 @@ std::vector<Tensor> backward_op(
                      B_S, use, ign, use_bias, ign_bias, prior, mask, lengths, n_iters, normalize};
   const Check check("efficient_routing");
   const Sizes s = checked(check, in);
-  const ScalarType type = x.scalar_type();
+  const ScalarType type = type_of(x);
   check.tensor("dout", dout, type, {s.B, s.m, s.h});
   check.tensor("kept", kept, type, {s.kept()});
   // in the order of the arguments; [0, ...] where not wanted, [0] where not given
@@ -127,7 +135,7 @@ std::vector<Tensor> backward_op(
     return like.dim() == 1 ? empty_cpu<1>({wanted ? like.size(0) : 0}, type)
                            : empty_cpu<2>({wanted ? like.size(0) : 0, like.size(1)}, type);
   };
-  std::vector<Tensor> made{empty_cpu<3>({want_x ? s.B : 0, s.n, s.d}, type)};
+  std::vector<Tensor> made{empty_cpu<3>({want_x ? s.B : 0, s.n, s.d}, x.scalar_type())};
   for (const auto& [t, wanted] : {std::pair<const Tensor*, bool>{&W_A, want_rows}, {&B_A, want_rows}, {&W_F1, true},
                                   {&W_F2, true}, {&B_F2, true}, {&W_G1, true}, {&W_G2, true}, {&B_G2, true},
                                   {&W_S, want_rows}, {&B_S, want_rows}, {&use, want_rows}, {&ign, want_rows}}) {
@@ -141,7 +149,9 @@ std::vector<Tensor> backward_op(
     const auto at = [&](size_t k, bool wanted) { return wanted ? static_cast<T*>(made[k].data_ptr()) : nullptr; };
     const Call<T> call = call_of<T>(in, s);
     const bool biases = want_rows && s.is_linear;
-    const Gradients<T> g{at(0, want_x),     at(1, want_rows), at(2, want_rows),  at(3, true),       at(4, true),
+    const bool is_half = call.half_x != nullptr;
+    const Gradients<T> g{at(0, want_x && !is_half),
+                         want_x && is_half ? static_cast<uint16_t*>(made[0].data_ptr()) : nullptr, at(1, want_rows), at(2, want_rows),  at(3, true),       at(4, true),
                          at(5, true),       at(6, true),      at(7, true),       at(8, true),       at(9, want_rows),
                          at(10, want_rows), at(11, want_rows), at(12, want_rows), at(13, biases),   at(14, biases)};
     if (n_iters == 1) {  // which uses none of these

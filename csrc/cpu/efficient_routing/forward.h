@@ -31,7 +31,7 @@ class Forward {
     space.want(g_parts, div.row_pieces * s.gram_vectors());
     block_ = div.tile * std::max(s.m + of_betas, gram ? s.d : 0);
     space.want(blocks, pieces * block_);
-    space.want(copies, c.mask == nullptr ? 0 : pieces * div.tile * s.d);
+    space.want(copies, pieces * c.copied(div.tile));
     scratch_ = 5 * s.m + (gram ? s.d : 0);
     space.want(scratch, pieces * scratch_);
     summed_ = std::max(s.m, gram ? s.d : 0) * s.d;
@@ -73,7 +73,7 @@ class Forward {
     const bool one = t == 0 && s.first() == First::kOneBeta, linear = s.is_linear && !one;
     const int64_t scores = t > 0 || one ? m : 0;  // columns of the block before the betas'
     T *block = blocks + piece.number * block_, *group = scratch + piece.number * scratch_;
-    T* copy = copies + piece.number * div.tile * d;
+    T* copy = copies + piece.number * c.copied(div.tile);
     Rows<T> a{};
     a.m = m;
     a.ld = std::max(m, scores + (linear ? 2 * m : 0));
@@ -130,6 +130,7 @@ class Forward {
   void gram(const Piece& piece) const {
     const int64_t d = s.d, at_piece = piece.number * summed_, half = d >= kHalved ? d / 2 : 0;
     T *block = blocks + piece.number * block_, *group = scratch + piece.number * scratch_;
+    T* copy = copies + piece.number * c.copied(div.tile);
     for (int64_t b = piece.first_sample; b < piece.last_sample; ++b) {
       const int64_t live = c.live(b, piece.first_row, piece.last_row);
       T* G = div.row_pieces > 1 ? G_parts + (piece.row * s.B + b) * d * d : kept_.G + b * d * d;
@@ -139,7 +140,7 @@ class Forward {
       std::fill_n(kept_.gate + b * s.n + piece.first_row + live, piece.last_row - piece.first_row - live, T(0));
       for (int64_t start = piece.first_row; start < piece.first_row + live; start += div.tile) {
         const int64_t count = std::min(div.tile, piece.first_row + live - start);
-        const Vectors<T> x = c.vectors(b, start, count, nullptr);
+        const Vectors<T> x = c.vectors(b, start, count, copy);
         T* gate = kept_.gate + b * s.n + start;
         c.gates(gate, x, b, start, count);
         for (int64_t i = 0; i < count; i += kGroup) {

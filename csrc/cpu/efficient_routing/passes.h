@@ -36,6 +36,27 @@ struct Sizes {
   int64_t kept() const { return B * n + iterations * outputs() * (d + 1 + h) + gram() + gram_vectors(); }
 };
 
+// bfloat16 in memory, of which sums are made in T
+template <class T>
+void widen(T* to, const uint16_t* from, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    const uint32_t bits = static_cast<uint32_t>(from[k]) << 16;
+    float wide;
+    __builtin_memcpy(&wide, &bits, sizeof wide);
+    to[k] = wide;
+  }
+}
+template <class T>
+void narrow(uint16_t* to, const T* from, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    const float wide = static_cast<float>(from[k]);
+    uint32_t bits;
+    __builtin_memcpy(&bits, &wide, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    to[k] = static_cast<uint16_t>(wide != wide ? (bits >> 16) | 0x40 : rounded);  // a NaN must not round to infinity
+  }
+}
+
 template <class T>
 struct Vectors {
   const T* x;
@@ -48,6 +69,7 @@ struct Call {
   Sizes s;
   bool normalize;
   const T* x;
+  const uint16_t* half_x;  // in bfloat16, in place of x
   int64_t x_batch, x_row;
   const T *W_A, *B_A, *W_F1, *W_F2, *B_F2, *W_G1, *W_G2, *B_G2, *W_S, *B_S, *use, *ign, *use_bias, *ign_bias, *prior;
   const uint8_t* mask;
@@ -62,7 +84,8 @@ struct Call {
   // How many of rows [first, last) of a sample there are.
   int64_t live(int64_t b, int64_t first, int64_t last) const { return std::clamp(length(b), first, last) - first; }
   T scale(int64_t b) const {
-    return static_cast<T>(1 / __builtin_sqrt(static_cast<double>(std::max<int64_t>(length(b), 1))));
+    const int64_t terms = lengths == nullptr ? s.n : std::max<int64_t>(lengths[b * length_stride], 1);
+    return static_cast<T>(1 / __builtin_sqrt(static_cast<double>(terms)));
   }
   bool reaches(int64_t b, int64_t i) const {
     const uint8_t* at = mask + b * mask_batch + i * mask_row;
@@ -73,21 +96,25 @@ struct Call {
     }
     return false;
   }
+  // Numbers of a copy of a tile of x, if any is needed.
+  int64_t copied(int64_t tile) const { return mask != nullptr || half_x != nullptr ? tile * s.d : 0; }
   // Rows of a sample. What reaches no output is left out before anything is computed from it: zero, in `copy` [count, d].
   Vectors<T> vectors(int64_t b, int64_t start, int64_t count, T* copy) const {
-    const T* at = x + b * x_batch + start * x_row;
-    bool all = true;
-    for (int64_t i = 0; i < count && mask != nullptr && all; ++i) {
-      all = reaches(b, start + i);
+    const int64_t at = b * x_batch + start * x_row;
+    bool as_it_is = half_x == nullptr;
+    for (int64_t i = 0; i < count && mask != nullptr && as_it_is; ++i) {
+      as_it_is = reaches(b, start + i);
     }
-    if (all) {
-      return {at, x_row};
+    if (as_it_is) {
+      return {x + at, x_row};
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (reaches(b, start + i)) {
-        std::copy_n(at + i * x_row, s.d, copy + i * s.d);
-      } else {
+      if (mask != nullptr && !reaches(b, start + i)) {
         std::fill_n(copy + i * s.d, s.d, T(0));
+      } else if (half_x != nullptr) {
+        widen(copy + i * s.d, half_x + at + i * x_row, s.d);
+      } else {
+        std::copy_n(x + at + i * x_row, s.d, copy + i * s.d);
       }
     }
     return {copy, s.d};

@@ -1,4 +1,4 @@
-"""All iterations in one call of C++ a pass (csrc/cpu/efficient_routing), everything in one dtype.
+"""All iterations in one call of C++ a pass (csrc/cpu/efficient_routing): float32, float64, and bfloat16 in float32.
 
 The ops are on the CPU's dispatch key: no Python is between a call and its kernels.
 Axes: B batch, n input vectors, m output vectors, d width of an input vector, h width of an output vector.
@@ -7,6 +7,7 @@ Axes: B batch, n input vectors, m output vectors, d width of an input vector, h 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """x_out [B, m, h], and in one block what is kept."""
     x, *w, mask, _, n_iters, _ = args
     shapes = _shapes(x, Parameters(*w), mask, n_iters)
-    return x.new_empty(shapes[3][1:]), x.new_empty(sum(map(math.prod, shapes)))
+    return w[0].new_empty(shapes[3][1:]), w[0].new_empty(sum(map(math.prod, shapes)))
 
 
 def _backward(*args: Any) -> list[Tensor]:
@@ -50,7 +51,7 @@ def _backward(*args: Any) -> list[Tensor]:
     made = [x.new_empty(x.shape if want_x else (0, *x.shape[1:]))]
     for name, t in zip(Parameters._fields, w, strict=False):
         is_wanted = want_rows or name not in ROWS
-        made.append(x.new_empty((0,) if t is None else t.shape if is_wanted else (0, *t.shape[1:])))
+        made.append(w[0].new_empty((0,) if t is None else t.shape if is_wanted else (0, *t.shape[1:])))
     return made
 
 
@@ -70,9 +71,32 @@ def parts(kept: Tensor, x: Tensor, w: Parameters, mask: Tensor | None, n_iters: 
 WIDEST = 1 << 16
 
 
+#: So many numbers of parameters with a row per input vector may be copied to be widened.
+WIDENED = 1 << 22
+
+
 def takes(x: Tensor, w: Parameters) -> bool:
-    """Whether these ops take a call, and are the fastest: by dtype, layout and m d alone."""
+    """Whether these ops take a call, and are the fastest: by dtype, layout and the parameters' sizes alone."""
     dtype = x.dtype
-    if (dtype != torch.float32 and dtype != torch.float64) or w.W_F1.numel() > WIDEST:
+    if w.W_F1.numel() > WIDEST:
+        return False
+    if dtype == torch.bfloat16:
+        if w.W_A.numel() + 4 * w.W_S.numel() > WIDENED:
+            return False
+        return all(t.dtype in (torch.bfloat16, torch.float32) and t.is_contiguous() for t in w if t is not None)
+    if dtype != torch.float32 and dtype != torch.float64:
         return False
     return all(t.dtype == dtype and t.is_contiguous() for t in w if t is not None)
+
+
+def widened(args: Sequence[Any]) -> Sequence[Any]:
+    """The ops' arguments with parameters beside a bfloat16 x in float32: of x, they widen a tile at a time."""
+    if args[0].dtype != torch.bfloat16:
+        return args
+    last = 1 + len(Parameters._fields)
+    return args[0], *(None if t is None else t.float() for t in args[1:last]), *args[last:]
+
+
+def narrowed(out: Tensor, args: Sequence[Any]) -> Tensor:
+    """x_out in the promoted dtype of x and the parameters, given what ``widened`` was given."""
+    return out if args[0].dtype == out.dtype else out.to(torch.promote_types(args[0].dtype, args[4].dtype))

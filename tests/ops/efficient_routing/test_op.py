@@ -473,7 +473,7 @@ def test_one_call_gives_what_passes_give(n_iters: int, monkeypatch: pytest.Monke
 
 @needs_extension
 def test_which_calls_are_one() -> None:
-    """A compiled graph shows it: what has a mask, betas linear in x or bfloat16 takes the passes."""
+    """A compiled graph shows it: what is wide, in float16 or under autocast takes the passes."""
     seen: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
@@ -488,11 +488,12 @@ def test_which_calls_are_one() -> None:
         torch.compile(lambda given: fn(**given, **nothing)["x_out"], backend=backend, fullgraph=True)(inputs)
         return " ".join(seen)
 
-    assert "_efficient_routing_native" in ops_of(efficient_op(), efficient_case(SMALL))
-    several = {"linear": True}, {"mask": some_mask(2, 33, 5)}, {"lengths": [3, 33]}, {"dtype": BF16}
-    for options in several:
-        found = ops_of(efficient_op(), efficient_case(SMALL, **options))  # type: ignore[arg-type]
-        assert "native" not in found and "efficient_routing" in found, options
+    masked = {"mask": some_mask(2, 33, 5), "lengths": [3, 33]}
+    for options in ({}, {"linear": True}, masked, {"linear": True, **masked}, {"dtype": BF16}):
+        assert "_efficient_routing_native" in ops_of(efficient_op(), efficient_case(SMALL, **options)), options  # type: ignore[arg-type]
+    for case in (efficient_case(SMALL, dtype=torch.float16), efficient_case(Size(1, 2, 300, 300), linear=True)):
+        found = ops_of(efficient_op(), case)
+        assert "native" not in found and "efficient_routing" in found
     assert "native" not in ops_of(op("reference"), efficient_case(SMALL))
 
 
