@@ -109,13 +109,7 @@ def _routings() -> None:
             lengths=[5, 3] if padded else None,
         )  # fmt: skip
         evaluate(routing_cases.vector_op, case)
-    for linear, padded, d in (
-        (False, False, 4),
-        (False, True, 4),
-        (True, False, 4),
-        (True, False, 13),
-        (True, True, 4),
-    ):
+    for linear, padded, d in product((False, True), (False, True), (4, 13)):  # with d = 13, both linear betas in one
         mask = routing_cases.some_mask(2, 5, 3) if padded else None
         case = routing_cases.efficient_case(
             size._replace(d=d), linear=linear, mask=mask, lengths=[5, 3] if padded else None, dtype=F64
