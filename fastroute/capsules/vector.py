@@ -157,7 +157,7 @@ class EfficientVectorRouting(nn.Module):
             known = self._memo.known = self._looks_plain(), Proof(modules, read)
         return known[0]  # type: ignore[no-any-return]
 
-    def _looks_plain(self) -> bool:
+    def _looks_plain(self, kinds: tuple[type, ...] = ()) -> bool:
         norm: Any = self.N
         if self.d_out > 1 and (type(norm) is not nn.LayerNorm or norm.normalized_shape != (self.d_out,)):
             return False
@@ -168,7 +168,7 @@ class EfficientVectorRouting(nn.Module):
             return False
         if self.n_inp == -1:
             for beta in (self.compute_beta_use, self.compute_beta_ign):
-                if type(beta) is not nn.Linear or not may_be_read(beta):
+                if type(beta) is not nn.Linear or not may_be_read(beta, kinds):
                     return False
                 weight, bias = beta.weight, beta.bias
                 if weight.shape != (self.n_out, self.d_inp) or bias is None or weight.device != self.W_A.device:
