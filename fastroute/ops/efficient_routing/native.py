@@ -69,6 +69,8 @@ def parts(kept: Tensor, x: Tensor, w: Parameters, mask: Tensor | None, n_iters: 
 #: Beyond that many parameters of an output the library's products, which are made for wide matrices, are faster:
 #: ``bench/calibrate_routing.py`` has the data.
 WIDEST = 1 << 16
+#: The same of betas linear in x, which are two more products as wide: docs/vector_routing.md has the data.
+WIDEST_LINEAR = 1 << 15
 
 
 #: So many numbers of parameters with a row per input vector may be copied to be widened.
@@ -78,7 +80,7 @@ WIDENED = 1 << 22
 def takes(x: Tensor, w: Parameters) -> bool:
     """Whether these ops take a call, and are the fastest: by dtype, layout and the parameters' sizes alone."""
     dtype = x.dtype
-    if w.W_F1.numel() > WIDEST:
+    if w.W_F1.numel() > (WIDEST if w.bias_use is None else WIDEST_LINEAR):
         return False
     if dtype == torch.bfloat16:
         if w.W_A.numel() + 4 * w.W_S.numel() > WIDENED:
