@@ -23,6 +23,7 @@ from bench import harness
 from bench.child import Elsewhere, resident_growth
 from bench.harness import Here, Options, Product, Results, Truth
 from fastroute.ops import backends
+from fastroute.ops.efficient_routing import native
 from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.efficient_routing.reference import efficient_routing as reference
 from fastroute.ops.gemm import prefers_onednn
@@ -53,6 +54,11 @@ class Case(NamedTuple):
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one product over all rows."""
+        return self.B * self.n * self.m * self.d
 
     def smaller(self) -> Case:
         return self._replace(n=max(64, self.n // 10))
@@ -114,7 +120,7 @@ def rows(options: Options) -> list[Row]:
     found: list[Row] = []
     for case in dict.fromkeys(row.case for row in _CPU):
         found += [row for row in _CPU if row.case == case]
-        found += [Row(case, "training", threads=2)] * (case in (_LARGE, _WIDE))
+        found += [Row(case, "training", threads=2)] * (case == _WIDE)  # of the others, the grid has two threads
     return found
 
 
@@ -229,8 +235,11 @@ def _exact(x: Tensor, dy: Tensor, parameters: Sequence[Tensor | None]) -> Result
     return _pass("training", literal, w, x.detach().double(), dy.double())[0]()
 
 
-#: Rows from which results are compared by norm: rounding them at random would take more than a GPU's memory.
-MANY, FEWER = 1_000_000, 50
+#: Rows that take most of a GPU's memory.
+MANY = 1_000_000
+#: Multiply-adds of a product from which results are compared by norm, and then those of so many times fewer rows
+#: exactly: rounding all of them at random would take minutes, and more than a GPU's memory.
+DIRECT, FEWER = 1 << 24, 50
 
 
 class ByNorm:
@@ -267,7 +276,7 @@ class ByNorm:
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> Truth | ByNorm:
-    return ByNorm(case, device) if case.n >= MANY else rounding(case, device)
+    return ByNorm(case, device) if case.multiply_adds > DIRECT else rounding(case, device)
 
 
 def rounding(case: Case, device: str) -> Truth:
@@ -328,12 +337,18 @@ def settings(row: Row, options: Options) -> Iterator[Case]:
     torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
+#: Multiply-adds of a product up to which plain PyTorch's tiles stand beside: of more, they say the same.
+TILED = 1 << 30
+
+
 def rivals_of(case: Case, row: Row, options: Options) -> list[Any]:
-    names = ["eager", "torch.compile", *["fastroute, tiles"] * (not options.gpu)]
+    tiles = not options.gpu and case.multiply_adds < TILED
+    names = ["eager", "torch.compile", *["fastroute, tiles"] * tiles]
     found: list[Any] = [contestant(list(case), row.what, name, options.device) for name in names]
     if options.gpu and case.n < MANY:
         found.append(harness.replayed(contestant(list(case), row.what, "fastroute", options.device)))
-    if not options.gpu and row.threads == 1 and prefers_onednn():
+    own = case.m * case.d <= native.WIDEST  # whose products are no library's
+    if not options.gpu and not own and row.threads == 1 and prefers_onednn():
         arguments = {"case": list(case), "what": row.what, "rival": "fastroute", "threads": 1}
         found.append(Elsewhere("fastroute, MKL", MODULE, arguments, {"FASTROUTE_GEMM": "mm"}))
     return found
@@ -342,7 +357,7 @@ def rivals_of(case: Case, row: Row, options: Options) -> list[Any]:
 def memory(case: Case, what: str, options: Options) -> dict[str, Any]:
     """Of each contestant: MB beyond module, input and gradients (CPU), or GB in all (GPU)."""
     found: dict[str, Any] = {}
-    for rival in ("fastroute", "eager") if options.gpu else ("fastroute", "eager", "torch.compile", "fastroute, tiles"):
+    for rival in ("fastroute", "eager")[: 1 if what == "graph" and not options.gpu else 2]:
         if options.gpu:
             one = contestant(list(case), what, rival, options.device)
             found[rival] = harness.gpu_peak(one, [problem(case, "cuda").x, *problem(case, "cuda").layer.parameters()])
@@ -368,10 +383,11 @@ def test_vector_routing(benchmark: Any, row: Row, options: Options, settings: Ca
             benchmark,
             subject,
             rivals,
-            harness.floors(made, case.torch_dtype, device),
+            harness.floors(made, case.torch_dtype, device) if row.threads == 1 else [],
             checked,
             options=options,
-            seconds=3,
+            seconds=2,
+            least=3,
         )
     finally:
         for one in rivals:

@@ -468,6 +468,69 @@ def rounds_for(samples: Sequence[Sequence[float]]) -> int:
     return math.ceil((1.2533 * widest / 1.349 / KNOWN) ** 2)
 
 
+class Turns:
+    """The subject and the others, timed in turn: what disturbs a shared machine disturbs all of them.
+
+    Args:
+        subject: None if it has no time, being wrong.
+        others: one with ``every`` (see :class:`Step`) is only in some of the rounds.
+    """
+
+    def __init__(self, subject: Contestant | None, others: Sequence[Contestant]) -> None:
+        self.subject, self.others = subject, others
+        self._all = [*others, *([] if subject is None else [subject])]
+        self.samples: dict[str, list[Sample]] = {one.name: [] for one in self._all}
+        self._every = {one.name: getattr(one, "every", 1) for one in self._all}
+        self._turn = itertools.count()
+
+    def time_others(self) -> None:
+        turn = next(self._turn)
+        for one in self.others:
+            if turn % self._every[one.name] == 0:
+                self.samples[one.name].append(one.sample())
+
+    def time_subject(self) -> None:
+        if self.subject is not None:
+            self.samples[self.subject.name].append(self.subject.sample())
+
+    def once(self) -> None:
+        self.time_others()
+        self.time_subject()
+
+    def ratios(self, name: str, figure: str = "time") -> list[float]:
+        """Of each round they share: another's time by the subject's."""
+        assert self.subject is not None
+        mine = self.samples[self.subject.name][:: self._every[name]]
+        return [getattr(a, figure) / getattr(b, figure) for a, b in zip(self.samples[name], mine, strict=False)]
+
+    def rounds(
+        self, seconds: float, least: int, most: int, rest: Callable[[int], None] | None = None, quick: bool = False
+    ) -> int:
+        """How many: from ``least`` to ``most``, about ``seconds`` of them, and no more than the medians need.
+
+        ``rest`` makes those after the first four.
+        """
+        gc.collect()
+        round_s = 0.0
+        for one in self._all:
+            began = time.perf_counter()
+            one.sample()
+            round_s += (time.perf_counter() - began) / self._every[one.name]
+        most = 2 if quick else min(max(int(seconds / round_s), least), most)
+        few = min(4, most - 1)
+        for _ in range(few):
+            self.once()
+        if self.subject is not None and not quick:
+            known = [self.ratios(one.name) for one in self.others if self._every[one.name] == 1]
+            most = min(most, max(least, few + 1, rounds_for(known)))
+        if rest is not None:
+            rest(most - few)
+        else:
+            for _ in range(most - few):
+                self.once()
+        return most
+
+
 def race(
     benchmark: Any,
     subject: Contestant,
@@ -477,13 +540,13 @@ def race(
     *,
     options: Options,
     seconds: float = 8,
+    least: int = 5,
     most: int = 50,
 ) -> None:
     """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``.
 
-    There are 5 to ``most`` rounds, and after the fifth no more than the medians need (``rounds_for``). A contestant
-    with ``every`` (see :class:`Step`) is only in some of them. A rival that fails is left out, and so are the compiled
-    ones of a late run.
+    There are ``least`` to ``most`` rounds, no more than the medians need (:class:`Turns`). A rival that fails is left
+    out, and so are the compiled ones of a late run.
     """
     excess, left_out = {subject.name: truth.excess(subject.results())}, {}
     for one in rivals:
@@ -498,49 +561,14 @@ def race(
     ours = [one.name for one in (subject, *rivals) if one.name.startswith("fastroute")]
     wrong = {k for k, (_, times) in excess.items() if not times <= 1 and (k in ours or not times < float("inf"))}
     others = [one for one in (*rivals, *floor) if one.name not in wrong]
-    timed = others if subject.name in wrong else [*others, subject]
-    samples: dict[str, list[Sample]] = {one.name: [] for one in timed}
+    turns = Turns(None if subject.name in wrong else subject, others)
+    samples, ratios = turns.samples, turns.ratios
 
-    every = {one.name: getattr(one, "every", 1) for one in timed}
-    gc.collect()
-    round_s = 0.0
-    for one in timed:
-        began = time.perf_counter()
-        one.sample()
-        round_s += (time.perf_counter() - began) / every[one.name]
+    def rest(rounds: int) -> None:
+        benchmark.pedantic(turns.time_subject, setup=turns.time_others, rounds=rounds)
+
     seconds = min(seconds, options.seconds or seconds)
-    most = 2 if options.quick else min(max(int(seconds / round_s), 5), most)
-    turns = itertools.count()
-
-    def time_others() -> None:
-        turn = next(turns)
-        for one in others:
-            if turn % every[one.name] == 0:
-                samples[one.name].append(one.sample())
-
-    def time_subject() -> None:
-        samples[subject.name].append(subject.sample())
-
-    def once() -> None:
-        time_others()
-        if subject.name not in wrong:
-            time_subject()
-
-    def ratios(name: str, figure: str = "time") -> list[float]:
-        mine = samples[subject.name][:: every[name]]
-        return [getattr(a, figure) / getattr(b, figure) for a, b in zip(samples[name], mine, strict=False)]
-
-    few = min(4, most - 1)
-    for _ in range(few):
-        once()
-    count = most
-    if subject.name not in wrong and not options.quick:
-        count = min(most, max(5, rounds_for([ratios(one.name) for one in others if every[one.name] == 1])))
-    if subject.name in wrong:
-        for _ in range(count - few):
-            once()
-    else:
-        benchmark.pedantic(time_subject, setup=time_others, rounds=count - few)
+    count = turns.rounds(seconds, least, most, rest if turns.subject else None, options.quick)
 
     found: dict[str, Any] = {}
     for one in (subject, *rivals, *floor):

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor.config as inductor
@@ -37,19 +37,26 @@ GRID = (
     Case(1, 1_000_000, 10, 16, 16),
 )  # fmt: skip
 #: torch.compile's modes, and the sizes at which each is a rival: tuning takes the compiler a minute a size.
-MODES = {"default": range(len(GRID)), "max-autotune-no-cudagraphs": (4, 11)}
-#: What each instruction set's process is started with, and how many seconds its rivals may take to compile in all.
-SETTINGS: dict[str, tuple[dict[str, str], float]] = {
-    "avx512": ({}, 110),
-    "avx2": ({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, 50),
+MODES = {"default": range(len(GRID)), "max-autotune-no-cudagraphs": (4,)}
+
+
+class Settings(NamedTuple):
+    """Of an instruction set's process; its rivals may take ``compiling`` seconds to compile in all."""
+
+    environment: dict[str, str]
+    compiling: float
+    threads: tuple[int, ...]
+
+
+SETTINGS = {
+    "avx512": Settings({}, 50, (1, 2)),
+    "avx2": Settings({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, 20, (1,)),
 }
-#: The exact results of larger cases come by tiles, and are compared by norm.
-_DIRECT = 1 << 22
 
 
 def run(isa: str, quick: bool) -> list[dict[str, Any]]:
     """The cells on that instruction set."""
-    env = {**os.environ, "FASTROUTE_ISA": isa, **SETTINGS[isa][0]}
+    env = {**os.environ, "FASTROUTE_ISA": isa, **SETTINGS[isa].environment}
     command = [sys.executable, "-m", "bench.routing_grid", *["--quick"] * quick]
     done = subprocess.run(
         command, cwd=Path(__file__).resolve().parents[1], env=env, stdout=subprocess.PIPE, text=True, check=True
@@ -58,25 +65,14 @@ def run(isa: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def _race(subject: harness.Here, rivals: Sequence[harness.Here], seconds: float) -> dict[str, Any]:
-    """Each in turn, until the median of every ratio is known to a hundredth or the time is up."""
-    samples: dict[str, list[float]] = {one.name: [] for one in (subject, *rivals)}
-    for one in (*rivals, subject):
-        one.sample()
-    began = time.perf_counter()
-    while True:
-        for one in (*rivals, subject):
-            samples[one.name].append(one.sample().time)
-        mine = samples[subject.name]
-        ratios = {
-            one.name: harness._quartiles([a / b for a, b in zip(samples[one.name], mine, strict=True)])
-            for one in rivals
-        }
-        known = all(high - low < 0.01 * len(mine) ** 0.5 * middle for low, middle, high in ratios.values())
-        spent = (time.perf_counter() - began) / seconds
-        if len(mine) >= 3 and ((len(mine) >= 9 and (known or spent > 1)) or spent > 4):
-            break
-    ms = {name: 1e3 * statistics.median(found) for name, found in samples.items()}
-    return {"ms": ms, "ratios": ratios, "rounds": len(mine)}
+    turns = harness.Turns(subject, rivals)
+    rounds = turns.rounds(seconds, 3, 200)
+    ms = {name: 1e3 * statistics.median(s.time for s in found) for name, found in turns.samples.items()}
+    return {
+        "ms": ms,
+        "ratios": {one.name: harness._quartiles(turns.ratios(one.name)) for one in rivals},
+        "rounds": rounds,
+    }
 
 
 def _compiled(mode: str) -> Callable[..., Tensor]:
@@ -88,12 +84,11 @@ def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]
     inductor.cpp.dynamic_threads = True  # compiled once for any number of threads
     backends.extension()  # which has the op that follows
     isa = torch.ops.fastroute._isa()
-    seconds, compiling = SETTINGS[isa][1] if seconds is None else seconds, 0.0
+    seconds, compiling = SETTINGS[isa].compiling if seconds is None else seconds, 0.0
     for k, whole in enumerate(GRID[:3] if quick else GRID):
         case = whole.smaller() if quick else whole
         p = suite.problem(case, "cpu")
-        direct = case.B * case.n * case.m * case.d <= _DIRECT
-        gate: harness.Gate = suite.rounding(case, "cpu") if direct else suite.ByNorm(case, "cpu")
+        gate = suite.truth(case, "cpu")
         torch._dynamo.reset()
         functions: dict[str, Callable[[Tensor], Tensor]] = {"eager": lambda x, p=p: suite.upstream(x, p.w)}  # type: ignore[misc]
         for mode, sizes in MODES.items():
@@ -113,7 +108,7 @@ def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]
                     left_out[one.name] = f"{type(error).__name__}: {error}".splitlines()[0]
                     rivals.remove(one)
             compiling += time.perf_counter() - began
-            for count in (1, 2):
+            for count in SETTINGS[isa].threads:
                 cell = {
                     "size": case._asdict(), "inputs": case.B * case.n, "pass": what, "threads": count, "isa": isa,
                     "load": round(os.getloadavg()[0], 1), "left out": left_out,
@@ -122,7 +117,7 @@ def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]
                     yield {**cell, "off": off, "times_the_budget": times}
                     continue
                 with harness.threads(count):
-                    yield {**cell, **_race(subject, rivals, 0.1 if quick else 0.4)}
+                    yield {**cell, **_race(subject, rivals, 0.1 if quick else 0.25)}
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ class EfficientVectorRouting(nn.Module):
             known = self._memo.known = self._looks_plain(), Proof(modules, read)
         return known[0]  # type: ignore[no-any-return]
 
-    def _looks_plain(self) -> bool:
+    def _looks_plain(self, kinds: tuple[type, ...] = ()) -> bool:
         norm: Any = self.N
         if self.d_out > 1 and (type(norm) is not nn.LayerNorm or norm.normalized_shape != (self.d_out,)):
             return False
@@ -168,7 +168,7 @@ class EfficientVectorRouting(nn.Module):
             return False
         if self.n_inp == -1:
             for beta in (self.compute_beta_use, self.compute_beta_ign):
-                if type(beta) is not nn.Linear or not may_be_read(beta):
+                if type(beta) is not nn.Linear or not may_be_read(beta, kinds):
                     return False
                 weight, bias = beta.weight, beta.bias
                 if weight.shape != (self.n_out, self.d_inp) or bias is None or weight.device != self.W_A.device:
@@ -239,18 +239,17 @@ class EfficientVectorRouting(nn.Module):
             mask = checks.as_mask(mask, batch, n, self.n_out)
         if lengths is not None:
             lengths = checks.as_lengths(lengths, batch, n, x_inp.device)
-        given = x = x_inp.reshape(-1, n, d)
-        if mask is not None:
-            x = only(given, reaches(mask))
+        given = x_inp.reshape(-1, n, d)
         plain = self._is_plain()
         if self.return_dict or not plain:
+            x = given if mask is None else only(given, reaches(mask))
             found = self._last_iteration(x, given, mask, lengths, plain)
             watching.tell(self, "credit", found["R"], found["phi"])
             if not self.return_dict:
                 return found["x_out"].reshape(*batch, self.n_out, self.d_out)  # type: ignore[union-attr]
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
         w = self._parameters_by_name()
-        x_out = efficient_routing(x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
+        x_out = efficient_routing(given, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
         return x_out.reshape(*batch, self.n_out, self.d_out)
 
     def stream(

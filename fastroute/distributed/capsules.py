@@ -226,15 +226,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             raise ValueError(_NOT_PLAIN)
 
     def _is_plain(self) -> bool:
-        """As ``EfficientVectorRouting``'s, of submodules whose parameters are DTensors."""
-        known: dict[str, nn.Module] = {"N": self.N, "f": self.f, "log_f": self.log_f, "softmax": self.softmax}
-        if self.n_inp == -1:
-            known |= {"compute_beta_use": self.compute_beta_use, "compute_beta_ign": self.compute_beta_ign}
-        kinds = (nn.LayerNorm, nn.Identity, nn.Sigmoid, nn.LogSigmoid, nn.Softmax, nn.Linear)
-        return set(known) == set(self._modules) and all(
-            type(m) in kinds and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-            or m._backward_pre_hooks or "forward" in m.__dict__) for m in known.values()
-        )  # fmt: skip
+        return self._looks_plain((DTensor,))
 
     def _local_parameters(self) -> Parameters:
         return Parameters(*map(local, self._parameters_by_name()))

@@ -103,10 +103,10 @@ def _is_plain(t: Any) -> bool:
     return kind in _PLAIN or bool(kind.__module__.startswith("torch._subclasses."))
 
 
-def why_called(m: nn.Module) -> str | None:
+def why_called(m: nn.Module, kinds: tuple[type, ...] = ()) -> str | None:
     """Why a module has to be called rather than read, its children apart; None if it may be read.
 
-    That its class is one which the reader knows is the reader's to see.
+    That its class is one which the reader knows is the reader's to see; tensors of ``kinds`` are, too.
     """
     cls = type(m)
     own = m.__dict__
@@ -125,19 +125,19 @@ def why_called(m: nn.Module) -> str | None:
         if len(found) != len(names) or any(name not in found for name in names):
             return "parameters that its class does not have"
     for t in (*m._parameters.values(), *m._buffers.values()):
-        if not _is_plain(t):
+        if not _is_plain(t) and type(t) not in kinds:
             return f"a {type(t).__name__} for a parameter"
     return None
 
 
-def may_be_read(m: nn.Module) -> bool:
+def may_be_read(m: nn.Module, kinds: tuple[type, ...] = ()) -> bool:
     """Whether a call of a module does what its class and its tensors say; its children are to be asked for themselves.
 
     Seen are: methods replaced on the instance or the class, own and global hooks of every kind, parametrizations (which
     change the class, too), ``weight_norm``, ``spectral_norm`` and ``prune`` of the old style, tensor subclasses,
-    wrapped tensors, lazy and offloaded parameters.
+    wrapped tensors, lazy and offloaded parameters. Tensors of ``kinds`` are the reader's own matter.
     """
-    return why_called(m) is None
+    return why_called(m, kinds) is None
 
 
 def call(m: nn.Module, x: Tensor) -> Tensor:

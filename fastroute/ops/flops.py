@@ -51,16 +51,11 @@ def _compiled(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 
 @_counts("efficient_routing")
+@_counts("_efficient_routing_native")
 def _(x: Shape, *rest: Any, **_: Any) -> int:
     """Scores after the first iteration, sums over inputs in each, betas that are linear; then outputs, predictions."""
     (B, n, d), m, h, linear, n_iters = x, int(rest[2][0]), int(rest[3][1]), rest[12] is not None, int(rest[17])
     return 2 * B * m * d * (n * (2 * n_iters - 1 + 2 * linear) + h * (2 * n_iters - 1))
-
-
-@_counts("_efficient_routing_native")
-def _(x: Shape, *rest: Any, **_: Any) -> int:
-    (B, n, d), m, h, n_iters = x, int(rest[2][0]), int(rest[3][1]), int(rest[13])
-    return 2 * B * m * d * (n + h) * (2 * n_iters - 1)
 
 
 @_counts("vector_routing")

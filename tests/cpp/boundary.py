@@ -7,7 +7,6 @@ one or two arguments are changed. Everything is float64, so that results are com
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,9 @@ from fastroute.ops import activations, dispatch
 from fastroute.ops.agent_policy import plain as agent_policy_plain
 from fastroute.ops.batch_norm_mask_relu import plain as batch_norm_mask_relu_plain
 from fastroute.ops.dispatch import reference as reference_dispatch
+from fastroute.ops.efficient_routing import native
 from fastroute.ops.efficient_routing import op as efficient
+from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.grouped_linear import plain as grouped_linear_plain
 from fastroute.ops.grouped_linear.op import planned
 from fastroute.ops.policy import plain as policy_plain
@@ -108,8 +109,12 @@ def _routings() -> None:
             lengths=[5, 3] if padded else None,
         )  # fmt: skip
         evaluate(routing_cases.vector_op, case)
-    for linear in (False, True):
-        evaluate(routing_cases.efficient_op(2, True), routing_cases.efficient_case(size, linear=linear, dtype=F64))
+    for linear, padded, d in product((False, True), (False, True), (4, 13)):  # with d = 13, both linear betas in one
+        mask = routing_cases.some_mask(2, 5, 3) if padded else None
+        case = routing_cases.efficient_case(
+            size._replace(d=d), linear=linear, mask=mask, lengths=[5, 3] if padded else None, dtype=F64
+        )
+        evaluate(routing_cases.efficient_op(2, True), case)
     for shared, masked in product((False, True), repeat=2):
         mask = routing_cases.some_mask(2, 5, 3) if masked else None
         case = matrix_cases.matrix_case(matrix_cases.Size(2, 5, 3, 2, 3, 4), dtype=F64, shared=shared, mask=mask)
@@ -174,18 +179,16 @@ def valid_calls() -> dict[str, list[tuple[Any, ...]]]:
 
 
 def _efficient(*args: Any) -> tuple[Tensor, ...]:
-    x, *w, prior, n_iters, normalize = args
-    out, *kept, _, _ = efficient._forward(x, *w, None, None, prior, None, None, n_iters, normalize, "reference", "")
+    x, *given = args
+    out, *kept = efficient._forward(efficient._reaching(x, given[-4]), *given, "reference", "")
     return out, torch.cat([t.flatten() for t in kept])
 
 
 def _efficient_backward(*args: Any) -> list[Tensor]:
-    x, *w, prior, n_iters, normalize, dout, kept, want_x, want_rows = args
-    (B, n, d), (m, h) = x.shape, dout.shape[1:]
-    shapes = (B, n), (n_iters, B, m, d), (n_iters, B, m), (n_iters, B, m, h)
-    saved = [t.view(s) for t, s in zip(kept.split([math.prod(s) for s in shapes]), shapes, strict=True)]
-    given = x, *w, None, None, prior, None, None, n_iters, normalize, "reference", "", dout, *saved, kept, kept
-    return efficient._backward(*given, want_x, want_rows)[:13]
+    x, *given, dout, kept, want_x, want_rows = args
+    x, w, mask, n_iters = efficient._reaching(x, given[-4]), Parameters(*given[:15]), given[-4], given[-2]
+    saved = native.parts(kept, x, w, mask, n_iters)
+    return efficient._backward(x, *given, "reference", "", dout, *saved, want_x, want_rows)[:15]
 
 
 def _vector(*args: Any) -> tuple[Tensor, ...]:

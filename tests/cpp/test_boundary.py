@@ -111,7 +111,8 @@ def routed(**changes: Any) -> None:
     outputs = {"W_F1": zeros(2, 4), "W_F2": zeros(4, 5), "B_F2": zeros(2, 5)}
     predictions = {"W_G1": zeros(5, 4), "W_G2": zeros(2, 4), "B_G2": zeros(2, 4)}
     gates = {"x": zeros(2, 3, 4), "W_A": zeros(3, 4), "B_A": zeros(3)}
-    last = {"prior": zeros(2), "n_iters": 2, "normalize": True}
+    last = {"bias_use": None, "bias_ign": None, "prior": zeros(2), "mask": None, "lengths": None}
+    last |= {"n_iters": 2, "normalize": True}
     OPS._efficient_routing_native(*{**gates, **outputs, **predictions, **per_row, **last, **changes}.values())
 
 
@@ -189,7 +190,16 @@ WRONG: dict[str, tuple[Callable[[], None], str]] = {
     "one gate for all": (lambda: routed(W_A=zeros(1, 4)), "W_A: expected sizes"),
     "no iteration": (lambda: routed(n_iters=0), "n_iters: expected at least 1"),
     "no inputs": (lambda: routed(x=zeros(2, 0, 4)), "expected none empty"),
-    "halves": (lambda: routed(x=zeros(2, 3, 4).bfloat16()), "x: expected another dtype"),
+    "halves": (lambda: routed(x=zeros(2, 3, 4).half()), "x: expected another dtype"),
+    "bfloat16 beside float64": (lambda: routed(x=zeros(2, 3, 4).bfloat16()), "W_A: expected Float, got Double"),
+    "one bias": (lambda: routed(bias_use=zeros(2)), "bias_use, bias_ign: expected both or neither"),
+    "biases of no linear betas": (
+        lambda: routed(bias_use=zeros(2), bias_ign=zeros(2)), "W_A: expected sizes 1 4, got 3 4"
+    ),
+    "a mask of numbers": (lambda: routed(mask=zeros(2, 3, 2)), "mask: expected Bool, got Double"),
+    "a mask of inputs": (lambda: routed(mask=torch.ones(2, 3, dtype=torch.bool)), "mask: expected sizes 2 3 2"),
+    "lengths of no dtype": (lambda: routed(lengths=zeros(2)), "lengths: expected Long, got Double"),
+    "a length too few": (lambda: routed(lengths=torch.tensor([3])), "lengths: expected sizes 2"),
     "two dtypes": (lambda: routed(B_S=zeros(3, 2).float()), "B_S: expected Double, got Float"),
     "columns first": (lambda: routed(W_F2=zeros(5, 4).mT), "W_F2: expected a contiguous tensor"),
     "empty capsules": (lambda: matrix(mu_inp=zeros(2, 0, 2, 2)), "expected"),

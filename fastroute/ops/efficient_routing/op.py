@@ -17,6 +17,7 @@ from torch import Tensor
 from ..arguments import explained
 from ..autograd import apply, asked_again, through, transformed
 from ..backends import Case, choose, has_extension, is_explaining, record, requested
+from ..masked import only, reaches
 from ..precision import autocast_off, autocast_precision
 from ..registry import define, no_second_derivative
 from ..vector_routing.op import case_of
@@ -81,9 +82,9 @@ class _Call(NamedTuple):
     @property
     def is_one_call(self) -> bool:
         """Whether ``native``'s ops take it, of which an exported graph has the bits, too."""
-        whole = self.mask is None and self.lengths is None and not self.precision and not self.is_empty
         return (
-            whole
+            not self.precision
+            and not self.is_empty
             and self.x.device.type == "cpu"
             and self.backend in ("auto", "native")
             and native.takes(self.x, self.w)
@@ -91,7 +92,7 @@ class _Call(NamedTuple):
         )
 
     def of_native(self) -> tuple[Any, ...]:
-        return self.x, *self.w[:12], self.w.prior, self.n_iters, self.normalize
+        return self.x, *self.w, self.mask, self.lengths, self.n_iters, self.normalize
 
     def of_one_chunk(self) -> passes.Call:
         chunks = (Chunk(0, None, self.x, self.mask, self.lengths, choose(self.case, self.backend)),)
@@ -112,9 +113,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     if call.is_empty:
         return _new_outputs(call)
     if call.is_one_call:
-        y, kept = torch.ops.fastroute._efficient_routing_native(*call.of_native())
-        none = y.new_empty(0)
-        return y, *(t.clone() for t in native.parts(kept, call.x, call.w, call.n_iters)), none, none.clone()
+        y, kept = torch.ops.fastroute._efficient_routing_native(*native.widened(call.of_native()))
+        return y.to(call.out_dtype), *(t.clone() for t in native.parts(kept, call.x, call.w, call.mask, call.n_iters))
     with autocast_off(call.x.device.type):
         y, saved = passes.forward(call.of_one_chunk(), call.w)
         return y.to(call.out_dtype), *saved.gates, *saved[1:]
@@ -145,6 +145,14 @@ def _backward(*args: Any) -> list[Tensor]:
     call = _Call.of(inputs)
     if call.is_empty:
         return [t.zero_() for t in _new_grads(call, want_x, want_rows)]
+    if call.is_one_call:
+        kept = torch.cat([t.flatten() for t in (gate, M, p, y, G, g)])
+        made = torch.ops.fastroute._efficient_routing_native_backward(
+            *native.widened(call.of_native()), dout.to(call.acc), kept, want_x, want_rows
+        )
+        expected = _new_grads(call, want_x, want_rows)
+        made.append(torch.zeros_like(call.w.prior))
+        return [g.to(like.dtype) if like.numel() else like for g, like in zip(made, expected, strict=True)]
     dx = _new_dx(call, want_x)
     saved = Saved([gate], M, p, y, G, g)
     with autocast_off(call.x.device.type):
@@ -168,12 +176,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*inputs[: len(_TENSORS)], *output[1:])
 
 
+def _reaching(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x without what reaches no output; the C++ of one call leaves it out by itself."""
+    return x if mask is None else only(x, reaches(mask))
+
+
 def _plain(call: _Call) -> Tensor:
     """The reference, in the dtype of sums."""
     with autocast_off(call.x.device.type):
         y = reference.efficient_routing(
-            call.x.to(call.acc), cast(call.w, call.acc), n_iters=call.n_iters, normalize=call.normalize,
-            mask=call.mask, lengths=call.lengths,
+            _reaching(call.x, call.mask).to(call.acc), cast(call.w, call.acc),
+            n_iters=call.n_iters, normalize=call.normalize, mask=call.mask, lengths=call.lengths,
         )  # fmt: skip
     return y.to(call.out_dtype)
 
@@ -224,10 +237,10 @@ class _OneCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         out: Tensor
-        out, kept = torch.ops.fastroute._efficient_routing_native(*args)
+        out, kept = torch.ops.fastroute._efficient_routing_native(*native.widened(args))
         ctx.save_for_backward(*args[:-2], kept)
         ctx.options = args[-2:]
-        return out
+        return native.narrowed(out, args)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,21 +248,20 @@ class _OneCall(torch.autograd.Function):
         n_iters, normalize = ctx.options
         needs = ctx.needs_input_grad
         if asked_again(dout):
-            found = through(partial(_literally, n_iters, normalize), inputs, needs[: len(inputs)], [dout])
-            return (*found, None, None)
+
+            def plain(*tensors: Any) -> list[Tensor]:
+                return [_plain(_Call.of((*tensors, n_iters, normalize, "reference", "")))]
+
+            return (*through(plain, inputs, needs[: len(inputs)], [dout]), None, None)
         rows = any(need for name, need in zip(native.NAMES, needs, strict=False) if name in native.ROWS)
         made = torch.ops.fastroute._efficient_routing_native_backward(
-            *inputs, n_iters, normalize, dout.contiguous(), kept, needs[0], rows
+            *native.widened(inputs), n_iters, normalize, dout.to(kept.dtype).contiguous(), kept, needs[0], rows
         )
+        if dout.dtype != kept.dtype or inputs[0].dtype != kept.dtype:
+            made = [g if t is None else g.to(t.dtype) for t, g in zip(inputs, made, strict=False)]
         unused = LATER if n_iters == 1 else ()
         given = zip(native.NAMES, needs, made, strict=False)
-        return (*(g if need and name not in unused else None for name, need, g in given), None, None, None)
-
-
-def _literally(n_iters: int, normalize: bool, x: Tensor, *rest: Tensor) -> list[Tensor]:
-    """The reference, of ``native``'s arguments."""
-    w = Parameters(*rest[:-1], None, None, rest[-1])  # type: ignore[call-arg]
-    return [reference.efficient_routing(x, w, n_iters=n_iters, normalize=normalize)]
+        return (*(g if need and name not in unused else None for name, need, g in given), *[None] * 5)
 
 
 @explained
@@ -265,7 +277,8 @@ def efficient_routing(
     """Route input vectors x [B, n, d] to output vectors [B, m, h], Heinsen (2022), section 2.
 
     The arguments are taken as ``EfficientVectorRouting`` has checked them: ``w`` as in
-    ``reference.efficient_routing.Parameters``, ``mask`` bool [B, n, m] (any strides), ``lengths`` int64 [B].
+    ``reference.efficient_routing.Parameters``, ``mask`` bool [B, n, m] (any strides), ``lengths`` int64 [B]. Inputs
+    that reach no output, and those past a sample's length, are left out before anything is computed from them.
     Returns x_out in the promoted dtype of x and w, float32 under autocast.
 
     Examples:
@@ -287,12 +300,13 @@ def efficient_routing(
     own = call.is_one_call and not w.prior.requires_grad
     if own and not transformed() and not torch.compiler.is_exporting() and not is_explaining():
         given = call.of_native()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in given[:-2]):
+        if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in w)):
             made: Tensor = apply(_OneCall, *given)
             return made
-        made, _ = torch.ops.fastroute._efficient_routing_native(*given)
-        return made
+        made, _ = torch.ops.fastroute._efficient_routing_native(*native.widened(given))
+        return native.narrowed(made, given)
     if transformed():
         return _plain(call)
-    out: Tensor = torch.ops.fastroute.efficient_routing(x, *w, *call[2:])[0]
+    call = call._replace(x=_reaching(x, mask))
+    out: Tensor = torch.ops.fastroute.efficient_routing(call.x, *w, *call[2:])[0]
     return out

@@ -372,6 +372,40 @@ def test_padding_is_never_read(backend: str, linear: bool, masked: bool) -> None
 
 @each_backend
 @pytest.mark.parametrize("linear", [False, True], ids=["fixed", "any-length"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_what_reaches_no_output_is_never_read(backend: str, linear: bool, dtype: torch.dtype) -> None:
+    mask = some_mask(3, 40, 9)
+    mask[1, 7:20] = True
+    case = efficient_case(Size(3, 40, 9, 16), linear=linear, mask=mask, dtype=dtype)
+    clean = evaluate(op(backend), case)
+    assert not clean["dx"][mask.all(-1)].any()  # type: ignore[index]
+    for bad in (math.nan, math.inf, 1e30):
+        dirty = case.inputs["x"].clone()  # type: ignore[union-attr]
+        dirty[mask.all(-1)] = bad
+        for name, got in evaluate(op(backend), case.with_inputs(x=dirty)).items():
+            expected = clean[name]
+            assert got is not None and expected is not None and torch.equal(got, expected), (name, bad)
+
+
+@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@pytest.mark.parametrize("n_iters", [1, 2])
+def test_parameters_of_masked_pairs_are_never_used(n_iters: int) -> None:
+    """Each pair has its own, which no other sample uses: their gradients are zero."""
+    mask = some_mask(1, 40, 9)
+    case = efficient_case(Size(1, 40, 9, 16), mask=mask)
+    clean = evaluate(op("native", n_iters), case)
+    for bad in (math.nan, math.inf, 1e30):
+        dirty = {k: case.inputs[k].masked_fill(mask[0], bad) for k in ("beta_use", "beta_ign", "W_S", "B_S")}  # type: ignore[union-attr]
+        found = evaluate(op("native", n_iters), case.with_inputs(**dirty))
+        for name, got in found.items():
+            expected = clean[name]
+            assert (got is None) == (expected is None), name
+            assert got is None or (expected is not None and torch.equal(got, expected)), (name, bad)
+        assert not found["dbeta_use"][mask[0]].any()  # type: ignore[index]
+
+
+@each_backend
+@pytest.mark.parametrize("linear", [False, True], ids=["fixed", "any-length"])
 def test_same_input_same_bits(backend: str, linear: bool) -> None:
     case = efficient_case(Size(3, 1000, 33, 20), linear=linear)
     first, second = evaluate(op(backend), case), evaluate(op(backend), case)
@@ -383,17 +417,20 @@ def test_same_input_same_bits(backend: str, linear: bool) -> None:
 @pytest.mark.parametrize(
     "size", [Size(1, 200, 64, 64, 32), Size(2, 2000, 40, 48, 64), Size(2, 600, 200, 130, 96)], ids=str
 )
-def test_same_bits_on_any_number_of_threads(linear: bool, size: Size) -> None:
-    case = efficient_case(size, linear=linear)
+@pytest.mark.parametrize("form", ["plain", "masked", "bf16"])
+def test_same_bits_on_any_number_of_threads(linear: bool, size: Size, form: str) -> None:
+    masked = {"mask": some_mask(size.b, size.n, size.m), "lengths": [size.n - 7] * size.b}
+    options: dict[str, Any] = {"plain": {}, "masked": masked, "bf16": {"dtype": BF16}}[form]
+    case = efficient_case(size, linear=linear, **options)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(evaluate(op("native"), case))
     finally:
         torch.set_num_threads(before)
-    for name, a in found[0].items():
-        b = found[1][name]
+    for other, (name, a) in itertools.product(found[1:], found[0].items()):
+        b = other[name]
         assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b)), name
 
 
@@ -442,11 +479,22 @@ def test_opcheck_of_the_backward_op(name: str, want_x: bool, want_rows: bool) ->
 needs_extension = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 
+#: Forms of the calls that are one.
+ONE_CALL: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "masked": {"mask": some_mask(2, 33, 5), "lengths": [3, 33]},
+    "gram": {"linear": True, "lengths": [30, 2]},
+    "any-length-masked": {"linear": True, "mask": some_mask(2, 33, 5)},
+    "bf16": {"dtype": BF16, "parameter_dtype": F32},
+}
+
+
 @needs_extension
+@pytest.mark.parametrize("form", ONE_CALL)
 @pytest.mark.parametrize("n_iters", [1, 2])
 @pytest.mark.parametrize(("want_x", "want_rows"), list(itertools.product([True, False], repeat=2)))
-def test_opcheck_of_one_call(n_iters: int, want_x: bool, want_rows: bool) -> None:
-    case = efficient_case(SMALL)
+def test_opcheck_of_one_call(form: str, n_iters: int, want_x: bool, want_rows: bool) -> None:
+    case = efficient_case(SMALL, **ONE_CALL[form])
     given = [case.inputs[name] for name in native.NAMES]
     out, kept = torch.ops.fastroute._efficient_routing_native(*given, n_iters, True)
     backward = *given, n_iters, True, torch.ones_like(out), kept, want_x, want_rows
@@ -458,12 +506,17 @@ def test_opcheck_of_one_call(n_iters: int, want_x: bool, want_rows: bool) -> Non
 
 
 @needs_extension
+@pytest.mark.parametrize("form", ["fixed", "masked", "gram", "any-length-masked", "one beta"])
 @pytest.mark.parametrize("n_iters", [1, 3])
-def test_one_call_gives_what_passes_give(n_iters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_gives_what_passes_give(n_iters: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide calls go through the library's products instead."""
-    case = efficient_case(Size(5, 150, 21, 40, 24), dtype=F64)
+    size, options = Size(5, 150, 21, 85 if form == "one beta" else 40, 24), {"linear": form not in ("fixed", "masked")}
+    if "masked" in form:
+        options |= {"mask": some_mask(5, 150, 21), "lengths": [150, 0, 1, 77, 149]}  # type: ignore[dict-item]
+    case = efficient_case(size, dtype=F64, **options)  # type: ignore[arg-type]
     one = evaluate(op("native", n_iters), case)
     monkeypatch.setattr(native, "WIDEST", 0)
+    monkeypatch.setattr(native, "WIDEST_LINEAR", 0)
     for name, expected in evaluate(op("native", n_iters), case).items():
         got = one[name]
         assert (got is None) == (expected is None), name
@@ -472,8 +525,23 @@ def test_one_call_gives_what_passes_give(n_iters: int, monkeypatch: pytest.Monke
 
 
 @needs_extension
+@pytest.mark.parametrize("form", ONE_CALL)
+def test_the_op_of_exported_graphs_has_the_bits_of_one_call(form: str) -> None:
+    case = efficient_case(SMALL, **ONE_CALL[form])
+
+    def exported(**inputs: Tensor | None) -> dict[str, Tensor]:
+        return {"x_out": torch.ops.fastroute.efficient_routing(*inputs.values(), 2, True, "auto", "")[0]}
+
+    found = evaluate(exported, case)
+    for name, expected in evaluate(efficient_op(2), case).items():
+        got = found[name]
+        assert (got is None) == (expected is None), name
+        assert got is None or (expected is not None and torch.equal(got, expected)), name
+
+
+@needs_extension
 def test_which_calls_are_one() -> None:
-    """A compiled graph shows it: what has a mask, betas linear in x or bfloat16 takes the passes."""
+    """A compiled graph shows it: what is wide, in float16 or under autocast takes the passes."""
     seen: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
@@ -488,11 +556,12 @@ def test_which_calls_are_one() -> None:
         torch.compile(lambda given: fn(**given, **nothing)["x_out"], backend=backend, fullgraph=True)(inputs)
         return " ".join(seen)
 
-    assert "_efficient_routing_native" in ops_of(efficient_op(), efficient_case(SMALL))
-    several = {"linear": True}, {"mask": some_mask(2, 33, 5)}, {"lengths": [3, 33]}, {"dtype": BF16}
-    for options in several:
-        found = ops_of(efficient_op(), efficient_case(SMALL, **options))  # type: ignore[arg-type]
-        assert "native" not in found and "efficient_routing" in found, options
+    masked = {"mask": some_mask(2, 33, 5), "lengths": [3, 33]}
+    for options in ({}, {"linear": True}, masked, {"linear": True, **masked}, {"dtype": BF16}):
+        assert "_efficient_routing_native" in ops_of(efficient_op(), efficient_case(SMALL, **options)), options  # type: ignore[arg-type]
+    for case in (efficient_case(SMALL, dtype=torch.float16), efficient_case(Size(1, 2, 200, 200), linear=True)):
+        found = ops_of(efficient_op(), case)
+        assert "native" not in found and "efficient_routing" in found
     assert "native" not in ops_of(op("reference"), efficient_case(SMALL))
 
 
