@@ -148,7 +148,7 @@ template <class T, class X>
 class Workspace {
  public:
   explicit Workspace(const Problem<T, X>& q)
-      : q_(q), size_(q.tile_rows() * q.m), pairs_(new T[4 * size_]),
+      : q_(q), size_(q.tile_rows() * q.m + kBeyond), pairs_(new T[4 * size_]),
         votes_(std::is_same_v<T, X> ? 0 : q.tile_rows() * q.vote_outputs() * q.h) {}
 
   T* dphi() const { return pairs_.get() + 3 * size_; }
@@ -170,8 +170,9 @@ class Workspace {
     a.rows = count;
     a.m = q_.m;
     a.R = pairs_.get();
-    a.t = a.R + size_;
-    a.w = a.t + size_;
+    const bool is_open = q_.mask == nullptr, has_betas = q_.use != nullptr || q_.ign != nullptr;
+    a.t = is_open && !has_betas ? a.R : a.R + size_;
+    a.w = is_open && q_.gate == nullptr && q_.eps == T(0) ? a.t : a.R + 2 * size_;
     soft_assignment::rows<T>().weigh(a);
     return a;
   }
@@ -314,9 +315,7 @@ void forward(const Problem<T, X>& q, T* M, T* p) {
           } else {
             soft_assignment::rows<T>().add_votes(to, a.w, votes, count, m, h);
           }
-          for (int64_t i = 0; i < count; ++i) {
-            soft_assignment::rows<T>().add(to_p, a.w + i * m, m);
-          }
+          soft_assignment::rows<T>().add_weights(to_p, a.w, count, m);
         }
       }
     }
