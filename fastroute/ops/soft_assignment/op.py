@@ -146,18 +146,14 @@ class _OneCall(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: bool, eps: float, votes: Tensor, *given: Any) -> Tensor:
-        M, p = native.forward(votes, _pairs(given, eps))
-        total = None
-        if mean:
-            total = p.masked_fill_(p <= 0, 1.0)  # beside which nothing reads p
-            M = M.div_(total[..., None])
+        y, p = native.forward(votes, _pairs(given, eps), mean)
         ctx.eps, ctx.mean = eps, mean
-        ctx.save_for_backward(votes, *given, M if mean else None, total)
-        return M
+        ctx.save_for_backward(votes, *given, *((y, p) if mean else (None, None)))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        votes, *given, y, total = ctx.saved_tensors
+        votes, *given, y, p = ctx.saved_tensors
         eps, mean = ctx.eps, ctx.mean
         if asked_again(dy):
 
@@ -169,10 +165,10 @@ class _OneCall(torch.autograd.Function):
         wants = list(ctx.needs_input_grad[2:7])
         grads = _buffers(votes, pairs, wants)
         if mean:
-            dM = dy / total[..., None]
+            dM = dy / p[..., None]
             dp = (dM * y).sum(-1).neg_()  # nothing where p is 0: y is
         else:
-            dM, dp = dy.contiguous(), dy.new_zeros(dy.shape[:2])
+            dM, dp = dy, dy.new_zeros(dy.shape[:2])
         native.backward(votes, pairs, dM, dp, grads)
         return (None, None, *grads, None, None, None)
 

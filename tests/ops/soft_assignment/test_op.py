@@ -53,6 +53,16 @@ def test_within_budget(backend: str, form: str, shared: str, dtype: torch.dtype)
     check(op(backend, form), truth(form), cases, dtype=dtype)
 
 
+@pytest.mark.parametrize("m", [1, 3, 16, 17, 32, 33])
+@pytest.mark.parametrize("form", ["mean", "gated", "routing"])
+def test_around_a_block(form: str, m: int) -> None:
+    """Rows and outputs just below and above what the C++ takes at a time."""
+    for n in (1, 15, 16, 17, 33):
+        for dtype in (F64, F32):
+            case = case_of(form, (2, n, m, 20), "m" if form == "mean" else "", dtype)
+            check(op("auto", form), truth(form), [case], dtype=dtype)
+
+
 @each_backend
 @pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
 def test_many_inputs(backend: str, shared: str) -> None:
