@@ -188,6 +188,21 @@ def _is_one_call(votes: Tensor, pairs: Pairs) -> bool:
     return taken(OP, "cpu", votes.dtype) == "native" and 0 not in sizes(votes, pairs)
 
 
+#: Multiply-adds, and inputs (whose sum a compiler makes one by one), up to which torch.compile gets plain operators on a
+#: CPU: an op's call in a graph costs 50 to 150 us more than the C++ itself. Measured in bench_soft_assignment's grid.
+_SMALL, _FEW_INPUTS = 2**20, 1024
+
+
+def _is_better_compiled(votes: Tensor, pairs: Pairs) -> bool:
+    """Whether a compiler's own code is faster than a call of the op, of sizes that it takes for constants."""
+    if not (torch.compiler.is_compiling() and votes.is_cpu) or torch.compiler.is_exporting() or requested() != "auto":
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    B, n, m, h = sizes(votes, pairs)
+    return statically_known_true(B * n * m * h <= _SMALL) and statically_known_true(n <= _FEW_INPUTS)
+
+
 @explained
 def soft_assignment(
     scores: Tensor | None,
@@ -293,7 +308,7 @@ def soft_assignment(
         with autocast_off("cpu"):
             made: Tensor = apply(_OneCall, mean, float(eps), votes, *pairs[:-1])
         return made
-    if transformed():
+    if transformed() or _is_better_compiled(votes, pairs):
         M, p = _plain(votes, pairs)
     else:
         M, p = torch.ops.fastroute.soft_assignment(votes, *pairs, requested())
