@@ -188,8 +188,8 @@ def _is_one_call(votes: Tensor, pairs: Pairs) -> bool:
     return taken(OP, "cpu", votes.dtype) == "native" and 0 not in sizes(votes, pairs)
 
 
-#: Multiply-adds, and inputs (whose sum a compiler makes one by one), up to which torch.compile gets plain operators on a
-#: CPU: an op's call in a graph costs 50 to 150 us more than the C++ itself. Measured in bench_soft_assignment's grid.
+#: Multiply-adds, and inputs (whose sum a compiler makes one by one), up to which torch.compile gets plain operators on
+#: a CPU: an op's call in a graph costs 50 to 200 us more than the C++ itself.
 _SMALL, _FEW_INPUTS = 2**20, 1024
 
 

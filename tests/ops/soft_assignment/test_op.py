@@ -255,7 +255,7 @@ def test_compile(backend: str) -> None:
 @pytest.mark.parametrize("shared", ["", "m"], ids=["own", "by outputs"])
 @pytest.mark.parametrize("form", ["routing", "masked mean"])
 def test_small_sizes_are_plain_operators_in_a_graph(form: str, shared: str) -> None:
-    """Where sizes are constants; an op that is asked for by name stays one, and so does one of unknown or large sizes."""
+    """Where sizes are constants; on a backend asked for by name, or of unknown or large sizes, the op stays one."""
     case = case_of(form, (3, 40, 6, 5), shared, F32)
 
     def ops_in(case: Case, backend: str = "auto", dynamic: bool = False) -> bool:
@@ -275,7 +275,12 @@ def test_small_sizes_are_plain_operators_in_a_graph(form: str, shared: str) -> N
     assert not ops_in(case)
     assert ops_in(case, dynamic=True)
     assert ops_in(case_of(form, (1, 1025, 2, 2), shared, F32))
-    check(torch.compile(op("auto", form), fullgraph=True, dynamic=False, backend="aot_eager"), truth(form), [case], dtype=F32)
+    check(
+        torch.compile(op("auto", form), fullgraph=True, dynamic=False, backend="aot_eager"),
+        truth(form),
+        [case],
+        dtype=F32,
+    )
 
 
 @each_backend
