@@ -109,14 +109,14 @@ def through(
     return found
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_observed(*tensors: Tensor | None) -> bool:
     """Whether others than autograd look on: torch.func, a trace, a mode or a subclass, which know a registered op."""
     if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(t is not None and type(t) not in _PLAIN for t in tensors)
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 class _NoContext:

@@ -119,7 +119,9 @@ def _routings() -> None:
         mask = routing_cases.some_mask(2, 5, 3) if masked else None
         case = matrix_cases.matrix_case(matrix_cases.Size(2, 5, 3, 2, 3, 4), dtype=F64, shared=shared, mask=mask)
         evaluate(matrix_cases.matrix_op(2), case)
-    for form, shared_votes in product(("scores", "padded", "masked first", "use"), assignment_cases.SHARED.values()):
+    for form, shared_votes in product(
+        ("scores", "padded", "masked first", "use", "gated mean"), assignment_cases.SHARED.values()
+    ):
         case = assignment_cases.case_of(form, (2, 5, 3, 4), shared_votes, dtype=F64)
         evaluate(assignment_cases.op("native", form), case)
 
@@ -226,7 +228,11 @@ def _matrix(
 
 
 def _assignment(*args: Any) -> tuple[Tensor, Tensor]:
-    return soft_assignment_plain.forward(args[0], Pairs(*args[1:9]))
+    M, p = soft_assignment_plain.forward(args[0], Pairs(*args[1:9]))
+    if args[9]:
+        p = p.masked_fill(p <= 0, 1.0)
+        M = M / p[..., None]
+    return M, p
 
 
 def _assignment_backward(*args: Any) -> None:

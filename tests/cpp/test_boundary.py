@@ -144,6 +144,7 @@ def votes(**changes: Any) -> None:
         "mask": None,
         "lengths": None,
         "eps": 0.0,
+        "mean": False,
         **changes,
     }
     OPS._soft_assignment_native(*given.values())

@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -148,7 +149,7 @@ template <class T, class X>
 class Workspace {
  public:
   explicit Workspace(const Problem<T, X>& q)
-      : q_(q), size_(q.tile_rows() * q.m), pairs_(new T[4 * size_]),
+      : q_(q), size_(q.tile_rows() * q.m + kBeyond), pairs_(new T[4 * size_]),
         votes_(std::is_same_v<T, X> ? 0 : q.tile_rows() * q.vote_outputs() * q.h) {}
 
   T* dphi() const { return pairs_.get() + 3 * size_; }
@@ -170,8 +171,9 @@ class Workspace {
     a.rows = count;
     a.m = q_.m;
     a.R = pairs_.get();
-    a.t = a.R + size_;
-    a.w = a.t + size_;
+    const bool is_open = q_.mask == nullptr, has_betas = q_.use != nullptr || q_.ign != nullptr;
+    a.t = is_open && !has_betas ? a.R : a.R + size_;
+    a.w = is_open && q_.gate == nullptr && q_.eps == T(0) ? a.t : a.R + 2 * size_;
     soft_assignment::rows<T>().weigh(a);
     return a;
   }
@@ -281,7 +283,7 @@ class SharedProducts {
 // ------------------------------------------------------------------------------------------------------------- forward
 
 template <class T, class X>
-void forward(const Problem<T, X>& q, T* M, T* p) {
+void forward(const Problem<T, X>& q, bool mean, T* M, T* p) {
   const int64_t B = q.B, n = q.n, m = q.m, h = q.h, tile = q.tile_rows();
   // samples go together where they share votes, which are then read once; the division follows from shapes alone
   const int64_t groups = q.same_samples ? 1 : B, samples = B / groups;
@@ -314,20 +316,22 @@ void forward(const Problem<T, X>& q, T* M, T* p) {
           } else {
             soft_assignment::rows<T>().add_votes(to, a.w, votes, count, m, h);
           }
-          for (int64_t i = 0; i < count; ++i) {
-            soft_assignment::rows<T>().add(to_p, a.w + i * m, m);
-          }
+          soft_assignment::rows<T>().add_weights(to_p, a.w, count, m);
         }
       }
     }
   });
+  for (int64_t piece = 1; piece < pieces; ++piece) {
+    std::transform(all.get(), all.get() + B * size, all.get() + piece * B * size, all.get(), std::plus<>());
+  }
   for (int64_t b = 0; b < B; ++b) {
-    for (int64_t k = 0; k < size; ++k) {
-      double sum = 0;
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        sum += all[(piece * B + b) * size + k];
-      }
-      (k < m * h ? M[b * m * h + k] : p[b * m + k - m * h]) = static_cast<T>(sum);
+    const double* sums = all.get() + b * size;
+    T *to = M + b * m * h, *weights = p + b * m;
+    std::copy_n(sums, m * h, to);
+    std::copy_n(sums + m * h, m, weights);
+    for (int64_t j = 0; mean && j < m; ++j) {
+      weights[j] = weights[j] <= 0 ? T(1) : weights[j];
+      std::transform(to + j * h, to + (j + 1) * h, to + j * h, [&](T sum) { return sum / weights[j]; });
     }
   }
 }
@@ -335,7 +339,7 @@ void forward(const Problem<T, X>& q, T* M, T* p) {
 std::tuple<Tensor, Tensor> forward_op(
     const Tensor& votes, const OptionalTensor& scores, const OptionalTensor& gate, const OptionalTensor& use,
     const OptionalTensor& ign, const OptionalTensor& prior, const OptionalTensor& mask, const OptionalTensor& lengths,
-    double eps) {
+    double eps, bool mean) {
   const Inputs in{votes, scores, gate, use, ign, prior, mask, lengths, eps};
   const Sizes fitting(Check("soft_assignment"), in);
   Tensor M, p;
@@ -344,7 +348,7 @@ std::tuple<Tensor, Tensor> forward_op(
     const Problem<T, decltype(vote)> q(in);
     M = empty_cpu<3>({q.B, q.m, q.h}, scalar_type_of<T>());
     p = empty_cpu<2>({q.B, q.m}, scalar_type_of<T>());
-    forward(q, static_cast<T*>(M.data_ptr()), static_cast<T*>(p.data_ptr()));
+    forward(q, mean, static_cast<T*>(M.data_ptr()), static_cast<T*>(p.data_ptr()));
   });
   return {M, p};
 }

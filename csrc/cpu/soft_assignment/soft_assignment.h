@@ -8,6 +8,8 @@
 
 namespace fastroute::soft_assignment {
 
+constexpr int64_t kBeyond = 16;  // numbers beyond R, t and w that the functions read and write
+
 // A tile's pairs. Null: not there. Everything is dense [rows, m] but the mask and the gate.
 template <class T>
 struct Tile {
@@ -20,7 +22,7 @@ struct Tile {
   int64_t mask_row, mask_out;
   T eps;
   int64_t rows, m;
-  T *R, *t, *w;  // made by weigh: softmax, phi / f, phi + eps
+  T *R, *t, *w;  // made by weigh: softmax, phi / f, phi + eps; one array where they are the same
 };
 
 // What finish makes of dphi; null: not wanted.
@@ -42,6 +44,8 @@ struct Votes {
 template <class T>
 struct Functions {
   void (*weigh)(const Tile<T>& tile);
+  // p [m] += sum_i w_ij
+  void (*add_weights)(double* p, const T* w, int64_t rows, int64_t m);
   // M [m, h] += sum_i w_ij V_ij, in groups of rows that are added up in double
   void (*add_votes)(double* M, const T* w, Votes<const T> votes, int64_t rows, int64_t m, int64_t h);
   // dphi_ij = <dM_j, V_ij> + dp_j

@@ -13,7 +13,7 @@ _INPUTS = (
     "Tensor votes, Tensor? scores, Tensor? gate, Tensor? use, Tensor? ign, Tensor? prior, Tensor? mask, "
     "Tensor? lengths, float eps"
 )
-library.define(f"_soft_assignment_native({_INPUTS}) -> (Tensor, Tensor)")
+library.define(f"_soft_assignment_native({_INPUTS}, bool mean) -> (Tensor, Tensor)")
 library.define(
     f"_soft_assignment_native_backward({_INPUTS}, Tensor dM, Tensor dp, Tensor(a!)? dvotes, Tensor(b!)? dscores, "
     "Tensor(c!)? dgate, Tensor(d!)? duse, Tensor(e!)? dign) -> ()"
@@ -35,8 +35,9 @@ def _plain(votes: Tensor, pairs: Pairs) -> tuple[Tensor | float | None, ...]:
     )  # fmt: skip
 
 
-def forward(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    made: tuple[Tensor, Tensor] = torch.ops.fastroute._soft_assignment_native(*_plain(votes, pairs))
+def forward(votes: Tensor, pairs: Pairs, mean: bool = False) -> tuple[Tensor, Tensor]:
+    """M and p; for a ``mean`` M / p and p, which is 1 where it is 0."""
+    made: tuple[Tensor, Tensor] = torch.ops.fastroute._soft_assignment_native(*_plain(votes, pairs), mean)
     return made
 
 

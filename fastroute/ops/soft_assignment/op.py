@@ -146,18 +146,14 @@ class _OneCall(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: bool, eps: float, votes: Tensor, *given: Any) -> Tensor:
-        M, p = native.forward(votes, _pairs(given, eps))
-        total = None
-        if mean:
-            total = p.masked_fill_(p <= 0, 1.0)  # beside which nothing reads p
-            M = M.div_(total[..., None])
+        y, p = native.forward(votes, _pairs(given, eps), mean)
         ctx.eps, ctx.mean = eps, mean
-        ctx.save_for_backward(votes, *given, M if mean else None, total)
-        return M
+        ctx.save_for_backward(votes, *given, *((y, p) if mean else (None, None)))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        votes, *given, y, total = ctx.saved_tensors
+        votes, *given, y, p = ctx.saved_tensors
         eps, mean = ctx.eps, ctx.mean
         if asked_again(dy):
 
@@ -169,10 +165,10 @@ class _OneCall(torch.autograd.Function):
         wants = list(ctx.needs_input_grad[2:7])
         grads = _buffers(votes, pairs, wants)
         if mean:
-            dM = dy / total[..., None]
+            dM = dy / p[..., None]
             dp = (dM * y).sum(-1).neg_()  # nothing where p is 0: y is
         else:
-            dM, dp = dy.contiguous(), dy.new_zeros(dy.shape[:2])
+            dM, dp = dy, dy.new_zeros(dy.shape[:2])
         native.backward(votes, pairs, dM, dp, grads)
         return (None, None, *grads, None, None, None)
 
@@ -191,6 +187,21 @@ def _is_one_call(votes: Tensor, pairs: Pairs) -> bool:
     if not votes.is_cpu or interpreting() or is_explaining() or is_observed(votes, *pairs[:-1]):
         return False
     return taken(OP, "cpu", votes.dtype) == "native" and 0 not in sizes(votes, pairs)
+
+
+#: Multiply-adds, and inputs (whose sum a compiler makes one by one), up to which torch.compile gets plain operators on
+#: a CPU: an op's call in a graph costs 50 to 200 us more than the C++ itself.
+_SMALL, _FEW_INPUTS = 2**20, 1024
+
+
+def _is_better_compiled(votes: Tensor, pairs: Pairs) -> bool:
+    """Whether a compiler's own code is faster than a call of the op, of sizes that it takes for constants."""
+    if not (torch.compiler.is_compiling() and votes.is_cpu) or torch.compiler.is_exporting() or requested() != "auto":
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    B, n, m, h = sizes(votes, pairs)
+    return statically_known_true(B * n * m * h <= _SMALL) and statically_known_true(n <= _FEW_INPUTS)
 
 
 @explained
@@ -298,7 +309,7 @@ def soft_assignment(
         with autocast_off("cpu"):
             made: Tensor = apply(_OneCall, mean, float(eps), votes, *pairs[:-1])
         return made
-    if transformed():
+    if transformed() or _is_better_compiled(votes, pairs):
         M, p = _plain(votes, pairs)
     else:
         M, p = torch.ops.fastroute.soft_assignment(votes, *pairs, requested())

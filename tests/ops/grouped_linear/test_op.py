@@ -254,6 +254,50 @@ def test_modules_without_rows(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("weights, biases", [(True, True), (True, False), (False, True)])
+def test_few_modules_of_many(backend: str, weights: bool, biases: bool) -> None:
+    """Modules without an entry are left out of the graph: the numbers of a call that has all; entries dropped."""
+    histogram = [3 * (k in (0, 7, 8, 39)) for k in range(40)] + [2]
+    case = linear_case(histogram, weights=weights, biases=biases, dtype=F64)
+    found, whole = (evaluate(op(backend, keep_empty=keep), case) for keep in (False, True))
+    for name, grad in found.items():
+        expected = whole[name]
+        assert expected is not None
+        if name[:2] in ("dW", "db") and histogram[int(name[2:])] == 0:
+            assert grad is None and not expected.any()
+        else:
+            assert grad is not None
+            assert_same(grad, expected, name)
+
+
+@each_backend
+def test_few_modules_that_do_not_learn(backend: str) -> None:
+    """The result has a gradient where any module learns, with an entry or without one."""
+    x, actions = torch.randn(4, 3), torch.tensor([5, 5, 9, -1])
+    with use_backend(backend):
+        for learns in (5, 20):
+            W = [torch.randn(2, 3, requires_grad=k == learns) for k in range(40)]
+            y = grouped_linear(x, dispatch.plan(actions, 40), W)
+            y.sum().backward()
+            assert (W[5].grad is not None) == (learns == 5) and W[20].grad is None
+
+
+def test_few_modules_in_distributed_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel waits for the node of each parameter, that of an idle one too."""
+    W = [torch.randn(2, 3, requires_grad=True) for _ in range(40)]
+    plan = dispatch.plan(torch.tensor([5, 5, 9, -1]), 40)
+
+    def leaves() -> int:
+        made = grouped_linear(torch.randn(4, 3), plan, W).grad_fn
+        assert made is not None
+        return sum(node is not None for node, _ in made.next_functions)
+
+    assert leaves() == 2
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert leaves() == 40
+
+
+@each_backend
 def test_several_rows_a_sample(backend: str) -> None:
     """The plan of B samples, stretched to r rows of each."""
     actions, r = actions_of(HISTOGRAMS["some empty"]), 3

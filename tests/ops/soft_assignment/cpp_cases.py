@@ -48,3 +48,6 @@ def soft_assignments() -> None:
                     assert_same(got, expected_grad)
         apart, _ = native.forward(sliced_rows(votes), pairs)
         assert torch.equal(apart, M)
+        if "mean" in form:
+            y, total = native.forward(votes, pairs, mean=True)
+            assert torch.equal(total, p.masked_fill(p <= 0, 1.0)) and torch.equal(y, M / total[..., None])

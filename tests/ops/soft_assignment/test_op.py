@@ -21,7 +21,7 @@ from tests.helpers import seeds, strategies
 from tests.helpers.assignment_cases import FORMS, SHARED, case_of, op, truth
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
-from tests.helpers.cases import evaluate
+from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
 
@@ -51,6 +51,16 @@ def test_float64(backend: str, form: str, shared: str) -> None:
 def test_within_budget(backend: str, form: str, shared: str, dtype: torch.dtype) -> None:
     cases = [case_of(form, (3, 40, 6, 5), shared, dtype, seed) for seed in range(2)]
     check(op(backend, form), truth(form), cases, dtype=dtype)
+
+
+@pytest.mark.parametrize("m", [1, 3, 16, 17, 32, 33])
+@pytest.mark.parametrize("form", ["mean", "gated", "routing"])
+def test_around_a_block(form: str, m: int) -> None:
+    """Rows and outputs just below and above what the C++ takes at a time."""
+    for n in (1, 15, 16, 17, 33):
+        for dtype in (F64, F32):
+            case = case_of(form, (2, n, m, 20), "m" if form == "mean" else "", dtype)
+            check(op("auto", form), truth(form), [case], dtype=dtype)
 
 
 @each_backend
@@ -240,6 +250,37 @@ def test_compile(backend: str) -> None:
     with use_backend(backend):
         check_compiled(lambda s, v: functional.soft_assignment(s, v, mean=True, eps=1e-8), calls)
         check_compiled(lambda s, v: functional.soft_assignment(s, v, torch.ones_like(s[..., 0])), calls)
+
+
+@pytest.mark.parametrize("shared", ["", "m"], ids=["own", "by outputs"])
+@pytest.mark.parametrize("form", ["routing", "masked mean"])
+def test_small_sizes_are_plain_operators_in_a_graph(form: str, shared: str) -> None:
+    """Where sizes are constants; on a backend asked for by name, or of unknown or large sizes, the op stays one."""
+    case = case_of(form, (3, 40, 6, 5), shared, F32)
+
+    def ops_in(case: Case, backend: str = "auto", dynamic: bool = False) -> bool:
+        found: list[bool] = []
+
+        def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+            found.append(any("fastroute" in str(node.target) for node in graph.graph.nodes))
+            return graph.forward
+
+        torch._dynamo.reset()
+        with use_backend(backend):
+            evaluate(torch.compile(op(backend, form), fullgraph=True, dynamic=dynamic, backend=look), case)
+        return found[0]
+
+    if "native" in HERE:
+        assert ops_in(case, "native")
+    assert not ops_in(case)
+    assert ops_in(case, dynamic=True)
+    assert ops_in(case_of(form, (1, 1025, 2, 2), shared, F32))
+    check(
+        torch.compile(op("auto", form), fullgraph=True, dynamic=False, backend="aot_eager"),
+        truth(form),
+        [case],
+        dtype=F32,
+    )
 
 
 @each_backend
