@@ -31,6 +31,7 @@ from fastroute import monitor as monitor_module
 from fastroute.cli import main
 from fastroute.loggers import RunLog, TensorBoard
 from fastroute.models import CapsuleHead, SmallNORB
+from fastroute.report import charts
 
 K = 4
 
@@ -403,6 +404,25 @@ def test_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 0
 
 
+@pytest.mark.parametrize("scale", [1e-7, 0.0105, 1.0, 123_456.0, 9.9e8, 1e300])
+def test_labels_are_neither_cut_nor_in_each_others_way(scale: float) -> None:
+    steps, name = [0, 100_000, 1_000_000], "a rather long name of a task"
+    rows = [(name, [scale, 0.0, -scale]), ("b", [0.1, 0.2, 0.3])]
+    for chart in (
+        charts.lines("", steps, rows, "a unit"),
+        charts.shares("", steps, [("13", [0.1, 0.05, 0.02])], "module"),
+        charts.grid("", [name, "b"], [name, "b"], [[1.0, -0.5], [0.5, 1.0]], "task", "task"),
+        charts.bars("", [name, "b"], [scale, scale / 2], "entries", "task"),
+    ):
+        labels = re.findall(r'<text x="(\S+)" y="(\S+)" text-anchor="(\w+)"[^>]*>([^<]*)<', chart)
+        assert labels
+        for x, _, anchor, text in labels:
+            width = charts.LETTER * len(text)
+            first = float(x) - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+            assert first >= (14 if anchor == "end" else 0), f"{text} meets the axis' name"
+            assert first + width <= charts.WIDTH, text
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": 1, "num'])
 def test_no_page(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if content is not None:
@@ -428,7 +448,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_page_in_chromium(tmp_path: Path) -> None:
-    """Nothing sticks out of the window at 400 and 1400 pixels. Installs nothing: needs a Chromium that is there."""
+    """Nothing sticks out of the window or of a chart at 500 and 1400 pixels. Needs a Chromium that is there."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("no Chromium is installed; test_a_page parses the page without one")
@@ -436,10 +456,13 @@ def test_the_page_in_chromium(tmp_path: Path) -> None:
     monitor = RoutingMonitor(layer)
     for step in range(3):
         layer(torch.randn(10, 8))
-        monitor.write(log, step=step, loss=float(step))
+        monitor.write(log, step=100_000 * step, loss=123_456.0 * step, learning_rate=0.00015)
     assert main(["report", str(tmp_path)]) == 0
     page = tmp_path / "report.html"
-    script = "<script>document.title=[document.documentElement.scrollWidth,innerWidth,document.images.length]</script>"
+    cut = """[...document.querySelectorAll('svg text')].filter(t => {
+        const label = t.getBoundingClientRect(), chart = t.ownerSVGElement.getBoundingClientRect()
+        return label.left < chart.left || label.right > chart.right || label.bottom > chart.bottom}).length"""
+    script = f"<script>document.title=[document.documentElement.scrollWidth,innerWidth,{cut}]</script>"
     (tmp_path / "asked.html").write_text(page.read_text() + script)
     for width in (500, 1400):  # a window is 500 wide at least
         command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]

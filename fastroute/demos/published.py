@@ -223,7 +223,7 @@ RECIPES = {
     "capsule-vision": Recipe(lambda found: Classifier(found, OnImages), 20, 32, _radam(3e-3), 0.3, 0.9),
     "capsule-text": Recipe(lambda found: Classifier(found, OnText), 20, 32, _radam(3e-3), 0.3, 0.8),
     "small-norb": Recipe(
-        lambda found: Classifier(found, lambda side: SmallNORB(10, 1), side=40), 8, 20, _radam(2e-3), 0.1, 0.7
+        lambda found: Classifier(found, lambda side: SmallNORB(10, 1), side=29), 16, 20, _adam(2e-3), 0.3, 0.9
     ),
     "task-vgg": Recipe(ManyTasksLearner, 16, 64, _adam(2e-3), 0.3, 0.8),
 }
