@@ -147,7 +147,9 @@ def build_extension(info):
             info.update(cuda=True, cuda_flags=nvcc_flags)
         except NotBuilt as error:  # if it was a C++ file that failed, it fails again below
             info["cuda_reason"] = str(error)
-    library = library or build_library(jobs, [*cxx, *sanitize, *shared], libraries, version)
+    is_glibc = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
+    older = ["-Wl,--wrap=exp,--wrap=log"] if is_glibc else []  # csrc/common/older_linux.cpp
+    library = library or build_library(jobs, [*cxx, *sanitize, *shared, *older], libraries, version)
     info["built"] = True
     info["sources"] = [str(s.relative_to(ROOT)) for s in (cpp + cuda if info["cuda"] else cpp)]
     return library
