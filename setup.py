@@ -190,9 +190,9 @@ class BuildExtension(build_ext):
 kernels = ["fastroute.kernels", *(f"fastroute.kernels.{name}" for name in find_packages("kernels"))]
 setup(
     license="MIT",
-    packages=[*find_packages(include=["fastroute", "fastroute.*"]), *kernels],
+    packages=[*find_packages(include=["fastroute", "fastroute.*"]), "fastroute.compat.on_path", *kernels],
     package_dir={"fastroute.kernels": "kernels"},
-    package_data={"fastroute": ["py.typed", "compat/on_path/*.py"]},
+    package_data={"fastroute": ["py.typed"]},
     ext_modules=[Extension("fastroute._C", [], py_limited_api=LIMITED_API, optional=True)],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},

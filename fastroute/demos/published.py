@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -253,7 +254,8 @@ def train(name: str, found: data.Digits, options: TrainOptions, seed: int, conso
     torch.manual_seed(seed)
     learner = recipe.make(found)
     model = learner.model.to(found.train_images.device)
-    epochs = options.epochs or max(1, min(recipe.epochs, recipe.epochs * 1442 // len(found.train_images)))
+    twice = 2 * recipe.epochs * 1442 / len(found.train_images)  # of other digits, which are larger
+    epochs = options.epochs or min(recipe.epochs, math.ceil(twice))
     optimizer = recipe.optimizer(model.parameters())
     steps = epochs * -(-len(found.train_images) // recipe.batch)
     rate = optimizer.param_groups[0]["lr"]
