@@ -11,14 +11,16 @@ GPU := $(or $(wildcard /dev/nvidia0),$(shell which nvidia-smi 2>/dev/null))
 TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 TORCH_ARGS ?=
 
+# setuptools warns of every editable install, at length.
+QUIETLY = PYTHONWARNINGS='ignore:Editable installation'
 ifneq ($(NO_VENV)$(if $(VENV),,1),)
   PY := $(PYTHON)
   STAMPS := build/stamps
-  INSTALL = PIP_BREAK_SYSTEM_PACKAGES=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+  INSTALL = $(QUIETLY) PIP_BREAK_SYSTEM_PACKAGES=1 $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 else
   PY := $(VENV)/bin/python
   STAMPS := $(VENV)/stamps
-  INSTALL = $(PY) -m pip install -q --no-build-isolation -e '.[test]'
+  INSTALL = $(QUIETLY) $(PY) -m pip install -q --no-build-isolation -e '.[test]'
   TORCH_STAMP := $(STAMPS)/torch
 endif
 

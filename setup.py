@@ -147,7 +147,9 @@ def build_extension(info):
             info.update(cuda=True, cuda_flags=nvcc_flags)
         except NotBuilt as error:  # if it was a C++ file that failed, it fails again below
             info["cuda_reason"] = str(error)
-    library = library or build_library(jobs, [*cxx, *sanitize, *shared], libraries, version)
+    is_glibc = platform.libc_ver()[0] == "glibc" and platform.machine() in ("x86_64", "aarch64")
+    older = ["-Wl,--wrap=exp,--wrap=log"] if is_glibc else []  # csrc/common/older_linux.cpp
+    library = library or build_library(jobs, [*cxx, *sanitize, *shared, *older], libraries, version)
     info["built"] = True
     info["sources"] = [str(s.relative_to(ROOT)) for s in (cpp + cuda if info["cuda"] else cpp)]
     return library
@@ -188,9 +190,9 @@ class BuildExtension(build_ext):
 kernels = ["fastroute.kernels", *(f"fastroute.kernels.{name}" for name in find_packages("kernels"))]
 setup(
     license="MIT",
-    packages=[*find_packages(include=["fastroute", "fastroute.*"]), *kernels],
+    packages=[*find_packages(include=["fastroute", "fastroute.*"]), "fastroute.compat.on_path", *kernels],
     package_dir={"fastroute.kernels": "kernels"},
-    package_data={"fastroute": ["py.typed", "compat/on_path/*.py"]},
+    package_data={"fastroute": ["py.typed"]},
     ext_modules=[Extension("fastroute._C", [], py_limited_api=LIMITED_API, optional=True)],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},

@@ -123,21 +123,18 @@ def put(name: str, text: str, page: Path = PAGE) -> None:
 
 
 def draw(machine: Machine) -> None:
-    import matplotlib
+    from fastroute.plots.figures import LINES, empty_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    figure = empty_figure(8.0, 4.2, None)
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, weak in zip(axes, (False, True), strict=True):
-        for name, found in efficiencies(weak, machine).items():
-            axis.plot([N for N, _, _ in found], [share for _, _, share in found], marker="o", label=name)
+        for (name, found), style in zip(efficiencies(weak, machine).items(), LINES, strict=False):
+            axis.plot([N for N, _, _ in found], [share for _, _, share in found], **style, markersize=5, label=name)
         axis.set(xscale="log", xlabel="GPUs", title="weak scaling" if weak else "strong scaling", ylim=(0, 1.05))
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+        axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("efficiency (model)")
-    figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
+    figure.savefig(PICTURE)
 
 
 if __name__ == "__main__":

@@ -331,7 +331,9 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
         if np.isfinite(ratio):
             dark = abs(np.log2(ratio)) > 1.3
             shown = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}"
-            axes.text(j, i, shown, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            weight = "bold" if ratio < 1 else "normal"  # a row that loses is seen in grey, too
+            color = "white" if dark else "black"
+            axes.text(j, i, shown, ha="center", va="center", fontsize=7, color=color, fontweight=weight)
     labels = [f"{name}, {of}, {threads} thread{'s' * (threads > 1)}" for threads, name, of in columns]
     axes.set_xticks(range(len(columns)), labels, rotation=40, ha="right", fontsize=7)
     axes.set_yticks(range(len(sizes)), sizes, fontsize=7)
@@ -339,7 +341,7 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"], fontsize=7)
     bar.set_label("rival's time over fastroute's", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=160, metadata={"Software": None})
 
 
 def _rows(data: Mapping[str, Any]) -> list[Row]:

@@ -9,7 +9,7 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_png, metavar="PNG", default=str(Options.out), help="the picture to write (default: %(default)s)"
     )
     demo.add_argument("--epochs", type=_positive, metavar="N", help="default: enough for the data")
-    demo.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="default: %(default)s")
+    demo.add_argument("--seed", type=_seed, metavar="N", default=Options.seed, help="default: %(default)s")
     demo.add_argument(
-        "--threads", type=_positive, metavar="N", default=Options.threads,
+        "--threads", type=_threads, metavar="N", default=Options.threads,
         help="CPU threads (default: %(default)s, the model is too small to gain from more)",
     )  # fmt: skip
     demo.add_argument("--quiet", action="store_true", help="no progress bars; there are none without a terminal")
@@ -120,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("--epochs", type=_positive, metavar="N", help="default: the recipe's, docs/models.md")
     train.add_argument("--seeds", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
-    train.add_argument("--seed", type=int, metavar="N", default=Options.seed, help="the first (default: %(default)s)")
+    train.add_argument("--seed", type=_seed, metavar="N", default=Options.seed, help="the first (default: %(default)s)")
     train.add_argument(
-        "--threads", type=_positive, metavar="N", default=Options.threads, help="CPU threads (default: %(default)s)"
+        "--threads", type=_threads, metavar="N", default=Options.threads, help="CPU threads (default: %(default)s)"
     )
     train.add_argument("--quiet", action="store_true", help="no line per epoch")
 
@@ -171,11 +171,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number from low to high, of an option."""
+
+    def parsed(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"expected at most {high}, got {value}")
+        return value
+
+    return parsed
+
+
+_positive = _whole(1, 1 << 31)
+_seed = _whole(0, (1 << 63) - 1)
+_threads = _whole(1, 1024)
 
 
 def _png(text: str) -> Path:
@@ -212,7 +227,8 @@ def _demo(args: argparse.Namespace) -> int:
         _failed(stop.save(args.out.with_suffix(".pt")))
         return _INTERRUPTED
     except (CannotRun, OSError, backends.BackendUnavailable) as error:
-        return _failed(str(error))
+        is_full = isinstance(error, OSError) and error.filename is None  # what writes a picture names no file
+        return _failed(f"--out {args.out}: cannot be written ({error})" if is_full else str(error))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -5,14 +5,18 @@ Axes: B samples, N entries, K modules, A agents, T tasks.
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .capsules import DefinableVectorRouting, EfficientVectorRouting, GenerativeMatrixRouting, SlotAttention
 from .modules import watching
@@ -46,7 +50,8 @@ class RoutingMonitor:
     what they are without it, modules that are read instead of called stay so, and copies and pickles of the model are
     not watched. Each call adds to a tally on the device; nothing waits for the device until :meth:`numbers` is called.
     A forward pass that torch.utils.checkpoint makes again is not counted again. Compiled and exported code, and calls
-    within ``torch.func``, tell nothing; their trajectories can be given to :meth:`observe`.
+    within ``torch.func``, tell nothing; their trajectories can be given to :meth:`observe`. :meth:`numbers` warns once
+    of layers that it can see to be silent for such a reason. Threads may call the model, and read, at the same time.
 
     Args:
         model: any module with fastroute layers in it.
@@ -84,10 +89,12 @@ class RoutingMonitor:
     def _begin(self) -> None:
         self._lock = threading.RLock()
         self._tallies: dict[str, _Tally] = {}
-        self._routes: tuple[weakref.ref[Any], list[tuple[Tensor, Tensor | None]]] | None = None
+        self._routes: list[_Route] = []
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._conflict: dict[str, float] = {}
+        self._told: set[str] = set()  # since the last reading
+        self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are off, and have counted nothing: :meth:`attach` turns them on."""
@@ -101,12 +108,13 @@ class RoutingMonitor:
 
     def attach(self) -> RoutingMonitor:
         """Watch the model as it is now: also after layers were added, and after :meth:`remove`."""
-        found: dict[nn.Module, str] = {}
-        for name, module in self.model.named_modules():
-            found[module] = _readable(name) or type(module).__name__
+        found = {m: _readable(self.model, name) or type(m).__name__ for name, m in self.model.named_modules()}
         if not any(isinstance(module, TELLING) for module in found):
             raise ValueError(f"model: expected a fastroute layer in it, found none in {type(self.model).__name__}")
         with self._lock:
+            for module in self._names.keys() - found.keys():  # it has left the model
+                watching.unwatch(module, self)
+                del self._names[module]
             for module, name in found.items():
                 self._names[module] = name
                 watching.watch(module, self)
@@ -114,8 +122,9 @@ class RoutingMonitor:
 
     def remove(self) -> None:
         """Watch no more. What was counted can still be read."""
-        for module in list(self._names):
-            watching.unwatch(module, self)
+        with self._lock:
+            for module in list(self._names):
+                watching.unwatch(module, self)
 
     def __enter__(self) -> RoutingMonitor:
         return self
@@ -129,7 +138,11 @@ class RoutingMonitor:
     @property
     def layers(self) -> list[str]:
         """The names of the layers that tell something."""
-        return [name for module, name in self._names.items() if isinstance(module, TELLING)]
+        return [name for _, name in self._telling()]
+
+    def _telling(self) -> list[tuple[nn.Module, str]]:
+        with self._lock:
+            return [(module, name) for module, name in self._names.items() if isinstance(module, TELLING)]
 
     @property
     def silent(self) -> list[str]:
@@ -139,6 +152,24 @@ class RoutingMonitor:
         the shares otherwise. A model's losses are told by ``model.loss``, weights by the weighting.
         """
         return [name for name in self.layers if name not in self._tallies]
+
+    def _warn_of_silence(self) -> None:
+        """Once per layer: it told nothing since the last reading, though it may well have been called."""
+        replicated: set[nn.Module] = set()
+        for module in self.model.modules():
+            if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+                replicated.update(module.modules())
+        reasons: dict[str, list[str]] = {_COMPILED: [], _REPLICATED: []}
+        for module, name in self._telling():
+            if name not in self._told and name not in self._warned:
+                if watching.is_compiled(module):
+                    reasons[_COMPILED].append(name)
+                elif module in replicated:
+                    reasons[_REPLICATED].append(name)
+        for reason, names in reasons.items():
+            self._warned.update(names)
+            if names:
+                warnings.warn(f"RoutingMonitor: {', '.join(names)} told nothing. {reason}", stacklevel=_outside())
 
     # ------------------------------------------------------------------------------------------------- while it runs
 
@@ -182,16 +213,29 @@ class RoutingMonitor:
             self._tally(name, _Losses).keep(tuple(losses), list(losses.values()), getattr(layer, "loss_weights", None))
 
     def _tally(self, name: str, kind: type[Any]) -> Any:
+        self._told.add(name)
         found = self._tallies.get(name)
         if type(found) is not kind:
             found = self._tallies[name] = kind()
         return found
 
     def _follow(self, batch: Any, record: Any) -> None:
-        """Keep the last trajectory's actions, of which the routes are made."""
-        if self._routes is None or self._routes[0]() is not batch:
-            self._routes = weakref.ref(batch), []
-        self._routes[1].append((record.actions.detach(), record.active))
+        """Keep the last trajectory's actions, of which the routes are made; those of all that threads are in."""
+        route = next((r for r in self._routes if r.batch() is batch), None)
+        if route is None:
+            under_way = [r for r in self._routes[:-1] if r.batch() is not None][-_THREADS:]
+            route = _Route(weakref.ref(batch), threading.get_ident(), [])
+            self._routes = [*under_way, *self._routes[-1:], route]
+        route.steps.append((record.actions.detach(), record.active))
+
+    def _last_route(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The last batch's steps. One that another thread is still making is left out: it is shorter than others."""
+        if not self._routes:
+            return []
+        last = self._routes[-1]
+        if last.thread != threading.get_ident():
+            last = max(reversed(self._routes), key=lambda r: len(r.steps))
+        return list(last.steps)
 
     def observe(self, trajectory: Trajectory) -> None:
         """Count a trajectory whose decisions were made where nothing is told: in a compiled model that returns it.
@@ -275,16 +319,18 @@ class RoutingMonitor:
             ``total/collapsed``, ``total/dead``, and ``conflict/...`` of :meth:`gradient_conflict`.
         """
         made: dict[str, float] = {}
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            for name, tally in self._tallies.items():
-                made.update((f"{name}/{key}", value) for key, value in tally.read(self.counts))
+        with torch.inference_mode(False), torch.no_grad():
+            with self._lock:  # nothing waits for the device in here: other threads train on
+                self._warn_of_silence()
+                tallies = {name: tally.copy() for name, tally in self._tallies.items()}
+                route, conflict = self._last_route(), self._conflict
                 if reset:
-                    tally.clear()
-            if self._routes is not None and self._routes[1]:
-                made.update(_routes(self._routes[1]))
-            made.update(self._conflict)
-            if reset:
-                self._routes, self._conflict = None, {}
+                    self.reset()
+            for name, tally in tallies.items():
+                made.update((f"{name}/{key}", value) for key, value in tally.read(self.counts))
+            if route:
+                made.update(_routes(route))
+            made.update(conflict)
         for key in ("collapsed", "dead"):
             found = [value for name, value in made.items() if name.rpartition("/")[2] == key]
             if found:
@@ -296,7 +342,7 @@ class RoutingMonitor:
         with self._lock:
             for tally in self._tallies.values():
                 tally.clear()
-            self._routes, self._conflict = None, {}
+            self._routes, self._conflict, self._told = [], {}, set()
 
     def write(self, *sinks: Sink, step: int, **more: float) -> dict[str, float]:
         """Read the numbers and hand them to loggers.
@@ -315,10 +361,42 @@ class RoutingMonitor:
         return made
 
 
-def _readable(name: str) -> str:
-    """A module's name in the model that was wrapped, by torch.compile or for several processes."""
-    wrapped = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-    parts = [part for part in name.split(".") if part not in wrapped]
+_COMPILED = (
+    "torch.compile compiled it, and compiled code tells nothing. Run a step in a while under "
+    "torch.compiler.set_stance('force_eager'), or give monitor.observe the trajectory that the model returns."
+)
+_REPLICATED = (
+    "nn.DataParallel runs copies of it on its devices, which are not watched. Use DistributedDataParallel, with a "
+    "monitor in each process."
+)
+_THREADS = 64  #: the most unfinished trajectories that are kept
+_HERE = __name__.partition(".")[0]
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the caller's caller that is not fastroute's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _HERE:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+class _Route(NamedTuple):
+    """The decisions of a batch so far, and the thread that makes them."""
+
+    batch: weakref.ref[Any]
+    thread: int
+    steps: list[tuple[Tensor, Tensor | None]]
+
+
+def _readable(model: nn.Module, name: str) -> str:
+    """A module's name in the model that was wrapped, by torch.compile or for several devices or processes."""
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    parts, inside = [], model
+    for part in name.split(".") if name else ():
+        if part not in wrappers and not isinstance(inside, (DistributedDataParallel, nn.DataParallel)):
+            parts.append(part)
+        inside = getattr(inside, part)
     return ".".join(parts)
 
 
@@ -341,6 +419,12 @@ class _Tally:
 
     def read(self, counts: bool) -> Iterator[tuple[str, float]]:
         raise NotImplementedError
+
+    def copy(self) -> _Tally:
+        """As it is now, whatever is added afterwards."""
+        made = copy.copy(self)
+        made.__dict__.update((key, t.clone()) for key, t in self.__dict__.items() if isinstance(t, Tensor))
+        return made
 
     def clear(self) -> None:
         raise NotImplementedError

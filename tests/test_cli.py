@@ -19,7 +19,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fastroute {fastroute.__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["doctor", "-h"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], *([c, "--help"] for c in ("demo", "train", "report", "run", "convert", "doctor"))]
+)
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
     assert "usage: python -m fastroute" in capsys.readouterr().out
@@ -40,7 +42,10 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
         (["demo", "--fast"], "unrecognized arguments: --fast"),
         (["demo", "tunes"], "invalid choice: 'tunes'"),
         (["demo", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
-        (["demo", "--epochs", "many"], "--epochs: invalid"),
+        (["demo", "--epochs", "many"], "--epochs: expected a whole number, got 'many'"),
+        (["demo", "--threads", "999999"], "--threads: expected at most 1024, got 999999"),
+        (["demo", "--seed", "9" * 20], "--seed: expected at most 9223372036854775807, got 99999"),
+        (["train", "routed-cnn", "--seed", "-1"], "--seed: expected at least 0, got -1"),
         (["demo", "--threads", "-1"], "--threads: expected at least 1, got -1"),
         (["demo", "--device", "abacus"], "invalid choice: 'abacus'"),
         (["demo", "--out", "picture.jpeg"], "--out: expected a name ending in .png, got picture.jpeg"),

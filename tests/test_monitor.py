@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import copy
 import doctest
+import gc
 import importlib
+import io
 import pickle
 import re
 import shutil
 import subprocess
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from fastroute import MoE, RoutingMonitor, Selection, TaskRouter, Trajectory, Uncertainty
+import fastroute
+from fastroute import EfficientVectorRouting, MoE, RoutingMonitor, Selection, TaskRouter, Trajectory, Uncertainty
+from fastroute import monitor as monitor_module
 from fastroute.cli import main
 from fastroute.loggers import RunLog, TensorBoard
 from fastroute.models import CapsuleHead, SmallNORB
+from fastroute.report import charts
 
 K = 4
 
@@ -28,6 +39,19 @@ K = 4
 def moe() -> MoE:
     torch.manual_seed(0)
     return MoE(8, 8, K, 2)
+
+
+def selection() -> Selection:
+    return Selection(*(nn.Linear(3, 3) for _ in range(K)))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_counts_are_those_of_the_actions() -> None:
@@ -46,7 +70,7 @@ def test_counts_are_those_of_the_actions() -> None:
 
 
 def test_collapse_dead_and_dropped() -> None:
-    layer = Selection(*(nn.Linear(3, 3) for _ in range(K)))
+    layer = selection()
     monitor = RoutingMonitor(layer)
     layer(torch.randn(5, 3), Trajectory(5), torch.tensor([2, 2, 2, -1, 2]))
     numbers = monitor.numbers()
@@ -82,12 +106,228 @@ def test_copies_and_compiled_code_tell_nothing() -> None:
     x = torch.randn(6, 8)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         other(x)
-    torch.compile(layer, fullgraph=True, backend="eager")(x)
-    assert monitor.numbers() == {} and monitor.silent == ["gate"]
+    assert monitor.numbers() == {} and monitor.silent == ["gate"]  # and no warning: it was not called
+    compiled = torch.compile(lambda x: layer(x), fullgraph=True, backend="eager")
+    compiled(x)
+    with pytest.warns(UserWarning, match=r"^RoutingMonitor: gate told nothing.*force_eager") as said:
+        assert monitor.numbers() == {} and monitor.silent == ["gate"]
+    assert [w.filename for w in said] == [__file__]
+    assert monitor.numbers() == {}  # it warns once
+    with torch.compiler.set_stance("force_eager"):  # as the warning says
+        compiled(x)
+    assert monitor.numbers()["gate/entries"] == 12
     assert pickle.loads(pickle.dumps(monitor)).numbers() == {}
     monitor.remove()
     layer(x)
     assert monitor.numbers() == {}
+
+
+#: One of every kind that tells, and a call of it.
+TELLERS: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {
+    "decision": (fastroute.WPL(K, 8), lambda m: m(torch.randn(6, 8), Trajectory(6))),
+    "gating": (moe(), lambda m: m(torch.randn(6, 8))),
+    "selection": (selection(), lambda m: m(torch.randn(6, 3), Trajectory(6), torch.randint(K, (6,)))),
+    "task": (TaskRouter(8, 3, 0.5), lambda m: m(torch.randn(4, 8), 2)),
+    "tasks": (TaskRouter(8, 3, 0.5), lambda m: m(torch.randn(4, 8), torch.tensor([0, 2, 2, 1]))),
+    "shares": (fastroute.MMoE(8, K, 2, out_features=4), lambda m: m(torch.randn(4, 8))),
+    "credit": (EfficientVectorRouting(5, 2, 4, 3, return_dict=True), lambda m: m(torch.randn(2, 5, 4))),
+    "losses": (Uncertainty(["a", "b"]), lambda m: m(torch.rand(2, requires_grad=True)).backward()),
+}
+
+
+#: What waits for a GPU: it reads a number, or makes a tensor of as many rows as numbers say.
+WAITS = {
+    "item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal",
+    "allclose", "nonzero", "argwhere", "masked_select", "unique", "bincount", "repeat_interleave",
+}  # fmt: skip
+
+
+class Asked(TorchFunctionMode):
+    """The names of PyTorch's functions that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", TELLERS)
+def test_telling_reads_no_value(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, call = TELLERS[kind]
+    asked, reading, seen = Asked(), Asked(), RoutingMonitor.see
+
+    def see(*told: Any) -> None:
+        with asked:
+            seen(*told)
+
+    monkeypatch.setattr(RoutingMonitor, "see", see)
+    monitor = RoutingMonitor(layer)
+    for _ in range(3):
+        call(layer)
+    assert asked.names and not WAITS & asked.names
+    with reading:
+        assert monitor.numbers()
+    assert WAITS & reading.names
+
+
+def test_tallies_copy_nothing_from_the_host() -> None:
+    """On tensors without values: reading one raises, and so does mixing them with the CPU's."""
+    with torch.device("meta"):
+        actions, active = torch.ones(6, dtype=torch.int64), torch.ones(6).bool()
+        shares, losses = torch.rand(6, 2, K), torch.rand(2, requires_grad=True)
+    tallies = [monitor_module._Entries(), monitor_module._Tasks(), monitor_module._Shares(), monitor_module._Credit()]
+    entries, tasks, of_shares, credit = tallies
+    for _ in range(2):
+        entries.add(actions, K, active, actions, 3)
+        entries.add(actions[:, None], K, active)
+        for task in (actions, actions[0], 1):
+            tasks.add_tasks(task, 6, 3)  # type: ignore[attr-defined]
+        of_shares.add(shares)  # type: ignore[attr-defined]
+        credit.add(shares, shares)  # type: ignore[attr-defined]
+        monitor_module._Losses().follow(("a", "b"), losses, losses.sum())
+        for tally in tallies:
+            assert {t.device.type for t in vars(tally.copy()).values() if isinstance(t, Tensor)} == {"meta"}
+            tally.clear()
+
+
+def test_nothing_is_left_of_many_steps() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    monitors = {kind: RoutingMonitor(layer) for kind, (layer, _) in TELLERS.items()}
+
+    def steps(count: int) -> None:
+        for layer, call in TELLERS.values():
+            for _ in range(count):
+                call(layer)
+
+    steps(3)
+    before = alive()
+    steps(50)
+    assert alive() == before
+    assert all(len(monitor._routes) <= 2 for monitor in monitors.values())
+
+
+def test_threads_call_and_read_at_once() -> None:
+    """As DataParallel's threads and a logger's: every entry is counted once, and routes are whole ones."""
+    decide, select = fastroute.WPL(K, 8), Selection(*(nn.Linear(8, 8) for _ in range(K)))
+    model = nn.ModuleList([decide, select])
+    monitor, found, failed = RoutingMonitor(model), list[dict[str, float]](), list[BaseException]()
+    calls, T, is_over = 30, 3, threading.Event()
+
+    def train() -> None:
+        try:
+            for _ in range(calls):
+                h, meta = torch.randn(5, 8), Trajectory(5)
+                for _ in range(T):
+                    h, meta, _ = select(*decide(h, meta))
+        except BaseException as error:
+            failed.append(error)
+
+    def read() -> None:
+        while not is_over.is_set():
+            found.append(monitor.numbers())
+
+    trains, reads = [threading.Thread(target=train) for _ in range(3)], threading.Thread(target=read)
+    for thread in (*trains, reads):
+        thread.start()
+    for thread in trains:
+        thread.join()
+    is_over.set()
+    reads.join()
+    found.append(monitor.numbers())
+    assert not failed
+    for name in ("0", "1"):
+        assert sum(numbers.get(f"{name}/entries", 0) for numbers in found) == 3 * calls * T * 5
+
+
+def test_a_trajectory_under_way_is_no_route() -> None:
+    decide = fastroute.WPL(K, 8)
+    monitor, made = RoutingMonitor(decide), list[dict[str, float]]()
+    for steps in (2, 1):  # another thread reads after one of two steps
+        meta = Trajectory(6)
+        for _ in range(steps):
+            decide(torch.randn(6, 8), meta)
+    reader = threading.Thread(target=lambda: made.append(monitor.numbers(reset=False)))
+    reader.start()
+    reader.join()
+    two = monitor._routes[0].steps
+    routes = torch.stack([actions for actions, _ in two], 1)
+    assert made[0]["routes/distinct"] == len(routes.unique(dim=0))
+    decide(torch.randn(6, 8), meta)
+    assert len(monitor._last_route()) == 2 and monitor._last_route()[0] is not two[0]
+
+
+def counted_once(wrap: Callable[[nn.Module], Any], name: str) -> None:
+    model = wrap(nn.Sequential(OrderedDict(moe=moe(), out=nn.Linear(8, 2))))
+    monitor = RoutingMonitor(model)
+    assert monitor.layers == [name]
+    with torch.compiler.set_stance("force_eager"):
+        model(torch.randn(6, 8)).sum().backward()
+    assert monitor.numbers()[f"{name}/entries"] == 12
+
+
+def test_wrapped_models_are_counted_once_under_their_own_names() -> None:
+    with process_group():
+        counted_once(nn.DataParallel, "moe.gate")
+        counted_once(nn.parallel.DistributedDataParallel, "moe.gate")
+        counted_once(lambda m: torch.compile(nn.DataParallel(m), backend="eager"), "moe.gate")
+
+
+@pytest.mark.long
+def test_more_wrapped_models() -> None:
+    """FSDP2's, FSDP's, checkpoint's, peft's, one in another: 8 s, nearly all of it to import them."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules=["out"], r=2)
+    with process_group():
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        counted_once(lambda m: fully_shard(m, mesh=mesh), "moe.gate")
+        counted_once(
+            lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu"), use_orig_params=True), "moe.gate"
+        )
+        counted_once(checkpoint_wrapper, "moe.gate")
+        counted_once(lambda m: peft.get_peft_model(m, config), "base_model.model.moe.gate")
+        counted_once(lambda m: nn.DataParallel(checkpoint_wrapper(m)), "moe.gate")
+
+
+def test_replicas_of_data_parallel_are_warned_of() -> None:
+    model = nn.DataParallel(moe())
+    monitor = RoutingMonitor(model)
+    assert monitor.numbers() == {}
+    model.device_ids = [0, 1]
+    with pytest.warns(UserWarning, match="gate told nothing.*DistributedDataParallel"):
+        monitor.numbers()
+
+
+def test_models_that_change() -> None:
+    """Loaded, evaluated, taken apart, watched again, by two, with a module in two places."""
+    net = nn.Sequential(moe(), moe())
+    net.append(net[0])
+    first, second = RoutingMonitor(net), RoutingMonitor(net, when="evaluation")
+    net.load_state_dict(net.state_dict(), assign=True)
+    net(torch.randn(6, 8))
+    assert first.numbers()["0.gate/entries"] == 24 and second.numbers() == {}
+    with torch.inference_mode():
+        net.eval()(torch.randn(6, 8))
+    assert first.numbers()["0.gate/entries"] == second.numbers()["0.gate/entries"] == 24
+    left = net[1]
+    del net[1]
+    first.remove()
+    first.attach()
+    left(torch.randn(6, 8))
+    assert first.layers == ["0.gate"] and first.numbers() == {} and second.numbers()["1.gate/entries"] == 12
+    whole = io.BytesIO()
+    torch.save(net, whole)
+    whole.seek(0)
+    torch.load(whole, weights_only=False)(torch.randn(6, 8))
+    assert first.numbers() == {}
 
 
 def test_tasks_weights_and_conflict() -> None:
@@ -164,6 +404,25 @@ def test_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 0
 
 
+@pytest.mark.parametrize("scale", [1e-7, 0.0105, 1.0, 123_456.0, 9.9e8, 1e300])
+def test_labels_are_neither_cut_nor_in_each_others_way(scale: float) -> None:
+    steps, name = [0, 100_000, 1_000_000], "a rather long name of a task"
+    rows = [(name, [scale, 0.0, -scale]), ("b", [0.1, 0.2, 0.3])]
+    for chart in (
+        charts.lines("", steps, rows, "a unit"),
+        charts.shares("", steps, [("13", [0.1, 0.05, 0.02])], "module"),
+        charts.grid("", [name, "b"], [name, "b"], [[1.0, -0.5], [0.5, 1.0]], "task", "task"),
+        charts.bars("", [name, "b"], [scale, scale / 2], "entries", "task"),
+    ):
+        labels = re.findall(r'<text x="(\S+)" y="(\S+)" text-anchor="(\w+)"[^>]*>([^<]*)<', chart)
+        assert labels
+        for x, _, anchor, text in labels:
+            width = charts.LETTER * len(text)
+            first = float(x) - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+            assert first >= (14 if anchor == "end" else 0), f"{text} meets the axis' name"
+            assert first + width <= charts.WIDTH, text
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": 1, "num'])
 def test_no_page(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if content is not None:
@@ -189,7 +448,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_page_in_chromium(tmp_path: Path) -> None:
-    """Nothing sticks out of the window at 400 and 1400 pixels. Installs nothing: needs a Chromium that is there."""
+    """Nothing sticks out of the window or of a chart at 500 and 1400 pixels. Needs a Chromium that is there."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("no Chromium is installed; test_a_page parses the page without one")
@@ -197,10 +456,13 @@ def test_the_page_in_chromium(tmp_path: Path) -> None:
     monitor = RoutingMonitor(layer)
     for step in range(3):
         layer(torch.randn(10, 8))
-        monitor.write(log, step=step, loss=float(step))
+        monitor.write(log, step=100_000 * step, loss=123_456.0 * step, learning_rate=0.00015)
     assert main(["report", str(tmp_path)]) == 0
     page = tmp_path / "report.html"
-    script = "<script>document.title=[document.documentElement.scrollWidth,innerWidth,document.images.length]</script>"
+    cut = """[...document.querySelectorAll('svg text')].filter(t => {
+        const label = t.getBoundingClientRect(), chart = t.ownerSVGElement.getBoundingClientRect()
+        return label.left < chart.left || label.right > chart.right || label.bottom > chart.bottom}).length"""
+    script = f"<script>document.title=[document.documentElement.scrollWidth,innerWidth,{cut}]</script>"
     (tmp_path / "asked.html").write_text(page.read_text() + script)
     for width in (500, 1400):  # a window is 500 wide at least
         command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]

@@ -100,6 +100,15 @@ def test_an_unwritable_folder_is_told_before_the_training(monkeypatch, capsys) -
     assert "--out: expected a file in a folder that can be written, got fastroute-demo.png" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    def run(_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastroute.demos.capsules.run", run)
+    assert main(["demo", "--out", "a.png"]) == 1
+    assert "--out a.png: cannot be written ([Errno 28] No space left" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_read_enough() -> None:
     """`python -m fastroute ... | head -1`: no traceback, in a process whose output is closed at once."""
     code = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -223,7 +224,7 @@ RECIPES = {
     "capsule-vision": Recipe(lambda found: Classifier(found, OnImages), 20, 32, _radam(3e-3), 0.3, 0.9),
     "capsule-text": Recipe(lambda found: Classifier(found, OnText), 20, 32, _radam(3e-3), 0.3, 0.8),
     "small-norb": Recipe(
-        lambda found: Classifier(found, lambda side: SmallNORB(10, 1), side=40), 8, 20, _radam(2e-3), 0.1, 0.7
+        lambda found: Classifier(found, lambda side: SmallNORB(10, 1), side=29), 16, 20, _adam(2e-3), 0.3, 0.9
     ),
     "task-vgg": Recipe(ManyTasksLearner, 16, 64, _adam(2e-3), 0.3, 0.8),
 }
@@ -253,7 +254,8 @@ def train(name: str, found: data.Digits, options: TrainOptions, seed: int, conso
     torch.manual_seed(seed)
     learner = recipe.make(found)
     model = learner.model.to(found.train_images.device)
-    epochs = options.epochs or max(1, min(recipe.epochs, recipe.epochs * 1442 // len(found.train_images)))
+    twice = 2 * recipe.epochs * 1442 / len(found.train_images)  # of other digits, which are larger
+    epochs = options.epochs or min(recipe.epochs, math.ceil(twice))
     optimizer = recipe.optimizer(model.parameters())
     steps = epochs * -(-len(found.train_images) // recipe.batch)
     rate = optimizer.param_groups[0]["lr"]

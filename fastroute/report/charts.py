@@ -7,18 +7,19 @@ as in colour; shades of maps are one colour's opacity. So both can be told apart
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 WIDTH = 360
-LEFT, RIGHT, TOP = 46, 12, 10
+RIGHT, TOP = 12, 10
+LETTER = 6.9  #: the width of a letter, in a wide font
 LINES = 8  #: styles of lines that there are
 _MOST = 300  #: points of a line, columns of a map at most 60
 _COLUMNS = 60
 
 
 def number(value: float) -> str:
-    """For a label: four digits at most."""
+    """For a tile or a table: four digits at most."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     size = abs(value)
@@ -40,6 +41,24 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def short_number(value: float) -> str:
+    """For an axis: 20k for 20,000 and 1.5M for 1,500,000."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if max(size, 1e4) <= abs(value) < 1e9:
+            return number(value / size) + unit
+    return number(value)
+
+
+def _left(labels: Iterable[str]) -> float:
+    """Where a chart begins, right of its labels and of the axis' name."""
+    return 24 + LETTER * max(map(len, labels), default=0)
+
+
+def _inside(x: float, text: str) -> float:
+    """x, or as far left of it as a centred label needs so as not to be cut."""
+    return min(x, WIDTH - 2 - len(text) * LETTER / 2)
+
+
 def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind and f" class={kind!r}"}>{escape(text)}</text>'
 
@@ -51,17 +70,17 @@ def _svg(height: float, title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _steps_axis(steps: Sequence[int], bottom: float) -> tuple[list[str], float, float]:
+def _steps_axis(steps: Sequence[int], left: float, bottom: float) -> tuple[list[str], float, float]:
     """Labels below; (they, the first step, what a step is wide)."""
     first, last = steps[0], steps[-1]
-    wide = (WIDTH - LEFT - RIGHT) / max(last - first, 1)
+    wide = (WIDTH - left - RIGHT) / max(last - first, 1)
     parts = []
     for at in ticks(first, last, 4):
         if at == round(at):
-            x = LEFT + (at - first) * wide
+            x, label = left + (at - first) * wide, short_number(at)
             parts.append(f'<path class="tick" d="M{x:.1f} {bottom}v4"/>')
-            parts.append(_text(min(x, WIDTH - RIGHT - 6), bottom + 15, number(at)))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 29, "step", kind="axis"))
+            parts.append(_text(_inside(x, label), bottom + 15, label))
+    parts.append(_text((left + WIDTH - RIGHT) / 2, bottom + 29, "step", kind="axis"))
     return parts, first, wide
 
 
@@ -69,6 +88,16 @@ def _upright(y: float, text: str) -> str:
     return (
         f'<text class="axis" text-anchor="middle" transform="translate(11 {y:.1f}) rotate(-90)">{escape(text)}</text>'
     )
+
+
+def _levels(levels: Sequence[float], low: float, bottom: float, tall: float) -> tuple[list[str], float]:
+    """Lines across at round numbers, and their labels; (they, where they begin)."""
+    parts, left = [], _left(map(short_number, levels))
+    for at in levels:
+        y = bottom - (at - low) * tall
+        parts.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(_text(left - 5, y + 3.5, short_number(at), "end"))
+    return parts, left
 
 
 def lines(
@@ -100,12 +129,8 @@ def lines(
         bottom_of, top_of = bottom_of - (0 if low is not None and low <= bottom_of else room), top_of + room
     bottom, rows = 170.0, math.ceil(len(series) / 2) if len(series) > 1 else 0
     tall = (bottom - TOP) / (top_of - bottom_of)
-    parts = []
-    for at in ticks(bottom_of, top_of):
-        y = bottom - (at - bottom_of) * tall
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 5, y + 3.5, number(at), "end"))
-    below, first, wide = _steps_axis(steps, bottom)
+    parts, left = _levels(ticks(bottom_of, top_of), bottom_of, bottom, tall)
+    below, first, wide = _steps_axis(steps, left, bottom)
     parts += below
     parts.append(_upright((TOP + bottom) / 2, unit))
     every = max(1, math.ceil(len(steps) / _MOST))
@@ -115,7 +140,7 @@ def lines(
             if not math.isfinite(values[i]):
                 is_down = False
                 continue
-            x, y = LEFT + (steps[i] - first) * wide, bottom - (values[i] - bottom_of) * tall
+            x, y = left + (steps[i] - first) * wide, bottom - (values[i] - bottom_of) * tall
             if not is_down and (i + every >= len(steps) or not math.isfinite(values[i + every])):
                 alone.append(f'<circle class="s{k % LINES}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
             path.append(f"{'L' if is_down else 'M'}{x:.1f} {y:.1f}")
@@ -129,41 +154,50 @@ def lines(
 
 
 def shares(title: str, steps: Sequence[int], rows: Sequence[tuple[str, Sequence[float]]], what: str) -> str:
-    """A map: a row per module, a column per step (or several), the darker the larger the share."""
+    """A map: a row per module, a column per step (or several), the stronger the colour the larger the share.
+
+    The strongest stands for the largest share that there is, rounded up: of many modules none has much.
+    """
     columns = min(len(steps), _COLUMNS)
     edges = [round(c * len(steps) / columns) for c in range(columns + 1)]
     high = max(2.0, min(16.0, 150 / len(rows))) if len(rows) <= 150 else 300 / len(rows)
-    bottom, wide = TOP + high * len(rows), (WIDTH - LEFT - RIGHT) / columns
-    parts = [f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{bottom - TOP:.1f}"/>']
+    left = _left(name for name, _ in rows)
+    bottom, wide = TOP + high * len(rows), (WIDTH - left - RIGHT) / columns
+    most = max((v for _, values in rows for v in values if math.isfinite(v)), default=1.0)
+    full = next((top for top in (0.02, 0.05, 0.1, 0.2, 0.5) if most <= top), 1.0)
+    parts = [
+        f'<rect class="frame" x="{left:.1f}" y="{TOP}" width="{WIDTH - left - RIGHT:.1f}" height="{bottom - TOP:.1f}"/>'
+    ]
     for r, (_, values) in enumerate(rows):
         for c in range(columns):
             found = [v for v in values[edges[c] : edges[c + 1]] if math.isfinite(v)]
-            share = sum(found) / len(found) if found else 0.0
+            share = sum(found) / len(found) / full if found else 0.0
             if share > 0.002:
                 parts.append(
-                    f'<rect class="cell" x="{LEFT + c * wide:.2f}" y="{TOP + r * high:.2f}" width="{wide + 0.3:.2f}" '
+                    f'<rect class="cell" x="{left + c * wide:.2f}" y="{TOP + r * high:.2f}" width="{wide + 0.3:.2f}" '
                     f'height="{high:.2f}" fill-opacity="{min(share, 1.0):.3f}"/>'
                 )
     every = max(1, math.ceil(12 / high))
     for r in range(0, len(rows), every):
-        parts.append(_text(LEFT - 5, TOP + (r + 0.5) * high + 3.5, rows[r][0], "end"))
+        parts.append(_text(left - 5, TOP + (r + 0.5) * high + 3.5, rows[r][0], "end"))
     parts.append(_upright((TOP + bottom) / 2, what))
     for c in sorted({0, columns // 2, columns - 1} if columns > 2 else set(range(columns))):
-        x = LEFT + (c + 0.5) * wide
-        parts.append(_text(min(max(x, LEFT + 6), WIDTH - RIGHT - 8), bottom + 15, number(steps[edges[c + 1] - 1])))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 29, "step", kind="axis"))
-    parts += _scale(bottom + 38)
+        label = short_number(steps[edges[c + 1] - 1])
+        parts.append(_text(_inside(left + (c + 0.5) * wide, label), bottom + 15, label))
+    parts.append(_text((left + WIDTH - RIGHT) / 2, bottom + 29, "step", kind="axis"))
+    parts += _scale(left, bottom + 38, full)
     return _svg(bottom + 58, title, parts)
 
 
-def _scale(y: float) -> list[str]:
-    """The key of the shades."""
-    parts = [_text(LEFT, y + 9, "share", "start")]
+def _scale(left: float, y: float, full: float = 1.0) -> list[str]:
+    """The key of the shades, up to the share that has the whole colour."""
+    parts = [_text(left, y + 9, "share", "start")]
+    wide = (WIDTH - left - 44) / 5
     for k, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
-        x = LEFT + 44 + k * 52
-        parts.append(f'<rect class="frame" x="{x}" y="{y}" width="16" height="11"/>')
-        parts.append(f'<rect class="cell" x="{x}" y="{y}" width="16" height="11" fill-opacity="{share}"/>')
-        parts.append(_text(x + 20, y + 9.5, number(share), "start"))
+        x = left + 40 + k * wide
+        parts.append(f'<rect class="frame" x="{x:.1f}" y="{y}" width="16" height="11"/>')
+        parts.append(f'<rect class="cell" x="{x:.1f}" y="{y}" width="16" height="11" fill-opacity="{share}"/>')
+        parts.append(_text(x + 20, y + 9.5, number(share * full), "start"))
     return parts
 
 
@@ -171,17 +205,19 @@ def grid(
     title: str, rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[float]], down: str, across: str
 ) -> str:
     """A map of numbers from -1 to 1, written into the cells where there is room; negative ones have a frame."""
-    room = WIDTH - LEFT - RIGHT
+    names = [_short(row, 16) for row in rows]
+    left = _left(names)
+    room = WIDTH - left - RIGHT
     wide = room / len(columns)
     high = max(4.0, min(22.0, 220 / len(rows)))
     bottom = TOP + high * len(rows)
     is_written = wide >= 30 and high >= 13
-    parts = [f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{room}" height="{bottom - TOP:.1f}"/>']
+    parts = [f'<rect class="frame" x="{left:.1f}" y="{TOP}" width="{room:.1f}" height="{bottom - TOP:.1f}"/>']
     for r, row in enumerate(cells):
         for c, value in enumerate(row):
             if not math.isfinite(value):
                 continue
-            x, y = LEFT + c * wide, TOP + r * high
+            x, y = left + c * wide, TOP + r * high
             kind = "cell" if value >= 0 else "cell against"
             shade = min(abs(value), 1.0)
             parts.append(
@@ -193,15 +229,22 @@ def grid(
                 parts.append(_text(x + wide / 2, y + high / 2 + 3.5, f"{value:.2f}".replace("-", "\u2212"), kind=ink))
     every = max(1, math.ceil(12 / high))
     for r in range(0, len(rows), every):
-        parts.append(_text(LEFT - 5, TOP + (r + 0.5) * high + 3.5, _short(rows[r], 6), "end"))
-    every = max(1, math.ceil(24 / wide))
-    for c in range(0, len(columns), every):
-        parts.append(_text(LEFT + (c + 0.5) * wide, bottom + 14, _short(columns[c], max(3, int(wide * every / 7)))))
+        parts.append(_text(left - 5, TOP + (r + 0.5) * high + 3.5, names[r], "end"))
+    parts += _across(columns, left, wide, bottom, across)
     parts.append(_upright((TOP + bottom) / 2, down))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 29, across, kind="axis"))
     if not is_written:
-        parts += _scale(bottom + 38)
+        parts += _scale(left, bottom + 38)
     return _svg(bottom + (58 if not is_written else 36), title, parts)
+
+
+def _across(names: Sequence[str], left: float, wide: float, bottom: float, axis: str) -> list[str]:
+    """Names below columns, of as many as there is room for."""
+    every = max(1, math.ceil(24 / wide))
+    parts = []
+    for c in range(0, len(names), every):
+        name = _short(names[c], max(3, int(wide * every / LETTER)))
+        parts.append(_text(_inside(left + (c + 0.5) * wide, name), bottom + 14, name))
+    return [*parts, _text((left + WIDTH - RIGHT) / 2, bottom + 29, axis, kind="axis")]
 
 
 def _short(text: str, most: int) -> str:
@@ -212,22 +255,16 @@ def bars(title: str, names: Sequence[str], values: Sequence[float], down: str, a
     """Upright bars from 0."""
     top_of = max([v for v in values if math.isfinite(v)], default=0.0) or 1.0
     bottom = 170.0
-    wide, tall = (WIDTH - LEFT - RIGHT) / len(values), (bottom - TOP) / top_of
-    parts = []
-    for at in ticks(0, top_of):
-        y = bottom - at * tall
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 5, y + 3.5, number(at), "end"))
+    tall = (bottom - TOP) / top_of
+    parts, left = _levels(ticks(0, top_of), 0.0, bottom, tall)
+    wide = (WIDTH - left - RIGHT) / len(values)
     gap = min(2.0, wide * 0.15)
     for k, value in enumerate(values):
         if math.isfinite(value) and value > 0:
-            x, y = LEFT + k * wide + gap / 2, bottom - value * tall
+            x, y = left + k * wide + gap / 2, bottom - value * tall
             parts.append(
                 f'<rect class="bar" x="{x:.2f}" y="{y:.1f}" width="{wide - gap:.2f}" height="{bottom - y:.1f}"/>'
             )
-    every = max(1, math.ceil(26 / wide))
-    for k in range(0, len(names), every):
-        parts.append(_text(LEFT + (k + 0.5) * wide, bottom + 14, _short(names[k], max(3, int(wide * every / 7)))))
+    parts += _across(names, left, wide, bottom, across)
     parts.append(_upright((TOP + bottom) / 2, down))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 29, across, kind="axis"))
     return _svg(bottom + 36, title, parts)

@@ -41,6 +41,17 @@ def test_the_stable_abi_is_enough() -> None:
     assert where is not None and unstable(Path(where), "nm") == []
 
 
+@pytest.mark.skipif(backends.extension()[0] is None, reason="the C++ extension is not built")
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries have no versions of symbols")
+def test_it_runs_on_linux_as_old_as_torchs_wheels_do() -> None:
+    """manylinux_2_28, whatever compiler built it: see csrc/common/older_linux.cpp."""
+    where, _ = backends.extension()
+    assert where is not None
+    for name, newest in ((rb"GLIBC_2\.", 28), (rb"GLIBCXX_3\.4\.", 24), (rb"CXXABI_1\.3\.", 11)):
+        found = [int(version) for version in re.findall(name + rb"(\d+)(?:\.\d+)*\0", Path(where).read_bytes())]
+        assert found and max(found) <= newest, (name, max(found))
+
+
 @pytest.mark.long
 @pytest.mark.skipif(
     shutil.which(f"{ARM64}g++") is None,
