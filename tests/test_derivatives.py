@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import seeds
 from tests.helpers.layers import LAYERS, Selected, evr, rand
-from tests.helpers.matrix import IN_EVAL, cell, tried
+from tests.helpers.matrix import IN_EVAL, cell, each
 
 F64 = torch.float64
 
@@ -28,7 +28,7 @@ def each_layer(title: str) -> Callable[[Callable[..., None]], Callable[..., None
     """The test of a column's cell, for every layer."""
 
     def of(test: Callable[..., None]) -> Callable[..., None]:
-        @pytest.mark.parametrize("name", tried(title))
+        @each(title)
         @functools.wraps(test)
         def run(name: str, **others: Any) -> None:
             cell(name, title, lambda: test(name, **others))

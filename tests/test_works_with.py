@@ -203,7 +203,9 @@ LONG = ("compile", "dynamic", "export")
 @pytest.mark.parametrize(
     "title", [pytest.param(title, marks=[pytest.mark.long] if title in LONG else []) for title in TRIED]
 )
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if LAYERS[name].long else []) for name in LAYERS]
+)
 def test_works(name: str, title: str) -> None:
     if name in tried(title):
         cell(name, title, lambda: TRIED[title](LAYERS[name]))

@@ -398,7 +398,8 @@ class ManualReward(PerActionBaseReward):
     @checked
     def __init__(self, rewards: Sequence[float] | Tensor, num_actions: Count | None = None) -> None:
         super().__init__()
-        self.table = torch.as_tensor(rewards, dtype=torch.float32).reshape(-1)
+        device = rewards.device if isinstance(rewards, Tensor) else "cpu"  # not meta, where it would be lost
+        self.table = torch.as_tensor(rewards, dtype=torch.float32, device=device).reshape(-1)
         if num_actions is not None and num_actions != len(self.table):
             raise ValueError(f"rewards: expected num_actions = {num_actions} of them, got {len(self.table)}")
 

@@ -21,14 +21,32 @@ class Column(NamedTuple):
     where: str  #: the test module
 
 
-BASICS, DERIVATIVES, ADAPTED, SHARED = "works_with", "derivatives", "adapted", "sharded"
+BASICS, STATE, DERIVATIVES, ADAPTED, SHARED = "works_with", "state", "derivatives", "adapted", "sharded"
 COLUMNS = (
     Column("deepcopy", "`copy.deepcopy`: the same values, no memory in common", BASICS),
     Column("pickle", "`pickle` of the module", BASICS),
     Column("weights_only", "`torch.save` of the state dict, `torch.load(weights_only=True)`, strict", BASICS),
+    Column(
+        "safetensors",
+        "`safetensors.torch.save_model` and `load_model`, and `save_file` of the state dict, strictly into another "
+        "layer: the same outputs",
+        STATE,
+    ),
+    Column(
+        "meta",
+        "made under `torch.device(\"meta\")`, then `load_state_dict(assign=True)`: the same outputs; or `to_empty` and "
+        "`reset_parameters` of every module: all state, from the same distribution; a call on meta tensors gives shapes",
+        STATE,
+    ),
     Column("compile", "`torch.compile(fullgraph=True)`, values and gradients", BASICS),
     Column("dynamic", "the same with `dynamic=True`", BASICS),
     Column("export", "`torch.export.export`", BASICS),
+    Column(
+        "AOTInductor",
+        "`torch._inductor.aoti_compile_and_package` of a program with all layers in it, loaded and run, in eval, for "
+        "two batch sizes",
+        "aot_inductor",
+    ),
     Column("ONNX", "`torch.onnx.export(dynamo=True)` in eval, run by onnxruntime, for any batch size", "onnx"),
     Column("autocast", "`torch.autocast` to bfloat16", BASICS),
     Column("fp64", "the module in float64, its gradients against finite differences", BASICS),
@@ -97,7 +115,11 @@ LIMITS: dict[tuple[str, str], str] = {
     ("RoutedConv2d, RoutedLinear", "quantize_dynamic"): "It has no `nn.Linear`.",
     **{
         (name, "ONNX"): "It returns the losses of a training step. Routed networks without them are tried."
-        for name in ("REINFORCE, twice", "QLearning, tabular", "GumbelSoftmax")
+        for name in ("REINFORCE, twice", "QLearning, tabular", "GumbelSoftmax", "AAC, WPL", "the other decisions")
+    },
+    **{
+        ("the other decisions", title): "Policies and critics are those of the decisions above."
+        for title in ("hooks", "parametrized", *OF_LINEARS)
     },
     ("GumbelSoftmax", "fp64"): _OF_ESTIMATOR,
     ("GumbelSoftmax", "2nd"): _OF_ESTIMATOR,
@@ -109,6 +131,15 @@ IN_EVAL: dict[str, str] = {
     "live, convolutions and BatchNorm": "attempted to call in-place operation (aten::add_.Tensor) that would mutate a "
     "captured Tensor",
 }
+#: Layers that AOTInductor takes in PyTorch's own ops alone, ``use_backend("reference")``.
+IN_REFERENCE: dict[str, str] = dict.fromkeys(
+    (
+        "REINFORCE, twice", "QLearning, tabular", "GumbelSoftmax", "AAC, WPL", "the other decisions", "RoutingLSTMCell",
+        "RoutingGRUCell",
+    ),
+    "isList() INTERNAL ASSERT FAILED: AOTInductor does not give an empty list of tensors to an op, here that of a "
+    "decision without a critic",
+)  # fmt: skip
 OF_FUNC = ("grad", "vmap", "jvp", "2nd")
 
 
@@ -116,6 +147,12 @@ def tried(*titles: str) -> list[str]:
     """The layers that have something to try in these columns."""
     assert set(titles) <= set(TITLES)
     return [name for name in LAYERS if not all((name, title) in LIMITS for title in titles)]
+
+
+def each(title: str) -> pytest.MarkDecorator:
+    """The layers of a column's test, as ``name``."""
+    of = [pytest.param(name, marks=[pytest.mark.long] if LAYERS[name].long else []) for name in tried(title)]
+    return pytest.mark.parametrize("name", of)
 
 
 def cell(name: str, title: str, run: Callable[[], object]) -> None:
@@ -131,10 +168,11 @@ def cell(name: str, title: str, run: Callable[[], object]) -> None:
 def page() -> str:
     notes: list[str] = []
 
+    in_reference = {(name, "AOTInductor"): said for name, said in IN_REFERENCE.items()}
     in_eval = {(name, title): said for name, said in IN_EVAL.items() for title in OF_FUNC}
 
     def shown(name: str, title: str) -> str:
-        for mark, told in (("no", REFUSED), ("–", LIMITS), ("eval", in_eval)):
+        for mark, told in (("no", REFUSED), ("–", LIMITS), ("eval", in_eval), ("reference", in_reference)):
             said = told.get((name, title))
             if said is not None:
                 if said not in notes:
@@ -154,7 +192,8 @@ def page() -> str:
     ]
     if notes:
         parts.append(
-            '"no": what is said instead. "eval": so it is in eval, and in training this is said. "–": not tried, '
+            '"no": what is said instead. "eval": so it is in eval, and in training this is said. "reference": so it is '
+            'under `use_backend("reference")`, and else this is said. "–": not tried, '
             "because:\n\n" + "\n".join(f"{i}. {said}" for i, said in enumerate(notes, 1))
         )
     return "\n\n".join(parts) + "\n"
