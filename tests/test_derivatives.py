@@ -89,11 +89,11 @@ def test_torch_func_grad(name: str) -> None:
         close(a, b)
 
 
-@pytest.mark.parametrize("name", IN_EVAL)
+@pytest.mark.parametrize("name", [name for name in IN_EVAL if name != "every weighting"])  # which notes in backward
 def test_buffers_that_torch_func_may_not_change(name: str) -> None:
     """Refused, unless they are given as the parameters are."""
     case = LAYERS[name]
-    layer = case.layer()
+    layer = case.layer().train()
     f, parameters = case.function(layer), dict(layer.named_parameters())
     with pytest.raises(RuntimeError, match=re.escape(IN_EVAL[name])):
         grad(lambda p: f(p, *case.inputs).sum())(parameters)

@@ -182,6 +182,7 @@ CASES: dict[str, Case] = {
     "CapsuleClassifier": Case(
         lambda: models.CapsuleClassifier(Encoder(), 3, parts=2), lambda m, device: m(on(device, 2, 4, F))
     ),
+    "SmallNORB": Case(lambda: models.SmallNORB(2, 1, parts=2, channels=4), plain(2, 1, 29, 29)),
     "capsules together": Case(
         lambda: capsules.Add(
             nn.Sequential(capsules.Residual(evr(4, 4, F, F)), capsules.Concatenate(evr(4, 3, F, F))), evr(4, 3, F, F)

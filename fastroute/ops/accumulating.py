@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def materialized(module: nn.Module, state_dict: Any, local_metadata: Any) -> bool:
-    """Before a load with ``assign=True``: memory for the buffers on meta that no checkpoint has; whether there are any."""
+    """Before a load with ``assign=True``: memory for buffers on meta that no checkpoint has. Whether there are any."""
     if not local_metadata.get("assign_to_params_buffers"):
         return False
     given = next((t for t in state_dict.values() if isinstance(t, Tensor)), None)

@@ -24,7 +24,7 @@ F, K, B, T = 6, 3, 5, 3
 #: Decisions that have no row of their own.
 OTHERS = (
     "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning",
-    "SurpriseLearning", "ActorCritic", "BootstrapAAC", "EGreedyAAC", "RELAX",
+    "SurpriseLearning", "ActorCritic", "BootstrapAAC", "EGreedyAAC",
 )  # fmt: skip
 
 
@@ -173,10 +173,7 @@ class Wrapped(nn.Module):
             {"name": "tasks", "layers": multitask.EachTask(T), "anchor_layer": "both"},
             {"name": "rows", "layers": multitask.SimpleSelect(0), "anchor_layer": "tasks"},
             {"name": "of tasks", "layers": multitask.ToTasks(T), "anchor_layer": "rows"},
-            *(
-                {"name": f"task {t}", "layers": multitask.SimpleSelect(t), "anchor_layer": "of tasks"}
-                for t in range(T)
-            ),
+            *({"name": f"task {t}", "layers": multitask.SimpleSelect(t), "anchor_layer": "of tasks"} for t in range(T)),
             {"name": "one", "layers": multitask.OfTask(), "anchor_layer": [*(f"task {t}" for t in range(T)), "which"]},
             {"name": "which", "layers": _whose, "anchor_layer": "root"},
         ]
@@ -196,11 +193,11 @@ class Weighted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        makers = multitask.weighting.WEIGHTINGS
+        self.predict, makers = nn.Linear(F, T), multitask.weighting.WEIGHTINGS
         self.ways = nn.ModuleList([*(makers[name](T) for name in makers), multitask.FixedWeights([0.1, 0.2, 0.3])])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        losses = list(x.square().mean(0)[:T].unbind())
+        losses = list(self.predict(x).square().mean(0).unbind())
         return [way(losses) for way in self.ways]
 
 
@@ -261,25 +258,31 @@ def vgg() -> nn.Module:
 
 def routed(algorithm: str, **options: Any) -> nn.Module:
     decide = getattr(networks, algorithm)(K, F, num_agents=T, detach=False, **options)
+    return Routed(scattered(decide), linears(unused_grad="zeros"))
+
+
+def scattered(layer: nn.Module) -> nn.Module:
+    """Tables are alike for all choices at first, and signals small."""
     with torch.no_grad():
-        for i, p in enumerate(decide.parameters()):
-            p.add_(rand(*p.shape, seed=i))  # tables are alike for all choices
-    return Routed(decide, linears(unused_grad="zeros"))
+        for i, p in enumerate(layer.parameters()):
+            p.add_(rand(*p.shape, seed=i))
+    return layer
 
 
-def decisions(*algorithms: str) -> nn.Module:
-    """One behind the other, with every reward."""
-    rewards = itertools.cycle([
-        networks.CollaborationReward(0.1), networks.RunningAverageCollaborationReward(0.1),
-        networks.ManualReward([0.1] * K), None,
-    ])  # fmt: skip
-    select, layers = networks.Selection(*(nn.Linear(F, F) for _ in range(K)), unused_grad="zeros"), list[nn.Module]()
-    for algorithm, reward in zip(algorithms, rewards, strict=False):
+def decisions(*algorithms: str, rewards: Any = (None,)) -> nn.Module:
+    """One behind the other."""
+    layers: list[nn.Module] = [networks.PassThrough()]
+    for algorithm, reward in zip(algorithms, itertools.cycle(rewards), strict=False):
         decide = getattr(networks, algorithm)(K, F, num_agents=K, detach=False, additional_reward_func=reward)
-        layers += [decide, select]
-    net = Routed(networks.PassThrough(), *layers)
+        layers += [decide, networks.Selection(*(nn.Linear(F, F) for _ in range(K)), unused_grad="zeros")]
+    net = Routed(*layers)
     net.loss = networks.Loss(nn.CrossEntropyLoss(), networks.NegLossReward(), clear=True)
     return net
+
+
+def collaborating() -> nn.Module:
+    rewards = (networks.CollaborationReward(0.1), networks.RunningAverageCollaborationReward(0.1))
+    return decisions("AAC", "WPL", rewards=rewards)
 
 
 def two_routed() -> nn.Module:
@@ -360,12 +363,15 @@ LAYERS: dict[str, LayerCase] = {
         rand(B, 4, seed=3),
         rest=(torch.randint(K, (B, 4), generator=seeds.generator(4)),),
     ),
-    "AAC, WPL": LayerCase(
-        lambda: decisions("AAC", "WPL"), rand(B, F), rest=(TASK, LABELS), draws=True, long=True
-    ),
+    "AAC, WPL that collaborate": LayerCase(collaborating, rand(B, F), rest=(TASK, LABELS), draws=True, long=True),
     "the other decisions": LayerCase(
-        lambda: decisions(*OTHERS), rand(B, F), rest=(TASK, LABELS), draws=True, long=True
+        lambda: decisions(*OTHERS, rewards=(None, networks.ManualReward([0.1, 0.2, 0.3]))),
+        rand(B, F),
+        rest=(TASK, LABELS),
+        draws=True,
+        long=True,
     ),
+    "RELAX": LayerCase(lambda: decisions("RELAX"), rand(B, F), rest=(TASK, LABELS), draws=True, long=True),
     "RoutingGRUCell": LayerCase(
         lambda: Step(networks.RoutingGRUCell),
         rand(B, F),
@@ -385,16 +391,14 @@ LAYERS: dict[str, LayerCase] = {
     "MultiHead": LayerCase(lambda: multitask.MultiHead(F, 4, 2, T), rand(B, F)),
     "MTLModel": LayerCase(lambda: Learns("uncertainty"), rand(B, F), rand(B, 2, seed=2)),
     "MTLModel, wrapping layers": LayerCase(Wrapped, rand(B, F), long=True),
-    "every weighting": LayerCase(Weighted, rand(B, F), long=True),
+    "every weighting": LayerCase(Weighted, rand(B, F), draws=True, long=True),
     "models.RoutedCNN": LayerCase(
-        lambda: Outputs(models.RoutedCNN(T, 3, 1, 4, blocks=1, channels=2, width=4, layers=2, modules=2)),
+        lambda: scattered(
+            Outputs(models.RoutedCNN(T, 3, 1, 4, blocks=1, channels=2, width=4, layers=2, modules=2)).eval()
+        ),
         rand(B, 1, 4, 4),
         rest=(TASK,),
-        draws=True,
         long=True,
     ),
     "models.CapsuleHead": LayerCase(lambda: models.CapsuleHead(3, F, 2, parts=2), rand(2, 4, 2, F), long=True),
-    "models.SmallNORB": LayerCase(
-        lambda: models.SmallNORB(2, 1, parts=2, channels=4), rand(2, 1, 29, 29), long=True
-    ),
 }
