@@ -52,6 +52,8 @@ def routers_of(model: nn.Module) -> dict[str, TaskRouter]:
     Raises:
         ValueError: there are none, or they are for different numbers of tasks.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     found = {name or "router": m for name, m in model.named_modules() if isinstance(m, TaskRouter)}
     if not found:
         raise ValueError(f"model: expected a model with TaskRouters, got none in {type(model).__name__}")
