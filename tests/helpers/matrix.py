@@ -41,12 +41,6 @@ COLUMNS = (
     Column("compile", "`torch.compile(fullgraph=True)`, values and gradients", BASICS),
     Column("dynamic", "the same with `dynamic=True`", BASICS),
     Column("export", "`torch.export.export`", BASICS),
-    Column(
-        "AOTInductor",
-        "`torch._inductor.aoti_compile_and_package` of a program with all layers in it, loaded and run, in eval, for "
-        "two batch sizes",
-        "aot_inductor",
-    ),
     Column("ONNX", "`torch.onnx.export(dynamo=True)` in eval, run by onnxruntime, for any batch size", "onnx"),
     Column("autocast", "`torch.autocast` to bfloat16", BASICS),
     Column("fp64", "the module in float64, its gradients against finite differences", BASICS),
@@ -160,15 +154,6 @@ IN_EVAL: dict[str, str] = {
         "attempted to call in-place operation (aten::add_.Tensor) that would mutate a captured Tensor",
     ),
 }
-#: Layers that AOTInductor takes in PyTorch's own ops alone, ``use_backend("reference")``.
-IN_REFERENCE: dict[str, str] = dict.fromkeys(
-    (
-        "REINFORCE, twice", "QLearning, tabular", "GumbelSoftmax", "AAC, WPL that collaborate", "the other decisions",
-        "RELAX", "RoutingLSTMCell", "RoutingGRUCell",
-    ),
-    "isList() INTERNAL ASSERT FAILED: AOTInductor does not give an empty list of tensors to an op, here that of a "
-    "decision without a critic",
-)  # fmt: skip
 OF_FUNC = ("grad", "vmap", "jvp", "2nd")
 
 
@@ -209,11 +194,10 @@ def cell(name: str, title: str, run: Callable[[], object]) -> None:
 def page() -> str:
     notes: list[str] = []
 
-    in_reference = {(name, "AOTInductor"): said for name, said in IN_REFERENCE.items()}
     in_eval = {(name, title): said for name, said in IN_EVAL.items() for title in OF_FUNC}
 
     def shown(name: str, title: str) -> str:
-        for mark, told in (("no", REFUSED), ("–", LIMITS), ("eval", in_eval), ("reference", in_reference)):
+        for mark, told in (("no", REFUSED), ("–", LIMITS), ("eval", in_eval)):
             said = told.get((name, title))
             if said is not None:
                 if said not in notes:
@@ -234,8 +218,7 @@ def page() -> str:
     ]
     if notes:
         parts.append(
-            '"no": what is said instead. "eval": so it is in eval, and in training this is said. "reference": so it is '
-            'under `use_backend("reference")`, and else this is said. "–": not tried, '
+            '"no": what is said instead. "eval": so it is in eval, and in training this is said. "–": not tried, '
             "because:\n\n" + "\n".join(f"{i}. {said}" for i, said in enumerate(notes, 1))
         )
     return "\n\n".join(parts) + "\n"
