@@ -90,7 +90,8 @@ class Sequential(nn.Module):
     def forward(self, x: Tensor, tasks: Sequence[Any] | Tensor = ()) -> tuple[Tensor, Trajectory]:
         """[B, ...] and B labels -> (y, the trajectory)."""
         tensor("x", x, "a tensor [B, ...]")
-        first, *rest = self._modules.values()  # children() has a module that stands in two places once
+        modules: list[Any] = list(self._modules.values())  # children() has what stands in two places once
+        first, *rest = modules
         ys, meta, actions = first(x, tasks)
         for m in rest:
             if isinstance(m, Decision) and actions is None and m._num_agents > 1 and meta.tasks is not None:
