@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map
 
 from tests.helpers.layers import LAYERS, LayerCase, rand
-from tests.helpers.matrix import WITHOUT_LINEAR, cell, tried
+from tests.helpers.matrix import WITHOUT_LINEAR, cell, each
 from tests.test_works_with import near, outputs
 
 F64 = torch.float64
@@ -119,13 +119,13 @@ def with_tensor_hooks(case: LayerCase) -> None:
     assert after == {name for name in found if not name.startswith("output")}
 
 
-@pytest.mark.parametrize("name", tried("tensor hooks"))
+@each("tensor hooks")
 def test_tensor_hooks(name: str) -> None:
     cell(name, "tensor hooks", lambda: with_tensor_hooks(LAYERS[name]))
 
 
 @pytest.mark.parametrize("try_", [hooked, watched_globally])
-@pytest.mark.parametrize("name", tried("hooks"))
+@each("hooks")
 def test_hooks(name: str, try_: Callable[[LayerCase], None]) -> None:
     cell(name, "hooks", lambda: try_(LAYERS[name]))
 
@@ -204,13 +204,13 @@ def effective(owner: Any, name: str) -> Tensor:
     return getattr(owner, name)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", tried("parametrized"))
+@each("parametrized")
 def test_parametrizations(name: str) -> None:
     cell(name, "parametrized", lambda: parametrized(LAYERS[name]))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", tried("parametrized"))
+@each("parametrized")
 def test_every_parametrization(name: str) -> None:
     cell(name, "parametrized", lambda: parametrized(LAYERS[name], every=True))
 
@@ -274,19 +274,19 @@ def weight_only(layer: nn.Module) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("name", tried("quantize_dynamic"))
+@each("quantize_dynamic")
 def test_dynamic_quantization(name: str) -> None:
     cell(name, "quantize_dynamic", lambda: quantized(LAYERS[name], dynamically))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", tried("torchao"))
+@each("torchao")
 def test_weights_in_int8(name: str) -> None:
     cell(name, "torchao", lambda: quantized(LAYERS[name], weight_only))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", tried("LoRA"))
+@each("LoRA")
 def test_lora(name: str) -> None:
     cell(name, "LoRA", lambda: with_lora(LAYERS[name]))
 

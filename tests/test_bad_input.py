@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import capsules, functional, multitask, networks, ops, tasks
+from fastroute import capsules, functional, multitask, networks, ops, plots, tasks
 from fastroute.multitask import metrics
 from fastroute.networks import Initialization, Trajectory
 from fastroute.ops import dispatch
@@ -635,6 +635,19 @@ VALUES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: networks.MLP(F, 3, device="x"), ValueError, "device: expected a device such as 'cpu' .*got 'x'"),
     (lambda: networks.MLP(F, 3, dtype=torch.int32), TypeError, "dtype: expected a floating-point dtype"),
     (lambda: networks.MLP(F, 3, nonlin=nn.ReLU), TypeError, "nonlin: expected a module or a function, got the class"),
+]  # fmt: skip
+
+
+PLOTTED = torch.tensor([[0, 1, 2], [2, 2, -1]])
+VALUES += [
+    (lambda: plots.actions(PLOTTED, labels=3), TypeError, "labels: expected 3 of them, one per .*got 3"),
+    (lambda: plots.actions(PLOTTED, title=3), TypeError, "title: expected a text or None, got 3"),
+    (lambda: plots.actions(PLOTTED, path=1.5), TypeError, "path: expected a file's name or None, got 1.5"),
+    (
+        lambda: plots.credit(torch.rand(3, 8, 8).to("meta"), x(3, 8, 8)), ValueError,
+        "images: expected values, got a tensor on meta",
+    ),
+    (lambda: plots.masks("x"), TypeError, "model: expected a module, got str"),
 ]  # fmt: skip
 
 

@@ -179,11 +179,6 @@ CASES: dict[str, Case] = {
         lambda: heinsen_routing_2019.Routing(2, 2, 2, 4, 3),
         lambda m, device: m(on(device, 2, 4), on(device, 2, 4, 2, 2)),
     ),
-    "RoutedCNN": Case(
-        lambda: models.RoutedCNN(T, 3, 1, 4, blocks=1, channels=2, width=4, layers=2, modules=2),
-        lambda m, device: m(on(device, B, 1, 4, 4), torch.arange(B, device=device) % T),
-    ),
-    "CapsuleHead": Case(lambda: models.CapsuleHead(3, F, 2, parts=2), plain(2, 4, 2, F)),
     "CapsuleClassifier": Case(
         lambda: models.CapsuleClassifier(Encoder(), 3, parts=2), lambda m, device: m(on(device, 2, 4, F))
     ),
@@ -396,19 +391,22 @@ def test_a_state_dict_is_made_of_parameters_and_buffers(name: str) -> None:
 
 @each_case
 def test_safetensors(name: str, tmp_path: Path) -> None:
-    """Each tensor is all of its memory: whole files, and shards by accelerate."""
+    """Each tensor is all of its memory: what was written, by either way, is read into another layer, which is it."""
     m = made(name)
     if CASES[name].call is not None:
         called(name, m)
     safetensors.save_file(m.state_dict(), tmp_path / "plain")
     safetensors.save_model(m, str(tmp_path / "model"))
-    loaded = safetensors.load_file(tmp_path / "plain")
-    for key, t in m.state_dict().items():
-        assert torch.equal(loaded[key].nan_to_num(), t.nan_to_num())
-    other = made(name, seed=7)
-    safetensors.load_model(other, str(tmp_path / "model"))
-    for key, t in m.state_dict().items():
-        assert torch.equal(other.state_dict()[key].nan_to_num(), t.nan_to_num())
+    others = [made(name, seed=7) for _ in range(2)]
+    others[0].load_state_dict(safetensors.load_file(tmp_path / "plain"))
+    safetensors.load_model(others[1], str(tmp_path / "model"))
+    for other in others:
+        for key, t in m.state_dict().items():
+            assert torch.equal(other.state_dict()[key].nan_to_num(), t.nan_to_num())
+    if CASES[name].call is not None:
+        expected = called(name, m)
+        for other in others:
+            same(called(name, other), expected)
 
 
 #: What has modules of the user's in it, which it does not reset; DefinableVectorRouting's functions are some.
@@ -447,6 +445,50 @@ def test_reset_parameters_draws_as_the_constructor(name: str) -> None:
     np.random.seed(0)
     m.reset_parameters()  # type: ignore[operator]
     same(list(owned(m).values()), list(owned(fresh).values()))
+
+
+@each_case
+def test_made_on_the_meta_device(name: str) -> None:
+    """As large models are made: without memory, then filled from a checkpoint that becomes the layer's own."""
+    m = made(name)
+    if CASES[name].call is not None:
+        called(name, m)
+    with torch.device("meta"):
+        other = made(name, seed=7)
+    assert all(t.is_meta for t in (*other.parameters(), *other.buffers()))
+    other.load_state_dict(copy.deepcopy(m.state_dict()), assign=True)
+    assert not any(t.is_meta for k, t in owned(other).items() if not k.startswith("loss_modules."))
+    if CASES[name].call is not None:
+        same(called(name, other), called(name, m))
+
+
+@each_case
+def test_reset_parameters_draws_from_the_same_distribution(name: str) -> None:
+    """On all of its modules, after to_empty: two samples of Kolmogorov's and Smirnov's test; a false alarm in 1e9."""
+    if name in ("QLearning, tabular", "GumbelSoftmax"):  # whose tables the row fills
+        return
+    resets: dict[str, list[Tensor]] = {}
+    fresh: dict[str, list[Tensor]] = {}
+    for seed in range(4):
+        with torch.device("meta"):
+            m = made(name)
+        filled(m.to_empty(device="cpu"))
+        seeds.manual_seed(100 + seed)
+        np.random.seed(100 + seed)
+        for part in reversed(list(m.modules())):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+        for into, of in ((resets, m), (fresh, made(name, seed=seed))):
+            for key, t in owned(of).items():
+                into.setdefault(key, []).append(t.detach().double().flatten())
+    for key in fresh:
+        if key.startswith("loss_modules."):
+            continue
+        a, b = (torch.cat(of[key]).nan_to_num().sort().values for of in (resets, fresh))
+        if len(a):
+            at = torch.cat([a, b])
+            off = (torch.searchsorted(a, at, right=True) - torch.searchsorted(b, at, right=True)).abs().max() / len(a)
+            assert float(off) <= 3.27 * (2 / len(a)) ** 0.5, key
 
 
 @each_case

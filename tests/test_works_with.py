@@ -7,8 +7,11 @@ modules try some of the columns.
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import io
 import pickle
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +21,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
+import fastroute
 from tests.helpers import seeds
 from tests.helpers.layers import LAYERS, LayerCase, rand
-from tests.helpers.matrix import COLUMNS, LIMITS, REFUSED, TITLES, cell, page, tried
+from tests.helpers.matrix import COLUMNS, LIMITS, REFUSED, TITLES, WITHOUT_ROW, cell, page, tried
 from tests.helpers.threads import in_threads
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "works_with.md"
@@ -171,8 +175,8 @@ def averaged(case: LayerCase) -> None:
 
 def on_threads(case: LayerCase) -> None:
     """Four at once, on a layer that no one has called before. In eval where threads would share the draws."""
-    expected = [t.detach() for t in outputs(case.layer().train(not case.draws), case)]
-    layer = case.layer().train(not case.draws)
+    expected = [t.detach() for t in outputs(case.layer().eval() if case.draws else case.layer(), case)]
+    layer = case.layer().eval() if case.draws else case.layer()
 
     def run(_: int) -> list[Tensor]:
         made = tree_leaves(layer(*case.inputs, *case.rest, **case.options))
@@ -203,7 +207,9 @@ LONG = ("compile", "dynamic", "export")
 @pytest.mark.parametrize(
     "title", [pytest.param(title, marks=[pytest.mark.long] if title in LONG else []) for title in TRIED]
 )
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if LAYERS[name].long else []) for name in LAYERS]
+)
 def test_works(name: str, title: str) -> None:
     if name in tried(title):
         cell(name, title, lambda: TRIED[title](LAYERS[name]))
@@ -211,6 +217,19 @@ def test_works(name: str, title: str) -> None:
 
 def test_the_page_is_of_this_table() -> None:
     assert PAGE.read_text() == page(), "python -m tests.test_works_with rewrites it"
+
+
+def test_every_public_module_has_a_row() -> None:
+    """Or a row has a subclass of it, or the page says why there is none."""
+    found = pkgutil.walk_packages(fastroute.__path__, "fastroute.")
+    apart = (".demos", ".kernels", "__main__", "._C", ".on_path")
+    packages = [fastroute, *(importlib.import_module(i.name) for i in found if not any(a in i.name for a in apart))]
+    public = [getattr(package, name) for package in packages for name in getattr(package, "__all__", ())]
+    modules = {t for t in public if inspect.isclass(t) and issubclass(t, nn.Module) and "fastroute" in t.__module__}
+    met = {base for case in LAYERS.values() for m in case.layer().modules() for base in type(m).__mro__}
+    names = [f"{t.__module__}.{t.__qualname__}" for t in modules - met]
+    assert [name for name in names if not name.startswith((*WITHOUT_ROW,))] == []
+    assert all(any(name.startswith(start) for name in names) for start in WITHOUT_ROW), "a reason for what has a row"
 
 
 def test_cells_of_the_table_are_of_its_rows_and_columns() -> None:

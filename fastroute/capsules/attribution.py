@@ -82,8 +82,8 @@ def _trace(model: nn.Module, x: Tensor, name: str) -> tuple[Tensor, Credit]:
         return made["x_out"] if isinstance(made, dict) else made, Credit.routed(model, x)
     if isinstance(model, nn.Sequential):
         made, credit = x, None
-        for key, module in model.named_children():
-            made, own = _trace(module, made, f"{name}.{key}")
+        for key, module in model._modules.items():  # named_children() has a repeated one once
+            made, own = _trace(module, made, f"{name}.{key}")  # type: ignore[arg-type]
             credit = own if credit is None else credit @ own
         return made, Credit.identity(x.shape[-2], x) if credit is None else credit
     if isinstance(model, Residual):

@@ -84,7 +84,7 @@ class EachTask:
             raise ValueError("x: expected [B, ...], got []")
         T, B = self.num_tasks, x.shape[0]
         ids = torch.arange(T, device=x.device).unsqueeze(1).expand(T, B)
-        return x.unsqueeze(0).expand(T, *x.shape).flatten(0, 1), ids.flatten()
+        return x.repeat(T, *[1] * (x.dim() - 1)), ids.flatten()
 
     def __repr__(self) -> str:
         return f"EachTask({self.num_tasks})"

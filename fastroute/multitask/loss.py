@@ -55,9 +55,14 @@ class _Task:
     def key(self) -> tuple[Any, ...]:
         """Tasks with the same are computed together."""
         options = tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in self.options)
-        mask = None if self.mask is None else self.mask.shape
+        mask = None if self.mask is None else _sizes(self.mask)
         kind = self.call, options, self.reduction, self.ignore_index
-        return (*kind, *((t.shape, t.dtype, t.device) for t in (self.x, self.y)), mask)
+        return (*kind, *((_sizes(t), t.dtype, t.device) for t in (self.x, self.y)), mask)
+
+
+def _sizes(t: Tensor) -> tuple[Any, ...]:
+    """To be hashed, which the sizes of an exported graph cannot be."""
+    return tuple(map(str, t.shape)) if torch.compiler.is_exporting() else t.shape
 
 
 def task_losses(

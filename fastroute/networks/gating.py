@@ -147,6 +147,9 @@ class TopKGating(Accumulating):
             if buffer is not None:
                 nn.init.zeros_(buffer)
 
+    def _set_unsaved(self) -> None:
+        nn.init.zeros_(self.counts)  # type: ignore[arg-type]
+
     def extra_repr(self) -> str:
         shown = [f"num_selections={self._num_selections}", f"k={self.k}", f"scores={self.scores!r}"]
         for name, default in (("normalize", True), ("jitter", 0), ("capacity", None), ("bias_balancing", 0)):

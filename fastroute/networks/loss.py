@@ -103,7 +103,7 @@ class Loss(nn.Module):
         if not _is_meta(mys):
             raise TypeError(f"mys: expected a Trajectory or a list of its samples, got {type(mys).__name__}")
         meta = Trajectory.of(mys)  # type: ignore[arg-type]
-        B = len(meta)
+        B = meta.size
         flag("reduce", reduce)
         if samples("ysest", ysest) != B:
             raise ValueError(f"ysest: expected one row per sample of the trajectory, {B}, got {list(ysest.shape)}")
@@ -207,7 +207,7 @@ class Loss(nn.Module):
             if active is not None:
                 made = torch.where(active, made, 0)
             if len(of_layer) > 1:
-                made = made.reshape(len(of_layer), len(meta)).sum(0)
+                made = made.reshape(len(of_layer), meta.size).sum(0)
             total = made if total is None else total + made
         return total
 

@@ -17,6 +17,7 @@ from ..ops import dispatch
 from ..ops.arguments import Count, checked
 from ..ops.checks import samples, shown, tensor, together
 from ..ops.processes import Processes
+from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import ByAction, Final
 
 Formula = Literal["intended", "upstream"]
@@ -296,6 +297,13 @@ class _PerActionCounting(PerActionBaseReward):
         elif self.num_actions < choices:
             raise ValueError(f"num_actions: expected at least the decision's {choices} choices, got {self.num_actions}")
 
+    def _first_time(self) -> None:
+        if is_recomputation():
+            raise RuntimeError(
+                f"{type(self).__name__}: expected the loss outside of what is checkpointed: a forward pass that is "
+                "made again would count other actions than the first one did"
+            )
+
     def _known_actions(self) -> int:
         if self.num_actions is None:
             raise ValueError("num_actions: expected the number of actions, got None and no decision to tell it")
@@ -324,6 +332,7 @@ class CollaborationReward(_PerActionCounting):
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The share of each action among those registered."""
+        self._first_time()
         ring = self._kept(actions.device)
         made = dispatch.plan(ring, self._known_actions())  # to sort them is to count them
         ratio = self.reward_ratio**2 if self.formula == "upstream" else self.reward_ratio
@@ -376,6 +385,7 @@ class RunningAverageCollaborationReward(_PerActionCounting):
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The faded share of each action, times ``reward_ratio``."""
+        self._first_time()
         if self._average is None:
             return None
         return ByAction(actions, self._average.to(actions.device) * self.reward_ratio)
@@ -398,7 +408,8 @@ class ManualReward(PerActionBaseReward):
     @checked
     def __init__(self, rewards: Sequence[float] | Tensor, num_actions: Count | None = None) -> None:
         super().__init__()
-        self.table = torch.as_tensor(rewards, dtype=torch.float32).reshape(-1)
+        device = rewards.device if isinstance(rewards, Tensor) else "cpu"  # not meta, where it would be lost
+        self.table = torch.as_tensor(rewards, dtype=torch.float32, device=device).reshape(-1)
         if num_actions is not None and num_actions != len(self.table):
             raise ValueError(f"rewards: expected num_actions = {num_actions} of them, got {len(self.table)}")
 

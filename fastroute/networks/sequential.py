@@ -85,12 +85,13 @@ class Sequential(nn.Module):
         return len(self._modules)
 
     def __getitem__(self, i: int) -> nn.Module:
-        return list(self.children())[i]
+        return list(self._modules.values())[i]  # type: ignore[return-value]
 
     def forward(self, x: Tensor, tasks: Sequence[Any] | Tensor = ()) -> tuple[Tensor, Trajectory]:
         """[B, ...] and B labels -> (y, the trajectory)."""
         tensor("x", x, "a tensor [B, ...]")
-        first, *rest = self.children()
+        modules: list[Any] = list(self._modules.values())  # children() has what stands in two places once
+        first, *rest = modules
         ys, meta, actions = first(x, tasks)
         for m in rest:
             if isinstance(m, Decision) and actions is None and m._num_agents > 1 and meta.tasks is not None:

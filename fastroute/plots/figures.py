@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..ops.checks import given
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +38,8 @@ def stride(count: int) -> int:
 
 def empty_figure(width: float, height: float, title: str | None) -> Figure:
     """An empty one, with 0.3 inches more for a title."""
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title: expected a text or None, got {given(title)}")
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -50,6 +55,8 @@ def empty_figure(width: float, height: float, title: str | None) -> Figure:
 def saved(figure: Figure, path: str | Path | None) -> Figure:
     """The figure, written to a file too where one is named."""
     if path is not None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path: expected a file's name or None, got {given(path)}")
         figure.savefig(path)
     return figure
 
@@ -78,6 +85,8 @@ def checked(name: str, t: Any, axes: str) -> Tensor:
         raise ValueError(f"{name}: expected {axes}, none of them 0, got {list(t.shape)}")
     if t.is_complex():
         raise TypeError(f"{name}: expected real values, got {t.dtype}")
+    if t.is_meta:
+        raise ValueError(f"{name}: expected values, got a tensor on meta")
     values: Tensor = t.detach().float().cpu()
     bad = int((~values.isfinite()).sum())
     if bad:
@@ -88,6 +97,8 @@ def checked(name: str, t: Any, axes: str) -> Tensor:
 def names_of(name: str, values: Sequence[object] | Tensor | None, count: int, what: str = "image") -> list[str]:
     if values is None:
         return []
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected {count} of them, one per {what}, got {given(values)}")
     listed = values.tolist() if isinstance(values, Tensor) else list(values)
     if not isinstance(listed, list) or len(listed) != count:
         raise ValueError(f"{name}: expected {count} of them, one per {what}, got {listed}")
@@ -102,6 +113,8 @@ def numbers(name: str, values: Any, dims: int = 1) -> Tensor:
         raise TypeError(f"{name}: expected numbers, got {type(values).__name__} ({error})") from error
     if t.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {t.dtype}")
+    if t.is_meta:
+        raise ValueError(f"{name}: expected values, got a tensor on meta")
     if t.dim() != dims or 0 in t.shape:
         raise ValueError(f"{name}: expected {dims} ax{'i' if dims == 1 else 'e'}s, not empty, got {list(t.shape)}")
     return t.float().cpu()

@@ -52,6 +52,8 @@ def routers_of(model: nn.Module) -> dict[str, TaskRouter]:
     Raises:
         ValueError: there are none, or they are for different numbers of tasks.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     found = {name or "router": m for name, m in model.named_modules() if isinstance(m, TaskRouter)}
     if not found:
         raise ValueError(f"model: expected a model with TaskRouters, got none in {type(model).__name__}")
@@ -59,6 +61,24 @@ def routers_of(model: nn.Module) -> dict[str, TaskRouter]:
     if len(set(counts.values())) > 1:
         raise ValueError(f"model: expected routers for one number of tasks, got {counts}")
     return found
+
+
+def task_count_of(model: nn.Module) -> int:
+    """For how many tasks a model's routers are, all of which mask and do nothing else.
+
+    Raises:
+        ValueError: there are none, they are for different numbers of tasks, or one does something else.
+    """
+    routers = routers_of(model)
+    for name, router in routers.items():
+        why = why_called(router)
+        if why is None and not type(router).forward.__module__.startswith("fastroute."):
+            why = "a forward of its own"
+        if why is not None and router.use_routing:
+            raise ValueError(
+                f"{name}: expected a router that masks and does nothing else, got a {type(router).__name__}: {why}"
+            )
+    return next(iter(routers.values())).task_count
 
 
 @checked
@@ -129,7 +149,7 @@ def extract_task(model: nn.Module, task: int) -> nn.Sequential:
         >>> torch.allclose(small(x), net(x), atol=1e-6)
         True
     """
-    counted = next(iter(routers_of(model).values())).task_count
+    counted = task_count_of(model)
     task = _checked(task, counted)
     layers = flow(model, task)
     made: list[tuple[str, nn.Module]] = []

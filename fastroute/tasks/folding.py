@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..modules.reading import may_be_read, why_called
 from ..ops.arguments import checked
-from .export import _checked, routers_of
+from .export import _checked, routers_of, task_count_of
 from .layer_chain import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -64,7 +64,7 @@ def fold(model: nn.Module, task: int) -> nn.Module:
         >>> folded[1], int((folded[0].weight.abs().sum(1) > 0).sum())
         (Flatten(start_dim=1, end_dim=-1), 8)
     """
-    task = _checked(task, next(iter(routers_of(model).values())).task_count)
+    task = _checked(task, task_count_of(model))
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, sequence in sequences(model):
         chain = list(leaves(sequence, name))

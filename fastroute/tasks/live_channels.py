@@ -47,7 +47,7 @@ def _renew(router: TaskRouter, mapping: Tensor) -> None:
     with torch.no_grad(), torch.inference_mode(False):
         kept = mapping != 0
         if kept.is_meta:  # as many as were drawn
-            kept = torch.arange(mapping.shape[1]).expand(mapping.shape) >= router._off
+            kept = torch.arange(mapping.shape[1], device="cpu").expand(mapping.shape) >= router._off
         counts = kept.sum(1)
         most, fewest = max(int(counts.max()), 1), int(counts.min())
         order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(mapping.device)

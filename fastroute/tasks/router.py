@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..functional import task_mask
 from ..modules import watching
 from ..ops import checks
+from ..ops.accumulating import materialized
 from ..ops.arguments import Count, checked
 from . import masks
 from .active_task import Task, TaskAware, traced
@@ -167,6 +168,8 @@ class TaskRouter(TaskAware):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        if materialized(self, state_dict, local_metadata) and not self._is_drawn:
+            self.reset_parameters()
         key = prefix + "_unit_mapping"
         if isinstance(given := state_dict.get(key), Tensor):
             why = self._refuses(given)

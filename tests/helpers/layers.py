@@ -4,6 +4,7 @@ on each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,25 +14,37 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 import fastroute
-from fastroute import multitask, networks, tasks
+from fastroute import models, multitask, networks, tasks
 from fastroute.compat.heinsen_routing_2019 import Routing as Routing2019
 
 from . import seeds
 
 F64 = torch.float64
 F, K, B, T = 6, 3, 5, 3
+#: Decisions that have no row of their own.
+OTHERS = (
+    "REINFORCEBl1", "REINFORCEBl2", "EGreedyREINFORCE", "SARSA", "AdvantageLearning", "BootstrapAdvantageLearning",
+    "SurpriseLearning", "ActorCritic", "BootstrapAAC", "EGreedyAAC",
+)  # fmt: skip
 
 
 class LayerCase:
     """A layer and what it is called with: floating-point inputs, which have derivatives, and the rest.
 
-    ``draws``: it draws random numbers, in training.
+    ``draws``: it draws random numbers, in training. ``long``: make test has a row of its kind, and leaves this one out.
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], *inputs: Tensor, rest: Any = (), draws: bool = False, **options: Any
+        self,
+        build: Callable[[], nn.Module],
+        *inputs: Tensor,
+        rest: Any = (),
+        draws: bool = False,
+        long: bool = False,
+        **options: Any,
     ) -> None:
         self.build, self.inputs, self.rest, self.draws, self.options = build, inputs, rest, draws, options
+        self.long = long
 
     def layer(self) -> nn.Module:
         seeds.manual_seed(0)
@@ -98,16 +111,29 @@ class Routed(nn.Module):
         return made, *self.loss(made, meta, y, reduce=False)
 
 
+class Outputs(nn.Module):
+    """A network's batch without its trajectory."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, tasks: Tensor) -> Tensor:
+        made: Tensor = self.net(x, tasks)[0]
+        return made
+
+
 class Step(nn.Module):
     """A recurrent cell's, from a state."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: type[Any] = networks.RoutingLSTMCell) -> None:
         super().__init__()
-        self.cell = networks.RoutingLSTMCell(F, 4, K, 2, networks.REINFORCE, route_i2h=True, detach=False)
+        self.cell = cell(F, 4, K, 2, networks.REINFORCE, route_i2h=True, detach=False)
 
-    def forward(self, x: Tensor, h: Tensor, c: Tensor, actions: Tensor) -> tuple[Tensor, ...]:
-        state, meta = self.cell(x, (h, c), forced_actions=actions.mT)
-        return *state, *(record.columns[0].full for record in meta.records)
+    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        *before, actions = state
+        state, meta = self.cell(x, tuple(before) if len(before) > 1 else before[0], forced_actions=actions.mT)
+        return *(state if isinstance(state, tuple) else (state,)), *(record.columns[0].full for record in meta.records)
 
 
 class Learns(nn.Module):
@@ -125,6 +151,54 @@ class Learns(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         total: Tensor = self.model.loss(self.model(x), [y] * T)[0]
         return total
+
+
+class Wrapped(nn.Module):
+    """Every node of a multi-task graph that is no layer of PyTorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nodes: list[dict[str, Any]] = [
+            {"name": "trunk", "layers": nn.Linear(F, F)},
+            {"name": "cell", "layers": multitask.Unpack(nn.GRUCell(F, F)), "anchor_layer": ["root", "trunk"]},
+            {"name": "parts", "layers": multitask.Split(2, 1), "anchor_layer": "trunk"},
+            {"name": "left", "layers": multitask.SimpleSelect(0), "anchor_layer": "parts"},
+            {"name": "right", "layers": multitask.SliceSelect(slice(1, 2)), "anchor_layer": "parts"},
+            {"name": "right one", "layers": multitask.SimpleSelect(0), "anchor_layer": "right"},
+            {"name": "sum", "layers": multitask.Add(), "anchor_layer": ["left", "right one"]},
+            {"name": "product", "layers": multitask.Multiply(), "anchor_layer": ["left", "sum"]},
+            {"name": "pair", "layers": multitask.Stack(1), "anchor_layer": ["sum", "product"]},
+            {"name": "mean", "layers": multitask.Lambda(torch.mean, dim=1), "anchor_layer": "pair"},
+            {"name": "both", "layers": multitask.Concat(1), "anchor_layer": ["mean", "cell"]},
+            {"name": "tasks", "layers": multitask.EachTask(T), "anchor_layer": "both"},
+            {"name": "rows", "layers": multitask.SimpleSelect(0), "anchor_layer": "tasks"},
+            {"name": "of tasks", "layers": multitask.ToTasks(T), "anchor_layer": "rows"},
+            *({"name": f"task {t}", "layers": multitask.SimpleSelect(t), "anchor_layer": "of tasks"} for t in range(T)),
+            {"name": "one", "layers": multitask.OfTask(), "anchor_layer": [*(f"task {t}" for t in range(T)), "which"]},
+            {"name": "which", "layers": _whose, "anchor_layer": "root"},
+        ]
+        self.model = multitask.MTLModel(nodes, ["cell", "one"])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        made: list[Tensor] = self.model(x)[0]
+        return made
+
+
+def _whose(x: Tensor) -> Tensor:
+    return torch.zeros_like(x[:, 0], dtype=torch.int64)
+
+
+class Weighted(nn.Module):
+    """Three losses, and every weighting's total of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict, makers = nn.Linear(F, T), multitask.weighting.WEIGHTINGS
+        self.ways = nn.ModuleList([*(makers[name](T) for name in makers), multitask.FixedWeights([0.1, 0.2, 0.3])])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        losses = list(self.predict(x).square().mean(0).unbind())
+        return [way(losses) for way in self.ways]
 
 
 class BetweenRouters(nn.Module):
@@ -184,10 +258,31 @@ def vgg() -> nn.Module:
 
 def routed(algorithm: str, **options: Any) -> nn.Module:
     decide = getattr(networks, algorithm)(K, F, num_agents=T, detach=False, **options)
+    return Routed(scattered(decide), linears(unused_grad="zeros"))
+
+
+def scattered(layer: nn.Module) -> nn.Module:
+    """Tables are alike for all choices at first, and signals small."""
     with torch.no_grad():
-        for i, p in enumerate(decide.parameters()):
-            p.add_(rand(*p.shape, seed=i))  # tables are alike for all choices
-    return Routed(decide, linears(unused_grad="zeros"))
+        for i, p in enumerate(layer.parameters()):
+            p.add_(rand(*p.shape, seed=i))
+    return layer
+
+
+def decisions(*algorithms: str, rewards: Any = (None,)) -> nn.Module:
+    """One behind the other."""
+    layers: list[nn.Module] = [networks.PassThrough()]
+    for algorithm, reward in zip(algorithms, itertools.cycle(rewards), strict=False):
+        decide = getattr(networks, algorithm)(K, F, num_agents=K, detach=False, additional_reward_func=reward)
+        layers += [decide, networks.Selection(*(nn.Linear(F, F) for _ in range(K)), unused_grad="zeros")]
+    net = Routed(*layers)
+    net.loss = networks.Loss(nn.CrossEntropyLoss(), networks.NegLossReward(), clear=True)
+    return net
+
+
+def collaborating() -> nn.Module:
+    rewards = (networks.CollaborationReward(0.1), networks.RunningAverageCollaborationReward(0.1))
+    return decisions("AAC", "WPL", rewards=rewards)
 
 
 def two_routed() -> nn.Module:
@@ -210,8 +305,12 @@ LAYERS: dict[str, LayerCase] = {
     "EfficientVectorRouting, masked": LayerCase(
         lambda: evr(4, 3, F, 5, n_iters=3), rand(2, 4, F), mask=rand(2, 4, 3, seed=2) > 0.7
     ),
-    "capsules.Residual, Concatenate": LayerCase(
-        lambda: nn.Sequential(residual(evr(4, 4, F, F)), concatenate(evr(4, 2, F, 5), evr(-1, 3, F, 5))), rand(2, 4, F)
+    "capsules.Residual, Add, Concatenate": LayerCase(
+        lambda: nn.Sequential(
+            residual(evr(4, 4, F, F)),
+            fastroute.capsules.Add(concatenate(evr(4, 2, F, 5), evr(-1, 3, F, 5)), evr(4, 5, F, 5)),
+        ),
+        rand(2, 4, F),
     ),
     "DefinableVectorRouting": LayerCase(
         lambda: fastroute.DefinableVectorRouting(
@@ -231,6 +330,13 @@ LAYERS: dict[str, LayerCase] = {
         lambda: Routing2019(2, 2, 2, n_inp=4, n_out=3), rand(2, 4), rand(2, 4, 2, 2, seed=2)
     ),
     "SlotAttention": LayerCase(lambda: fastroute.SlotAttention(3, F, F), rand(2, 4, F), slots=rand(2, 3, F, seed=3)),
+    "SlotAttention, masked": LayerCase(
+        lambda: fastroute.SlotAttention(3, F, 5, d_hidden=4),
+        rand(2, 4, F),
+        slots=rand(2, 3, 5, seed=3),
+        mask=rand(2, 4, 3, seed=2) > 0.7,
+        long=True,
+    ),
     "Selection": LayerCase(Selected, rand(B, F), rest=(ACTIONS,)),
     "Selection, stacked": LayerCase(lambda: Selected(stacked=True), rand(B, F), rest=(ACTIONS,)),
     "Selection, zeros": LayerCase(lambda: Selected(unused_grad="zeros"), rand(B, F), rest=(ACTIONS,)),
@@ -257,6 +363,22 @@ LAYERS: dict[str, LayerCase] = {
         rand(B, 4, seed=3),
         rest=(torch.randint(K, (B, 4), generator=seeds.generator(4)),),
     ),
+    "AAC, WPL that collaborate": LayerCase(collaborating, rand(B, F), rest=(TASK, LABELS), draws=True, long=True),
+    "the other decisions": LayerCase(
+        lambda: decisions(*OTHERS, rewards=(None, networks.ManualReward([0.1, 0.2, 0.3]))),
+        rand(B, F),
+        rest=(TASK, LABELS),
+        draws=True,
+        long=True,
+    ),
+    "RELAX": LayerCase(lambda: decisions("RELAX"), rand(B, F), rest=(TASK, LABELS), draws=True, long=True),
+    "RoutingGRUCell": LayerCase(
+        lambda: Step(networks.RoutingGRUCell),
+        rand(B, F),
+        rand(B, 4, seed=2),
+        rest=(torch.randint(K, (B, 4), generator=seeds.generator(4)),),
+        long=True,
+    ),
     "TaskRouter": LayerCase(Masked, rand(B, F), rest=(TASK,)),
     "RoutedConv2d, RoutedLinear": LayerCase(BetweenRouters, rand(B, 2, 4, 4), rest=(TASK,)),
     "live": LayerCase(live_net, rand(B, F), rest=(TASK,)),
@@ -268,4 +390,15 @@ LAYERS: dict[str, LayerCase] = {
     "CrossStitch, by channel": LayerCase(lambda: multitask.CrossStitch(2, channels=F), rand(B, F), rand(B, F, seed=2)),
     "MultiHead": LayerCase(lambda: multitask.MultiHead(F, 4, 2, T), rand(B, F)),
     "MTLModel": LayerCase(lambda: Learns("uncertainty"), rand(B, F), rand(B, 2, seed=2)),
+    "MTLModel, wrapping layers": LayerCase(Wrapped, rand(B, F), long=True),
+    "every weighting": LayerCase(Weighted, rand(B, F), draws=True, long=True),
+    "models.RoutedCNN": LayerCase(
+        lambda: scattered(
+            Outputs(models.RoutedCNN(T, 3, 1, 4, blocks=1, channels=2, width=4, layers=2, modules=2)).eval()
+        ),
+        rand(B, 1, 4, 4),
+        rest=(TASK,),
+        long=True,
+    ),
+    "models.CapsuleHead": LayerCase(lambda: models.CapsuleHead(3, F, 2, parts=2), rand(2, 4, 2, F), long=True),
 }

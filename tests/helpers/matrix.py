@@ -21,11 +21,23 @@ class Column(NamedTuple):
     where: str  #: the test module
 
 
-BASICS, DERIVATIVES, ADAPTED, SHARED = "works_with", "derivatives", "adapted", "sharded"
+BASICS, STATE, DERIVATIVES, ADAPTED, SHARED = "works_with", "state", "derivatives", "adapted", "sharded"
 COLUMNS = (
     Column("deepcopy", "`copy.deepcopy`: the same values, no memory in common", BASICS),
     Column("pickle", "`pickle` of the module", BASICS),
     Column("weights_only", "`torch.save` of the state dict, `torch.load(weights_only=True)`, strict", BASICS),
+    Column(
+        "safetensors",
+        "`safetensors.torch.save_model` and `load_model`, and `save_file` of the state dict, strictly into another "
+        "layer: the same outputs",
+        STATE,
+    ),
+    Column(
+        "meta",
+        'made under `torch.device("meta")`, then `load_state_dict(assign=True)`: the same outputs; or `to_empty` and '
+        "`reset_parameters` of every module: all state, from the same distribution; calls on meta tensors give shapes",
+        STATE,
+    ),
     Column("compile", "`torch.compile(fullgraph=True)`, values and gradients", BASICS),
     Column("dynamic", "the same with `dynamic=True`", BASICS),
     Column("export", "`torch.export.export`", BASICS),
@@ -65,6 +77,9 @@ _OF_ESTIMATOR = (
     "The gradient is the straight-through estimator's, by definition not the slope of the output: there are no "
     "differences to compare it with."
 )
+_BY_DEFINITION = (
+    "Terms of the losses are constants to the gradient, by definition: there are no differences to compare it with."
+)
 #: What does not work: (layer, column) and what is said.
 REFUSED: dict[tuple[str, str], str] = {
     ("compat.heinsen_routing_2019", "hooks"): (
@@ -79,7 +94,19 @@ REFUSED: dict[tuple[str, str], str] = {
     ),
 }
 REFUSED |= {
-    ("Selection, unlike modules", title): "Could not guard on data-dependent expression"
+    ("RELAX", title): "RELAX: expected a call in eval under torch.func and forward mode; its loss is made of a gradient"
+    for title in ("grad", "vmap", "jvp")
+}
+REFUSED["AAC, WPL that collaborate", "checkpoint"] = (
+    "CollaborationReward: expected the loss outside of what is checkpointed: a forward pass that is made "
+    "again would count other actions than the first one did"
+)
+REFUSED["RELAX", "inference"] = (
+    "RELAX: expected torch.no_grad instead of torch.inference_mode; its loss is made of a gradient"
+)
+REFUSED |= {
+    (name, title): "Could not guard on data-dependent expression"
+    for name in ("Selection, unlike modules", "RELAX")
     for title in ("compile", "dynamic")
 }
 WITHOUT_LINEAR = (
@@ -97,7 +124,23 @@ LIMITS: dict[tuple[str, str], str] = {
     ("RoutedConv2d, RoutedLinear", "quantize_dynamic"): "It has no `nn.Linear`.",
     **{
         (name, "ONNX"): "It returns the losses of a training step. Routed networks without them are tried."
-        for name in ("REINFORCE, twice", "QLearning, tabular", "GumbelSoftmax")
+        for name in (
+            "REINFORCE, twice",
+            "QLearning, tabular",
+            "GumbelSoftmax",
+            "AAC, WPL that collaborate",
+            "the other decisions",
+            "RELAX",
+        )
+    },
+    **{
+        (name, title): _BY_DEFINITION
+        for name in ("AAC, WPL that collaborate", "the other decisions", "RELAX", "every weighting")
+        for title in ("fp64", "2nd")
+    },
+    **{
+        ("the other decisions", title): "Policies and critics are those of the decisions above."
+        for title in ("hooks", "parametrized", *OF_LINEARS)
     },
     ("GumbelSoftmax", "fp64"): _OF_ESTIMATOR,
     ("GumbelSoftmax", "2nd"): _OF_ESTIMATOR,
@@ -106,16 +149,36 @@ LIMITS: dict[tuple[str, str], str] = {
 IN_EVAL: dict[str, str] = {
     "MoE, balanced by bias": "counts: expected a call in eval, or buffers that are given to functional_call as the "
     "parameters are: torch.func cannot change a buffer of the module",
-    "live, convolutions and BatchNorm": "attempted to call in-place operation (aten::add_.Tensor) that would mutate a "
-    "captured Tensor",
+    **dict.fromkeys(
+        ("live, convolutions and BatchNorm", "every weighting", "models.RoutedCNN"),
+        "attempted to call in-place operation (aten::add_.Tensor) that would mutate a captured Tensor",
+    ),
 }
 OF_FUNC = ("grad", "vmap", "jvp", "2nd")
+
+
+#: Public modules that have no row, by the start of their full name, and why.
+WITHOUT_ROW: dict[str, str] = {
+    "fastroute.compat.": "classes of `fastroute.compat` differ from those here in a formula; upstream's `TaskRouter` "
+    "also writes into its argument behind autograd's back, as upstream does",
+    "fastroute.distributed.": "layers of `fastroute.distributed` run in several processes: `tests/distributed`",
+    "fastroute.models.capsule_head.CapsuleClassifier": "`models.CapsuleClassifier` is an encoder of the user's and a "
+    "`CapsuleHead`",
+    "fastroute.models.small_norb.SmallNORB": "`models.SmallNORB` is convolutions and `GenerativeMatrixRouting`",
+    "fastroute.multitask.metrics.": "metrics count",
+}
 
 
 def tried(*titles: str) -> list[str]:
     """The layers that have something to try in these columns."""
     assert set(titles) <= set(TITLES)
     return [name for name in LAYERS if not all((name, title) in LIMITS for title in titles)]
+
+
+def each(title: str) -> pytest.MarkDecorator:
+    """The layers of a column's test, as ``name``."""
+    of = [pytest.param(name, marks=[pytest.mark.long] if LAYERS[name].long else []) for name in tried(title)]
+    return pytest.mark.parametrize("name", of)
 
 
 def cell(name: str, title: str, run: Callable[[], object]) -> None:
@@ -148,7 +211,8 @@ def page() -> str:
         "# What works with what",
         f"Each cell is a test, on a CPU, with small layers: {places}.\n"
         "This page is written from the tests' table. What `fold` and `extract_task` give are plain modules of PyTorch, "
-        "and have no row;\nnor have layers of `fastroute.compat` that differ from those here in a formula only.",
+        "and have no row. Nor have others:",
+        "\n".join(f"* {why}" for why in WITHOUT_ROW.values()),
         "\n".join(["| | " + " | ".join(TITLES) + " |", "|---" * (len(COLUMNS) + 1) + "|", *rows]),
         "\n".join(f"* **{c.title}**: {c.what}" for c in COLUMNS),
     ]

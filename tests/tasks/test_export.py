@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,27 @@ def test_bad_input_names_the_place() -> None:
 
     with pytest.raises(ValueError, match=r"^3: expected modules of torch\.nn without hooks, got Mine"):
         extract_task(nn.Sequential(conv, router, after, Mine()), 0)
+
+
+class Doubling(TaskRouter):
+    def forward(self, x: Tensor, task: object = None) -> Tensor:
+        return 2 * super().forward(x, task)  # type: ignore[arg-type]
+
+
+def hooked_router() -> TaskRouter:
+    router = TaskRouter(8, T, 0.5)
+    router.register_forward_hook(lambda m, x, y: 2 * y)
+    return router
+
+
+@pytest.mark.parametrize("one", [fold, extract_task])
+@pytest.mark.parametrize(
+    "router, why", [(lambda: Doubling(8, T, 0.5), "a forward of its own"), (hooked_router, "hook")]
+)
+def test_a_router_that_does_more_than_mask(
+    router: Callable[[], TaskRouter], why: str, one: Callable[..., object]
+) -> None:
+    """Its masks alone would say something else."""
+    model = nn.Sequential(nn.Linear(6, 8), router(), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=f"1: expected a router that masks and does nothing else, got a .*{why}"):
+        one(model, 1)

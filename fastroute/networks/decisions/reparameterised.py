@@ -5,12 +5,15 @@ Notation as in ``policy_gradient``; z are the logits, p = softmax(z).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...ops.autograd import transformed
 from ...ops.dispatch.contract import Plan
 from ..decision_record import Column
 from ..loss_entries import Entries
@@ -22,6 +25,11 @@ __all__ = ["RELAX", "GumbelSoftmax"]
 
 _TINY = 1e-20
 _EPS = 1e-8
+_OF_A_GRADIENT = "its loss is made of a gradient"
+
+
+def _none_in_inference_mode() -> Tensor:
+    raise RuntimeError(f"RELAX: expected torch.no_grad instead of torch.inference_mode; {_OF_A_GRADIENT}")
 
 
 class GumbelSoftmax(Decision):
@@ -123,6 +131,13 @@ class RELAX(_WithValueNet):
         self._temperature = 0.1 + 9.9 * self._check_exploration(exploration)
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
+        learns = self.training and self.formula == "intended"
+        if learns and transformed():
+            raise RuntimeError(f"RELAX: expected a call in eval under torch.func and forward mode; {_OF_A_GRADIENT}")
+        if learns and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            with torch.enable_grad():
+                made = self.decide(x, plan, forced)
+            return replace(made, columns=[Column(column.full.detach()) for column in made.columns])
         z = self._ask(self._policy, x, plan, differentiable_twice=True)
         best = z.argmax(1)
         if not self.training:
@@ -161,8 +176,10 @@ class RELAX(_WithValueNet):
         return self._ask(self._value_mem, seen, plan, differentiable_twice=True)
 
     @staticmethod
-    def _control(c: Tensor, c2: Tensor, root: Tensor) -> Tensor:
+    def _control(c: Tensor, c2: Tensor, root: Tensor) -> Tensor | Callable[[], Tensor]:
         """[B, K]: d(c - c~)/dz, differentiable in V's parameters."""
+        if torch.is_inference_mode_enabled():
+            return _none_in_inference_mode
         gap = (c - c2).sum()
         if not (root.requires_grad and gap.requires_grad):  # nobody was decided for
             return torch.zeros_like(root)
