@@ -203,7 +203,7 @@ def test_activation_memory_does_not_grow_with_k_or_width(backend: str) -> None:
             moe(torch.randn(N, width, requires_grad=True))
         kept[k, hidden] = sum(saved.values())
     assert kept[1, 16] == kept[1, 256] and kept[8, 16] == kept[8, 256]
-    per_entry = 8 + 8 + 1 + 4 + 4  # the action, its place in the plan, whether it is there, the softmax, the weight
+    per_entry = 8 + 8 + 4  # the action, its place in the plan, the weight, which is the softmax
     assert kept[8, 16] - kept[1, 16] == N * 7 * per_entry
 
 
