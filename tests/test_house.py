@@ -151,6 +151,12 @@ def test_autocast_is_asked_in_one_place(module: str) -> None:
         assert getattr(node, "attr", None) not in asking, f"{module}:{node.lineno}"
 
 
+def test_export_is_asked_in_one_place() -> None:
+    """Which knows what torch 2.11 says instead."""
+    asking = [m for m, path in MODULES.items() if "compiler.is_exporting()" in path.read_text()]
+    assert asking == ["fastroute.ops.host"]
+
+
 def test_the_reference_depends_on_no_value() -> None:
     """On fake tensors whatever would need a value raises: the same passes are then free of host syncs on a GPU."""
     mode = FakeTensorMode()

@@ -268,7 +268,7 @@ class _Flow:
             for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]
         ]
         patch, pixels = C * m.kernel_size[0] * m.kernel_size[1], sizes[0] * sizes[1]
-        if torch.compiler.is_exporting():  # for any number of samples
+        if host.is_exporting():  # for any number of samples
             if transformed():
                 return False
         elif B * pixels * patch * self.x.element_size() > self._unfolded_bytes():
@@ -490,7 +490,7 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
     """``run``, every module called with its own samples; in an exported program with all of them."""
     rows, N = SortedRows(plan), plan.order.shape[0]
     sorted_x = rows.sort(x)
-    if torch.compiler.is_exporting():
+    if host.is_exporting():
         return _all_by_all(modules, sorted_x, plan)
     if host.is_many(plan.offsets):
         return _of_all(modules, sorted_x, plan)

@@ -65,7 +65,7 @@ def known_losses(records: Sequence[Record]) -> list[str] | None:
         decision = record.decision
         if getattr(decision, "algorithm", None) is None or decision.formula != "intended":
             return None
-        if not {"loss", "loss_of"}.isdisjoint(vars(decision)):
+        if any(name in vars(decision) for name in ("loss", "loss_of")):
             return None
     masked = any(record.active is not None for record in records)
     if masked and len({need for record in records for need in record.decision.needs}) > 1:

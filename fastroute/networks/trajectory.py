@@ -351,7 +351,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def aux_losses(self) -> Tensor | None:
         """[B]: the gatings' balance and z-losses of each sample, whose mean is theirs over the batch; None without."""
         losses = [loss for m in self.mixtures for loss in m.losses.values()]
-        self._batch.is_read |= bool(losses)
+        self._batch.is_read |= len(losses) > 0
         return torch.stack(losses).sum(0) if losses else None
 
     @property

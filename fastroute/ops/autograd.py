@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from ..importing import constant_result
 from .backends import requested
+from .host import is_exporting
 from .registry import functions, implementations
 
 
@@ -31,7 +32,7 @@ def transformed() -> bool:
 @constant_result
 def exported_plainly() -> bool:
     """Whether a module is exported in PyTorch's own ops: for ONNX, or on the backend "reference"."""
-    return torch.compiler.is_exporting() and (torch.onnx.is_in_onnx_export() or requested() == "reference")
+    return is_exporting() and (torch.onnx.is_in_onnx_export() or requested() == "reference")
 
 
 def asked_again(*grads: Tensor | None) -> bool:

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from .backends import is_strict
 
+_SAYS_SO_ALWAYS = torch.__version__ < "2.13"  # a TorchVersion: it compares numbers
+
+
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which Dynamo of torch 2.11 takes for true under every torch.compile."""
+    return torch.compiler._is_exporting_flag if _SAYS_SO_ALWAYS else torch.compiler.is_exporting()
+
 
 def is_wrapped(t: Tensor) -> bool:
     """Whether it stands for many under torch.vmap."""
@@ -17,7 +24,7 @@ def is_wrapped(t: Tensor) -> bool:
 
 def compares(t: Tensor) -> bool:
     """Whether to count by comparisons, as vmap and ONNX know no search."""
-    return torch.compiler.is_exporting() or is_wrapped(t)
+    return is_exporting() or is_wrapped(t)
 
 
 def is_many(t: Tensor) -> bool:

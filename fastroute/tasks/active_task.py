@@ -290,9 +290,10 @@ def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
     modules: list[Any] = [model]
     for module in modules:  # which grows
         cls = type(module)
-        kind = _kinds.get(cls)
-        if kind is None:
-            kind = _kinds[cls] = _kind(cls)
+        if torch.compiler.is_compiling():  # what a trace has written, it is guarded by, and is made again
+            kind = _kind(cls)
+        else:
+            kind = _kinds.get(cls) or _kinds.setdefault(cls, _kind(cls))
         if kind != "none":
             (aware if kind == "aware" else others).append(module)
         if module is not None and (children := module._modules) and module not in seen:

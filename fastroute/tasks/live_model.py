@@ -75,12 +75,12 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
 
 
 class _Plan(NamedTuple):
-    """How the layers of a Sequential run, and why that is still so."""
+    """How the layers of a Sequential run, and what that was seen from."""
 
     chain: list[nn.Module]
     steps: list[Step]
     routers: list[TaskRouter]
-    proof: Proof
+    seen: tuple[list[nn.Module], list[nn.Module]]  #: whole modules, and classes alone
 
     @staticmethod
     def of(sequence: nn.Sequential) -> _Plan:
@@ -92,7 +92,7 @@ class _Plan(NamedTuple):
         layers = [m for m in chain if not isinstance(m, TaskRouter)]
         read = [*opened(sequence), *filter(is_known, layers)]
         others = [m for m in layers if not is_known(m)]
-        return _Plan(chain, steps(found), routers, Proof([sequence], read, others, routers))
+        return _Plan(chain, steps(found), routers, (read, others))
 
 
 class LiveSequential(nn.Sequential):
@@ -135,10 +135,13 @@ class LiveSequential(nn.Sequential):
 
     def _plan(self) -> _Plan:
         """How to run the layers as they are."""
-        made: _Plan | None = self._memo.known
-        if made is None or torch.compiler.is_compiling() or not made.proof.holds([self]):
-            made = self._memo.known = _Plan.of(self)
-        return made
+        if torch.compiler.is_compiling():  # a graph is guarded by what it reads, not by a memo
+            return _Plan.of(self)
+        known: tuple[_Plan, Proof] | None = self._memo.known
+        if known is None or not known[1].holds([self]):
+            plan = _Plan.of(self)
+            known = self._memo.known = plan, Proof([self], *plan.seen, plan.routers)
+        return known[0]
 
     def extra_repr(self) -> str:
         return f"batch_norm={self.batch_norm!r}"

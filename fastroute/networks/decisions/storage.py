@@ -15,6 +15,7 @@ from ...ops import dispatch
 from ...ops.autograd import transformed
 from ...ops.checks import together
 from ...ops.dispatch.contract import Plan
+from ...ops.host import is_exporting
 from ...ops.precision import autocast_dtype
 from .. import grouped_modules
 from ..mlp import MLP
@@ -225,7 +226,7 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
         return None
     if given.dtype != weights[0].dtype and autocast_dtype(x.device.type) is None:
         return None
-    if plan is None and not torch.compiler.is_exporting() and given.shape[0] * K * F > _LARGE:
+    if plan is None and not is_exporting() and given.shape[0] * K * F > _LARGE:
         return None
     return Head(given, weights, biases, (is_direct, first._detach))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..host import compares, read
+from ..host import compares, is_exporting, read
 from .contract import Plan
 
 
@@ -16,7 +16,7 @@ def plan(actions: Tensor, modules: int) -> Plan:
     """actions [N] int64 -> their plan."""
     key = torch.where((actions >= 0) & (actions < modules), actions, modules)
     N = key.shape[0]
-    unique = torch.compiler.is_exporting()  # ONNX knows no stable sort
+    unique = is_exporting()  # ONNX knows no stable sort
     order = (key * N + torch.arange(N, device=key.device)).argsort() if unique else key.argsort(stable=True)
     bounds = torch.arange(modules + 1, device=actions.device)
     offsets = (key[:, None] < bounds).sum(0) if compares(key) else torch.searchsorted(key[order], bounds)

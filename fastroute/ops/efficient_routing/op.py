@@ -17,6 +17,7 @@ from torch import Tensor
 from ..arguments import explained
 from ..autograd import apply, asked_again, through, transformed
 from ..backends import Case, choose, has_extension, is_explaining, record, requested
+from ..host import is_exporting
 from ..masked import only, reaches
 from ..precision import autocast_off, autocast_precision
 from ..registry import define, no_second_derivative
@@ -298,7 +299,7 @@ def efficient_routing(
     call = _Call(x, w, mask, lengths, n_iters, normalize, requested(), autocast)
     # An exported graph has the op that every backend implements; ``explain`` asks that one, which has prior's gradient.
     own = call.is_one_call and not w.prior.requires_grad
-    if own and not transformed() and not torch.compiler.is_exporting() and not is_explaining():
+    if own and not transformed() and not is_exporting() and not is_explaining():
         given = call.of_native()
         if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in w)):
             made: Tensor = apply(_OneCall, *given)

@@ -9,14 +9,16 @@ other backends are checked against, and what ``return_dict=True`` shows for the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-softmax_over_outputs: Callable[[Tensor], Tensor] = partial(torch.softmax, dim=-1)
+
+def softmax_over_outputs(t: Tensor) -> Tensor:
+    """Over the last axis. Dynamo of torch 2.11 takes no ``partial`` as a default."""
+    return torch.softmax(t, dim=-1)
 
 
 class Assignment(NamedTuple):
