@@ -465,7 +465,7 @@ def test_made_on_the_meta_device(name: str) -> None:
 @each_case
 def test_reset_parameters_draws_from_the_same_distribution(name: str) -> None:
     """On all of its modules, after to_empty: two samples of Kolmogorov's and Smirnov's test; a false alarm in 1e9."""
-    if name in ("QLearning, tabular", "GumbelSoftmax"):  # whose tables the row fills
+    if name in ("QLearning, tabular", "GumbelSoftmax", "models.RoutedCNN"):  # whose parameters the row fills
         return
     resets: dict[str, list[Tensor]] = {}
     fresh: dict[str, list[Tensor]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.checks import flag
+from ..ops.host import is_exporting
 from .labels import are_alike, classes, known, like, shown, spread
 from .weighting.base import wide
 
@@ -62,7 +63,7 @@ class _Task:
 
 def _sizes(t: Tensor) -> tuple[Any, ...]:
     """To be hashed, which the sizes of an exported graph cannot be."""
-    return tuple(map(str, t.shape)) if torch.compiler.is_exporting() else t.shape
+    return tuple(map(str, t.shape)) if is_exporting() else t.shape
 
 
 def task_losses(

@@ -17,6 +17,7 @@ from ..autograd import apply, asked_again, is_observed, through, transformed
 from ..backends import Case, choose, is_explaining, native_refuses, offer, record, requested, taken
 from ..dtypes import accumulating
 from ..environment import interpreting
+from ..host import is_exporting
 from ..precision import autocast_off
 from ..registry import define, no_second_derivative
 from . import native as native  # defines the native ops
@@ -196,7 +197,7 @@ _SMALL, _FEW_INPUTS = 2**20, 1024
 
 def _is_better_compiled(votes: Tensor, pairs: Pairs) -> bool:
     """Whether a compiler's own code is faster than a call of the op, of sizes that it takes for constants."""
-    if not (torch.compiler.is_compiling() and votes.is_cpu) or torch.compiler.is_exporting() or requested() != "auto":
+    if not (torch.compiler.is_compiling() and votes.is_cpu) or is_exporting() or requested() != "auto":
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastroute.ops.matrix_routing.native as native
 from fastroute.ops.matrix_routing import plain as matrix_tiles
 from fastroute.ops.matrix_routing.contract import MatrixGrads, MatrixStep, OutputGrads, Outputs
-from fastroute.ops.matrix_routing.op import _Call
+from fastroute.ops.matrix_routing.op import Call
 from fastroute.ops.matrix_routing.settling import settle
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.cases import evaluate
@@ -64,7 +64,7 @@ def matrix_passes() -> None:
         if size.n > 1:
             a[:, 0] = -math.inf
         mask = strided(some_mask(size.b, size.n, size.m))
-        call = _Call.of((a, given["mu_inp"], *(given[k] for k in PARAMETERS), mask, 2, "gaussian", 1e-5, "native"))
+        call = Call.of((a, given["mu_inp"], *(given[k] for k in PARAMETERS), mask, 2, "gaussian", 1e-5, "native"))
         step = call.step(call.gate(), None)
         made = native.forward(step)
         assert all(t is not None and t.isfinite().all() for t in made)
