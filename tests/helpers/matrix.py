@@ -142,6 +142,10 @@ LIMITS: dict[tuple[str, str], str] = {
         ("the other decisions", title): "Policies and critics are those of the decisions above."
         for title in ("hooks", "parametrized", *OF_LINEARS)
     },
+    ("the other decisions", "FSDP2"): (
+        "Ranks ask different agents, and `fully_shard` needs a gradient of each parameter on every rank: "
+        "`fastroute.distributed.prepare` sees to it."
+    ),
     ("GumbelSoftmax", "fp64"): _OF_ESTIMATOR,
     ("GumbelSoftmax", "2nd"): _OF_ESTIMATOR,
 }
