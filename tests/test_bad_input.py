@@ -535,6 +535,8 @@ def verdict(name: str, what: str, argument: str, bad: str) -> str | None:
     is_tensor = isinstance(given.get(argument), Tensor)
     if (short, argument) in NOT_READ or (is_op and not is_tensor):
         return None  # an op's flags and numbers are taken as Python takes them: layers have checked them
+    if (argument, bad) == ("device", "0"):
+        return None  # the first GPU, where this torch knows of GPUs
     if bad in BAD:
         may_pass = bool(words & {*BAD[bad].fits.split(), *ANYTHING.split()})
         may_pass |= is_op and bool(words & {"Tensors", "Sequence"})  # what has nothing in it may be left out

@@ -53,13 +53,12 @@ def route(
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> fastroute.route(net, task_count=4, sigma=0.5)
-        Sequential(
-          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-          (1): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
-          (2): TaskRouter(unit_count=8, task_count=4, sigma=0.5, name='taskrouter_1', inplace=False)
-          (3): ReLU()
-        )
+        >>> for layer in fastroute.route(net, task_count=4, sigma=0.5):
+        ...     print(layer)
+        Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+        BatchNorm2d(8, ...)
+        TaskRouter(unit_count=8, task_count=4, sigma=0.5, name='taskrouter_1', inplace=False)
+        ReLU()
     """
     chosen: list[tuple[Leaf, int, bool]] = []
     for name, sequence in sequences(model):

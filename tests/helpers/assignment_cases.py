@@ -77,12 +77,12 @@ def _options(form: str) -> dict[str, Any]:
     return {k: v for k, v in FORMS[form].items() if k in ("mean", "eps")}
 
 
-def op(backend: str, form: str) -> Callable[..., dict[str, Tensor]]:
-    def call(**inputs: Tensor | None) -> dict[str, Tensor]:
-        with use_backend(backend):
-            return {"y": functional.soft_assignment(**inputs, **_options(form))}  # type: ignore[arg-type]
+def of_form(form: str) -> Callable[..., dict[str, Tensor]]:
+    return lambda **inputs: {"y": functional.soft_assignment(**inputs, **_options(form))}
 
-    return call
+
+def op(backend: str, form: str) -> Callable[..., dict[str, Tensor]]:
+    return use_backend(backend)(of_form(form))
 
 
 def truth(form: str) -> Callable[..., dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastroute
 from fastroute import functional, use_backend
 from tests.helpers import seeds, strategies
-from tests.helpers.assignment_cases import FORMS, SHARED, case_of, op, truth
+from tests.helpers.assignment_cases import FORMS, SHARED, case_of, of_form, op, truth
 from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -267,7 +267,7 @@ def test_small_sizes_are_plain_operators_in_a_graph(form: str, shared: str) -> N
 
         torch._dynamo.reset()
         with use_backend(backend):
-            evaluate(torch.compile(op(backend, form), fullgraph=True, dynamic=dynamic, backend=look), case)
+            evaluate(torch.compile(of_form(form), fullgraph=True, dynamic=dynamic, backend=look), case)
         return found[0]
 
     if "native" in HERE:
@@ -276,7 +276,7 @@ def test_small_sizes_are_plain_operators_in_a_graph(form: str, shared: str) -> N
     assert ops_in(case, dynamic=True)
     assert ops_in(case_of(form, (1, 1025, 2, 2), shared, F32))
     check(
-        torch.compile(op("auto", form), fullgraph=True, dynamic=False, backend="aot_eager"),
+        torch.compile(of_form(form), fullgraph=True, dynamic=False, backend="aot_eager"),
         truth(form),
         [case],
         dtype=F32,
