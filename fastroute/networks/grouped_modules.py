@@ -403,12 +403,18 @@ def _run(
     called: Callable[[], Sequence[Callable[[Tensor], Tensor]]] | None,
     inputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    made = None if alike is None else _together(alike, x if inputs is None else inputs(x), plan, keep_empty)
+    alone = alike is None or (_is_one(x, plan) and not keep_empty)
+    made = None if alone else _together(alike, x if inputs is None else inputs(x), plan, keep_empty)  # type: ignore[arg-type]
     if made is not None:
         return made
     others = [p for m in modules for p in m.parameters()] if keep_empty and not transformed() else []
     y = one_by_one(modules if called is None else called(), x, plan)
     return _WithZeros.apply(y, *others) if others else y
+
+
+def _is_one(x: Tensor, plan: Plan) -> bool:
+    """Whether there is one entry, whose module is called on it: nothing to sort, and nothing that others share."""
+    return plan.bounds is not None and x.shape[0] == plan.order.shape[0] == plan.bounds[-1] == 1 and not is_observed(x)
 
 
 def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> Tensor | None:
@@ -488,8 +494,8 @@ class _WithZeros(torch.autograd.Function):
 
 def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
     """``run``, every module called with its own samples; in an exported program with all of them."""
-    rows, N = SortedRows(plan), plan.order.shape[0]
-    sorted_x = rows.sort(x)
+    rows, N, is_one = SortedRows(plan), plan.order.shape[0], _is_one(x, plan)
+    sorted_x = x.clone() if is_one else rows.sort(x)  # which modules may change in place
     if host.is_exporting():
         return _all_by_all(modules, sorted_x, plan)
     if host.is_many(plan.offsets):
@@ -515,7 +521,7 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
     parts = list(made.values())
     if bounds[-1] < N:
         parts.append(parts[0].new_zeros(N - bounds[-1], *parts[0].shape[1:]))
-    return rows.unsort(torch.cat(parts) if len(parts) > 1 else parts[0])
+    return parts[0] if is_one else rows.unsort(torch.cat(parts) if len(parts) > 1 else parts[0])
 
 
 def _slices(x: Tensor, bounds: list[int]) -> Sequence[Tensor]:
