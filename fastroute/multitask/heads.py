@@ -27,8 +27,8 @@ _ELEMENTWISE: frozenset[type] = frozenset({
 _DROPOUTS: frozenset[type] = frozenset({nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout})
 _TENSORS = (nn.Parameter, Tensor)
 #: So many heads are faster together: on a CPU, setting out costs what some products do; on a GPU, starting one does.
+#: Together 4 take 1.1 times as long as a loop, 6 take 0.94, 16 take 0.66 (``bench/calibrate_thresholds.py``).
 _LEAST = {"cpu": 6}
-#: (``bench/calibrate_thresholds.py``: together 4 take 1.1 times as long as a loop, 6 take 0.94, 16 take 0.66.)
 #: Fewer are no group anywhere: looking whether they still can run together would cost what it saves.
 _FEWEST = 4
 

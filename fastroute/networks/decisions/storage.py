@@ -231,8 +231,8 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
     return Head(given, weights, biases, (is_direct, first._detach))
 
 
-#: A product of one agent with more multiply-adds is the library's. On an AMD EPYC, where MKL is slow, the op is 1.2 to 1.4
-#: times as fast on both sides (``bench/calibrate_thresholds.py``); other processors have not been measured.
+#: A product of one agent with more multiply-adds is the library's. On an AMD EPYC, where MKL is slow, the op is 1.2 to
+#: 1.4 times as fast on both sides (``bench/calibrate_thresholds.py``); other processors have not been measured.
 _LARGE = 1 << 26
 
 
