@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning wo
 
 import torch
 
+from bench.harness import least
 from fastroute.capsules import EfficientVectorRouting
 from fastroute.ops.efficient_routing import native
 
@@ -52,7 +52,8 @@ def _passes(m: int, d: int, n: int) -> tuple[Callable[[], object], Callable[[], 
         torch.randn(1, m, d),
     )
     w = [None if t is None else t.detach() for t in layer._parameters_by_name()]
-    given, other = (x, *w[:12], w[-1], 2, True), (x, *w, None, None, 2, True, "native", "")
+    given = (x, *w, None, None, 2, True)
+    other = (*given, "native", "")
 
     def own() -> object:
         _, kept = ops._efficient_routing_native(*given)
@@ -67,14 +68,7 @@ def _passes(m: int, d: int, n: int) -> tuple[Callable[[], object], Callable[[], 
 
 def timed(m: int, d: int, rounds: int) -> Timed:
     n = min(max(_WORK // (m * d), 64), 1 << 14)
-    best = [math.inf, math.inf]
-    ways = _passes(m, d, n)
-    for k, way in itertools.product(range(rounds + 1), range(2)):
-        began = time.process_time()
-        ways[way]()
-        if k > 0:
-            best[way] = min(best[way], time.process_time() - began)
-    return Timed(m, d, *best)
+    return Timed(m, d, *least(_passes(m, d, n), rounds=rounds))
 
 
 def lost(rows: Sequence[Timed], widest: float) -> float:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 
 import fastroute
+from bench.harness import least
 
 Step = Callable[[], object]
 
@@ -154,21 +154,12 @@ def _set(threshold: Threshold, value: Any) -> Iterator[None]:
 
 def timed(threshold: Threshold, size: Size, seconds: float) -> tuple[float, float]:
     """The least CPU seconds of a step below and beyond."""
-    values, steps, best = (threshold.below, threshold.beyond), [], [math.inf, math.inf]
+    values, steps = (threshold.below, threshold.beyond), []
     for value in values:
         with _set(threshold, value):
             steps.append(size.step())
-            steps[-1]()
-    until = time.perf_counter() + seconds
-    for k in itertools.count():
-        if k >= 5 and time.perf_counter() > until:
-            return best[0], best[1]
-        for way, value in enumerate(values):
-            with _set(threshold, value):
-                began = time.process_time_ns()
-                steps[way]()
-                best[way] = min(best[way], 1e-9 * (time.process_time_ns() - began))
-    raise AssertionError
+    below, beyond = least(steps, seconds, within=lambda way: _set(threshold, values[way]))
+    return below, beyond
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import copy
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fastroute
+from bench.harness import least
 
 F = 64
 #: A module, and the shape of its samples.
@@ -53,20 +53,6 @@ def by_hand(modules: Sequence[nn.Module], x: Tensor, actions: Tensor) -> Tensor:
     return torch.empty_like(y).index_copy(0, order, y)
 
 
-def least(steps: Sequence[Callable[[], object]], seconds: float) -> list[float]:
-    """ms of each, in turn."""
-    best, until, rounds = [math.inf] * len(steps), time.perf_counter() + seconds, 0
-    for step in steps:
-        step()
-    while rounds < 5 or time.perf_counter() < until:
-        for i, step in enumerate(steps):
-            began = time.process_time_ns()
-            step()
-            best[i] = min(best[i], 1e-6 * (time.process_time_ns() - began))
-        rounds += 1
-    return best
-
-
 def row(kind: str, B: int, K: int, seconds: float) -> str:
     torch.manual_seed(0)
     make, shape = KINDS[kind]
@@ -92,7 +78,7 @@ def row(kind: str, B: int, K: int, seconds: float) -> str:
             f().sum().backward()
 
         steps += [forward, training]
-    ours, our_step, theirs, their_step = least(steps, seconds)
+    ours, our_step, theirs, their_step = (1e3 * took for took in least(steps, seconds))
     ratios = [
         f"{'**' if ratio < 0.95 else ''}{ratio:.2f}{'**' if ratio < 0.95 else ''}"
         for ratio in (theirs / ours, their_step / our_step)

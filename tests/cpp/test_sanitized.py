@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cpp.test_boundary import fuzz
-from tests.helpers.backends import HERE
+from tests.helpers.backends import needs_native
 from tests.helpers.subprocesses import ROOT, check_python
 from tests.ops.vector_routing import cpp_cases as cases
 
@@ -31,7 +31,7 @@ def runtime(name: str) -> str | None:
 LIBRARIES = [runtime("libasan.so"), runtime("libstdc++.so")]
 
 
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 def test_native_between_fences() -> None:
     """The same calls of the extension as it was built."""
     cases.run()

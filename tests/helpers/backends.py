@@ -16,3 +16,4 @@ FLOAT32 = HERE + (("triton",) if missing("triton", "cpu") is None else ())
 
 each_float32_backend = pytest.mark.parametrize("backend", FLOAT32)
 each_backend = pytest.mark.parametrize("backend", HERE)
+needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")

@@ -21,7 +21,7 @@ from fastroute.networks.decisions.base import Decided
 from fastroute.networks.loss_entries import Entries
 from fastroute.ops.trajectory_loss.op import Entry
 from tests.helpers import seeds
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import each_backend, needs_native
 from tests.helpers.networks import LEARNING, F, decision, start
 from tests.helpers.opcheck import assert_same
 
@@ -270,7 +270,7 @@ def told_reward() -> Tensor:
 # ----------------------------------------------------------------------------------------------------- what it takes
 
 
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 def test_operators() -> None:
     """However many decisions there are, the same few operators, forward and backward."""
     counts = []

@@ -16,11 +16,10 @@ from fastroute.ops import backends as _backends
 from fastroute.ops import environment
 from fastroute.ops.backends import Case, Decision, choose, decide, is_strict, missing, offered, requested
 from fastroute.ops.vector_routing import plain as tiles
-from tests.helpers.backends import HERE
+from tests.helpers.backends import HERE, needs_native
 from tests.helpers.routing_cases import Size, vector_case, vector_op
 from tests.helpers.subprocesses import check_python
 
-NATIVE = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 A_CASE = Case("vector_routing", "cpu", torch.float32, (("B", 2), ("n", 33), ("m", 5), ("d", 12)))
 
 
@@ -59,13 +58,13 @@ def test_the_reference_runs_when_it_is_asked_for(on_reference: Spy) -> None:
     assert on_reference.calls == ["forward"]
 
 
-@NATIVE
+@needs_native
 def test_native_is_first_on_a_cpu(on_reference: Spy) -> None:
     vector_op(**leaves())["M"].sum().backward()
     assert on_reference.calls == []
 
 
-@NATIVE
+@needs_native
 @pytest.mark.parametrize("during_backward", ["native", "auto"])
 def test_backward_runs_where_forward_ran(on_reference: Spy, during_backward: str) -> None:
     with use_backend("reference"):

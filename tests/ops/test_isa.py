@@ -13,12 +13,11 @@ import torch
 from fastroute.cli import main
 from fastroute.ops import backends
 from fastroute.ops import isa as _isa
-from tests.helpers.backends import HERE
+from tests.helpers.backends import HERE, needs_native
 from tests.helpers.every_op import EVERY_OP
 from tests.helpers.opcheck import assert_same
 from tests.helpers.subprocesses import check_python
 
-native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 AVAILABLE: Sequence[str] = torch.ops.fastroute._isas() if "native" in HERE else ()
 DOCTOR = "import fastroute.cli; print(fastroute.cli.doctor())"
 
@@ -31,7 +30,7 @@ def lines(doctor: str) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------- what is chosen
 
 
-@native
+@needs_native
 def test_the_best_one_runs_unless_asked() -> None:
     said = lines(check_python(DOCTOR, {"FASTROUTE_ISA": None}))
     assert said["C++ kernels"] == f"{AVAILABLE[-1]} (available: {', '.join(AVAILABLE)})"
@@ -39,7 +38,7 @@ def test_the_best_one_runs_unless_asked() -> None:
     assert all(torch.ops.fastroute._choose_isa(asked, AVAILABLE) == AVAILABLE[-1] for asked in ("", "auto"))
 
 
-@native
+@needs_native
 def test_each_variant(tmp_path: Path) -> None:
     """What is asked for runs; all variants compute the same, whatever the number of threads."""
     missing = backends.offered().keys() - EVERY_OP.keys() - {"dispatch"}  # which is a part of grouped_linear
@@ -70,12 +69,12 @@ print(torch.ops.fastroute._prefers_onednn())
                     assert_same(made[isa][op][name], t, what)
 
 
-@native
+@needs_native
 def test_names_are_in_order() -> None:
     assert list(AVAILABLE) == [name for name in _isa.ISAS if name in AVAILABLE]
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("asked", ["avx2", "avx512"])
 def test_the_best_there_is(asked: str) -> None:
     assert torch.ops.fastroute._choose_isa("auto", ["default"]) == "default"
@@ -85,7 +84,7 @@ def test_the_best_there_is(asked: str) -> None:
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-@native
+@needs_native
 @pytest.mark.parametrize(
     ("asked", "here", "expected"),
     [

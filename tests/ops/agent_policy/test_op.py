@@ -32,7 +32,7 @@ from tests.helpers.agent_policy_cases import (
     some_agents,
     truth,
 )
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import evaluate
 from tests.helpers.dispatch_cases import actions_of, each_histogram
@@ -41,7 +41,6 @@ from tests.helpers.opcheck import assert_same, check_compiled, check_exported, g
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
-needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 # ------------------------------------------------------------------------------------------------ values, gradients
 

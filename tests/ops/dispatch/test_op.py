@@ -15,11 +15,9 @@ from fastroute import use_backend
 from fastroute.ops import dispatch
 from fastroute.ops.dispatch import reference as reference
 from tests.helpers import seeds
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import each_backend, needs_native
 from tests.helpers.dispatch_cases import HISTOGRAMS, actions_of
 from tests.helpers.opcheck import opcheck
-
-needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 
 def defined(actions: Tensor, K: int) -> tuple[list[int], list[int], int]:

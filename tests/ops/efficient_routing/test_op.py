@@ -24,7 +24,7 @@ from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.efficient_routing.op import _Call
 from fastroute.ops.efficient_routing.passes import first_form
 from tests.helpers import strategies
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
@@ -387,7 +387,7 @@ def test_what_reaches_no_output_is_never_read(backend: str, linear: bool, dtype:
             assert got is not None and expected is not None and torch.equal(got, expected), (name, bad)
 
 
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 @pytest.mark.parametrize("n_iters", [1, 2])
 def test_parameters_of_masked_pairs_are_never_used(n_iters: int) -> None:
     """Each pair has its own, which no other sample uses: their gradients are zero."""
@@ -412,7 +412,7 @@ def test_same_input_same_bits(backend: str, linear: bool) -> None:
     assert all(a is b or torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 @pytest.mark.parametrize("linear", [False, True], ids=["fixed", "any-length"])
 @pytest.mark.parametrize(
     "size", [Size(1, 200, 64, 64, 32), Size(2, 2000, 40, 48, 64), Size(2, 600, 200, 130, 96)], ids=str
@@ -476,9 +476,6 @@ def test_opcheck_of_the_backward_op(name: str, want_x: bool, want_rows: bool) ->
     )
 
 
-needs_extension = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
-
-
 #: Forms of the calls that are one.
 ONE_CALL: dict[str, dict[str, Any]] = {
     "fixed": {},
@@ -489,7 +486,7 @@ ONE_CALL: dict[str, dict[str, Any]] = {
 }
 
 
-@needs_extension
+@needs_native
 @pytest.mark.parametrize("form", ONE_CALL)
 @pytest.mark.parametrize("n_iters", [1, 2])
 @pytest.mark.parametrize(("want_x", "want_rows"), list(itertools.product([True, False], repeat=2)))
@@ -505,7 +502,7 @@ def test_opcheck_of_one_call(form: str, n_iters: int, want_x: bool, want_rows: b
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@needs_extension
+@needs_native
 @pytest.mark.parametrize("form", ["fixed", "masked", "gram", "any-length-masked", "one beta"])
 @pytest.mark.parametrize("n_iters", [1, 3])
 def test_one_call_gives_what_passes_give(n_iters: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +521,7 @@ def test_one_call_gives_what_passes_give(n_iters: int, form: str, monkeypatch: p
             assert_same(got, expected, name)
 
 
-@needs_extension
+@needs_native
 @pytest.mark.parametrize("form", ONE_CALL)
 def test_the_op_of_exported_graphs_has_the_bits_of_one_call(form: str) -> None:
     case = efficient_case(SMALL, **ONE_CALL[form])
@@ -539,7 +536,7 @@ def test_the_op_of_exported_graphs_has_the_bits_of_one_call(form: str) -> None:
         assert got is None or (expected is not None and torch.equal(got, expected)), name
 
 
-@needs_extension
+@needs_native
 def test_which_calls_are_one() -> None:
     """A compiled graph shows it: what is wide, in float16 or under autocast takes the passes."""
     seen: list[str] = []

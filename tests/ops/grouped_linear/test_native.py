@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fastroute import use_backend
 from fastroute.functional import grouped_linear
-from fastroute.ops.backends import missing
 from fastroute.ops.dispatch.op import plan
 from tests.helpers import seeds
+from tests.helpers.backends import needs_native
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same
 
-pytestmark = pytest.mark.skipif(missing("native", "cpu") is not None, reason="the C++ extension is not built")
+pytestmark = needs_native
 
 #: Rows, modules, features in and out: below, at and beyond the widths of vectors and tiles.
 SIZES = (

@@ -23,7 +23,7 @@ from fastroute.ops.dispatch import reference as reference_dispatch
 from fastroute.ops.grouped_linear import op as linear_op
 from fastroute.ops.grouped_linear import reference as reference
 from tests.helpers import seeds, strategies
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.dispatch_cases import HISTOGRAMS, actions_of, each_histogram
@@ -32,7 +32,6 @@ from tests.helpers.opcheck import assert_same, check_compiled, check_exported, g
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
-needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 
 def linear_case(

@@ -23,7 +23,7 @@ from fastroute import explain, functional, use_backend
 from fastroute.ops.matrix_routing.contract import Capsules
 from fastroute.ops.matrix_routing.op import _backward, _forward
 from tests.helpers import strategies
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
@@ -349,7 +349,7 @@ def test_non_finite_values_stay_in_their_sample(backend: str, shared: bool, bad:
             assert not b[1].isfinite().all()
 
 
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 @each_kind
 @pytest.mark.parametrize("size", [Size(1, 600, 20, 2, 3, 4), Size(20, 70, 20, 2, 3, 4)], ids=str)
 def test_same_bits_on_any_number_of_threads(shared: bool, size: Size) -> None:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from fastroute import use_backend
-from fastroute.ops.backends import missing
 from fastroute.ops.policy.op import KINDS, policy
 from tests.helpers import seeds
+from tests.helpers.backends import needs_native
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same
 
-pytestmark = pytest.mark.skipif(missing("native", "cpu") is not None, reason="the C++ extension is not built")
+pytestmark = needs_native
 
 SIZES = ((0, 3), (1, 1), (1000, 2), (777, 5), (3000, 20), (300, 100), (2, 9000))
 WAYS = ("greedy", "draw", "coin", "forced")

@@ -22,7 +22,7 @@ from fastroute import functional, use_backend
 from fastroute.ops.policy import reference as reference
 from fastroute.ops.policy.contract import KINDS
 from tests.helpers import seeds, strategies
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import LAYOUTS
@@ -31,7 +31,6 @@ from tests.helpers.opcheck import assert_same, check_compiled, check_exported, g
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
 each_kind = pytest.mark.parametrize("kind", KINDS)
-needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 
 def draws(N: int, K: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 from fastroute import functional, use_backend
 from fastroute.ops.task_mask import reference as reference
 from tests.helpers import seeds
-from tests.helpers.backends import HERE
+from tests.helpers.backends import needs_native
 from tests.helpers.layouts import Fenced
 
-pytestmark = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+pytestmark = needs_native
 
 T = 3
 #: 3 x 7 planes of 41 MiB together. No plane but the first begins at a cache line; a window has rows alone.

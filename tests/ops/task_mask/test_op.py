@@ -21,7 +21,7 @@ from fastroute.ops.batch_norm_mask_relu import plain as batch_norm_plain
 from fastroute.ops.batch_norm_mask_relu import reference as batch_norm_mask_relu_reference
 from fastroute.ops.task_mask import reference as reference
 from tests.helpers import seeds, strategies
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import Fenced
@@ -714,7 +714,7 @@ def test_writes_nothing_else(backend: str) -> None:
         assert fence.intact()
 
 
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, cropped], ids=lambda f: f.__name__)
 def test_opcheck(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:

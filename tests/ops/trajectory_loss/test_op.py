@@ -25,7 +25,7 @@ from fastroute.ops.trajectory_loss import reference as reference
 from fastroute.ops.trajectory_loss.contract import AIDED, ALGORITHMS, BOOTSTRAPPING, CRITICS, SILENT
 from fastroute.ops.trajectory_loss.op import laid_out
 from tests.helpers import seeds, strategies
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check, yardstick_of
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
@@ -36,7 +36,6 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 LEARNING = tuple(kind for kind in ALGORITHMS if kind != SILENT)
 each_kind = pytest.mark.parametrize("kind", LEARNING)
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=["fp32", "fp64", "bf16", "fp16"])
-needs_native = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
 
 
 def same(found: Results, exact: Results) -> None:

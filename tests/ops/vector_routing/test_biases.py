@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastroute import use_backend
 from fastroute.functional import vector_routing
-from fastroute.ops.backends import missing
 from tests.helpers import seeds
+from tests.helpers.backends import needs_native
 
 F32, F64 = torch.float32, torch.float64
 
 
-@pytest.mark.skipif(missing("native", "cpu") is not None, reason="the C++ extension is not built")
+@needs_native
 @pytest.mark.skipif(
     platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == "DEFAULT",
     reason="a processor that cannot multiply and add in one rounding",

@@ -22,7 +22,7 @@ from fastroute.ops.backends import Case as Shape
 from fastroute.ops.backends import choose
 from fastroute.ops.vector_routing.contract import Grads, Step
 from tests.helpers import strategies
-from tests.helpers.backends import HERE, each_backend
+from tests.helpers.backends import each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS, Fenced
@@ -489,7 +489,7 @@ def test_same_input_same_bits(backend: str, kind: str) -> None:
     assert all(a is b or torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 @pytest.mark.parametrize("size", [Size(1, 200, 64, 64), Size(2, 3000, 40, 48), Size(1, 2500, 300, 130)], ids=str)
 @pytest.mark.parametrize("kind", ["next", "next-linear", "first"])
 def test_same_bits_on_any_number_of_threads(size: Size, kind: str) -> None:
@@ -640,7 +640,7 @@ def test_bad_input(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+@needs_native
 @pytest.mark.parametrize("library", ["mm", "onednn"])
 def test_both_libraries_of_matrix_products(library: str) -> None:
     """FASTROUTE_GEMM is read once: a process each, at a size where products are large enough to be worth a choice."""
