@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .capsules import DefinableVectorRouting, EfficientVectorRouting, GenerativeMatrixRouting, SlotAttention
 from .modules import watching
+from .modules.wrapped import unwrapped
 from .multitask.expert_bank import Gates
 from .multitask.objective import Objective
 from .multitask.weighting import Weighting
@@ -108,7 +108,7 @@ class RoutingMonitor:
 
     def attach(self) -> RoutingMonitor:
         """Watch the model as it is now: also after layers were added, and after :meth:`remove`."""
-        found = {m: _readable(self.model, name) or type(m).__name__ for name, m in self.model.named_modules()}
+        found = {m: unwrapped(self.model, name) or type(m).__name__ for name, m in self.model.named_modules()}
         if not any(isinstance(module, TELLING) for module in found):
             raise ValueError(f"model: expected a fastroute layer in it, found none in {type(self.model).__name__}")
         with self._lock:
@@ -387,17 +387,6 @@ class _Route(NamedTuple):
     batch: weakref.ref[Any]
     thread: int
     steps: list[tuple[Tensor, Tensor | None]]
-
-
-def _readable(model: nn.Module, name: str) -> str:
-    """A module's name in the model that was wrapped, by torch.compile or for several devices or processes."""
-    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-    parts, inside = [], model
-    for part in name.split(".") if name else ():
-        if part not in wrappers and not isinstance(inside, (DistributedDataParallel, nn.DataParallel)):
-            parts.append(part)
-        inside = getattr(inside, part)
-    return ".".join(parts)
 
 
 def _given(value: object) -> str:

@@ -23,7 +23,7 @@ import fastroute
 from fastroute import networks, tasks
 from fastroute.multitask import CrossStitch, MTLModel, MultiHead
 from tests.helpers import seeds
-from tests.helpers.layers import ACTIONS, LAYERS, TASK, B, F, K, LayerCase, T, rand
+from tests.helpers.layers import ACTIONS, LAYERS, TASK, B, F, K, LayerCase, Outputs, T, rand
 from tests.helpers.matrix import tried
 from tests.helpers.multitask import README_TASKS, readme
 from tests.helpers.networks import LEARNING, decision, linears
@@ -46,18 +46,6 @@ class Routed(nn.Module):
         x, meta, _ = self.one(x, meta, actions)
         x, meta, actions = self.second(x, meta, actions)
         return self.two(x, meta, actions)[0], actions
-
-
-class Outputs(nn.Module):
-    """A routed network's batch without its trajectory."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, tasks: Tensor) -> Tensor:
-        made: Tensor = self.net(x, tasks)[0]
-        return made
 
 
 def unlike() -> nn.Module:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import soft_assignment
 from ..modules import watching
 from ..modules.reading import reset
 from ..ops import checks
@@ -20,6 +19,7 @@ from ..ops.masked import only, reaches
 from ..ops.precision import autocast_dtype
 from ..ops.soft_assignment.op import share
 from ..ops.vector_routing.op import row_is_live
+from .over_inputs import OverInputs
 
 
 class _OfAll(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _OfAll(torch.autograd.Function):
         return made.expand(ctx.B, *grad.shape[1:])
 
 
-class DefinableVectorRouting(nn.Module):
+class DefinableVectorRouting(OverInputs, nn.Module):
     r"""Routes n_inp vectors to n_out vectors; A, F, G and S say what a vector is, votes for, predicts and agrees with.
 
     .. math::
@@ -138,20 +138,6 @@ class DefinableVectorRouting(nn.Module):
     def __repr__(self) -> str:
         names = ("A", "F", "G", "S", "n_inp", "n_out", "n_iters", "return_dict")
         return f"{self._get_name()}(" + ",\n ".join(f"{name}={getattr(self, name)}" for name in names) + ")"
-
-    def _inputs_here(self) -> int:
-        """n_inp, of which ``fastroute.distributed`` gives some to every process."""
-        return self.n_inp
-
-    # Where inputs are of several processes, fastroute.distributed has others of these.
-
-    def _assigned(self, *args: Any, **options: Any) -> Tensor:
-        """The sums over inputs."""
-        return soft_assignment(*args, **options)
-
-    def _for_inputs(self, t: Tensor) -> Tensor:
-        """What is per output, as each input sees it."""
-        return t
 
     def _check_input(self, x_inp: Tensor) -> None:
         checks.input_vectors(x_inp, self._inputs_here(), self.d_inp, self.CONST_ones_over_n_out.device)

@@ -17,10 +17,11 @@ from ..ops.masked import only, reaches
 from ..ops.matrix_routing.contract import Capsules, Outputs
 from ..ops.matrix_routing.op import P_MODELS, first_or_next
 from ..ops.precision import autocast_dtype, autocast_off
+from .over_inputs import OverInputs
 from .single_beta import SingleBeta
 
 
-class GenerativeMatrixRouting(SingleBeta):
+class GenerativeMatrixRouting(OverInputs, SingleBeta):
     r"""Routes n_inp capsules to n_out capsules, each an activation and a matrix, by n_iters iterations of EM.
 
     Every input votes for every output's matrix, V_ij = mu_inp_i W_ij + B_ij. In each iteration an input divides itself
@@ -114,14 +115,6 @@ class GenerativeMatrixRouting(SingleBeta):
 
     def __repr__(self) -> str:
         return f"{self._get_name()}({self.extra_repr()})"
-
-    def _inputs_here(self) -> int:
-        """n_inp, of which ``fastroute.distributed`` gives some to every process."""
-        return self.n_inp
-
-    def _iterations(self, a: Tensor, mu: Tensor, w: Capsules, mask: Tensor | None) -> Outputs:
-        """The sums over inputs are here alone: ``fastroute.distributed`` makes them sums over processes."""
-        return matrix_routing(a, mu, w, n_iters=self.n_iters, p_model=self.p_model, eps=self.eps, mask=mask)
 
     def _check_inputs(self, a_inp: Tensor, mu_inp: Tensor) -> None:
         for name, t in (("a_inp", a_inp), ("mu_inp", mu_inp)):

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import soft_assignment
 from ..modules import watching
 from ..modules.reading import may_be_read, reset
 from ..ops import checks
 from ..ops.arguments import Count, Several, checked
-from ..ops.masked import only, reaches
+from ..ops.masked import only, reaching
 from ..ops.precision import autocast_dtype, autocast_off
 from ..ops.recomputation import draws_of
 from ..ops.vector_routing.op import row_is_live
+from .over_inputs import OverInputs
 
 
-class SlotAttention(nn.Module):
+class SlotAttention(OverInputs, nn.Module):
     r"""Slots compete for input vectors: each input divides itself over the *slots*, each slot takes a weighted mean.
 
     With LN a layer norm with affine, K slots of width D, and n_iters times:
@@ -107,20 +107,6 @@ class SlotAttention(nn.Module):
         names = ("n_slots", "d_inp", "d_slot", "n_iters", "d_hidden", "eps")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    # Where inputs are of several processes, fastroute.distributed has others of these.
-
-    def _assigned(self, *args: Any, **options: Any) -> Tensor:
-        """The sums over inputs."""
-        return soft_assignment(*args, **options)
-
-    def _for_inputs(self, t: Tensor) -> Tensor:
-        """What is per output, as each input sees it."""
-        return t
-
-    def _agreed(self, draw: Tensor) -> Tensor:
-        """A draw that has to be the same wherever inputs are."""
-        return draw
-
     def initial_slots(
         self, *batch: int, n_slots: int | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -181,9 +167,7 @@ class SlotAttention(nn.Module):
             mask = checks.as_mask(mask, batch, n, m)
         device, dtype = x_inp.device.type, self.mu.dtype
         samples = math.prod(batch)
-        x = x_inp.to(dtype).reshape(samples, n, d)
-        if mask is not None:
-            x = only(x, reaches(mask))
+        x = reaching(x_inp.to(dtype).reshape(samples, n, d), mask)
         if lengths is not None:
             lengths = checks.as_lengths(lengths, batch, n, x.device)
             x = only(x, row_is_live(x, lengths))

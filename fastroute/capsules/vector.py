@@ -17,7 +17,7 @@ from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
 from ..ops.autograd import transformed
 from ..ops.efficient_routing.contract import Parameters
 from ..ops.efficient_routing.op import Functions, cast, first_or_next, input_scale
-from ..ops.masked import only, reaches
+from ..ops.masked import only, reaches, reaching
 from ..ops.precision import autocast_dtype, autocast_off
 from ..ops.vector_routing.op import row_is_live
 from .stream import Chunks, stream
@@ -242,8 +242,7 @@ class EfficientVectorRouting(nn.Module):
         given = x_inp.reshape(-1, n, d)
         plain = self._is_plain()
         if self.return_dict or not plain:
-            x = given if mask is None else only(given, reaches(mask))
-            found = self._last_iteration(x, given, mask, lengths, plain)
+            found = self._last_iteration(reaching(given, mask), given, mask, lengths, plain)
             watching.tell(self, "credit", found["R"], found["phi"])
             if not self.return_dict:
                 return found["x_out"].reshape(*batch, self.n_out, self.d_out)  # type: ignore[union-attr]

@@ -25,15 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.nn.parallel import DistributedDataParallel
 
+from ..modules.wrapped import unwrapped
 from .agreement import agree
 from .experts import own_names, spread_modules
 
 __all__ = ["Checkpoints", "full_state_dict", "load_full_state_dict"]
-
-#: Children of what ``torch.compile`` and activation checkpointing put around a module.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 _COMPLETE = ".metadata"  #: DCP writes it last, under another name first
 
@@ -205,18 +202,8 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     made: dict[str, Any] = get_model_state_dict(
         module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    others = {_unwrapped(module, key): t for key, t in spread_modules(module).items()}
+    others = {unwrapped(module, key): t for key, t in spread_modules(module).items()}
     return made | others if not dist.is_initialized() or dist.get_rank() == 0 else {}
-
-
-def _unwrapped(module: nn.Module, key: str) -> str:
-    """A key without the names of wrappers, as PyTorch's own functions give it."""
-    parts, at = [], module
-    for part in key.split("."):
-        wraps = (isinstance(at, DistributedDataParallel) and part == "module") or part in _WRAPPERS
-        parts += [] if wraps else [part]
-        at = getattr(at, part, at)
-    return ".".join(parts)
 
 
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:

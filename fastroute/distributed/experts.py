@@ -563,14 +563,18 @@ def _whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
 
 
+def _own_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """What this rank's own modules of spread selections save, by ``model``'s names; None if nothing is spread."""
+    found = {name: m._submodules for name, m in model.named_modules() if isinstance(m, _ParallelSelection)}
+    made: dict[str, Tensor] = {}
+    for name, modules in found.items():
+        made |= modules.state_dict(prefix=f"{name}._submodules." if name else "_submodules.")
+    return made if found else None
+
+
 def own_names(model: nn.Module) -> set[str]:
-    """What this rank's own modules of spread selections save, by ``model``'s names without those of wrappers."""
-    found = set[str]()
-    for name, m in model.named_modules():
-        if isinstance(m, _ParallelSelection):
-            state = m._submodules.state_dict(prefix=f"{name}._submodules." if name else "_submodules.")
-            found |= {key for key, t in state.items() if not isinstance(t, DTensor)}
-    return found
+    """The names of :func:`spread_modules` that this rank's own modules have, but for tensors that all ranks share."""
+    return {key for key, t in (_own_state(model) or {}).items() if not isinstance(t, DTensor)}
 
 
 def spread_modules(model: nn.Module) -> dict[str, Tensor]:
@@ -578,12 +582,9 @@ def spread_modules(model: nn.Module) -> dict[str, Tensor]:
 
     Each rank has such modules under keys that other ranks lack. All ranks of the default group have to call it.
     """
-    found = {name: m._submodules for name, m in model.named_modules() if isinstance(m, _ParallelSelection)}
-    if not found:
+    own = _own_state(model)
+    if own is None:
         return {}
-    own: dict[str, Tensor] = {}
-    for name, modules in found.items():
-        own |= modules.state_dict(prefix=f"{name}._submodules." if name else "_submodules.")
     each: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(each, {key: _whole(t) for key, t in own.items()})
     return {key: t for one in each for key, t in one.items()}

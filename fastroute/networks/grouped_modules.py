@@ -208,8 +208,11 @@ class _Flow:
     """
 
     def __init__(self, x: Tensor, plan: Plan, keep_empty: bool) -> None:
-        self.x, self.plan, self.keep_empty, self.is_sorted, self.unfolds = x, plan, keep_empty, False, False
-        self.rows = SortedRows(plan)
+        self.x, self.rows, self.keep_empty, self.is_sorted, self.unfolds = x, SortedRows(plan), keep_empty, False, False
+
+    @property
+    def plan(self) -> Plan:
+        return self.rows.plan
 
     def sort(self) -> None:
         if not self.is_sorted:
@@ -219,8 +222,7 @@ class _Flow:
     def _spread(self) -> None:
         """Rows are entries from now on."""
         if self.plan.samples is not None:
-            self.plan = self.plan._replace(samples=None, per_sample=1)
-            self.rows.plan = self.plan
+            self.rows.plan = self.plan._replace(samples=None, per_sample=1)
 
     def unsort(self) -> None:
         if self.is_sorted:

@@ -19,6 +19,11 @@ def only(x: Tensor, kept: Tensor | None, others: Tensor | float = 0) -> Tensor:
     return torch.where(kept.reshape(*kept.shape, *[1] * (x.dim() - kept.dim())), x, others)
 
 
+def reaching(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, n, ...] with zeros for inputs that a mask [B, n, m] lets reach no output."""
+    return x if mask is None else only(x, reaches(mask))
+
+
 def reaches(mask: Tensor) -> Tensor:
     """[B, n] bool: inputs that a mask [B, n, m] of pairs, True for masked ones, lets reach some output."""
     if mask.stride(-1) == 0:  # expanded: the same for all outputs

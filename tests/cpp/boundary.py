@@ -30,6 +30,7 @@ from fastroute.ops.efficient_routing import op as efficient
 from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.grouped_linear import plain as grouped_linear_plain
 from fastroute.ops.grouped_linear.op import planned
+from fastroute.ops.masked import reaching
 from fastroute.ops.policy import plain as policy_plain
 from fastroute.ops.policy.contract import KINDS
 from fastroute.ops.soft_assignment import plain as soft_assignment_plain
@@ -182,13 +183,13 @@ def valid_calls() -> dict[str, list[tuple[Any, ...]]]:
 
 def _efficient(*args: Any) -> tuple[Tensor, ...]:
     x, *given = args
-    out, *kept = efficient._forward(efficient._reaching(x, given[-4]), *given, "reference", "")
+    out, *kept = efficient._forward(reaching(x, given[-4]), *given, "reference", "")
     return out, torch.cat([t.flatten() for t in kept])
 
 
 def _efficient_backward(*args: Any) -> list[Tensor]:
     x, *given, dout, kept, want_x, want_rows = args
-    x, w, mask, n_iters = efficient._reaching(x, given[-4]), Parameters(*given[:15]), given[-4], given[-2]
+    x, w, mask, n_iters = reaching(x, given[-4]), Parameters(*given[:15]), given[-4], given[-2]
     saved = native.parts(kept, x, w, mask, n_iters)
     return efficient._backward(x, *given, "reference", "", dout, *saved, want_x, want_rows)[:15]
 

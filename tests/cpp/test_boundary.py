@@ -13,10 +13,10 @@ from torch import Tensor
 from fastroute import functional, use_backend
 from fastroute.ops import dispatch
 from tests.cpp import boundary
-from tests.helpers.backends import HERE
+from tests.helpers.backends import needs_native
 from tests.helpers.subprocesses import check_python, run_python
 
-pytestmark = pytest.mark.skipif("native" not in HERE, reason="the C++ extension is not built")
+pytestmark = needs_native
 
 F64 = torch.float64
 OPS = torch.ops.fastroute

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...capsules.over_inputs import OverInputs
 from ...capsules.single_beta import SingleBeta
 from ...functional import matrix_routing
 from ...modules.reading import are_watched, may_be_read
@@ -37,7 +38,7 @@ def broadcast(a_inp: Any, mu_inp: Any) -> tuple[Any, Any]:
 _FUNCTIONS = {"f": nn.Sigmoid, "log_f": nn.LogSigmoid, "softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}
 
 
-class Routing(SingleBeta):
+class Routing(OverInputs, SingleBeta):
     r"""Routes n_inp capsules to n_out capsules, each a score and a matrix, Heinsen (2019), section 2.
 
     Same arguments, parameters, names, initial values and random draws as in 2019: state dicts load strictly both ways,
@@ -121,10 +122,6 @@ class Routing(SingleBeta):
         t = torch.linspace(-1, 1, n_out, dtype=self.B.dtype, device=self.B.device)[:, None, None]
         betas = (beta.expand(-1, n_out) for beta in (self.beta_use, self.beta_ign))
         return Capsules(self.W.expand(-1, n_out, -1, -1), self.B + self.B_brk * t, *betas)
-
-    def _iterations(self, a: Tensor, mu: Tensor, w: Capsules, mask: Tensor | None) -> Outputs:
-        """The sums over inputs are here alone: ``fastroute.distributed`` makes them sums over processes."""
-        return matrix_routing(a, mu, w, n_iters=self.n_iters, p_model=self.p_model, eps=self.eps, mask=mask)
 
     def _check(self, a_inp: Tensor, mu_inp: Tensor, n_out: int | None) -> int:
         """n_out of this call."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import explained
-from ..autograd import apply, asked_again, through, transformed
+from ..autograd import apply, asked_again, called, through, transformed
 from ..backends import Case, choose, has_extension, is_explaining, record, requested
 from ..host import is_exporting
-from ..masked import only, reaches
+from ..masked import reaching
 from ..precision import autocast_off, autocast_precision
 from ..registry import define, no_second_derivative
 from ..vector_routing.op import case_of
@@ -177,16 +177,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*inputs[: len(_TENSORS)], *output[1:])
 
 
-def _reaching(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x without what reaches no output; the C++ of one call leaves it out by itself."""
-    return x if mask is None else only(x, reaches(mask))
-
-
 def _plain(call: _Call) -> Tensor:
     """The reference, in the dtype of sums."""
     with autocast_off(call.x.device.type):
         y = reference.efficient_routing(
-            _reaching(call.x, call.mask).to(call.acc), cast(call.w, call.acc),
+            reaching(call.x, call.mask).to(call.acc), cast(call.w, call.acc),
             n_iters=call.n_iters, normalize=call.normalize, mask=call.mask, lengths=call.lengths,
         )  # fmt: skip
     return y.to(call.out_dtype)
@@ -205,8 +200,14 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
             found = dict(zip(_TENSORS, through(plain, inputs, list(needs.values()), [dout]), strict=True))
         else:
-            made = torch.ops.fastroute.efficient_routing_backward(
-                *inputs, *ctx.options, dout.contiguous(), *saved, needs["x"], any(needs[name] for name in STEP_NAMES)
+            made = called(
+                "efficient_routing_backward",
+                *inputs,
+                *ctx.options,
+                dout.contiguous(),
+                *saved,
+                needs["x"],
+                any(needs[name] for name in STEP_NAMES),
             )
             unused = LATER if ctx.options[0] == 1 else ()
             for name, t, g in zip(_TENSORS, inputs, made, strict=False):
@@ -308,6 +309,6 @@ def efficient_routing(
         return native.narrowed(made, given)
     if transformed():
         return _plain(call)
-    call = call._replace(x=_reaching(x, mask))
-    out: Tensor = torch.ops.fastroute.efficient_routing(call.x, *w, *call[2:])[0]
+    call = call._replace(x=reaching(x, mask))  # the C++ of one call does so itself
+    out: Tensor = called("efficient_routing", call.x, *w, *call[2:])[0]
     return out

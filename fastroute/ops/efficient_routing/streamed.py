@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..autograd import asked_again, transformed
 from ..backends import choose
-from ..masked import only, reaches
+from ..masked import reaching
 from ..precision import autocast_off
 from ..vector_routing.op import case_of
 from .contract import Parameters
@@ -40,7 +40,7 @@ class Streamed(NamedTuple):
         for number, x in enumerate(self.passes()):
             rows = slice(start, start + x.shape[1])
             mask = None if self.mask is None else self.mask[:, rows]
-            x = x if mask is None else only(x, reaches(mask))
+            x = reaching(x, mask)
             lengths = None if self.lengths is None else (self.lengths - start).clamp(0, x.shape[1])
             yield Chunk(number, rows, x, mask, lengths, choose(case_of(x, n_out), self.backend))
             start = rows.stop

@@ -218,7 +218,7 @@ def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
 
         return (*through(plain, inputs, needs[:6], [dy]), *(None,) * 4)
     wants = needs[0], needs[3] and inputs[3] is not None, needs[4], needs[5]
-    made = called("expert_ffn_backward", *inputs, *ctx.options, dy.contiguous(), *wants)
+    made = called(f"{OP}_backward", *inputs, *ctx.options, dy.contiguous(), *wants)
     dx, d_weights, d_in, d_out = (g if want else None for g, want in zip(made, wants, strict=True))
     return dx, None, None, d_weights, d_in, d_out, *(None,) * 4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..arguments import explained
-from ..autograd import apply, asked_again, is_observed, through, transformed
+from ..autograd import apply, asked_again, called, is_observed, through, transformed
 from ..backends import Case, choose, is_explaining, native_refuses, offer, record, requested, taken
 from ..dtypes import accumulating
 from ..environment import interpreting
@@ -126,9 +126,7 @@ def _gradient(ctx: Any, dM: Tensor, dp: Tensor) -> tuple[Tensor | None, ...]:
             return _plain(votes, Pairs(*(*given, ctx.eps)))
 
         return (*through(plain, tensors, ctx.needs_input_grad[: len(tensors)], [dM, dp]), None, None)
-    found = torch.ops.fastroute.soft_assignment_backward(
-        *tensors, ctx.eps, ctx.backend, dM.contiguous(), dp.contiguous(), wants
-    )
+    found = called(f"{OP}_backward", *tensors, ctx.eps, ctx.backend, dM.contiguous(), dp.contiguous(), wants)
     return (*(g if want else None for g, want in zip(found, wants, strict=True)), *[None] * 5)
 
 
@@ -313,5 +311,5 @@ def soft_assignment(
     if transformed() or _is_better_compiled(votes, pairs):
         M, p = _plain(votes, pairs)
     else:
-        M, p = torch.ops.fastroute.soft_assignment(votes, *pairs, requested())
+        M, p = called(OP, votes, *pairs, requested())
     return mean_of(M, p, mean)

@@ -143,15 +143,9 @@ def _gradient(ctx: Any, dM: Tensor, dp: Tensor) -> tuple[Tensor | None, ...]:
     if asked_again(dM, dp):
         return (*through(_plain, tensors, needs[: len(tensors)], [dM, dp]), None, None)
     found = called(
-        f"{OP}_backward",
-        *tensors,
-        ctx.backend,
-        ctx.precision,
-        dM.contiguous(),
-        dp.contiguous(),
-        needs[0],
+        f"{OP}_backward", *tensors, ctx.backend, ctx.precision, dM.contiguous(), dp.contiguous(), needs[0],
         any(needs[3:9]),
-    )
+    )  # fmt: skip
     found = [g.to(t.dtype) if need else None for g, t, need in zip(found, tensors, needs, strict=False)]
     return (*found, None, None, None, None, None)
 
