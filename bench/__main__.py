@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         part = path.with_suffix(".part")  # what there was stays until there is something in its place
         command += ["--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={part}"]
         command += ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=fullname"]
-        command += ["--bench-gpu"] * args.gpu + ["--bench-quick"] * args.quick + (["-k", selected] if selected else [])
+        command += [f"--bench-{flag}" for flag in ("gpu", "quick", "whole") if getattr(args, flag)]
+        command += ["-k", selected] if selected else []
         command += [] if args.gpu else ["--benchmark-timer=time.process_time"]
         try:
             code = subprocess.run(command, cwd=HERE.parent, env=env | own).returncode
@@ -112,6 +113,7 @@ def main() -> int:
     runs.add_argument("--out", type=Path, help="where the JSON goes: bench/results, or a new folder with -k or --quick")
     runs.add_argument("-k", help="pytest's -k: only these rows; docs/benchmarks.md is left alone")
     runs.add_argument("--quick", action="store_true", help="small sizes, to see that it works; the docs are left alone")
+    runs.add_argument("--whole", action="store_true", help="every compiled rival in every cell of a grid: slow")
     commands.add_parser("report", help="rewrite docs/benchmarks.md from bench/results")
     args = parser.parse_args()
     if unknown := set(getattr(args, "suites", ())) - set(names):

@@ -234,13 +234,13 @@ def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
 _DENSE, MOST_K, MOST_B = 2e9, 20, 1024
 
 
-def grid_rivals(case: Case, p: Problem, device: str, threads: int) -> list[Step]:
+def grid_rivals(case: Case, p: Problem, device: str, threads: int, options: harness.Options) -> list[Step]:
     ways: list[tuple[str, Callable[..., Tensor]]] = [("module loop", _loop), ("sort + addmm", _sorted)]
     if hasattr(F, "grouped_mm"):
         ways.append(("grouped_mm", grouped_mm))
     if case.B * case.K * case.F * case.O <= _DENSE:
         ways.append(("dense", dense))
-        if threads == 1 and case.K <= MOST_K and case.B <= MOST_B and (case.training or not harness.HELD_TO):
+        if threads == 1 and case.K <= MOST_K and case.B <= MOST_B and harness.compiles(case.training, options):
             ways.append(("dense, torch.compile", torch.compile(dense, dynamic=False)))
             if case.training and case.K == 4 and not harness.HELD_TO:
                 tuned = torch.compile(dense, dynamic=False, mode="max-autotune-no-cudagraphs")
@@ -306,7 +306,7 @@ def test_dispatch(benchmark: Any, row: Row, options: harness.Options, settings: 
     case, device = settings, options.device
     p, checked = problem(case, device), truth(case._replace(training=True), device)
     subject = fastroute_step(p, "fastroute", "auto", device, case.training)
-    rivals = grid_rivals(case, p, device, row.threads) if row.grid else rivals_of(p, device, options.gpu)
+    rivals = grid_rivals(case, p, device, row.threads, options) if row.grid else rivals_of(p, device, options.gpu)
     made, what = products(case), "training" if case.training else "forward"
     info: dict[str, Any] = {"case": str(case), "pass": what, "threads": row.threads, "targets": row.targets}
     info |= {"GFLOP": harness.flops(made) / 1e9, "GB": moved(case) / 1e9}

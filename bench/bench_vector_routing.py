@@ -7,7 +7,6 @@ vector.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,7 +26,6 @@ from fastroute.ops.efficient_routing import native
 from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.efficient_routing.reference import efficient_routing as reference
 from fastroute.ops.gemm import prefers_onednn
-from tests.helpers.budget import distance, size
 
 MODULE = "bench.bench_vector_routing"
 
@@ -235,46 +233,25 @@ def _exact(x: Tensor, dy: Tensor, parameters: Sequence[Tensor | None]) -> Result
     return _pass("training", literal, w, x.detach().double(), dy.double())[0]()
 
 
-#: Rows from which results are compared by norm: rounding them at random would take more than a GPU's memory. The fewer
-#: rows have to be many, too: within the budget of 400 rows, plain PyTorch's own results of 20,000 are not.
-MANY, FEWER = 1_000_000, 50
+#: Rows from which results are compared by norm: to round them at random takes minutes, or more than a GPU's memory.
+MANY, FEWER = 100_000, 50
 
 
-class ByNorm:
-    """The gate of a case of many rows: relative errors by norm, within the budget of a case of fewer.
-
-    Rounding errors of rows are independent, and so are the rows: errors and results of sums over rows grow alike.
-    Exact results are by tiles of rows in float64; the case of fewer rows is compared with the reference itself.
-    """
-
-    def __init__(self, case: Case, device: str) -> None:
-        few = case._replace(n=max(case.n // FEWER, 64))
-        known = rounding(few, device)
-        found = contestant(list(few), "training", "fastroute", device).results()
-        self.allowed = {name: known.relative(name, t) for name, t in found.items()}
-        self.few = known.excess(found)
-        p = problem(case, device)
-        layer, x = copy.deepcopy(p.layer).double(), p.x.detach().double()
-        with fastroute.use_backend("reference"):
-            run, _ = _pass("training", layer, layer._parameters_by_name(), x, p.dy.double())
-            self.exact = {name: t.detach() for name, t in run().items()}
-
-    def excess(self, found: Results) -> tuple[str, float]:
-        """(which result misses the exact one by most, how many times what it may)."""
-        if self.few[1] > 1:
-            return f"{self.few[0]} of fewer rows", self.few[1]
-        by = {}
-        for name, t in found.items():
-            exact = self.exact[name]
-            fits = t.shape == exact.shape and math.isfinite(size(t, 2))
-            by[name] = distance(t, exact, 2) / (self.allowed[name] * size(exact, 2)) if fits else math.inf
-        name = max(by, key=by.__getitem__)
-        return name, by[name]
+def by_norm(case: Case, device: str) -> harness.ByNorm:
+    """The gate of a case of many rows; exact results are by tiles of rows in float64."""
+    few = case._replace(n=max(case.n // FEWER, 64))
+    known, found = rounding(few, device), contestant(list(few), "training", "fastroute", device).results()
+    p = problem(case, device)
+    layer, x = copy.deepcopy(p.layer).double(), p.x.detach().double()
+    with fastroute.use_backend("reference"):
+        run, _ = _pass("training", layer, layer._parameters_by_name(), x, p.dy.double())
+        return harness.ByNorm(known, found, {name: t.detach() for name, t in run().items()})
 
 
 @lru_cache(maxsize=1)
-def truth(case: Case, device: str) -> Truth | ByNorm:
-    return ByNorm(case, device) if case.n >= MANY else rounding(case, device)
+def truth(case: Case, device: str) -> harness.Gate:
+    with harness.threads(2):
+        return by_norm(case, device) if case.n >= MANY else rounding(case, device)
 
 
 def rounding(case: Case, device: str) -> Truth:
@@ -406,7 +383,7 @@ def test_grid(benchmark: Any, isa: str, options: Options) -> None:
     backends.extension()
     if options.gpu or isa not in torch.ops.fastroute._isas():
         pytest.skip(f"no {isa} here")
-    cells = benchmark.pedantic(routing_grid.run, (isa, options.quick), rounds=1)
+    cells = benchmark.pedantic(routing_grid.run, (isa, options.quick, options.whole), rounds=1)
     benchmark.extra_info.update(isa=isa, grid=cells)
     wrong = [cell for cell in cells if "off" in cell]
     assert not wrong, wrong

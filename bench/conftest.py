@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-gpu", action="store_true", help="time the GPU's rows")
     parser.addoption("--bench-quick", action="store_true", help="small sizes and few rounds")
     parser.addoption("--bench-seconds", type=float, help="of a row's rounds, at most")
+    parser.addoption("--bench-whole", action="store_true", help="every compiled rival, however long it takes")
     parser.addoption("--bench-uncompiled", action="store_true", help="without the rivals that torch.compile makes")
 
 

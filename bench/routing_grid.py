@@ -54,10 +54,10 @@ SETTINGS = {
 }
 
 
-def run(isa: str, quick: bool) -> list[dict[str, Any]]:
-    """The cells on that instruction set."""
+def run(isa: str, quick: bool, whole: bool = False) -> list[dict[str, Any]]:
+    """The cells on that instruction set; ``whole``: with compiled rivals in all of them."""
     env = {**os.environ, "FASTROUTE_ISA": isa, **SETTINGS[isa].environment}
-    command = [sys.executable, "-m", "bench.routing_grid", *["--quick"] * quick]
+    command = [sys.executable, "-m", "bench.routing_grid", *["--quick"] * quick, *["--seconds=inf"] * whole]
     done = subprocess.run(
         command, cwd=Path(__file__).resolve().parents[1], env=env, stdout=subprocess.PIPE, text=True, check=True
     )

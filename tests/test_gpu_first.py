@@ -292,7 +292,7 @@ def test_many_rows_have_a_gate_that_fits_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench_vector_routing, "MANY", 5000)
     case = bench_vector_routing.Case(1, 5000, 6, 8, 8)
     gate = bench_vector_routing.truth.__wrapped__(case, "cpu")
-    assert isinstance(gate, bench_vector_routing.ByNorm)
+    assert isinstance(gate, harness.ByNorm)
     found = bench_vector_routing.contestant(list(case), "training", "fastroute").results()
     assert gate.excess(found)[1] <= 1
     for name in found:
