@@ -33,7 +33,7 @@ class SingleBeta(nn.Module):
         found: Any = self._parameters.get("beta_ign", self.__dict__.get("_made_beta_ign"))
         if found is None:  # as while it is parametrized or pruned
             raise AttributeError(f"{type(self).__name__} has no parameter beta_ign")
-        return found  # type: ignore[no-any-return]
+        return found
 
     @beta_ign.setter
     def beta_ign(self, made: Tensor) -> None:

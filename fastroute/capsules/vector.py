@@ -155,7 +155,7 @@ class EfficientVectorRouting(nn.Module):
         if known is None or not known[1].holds(modules):
             read = [m for m in modules if m is not None]
             known = self._memo.known = self._looks_plain(), Proof(modules, read)
-        return known[0]  # type: ignore[no-any-return]
+        return known[0]
 
     def _looks_plain(self, kinds: tuple[type, ...] = ()) -> bool:
         norm: Any = self.N
@@ -295,11 +295,10 @@ class EfficientVectorRouting(nn.Module):
                 "stream: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as "
                 "they were made, without hooks and adapters, got others, which only forward can call"
             )
-        x_out: Tensor = stream(
+        return stream(
             self._parameters_by_name(), chunks, n_inp=self.n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n,
             rows=rows, mask=mask, lengths=lengths, buffer=buffer,
         )  # fmt: skip
-        return x_out
 
     def _votes(self, x: Tensor, w: Parameters, lengths: Tensor | None) -> Tensor | None:
         """V, where it is shown. x and w in one dtype."""
@@ -330,7 +329,7 @@ class EfficientVectorRouting(nn.Module):
             functions = Functions() if plain else Functions(self.f, self.log_f, self.softmax, self.N)
             before = None
             if plain and self.n_iters > 1:
-                before = efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
+                before = efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)
             last = first_or_next(x, before, w, **kwargs, functions=functions)
             for _ in range(0 if plain else self.n_iters - 1):
                 before = last.x_out

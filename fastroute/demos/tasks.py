@@ -70,8 +70,7 @@ class AtOnce(ManyTasks):
 
     def all(self, x: Tensor) -> Tensor:
         """Images [B, 1, H, W] -> logits [B, T]."""
-        logits: Tensor = self.heads(self.trunk(x))
-        return logits
+        return self.heads(self.trunk(x))
 
 
 class Separate(nn.Module):

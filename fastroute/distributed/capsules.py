@@ -156,8 +156,7 @@ def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
     """[B, m, h] in the dtype of sums, the same on all ranks."""
     if torch.compiler.is_compiling():
         return _differentiable(call, x, w)
-    made: Tensor = _Route.apply(call, x, *w)  # type: ignore[no-untyped-call]
-    return made
+    return _Route.apply(call, x, *w)
 
 
 # ------------------------------------------------------------------------------------------------------- the layer
@@ -231,7 +230,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
     def _local_parameters(self) -> Parameters:
         return Parameters(*map(local, self._parameters_by_name()))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_inp: Tensor, mask: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
     ) -> Tensor:
         """Route the input vectors of all ranks to x_out [..., n_out, d_out].
@@ -392,11 +391,10 @@ class RowShardedVectorRouting(EfficientVectorRouting):
                 n, rows, mask, w, n_inp = None, None, None, _with_a_row(w), -1
             if ranks is not None:
                 w = _shared_rows(w, self.n_iters, group)
-            made: Tensor = stream(
+            return stream(
                 w, chunks, n_inp=n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n, rows=rows, mask=mask,
                 lengths=lengths, buffer=buffer, ranks=ranks,
             )  # fmt: skip
-            return made
         except Exception as error:
             if not placed:
                 agree({"stream": error}, group, layer=named)

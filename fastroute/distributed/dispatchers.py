@@ -176,8 +176,7 @@ class Local:
 
     def receive_back(self, sent: dict[str, Any]) -> Tensor:
         """See ``Dispatcher``."""
-        made: Tensor = sent["made"]
-        return made
+        return sent["made"]
 
 
 def _exchanged_counts(x: Tensor, plan: Plan, place: Place) -> Counts:

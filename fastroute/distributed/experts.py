@@ -258,7 +258,7 @@ class _Shards:
         K = module.num_experts if isinstance(module, MoE) else len(module._submodules)  # type: ignore[arg-type]
         group, W = mesh.get_group(), mesh.size()
         self.place = Place(
-            group.group_name, mesh.get_local_rank(), W, bounds_by_rank(K, W), layer=_name(module)  # type: ignore[arg-type]
+            group.group_name, mesh.get_local_rank(), W, bounds_by_rank(K, W), layer=_name(module)
         )  # fmt: skip
         self.mesh, self.dispatcher = mesh, style.dispatcher
         self.input_layouts, self.output_layouts = style.input_layouts, style.output_layouts
@@ -399,7 +399,7 @@ class _Shards:
             self.shapes[key] = self._told(y, rows)
         return self.shapes[key]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _told(self, y: Tensor | None, rows: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
         dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         fact = [-1] * (_AXES + 2)
@@ -430,7 +430,7 @@ class _ParallelMoE(MoE):
         shards.meet({"x": x, "mask": mask}, x)
         made = super().forward(shards.given(x), shards.given(mask), return_aux=return_aux)
         if return_aux:
-            return shards.returned(made[0], x), made[1]  # type: ignore[arg-type]
+            return shards.returned(made[0], x), made[1]
         return shards.returned(made, x)  # type: ignore[arg-type]
 
     def _mixture(self, x: Tensor, active: Tensor | None, routed: Routed) -> Tensor:

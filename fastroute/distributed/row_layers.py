@@ -84,8 +84,7 @@ class RowSharded(nn.Module):
 
     def _fixed(self) -> int:
         """n, or -1."""
-        n: int = getattr(self, "n_inp", -1)
-        return n
+        return getattr(self, "n_inp", -1)
 
     def _inputs_here(self) -> int:
         return -1 if self._fixed() == -1 else self._here
@@ -230,8 +229,7 @@ class RowSharded(nn.Module):
         if self._rows.ranks == 1:
             return draw
         ops = torch.ops._c10d_functional
-        made: Tensor = ops.wait_tensor(ops.broadcast(draw.contiguous(), 0, self._rows.group.group_name))
-        return made
+        return ops.wait_tensor(ops.broadcast(draw.contiguous(), 0, self._rows.group.group_name))
 
     def _assigned(
         self, scores: Tensor | None, votes: Tensor, gate: Tensor | None = None, use: Tensor | None = None,
@@ -339,7 +337,7 @@ class _Route(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *d: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *d: Tensor) -> tuple[Any, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:8]
         inputs, saved = tensors[:7], tensors[7:]
         if asked_again(*d):

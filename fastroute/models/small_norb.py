@@ -94,5 +94,4 @@ class SmallNORB(nn.Module):
         mu = self.compute_mu(x).unflatten(1, (-1, 4, 4)).permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
         for routing in self.routings:
             a, mu, _ = routing(a, mu)
-        scores: Tensor = a
-        return scores
+        return a

@@ -147,8 +147,7 @@ def call(m: nn.Module, x: Tensor) -> Tensor:
         for name, p in m.named_parameters()
         if type(p) is nn.Parameter and p.is_floating_point() and p.dtype != x.dtype
     }
-    made: Tensor = torch.func.functional_call(m, other, (x,)) if other else m(x)
-    return made
+    return torch.func.functional_call(m, other, (x,)) if other else m(x)
 
 
 def name_before(name: str) -> str:

@@ -146,8 +146,7 @@ def _layers(where: str, layers: Any) -> Callable[..., Any]:
         )
     if not callable(layers):
         raise ValueError(f"{where}: layers: expected a Module, a list of them or a function, got {_described(layers)}")
-    found: Callable[..., Any] = layers
-    return found
+    return layers
 
 
 def _described(value: object) -> str:

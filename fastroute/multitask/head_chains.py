@@ -172,7 +172,7 @@ def _through_chain(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def split(h: Tensor) -> tuple[Tensor, ...]:
     """[T, N, O] as T tensors that may be written to: to their users they have nothing in common."""
     N = h.shape[1]
-    return torch.unsafe_split(h.flatten(0, 1), N) if N else h.unbind()  # type: ignore[return-value]
+    return torch.unsafe_split(h.flatten(0, 1), N) if N else h.unbind()
 
 
 def chains(
@@ -196,7 +196,7 @@ def chains(
             len(layer.then) < 2 and all(type(m) in _ACTIVATIONS for m in layer.then) for layer in layers
         ):
             made = apply(_Chains, x, layers, T, whole, *parameters)
-            return made.unbind() if layers[-1].then else made  # type: ignore[no-any-return]
+            return made.unbind() if layers[-1].then else made
         whole = None  # which has no gradient
     if whole is None or plain:
         whole = _put_side_by_side(parameters, T)

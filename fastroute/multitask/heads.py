@@ -57,7 +57,7 @@ def _signature(m: Any, leaves: list[nn.Module], seen: tuple[list[Any], list[Any]
                 return None
             made += part
         return made
-    if kind is nn.Identity or (kind in _DROPOUTS and (static or not m.training or m.p == 0)):  # type: ignore[operator]
+    if kind is nn.Identity or (kind in _DROPOUTS and (static or not m.training or m.p == 0)):
         return ()
     if kind is nn.Linear:
         weight, bias = m._parameters.get("weight"), m._parameters.get("bias")

@@ -144,7 +144,7 @@ class MTLModel(Objective):
         self._learned = {node.name: node.weight_name for node in nodes if node.init is not None}
         self._initial = {node.weight_name: node.init for node in nodes if node.init is not None}
         hold(self, self._losses)
-        self.output_tasks = output_tasks  # type: ignore[assignment]
+        self.output_tasks = output_tasks
         self._weigh(weighting, self._losses, device, dtype)
 
     def reset_parameters(self) -> None:

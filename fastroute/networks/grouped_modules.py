@@ -267,7 +267,7 @@ class _Flow:
         B, (C, H, W) = self.plan.order.shape[0], self.x.shape[1:]  # of entries, which are samples where k is 1
         sizes = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]
+            for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)
         ]
         patch, pixels = C * m.kernel_size[0] * m.kernel_size[1], sizes[0] * sizes[1]
         if host.is_exporting():  # for any number of samples
@@ -277,7 +277,7 @@ class _Flow:
             return False
         self.unfolds = True
         self.sort()
-        patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
+        patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT
         weights = [w.flatten(-3) for w in stage.parameters("weight")]
         made = grouped_linear(
             patches.reshape(B * pixels, patch), self._rows(pixels), weights, stage.parameters("bias"),
@@ -512,7 +512,7 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
                 raise ValueError(f"module {k}: expected an output with a row per sample, got {_shown(made[k])}")
     if not made:  # nothing but the shape is asked for
         like = modules[0](x[:0])
-        return like.new_zeros(N, *like.shape[1:])  # type: ignore[no-any-return]
+        return like.new_zeros(N, *like.shape[1:])
     first = next(iter(made))
     for k, y in made.items():
         if y.shape[1:] != made[first].shape[1:]:

@@ -303,10 +303,10 @@ def _per_sample(function: Any) -> Callable[[Tensor, Tensor], Tensor]:
     if isinstance(function, nn.Module):
         if hasattr(function, "reduction"):
             function = copy.copy(function)
-            function.reduction = "none"  # type: ignore[assignment]
-        return function  # type: ignore[no-any-return]
+            function.reduction = "none"
+        return function
     try:
         takes = "reduction" in inspect.signature(function).parameters
     except (TypeError, ValueError):
         takes = False
-    return functools.partial(function, reduction="none") if takes else function  # type: ignore[no-any-return]
+    return functools.partial(function, reduction="none") if takes else function

@@ -154,8 +154,7 @@ class Selection(nn.Module):
         """What a single module gives."""
         if self._log is not None:
             self._log.add(0)
-        y: Tensor = self._submodules[0](batch)
-        return y
+        return self._submodules[0](batch)
 
     def _run(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:
         """chosen [B] or [B, k] -> (what its module gives for every entry [N, ...], the plan)."""

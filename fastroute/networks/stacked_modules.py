@@ -140,8 +140,7 @@ class Stack(nn.Module):
 
         def call(k: int, x: Tensor) -> Tensor:
             own = {name: t[k] for name, t in tensors.items()}
-            made: Tensor = torch.func.functional_call(pattern, own, (x,))
-            return made
+            return torch.func.functional_call(pattern, own, (x,))
 
         return [partial(call, k) for k in range(self.count)]
 

@@ -26,7 +26,7 @@ def transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp, ...), forward mode or an export that knows no ops of ours looks on."""
     if torch.compiler.is_compiling():
         return bool(exported_plainly())
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @constant_result
@@ -58,7 +58,7 @@ def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
     """
     if ctx.versions != [t._version for t in ctx.again[0]]:
         raise RuntimeError(f"{what} was changed in place between the forward and the backward pass")
-    return ctx.again  # type: ignore[no-any-return]
+    return ctx.again
 
 
 def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, ...]:

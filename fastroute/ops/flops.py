@@ -121,8 +121,7 @@ def _(*args: Any, **_: Any) -> int:
     x, weights, critics, want_x, wants = args[6], args[9], args[10], args[15], args[16:20]
     if x is None:
         return 0
-    made: int = _linear(x[0], weights) * (want_x + wants[0]) + _linear(x[0], critics) * (want_x + wants[2])
-    return made
+    return _linear(x[0], weights) * (want_x + wants[0]) + _linear(x[0], critics) * (want_x + wants[2])
 
 
 def _register() -> None:

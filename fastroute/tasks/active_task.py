@@ -152,8 +152,7 @@ class TaskAware(nn.Module):
             return y
         active = self._active if isinstance(self._active, Tensor) else torch.tensor(self._active)
         anchor = None if y.requires_grad else torch.empty(0, requires_grad=True)  # what follows depends on the task
-        checked: Tensor = _Checked.apply(y, active, anchor)
-        return checked
+        return _Checked.apply(y, active, anchor)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

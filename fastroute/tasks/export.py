@@ -243,7 +243,7 @@ def _because(module: nn.Module) -> str:
     """Why a layer of a class that could be followed cannot be."""
     why = why_called(module)
     if why is None and type(module) is nn.GroupNorm:
-        why = f"groups of {module.num_channels // module.num_groups} channels, which it mixes"  # type: ignore[operator]
+        why = f"groups of {module.num_channels // module.num_groups} channels, which it mixes"
     if why is None and type(module) in FEATURE_NORMS:
         why = "features, which it mixes"
     if why is None and rank(module) is not None and type(module) not in CONVOLUTIONS:
@@ -330,7 +330,7 @@ def _slim_mix(leaf: Leaf, inp: Tensor | None, out: Tensor | None) -> nn.Module:
         new.out_channels = old.out_channels if out is None else len(out)
     _set(new, "weight", weight)
     _set(new, "bias", _picked(old.bias, out))
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 def _slim_groups(old: Any, inp: Tensor | None, out: Tensor | None) -> tuple[Tensor, int]:
@@ -377,7 +377,7 @@ def _slim_per_channel(leaf: Leaf, held: _Kept) -> nn.Module:
         new.num_groups = len(held.left) // (old.num_channels // old.num_groups)
     for name in ("weight", "bias", "running_mean", "running_var"):
         _set(new, name, _picked(getattr(old, name, None), held.left))
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 def _copied(leaf: Leaf) -> nn.Module:

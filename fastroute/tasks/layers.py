@@ -49,12 +49,12 @@ class _Routed(nn.Module):
     @property
     def input_router(self) -> TaskRouter | None:
         """Outside whose live channels the input is zero."""
-        return self.__dict__["_ends"][0]  # type: ignore[no-any-return]
+        return self.__dict__["_ends"][0]
 
     @property
     def output_router(self) -> TaskRouter | None:
         """What masks the output."""
-        return self.__dict__["_ends"][1]  # type: ignore[no-any-return]
+        return self.__dict__["_ends"][1]
 
     def train(self, mode: bool = True) -> Any:
         """As any module's; kept weights are forgotten."""
@@ -66,7 +66,7 @@ class _Routed(nn.Module):
         inp, out = (None if r is None or is_idle(r) else r for r in self.__dict__["_ends"])
         tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
         if not tasks:
-            return super().forward(x)  # type: ignore[no-any-return,misc]
+            return super().forward(x)  # type: ignore[misc]
         router = out or inp
         if router is not None:
             watching.tell(self, "tasks", tasks[id(router)], x, router.task_count)
@@ -128,8 +128,8 @@ class _Routed(nn.Module):
 
     def _dense(self, x: Tensor, task: Task | None, inp: TaskRouter | None, out: TaskRouter | None) -> Tensor:
         x = x if inp is None else inp(x, task)
-        y: Tensor = super().forward(x)  # type: ignore[misc]
-        return y if out is None else out(y, task)  # type: ignore[no-any-return]
+        y: Tensor = super().forward(x)
+        return y if out is None else out(y, task)
 
 
 def _is_read(layer: Any) -> bool:

@@ -50,7 +50,7 @@ class Way(Protocol):
 def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
     """A layer of a chain, with its routers, or itself if it is one, at work on a task (None: on their active tasks)."""
     if isinstance(layer, TaskRouter):
-        return layer(x) if task is None else layer(x, task=task)  # type: ignore[no-any-return]
+        return layer(x) if task is None else layer(x, task=task)
     inside = [] if task is None else [(part, part._active, part._active_id) for part in aware_parts(layer)[0]]
     try:
         for part, _, on in inside:
@@ -172,8 +172,7 @@ class Single:
         if step.norm is None:
             return y
         if out is None:
-            normed: Tensor = step.norm(y)
-            return normed
+            return step.norm(y)
         dead = None
         if self._exact and step.router is not None and uses_batch(step.norm) and step.norm.running_mean is not None:
             dead = row(units(step.router).dead, self._tasks[id(step.router)])
@@ -254,12 +253,10 @@ class Mixed:
         return live_products.grouped_is_cheaper(positions, tasks, (O, I), (lo, li), elements)
 
     def compact(self, x: Tensor, index: Tensor, axis: int = 1) -> Tensor:
-        made: Tensor = CompactGroups.apply(x, index, self._groups.bounds)  # type: ignore[no-untyped-call]
-        return made
+        return CompactGroups.apply(x, index, self._groups.bounds)
 
     def expand(self, x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor:
-        made: Tensor = ExpandGroups.apply(x, index, self._groups.bounds, width)  # type: ignore[no-untyped-call]
-        return made
+        return ExpandGroups.apply(x, index, self._groups.bounds, width)
 
     def begin(self, x: Tensor) -> Tensor:
         if not self._is_sorted:
@@ -277,8 +274,7 @@ class Mixed:
         if step.norm is None:
             return y
         if out is None:
-            normed: Tensor = step.norm(y)
-            return normed
+            return step.norm(y)
         scale, shift = dense_scale(step.norm)
         return torch.addcmul(self._per_sample(shift, out, y), self._per_sample(scale, out, y), y)
 

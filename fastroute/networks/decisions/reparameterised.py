@@ -219,8 +219,8 @@ class RELAX(_WithValueNet):
             if a is None and b is None:
                 continue
             G = (0 if a is None else a) - (0 if b is None else b)
-            pull = G.detach() - (0 if s is None else 0.01 * s)  # type: ignore[union-attr]
-            total = total + (pull * t).sum() + 0.5 * G.square().sum()  # type: ignore[union-attr]
+            pull = G.detach() - (0 if s is None else 0.01 * s)
+            total = total + (pull * t).sum() + 0.5 * G.square().sum()
         # shared out over the entries, so that the mean over the batch's samples has it once
         entries = p.shape[0] if active is None else active.sum().clamp(min=1)
         return (total - total.detach()).expand(p.shape[0]) * (e.batch / entries)

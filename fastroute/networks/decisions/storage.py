@@ -67,8 +67,7 @@ class ApproxPolicyStorage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> [B, num_selections]."""
-        made: Tensor = self._approx(self.inputs(x))
-        return made
+        return self._approx(self.inputs(x))
 
 
 grouped_modules.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
@@ -169,7 +168,7 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
     agents = storages.owners()
     first = agents[0]
     if plan is None:
-        return storages.each()[0](x)  # type: ignore[no-any-return]
+        return storages.each()[0](x)
     tables = _tables(storages, agents)
     if tables is not None:
         if differentiable_twice:

@@ -94,5 +94,4 @@ def _expected(scores: Tensor, critic: Tensor, kind: str, temperature: float) -> 
         p = torch.softmax(z / temperature, -1) if kind == "softmax" else single.shifted(z)
         if kind == "shifted":
             p = p / p.sum(-1, keepdim=True)
-        mean: Tensor = (p * critic.to(p.dtype)).sum(-1)
-        return mean
+        return (p * critic.to(p.dtype)).sum(-1)

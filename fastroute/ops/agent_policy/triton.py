@@ -35,8 +35,7 @@ def _agent_policy(
 ) -> list[Tensor]:  # fmt: skip
     nets = map(_only, (weights, biases, critic_weights, critic_biases))
     like = (*weights, *biases)[0]
-    made: list[Tensor] = _kernels().forward(x, order, offsets, *nets, *rest, precision_of(like, ""))
-    return made
+    return _kernels().forward(x, order, offsets, *nets, *rest, precision_of(like, ""))
 
 
 def _agent_policy_backward(

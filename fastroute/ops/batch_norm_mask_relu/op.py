@@ -155,4 +155,4 @@ def batch_norm_mask_relu(
     )  # fmt: skip
     for old, new in zip((running_mean, running_var), running, strict=False):
         old.copy_(new)  # type: ignore[union-attr]
-    return y  # type: ignore[no-any-return]
+    return y

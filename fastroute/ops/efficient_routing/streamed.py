@@ -86,7 +86,6 @@ def route(call: Streamed, w: Parameters) -> Tensor:
             "stream: expected no torch.func transform and no forward mode; give the layer the vectors in one tensor"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in w):
-        made: Tensor = _Route.apply(call, *used(w, call.n_iters))  # type: ignore[no-untyped-call]
-        return made
+        return _Route.apply(call, *used(w, call.n_iters))
     with torch.no_grad(), autocast_off(call.scale.device.type):
         return forward(call.of(w), w)[0]

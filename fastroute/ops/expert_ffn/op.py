@@ -44,7 +44,7 @@ def _kernels() -> Any:
 
 def _is_fused(backend: str) -> bool:
     """Whether the hidden layer is made by kernels of its own, not by a product and PyTorch."""
-    return backend == "triton" and _kernels().is_fused()  # type: ignore[no-any-return]
+    return backend == "triton" and _kernels().is_fused()
 
 
 def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, offsets: Tensor, w: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, o
     if backend == "reference":
         return linear.forward(x, take, put, offsets, [w], ())[0]
     made = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}")(x, take, put, offsets, [w], [], 0, False)
-    return made[0]  # type: ignore[no-any-return]
+    return made[0]
 
 
 def _product_backward(
@@ -318,7 +318,4 @@ def expert_ffn(
     for w in (w_in, w_out):
         note("grouped_linear", x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])
     backend = taken("grouped_linear", device, x.dtype)
-    made: Tensor = called(
-        OP, x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated, backend
-    )
-    return made
+    return called(OP, x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated, backend)

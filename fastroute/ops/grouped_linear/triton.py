@@ -25,8 +25,7 @@ def _kernels() -> Any:
 
 def refuses(case: Case) -> str | None:
     """Why the kernels would not take a case."""
-    why: str | None = _kernels().unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return _kernels().unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
 def _forward(
@@ -39,10 +38,9 @@ def _forward(
     activation: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    made: tuple[Tensor, Tensor] = _kernels().forward(
+    return _kernels().forward(
         x, take, put, offsets, weights, biases, activation, keep, precision_of((weights or biases)[0], "")
     )
-    return made
 
 
 def _backward(
@@ -50,11 +48,10 @@ def _backward(
     weights: Sequence[Tensor], modules: int, want_x: bool, want_weights: bool, want_biases: bool, activation: int,
     kept: Tensor | None, stacked: bool, keep_empty: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    made: tuple[Tensor, list[Tensor], list[Tensor]] = _kernels().backward(
+    return _kernels().backward(
         grad, x, take, spread, put, offsets, weights, modules, (want_x, want_weights, want_biases), activation, kept,
         precision_of(grad, ""),
     )  # fmt: skip
-    return made
 
 
 implement("_grouped_linear_triton", _forward)

@@ -40,8 +40,7 @@ _SAVED = "Tensor N0, Tensor mean, Tensor M2, Tensor a, Tensor low"
 def _triton_refuses(case: Case) -> str | None:
     from .triton import unsupported
 
-    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
 offer(OP, "reference", "fastroute.ops.matrix_routing.plain", lambda case: None)

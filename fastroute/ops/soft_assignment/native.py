@@ -37,8 +37,7 @@ def _plain(votes: Tensor, pairs: Pairs) -> tuple[Tensor | float | None, ...]:
 
 def forward(votes: Tensor, pairs: Pairs, mean: bool = False) -> tuple[Tensor, Tensor]:
     """M and p; for a ``mean`` M / p and p, which is 1 where it is 0."""
-    made: tuple[Tensor, Tensor] = torch.ops.fastroute._soft_assignment_native(*_plain(votes, pairs), mean)
-    return made
+    return torch.ops.fastroute._soft_assignment_native(*_plain(votes, pairs), mean)
 
 
 def backward(votes: Tensor, pairs: Pairs, dM: Tensor, dp: Tensor, grads: Grads) -> None:

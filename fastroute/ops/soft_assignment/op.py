@@ -41,8 +41,7 @@ def case_of(votes: Tensor, pairs: Pairs) -> Case:
 def _triton_refuses(case: Case) -> str | None:
     from .triton import unsupported
 
-    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
 offer(OP, "reference", "fastroute.ops.soft_assignment.plain", lambda case: None)

@@ -204,8 +204,7 @@ def task_mask(
         return x.copy_(y) if inplace else y
     if inplace and not torch.compiler.is_compiling():
         if x.requires_grad and torch.is_grad_enabled():
-            made: Tensor = _InPlace.apply(x, mapping, tasks, number, relu, backend)
-            return made
+            return _InPlace.apply(x, mapping, tasks, number, relu, backend)
         _run(backend, "mask_", x, mapping, tasks, number, relu)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)

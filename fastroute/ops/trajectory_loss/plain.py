@@ -49,5 +49,4 @@ def forward(
 
 def backward(grad: Tensor, slopes: Tensor) -> Sequence[Tensor]:
     """Per column [B], its gradient from that of the loss."""
-    made: Sequence[Tensor] = (slopes * grad).unbind()
-    return made
+    return (slopes * grad).unbind()

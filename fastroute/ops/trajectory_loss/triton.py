@@ -26,8 +26,7 @@ def _in_triton(
     f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
     gamma: float, normalize: bool, want_slopes: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    made: tuple[Tensor, Tensor] = _kernels().forward(f, columns, others, masks, layout, gamma, normalize, want_slopes)
-    return made
+    return _kernels().forward(f, columns, others, masks, layout, gamma, normalize, want_slopes)
 
 
 def _rewarded(

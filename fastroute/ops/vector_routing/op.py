@@ -41,8 +41,7 @@ def case_of(x: Tensor, n_out: int) -> Case:
 def _triton_refuses(case: Case) -> str | None:
     from .triton import unsupported
 
-    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
 offer(OP, "reference", "fastroute.ops.vector_routing.plain", lambda case: None)
