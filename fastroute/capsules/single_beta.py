@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class SingleBeta(nn.Module):
 
     def _reset_betas(self) -> None:
         nn.init.zeros_(self.beta_use)
-        nn.init.zeros_(self._buffers["beta_ign"] if self.single_beta else self._parameters["beta_ign"])  # type: ignore[arg-type]
+        nn.init.zeros_(cast(Tensor, (self._buffers if self.single_beta else self._parameters)["beta_ign"]))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.single_beta:
@@ -57,10 +57,10 @@ class SingleBeta(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        use, ign = state_dict.get(prefix + "beta_use"), state_dict.get(prefix + "beta_ign")
+        use, ign = state_dict.get(prefix + "beta_use"), cast(Any, state_dict.get(prefix + "beta_ign"))
         if self.single_beta and isinstance(use, Tensor):
-            known = type(ign) in (Tensor, nn.Parameter) and not (ign.is_meta or use.is_meta)  # type: ignore[union-attr]
-            if known and not torch.equal(use, ign.to(use)):  # type: ignore[union-attr]
+            known = type(ign) in (Tensor, nn.Parameter) and not (ign.is_meta or use.is_meta)
+            if known and not torch.equal(use, ign.to(use)):
                 error_msgs.append(
                     f"{prefix}beta_ign: expected the values of beta_use, which are one with single_beta=True"
                 )

@@ -122,7 +122,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *w: Tensor | None) -> Tensor:
         with autocast_off(x.device.type):
-            y, saved = passes.forward(call.of(x, parameters := Parameters(*w)), parameters)  # type: ignore[arg-type]
+            y, saved = passes.forward(call.of(x, parameters := Parameters._make(w)), parameters)
         ctx.call = call._replace(mask=None, lengths=None)
         ctx.save_for_backward(call.mask, call.lengths, x, *w, *saved.gates, *saved[1:])
         return y

@@ -60,7 +60,7 @@ def _linear(h: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None, T: int
 
 def _put_side_by_side(parameters: Sequence[Tensor], T: int) -> list[Tensor]:
     """Each T of them in one, [T A, ...] of T [A, ...]."""
-    return [torch.cat(parameters[k : k + T]) for k in range(0, len(parameters), T)]  # type: ignore[arg-type]
+    return [torch.cat(tuple(parameters[k : k + T])) for k in range(0, len(parameters), T)]
 
 
 def _by_layer(layers: Sequence[Layer], whole: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:

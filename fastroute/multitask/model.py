@@ -166,8 +166,9 @@ class MTLModel(Objective):
     @output_tasks.setter
     def output_tasks(self, names: Sequence[str] | str) -> None:
         self._output_tasks = read_outputs(names, self._anchors)
-        shared = isinstance(names, list) and not self._strict  # upstream's list is the caller's own
-        self._listed: list[str] = names if shared else list(self._output_tasks)  # type: ignore[assignment]
+        self._listed: list[str] = list(self._output_tasks)
+        if isinstance(names, list) and not self._strict:
+            self._listed = names  # upstream's list is the caller's own
         self._schedule()
 
     @property
@@ -250,17 +251,18 @@ class MTLModel(Objective):
             self.output_tasks = self._listed
         values: list[Any] = [input] + [None] * self._empty
         modules = self._modules
-        name, first, inputs = ROOT, 0, None
+        name, first = ROOT, 0
+        inputs: Any = None
         try:
             for name, first, out, inputs, free, group in self._flat:
                 if group is not None:
                     run, outs = group
-                    made = run(modules, *[values[i] for i in inputs])  # type: ignore[union-attr]
+                    made = run(modules, *[values[i] for i in inputs])
                     for slot, value in zip(outs, made, strict=True):
                         values[slot] = value
                 else:
-                    layer = modules[name] if name in modules else getattr(self, name)
-                    values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])  # type: ignore[misc]
+                    layer: Any = modules[name] if name in modules else getattr(self, name)
+                    values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])
                 for slot in free:
                     values[slot] = None
         except Exception as error:

@@ -121,7 +121,7 @@ class _Stage:
 
     def fits(self) -> bool:
         """Whether all leaves do the same, with parameters of the same shapes, which can be done together."""
-        first = self.leaves[0]
+        first: Any = self.leaves[0]
         kind = type(first)
         if not isinstance(first, nn.Module):
             return all(leaf is first for leaf in self.leaves)
@@ -405,10 +405,10 @@ def _run(
     called: Callable[[], Sequence[Callable[[Tensor], Tensor]]] | None,
     inputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    alone = alike is None or (_is_one(x, plan) and not keep_empty)
-    made = None if alone else _together(alike, x if inputs is None else inputs(x), plan, keep_empty)  # type: ignore[arg-type]
-    if made is not None:
-        return made
+    if alike is not None and (keep_empty or not _is_one(x, plan)):
+        made = _together(alike, x if inputs is None else inputs(x), plan, keep_empty)
+        if made is not None:
+            return made
     others = [p for m in modules for p in m.parameters()] if keep_empty and not transformed() else []
     y = one_by_one(modules if called is None else called(), x, plan)
     return _WithZeros.apply(y, *others) if others else y

@@ -117,7 +117,7 @@ class Entries:
         """[N]: a column at the action."""
         return self._all(lambda r, s: r.columns[i].at(r.actions))
 
-    def auxiliary(self, decision: Any) -> Tensor | None:
+    def auxiliary(self, decision: Any) -> Any:
         """[N], without gradient: what else the decision's loss reads of a record."""
         if decision.auxiliary(self._records[0]) is None:
             return None

@@ -193,7 +193,7 @@ def _ties(each: Sequence[dict[str, nn.Parameter]]) -> dict[str, str]:
 def _reset(leaves: Sequence[nn.Module], count: int) -> None:
     """Draw the stacked parameters of these modules anew, those of the first of ``count`` modules first."""
     parameters = {id(p): p for leaf in leaves for p in leaf._parameters.values() if p is not None}
-    sharded = {key: p for key, p in parameters.items() if hasattr(p, "placements")}
+    sharded: dict[Any, Any] = {key: p for key, p in parameters.items() if hasattr(p, "placements")}
     whole = {key: torch.empty(p.shape, dtype=p.dtype, device=p.device) if key in sharded else p.detach()
              for key, p in parameters.items()}  # fmt: skip
     for k in range(count):
@@ -204,7 +204,7 @@ def _reset(leaves: Sequence[nn.Module], count: int) -> None:
             }
             type(one).reset_parameters(one)
     for key, p in sharded.items():
-        p.copy_(torch.distributed.tensor.distribute_tensor(whole[key], p.device_mesh, p.placements))  # type: ignore[attr-defined]
+        p.copy_(torch.distributed.tensor.distribute_tensor(whole[key], p.device_mesh, p.placements))
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts

@@ -221,7 +221,7 @@ def _only_flat(before: list[Leaf]) -> list[nn.Module]:
     return [] if is_flat(before) else [nn.Flatten(1).train(before[-1].module.training)]
 
 
-def _is_per_channel(module: nn.Module, held: _Kept) -> bool:
+def _is_per_channel(module: Any, held: _Kept) -> bool:
     """Whether a layer has parameters or statistics of each channel (axis 1), and needs no other channel's values."""
     exact = type(module)
     if not may_be_read(module):
@@ -233,13 +233,13 @@ def _is_per_channel(module: nn.Module, held: _Kept) -> bool:
     if exact in INSTANCE_NORMS:
         return held.axes > 2
     if exact is nn.GroupNorm:  # groups that are kept or left out as a whole
-        size = module.num_channels // module.num_groups  # type: ignore[operator]
+        size = module.num_channels // module.num_groups
         counts = (held.left // size).bincount()
         return bool(((counts == 0) | (counts == size)).all())
     return exact in BATCH_NORMS
 
 
-def _because(module: nn.Module) -> str:
+def _because(module: Any) -> str:
     """Why a layer of a class that could be followed cannot be."""
     why = why_called(module)
     if why is None and type(module) is nn.GroupNorm:
@@ -322,8 +322,8 @@ def _slim_mix(leaf: Leaf, inp: Tensor | None, out: Tensor | None) -> nn.Module:
     old: Any = leaf.module
     new: Any = copy.deepcopy(old)
     if isinstance(old, nn.Linear):
-        weight = _picked(_picked(old.weight, inp, 1), out)
-        new.out_features, new.in_features = weight.shape  # type: ignore[union-attr]
+        weight: Any = _picked(_picked(old.weight, inp, 1), out)
+        new.out_features, new.in_features = weight.shape
     else:
         weight, new.groups = _slim_groups(old, inp, out)
         new.in_channels = old.in_channels if inp is None else len(inp)

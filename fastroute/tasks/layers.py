@@ -66,7 +66,7 @@ class _Routed(nn.Module):
         inp, out = (None if r is None or is_idle(r) else r for r in self.__dict__["_ends"])
         tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
         if not tasks:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         router = out or inp
         if router is not None:
             watching.tell(self, "tasks", tasks[id(router)], x, router.task_count)

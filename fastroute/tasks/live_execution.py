@@ -97,7 +97,7 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
             router, inner = step.router, held.router
             if inner is not None and (
                 axis_of(inner, x) != axis
-                or inner.unit_count * held.positions != live_products.weight_of(layer).shape[1]  # type: ignore[arg-type]
+                or inner.unit_count * held.positions != live_products.weight_of(layer).shape[1]
             ):
                 x, held, inner = full(), Held(), None  # of other channels, or the layer is to say what is wrong
             if (router is None and inner is None) or not way.favours(step, x, held):
@@ -166,7 +166,7 @@ class Single:
         return x
 
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
-        layer: live_products.Mixing = step.layer  # type: ignore[assignment]
+        layer: live_products.Mixing = step.layer
         weight, bias = self._gathered(layer, out, inp)
         y = live_products.apply(layer, x, weight, bias)
         if step.norm is None:
@@ -239,7 +239,7 @@ class Mixed:
         return self._index[id(router)]
 
     def favours(self, step: Step, x: Tensor, held: Held) -> bool:
-        layer: live_products.Mixing = step.layer  # type: ignore[assignment]
+        layer: live_products.Mixing = step.layer
         if (
             (step.norm is not None and uses_batch(step.norm))
             or not live_products.can_group(layer)
@@ -270,7 +270,7 @@ class Mixed:
         return x.index_select(0, self._order.place) if self._is_sorted else x
 
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
-        y = live_products.grouped(step.layer, x, out, inp, self._groups)  # type: ignore[arg-type]
+        y = live_products.grouped(step.layer, x, out, inp, self._groups)
         if step.norm is None:
             return y
         if out is None:

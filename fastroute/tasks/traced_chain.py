@@ -34,7 +34,7 @@ def flow(model: nn.Module, task: int) -> list[Leaf]:
 
 def _opened(name: str, module: nn.Module) -> list[Leaf]:
     if is_sequence(module):
-        return list(leaves(module, name))  # type: ignore[arg-type]
+        return list(leaves(module, name))
     return [Leaf(name, module, nn.Sequential(), name)]
 
 

@@ -120,10 +120,10 @@ class RELAX(_WithValueNet):
         if not hasattr(self, "_policy"):
             return super()._storages(outputs, net)
         seen, self._in_features = self._in_features, self._in_features + self._num_selections  # type: ignore[operator]
-        made = super()._storages(outputs, net)
+        made: Any = super()._storages(outputs, net)
         self._in_features = seen
         for storage in made:  # what it is given also has the choice, whose gradient it has to keep
-            storage._detach = False  # type: ignore[assignment]
+            storage._detach = False
         return made
 
     def set_exploration(self, exploration: float) -> None:
@@ -209,9 +209,9 @@ class RELAX(_WithValueNet):
         cotangent = -(e.R[:, None] - e.full(2)) * (H - p) * rows
         control = (e.full(1) - e.full(2)).expand(-1, K) * rows
         score = torch.autograd.grad(p, theta, cotangent, create_graph=True, allow_unused=True)
-        through = [None] * len(theta)
+        through: Any = [None] * len(theta)
         if control.requires_grad:
-            through = torch.autograd.grad(control.sum(), theta, create_graph=True, allow_unused=True)  # type: ignore[assignment]
+            through = torch.autograd.grad(control.sum(), theta, create_graph=True, allow_unused=True)
         entropy = -(p * log_p * rows).sum()
         of_entropy = torch.autograd.grad(entropy, theta, retain_graph=True, allow_unused=True)
         total = p.new_zeros(())

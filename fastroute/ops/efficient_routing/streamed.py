@@ -54,7 +54,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Streamed, *w: Tensor | None) -> Tensor:
         with autocast_off(call.scale.device.type):
-            y, saved = forward(call.of(parameters := Parameters(*w)), parameters)  # type: ignore[arg-type]
+            y, saved = forward(call.of(parameters := Parameters._make(w)), parameters)
         ctx.call, ctx.saved = call, saved
         ctx.save_for_backward(*w)
         return y
