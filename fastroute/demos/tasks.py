@@ -1,4 +1,4 @@
-"""Handwritten digits as more than forty tasks of one network, each of which has a random half of its channels."""
+"""Handwritten digits as more than forty tasks of one network; each task has a random half of its channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capsule layers over several processes, each of which has some of the input vectors and their parameters.
+"""Capsule layers over several processes: each has some of the input vectors and their parameters.
 
 The M-step of an iteration is a sum over input vectors, and the E-step sees one of them at a time. So every rank routes
 its own ones, and the ranks add up [n_out, d_inp + 1] numbers per iteration. ``docs/distributed.md`` has the derivation.
@@ -163,7 +163,7 @@ def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
 
 
 class RowShardedVectorRouting(EfficientVectorRouting):
-    """An ``EfficientVectorRouting`` of which every rank of a mesh has some input vectors, and their parameters.
+    """An ``EfficientVectorRouting`` whose input vectors, with their parameters, are divided over the ranks of a mesh.
 
     ``parallelize_module`` makes it by ``RowShardedCapsules``. All parameters are DTensors under their own names: those
     with a row per input vector are ``Shard(0)``, the others ``Replicate()``. Results are those of the layer in one

@@ -192,7 +192,7 @@ def whole(x: Tensor, rows: int, ranks: int, rank: int, group: str) -> Tensor:
 
 
 class _Copied(torch.autograd.Function):
-    """x itself, the same on all ranks, of which each uses a part: gradients are summed."""
+    """x itself, the same on all ranks. Each rank uses a part of it, so gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> tuple[Tensor, Tensor]:

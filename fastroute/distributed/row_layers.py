@@ -403,7 +403,7 @@ class _Matrix(RowSharded):
 
 
 class RowShardedMatrixRouting(_Matrix):
-    """A ``GenerativeMatrixRouting`` of which every rank of a mesh has some input capsules, and their parameters."""
+    """A ``GenerativeMatrixRouting`` whose input capsules, with their parameters, are divided over a mesh's ranks."""
 
     def forward(self, a_inp: Any, mu_inp: Any, *, mask: Any = None, lengths: Any = None) -> Any:
         """Route the capsules of all ranks: a_inp [..., k], mu_inp [..., k, d_cov, d_inp] of this one."""

@@ -74,7 +74,7 @@ class CapsuleHead(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """As when it was made: the scales one, the shifts zero, the routings drawn anew."""
+        """Initialise again: scales 1, shifts 0, random routings."""
         nn.init.ones_(self.W)
         nn.init.zeros_(self.B)
         for routing in self.route:

@@ -158,7 +158,7 @@ class _Chains(torch.autograd.Function):
 
 
 def _through_chain(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """The gradients of ``chain``, made anew."""
+    """The gradients of ``chain``, computed again from its inputs."""
     layers, T, parameters = ctx.layers, ctx.T, ctx.parameters
 
     def plain(x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:

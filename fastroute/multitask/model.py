@@ -43,7 +43,7 @@ _OWN = (
 
 
 class MTLModel(Objective):
-    """A graph of layers, each of which takes the outputs of others; some outputs are those of tasks.
+    """A graph of layers. Each takes the outputs of others; some outputs are those of tasks.
 
     A dict of ``task_layers`` is a node:
 
@@ -192,7 +192,7 @@ class MTLModel(Objective):
         return [name for name in self.layer_names if name not in run]
 
     def _calls(self) -> list[Call]:
-        """What there is to do, in order. Whoever joins nodes into groups does it here."""
+        """The calls of a forward pass, in order. Subclasses join nodes into groups here."""
         run = self._anchors if self._run_all else needed(self._anchors, self._output_tasks)
         calls = [Call((name,), tuple(self._anchors[name])) for name in self._order if name in run]
         return join(calls, self._modules) if self._fuse else calls
@@ -235,7 +235,7 @@ class MTLModel(Objective):
         """Outputs, losses and weights of ``output_tasks``, in their order.
 
         Args:
-            input: what the nodes without anchors take: a tensor, or a list or a dict of which they take a part.
+            input: what the nodes without anchors take: a tensor, or a list or a dict that they take parts of.
 
         Returns:
             Three lists: outputs; losses, None where there is none; weights, likewise, learned ones as Parameters [1].

@@ -100,7 +100,7 @@ class NamedTasks(nn.Module):
             for dim, rest in axes:
                 n, left = divmod(saved.shape[dim] - rest, len(place) or 1)
                 if left or n * len(tasks) + rest != own.shape[dim]:
-                    break  # a mismatch, of which the module tells
+                    break  # a mismatch, which the module reports
                 made = made.index_select(dim, _entries(theirs, n, rest, saved.shape[dim], saved.device))
                 at.append((dim, _entries(mine, n, rest, own.shape[dim], saved.device)))
             else:
@@ -115,7 +115,7 @@ class NamedTasks(nn.Module):
 
 
 def _entries(tasks: Sequence[int], n: int, rest: int, size: int, device: torch.device) -> Tensor:
-    """Those of some tasks along an axis of which every task has n, and what is no task's."""
+    """The part of some tasks along an axis with n entries for every task; the rest belongs to no task."""
     found = [t * n + i for t in tasks for i in range(n)]
     return torch.tensor([*found, *range(size - rest, size)], dtype=torch.int64, device=device)
 

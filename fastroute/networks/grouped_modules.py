@@ -1,4 +1,4 @@
-"""A list of modules of which every sample takes one: like ones run as one, others by one sort and a slice each.
+"""A list of modules, one for each sample: modules of one kind run as one, others by one sort and a slice each.
 
 Axes: B samples, K modules.
 """
@@ -229,7 +229,7 @@ class _Flow:
             self.x, self.is_sorted = self.rows.unsort(self.x), False
 
     def _rows(self, per_sample: int) -> Plan:
-        """The plan of rows of which every sample has so many, sorted."""
+        """The plan of sorted rows, with so many rows for each sample."""
         if per_sample == 1:
             return self.plan
         bounds = None if self.plan.bounds is None else [b * per_sample for b in self.plan.bounds]

@@ -23,7 +23,7 @@ from .trajectory import SampleMetaInformation, Trajectory
 
 
 class Selection(nn.Module):
-    """K modules, of which every sample goes through the one that its action names, or through k of them.
+    """K modules. Every sample goes through the one that its action names, or through k of them.
 
     With actions [B, k] it is a mixture: y_b = sum_j w_bj module_a(x_b) over the sample's actions a = a_bj.
 

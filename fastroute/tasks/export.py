@@ -64,7 +64,7 @@ def routers_of(model: nn.Module) -> dict[str, TaskRouter]:
 
 
 def task_count_of(model: nn.Module) -> int:
-    """For how many tasks a model's routers are, all of which mask and do nothing else.
+    """The number of tasks of a model's routers, which all mask and do nothing else.
 
     Raises:
         ValueError: there are none, they are for different numbers of tasks, or one does something else.

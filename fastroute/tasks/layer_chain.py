@@ -77,7 +77,7 @@ def leaves(sequence: nn.Sequential, name: str = "") -> Iterator[Leaf]:
 
 
 def opened(sequence: nn.Sequential) -> Iterator[nn.Sequential]:
-    """The Sequential itself, and all in it of which ``leaves`` gives the layers."""
+    """The Sequential itself, and all in it that ``leaves`` opens."""
     yield sequence
     for child in sequence._modules.values():
         if child is not None and is_sequence(child) and may_be_read(child):

@@ -141,7 +141,7 @@ def _is_read(layer: Any) -> bool:
 
 
 class RoutedConv2d(_Routed, nn.Conv2d):
-    """A Conv2d between two routers, either of which may be missing: y = m_out * conv(m_in * x).
+    """A Conv2d between two routers (either may be missing): y = m_out * conv(m_in * x).
 
     Its parameters and their names are the dense layer's. For one task, live weights are gathered (in eval without
     gradients they are kept, see ``LiveSequential``) and only live channels computed. Gradients of the dense
@@ -198,7 +198,7 @@ class RoutedConv2d(_Routed, nn.Conv2d):
 
 
 class RoutedLinear(_Routed, nn.Linear):
-    """A Linear between two routers, either of which may be missing: y = m_out * (W (m_in * x) + b).
+    """A Linear between two routers (either may be missing): y = m_out * (W (m_in * x) + b).
 
     Args:
         in_features, out_features, others: of ``Linear``.

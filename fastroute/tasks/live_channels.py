@@ -118,7 +118,7 @@ class Sorted(NamedTuple):
 
 
 def sort(task: Tensor, task_count: int) -> Sorted | None:
-    """The tasks of a batch [B], sorted; None where that would wait for a device, or torch.compile looks on.
+    """The tasks of a batch [B], sorted; None where that would wait for a device, or torch.compile is active.
 
     Raises:
         IndexError: a task out of range.

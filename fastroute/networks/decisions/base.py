@@ -35,7 +35,7 @@ from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
-#: Whoever defines one of these has another loss than the class inherited from.
+#: A subclass that defines one of these has another loss than its parent.
 _MAKES_A_LOSS = ("loss", "loss_of", "entry", "target", "needs", "lookahead", "loss_func")
 
 

@@ -106,7 +106,7 @@ class Storages(nn.ModuleList):
         self.recipe, self.memo = grouped_modules.Recipe(), Memo()
 
     def owners(self) -> list[Any]:
-        """Whoever has parameters: every agent's storage."""
+        """The modules that have parameters: every agent's storage."""
         return list(self)
 
     each = owners
@@ -128,7 +128,7 @@ class StackedStorages(Stack):
         return type(modules[0]) is TabularPolicyStorage or grouped_modules.are_alike(modules)
 
     def owners(self) -> list[Any]:
-        """Whoever has parameters: one storage for all agents."""
+        """The modules that have parameters: one storage for all agents."""
         return [self.pattern]
 
 

@@ -214,7 +214,7 @@ def soft_assignment(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     mean: bool = False,
-    eps: float = 0,  # an int, of which torch.compile makes no variable
+    eps: float = 0,  # an int: torch.compile does not make it a variable
 ) -> Tensor:
     r"""Assign every input softly to outputs; an output is the sum, or the weighted mean, of what inputs vote for it.
 
