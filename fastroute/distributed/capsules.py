@@ -306,9 +306,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         x = x.to(dtype)
         out = torch.promote_types(dtype, w.W_F2.dtype)
         if B == 0 or self._rows.ranks == 1:
-            x_out = efficient_routing(
-                x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths
-            )  # fmt: skip
+            x_out = efficient_routing(x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
             return x_out.reshape(*batch, self.n_out, self.d_out)
         in_all, before = self._rows.places(n, k, x.device)
         if isinstance(in_all, Tensor) and may_look(in_all):
@@ -330,9 +328,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             lengths = torch.zeros(B, dtype=torch.int64, device=x.device)
         x = x if x.stride(-1) == 1 or d == 1 else x.contiguous()
         w = _shared_rows(w, self.n_iters, self._rows.group)
-        call = _Call(
-            scale, mask, lengths, self.n_iters, self.normalize, precision, requested(), self._rows.group
-        )  # fmt: skip
+        call = _Call(scale, mask, lengths, self.n_iters, self.normalize, precision, requested(), self._rows.group)
         return _route(call, x, w).to(out).reshape(*batch, self.n_out, self.d_out)
 
     def stream(

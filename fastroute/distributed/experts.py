@@ -257,9 +257,7 @@ class _Shards:
     def __init__(self, module: Any, mesh: DeviceMesh, style: ExpertParallel) -> None:
         K = module.num_experts if isinstance(module, MoE) else len(module._submodules)
         group, W = mesh.get_group(), mesh.size()
-        self.place = Place(
-            group.group_name, mesh.get_local_rank(), W, bounds_by_rank(K, W), layer=_name(module)
-        )  # fmt: skip
+        self.place = Place(group.group_name, mesh.get_local_rank(), W, bounds_by_rank(K, W), layer=_name(module))
         self.mesh, self.dispatcher = mesh, style.dispatcher
         self.input_layouts, self.output_layouts = style.input_layouts, style.output_layouts
         self.use_local_output = style.use_local_output
@@ -448,10 +446,12 @@ class _ParallelMoE(MoE):
 
         shares = self.shared_experts > 0
         z, shared = shards.through(
-            own, plan, run,
+            own,
+            plan,
+            run,
             (lambda: self._shared_hidden(x)) if shares else lambda: None,
             (lambda h: self._shared_out(h, active)) if shares else lambda made: made,
-        )  # fmt: skip
+        )
         valid = (actions >= 0) & (actions < self.num_experts)
         y = shards.all_parts(combine(z.view(*actions.shape, z.shape[1]), weights, valid), x.shape[0])
         return y if shared is None else y + shared

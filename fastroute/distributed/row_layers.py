@@ -316,9 +316,7 @@ class _Sums:
         mean, weight = made.mean.double(), made.N0.double()
         if made.low is not None:
             mean = mean + made.low
-        N0, S1, a = total(
-            weight, weight[..., None, None] * mean, made.a.double(), group=self.group, what=_MOMENTS
-        )  # fmt: skip
+        N0, S1, a = total(weight, weight[..., None, None] * mean, made.a.double(), group=self.group, what=_MOMENTS)
         whole = S1 / torch.where(N0 > 0, N0, 1.0)[..., None, None]
         off = (mean - whole).square() * weight[..., None, None]
         (M2,) = total(made.M2.double() + off, group=self.group, what=_MOMENTS)

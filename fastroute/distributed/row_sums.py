@@ -66,8 +66,9 @@ def shared(t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     return made.to(t.dtype)
 
 
-def total(*parts: Tensor, group: dist.ProcessGroup, what: str = "the moments M and p", trains: bool = False
-          ) -> tuple[Tensor, ...]:  # fmt: skip
+def total(
+    *parts: Tensor, group: dist.ProcessGroup, what: str = "the moments M and p", trains: bool = False
+) -> tuple[Tensor, ...]:
     """The sums over ranks, in one all-reduce. ``trains``: a gradient comes back on all ranks, wherever it goes to."""
     flat = torch.cat([t.flatten() for t in parts]) if len(parts) > 1 else parts[0].flatten()
     if trains and not flat.requires_grad and not torch.compiler.is_compiling():

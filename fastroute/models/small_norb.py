@@ -64,10 +64,12 @@ class SmallNORB(nn.Module):
         self.convolve = nn.Sequential(*blocks)
         self.compute_a = nn.Sequential(nn.BatchNorm2d(channels, **own), nn.Conv2d(channels, parts, 1, **own))
         self.compute_mu = nn.Sequential(nn.BatchNorm2d(channels, **own), nn.Conv2d(channels, parts * 16, 1, **own))
-        self.routings = nn.ModuleList([
-            GenerativeMatrixRouting(-1, parts, 4, 4, 4, n_iters=n_iters, **own),
-            GenerativeMatrixRouting(parts, classes, 4, 4, 4, n_iters=n_iters, **own),
-        ])  # fmt: skip
+        self.routings = nn.ModuleList(
+            [
+                GenerativeMatrixRouting(-1, parts, 4, 4, 4, n_iters=n_iters, **own),
+                GenerativeMatrixRouting(parts, classes, 4, 4, 4, n_iters=n_iters, **own),
+            ]
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores of classes, before the softmax.

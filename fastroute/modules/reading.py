@@ -44,9 +44,11 @@ _PLAIN = (type(None), nn.Parameter, Tensor)
 
 #: Hooks on all modules.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks,
-    global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks,
-)  # fmt: skip
+    global_hooks._global_forward_hooks,
+    global_hooks._global_forward_pre_hooks,
+    global_hooks._global_backward_hooks,
+    global_hooks._global_backward_pre_hooks,
+)
 
 #: By class: names of what a call of it runs, what looks that up, and what it was when the class was first seen.
 _originals: dict[tuple[type, bool], tuple[list[str], attrgetter[Any], Any]] = {}

@@ -194,8 +194,10 @@ def _reset(leaves: Sequence[nn.Module], count: int) -> None:
     """Draw the stacked parameters of these modules anew, those of the first of ``count`` modules first."""
     parameters = {id(p): p for leaf in leaves for p in leaf._parameters.values() if p is not None}
     sharded: dict[Any, Any] = {key: p for key, p in parameters.items() if hasattr(p, "placements")}
-    whole = {key: torch.empty(p.shape, dtype=p.dtype, device=p.device) if key in sharded else p.detach()
-             for key, p in parameters.items()}  # fmt: skip
+    whole = {
+        key: torch.empty(p.shape, dtype=p.dtype, device=p.device) if key in sharded else p.detach()
+        for key, p in parameters.items()
+    }
     for k in range(count):
         for leaf in leaves:
             one: Any = copy.copy(leaf)

@@ -39,8 +39,10 @@ def _opened(name: str, module: nn.Module) -> list[Leaf]:
 
 
 _FUNCTIONS: dict[type[nn.Module], tuple[Any, ...]] = {
-    nn.ReLU: (torch.relu, F.relu, "relu"), nn.SiLU: (F.silu,), nn.Tanh: (torch.tanh, F.tanh, "tanh"),
-}  # fmt: skip
+    nn.ReLU: (torch.relu, F.relu, "relu"),
+    nn.SiLU: (F.silu,),
+    nn.Tanh: (torch.tanh, F.tanh, "tanh"),
+}
 
 
 class _Tracer(fx.Tracer):

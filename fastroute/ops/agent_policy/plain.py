@@ -112,7 +112,7 @@ def backward(
             g = own if g is None else g + own
         more, critic_dw, critic_db = _linear_backward(
             g, x, order, offsets, critic_weights, agents, want_x, critic_wants, critic_stacked
-        )  # fmt: skip
+        )
         dx = more if dx is None else dx if more is None else dx + more
     return scores.new_empty(0) if dx is None else dx, dw, db, critic_dw, critic_db
 

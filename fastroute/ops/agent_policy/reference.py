@@ -35,7 +35,7 @@ def agent_policy(
     exploration: float = 0.0,
     expected: bool = False,
 ) -> AgentChoice:
-    """The definition, with autograd: row n is agent ``agents[n]``'s, or nobody's where there is no such agent.
+    """The definition, with autograd: row n belongs to agent ``agents[n]``, or to none where there is no such agent.
 
     ``weights`` are A tensors [K, F] and ``biases`` A tensors [K], or none; or biases alone, A tables [1, K].
     """

@@ -189,7 +189,7 @@ def trajectory_loss(
     widest = _promoted(f, *columns, *others)
     # bootstrapped values may have any dtype and do not influence the result's dtype
     dtype = widest if widest == f.dtype else _promoted(f, *columns, *(others[i] for i in _wide(layout)))
-    if transformed():  # a forward mode's tangent is nobody's requires_grad
+    if transformed():  # a forward mode's tangent sets no requires_grad
         f, others = f.detach(), [t.detach() for t in others]
         loss, _ = plain.forward(f, columns, others, masks, layout, float(gamma), bool(normalize), False)
         return loss if loss.dtype == dtype else loss.to(dtype)

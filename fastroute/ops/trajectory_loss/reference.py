@@ -129,7 +129,7 @@ def critics_target(e: Entry) -> Tensor:
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
     """(a - b)^2, in the fewest operators that PyTorch has for it."""
-    if a.dtype != b.dtype:  # of which torch 2.11 has no gradient
+    if a.dtype != b.dtype:  # torch 2.11 has no gradient for this
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
     return F.mse_loss(a, b, reduction="none")
