@@ -53,18 +53,14 @@ class SingleBeta(nn.Module):
             self._buffers["beta_ign"] = self.beta_use.detach().clone()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        use, ign = state_dict.get(prefix + "beta_use"), cast(Any, state_dict.get(prefix + "beta_ign"))
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        use, ign = state_dict.get(prefix + "beta_use"), state_dict.get(prefix + "beta_ign")
         if self.single_beta and isinstance(use, Tensor):
             known = type(ign) in (Tensor, nn.Parameter) and not (ign.is_meta or use.is_meta)
             if known and not torch.equal(use, ign.to(use)):
+                *_, error_msgs = args
                 error_msgs.append(
                     f"{prefix}beta_ign: expected the values of beta_use, which are one with single_beta=True"
                 )
             state_dict[prefix + "beta_ign"] = use.detach().clone()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -313,11 +313,10 @@ def vgg11(
         >>> len([m for m in net.modules() if isinstance(m, fastroute.TaskRouter)])
         8
     """
-    features = partial(
-        make_layers, cfg["A"], task_count, sigma, False, generator=generator, no_orphans=no_orphans, balanced=balanced,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    return build(VGG, "vgg11", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
+    masks: dict[str, Any] = {"generator": generator, "no_orphans": no_orphans, "balanced": balanced}
+    own: dict[str, Any] = {"device": device, "dtype": dtype}
+    features = partial(make_layers, cfg["A"], task_count, sigma, False, **masks, **own)
+    return build(VGG, "vgg11", features, pretrained, task_count, {**kwargs, **own})
 
 
 @checked
@@ -340,11 +339,10 @@ def vgg11_bn(
         >>> len([m for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
         8
     """
-    features = partial(
-        make_layers, cfg["A"], task_count, sigma, True, generator=generator, no_orphans=no_orphans, balanced=balanced,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    return build(VGG, "vgg11_bn", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
+    masks: dict[str, Any] = {"generator": generator, "no_orphans": no_orphans, "balanced": balanced}
+    own: dict[str, Any] = {"device": device, "dtype": dtype}
+    features = partial(make_layers, cfg["A"], task_count, sigma, True, **masks, **own)
+    return build(VGG, "vgg11_bn", features, pretrained, task_count, {**kwargs, **own})
 
 
 Model = TypeVar("Model", bound=VGG)
