@@ -38,8 +38,7 @@ class Case(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)
 
     def smaller(self) -> Case:
         return Case(64, 2, 8, 32, 16, self.dtype)

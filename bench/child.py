@@ -61,8 +61,7 @@ class Elsewhere:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "results.pt"
             self._ask(f"results {path}")
-            found: harness.Results = torch.load(path, weights_only=True)
-            return found
+            return torch.load(path, weights_only=True)
 
     def sample(self) -> harness.Sample:
         return harness.Sample(*self._ask("sample"))

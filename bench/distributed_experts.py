@@ -130,8 +130,7 @@ def rows(quick: bool) -> dict[str, dict[str, Any]]:
 
         if any(fork(2, run, 1200)):
             raise RuntimeError("a process failed; its error is above")
-        made: dict[str, dict[str, Any]] = json.loads(kept.read_text())
-        return made
+        return json.loads(kept.read_text())
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

@@ -219,8 +219,7 @@ def _trainer(args: argparse.Namespace, name: str) -> tuple[Any, str]:
 def _demo(args: argparse.Namespace) -> int:
     try:
         demo, device = _trainer(args, args.name)
-        status: int = demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet))
-        return status
+        return demo.run(Options(args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet))
     except KeyboardInterrupt as stop:
         if not hasattr(stop, "save"):
             raise
@@ -246,8 +245,7 @@ def _train(args: argparse.Namespace) -> int:
         options = published.TrainOptions(
             args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet, seeds=args.seeds
         )
-        status: int = published.run(list(dict.fromkeys(args.names)), options)
-        return status
+        return published.run(list(dict.fromkeys(args.names)), options)
     except (CannotRun, backends.BackendUnavailable) as error:
         return _failed(str(error), "train")
 
@@ -292,8 +290,7 @@ def _shown_as_busy(what: str, quiet: bool) -> AbstractContextManager[object]:
     """A spinner on a terminal, where there is rich: a large file takes a while."""
     if quiet or not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         return nullcontext()
-    status: AbstractContextManager[object] = importlib.import_module("rich.console").Console(stderr=True).status(what)
-    return status
+    return importlib.import_module("rich.console").Console(stderr=True).status(what)
 
 
 def _failed(why: str, command: str = "demo") -> int:

@@ -69,8 +69,7 @@ class _Loader(importlib.abc.Loader):
         return getattr(self.own, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        made: ModuleType | None = self.own.create_module(spec)
-        return made
+        return self.own.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = self.own

@@ -9,7 +9,7 @@ try:
     from lightning.pytorch.callbacks import Callback
 except ModuleNotFoundError:
     try:
-        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment,no-redef]
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "fastroute.lightning needs Lightning: pip install lightning", name="lightning"

@@ -85,8 +85,7 @@ def rewards(device: str, B: int, K: int) -> Call:
     graphs: dict[bool | None, torch.cuda.CUDAGraph] = {}
 
     def once() -> Tensor:
-        made: Tensor = loss(x[:, :10], meta, truth, reduce=False)[1]
-        return made
+        return loss(x[:, :10], meta, truth, reduce=False)[1]
 
     def call() -> object:
         if device != "cuda":

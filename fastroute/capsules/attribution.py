@@ -83,7 +83,7 @@ def _trace(model: nn.Module, x: Tensor, name: str) -> tuple[Tensor, Credit]:
     if isinstance(model, nn.Sequential):
         made, credit = x, None
         for key, module in model._modules.items():  # named_children() has a repeated one once
-            made, own = _trace(module, made, f"{name}.{key}")  # type: ignore[arg-type]
+            made, own = _trace(module, made, f"{name}.{key}")
             credit = own if credit is None else credit @ own
         return made, Credit.identity(x.shape[-2], x) if credit is None else credit
     if isinstance(model, Residual):

@@ -17,6 +17,9 @@ def checked_phi(name: str, phi: Tensor) -> None:
         raise ValueError(f"{name}: expected [..., n_inp, n_out], got {list(phi.shape)}")
 
 
+_Product = Callable[[Tensor], Tensor]
+
+
 class Credit:
     r"""The credit of n inputs in m outputs, as a linear map: a matrix :math:`\Phi` [..., n, m] that need not be there.
 
@@ -50,9 +53,7 @@ class Credit:
         torch.Size([6, 3])
     """
 
-    def __init__(
-        self, n_inp: int, n_out: int, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], like: Tensor
-    ) -> None:
+    def __init__(self, n_inp: int, n_out: int, forth: _Product, back: _Product, like: Tensor) -> None:
         self.n_inp, self.n_out, self._forth, self._back, self._like = n_inp, n_out, forth, back, like
 
     def __repr__(self) -> str:
@@ -150,18 +151,19 @@ class Credit:
                 f"A @ B: expected B of {self.n_out} inputs, as many as A has outputs, got {other.n_inp} (A is "
                 f"{self.n_inp} x {self.n_out}, B is {other.n_inp} x {other.n_out})"
             )
-        return Credit(
-            self.n_inp, other.n_out, lambda w: self.times(other.times(w)),
-            lambda w: other.transposed_times(self.transposed_times(w)), self._like,
-        )  # fmt: skip
+        return self._of(
+            lambda w: self.times(other.times(w)),
+            lambda w: other.transposed_times(self.transposed_times(w)),
+            other.n_out,
+        )
+
+    def _of(self, times: _Product, transposed: _Product, n_out: int | None = None) -> Credit:
+        return Credit(self.n_inp, self.n_out if n_out is None else n_out, times, transposed, self._like)
 
     def __mul__(self, factor: float) -> Credit:
         if not isinstance(factor, (int, float)):
             return NotImplemented
-        return Credit(
-            self.n_inp, self.n_out, lambda w: factor * self.times(w), lambda w: factor * self.transposed_times(w),
-            self._like,
-        )  # fmt: skip
+        return self._of(lambda w: factor * self.times(w), lambda w: factor * self.transposed_times(w))
 
     __rmul__ = __mul__
 
@@ -181,10 +183,9 @@ class Credit:
             raise ValueError(
                 f"A + B: expected equal sizes, got {self.n_inp} x {self.n_out} and {other.n_inp} x {other.n_out}"
             )
-        return Credit(
-            self.n_inp, self.n_out, lambda w: self.times(w) + other.times(w),
-            lambda w: self.transposed_times(w) + other.transposed_times(w), self._like,
-        )  # fmt: skip
+        return self._of(
+            lambda w: self.times(w) + other.times(w), lambda w: self.transposed_times(w) + other.transposed_times(w)
+        )
 
     __radd__ = __add__
 

@@ -31,7 +31,7 @@ class _OfAll(torch.autograd.Function):
         return expanded.narrow(0, 0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         made: Tensor = grad / ctx.B
         return made.expand(ctx.B, *grad.shape[1:])
 
@@ -212,10 +212,7 @@ class DefinableVectorRouting(OverInputs, nn.Module):
         found = {"a_inp": a_inp, "V": V.expand(B, -1, -1, -1), "pred_x_inp": pred, "S": scores,
                  **{k: t.to(dtype) for k, t in shares._asdict().items()}, "x_out": x_out.to(dtype)}  # fmt: skip
         as_given = ("a_inp", "pred_x_inp")
-        return {
-            k: t if t is None or k in as_given else t.reshape(*batch, *t.shape[1:])  # type: ignore[attr-defined]
-            for k, t in found.items()
-        }
+        return {k: t if t is None or k in as_given else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
 
     # ------------------------------------------------------------------- what A, F, G and S returned, in known shapes
 
@@ -249,8 +246,7 @@ class DefinableVectorRouting(OverInputs, nn.Module):
             )
         checks.floating("F's output", made)
         if made.shape[0] > 1 and made.stride(0) == 0:
-            shared: Tensor = _OfAll.apply(made) if torch.is_grad_enabled() and made.requires_grad else made[:1]
-            return shared
+            return _OfAll.apply(made) if torch.is_grad_enabled() and made.requires_grad else made[:1]
         return made
 
     def _predictions(self, pred: Tensor, batch: Sequence[int]) -> Tensor:

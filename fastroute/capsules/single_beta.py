@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class SingleBeta(nn.Module):
         found: Any = self._parameters.get("beta_ign", self.__dict__.get("_made_beta_ign"))
         if found is None:  # as while it is parametrized or pruned
             raise AttributeError(f"{type(self).__name__} has no parameter beta_ign")
-        return found  # type: ignore[no-any-return]
+        return found
 
     @beta_ign.setter
     def beta_ign(self, made: Tensor) -> None:
@@ -46,25 +46,21 @@ class SingleBeta(nn.Module):
 
     def _reset_betas(self) -> None:
         nn.init.zeros_(self.beta_use)
-        nn.init.zeros_(self._buffers["beta_ign"] if self.single_beta else self._parameters["beta_ign"])  # type: ignore[arg-type]
+        nn.init.zeros_(cast(Tensor, (self._buffers if self.single_beta else self._parameters)["beta_ign"]))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.single_beta:
             self._buffers["beta_ign"] = self.beta_use.detach().clone()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         use, ign = state_dict.get(prefix + "beta_use"), state_dict.get(prefix + "beta_ign")
         if self.single_beta and isinstance(use, Tensor):
-            known = type(ign) in (Tensor, nn.Parameter) and not (ign.is_meta or use.is_meta)  # type: ignore[union-attr]
-            if known and not torch.equal(use, ign.to(use)):  # type: ignore[union-attr]
+            known = type(ign) in (Tensor, nn.Parameter) and not (ign.is_meta or use.is_meta)
+            if known and not torch.equal(use, ign.to(use)):
+                *_, error_msgs = args
                 error_msgs.append(
                     f"{prefix}beta_ign: expected the values of beta_use, which are one with single_beta=True"
                 )
             state_dict[prefix + "beta_ign"] = use.detach().clone()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)

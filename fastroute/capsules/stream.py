@@ -31,7 +31,7 @@ _EVERY_PASS = "a tensor, an array, a list, or a function that returns a new iter
 
 
 class Ranks(NamedTuple):
-    """How vectors that are streamed by several processes are put together, each of which streams its own."""
+    """How the sums of several processes are put together, where each streams vectors of its own."""
 
     #: Of this rank's (n, leading sizes, dtype): how many vectors there are in all, before its own, and its own.
     place: Callable[[int, tuple[int, ...], torch.dtype], tuple[int, int, int]]
@@ -206,7 +206,7 @@ class _Source:
             if not held and chunk.nbytes >= least:
                 yield chunk
                 continue
-            held.append(chunk.clone())  # whoever made it may use its memory for the next one
+            held.append(chunk.clone())  # its memory may be used again for the next one
             size += chunk.nbytes
             if size >= least:
                 yield torch.cat(held, -2)

@@ -155,7 +155,7 @@ class EfficientVectorRouting(nn.Module):
         if known is None or not known[1].holds(modules):
             read = [m for m in modules if m is not None]
             known = self._memo.known = self._looks_plain(), Proof(modules, read)
-        return known[0]  # type: ignore[no-any-return]
+        return known[0]
 
     def _looks_plain(self, kinds: tuple[type, ...] = ()) -> bool:
         norm: Any = self.N
@@ -187,7 +187,7 @@ class EfficientVectorRouting(nn.Module):
         if self.n_inp != -1 and not torch.compiler.is_compiling():
             try:  # fifteen calls of __getattr__ are a sixth of a small layer's time
                 own = _OWN(self._parameters)
-                return Parameters(*own, None, None, self._buffers["CONST_ones_over_n_out"])  # type: ignore[call-arg]
+                return Parameters._make((*own, None, None, self._buffers["CONST_ones_over_n_out"]))
             except KeyError:  # somebody has put another kind of attribute in a parameter's place
                 pass
         if self.n_inp != -1:
@@ -245,7 +245,7 @@ class EfficientVectorRouting(nn.Module):
             found = self._last_iteration(reaching(given, mask), given, mask, lengths, plain)
             watching.tell(self, "credit", found["R"], found["phi"])
             if not self.return_dict:
-                return found["x_out"].reshape(*batch, self.n_out, self.d_out)  # type: ignore[union-attr]
+                return found["x_out"].reshape(*batch, self.n_out, self.d_out)
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
         w = self._parameters_by_name()
         x_out = efficient_routing(given, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
@@ -295,11 +295,10 @@ class EfficientVectorRouting(nn.Module):
                 "stream: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as "
                 "they were made, without hooks and adapters, got others, which only forward can call"
             )
-        x_out: Tensor = stream(
+        return stream(
             self._parameters_by_name(), chunks, n_inp=self.n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n,
             rows=rows, mask=mask, lengths=lengths, buffer=buffer,
         )  # fmt: skip
-        return x_out
 
     def _votes(self, x: Tensor, w: Parameters, lengths: Tensor | None) -> Tensor | None:
         """V, where it is shown. x and w in one dtype."""
@@ -311,7 +310,7 @@ class EfficientVectorRouting(nn.Module):
 
     def _last_iteration(
         self, x: Tensor, given: Tensor, mask: Tensor | None, lengths: Tensor | None, plain: bool
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Any]:
         """All iterations but the last on the fused op, the last one written out; unless plain, all are written out.
 
         What is shown of inputs that reach no output, a_inp, S and V, is of those ``given``, as upstream's; it has no
@@ -330,7 +329,7 @@ class EfficientVectorRouting(nn.Module):
             functions = Functions() if plain else Functions(self.f, self.log_f, self.softmax, self.N)
             before = None
             if plain and self.n_iters > 1:
-                before = efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)  # type: ignore[arg-type]
+                before = efficient_routing(x, w, n_iters=self.n_iters - 1, normalize=False, **kwargs)
             last = first_or_next(x, before, w, **kwargs, functions=functions)
             for _ in range(0 if plain else self.n_iters - 1):
                 before = last.x_out
@@ -340,12 +339,12 @@ class EfficientVectorRouting(nn.Module):
             if self.return_dict and mask is not None:
                 with torch.no_grad():
                     given = given.to(dtype)
-                    shown = first_or_next(given, before, w, **kwargs, functions=functions)
-                    of_given = self._votes(given, w, lengths)
+                    shown: Any = first_or_next(given, before, w, **kwargs, functions=functions)
+                    of_given: Any = self._votes(given, w, lengths)
                 kept = reaches(mask)
                 a_inp = only(a_inp, kept, shown.a_inp)
-                S = None if S is None else only(S, kept, shown.assignment.S)  # type: ignore[arg-type]
-                V = None if V is None else only(V, kept, of_given)  # type: ignore[arg-type]
+                S = None if S is None else only(S, kept, shown.assignment.S)
+                V = None if V is None else only(V, kept, of_given)
         return {
             "a_inp": a_inp, "V": V, "pred_x_inp": last.pred_x_inp, "S": S, "R": R, "D_use": D_use, "D_ign": D_ign,
             "phi": phi, "x_out": functions.N(last.x_out) if self.normalize else last.x_out,

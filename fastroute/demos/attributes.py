@@ -90,7 +90,7 @@ class Attributes(NamedTuple):
     test_answers: Tensor
 
     def to(self, device: torch.device) -> Attributes:
-        return Attributes(self.names, *(t.to(device) for t in self[1:]))  # type: ignore[attr-defined]
+        return Attributes(self.names, *(t.to(device) for t in self[1:]))
 
 
 def attributes(found: data.Digits, count: int = BASE, seed: int = 0) -> Attributes:

@@ -51,8 +51,7 @@ class DigitRouter(nn.Module):
     def capsules(self, images: Tensor) -> Tensor:
         """[B, cells, d]"""
         seen = F.unfold(images[:, None], self.cell + 2, padding=1, stride=self.cell).mT
-        capsules: Tensor = self.look(seen) * self.position
-        return capsules
+        return self.look(seen) * self.position
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.to_classes(self.to_hidden(self.capsules(images)))
@@ -70,8 +69,7 @@ class DigitRouter(nn.Module):
                 routing.return_dict = False
             x = found["x_out"]
             phis.append(found["phi"])
-        credit: Tensor = credit_assignment(phis).unflatten(1, self.grid)
-        return credit
+        return credit_assignment(phis).unflatten(1, self.grid)
 
 
 def jittered(images: Tensor) -> Tensor:
@@ -80,8 +78,7 @@ def jittered(images: Tensor) -> Tensor:
     affine = torch.eye(2, 3, device=images.device) + 0.05 * torch.randn(B, 2, 3, device=images.device)
     grid = F.affine_grid(affine, [B, 1, H, W], align_corners=False)
     moved = F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
-    noisy: Tensor = moved + 0.1 * torch.randn_like(moved)
-    return noisy
+    return moved + 0.1 * torch.randn_like(moved)
 
 
 @torch.no_grad()
@@ -141,8 +138,7 @@ def time_backends(model: DigitRouter, images: Tensor, labels: Tensor, console: C
 
     @torch.no_grad()
     def forward() -> Tensor:
-        logits: Tensor = model(images)
-        return logits
+        return model(images)
 
     def forward_and_backward() -> None:
         model.zero_grad()

@@ -74,8 +74,7 @@ class OnImages(nn.Module):
         self.head = CapsuleHead(10, FEATURES, LAYERS + 1, parts=16, return_credit=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.encoder(images))[0]
-        return scores
+        return self.head(self.encoder(images))[0]
 
 
 class OnText(nn.Module):
@@ -97,8 +96,7 @@ class OnText(nn.Module):
         there = there[:, : int(there.sum(1).max())].bool()
         order = order[:, : there.shape[1]]
         words = order * self.INKS + (ink.gather(1, order) - 1).clamp(min=0)
-        scores: Tensor = self.head(self.encoder(words, ~there), there)[0]
-        return scores
+        return self.head(self.encoder(words, ~there), there)[0]
 
 
 class Step(NamedTuple):
@@ -135,8 +133,7 @@ class Classifier(Learner):
     def scores(self, images: Tensor) -> Tensor:
         if self.side is not None:
             images = F.interpolate(images[:, None], (self.side, self.side), mode="bilinear")
-        scores: Tensor = self.model(images)
-        return scores
+        return self.model(images)
 
     def step(self, rows: Tensor) -> Step:
         loss = F.cross_entropy(self.scores(self.found.train_images[rows]), self.found.train_labels[rows])

@@ -1,4 +1,4 @@
-"""Handwritten digits as more than forty tasks of one network, each of which has a random half of its channels."""
+"""Handwritten digits as more than forty tasks of one network; each task has a random half of its channels."""
 
 from __future__ import annotations
 
@@ -70,8 +70,7 @@ class AtOnce(ManyTasks):
 
     def all(self, x: Tensor) -> Tensor:
         """Images [B, 1, H, W] -> logits [B, T]."""
-        logits: Tensor = self.heads(self.trunk(x))
-        return logits
+        return self.heads(self.trunk(x))
 
 
 class Separate(nn.Module):

@@ -1,4 +1,4 @@
-"""Capsule layers over several processes, each of which has some of the input vectors and their parameters.
+"""Capsule layers over several processes: each has some of the input vectors and their parameters.
 
 The M-step of an iteration is a sum over input vectors, and the E-step sees one of them at a time. So every rank routes
 its own ones, and the ranks add up [n_out, d_inp + 1] numbers per iteration. ``docs/distributed.md`` has the derivation.
@@ -122,7 +122,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *w: Tensor | None) -> Tensor:
         with autocast_off(x.device.type):
-            y, saved = passes.forward(call.of(x, parameters := Parameters(*w)), parameters)  # type: ignore[arg-type]
+            y, saved = passes.forward(call.of(x, parameters := Parameters._make(w)), parameters)
         ctx.call = call._replace(mask=None, lengths=None)
         ctx.save_for_backward(call.mask, call.lengths, x, *w, *saved.gates, *saved[1:])
         return y
@@ -156,15 +156,14 @@ def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
     """[B, m, h] in the dtype of sums, the same on all ranks."""
     if torch.compiler.is_compiling():
         return _differentiable(call, x, w)
-    made: Tensor = _Route.apply(call, x, *w)  # type: ignore[no-untyped-call]
-    return made
+    return _Route.apply(call, x, *w)
 
 
 # ------------------------------------------------------------------------------------------------------- the layer
 
 
 class RowShardedVectorRouting(EfficientVectorRouting):
-    """An ``EfficientVectorRouting`` of which every rank of a mesh has some input vectors, and their parameters.
+    """An ``EfficientVectorRouting`` whose input vectors, with their parameters, are divided over the ranks of a mesh.
 
     ``parallelize_module`` makes it by ``RowShardedCapsules``. All parameters are DTensors under their own names: those
     with a row per input vector are ``Shard(0)``, the others ``Replicate()``. Results are those of the layer in one
@@ -231,7 +230,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
     def _local_parameters(self) -> Parameters:
         return Parameters(*map(local, self._parameters_by_name()))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_inp: Tensor, mask: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
     ) -> Tensor:
         """Route the input vectors of all ranks to x_out [..., n_out, d_out].
@@ -307,9 +306,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
         x = x.to(dtype)
         out = torch.promote_types(dtype, w.W_F2.dtype)
         if B == 0 or self._rows.ranks == 1:
-            x_out = efficient_routing(
-                x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths
-            )  # fmt: skip
+            x_out = efficient_routing(x, w, n_iters=self.n_iters, normalize=self.normalize, mask=mask, lengths=lengths)
             return x_out.reshape(*batch, self.n_out, self.d_out)
         in_all, before = self._rows.places(n, k, x.device)
         if isinstance(in_all, Tensor) and may_look(in_all):
@@ -331,9 +328,7 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             lengths = torch.zeros(B, dtype=torch.int64, device=x.device)
         x = x if x.stride(-1) == 1 or d == 1 else x.contiguous()
         w = _shared_rows(w, self.n_iters, self._rows.group)
-        call = _Call(
-            scale, mask, lengths, self.n_iters, self.normalize, precision, requested(), self._rows.group
-        )  # fmt: skip
+        call = _Call(scale, mask, lengths, self.n_iters, self.normalize, precision, requested(), self._rows.group)
         return _route(call, x, w).to(out).reshape(*batch, self.n_out, self.d_out)
 
     def stream(
@@ -392,11 +387,10 @@ class RowShardedVectorRouting(EfficientVectorRouting):
                 n, rows, mask, w, n_inp = None, None, None, _with_a_row(w), -1
             if ranks is not None:
                 w = _shared_rows(w, self.n_iters, group)
-            made: Tensor = stream(
+            return stream(
                 w, chunks, n_inp=n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n, rows=rows, mask=mask,
                 lengths=lengths, buffer=buffer, ranks=ranks,
             )  # fmt: skip
-            return made
         except Exception as error:
             if not placed:
                 agree({"stream": error}, group, layer=named)

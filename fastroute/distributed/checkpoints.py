@@ -121,8 +121,9 @@ class Checkpoints:
         own = own_names(self._root)
         names = [
             f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" if isinstance(t, Tensor) else key
-            for key, t in sorted(state["modules"].items()) if key not in own
-        ]  # fmt: skip
+            for key, t in sorted(state["modules"].items())
+            if key not in own
+        ]
         agree({"step": step, "names": names, "more": sorted(state["more"])}, self._group, layer=type(self).__name__)
         if asynchronous:
             self._saving = async_save(state, checkpoint_id=path, process_group=self._group, no_dist=self._alone)

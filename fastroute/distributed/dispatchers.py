@@ -176,8 +176,7 @@ class Local:
 
     def receive_back(self, sent: dict[str, Any]) -> Tensor:
         """See ``Dispatcher``."""
-        made: Tensor = sent["made"]
-        return made
+        return sent["made"]
 
 
 def _exchanged_counts(x: Tensor, plan: Plan, place: Place) -> Counts:
@@ -209,7 +208,7 @@ def _facts(x: Tensor, place: Place) -> list[int]:
 
 
 def _check_facts(facts: Sequence[Sequence[int]], place: Place) -> None:
-    """The same error on all ranks, each of which knows all facts."""
+    """The same error on all ranks, since each knows all facts."""
     if all(fact[:2] == facts[0][:2] for fact in facts):
         return
 

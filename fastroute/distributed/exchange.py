@@ -17,13 +17,11 @@ Splits = Sequence[int]
 
 
 def _all_to_all(x: Tensor, out: Splits, given: Splits, group: str) -> Tensor:
-    made: Tensor = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), list(out), list(given), group)
-    return made
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), list(out), list(given), group)
 
 
 def _waited(x: Tensor) -> Tensor:
-    made: Tensor = torch.ops._c10d_functional.wait_tensor(x)
-    return made
+    return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def sum_of(x: Tensor, group: str) -> Tensor:
@@ -112,7 +110,7 @@ def begin(x: Tensor, tie: Tensor, out: Splits, given: Splits, group: str) -> Mov
 
 def end(moving: Moving, out: Splits, given: Splits, group: str) -> tuple[Tensor, Tensor]:
     """(the rows, a tie to be given to what is begun with what is made of them)."""
-    return _Ended.apply(*moving, out, given, group)  # type: ignore[no-any-return]
+    return _Ended.apply(*moving, out, given, group)
 
 
 class _Spread(torch.autograd.Function):
@@ -133,7 +131,7 @@ class _Spread(torch.autograd.Function):
 
 def spread(x: Tensor, entries: Tensor, per_sample: int) -> Tensor:
     """[B, ...] -> [n, ...]: the samples of entries [n] int64, entry e being of sample e // per_sample."""
-    return _Spread.apply(x, entries, per_sample)  # type: ignore[no-any-return]
+    return _Spread.apply(x, entries, per_sample)
 
 
 def placed(y: Tensor, entries: Tensor, count: int) -> Tensor:
@@ -185,16 +183,16 @@ def bounds_by_rank(rows: int, ranks: int) -> tuple[int, ...]:
 
 def part(x: Tensor, ranks: int, rank: int, group: str) -> Tensor:
     """[B, ...], the same on all ranks -> this rank's chunk; its gradient is gathered."""
-    return _Part.apply(x, ranks, rank, group)  # type: ignore[no-any-return]
+    return _Part.apply(x, ranks, rank, group)
 
 
 def whole(x: Tensor, rows: int, ranks: int, rank: int, group: str) -> Tensor:
     """This rank's chunk -> all [rows, ...], on all ranks."""
-    return _Whole.apply(x, rows, ranks, rank, group)  # type: ignore[no-any-return]
+    return _Whole.apply(x, rows, ranks, rank, group)
 
 
 class _Copied(torch.autograd.Function):
-    """x itself, the same on all ranks, of which each uses a part: gradients are summed."""
+    """x itself, the same on all ranks. Each rank uses a part of it, so gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> tuple[Tensor, Tensor]:
@@ -221,12 +219,12 @@ class _Summed(torch.autograd.Function):
 
 def copied(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """(x, the same on all ranks, a tie as of :func:`end`); the gradient is the sum over ranks."""
-    return _Copied.apply(x, group)  # type: ignore[no-any-return]
+    return _Copied.apply(x, group)
 
 
 def summed(x: Tensor, tie: Tensor, group: str) -> Tensor:
     """The sum over ranks, the same on all; the gradient is the output's."""
-    return _Summed.apply(x, tie, group)  # type: ignore[no-any-return]
+    return _Summed.apply(x, tie, group)
 
 
 class _Mean(torch.autograd.Function):
@@ -249,4 +247,4 @@ class _Mean(torch.autograd.Function):
 
 def mean_gradient(p: Tensor, parts: int, replicas: int, group: str) -> Tensor:
     """A parameter whose gradient is divided by ``parts`` and averaged over the ``replicas`` ranks of ``group``."""
-    return _Mean.apply(p, parts, replicas, group)  # type: ignore[no-any-return]
+    return _Mean.apply(p, parts, replicas, group)

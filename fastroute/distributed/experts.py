@@ -106,7 +106,7 @@ class ExpertParallel(ParallelStyle):
             )
         self.use_local_output, self.replicas = use_local_output, replicas
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> Any:
         if device_mesh.ndim != 1:
             raise ValueError(
                 f"{_name(module)}: device_mesh: expected one dimension, as mesh['expert'], got {device_mesh.ndim}"
@@ -120,7 +120,7 @@ class ExpertParallel(ParallelStyle):
         kind = _ParallelMoE if isinstance(module, MoE) else _ParallelSelection
         own = type(module)
         module.__class__ = type(f"ExpertParallel{own.__name__}", (kind, own), {"__doc__": own.__doc__})
-        module._shards = spread  # type: ignore[assignment]
+        module._shards = spread
         source = getattr(self, "src_data_rank", 0)
         if isinstance(module, MoE):
             for name in ("w_gate_up", "w_down"):
@@ -128,7 +128,7 @@ class ExpertParallel(ParallelStyle):
             if spread.samples == "own":
                 module.gate.load_group = Processes.of(device_mesh.get_group())
         else:
-            _keep_own(module, spread.place, device_mesh, source)  # type: ignore[arg-type]
+            _keep_own(module, spread.place, device_mesh, source)
         spread.place = spread.place_of(any(p.requires_grad for p in expert_parameters(module)))
         return module
 
@@ -254,12 +254,10 @@ def _keep_own(module: Selection, place: Place, mesh: DeviceMesh, source: int | N
 class _Shards:
     """What a spread layer knows of its ranks, and how its samples travel."""
 
-    def __init__(self, module: nn.Module, mesh: DeviceMesh, style: ExpertParallel) -> None:
-        K = module.num_experts if isinstance(module, MoE) else len(module._submodules)  # type: ignore[arg-type]
+    def __init__(self, module: Any, mesh: DeviceMesh, style: ExpertParallel) -> None:
+        K = module.num_experts if isinstance(module, MoE) else len(module._submodules)
         group, W = mesh.get_group(), mesh.size()
-        self.place = Place(
-            group.group_name, mesh.get_local_rank(), W, bounds_by_rank(K, W), layer=_name(module)  # type: ignore[arg-type]
-        )  # fmt: skip
+        self.place = Place(group.group_name, mesh.get_local_rank(), W, bounds_by_rank(K, W), layer=_name(module))
         self.mesh, self.dispatcher = mesh, style.dispatcher
         self.input_layouts, self.output_layouts = style.input_layouts, style.output_layouts
         self.use_local_output = style.use_local_output
@@ -399,7 +397,7 @@ class _Shards:
             self.shapes[key] = self._told(y, rows)
         return self.shapes[key]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _told(self, y: Tensor | None, rows: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
         dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         fact = [-1] * (_AXES + 2)
@@ -430,7 +428,7 @@ class _ParallelMoE(MoE):
         shards.meet({"x": x, "mask": mask}, x)
         made = super().forward(shards.given(x), shards.given(mask), return_aux=return_aux)
         if return_aux:
-            return shards.returned(made[0], x), made[1]  # type: ignore[arg-type]
+            return shards.returned(made[0], x), made[1]
         return shards.returned(made, x)  # type: ignore[arg-type]
 
     def _mixture(self, x: Tensor, active: Tensor | None, routed: Routed) -> Tensor:
@@ -448,10 +446,12 @@ class _ParallelMoE(MoE):
 
         shares = self.shared_experts > 0
         z, shared = shards.through(
-            own, plan, run,
+            own,
+            plan,
+            run,
             (lambda: self._shared_hidden(x)) if shares else lambda: None,
             (lambda h: self._shared_out(h, active)) if shares else lambda made: made,
-        )  # fmt: skip
+        )
         valid = (actions >= 0) & (actions < self.num_experts)
         y = shards.all_parts(combine(z.view(*actions.shape, z.shape[1]), weights, valid), x.shape[0])
         return y if shared is None else y + shared

@@ -84,8 +84,7 @@ class RowShardedDefinable(RowSharded):
         """Predictions of the right shape."""
         V = self._votes(self.F(x), batch, x.shape[-2])
         y = V.mean(1).expand(prod(batch), -1, -1).reshape(*batch, self.n_out, V.shape[-1])
-        made: Tensor = self.G(y)
-        return made
+        return self.G(y)
 
     @staticmethod
     def _compare(name: str, function: Any, x: Tensor, again: Tensor, first: int, count: int, lead: int) -> None:

@@ -84,8 +84,7 @@ class RowSharded(nn.Module):
 
     def _fixed(self) -> int:
         """n, or -1."""
-        n: int = getattr(self, "n_inp", -1)
-        return n
+        return getattr(self, "n_inp", -1)
 
     def _inputs_here(self) -> int:
         return -1 if self._fixed() == -1 else self._here
@@ -230,8 +229,7 @@ class RowSharded(nn.Module):
         if self._rows.ranks == 1:
             return draw
         ops = torch.ops._c10d_functional
-        made: Tensor = ops.wait_tensor(ops.broadcast(draw.contiguous(), 0, self._rows.group.group_name))
-        return made
+        return ops.wait_tensor(ops.broadcast(draw.contiguous(), 0, self._rows.group.group_name))
 
     def _assigned(
         self, scores: Tensor | None, votes: Tensor, gate: Tensor | None = None, use: Tensor | None = None,
@@ -318,9 +316,7 @@ class _Sums:
         mean, weight = made.mean.double(), made.N0.double()
         if made.low is not None:
             mean = mean + made.low
-        N0, S1, a = total(
-            weight, weight[..., None, None] * mean, made.a.double(), group=self.group, what=_MOMENTS
-        )  # fmt: skip
+        N0, S1, a = total(weight, weight[..., None, None] * mean, made.a.double(), group=self.group, what=_MOMENTS)
         whole = S1 / torch.where(N0 > 0, N0, 1.0)[..., None, None]
         off = (mean - whole).square() * weight[..., None, None]
         (M2,) = total(made.M2.double() + off, group=self.group, what=_MOMENTS)
@@ -339,7 +335,7 @@ class _Route(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *d: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *d: Tensor) -> tuple[Any, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:8]
         inputs, saved = tensors[:7], tensors[7:]
         if asked_again(*d):
@@ -405,7 +401,7 @@ class _Matrix(RowSharded):
 
 
 class RowShardedMatrixRouting(_Matrix):
-    """A ``GenerativeMatrixRouting`` of which every rank of a mesh has some input capsules, and their parameters."""
+    """A ``GenerativeMatrixRouting`` whose input capsules, with their parameters, are divided over a mesh's ranks."""
 
     def forward(self, a_inp: Any, mu_inp: Any, *, mask: Any = None, lengths: Any = None) -> Any:
         """Route the capsules of all ranks: a_inp [..., k], mu_inp [..., k, d_cov, d_inp] of this one."""

@@ -43,7 +43,7 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return Shared.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
+        return Shared.apply(grad, ctx.group, ctx.what), None, None
 
 
 class Shared(torch.autograd.Function):
@@ -56,23 +56,24 @@ class Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return Sum.apply(grad, ctx.group, ctx.what), None, None  # type: ignore[no-untyped-call]
+        return Sum.apply(grad, ctx.group, ctx.what), None, None
 
 
 def shared(t: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     """See :class:`Shared`; sums are in at least float32."""
     acc = torch.promote_types(t.dtype, torch.float32)
-    made: Tensor = Shared.apply(t.to(acc), group, what)  # type: ignore[no-untyped-call]
+    made: Tensor = Shared.apply(t.to(acc), group, what)
     return made.to(t.dtype)
 
 
-def total(*parts: Tensor, group: dist.ProcessGroup, what: str = "the moments M and p", trains: bool = False
-          ) -> tuple[Tensor, ...]:  # fmt: skip
+def total(
+    *parts: Tensor, group: dist.ProcessGroup, what: str = "the moments M and p", trains: bool = False
+) -> tuple[Tensor, ...]:
     """The sums over ranks, in one all-reduce. ``trains``: a gradient comes back on all ranks, wherever it goes to."""
     flat = torch.cat([t.flatten() for t in parts]) if len(parts) > 1 else parts[0].flatten()
     if trains and not flat.requires_grad and not torch.compiler.is_compiling():
         flat = flat.detach().requires_grad_()
-    summed = Sum.apply(flat, group, what)  # type: ignore[no-untyped-call]
+    summed = Sum.apply(flat, group, what)
     return tuple(s.view(t.shape) for s, t in zip(summed.split([t.numel() for t in parts]), parts, strict=True))
 
 

@@ -74,7 +74,7 @@ class CapsuleHead(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """As when it was made: the scales one, the shifts zero, the routings drawn anew."""
+        """Initialise again: scales 1, shifts 0, random routings."""
         nn.init.ones_(self.W)
         nn.init.zeros_(self.B)
         for routing in self.route:
@@ -117,7 +117,7 @@ class CapsuleHead(nn.Module):
             y = first(x, lengths=lengths)
             for routing in rest:
                 y = routing(y)
-            return y.squeeze(-1)  # type: ignore[no-any-return]
+            return y.squeeze(-1)
         found, credit = self.route[0](x, lengths=lengths), None
         credit, y = found["phi"], found["x_out"]
         for routing in list(self.route)[1:]:
@@ -209,5 +209,4 @@ class CapsuleClassifier(nn.Module):
         if states is None:
             raise TypeError(f"encoder: expected an output with hidden_states, got {type(made).__name__} without")
         mask = inputs.get("attention_mask")
-        scores: Tensor | tuple[Tensor, Tensor] = self.head(tuple(states), mask)
-        return scores
+        return self.head(tuple(states), mask)

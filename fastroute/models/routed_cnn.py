@@ -14,7 +14,7 @@ from ..ops.arguments import Count, NotNegative, Several, checked
 
 
 class RoutedCNN(nn.Module):
-    """Images and their tasks to logits: shared convolutions, then layers of which a task takes a module each.
+    """Images and their tasks to logits: shared convolutions, then layers in which each task takes one module.
 
     Rosenbaum, Klinger and Riemer, "Routing Networks and the Adaptive Selection of Non-linear Functions for Multi-Task
     Learning", ICLR 2018 (arXiv 1711.01239), the network of the authors' example: four blocks of a convolution 3 x 3

@@ -64,10 +64,12 @@ class SmallNORB(nn.Module):
         self.convolve = nn.Sequential(*blocks)
         self.compute_a = nn.Sequential(nn.BatchNorm2d(channels, **own), nn.Conv2d(channels, parts, 1, **own))
         self.compute_mu = nn.Sequential(nn.BatchNorm2d(channels, **own), nn.Conv2d(channels, parts * 16, 1, **own))
-        self.routings = nn.ModuleList([
-            GenerativeMatrixRouting(-1, parts, 4, 4, 4, n_iters=n_iters, **own),
-            GenerativeMatrixRouting(parts, classes, 4, 4, 4, n_iters=n_iters, **own),
-        ])  # fmt: skip
+        self.routings = nn.ModuleList(
+            [
+                GenerativeMatrixRouting(-1, parts, 4, 4, 4, n_iters=n_iters, **own),
+                GenerativeMatrixRouting(parts, classes, 4, 4, 4, n_iters=n_iters, **own),
+            ]
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores of classes, before the softmax.
@@ -94,5 +96,4 @@ class SmallNORB(nn.Module):
         mu = self.compute_mu(x).unflatten(1, (-1, 4, 4)).permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
         for routing in self.routings:
             a, mu, _ = routing(a, mu)
-        scores: Tensor = a
-        return scores
+        return a

@@ -44,9 +44,11 @@ _PLAIN = (type(None), nn.Parameter, Tensor)
 
 #: Hooks on all modules.
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks,
-    global_hooks._global_backward_hooks, global_hooks._global_backward_pre_hooks,
-)  # fmt: skip
+    global_hooks._global_forward_hooks,
+    global_hooks._global_forward_pre_hooks,
+    global_hooks._global_backward_hooks,
+    global_hooks._global_backward_pre_hooks,
+)
 
 #: By class: names of what a call of it runs, what looks that up, and what it was when the class was first seen.
 _originals: dict[tuple[type, bool], tuple[list[str], attrgetter[Any], Any]] = {}
@@ -147,8 +149,7 @@ def call(m: nn.Module, x: Tensor) -> Tensor:
         for name, p in m.named_parameters()
         if type(p) is nn.Parameter and p.is_floating_point() and p.dtype != x.dtype
     }
-    made: Tensor = torch.func.functional_call(m, other, (x,)) if other else m(x)
-    return made
+    return torch.func.functional_call(m, other, (x,)) if other else m(x)
 
 
 def name_before(name: str) -> str:

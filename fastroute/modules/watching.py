@@ -62,7 +62,7 @@ def tell(layer: Any, kind: str, *seen: Any) -> None:
 
 
 def watch(layer: nn.Module, watcher: Watcher) -> None:
-    """Have a watcher told from now on, as long as both live."""
+    """Tell a watcher from now on, as long as watcher and layer exist."""
     with _lock:
         others = tuple(r for r in _watchers.get(layer, ()) if r() not in (None, watcher))
         _watchers[layer] = (*others, weakref.ref(watcher))

@@ -110,8 +110,7 @@ class ToTasks:
         T = self.num_tasks
         if x.dim() < 1 or x.shape[0] % T:
             raise ValueError(f"x: expected as many samples of each of {T} tasks, [{T} B, ...], got {shown(x)}")
-        made: tuple[Tensor, ...] = x.unflatten(0, (T, x.shape[0] // T)).unbind()
-        return made
+        return x.unflatten(0, (T, x.shape[0] // T)).unbind()
 
     def __repr__(self) -> str:
         return f"ToTasks({self.num_tasks})"

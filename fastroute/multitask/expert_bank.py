@@ -106,8 +106,7 @@ class Experts(nn.Module):
         u = F.linear(x, self.w_in.flatten(0, 1), self.b_in.flatten()).unflatten(1, (self.num_experts, -1))
         act = ACTIVATIONS[self.activation]
         if self.w_out is None:
-            made: Tensor = act(u)
-            return made
+            return act(u)
         # put in order before the activation: backward then needs one copy, too, and torch.compile's loops half the time
         return self._second(act(u.transpose(0, 1).contiguous())).transpose(0, 1)
 
@@ -189,16 +188,14 @@ class Gates(nn.Module):
         with autocast_off(x.device.type):
             x, w, b = self._cast(x)
             z = F.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
-            weights: Tensor = z.unflatten(1, (self.num_tasks, -1)).softmax(-1)
-            return weights
+            return z.unflatten(1, (self.num_tasks, -1)).softmax(-1)
 
     def run_grouped(self, x: Tensor) -> Tensor:
         """[T, N, D] -> [N, T, E]: a task's gate sees the task's own input."""
         with autocast_off(x.device.type):
             x, w, b = self._cast(x)
             z = torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT)
-            weights: Tensor = z.softmax(-1).transpose(0, 1)
-            return weights
+            return z.softmax(-1).transpose(0, 1)
 
     def _cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         to = torch.promote_types(accumulating(x.dtype), accumulating(self.weight.dtype))

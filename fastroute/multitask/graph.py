@@ -37,7 +37,7 @@ def read(task_layers: Sequence[Mapping[str, Any]], reserved: Collection[str] = (
     """The nodes of a list of dicts.
 
     Args:
-        task_layers: dicts with the keys of ``KEYS``, of which ``name`` and ``layers`` are required.
+        task_layers: dicts with the keys of ``KEYS``; ``name`` and ``layers`` are required.
         reserved: names that no node may have.
         strict: whether unknown keys, a "." in a name, and strings as weights are errors (they are ignored otherwise),
             and a name twice among a node's anchors is twice its argument (otherwise once).
@@ -146,8 +146,7 @@ def _layers(where: str, layers: Any) -> Callable[..., Any]:
         )
     if not callable(layers):
         raise ValueError(f"{where}: layers: expected a Module, a list of them or a function, got {_described(layers)}")
-    found: Callable[..., Any] = layers
-    return found
+    return layers
 
 
 def _described(value: object) -> str:

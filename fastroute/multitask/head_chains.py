@@ -60,7 +60,7 @@ def _linear(h: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None, T: int
 
 def _put_side_by_side(parameters: Sequence[Tensor], T: int) -> list[Tensor]:
     """Each T of them in one, [T A, ...] of T [A, ...]."""
-    return [torch.cat(parameters[k : k + T]) for k in range(0, len(parameters), T)]  # type: ignore[arg-type]
+    return [torch.cat(tuple(parameters[k : k + T])) for k in range(0, len(parameters), T)]
 
 
 def _by_layer(layers: Sequence[Layer], whole: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
@@ -158,7 +158,7 @@ class _Chains(torch.autograd.Function):
 
 
 def _through_chain(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """The gradients of ``chain``, made anew."""
+    """The gradients of ``chain``, computed again from its inputs."""
     layers, T, parameters = ctx.layers, ctx.T, ctx.parameters
 
     def plain(x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
@@ -172,7 +172,7 @@ def _through_chain(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def split(h: Tensor) -> tuple[Tensor, ...]:
     """[T, N, O] as T tensors that may be written to: to their users they have nothing in common."""
     N = h.shape[1]
-    return torch.unsafe_split(h.flatten(0, 1), N) if N else h.unbind()  # type: ignore[return-value]
+    return torch.unsafe_split(h.flatten(0, 1), N) if N else h.unbind()
 
 
 def chains(
@@ -196,7 +196,7 @@ def chains(
             len(layer.then) < 2 and all(type(m) in _ACTIVATIONS for m in layer.then) for layer in layers
         ):
             made = apply(_Chains, x, layers, T, whole, *parameters)
-            return made.unbind() if layers[-1].then else made  # type: ignore[no-any-return]
+            return made.unbind() if layers[-1].then else made
         whole = None  # which has no gradient
     if whole is None or plain:
         whole = _put_side_by_side(parameters, T)

@@ -6,7 +6,7 @@ Axes: T heads, N rows, F features, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ def _signature(m: Any, leaves: list[nn.Module], seen: tuple[list[Any], list[Any]
                 return None
             made += part
         return made
-    if kind is nn.Identity or (kind in _DROPOUTS and (static or not m.training or m.p == 0)):  # type: ignore[operator]
+    if kind is nn.Identity or (kind in _DROPOUTS and (static or not m.training or m.p == 0)):
         return ()
     if kind is nn.Linear:
         weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
@@ -205,14 +205,14 @@ class Siblings:
         return known[0]
 
 
-def run_heads(siblings: Siblings, heads: Sequence[Callable[[Any], Any]], x: Any) -> list[Any]:
+def run_heads(siblings: Siblings, heads: Sequence[Any], x: Any) -> list[Any]:
     """The output of each head."""
     if type(x) not in _TENSORS or not x.is_floating_point() or x.dim() == 0:
         return [head(x) for head in heads]
     least = _LEAST.get(x.device.type, _FEWEST)
     if len(heads) < least:
         return [head(x) for head in heads]
-    recipe = siblings.recipe(heads)  # type: ignore[arg-type]
+    recipe = siblings.recipe(heads)
     made: list[Any] = [None] * len(heads)
     for part in recipe.parts:
         together = len(part.heads) >= least

@@ -48,10 +48,10 @@ class _Task:
     x: Tensor
     y: Tensor
     mask: Tensor | None
-    call: Callable[..., Tensor] | None = None  #: None: the loss is its author's own
+    call: Any = None  #: a function; None: the loss is its author's own
     options: tuple[tuple[str, Any], ...] = ()
     reduction: str = "mean"
-    ignore_index: int | None = None  #: None: no class is named
+    ignore_index: Any = None  #: None: no class is named
 
     def key(self) -> tuple[Any, ...]:
         """Tasks with the same are computed together."""
@@ -194,7 +194,7 @@ def _elements(group: Sequence[_Task]) -> tuple[Tensor, Tensor]:
     there = ~y.isnan()
     if task.mask is not None:
         there = there & _stack([t.mask for t in group if t.mask is not None])
-    made = task.call(torch.where(there, x, 0), torch.where(there, y, 0), reduction="none", **dict(task.options))  # type: ignore[misc]
+    made = task.call(torch.where(there, x, 0), torch.where(there, y, 0), reduction="none", **dict(task.options))
     rows = there.flatten(2).any(2) if task.reduction == "batchmean" and there.dim() > 2 else there
     return _reduce(torch.where(there, made, 0), there, rows.flatten(1).sum(1), task.reduction)
 
@@ -213,13 +213,13 @@ def _classes(group: Sequence[_Task]) -> tuple[Tensor, Tensor]:
         y = torch.where(there.unsqueeze(1), y, 0)
         norms = there
     else:
-        there = y.ne(task.ignore_index)  # type: ignore[arg-type]
+        there = y.ne(task.ignore_index)
         there = there if mask is None else there & mask
         norms = there if weight is None else torch.where(there, weight[torch.where(there, y, 0)], 0)
-        y = torch.where(there, y, task.ignore_index)  # type: ignore[arg-type]
+        y = torch.where(there, y, task.ignore_index)
         options["ignore_index"] = task.ignore_index
     x = torch.where(there.unsqueeze(1), x, 0)
-    made = torch.where(there, task.call(x, y, reduction="none", **options), 0)  # type: ignore[misc]
+    made = torch.where(there, task.call(x, y, reduction="none", **options), 0)
     made, there, norms = (t.reshape(G, -1) for t in (made, there, norms))
     return _reduce(made, there, wide(norms).sum(1), task.reduction)
 

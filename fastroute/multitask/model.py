@@ -43,7 +43,7 @@ _OWN = (
 
 
 class MTLModel(Objective):
-    """A graph of layers, each of which takes the outputs of others; some outputs are those of tasks.
+    """A graph of layers. Each takes the outputs of others; some outputs are those of tasks.
 
     A dict of ``task_layers`` is a node:
 
@@ -144,7 +144,7 @@ class MTLModel(Objective):
         self._learned = {node.name: node.weight_name for node in nodes if node.init is not None}
         self._initial = {node.weight_name: node.init for node in nodes if node.init is not None}
         hold(self, self._losses)
-        self.output_tasks = output_tasks  # type: ignore[assignment]
+        self.output_tasks = output_tasks
         self._weigh(weighting, self._losses, device, dtype)
 
     def reset_parameters(self) -> None:
@@ -166,8 +166,9 @@ class MTLModel(Objective):
     @output_tasks.setter
     def output_tasks(self, names: Sequence[str] | str) -> None:
         self._output_tasks = read_outputs(names, self._anchors)
-        shared = isinstance(names, list) and not self._strict  # upstream's list is the caller's own
-        self._listed: list[str] = names if shared else list(self._output_tasks)  # type: ignore[assignment]
+        self._listed: list[str] = list(self._output_tasks)
+        if isinstance(names, list) and not self._strict:
+            self._listed = names  # upstream's list is the caller's own
         self._schedule()
 
     @property
@@ -191,7 +192,7 @@ class MTLModel(Objective):
         return [name for name in self.layer_names if name not in run]
 
     def _calls(self) -> list[Call]:
-        """What there is to do, in order. Whoever joins nodes into groups does it here."""
+        """The calls of a forward pass, in order. Subclasses join nodes into groups here."""
         run = self._anchors if self._run_all else needed(self._anchors, self._output_tasks)
         calls = [Call((name,), tuple(self._anchors[name])) for name in self._order if name in run]
         return join(calls, self._modules) if self._fuse else calls
@@ -234,7 +235,7 @@ class MTLModel(Objective):
         """Outputs, losses and weights of ``output_tasks``, in their order.
 
         Args:
-            input: what the nodes without anchors take: a tensor, or a list or a dict of which they take a part.
+            input: what the nodes without anchors take: a tensor, or a list or a dict that they take parts of.
 
         Returns:
             Three lists: outputs; losses, None where there is none; weights, likewise, learned ones as Parameters [1].
@@ -250,17 +251,18 @@ class MTLModel(Objective):
             self.output_tasks = self._listed
         values: list[Any] = [input] + [None] * self._empty
         modules = self._modules
-        name, first, inputs = ROOT, 0, None
+        name, first = ROOT, 0
+        inputs: Any = None
         try:
             for name, first, out, inputs, free, group in self._flat:
                 if group is not None:
                     run, outs = group
-                    made = run(modules, *[values[i] for i in inputs])  # type: ignore[union-attr]
+                    made = run(modules, *[values[i] for i in inputs])
                     for slot, value in zip(outs, made, strict=True):
                         values[slot] = value
                 else:
-                    layer = modules[name] if name in modules else getattr(self, name)
-                    values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])  # type: ignore[misc]
+                    layer: Any = modules[name] if name in modules else getattr(self, name)
+                    values[out] = layer(values[first]) if inputs is None else layer(*[values[i] for i in inputs])
                 for slot in free:
                     values[slot] = None
         except Exception as error:

@@ -68,10 +68,8 @@ class NamedTasks(nn.Module):
         """Of every list of modules, by name, how many of them each task has, one task after the other."""
         return {}
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        _, _, missing_keys, unexpected_keys, _ = args
         key = prefix + _KEY
         saved = state_dict.pop(key, None)
         if self.tasks is not None and _KEY in self._buffers:
@@ -83,9 +81,7 @@ class NamedTasks(nn.Module):
                     self._by_name(state_dict, prefix, self.tasks, place)
             device = self.task_names.device if saved is None else saved.device
             state_dict[key] = encoded(self.tasks).to(device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _by_name(self, state_dict: Any, prefix: str, tasks: Sequence[str], place: Mapping[str, int]) -> None:
         """Bring entries into the order of ``tasks``; those of a task that has no ``place`` there stay as they are."""
@@ -100,7 +96,7 @@ class NamedTasks(nn.Module):
             for dim, rest in axes:
                 n, left = divmod(saved.shape[dim] - rest, len(place) or 1)
                 if left or n * len(tasks) + rest != own.shape[dim]:
-                    break  # a mismatch, of which the module tells
+                    break  # a mismatch, which the module reports
                 made = made.index_select(dim, _entries(theirs, n, rest, saved.shape[dim], saved.device))
                 at.append((dim, _entries(mine, n, rest, own.shape[dim], saved.device)))
             else:
@@ -115,7 +111,7 @@ class NamedTasks(nn.Module):
 
 
 def _entries(tasks: Sequence[int], n: int, rest: int, size: int, device: torch.device) -> Tensor:
-    """Those of some tasks along an axis of which every task has n, and what is no task's."""
+    """The part of some tasks along an axis with n entries for every task; the rest belongs to no task."""
     found = [t * n + i for t in tasks for i in range(n)]
     return torch.tensor([*found, *range(size - rest, size)], dtype=torch.int64, device=device)
 

@@ -104,9 +104,9 @@ def _weighted(found: Mapping[str, Tensor], weights: Sequence[Any]) -> Tensor:
     if all(not isinstance(w, Tensor) and w == numbers[0] for w in numbers):
         total = torch.stack(values).sum()
         return total if numbers[0] == 1 else total * numbers[0]
-    return torch.stack([
-        v * (w.reshape(()) if isinstance(w, Tensor) else w) for v, w in zip(values, numbers, strict=True)
-    ]).sum()  # fmt: skip
+    return torch.stack(
+        [v * (w.reshape(()) if isinstance(w, Tensor) else w) for v, w in zip(values, numbers, strict=True)]
+    ).sum()
 
 
 class Objective(nn.Module):

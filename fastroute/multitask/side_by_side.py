@@ -40,7 +40,7 @@ def _part(whole: Tensor, t: int, like: Tensor) -> Tensor:
     """
     size = like.numel() * like.element_size()
     storage = whole.untyped_storage()[t * size : (t + 1) * size]
-    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, like.shape)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, like.shape)  # type: ignore[call-overload]
 
 
 #: Of two threads that would move the same parameters, the second finds them moved.

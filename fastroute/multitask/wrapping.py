@@ -92,7 +92,7 @@ class Multiply:
 
 
 class Split:
-    """``torch.split`` of a node's input: a tuple of views, of which ``SimpleSelect(k)`` takes one.
+    """``torch.split`` of a node's input: a tuple of views; ``SimpleSelect(k)`` takes one.
 
     Args:
         sizes: of the parts along ``dim``, or the size of all of them; then the last may be smaller.

@@ -15,7 +15,7 @@ STATE_COLUMNS = 5  #: upstream pads every state to so many columns
 
 
 class Column:
-    """One quantity per choice, [B, K] or [B, 1], of which a loss mostly reads the entry at the action.
+    """One quantity per choice, [B, K] or [B, 1]. A loss mostly reads the entry at the action.
 
     ``full`` is the tensor or a function that makes it when somebody looks; ``at`` is the entry at the action, where the
     decision has it anyway.
@@ -31,7 +31,7 @@ class Column:
     def full(self) -> Tensor:
         """[B, K], or [B, 1] for a quantity that all choices share."""
         if not isinstance(self._full, Tensor):
-            with torch.enable_grad():  # whoever looks first may do so without: others want its gradient
+            with torch.enable_grad():  # the first reader may be in no_grad, but later ones need its gradient
                 self._full = self._full()
         return self._full
 

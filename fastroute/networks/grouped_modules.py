@@ -1,4 +1,4 @@
-"""A list of modules of which every sample takes one: like ones run as one, others by one sort and a slice each.
+"""A list of modules, one for each sample: modules of one kind run as one, others by one sort and a slice each.
 
 Axes: B samples, K modules.
 """
@@ -121,7 +121,7 @@ class _Stage:
 
     def fits(self) -> bool:
         """Whether all leaves do the same, with parameters of the same shapes, which can be done together."""
-        first = self.leaves[0]
+        first: Any = self.leaves[0]
         kind = type(first)
         if not isinstance(first, nn.Module):
             return all(leaf is first for leaf in self.leaves)
@@ -229,7 +229,7 @@ class _Flow:
             self.x, self.is_sorted = self.rows.unsort(self.x), False
 
     def _rows(self, per_sample: int) -> Plan:
-        """The plan of rows of which every sample has so many, sorted."""
+        """The plan of sorted rows, with so many rows for each sample."""
         if per_sample == 1:
             return self.plan
         bounds = None if self.plan.bounds is None else [b * per_sample for b in self.plan.bounds]
@@ -267,7 +267,7 @@ class _Flow:
         B, (C, H, W) = self.plan.order.shape[0], self.x.shape[1:]  # of entries, which are samples where k is 1
         sizes = [
             (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)  # type: ignore[arg-type]
+            for size, p, d, k, s in zip((H, W), m.padding, m.dilation, m.kernel_size, m.stride, strict=True)
         ]
         patch, pixels = C * m.kernel_size[0] * m.kernel_size[1], sizes[0] * sizes[1]
         if host.is_exporting():  # for any number of samples
@@ -277,7 +277,7 @@ class _Flow:
             return False
         self.unfolds = True
         self.sort()
-        patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT  # type: ignore[arg-type]
+        patches = F.unfold(self.x, m.kernel_size, m.dilation, m.padding, m.stride).mT
         weights = [w.flatten(-3) for w in stage.parameters("weight")]
         made = grouped_linear(
             patches.reshape(B * pixels, patch), self._rows(pixels), weights, stage.parameters("bias"),
@@ -405,10 +405,10 @@ def _run(
     called: Callable[[], Sequence[Callable[[Tensor], Tensor]]] | None,
     inputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    alone = alike is None or (_is_one(x, plan) and not keep_empty)
-    made = None if alone else _together(alike, x if inputs is None else inputs(x), plan, keep_empty)  # type: ignore[arg-type]
-    if made is not None:
-        return made
+    if alike is not None and (keep_empty or not _is_one(x, plan)):
+        made = _together(alike, x if inputs is None else inputs(x), plan, keep_empty)
+        if made is not None:
+            return made
     others = [p for m in modules for p in m.parameters()] if keep_empty and not transformed() else []
     y = one_by_one(modules if called is None else called(), x, plan)
     return _WithZeros.apply(y, *others) if others else y
@@ -512,7 +512,7 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
                 raise ValueError(f"module {k}: expected an output with a row per sample, got {_shown(made[k])}")
     if not made:  # nothing but the shape is asked for
         like = modules[0](x[:0])
-        return like.new_zeros(N, *like.shape[1:])  # type: ignore[no-any-return]
+        return like.new_zeros(N, *like.shape[1:])
     first = next(iter(made))
     for k, y in made.items():
         if y.shape[1:] != made[first].shape[1:]:

@@ -98,16 +98,17 @@ class Loss(nn.Module):
         Of an empty batch both are 0. A NaN in one sample's loss is in the means; with ``reduce=False`` it is in that
         sample alone (upstream's formulas that mix samples excepted).
         """
+        routed: Any = mys
+        truth: Any = ystrue
         if isinstance(mys, Tensor) or _is_meta(ystrue):
-            mys, ystrue = ystrue, mys  # type: ignore[assignment]
-        if not _is_meta(mys):
-            raise TypeError(f"mys: expected a Trajectory or a list of its samples, got {type(mys).__name__}")
-        meta = Trajectory.of(mys)  # type: ignore[arg-type]
+            routed, truth = ystrue, mys
+        if not _is_meta(routed):
+            raise TypeError(f"mys: expected a Trajectory or a list of its samples, got {type(routed).__name__}")
+        meta = Trajectory.of(routed)
         B = meta.size
         flag("reduce", reduce)
         if samples("ysest", ysest) != B:
             raise ValueError(f"ysest: expected one row per sample of the trajectory, {B}, got {list(ysest.shape)}")
-        truth: Tensor | None = ystrue  # type: ignore[assignment]
         losses = self._losses(ysest, truth, external_losses, B)
         routing = self._routing(meta, losses, ysest, truth)
         if (aux := meta.aux_losses()) is not None:  # what top-k gatings ask for
@@ -303,10 +304,10 @@ def _per_sample(function: Any) -> Callable[[Tensor, Tensor], Tensor]:
     if isinstance(function, nn.Module):
         if hasattr(function, "reduction"):
             function = copy.copy(function)
-            function.reduction = "none"  # type: ignore[assignment]
-        return function  # type: ignore[no-any-return]
+            function.reduction = "none"
+        return function
     try:
         takes = "reduction" in inspect.signature(function).parameters
     except (TypeError, ValueError):
         takes = False
-    return functools.partial(function, reduction="none") if takes else function  # type: ignore[no-any-return]
+    return functools.partial(function, reduction="none") if takes else function

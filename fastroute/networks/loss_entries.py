@@ -96,7 +96,7 @@ class Entries:
     def __init__(self, records: Sequence[Record], steps: Sequence[Step], gamma: float) -> None:
         self._records, self._steps, self.gamma = records, steps, gamma
         self.choices = records[0].choices
-        self.batch = records[0].actions.shape[0]  #: B, the samples of which these are entries
+        self.batch = records[0].actions.shape[0]  #: B, the samples that the entries come from
 
     def _all(self, of: Callable[[Record, Step], Tensor]) -> Tensor:
         made = [of(r, s) for r, s in zip(self._records, self._steps, strict=True)]
@@ -117,7 +117,7 @@ class Entries:
         """[N]: a column at the action."""
         return self._all(lambda r, s: r.columns[i].at(r.actions))
 
-    def auxiliary(self, decision: Any) -> Tensor | None:
+    def auxiliary(self, decision: Any) -> Any:
         """[N], without gradient: what else the decision's loss reads of a record."""
         if decision.auxiliary(self._records[0]) is None:
             return None

@@ -75,5 +75,4 @@ class MLP(nn.Module):
             raise ValueError(f"x: expected [..., {self._input_dim}], got {shown(x)}")
         for layer in self._layers[:-1]:
             x = self._nonlin(layer(x))
-        made: Tensor = self._layers[-1](x)
-        return made
+        return self._layers[-1](x)

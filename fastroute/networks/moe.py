@@ -151,7 +151,7 @@ class MoE(nn.Module):
         """The gating's decision, by a call of it where that is seen or changed by others."""
         gate: Any = self.gate
         if type(gate) is TopKGating and may_be_read(gate):
-            return gate.route(x, active, losses=losses)  # type: ignore[no-any-return]
+            return gate.route(x, active, losses=losses)
         meta = Trajectory(x.shape[0])
         actions = gate(x, meta, None, active)[2]
         weights = meta.weights_of(actions)

@@ -194,7 +194,7 @@ class RoutingRNNCellBase(nn.Module):
         tensor(name, state, f"a tensor [B, {self.hidden_size}]")
         if tuple(state.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {shown(state)}")
-        return state  # type: ignore[no-any-return]
+        return state
 
     def _project(
         self, name: str, y: Tensor, meta: Trajectory, agents: Any, active: Tensor | None,

@@ -23,10 +23,10 @@ from ..ops.trajectory_loss.op import ByAction, Final
 Formula = Literal["intended", "upstream"]
 
 
-def check_formula(formula: str) -> Formula:
+def check_formula(formula: Any) -> Formula:
     if formula not in ("intended", "upstream"):
         raise ValueError(f"formula: expected 'intended' or 'upstream', got {formula!r}")
-    return formula  # type: ignore[return-value]
+    return formula
 
 
 # ---------------------------------------------------------------------------------------------------- final rewards
@@ -171,8 +171,7 @@ def final_formula(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
         return None
     if not isinstance(function.scale, int | float):
         return None
-    made: Final | None = function.formula_of(losses.detach(), yest, ytrue)
-    return made
+    return function.formula_of(losses.detach(), yest, ytrue)
 
 
 # ----------------------------------------------------------------------------------------------- per-action rewards
@@ -482,8 +481,7 @@ def per_action_rewards(
         return None
     with torch.no_grad():
         if _in_bulk(reward, "rewards", "get_reward"):
-            made: Tensor | None = reward.rewards(dists, actions, like)
-            return made
+            return reward.rewards(dists, actions, like)
         states, total = dists().detach(), torch.zeros_like(like)
         for b in range(len(actions)):
             if active is None or active[b]:

@@ -23,7 +23,7 @@ from .trajectory import SampleMetaInformation, Trajectory
 
 
 class Selection(nn.Module):
-    """K modules, of which every sample goes through the one that its action names, or through k of them.
+    """K modules. Every sample goes through the one that its action names, or through k of them.
 
     With actions [B, k] it is a mixture: y_b = sum_j w_bj module_a(x_b) over the sample's actions a = a_bj.
 
@@ -154,8 +154,7 @@ class Selection(nn.Module):
         """What a single module gives."""
         if self._log is not None:
             self._log.add(0)
-        y: Tensor = self._submodules[0](batch)
-        return y
+        return self._submodules[0](batch)
 
     def _run(self, batch: Tensor, chosen: Tensor) -> tuple[Tensor, dispatch.Plan]:
         """chosen [B] or [B, k] -> (what its module gives for every entry [N, ...], the plan)."""

@@ -49,12 +49,10 @@ class SortedRows:
         rows = self.plan.order if self.plan.samples is None else self.plan.samples
         if is_observed(x) or not (x.requires_grad and torch.is_grad_enabled()):
             return x.index_select(0, rows)
-        made: Tensor = apply(_Gathered, x, rows, self._back(), self.plan.per_sample)
-        return made
+        return apply(_Gathered, x, rows, self._back(), self.plan.per_sample)
 
     def unsort(self, y: Tensor) -> Tensor:
         """y [N, ...] of the sorted entries, in the entries' own order."""
         if is_observed(y):
             return torch.zeros_like(y).index_copy(0, self.plan.order, y)
-        made: Tensor = apply(_Gathered, y, self._back(), self.plan.order, 1)
-        return made
+        return apply(_Gathered, y, self._back(), self.plan.order, 1)

@@ -140,8 +140,7 @@ class Stack(nn.Module):
 
         def call(k: int, x: Tensor) -> Tensor:
             own = {name: t[k] for name, t in tensors.items()}
-            made: Tensor = torch.func.functional_call(pattern, own, (x,))
-            return made
+            return torch.func.functional_call(pattern, own, (x,))
 
         return [partial(call, k) for k in range(self.count)]
 
@@ -194,9 +193,11 @@ def _ties(each: Sequence[dict[str, nn.Parameter]]) -> dict[str, str]:
 def _reset(leaves: Sequence[nn.Module], count: int) -> None:
     """Draw the stacked parameters of these modules anew, those of the first of ``count`` modules first."""
     parameters = {id(p): p for leaf in leaves for p in leaf._parameters.values() if p is not None}
-    sharded = {key: p for key, p in parameters.items() if hasattr(p, "placements")}
-    whole = {key: torch.empty(p.shape, dtype=p.dtype, device=p.device) if key in sharded else p.detach()
-             for key, p in parameters.items()}  # fmt: skip
+    sharded: dict[Any, Any] = {key: p for key, p in parameters.items() if hasattr(p, "placements")}
+    whole = {
+        key: torch.empty(p.shape, dtype=p.dtype, device=p.device) if key in sharded else p.detach()
+        for key, p in parameters.items()
+    }
     for k in range(count):
         for leaf in leaves:
             one: Any = copy.copy(leaf)
@@ -205,7 +206,7 @@ def _reset(leaves: Sequence[nn.Module], count: int) -> None:
             }
             type(one).reset_parameters(one)
     for key, p in sharded.items():
-        p.copy_(torch.distributed.tensor.distribute_tensor(whole[key], p.device_mesh, p.placements))  # type: ignore[attr-defined]
+        p.copy_(torch.distributed.tensor.distribute_tensor(whole[key], p.device_mesh, p.placements))
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts

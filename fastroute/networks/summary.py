@@ -78,8 +78,7 @@ class Summary:
 
 def _entropy(counts: Tensor) -> Tensor:
     share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-    made: Tensor = torch.special.entr(share).sum(-1) / math.log(2)
-    return made
+    return torch.special.entr(share).sum(-1) / math.log(2)
 
 
 def summarize(trajectory: Trajectory) -> Summary:

@@ -282,7 +282,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
 
     @property
     def size(self) -> int:
-        """B; as ``len``, of which torch.export makes a constant."""
+        """B. torch.export makes a constant of ``len``, not of this."""
         return self._batch.size if self._rows is None else len(self._rows)
 
     def _row(self, i: int) -> int:

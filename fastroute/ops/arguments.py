@@ -37,7 +37,7 @@ Check = Callable[[str, Any], Any]
 
 
 class _Kind(NamedTuple):
-    """What an annotation accepts, in words, and what else is asked of it; ``None``: nothing."""
+    """What an annotation accepts, in words, and a further condition; ``None``: there is none."""
 
     takes: Callable[[Any], bool]
     what: str

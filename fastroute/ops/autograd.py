@@ -1,4 +1,4 @@
-"""Calls of autograd functions, and what is asked of them beyond a first derivative.
+"""Calls of autograd functions, and derivatives beyond the first one.
 
 Kernels have a gradient of their own, and no other rules. Whatever needs more goes through plain PyTorch, whose every
 step has them: torch.func's transforms and forward mode, from the op's call on (``transformed``); a gradient that is to
@@ -23,10 +23,10 @@ from .registry import functions, implementations
 
 
 def transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp, ...), forward mode or an export that knows no ops of ours looks on."""
+    """Whether torch.func (grad, vmap, jvp, ...), forward mode or an export without our ops is active."""
     if torch.compiler.is_compiling():
         return bool(exported_plainly())
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[no-any-return]
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @constant_result
@@ -58,7 +58,7 @@ def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
     """
     if ctx.versions != [t._version for t in ctx.again[0]]:
         raise RuntimeError(f"{what} was changed in place between the forward and the backward pass")
-    return ctx.again  # type: ignore[no-any-return]
+    return ctx.again
 
 
 def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, ...]:
@@ -114,7 +114,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_observed(*tensors: Tensor | None) -> bool:
-    """Whether others than autograd look on: torch.func, a trace, a mode or a subclass, which know a registered op."""
+    """Whether anything but autograd is active (torch.func, a trace, a mode, a subclass): it needs the registered op."""
     if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return not _PLAIN.issuperset(map(type, tensors))
@@ -144,7 +144,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def called(name: str, *args: Any) -> Any:
-    """The op ``torch.ops.fastroute.<name>``, without its dispatcher where nobody looks on: that costs 25 us."""
+    """The op ``torch.ops.fastroute.<name>``; without its dispatcher (25 us) where only autograd is active."""
     if is_observed(*(t for t in args if isinstance(t, Tensor))):
         return getattr(torch.ops.fastroute, name)(*args)
     return apply(functions[name], *args) if torch.is_grad_enabled() else implementations[name](*args)

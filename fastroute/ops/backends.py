@@ -230,7 +230,7 @@ def _warn_of_slowness(why: str) -> None:
             f"{why}. CPU tensors take plain PyTorch, which is slower. Once that is mended, install fastroute again, "
             "by pip install --force-reinstall --no-deps --no-cache-dir"
         )
-        warnings.warn_explicit(line, UserWarning, "fastroute", 1)  # nobody's line of code
+        warnings.warn_explicit(line, UserWarning, "fastroute", 1)  # not a line of the user's code
 
 
 def choose(case: Case, request: str) -> ModuleType:

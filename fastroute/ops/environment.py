@@ -10,12 +10,12 @@ VARIABLES = ("FASTROUTE_BACKEND", "FASTROUTE_ISA", "TRITON_INTERPRET")
 
 
 def backend() -> str:
-    """The backend that is asked for where ``use_backend`` asks for none."""
+    """The backend to use where ``use_backend`` names none."""
     return os.environ.get("FASTROUTE_BACKEND", "auto")
 
 
 def instruction_set() -> str:
-    """The variant of the C++ kernels that is asked for: "" or "auto" for the best one."""
+    """The variant of the C++ kernels: "" or "auto" for the best one."""
     return os.environ.get("FASTROUTE_ISA", "")
 
 

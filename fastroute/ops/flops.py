@@ -104,11 +104,9 @@ def _(x: Shape, take: Shape | None, put: Any, offsets: Any, weights: Sequence[Sh
 
 
 @_compiled("_grouped_linear_{}_backward")
-def _(
-    grad: Shape, x: Any, take: Any, spread: Any, put: Any, offsets: Any, weights: Sequence[Shape], modules: int,
-    want_x: bool, want_weights: bool, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return _linear(grad[0], weights) * (want_x + want_weights)
+def _(*args: Any, **_: Any) -> int:
+    c: Any = grouped_linear.contract.BackwardCall(*args)
+    return _linear(c.grad[0], c.weights) * (c.want_x + c.want_weights)
 
 
 @_compiled("_agent_policy_{}")
@@ -118,11 +116,11 @@ def _(x: Shape | None, order: Any, offsets: Any, weights: Any, biases: Any, crit
 
 @_compiled("_agent_policy_{}_backward")
 def _(*args: Any, **_: Any) -> int:
-    x, weights, critics, want_x, wants = args[6], args[9], args[10], args[15], args[16:20]
-    if x is None:
+    c: Any = agent_policy.contract.BackwardCall(*args)
+    if c.x is None:
         return 0
-    made: int = _linear(x[0], weights) * (want_x + wants[0]) + _linear(x[0], critics) * (want_x + wants[2])
-    return made
+    policy, critic = c.want_x + c.want_weights, c.want_x + c.want_critic_weights
+    return _linear(c.x[0], c.weights) * policy + _linear(c.x[0], c.critic_weights) * critic
 
 
 def _register() -> None:

@@ -19,7 +19,7 @@ def is_wrapped(t: Tensor) -> bool:
     """Whether it stands for many under torch.vmap."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[no-any-return]
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def compares(t: Tensor) -> bool:
@@ -52,12 +52,12 @@ def on_host(offsets: Tensor) -> list[int] | None:
     """The numbers, where reading them waits for nothing; else None."""
     if not offsets.is_cpu or not has_numbers(offsets):
         return None
-    return offsets.tolist()  # type: ignore[no-any-return]
+    return offsets.tolist()
 
 
 def read(offsets: Tensor) -> list[int]:
     """The numbers, waiting for the device if need be."""
-    return offsets.tolist()  # type: ignore[no-any-return]
+    return offsets.tolist()
 
 
 def may_look(t: Tensor) -> bool:

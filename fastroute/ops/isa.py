@@ -17,8 +17,7 @@ library.define("_choose_isa(str asked, str[] here) -> str")
 
 def in_use() -> str:
     """The variant that runs, of a loaded extension; ValueError if FASTROUTE_ISA names one that is not here."""
-    name: str = torch.ops.fastroute._isa()
-    return name
+    return torch.ops.fastroute._isa()
 
 
 def describe() -> str:

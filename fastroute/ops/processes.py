@@ -31,11 +31,9 @@ class Processes(NamedTuple):
     def sum(self, t: Tensor) -> Tensor:
         """The sum over processes, without a gradient."""
         ops = torch.ops._c10d_functional
-        made: Tensor = ops.wait_tensor(ops.all_reduce(t.contiguous(), "sum", self.name))
-        return made
+        return ops.wait_tensor(ops.all_reduce(t.contiguous(), "sum", self.name))
 
     def gather(self, t: Tensor) -> Tensor:
         """[...] -> [W, ...], in the order of ranks, without a gradient."""
         ops = torch.ops._c10d_functional
-        made: Tensor = ops.wait_tensor(ops.all_gather_into_tensor(t.contiguous()[None], self.size, self.name))
-        return made
+        return ops.wait_tensor(ops.all_gather_into_tensor(t.contiguous()[None], self.size, self.name))

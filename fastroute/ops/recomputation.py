@@ -17,7 +17,7 @@ def is_recomputation() -> bool:
 
 def saved_are_hooked() -> bool:
     """Whether somebody else keeps what is saved for backward: checkpoint without ``use_reentrant`` recomputes it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def draws_of(generator: torch.Generator | None) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def credit(
     axes = figure.subplots(2, K, squeeze=False)
     bound = _bound(maps)
     low, high = float(pictures.min()), float(pictures.max())
-    drawn = None
+    drawn: Any = None
     for i in range(K):
         above, below = axes[0, i], axes[1, i]
         picture, extent = pictures[i].numpy(), (0, W, H, 0)
@@ -100,7 +100,7 @@ def credit(
                 spine.set(linewidth=0.6, color="#999999")
     axes[0, 0].set_ylabel("image", fontsize=9)
     axes[1, 0].set_ylabel("credit", fontsize=9)
-    bar = figure.colorbar(drawn, ax=axes[1, :].tolist(), extend="both", fraction=0.06 / K, aspect=13, pad=0.01)  # type: ignore[arg-type]
+    bar = figure.colorbar(drawn, ax=list(axes[1, :]), extend="both", fraction=0.06 / K, aspect=13, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("cost  ·  benefit", fontsize=8)
     return saved(figure, path)

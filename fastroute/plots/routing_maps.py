@@ -60,7 +60,7 @@ def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path:
     widths = [min(0.34 * max(K, 4), 8.0) for K in modules]
     figure = empty_figure(sum(widths) + 0.35 * len(widths) + 1.4, min(0.3 * max(A, 2), 8.0) + 1.0, title)
     axes = figure.subplots(1, len(shapes), squeeze=False, width_ratios=widths)[0]
-    drawn = None
+    drawn: Any = None
     for t, (ax, layer) in enumerate(zip(axes, summary.layers, strict=True)):
         counts, K = layer.counts, modules[t]
         share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -79,7 +79,7 @@ def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path:
     names = ["all" if task is None else str(task) for task in summary.tasks]
     axes[0].set_yticklabels(names[:: stride(A)])
     axes[0].set_ylabel("task", fontsize=8)
-    bar = figure.colorbar(drawn, ax=axes.tolist(), fraction=0.05, pad=0.01)  # type: ignore[arg-type]
+    bar = figure.colorbar(drawn, ax=list(axes), fraction=0.05, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("share of the task's samples", fontsize=8)
     return saved(figure, path)
@@ -140,7 +140,8 @@ def routing_over_time(
     heights = [min(0.22 * max(t.shape[1], 3), 4.0) for t in counts]
     figure = empty_figure(6.4, sum(heights) + 0.5 * len(heights) + 0.4, title)
     axes = figure.subplots(len(counts), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    drawn, shares = None, [count / count.sum(1, keepdim=True).clamp(min=1) for count in counts]
+    drawn: Any = None
+    shares = [count / count.sum(1, keepdim=True).clamp(min=1) for count in counts]
     most = max(float(share.max()) for share in shares) or 1.0
     for ax, count, share, name in zip(axes, counts, shares, names, strict=True):
         drawn = ax.imshow(share.T.numpy(), cmap="Blues", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
@@ -151,7 +152,7 @@ def routing_over_time(
     every = -(-S // 8)
     axes[-1].set_xticks(range(0, S, every), [f"{float(x):g}" for x in at[::every]])
     axes[-1].set_xlabel("step", fontsize=8)
-    bar = figure.colorbar(drawn, ax=axes.tolist(), fraction=0.04, pad=0.01)  # type: ignore[arg-type]
+    bar = figure.colorbar(drawn, ax=list(axes), fraction=0.04, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("share of samples", fontsize=8)
     return saved(figure, path)

@@ -54,7 +54,7 @@ def on_device(task: Task, device: torch.device) -> Tensor:
 
 
 def traced() -> bool:
-    """Whether torch.compile or a transform of torch.func looks on."""
+    """Whether torch.compile or a transform of torch.func is active."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -152,8 +152,7 @@ class TaskAware(nn.Module):
             return y
         active = self._active if isinstance(self._active, Tensor) else torch.tensor(self._active)
         anchor = None if y.requires_grad else torch.empty(0, requires_grad=True)  # what follows depends on the task
-        checked: Tensor = _Checked.apply(y, active, anchor)
-        return checked
+        return _Checked.apply(y, active, anchor)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -204,7 +203,7 @@ def set_task(model: nn.Module, task: Task) -> None:
         task: an int; or an integer tensor, 0-d or [B]: one per sample of the batches to come.
 
     Raises:
-        IndexError, TypeError, ValueError: no task of some part, of which all then keep the task they had; nothing in
+        IndexError, TypeError, ValueError: not a task of some part; all parts then keep the task they had; nothing in
             the model works on tasks.
 
     Examples:

@@ -64,7 +64,7 @@ def routers_of(model: nn.Module) -> dict[str, TaskRouter]:
 
 
 def task_count_of(model: nn.Module) -> int:
-    """For how many tasks a model's routers are, all of which mask and do nothing else.
+    """The number of tasks of a model's routers, which all mask and do nothing else.
 
     Raises:
         ValueError: there are none, they are for different numbers of tasks, or one does something else.
@@ -221,7 +221,7 @@ def _only_flat(before: list[Leaf]) -> list[nn.Module]:
     return [] if is_flat(before) else [nn.Flatten(1).train(before[-1].module.training)]
 
 
-def _is_per_channel(module: nn.Module, held: _Kept) -> bool:
+def _is_per_channel(module: Any, held: _Kept) -> bool:
     """Whether a layer has parameters or statistics of each channel (axis 1), and needs no other channel's values."""
     exact = type(module)
     if not may_be_read(module):
@@ -233,17 +233,17 @@ def _is_per_channel(module: nn.Module, held: _Kept) -> bool:
     if exact in INSTANCE_NORMS:
         return held.axes > 2
     if exact is nn.GroupNorm:  # groups that are kept or left out as a whole
-        size = module.num_channels // module.num_groups  # type: ignore[operator]
+        size = module.num_channels // module.num_groups
         counts = (held.left // size).bincount()
         return bool(((counts == 0) | (counts == size)).all())
     return exact in BATCH_NORMS
 
 
-def _because(module: nn.Module) -> str:
+def _because(module: Any) -> str:
     """Why a layer of a class that could be followed cannot be."""
     why = why_called(module)
     if why is None and type(module) is nn.GroupNorm:
-        why = f"groups of {module.num_channels // module.num_groups} channels, which it mixes"  # type: ignore[operator]
+        why = f"groups of {module.num_channels // module.num_groups} channels, which it mixes"
     if why is None and type(module) in FEATURE_NORMS:
         why = "features, which it mixes"
     if why is None and rank(module) is not None and type(module) not in CONVOLUTIONS:
@@ -322,15 +322,15 @@ def _slim_mix(leaf: Leaf, inp: Tensor | None, out: Tensor | None) -> nn.Module:
     old: Any = leaf.module
     new: Any = copy.deepcopy(old)
     if isinstance(old, nn.Linear):
-        weight = _picked(_picked(old.weight, inp, 1), out)
-        new.out_features, new.in_features = weight.shape  # type: ignore[union-attr]
+        weight: Any = _picked(_picked(old.weight, inp, 1), out)
+        new.out_features, new.in_features = weight.shape
     else:
         weight, new.groups = _slim_groups(old, inp, out)
         new.in_channels = old.in_channels if inp is None else len(inp)
         new.out_channels = old.out_channels if out is None else len(out)
     _set(new, "weight", weight)
     _set(new, "bias", _picked(old.bias, out))
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 def _slim_groups(old: Any, inp: Tensor | None, out: Tensor | None) -> tuple[Tensor, int]:
@@ -377,7 +377,7 @@ def _slim_per_channel(leaf: Leaf, held: _Kept) -> nn.Module:
         new.num_groups = len(held.left) // (old.num_channels // old.num_groups)
     for name in ("weight", "bias", "running_mean", "running_var"):
         _set(new, name, _picked(getattr(old, name, None), held.left))
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 def _copied(leaf: Leaf) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,7 +44,7 @@ class Leaf(NamedTuple):
     """A layer of a chain, and where it is registered."""
 
     name: str  #: its path in the model
-    module: nn.Module
+    module: Any  #: an nn.Module, of whatever kind its ``kind`` says
     parent: nn.Sequential
     key: str
 
@@ -53,7 +53,7 @@ class Leaf(NamedTuple):
         return kind(self.module)
 
 
-def is_sequence(module: nn.Module) -> bool:
+def is_sequence(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether its forward calls its children one after the other and does nothing else."""
     forward = type(module).forward
     return (
@@ -71,24 +71,24 @@ def leaves(sequence: nn.Sequential, name: str = "") -> Iterator[Leaf]:
         if child is None:
             continue
         if is_sequence(child) and may_be_read(child):
-            yield from leaves(child, path)  # type: ignore[arg-type]
+            yield from leaves(child, path)
         else:
             yield Leaf(path, child, sequence, key)
 
 
 def opened(sequence: nn.Sequential) -> Iterator[nn.Sequential]:
-    """The Sequential itself, and all in it of which ``leaves`` gives the layers."""
+    """The Sequential itself, and all in it that ``leaves`` opens."""
     yield sequence
     for child in sequence._modules.values():
         if child is not None and is_sequence(child) and may_be_read(child):
-            yield from opened(child)  # type: ignore[arg-type]
+            yield from opened(child)
 
 
 def sequences(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Sequential]]:
     """The outermost Sequentials of a model, with their paths."""
     if is_sequence(model):
-        yield name, model  # type: ignore[misc]
-        for leaf in leaves(model, name):  # type: ignore[arg-type]
+        yield name, model
+        for leaf in leaves(model, name):
             yield from sequences(leaf.module, leaf.name)
     else:
         for key, child in model.named_children():
@@ -167,7 +167,7 @@ class Step(NamedTuple):
     """What a live chain runs next."""
 
     kind: str
-    layer: nn.Module
+    layer: Any  #: an nn.Module of this kind
     norm: nn.Module | None  #: the BatchNorm that follows a layer that MIXes, if a router does afterwards
     router: TaskRouter | None  #: what masks its outputs before anything but itself and lone channels see them
 
@@ -196,7 +196,7 @@ def _behind(layer: nn.Module, rest: list[Leaf]) -> tuple[nn.Module | None, TaskR
             return None, None
     for leaf in rest:
         if leaf.kind == ROUTER and leaf.module.unit_count == units and (leaf.module.axis == 1 or axes == 2):
-            return norm, leaf.module  # type: ignore[return-value]
+            return norm, leaf.module
         if leaf.kind not in (KEEP, ALONE) or rank(leaf.module) not in (None, axes):
             break
         if axes == 2 and is_spatial(leaf.module):

@@ -49,12 +49,12 @@ class _Routed(nn.Module):
     @property
     def input_router(self) -> TaskRouter | None:
         """Outside whose live channels the input is zero."""
-        return self.__dict__["_ends"][0]  # type: ignore[no-any-return]
+        return self.__dict__["_ends"][0]
 
     @property
     def output_router(self) -> TaskRouter | None:
         """What masks the output."""
-        return self.__dict__["_ends"][1]  # type: ignore[no-any-return]
+        return self.__dict__["_ends"][1]
 
     def train(self, mode: bool = True) -> Any:
         """As any module's; kept weights are forgotten."""
@@ -66,7 +66,7 @@ class _Routed(nn.Module):
         inp, out = (None if r is None or is_idle(r) else r for r in self.__dict__["_ends"])
         tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
         if not tasks:
-            return super().forward(x)  # type: ignore[no-any-return,misc]
+            return super().forward(x)
         router = out or inp
         if router is not None:
             watching.tell(self, "tasks", tasks[id(router)], x, router.task_count)
@@ -128,8 +128,8 @@ class _Routed(nn.Module):
 
     def _dense(self, x: Tensor, task: Task | None, inp: TaskRouter | None, out: TaskRouter | None) -> Tensor:
         x = x if inp is None else inp(x, task)
-        y: Tensor = super().forward(x)  # type: ignore[misc]
-        return y if out is None else out(y, task)  # type: ignore[no-any-return]
+        y: Tensor = super().forward(x)
+        return y if out is None else out(y, task)
 
 
 def _is_read(layer: Any) -> bool:
@@ -141,7 +141,7 @@ def _is_read(layer: Any) -> bool:
 
 
 class RoutedConv2d(_Routed, nn.Conv2d):
-    """A Conv2d between two routers, either of which may be missing: y = m_out * conv(m_in * x).
+    """A Conv2d between two routers (either may be missing): y = m_out * conv(m_in * x).
 
     Its parameters and their names are the dense layer's. For one task, live weights are gathered (in eval without
     gradients they are kept, see ``LiveSequential``) and only live channels computed. Gradients of the dense
@@ -198,7 +198,7 @@ class RoutedConv2d(_Routed, nn.Conv2d):
 
 
 class RoutedLinear(_Routed, nn.Linear):
-    """A Linear between two routers, either of which may be missing: y = m_out * (W (m_in * x) + b).
+    """A Linear between two routers (either may be missing): y = m_out * (W (m_in * x) + b).
 
     Args:
         in_features, out_features, others: of ``Linear``.

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.host import on_host
 from .active_task import Task, traced
@@ -40,7 +40,7 @@ def units(router: TaskRouter) -> Units:
         if getattr(router, "_live_of", None) != known:
             _renew(router, mapping)
             object.__setattr__(router, "_live_of", known)
-    return Units(router._buffers["_live"], router._buffers["_dead"], router._live_padded)  # type: ignore[arg-type]
+    return Units._make((router._buffers["_live"], router._buffers["_dead"], router._live_padded))
 
 
 def _renew(router: TaskRouter, mapping: Tensor) -> None:
@@ -58,18 +58,18 @@ def _renew(router: TaskRouter, mapping: Tensor) -> None:
     object.__setattr__(router, "_live_padded", fewest < most)
 
 
-def renew(router: nn.Module, *_: Any) -> None:
+def renew(router: Any, *_: Any) -> None:
     """Read the masks again, if it has been asked for its channels."""
     object.__setattr__(router, "_live_of", None)
-    units(router)  # type: ignore[arg-type]
+    units(router)
 
 
 def row(table: Tensor, task: Task) -> Tensor:
     """[T, L], an int or 0-d -> [L]. A tensor's task out of range is an IndexError on a CPU; a GPU takes the nearest."""
     if not isinstance(task, Tensor):
         return table[task]
-    known = on_host(task)
-    if known is not None and not 0 <= known < len(table):  # type: ignore[operator]
+    known: Any = on_host(task)
+    if known is not None and not 0 <= known < len(table):
         raise IndexError(f"task: expected a task from 0 to {len(table) - 1}, got {known}")
     return table.index_select(0, task.to(table.device, torch.int64).clamp(0, len(table) - 1).reshape(1))[0]
 
@@ -118,7 +118,7 @@ class Sorted(NamedTuple):
 
 
 def sort(task: Tensor, task_count: int) -> Sorted | None:
-    """The tasks of a batch [B], sorted; None where that would wait for a device, or torch.compile looks on.
+    """The tasks of a batch [B], sorted; None where that would wait for a device, or torch.compile is active.
 
     Raises:
         IndexError: a task out of range.

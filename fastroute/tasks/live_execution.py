@@ -50,7 +50,7 @@ class Way(Protocol):
 def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
     """A layer of a chain, with its routers, or itself if it is one, at work on a task (None: on their active tasks)."""
     if isinstance(layer, TaskRouter):
-        return layer(x) if task is None else layer(x, task=task)  # type: ignore[no-any-return]
+        return layer(x) if task is None else layer(x, task=task)
     inside = [] if task is None else [(part, part._active, part._active_id) for part in aware_parts(layer)[0]]
     try:
         for part, _, on in inside:
@@ -97,7 +97,7 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
             router, inner = step.router, held.router
             if inner is not None and (
                 axis_of(inner, x) != axis
-                or inner.unit_count * held.positions != live_products.weight_of(layer).shape[1]  # type: ignore[arg-type]
+                or inner.unit_count * held.positions != live_products.weight_of(layer).shape[1]
             ):
                 x, held, inner = full(), Held(), None  # of other channels, or the layer is to say what is wrong
             if (router is None and inner is None) or not way.favours(step, x, held):
@@ -166,14 +166,13 @@ class Single:
         return x
 
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
-        layer: live_products.Mixing = step.layer  # type: ignore[assignment]
+        layer: live_products.Mixing = step.layer
         weight, bias = self._gathered(layer, out, inp)
         y = live_products.apply(layer, x, weight, bias)
         if step.norm is None:
             return y
         if out is None:
-            normed: Tensor = step.norm(y)
-            return normed
+            return step.norm(y)
         dead = None
         if self._exact and step.router is not None and uses_batch(step.norm) and step.norm.running_mean is not None:
             dead = row(units(step.router).dead, self._tasks[id(step.router)])
@@ -240,7 +239,7 @@ class Mixed:
         return self._index[id(router)]
 
     def favours(self, step: Step, x: Tensor, held: Held) -> bool:
-        layer: live_products.Mixing = step.layer  # type: ignore[assignment]
+        layer: live_products.Mixing = step.layer
         if (
             (step.norm is not None and uses_batch(step.norm))
             or not live_products.can_group(layer)
@@ -254,12 +253,10 @@ class Mixed:
         return live_products.grouped_is_cheaper(positions, tasks, (O, I), (lo, li), elements)
 
     def compact(self, x: Tensor, index: Tensor, axis: int = 1) -> Tensor:
-        made: Tensor = CompactGroups.apply(x, index, self._groups.bounds)  # type: ignore[no-untyped-call]
-        return made
+        return CompactGroups.apply(x, index, self._groups.bounds)
 
     def expand(self, x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor:
-        made: Tensor = ExpandGroups.apply(x, index, self._groups.bounds, width)  # type: ignore[no-untyped-call]
-        return made
+        return ExpandGroups.apply(x, index, self._groups.bounds, width)
 
     def begin(self, x: Tensor) -> Tensor:
         if not self._is_sorted:
@@ -273,12 +270,11 @@ class Mixed:
         return x.index_select(0, self._order.place) if self._is_sorted else x
 
     def mix(self, step: Step, x: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
-        y = live_products.grouped(step.layer, x, out, inp, self._groups)  # type: ignore[arg-type]
+        y = live_products.grouped(step.layer, x, out, inp, self._groups)
         if step.norm is None:
             return y
         if out is None:
-            normed: Tensor = step.norm(y)
-            return normed
+            return step.norm(y)
         scale, shift = dense_scale(step.norm)
         return torch.addcmul(self._per_sample(shift, out, y), self._per_sample(scale, out, y), y)
 

@@ -223,7 +223,7 @@ class LiveSequential(nn.Sequential):
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return super().__getitem__(index)
-        part = nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+        part = nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         part.training = self.training
         return LiveSequential(part, batch_norm=self.batch_norm)
 

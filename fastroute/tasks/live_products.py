@@ -58,8 +58,7 @@ def grouped_is_cheaper(
 
 
 def weight_of(layer: Mixing) -> Tensor:
-    weight: Tensor = layer.weight
-    return weight
+    return layer.weight
 
 
 def flat_index(out: Tensor, inp: Tensor, width: int) -> Tensor:
@@ -94,7 +93,7 @@ def gather_weight(W: Tensor, out: Tensor | None, inp: Tensor | None) -> Tensor:
     if out is None or inp is None or W.dim() == 2 or not W.is_contiguous() or traced():
         W = W if out is None else W.index_select(0, out)
         return W if inp is None else W.index_select(1, inp)
-    made: Tensor = _Gather.apply(W, flat_index(out, inp, W.shape[1]))  # type: ignore[no-untyped-call]
+    made: Tensor = _Gather.apply(W, flat_index(out, inp, W.shape[1]))
     return made.view(len(out), len(inp), *W.shape[2:])
 
 
@@ -106,7 +105,7 @@ def apply(layer: Mixing, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     """The layer with other parameters, of fewer channels."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)  # type: ignore[arg-type]
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
 
 def positions(layer: Mixing, x: Tensor) -> int:
@@ -203,10 +202,9 @@ def _backward(layer: Mixing, dy: Tensor, x: Tensor, w: Tensor, needs: tuple[bool
     if isinstance(padding, str):
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         padding = (0, 0) if padding == "valid" else (reach[0] // 2, reach[1] // 2)
-    made: tuple[Any, Any, Any] = torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward(
         dy, x, w, [len(w)] if needs[2] else None, layer.stride, padding, layer.dilation, False, [0, 0], 1, needs
     )
-    return made
 
 
 def can_group(layer: Mixing) -> bool:
@@ -223,5 +221,5 @@ def grouped(layer: Mixing, x: Tensor, out: Tensor | None, inp: Tensor | None, gr
     if dtype is not None:
         x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
     with autocast_off(x.device.type):
-        made: Tensor = _Grouped.apply(x, W, b, out, inp, groups.bounds, layer)  # type: ignore[no-untyped-call]
+        made: Tensor = _Grouped.apply(x, W, b, out, inp, groups.bounds, layer)
     return made

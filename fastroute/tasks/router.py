@@ -164,10 +164,8 @@ class TaskRouter(TaskAware):
         watching.tell(self, "tasks", active, x, self.task_count)
         return self._checked(task_mask(x, self._unit_mapping, active, inplace=inplace), task)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        strict, missing_keys, unexpected_keys, error_msgs = args
         if materialized(self, state_dict, local_metadata) and not self._is_drawn:
             self.reset_parameters()
         key = prefix + "_unit_mapping"

@@ -34,13 +34,15 @@ def flow(model: nn.Module, task: int) -> list[Leaf]:
 
 def _opened(name: str, module: nn.Module) -> list[Leaf]:
     if is_sequence(module):
-        return list(leaves(module, name))  # type: ignore[arg-type]
+        return list(leaves(module, name))
     return [Leaf(name, module, nn.Sequential(), name)]
 
 
 _FUNCTIONS: dict[type[nn.Module], tuple[Any, ...]] = {
-    nn.ReLU: (torch.relu, F.relu, "relu"), nn.SiLU: (F.silu,), nn.Tanh: (torch.tanh, F.tanh, "tanh"),
-}  # fmt: skip
+    nn.ReLU: (torch.relu, F.relu, "relu"),
+    nn.SiLU: (F.silu,),
+    nn.Tanh: (torch.tanh, F.tanh, "tanh"),
+}
 
 
 class _Tracer(fx.Tracer):

@@ -201,8 +201,7 @@ class VGG(TaskAware):
             if isinstance(task, Tensor) and task.dim() == 0 and task.device.type == "cpu" and type(task) is Tensor:
                 task = int(task)
             if not isinstance(task, Tensor) and self.unused_grad == "none":
-                made: Tensor = self.get_layer(f"classifier_{task}")(x)
-                return made
+                return self.get_layer(f"classifier_{task}")(x)
         heads = self._heads()
         if heads is None:
             return self._classify_each(x, on_device(task, x.device).expand(x.shape[0]))
@@ -250,9 +249,9 @@ class VGG(TaskAware):
 def _routed(module: nn.Module, x: Tensor, task: Task | None) -> Tensor:
     """``module(x)``, with a task for what takes one: routers, in a Sequential or in Sequentials in it."""
     if task is None:
-        return module(x)  # type: ignore[no-any-return]
+        return module(x)
     if hasattr(type(module), "set_active_task"):
-        return module(x, task)  # type: ignore[no-any-return]
+        return module(x, task)
     if type(module) is nn.Sequential:
         for layer in module:
             x = _routed(layer, x, task)
@@ -262,7 +261,7 @@ def _routed(module: nn.Module, x: Tensor, task: Task | None) -> Tensor:
             f"task: expected routers in nn.Sequentials, to hand it to, got some inside a {type(module).__name__}; "
             f"set the task beforehand with set_task"
         )
-    return module(x)  # type: ignore[no-any-return]
+    return module(x)
 
 
 def _height_and_width(bottleneck_spatial: Sequence[int]) -> tuple[int, int]:
@@ -314,11 +313,10 @@ def vgg11(
         >>> len([m for m in net.modules() if isinstance(m, fastroute.TaskRouter)])
         8
     """
-    features = partial(
-        make_layers, cfg["A"], task_count, sigma, False, generator=generator, no_orphans=no_orphans, balanced=balanced,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    return build(VGG, "vgg11", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
+    masks: dict[str, Any] = {"generator": generator, "no_orphans": no_orphans, "balanced": balanced}
+    own: dict[str, Any] = {"device": device, "dtype": dtype}
+    features = partial(make_layers, cfg["A"], task_count, sigma, False, **masks, **own)
+    return build(VGG, "vgg11", features, pretrained, task_count, {**kwargs, **own})
 
 
 @checked
@@ -341,11 +339,10 @@ def vgg11_bn(
         >>> len([m for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
         8
     """
-    features = partial(
-        make_layers, cfg["A"], task_count, sigma, True, generator=generator, no_orphans=no_orphans, balanced=balanced,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    return build(VGG, "vgg11_bn", features, pretrained, task_count, {**kwargs, "device": device, "dtype": dtype})
+    masks: dict[str, Any] = {"generator": generator, "no_orphans": no_orphans, "balanced": balanced}
+    own: dict[str, Any] = {"device": device, "dtype": dtype}
+    features = partial(make_layers, cfg["A"], task_count, sigma, True, **masks, **own)
+    return build(VGG, "vgg11_bn", features, pretrained, task_count, {**kwargs, **own})
 
 
 Model = TypeVar("Model", bound=VGG)

@@ -105,7 +105,7 @@ class Weighting(NamedTasks, Accumulating):
     Attributes:
         tasks: tuple of names.
         stateless: of the class: whether it neither learns nor remembers.
-        processes: a group of processes, all of which call it at once. Losses are then the group's means (over those
+        processes: a group of processes that all call it at once. Losses are then the group's means (over those
             that have the task), also where they are remembered, with the gradient of the own ones: the mean of the
             processes' gradients is that of the total of the means. ``fastroute.distributed.prepare`` sets it.
 

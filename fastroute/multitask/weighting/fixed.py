@@ -75,7 +75,7 @@ class FixedWeights(Weighting):
 
 
 class RLW(Weighting):
-    """Random loss weighting (Lin et al. 2022, "Reasonable Effectiveness of Random Weighting"): weights drawn anew at
+    """Random loss weighting (Lin et al. 2022, "Reasonable Effectiveness of Random Weighting"): new weights at
     every call, w = softmax(z), z ~ N(0, 1) per task; in evaluation their mean, 1 / n.
 
     Args:

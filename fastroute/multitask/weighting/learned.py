@@ -75,7 +75,32 @@ class LearnedWeights(Weighting):
         return total(self.weight * losses, present)
 
 
-class Uncertainty(Weighting):
+class _OneNumber(Weighting):
+    """Learns a number for each task: the parameter that ``_learned`` names."""
+
+    _learned: str
+
+    @checked
+    def __init__(
+        self,
+        tasks: Tasks,
+        init: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(tasks, device=device)
+        self._init = float(init)
+        self.register_parameter(self._learned, nn.Parameter(torch.empty(len(self.tasks), device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin with ``init`` again."""
+        super().reset_parameters()
+        nn.init.constant_(self.get_parameter(self._learned), self._init)
+
+
+class Uncertainty(_OneNumber):
     """Homoscedastic uncertainty (Kendall, Gal and Cipolla 2018, eq. 7): sum_i exp(-s_i) L_i / 2 + s_i / 2.
 
     s_i = log sigma_i^2 is learned along with the model: give the optimizer ``weighting.parameters()``, without weight
@@ -98,30 +123,14 @@ class Uncertainty(Weighting):
         2.5
     """
 
-    @checked
-    def __init__(
-        self,
-        tasks: Tasks,
-        init: float = 0.0,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(tasks, device=device)
-        self._init = float(init)
-        self.log_variance = nn.Parameter(torch.empty(len(self.tasks), device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Begin with ``init`` again."""
-        super().reset_parameters()
-        nn.init.constant_(self.log_variance, self._init)
+    _learned = "log_variance"
+    log_variance: nn.Parameter
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
         return total(0.5 * _balanced(self.log_variance, losses), present)
 
 
-class IMTL(Weighting):
+class IMTL(_OneNumber):
     """Impartial multi-task learning's balance of losses, IMTL-L (Liu et al. 2021): sum_i exp(s_i) L_i - s_i.
 
     s_i is learned along with the model; its optimum makes every exp(s_i) L_i one. (IMTL-G, which balances gradients,
@@ -143,24 +152,8 @@ class IMTL(Weighting):
         (5.0, ['log_scale'])
     """
 
-    @checked
-    def __init__(
-        self,
-        tasks: Tasks,
-        init: float = 0.0,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(tasks, device=device)
-        self._init = float(init)
-        self.log_scale = nn.Parameter(torch.empty(len(self.tasks), device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Begin with ``init`` again."""
-        super().reset_parameters()
-        nn.init.constant_(self.log_scale, self._init)
+    _learned = "log_scale"
+    log_scale: nn.Parameter
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
         return total(_balanced(-self.log_scale, losses), present)

@@ -1,4 +1,4 @@
-"""Weightings that remember losses: what is remembered, and of which calls.
+"""Weightings that remember losses: what is remembered, and from which calls.
 
 Axes: T tasks.
 """
@@ -343,7 +343,7 @@ class STCH(EpochMeans):
 
     @torch.no_grad()
     def step(self) -> None:
-        """The end of an epoch: counts those of the warm-up, the last of which gives the nadir."""
+        """The end of an epoch: counts the epochs of the warm-up; the last one gives the nadir."""
         mean = self.end_epoch()
         self.nadir.copy_(torch.where((self.epoch == self.warmup - 1) & (mean > 0), mean, self.nadir))
         self.epoch.add_(1)

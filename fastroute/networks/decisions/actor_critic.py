@@ -130,7 +130,7 @@ class AAC(_WithValueNet):
         entry = self.entry(e)
         if self.formula == "intended":
             return self.loss_of(entry)
-        advantage = critics_target(entry) - entry.s1  # type: ignore[operator]
+        advantage = critics_target(entry) - entry.s1
         return -entry.s0 * advantage.detach() + e.mean(advantage.square())
 
 
@@ -188,5 +188,5 @@ class EGreedyAAC(_WithValueNet):
         entry = self.entry(e)
         if self.formula == "intended":
             return self.loss_of(entry)
-        advantage = entry.R - entry.s1  # type: ignore[operator]
-        return entry.aux * e.sum(-entry.s0 * advantage.detach()) + e.sum(advantage.square())  # type: ignore[operator]
+        advantage = entry.R - entry.s1
+        return entry.aux * e.sum(-entry.s0 * advantage.detach()) + e.sum(advantage.square())

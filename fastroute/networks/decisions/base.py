@@ -35,7 +35,7 @@ from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
-#: Whoever defines one of these has another loss than the class inherited from.
+#: A subclass that defines one of these has another loss than its parent.
 _MAKES_A_LOSS = ("loss", "loss_of", "entry", "target", "needs", "lookahead", "loss_func")
 
 
@@ -150,7 +150,7 @@ class Decision(nn.Module):
             (approx_hidden_dims,) if isinstance(approx_hidden_dims, int) else tuple(approx_hidden_dims or ())
         )
         self._storage_type = _storage_type(policy_storage_type)
-        self._factory = {"device": device, "dtype": dtype}
+        self._factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._exploration = float(exploration)
         reward = PerActionBaseReward() if reward is None else reward
         self.additional_reward_func = check_reward(reward, self._num_selections)
@@ -165,7 +165,7 @@ class Decision(nn.Module):
         """A storage per agent: the user's network, or what ``policy_storage_type`` says."""
         made: Iterable[nn.Module]
         if net is None and self._storage_type == "tabular":
-            made = (TabularPolicyStorage(outputs, **self._factory) for _ in range(self._num_agents))  # type: ignore[arg-type]
+            made = (TabularPolicyStorage(outputs, **self._factory) for _ in range(self._num_agents))
         else:
             made = (
                 ApproxPolicyStorage(net, self._in_features, outputs, self._hidden_dims, self._detach, **self._factory)  # type: ignore[arg-type]
@@ -364,7 +364,7 @@ class Decision(nn.Module):
         With a coin it explores where the coin falls below ``exploration``. ``expected``: also the critic's mean.
         """
         own, judge = heads(self._policy, critic, x, plan)
-        z = self._ask(self._policy, x, plan) if own is None else None
+        z: Any = self._ask(self._policy, x, plan) if own is None else None
         q = self._ask(critic, x, plan) if critic is not None and judge is None else None
         like = z if z is not None else (own.weights or own.biases)[0]  # type: ignore[union-attr]
         uniform = coin = None
@@ -378,8 +378,8 @@ class Decision(nn.Module):
             "temperature": temperature, "exploration": self._exploration,
         }  # fmt: skip
         if own is None:
-            alone = policy(z, **how)  # type: ignore[arg-type]
-            made = AgentChoice(*alone, z)  # type: ignore[arg-type]
+            alone = policy(z, **how)
+            made = AgentChoice(*alone, z)
         else:
             given = own.x if own.x is not None else judge.x if judge is not None and judge.x is not None else x
             critics: dict[str, Any] = (
@@ -413,8 +413,7 @@ def mean(z: Tensor, q: Tensor) -> Tensor:
     """[B], without gradient: sum_k p_k q_k, p = (z - min z + 1e-6) / sum."""
     with torch.no_grad():
         weight = shifted(z)
-        made: Tensor = torch.linalg.vecdot(weight, q.to(weight.dtype)).div_(weight.sum(1))
-        return made
+        return torch.linalg.vecdot(weight, q.to(weight.dtype)).div_(weight.sum(1))
 
 
 def as_indices(indices: Any, B: int, device: torch.device, name: str) -> Tensor:

@@ -191,4 +191,4 @@ class EGreedyREINFORCE(REINFORCE):
     def loss(self, e: Entries) -> Tensor | None:
         if self.formula == "intended":
             return super().loss(e)
-        return e.auxiliary(self) * e.sum(-e.at(0) * e.R)  # type: ignore[operator]
+        return e.auxiliary(self) * e.sum(-e.at(0) * e.R)

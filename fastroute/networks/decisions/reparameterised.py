@@ -120,10 +120,10 @@ class RELAX(_WithValueNet):
         if not hasattr(self, "_policy"):
             return super()._storages(outputs, net)
         seen, self._in_features = self._in_features, self._in_features + self._num_selections  # type: ignore[operator]
-        made = super()._storages(outputs, net)
+        made: Any = super()._storages(outputs, net)
         self._in_features = seen
         for storage in made:  # what it is given also has the choice, whose gradient it has to keep
-            storage._detach = False  # type: ignore[assignment]
+            storage._detach = False
         return made
 
     def set_exploration(self, exploration: float) -> None:
@@ -209,9 +209,9 @@ class RELAX(_WithValueNet):
         cotangent = -(e.R[:, None] - e.full(2)) * (H - p) * rows
         control = (e.full(1) - e.full(2)).expand(-1, K) * rows
         score = torch.autograd.grad(p, theta, cotangent, create_graph=True, allow_unused=True)
-        through = [None] * len(theta)
+        through: Any = [None] * len(theta)
         if control.requires_grad:
-            through = torch.autograd.grad(control.sum(), theta, create_graph=True, allow_unused=True)  # type: ignore[assignment]
+            through = torch.autograd.grad(control.sum(), theta, create_graph=True, allow_unused=True)
         entropy = -(p * log_p * rows).sum()
         of_entropy = torch.autograd.grad(entropy, theta, retain_graph=True, allow_unused=True)
         total = p.new_zeros(())
@@ -219,8 +219,8 @@ class RELAX(_WithValueNet):
             if a is None and b is None:
                 continue
             G = (0 if a is None else a) - (0 if b is None else b)
-            pull = G.detach() - (0 if s is None else 0.01 * s)  # type: ignore[union-attr]
-            total = total + (pull * t).sum() + 0.5 * G.square().sum()  # type: ignore[union-attr]
+            pull = G.detach() - (0 if s is None else 0.01 * s)
+            total = total + (pull * t).sum() + 0.5 * G.square().sum()
         # shared out over the entries, so that the mean over the batch's samples has it once
         entries = p.shape[0] if active is None else active.sum().clamp(min=1)
         return (total - total.detach()).expand(p.shape[0]) * (e.batch / entries)

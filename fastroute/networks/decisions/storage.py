@@ -67,8 +67,7 @@ class ApproxPolicyStorage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> [B, num_selections]."""
-        made: Tensor = self._approx(self.inputs(x))
-        return made
+        return self._approx(self.inputs(x))
 
 
 grouped_modules.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
@@ -107,7 +106,7 @@ class Storages(nn.ModuleList):
         self.recipe, self.memo = grouped_modules.Recipe(), Memo()
 
     def owners(self) -> list[Any]:
-        """Whoever has parameters: every agent's storage."""
+        """The modules that have parameters: every agent's storage."""
         return list(self)
 
     each = owners
@@ -129,7 +128,7 @@ class StackedStorages(Stack):
         return type(modules[0]) is TabularPolicyStorage or grouped_modules.are_alike(modules)
 
     def owners(self) -> list[Any]:
-        """Whoever has parameters: one storage for all agents."""
+        """The modules that have parameters: one storage for all agents."""
         return [self.pattern]
 
 
@@ -169,7 +168,7 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
     agents = storages.owners()
     first = agents[0]
     if plan is None:
-        return storages.each()[0](x)  # type: ignore[no-any-return]
+        return storages.each()[0](x)
     tables = _tables(storages, agents)
     if tables is not None:
         if differentiable_twice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,3 +18,31 @@ class AgentChoice(NamedTuple):
     critic: Tensor | None = None  #: [N, C]
     critic_at: Tensor | None = None  #: [N], the critic at the action, or its only output
     expected: Tensor | None = None  #: [N], without gradient: sum_k p_k critic_k
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of a compiled backward pass, in the order of its schema. A gradient that does not come is None."""
+
+    grad_value: Tensor | None
+    grad_scores: Tensor | None
+    grad_critic: Tensor | None
+    grad_critic_at: Tensor | None
+    scores: Tensor
+    actions: Tensor
+    x: Tensor | None
+    order: Tensor | None
+    offsets: Tensor | None
+    weights: Sequence[Tensor]
+    critic_weights: Sequence[Tensor]
+    agents: int
+    critic_width: int
+    kind: int
+    temperature: float
+    want_x: bool
+    want_weights: bool
+    want_biases: bool
+    want_critic_weights: bool
+    want_critic_biases: bool
+    stacked: bool
+    critic_stacked: bool
+    keep_empty: bool

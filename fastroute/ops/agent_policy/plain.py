@@ -6,6 +6,7 @@ Axes: N rows, A agents, F features in, K choices, C outputs of a critic: K, or 1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def backward(
         if grad_value is not None:
             own = single.backward(grad_value, scores, actions, kind, temperature)
             g = own if g is None else g + own
-        dx, dw, db = _linear_backward(g, x, order, offsets, weights, agents, want_x, wants, stacked)  # type: ignore[arg-type]
+        dx, dw, db = _linear_backward(g, x, order, offsets, weights, agents, want_x, wants, stacked)
     if grad_critic is not None or grad_critic_at is not None:
         g = grad_critic
         if grad_critic_at is not None:
@@ -110,14 +111,14 @@ def backward(
             own = own.to(scores.dtype)
             g = own if g is None else g + own
         more, critic_dw, critic_db = _linear_backward(
-            g, x, order, offsets, critic_weights, agents, want_x, critic_wants, critic_stacked  # type: ignore[arg-type]
-        )  # fmt: skip
+            g, x, order, offsets, critic_weights, agents, want_x, critic_wants, critic_stacked
+        )
         dx = more if dx is None else dx if more is None else dx + more
     return scores.new_empty(0) if dx is None else dx, dw, db, critic_dw, critic_db
 
 
 def _linear_backward(
-    g: Tensor, x: Tensor | None, order: Tensor | None, offsets: Tensor | None, weights: Tensors, agents: int,
+    g: Any, x: Tensor | None, order: Tensor | None, offsets: Tensor | None, weights: Tensors, agents: int,
     want_x: bool, wants: tuple[bool, bool], stacked: bool,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
     want_x = want_x and len(weights) > 0

@@ -35,7 +35,7 @@ def agent_policy(
     exploration: float = 0.0,
     expected: bool = False,
 ) -> AgentChoice:
-    """The definition, with autograd: row n is agent ``agents[n]``'s, or nobody's where there is no such agent.
+    """The definition, with autograd: row n belongs to agent ``agents[n]``, or to none where there is no such agent.
 
     ``weights`` are A tensors [K, F] and ``biases`` A tensors [K], or none; or biases alone, A tables [1, K].
     """
@@ -94,5 +94,4 @@ def _expected(scores: Tensor, critic: Tensor, kind: str, temperature: float) -> 
         p = torch.softmax(z / temperature, -1) if kind == "softmax" else single.shifted(z)
         if kind == "shifted":
             p = p / p.sum(-1, keepdim=True)
-        mean: Tensor = (p * critic.to(p.dtype)).sum(-1)
-        return mean
+        return (p * critic.to(p.dtype)).sum(-1)

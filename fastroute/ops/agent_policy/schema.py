@@ -6,21 +6,20 @@ C++ implements the ops with ``native`` in their names (csrc/cpu/agent_policy), T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dtypes import accumulating
 from ..registry import define_compiled
+from .contract import BackwardCall
 
 Tensors = Sequence[Tensor]
 
 
-def _agent_policy(
-    x: Tensor | None, order: Tensor | None, offsets: Tensor | None, weights: Tensors, biases: Tensors,
-    critic_weights: Tensors, critic_biases: Tensors, uniform: Tensor | None, coin: Tensor | None,
-    forced: Tensor | None, kind: int, temperature: float, exploration: float, expected: bool,
-) -> list[Tensor]:  # fmt: skip
+def _agent_policy(x: Tensor | None, order: Tensor | None, offsets: Tensor | None, *args: Any) -> list[Tensor]:
+    weights, biases, critic_weights, critic_biases, *_, expected = args
     like = (*weights, *biases)[0]
     N = order.shape[0] if order is not None else 0 if x is None else x.shape[0]
 
@@ -37,25 +36,22 @@ def _agent_policy(
     return made + [empty(N, dtype=sums)] * expected
 
 
-def _agent_policy_backward(
-    grad_value: Tensor | None, grad_scores: Tensor | None, grad_critic: Tensor | None, grad_critic_at: Tensor | None,
-    scores: Tensor, actions: Tensor, x: Tensor | None, order: Tensor | None, offsets: Tensor | None, weights: Tensors,
-    critic_weights: Tensors, agents: int, critic_width: int, kind: int, temperature: float, want_x: bool,
-    want_weights: bool, want_biases: bool, want_critic_weights: bool, want_critic_biases: bool, stacked: bool,
-    critic_stacked: bool, keep_empty: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+def _agent_policy_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    c = BackwardCall(*args)
+
     def of(flows: bool, w: Tensors, width: int, want_w: bool, want_b: bool, is_stacked: bool) -> list[list[Tensor]]:
         dw = [t.new_empty(t.shape) for t in w] if flows and want_w else []
-        shape = (agents, width) if is_stacked else (width,) if w else (1, width)
-        count = 0 if not flows or not want_b else 1 if is_stacked else agents
-        return [dw, [scores.new_empty(shape) for _ in range(count)]]
+        shape = (c.agents, width) if is_stacked else (width,) if w else (1, width)
+        count = 0 if not flows or not want_b else 1 if is_stacked else c.agents
+        return [dw, [c.scores.new_empty(shape) for _ in range(count)]]
 
-    by_policy = grad_value is not None or grad_scores is not None
-    by_critic = grad_critic is not None or grad_critic_at is not None
-    has_x = want_x and x is not None and ((by_policy and len(weights) > 0) or (by_critic and len(critic_weights) > 0))
-    dx = scores.new_empty(x.shape if has_x and x is not None else (0,))
-    dw, db = of(by_policy, weights, scores.shape[1], want_weights, want_biases, stacked)
-    cw, cb = of(by_critic, critic_weights, critic_width, want_critic_weights, want_critic_biases, critic_stacked)
+    by_policy = c.grad_value is not None or c.grad_scores is not None
+    by_critic = c.grad_critic is not None or c.grad_critic_at is not None
+    has_x = c.want_x and ((by_policy and len(c.weights) > 0) or (by_critic and len(c.critic_weights) > 0))
+    dx = c.scores.new_empty(c.x.shape if has_x and c.x is not None else (0,))
+    dw, db = of(by_policy, c.weights, c.scores.shape[1], c.want_weights, c.want_biases, c.stacked)
+    wanted = c.want_critic_weights, c.want_critic_biases
+    cw, cb = of(by_critic, c.critic_weights, c.critic_width, *wanted, c.critic_stacked)
     return dx, dw, db, cw, cb
 
 

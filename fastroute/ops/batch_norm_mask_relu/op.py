@@ -34,9 +34,9 @@ class _BatchNorm(torch.autograd.Function):
         running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float,
         eps: float, relu: bool, backend: str, functional: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        running = running_mean, running_var
+        running: tuple[Tensor | None, ...] = running_mean, running_var
         if functional:
-            running = tuple(None if t is None else t.clone() for t in running)  # type: ignore[assignment]
+            running = tuple(None if t is None else t.clone() for t in running)
         op: Any = plain.batch_norm if backend == "reference" else getattr(torch.ops.fastroute, f"_{OP}_{backend}")
         y, mean, scale = op(x, mapping, tasks, task, *running, weight, bias, training, momentum, eps, relu)
         y = own(y)
@@ -155,4 +155,4 @@ def batch_norm_mask_relu(
     )  # fmt: skip
     for old, new in zip((running_mean, running_var), running, strict=False):
         old.copy_(new)  # type: ignore[union-attr]
-    return y  # type: ignore[no-any-return]
+    return y

@@ -14,9 +14,7 @@ def batch_norm(
     eps: float, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, mean [C], 1 / deviation [C] of the batch; empty when not training). Running statistics are written."""
-    y, mean, scale = torch.native_batch_norm(
-        x, weight, bias, running_mean, running_var, training, momentum, eps
-    )  # fmt: skip
+    y, mean, scale = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
     mask_(y, mapping, tasks, task, relu)
     return y, mean, scale
 

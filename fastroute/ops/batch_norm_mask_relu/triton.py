@@ -23,18 +23,15 @@ def _kernels() -> Any:
 
 def refuses(case: Case) -> str | None:
     """Why the kernels would not take a case."""
-    why: str | None = _kernels().unsupported(case.device, case.dtype)
-    return why
+    return _kernels().unsupported(case.device, case.dtype)
 
 
 def _batch_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made: tuple[Tensor, Tensor, Tensor] = _kernels().forward(*args)
-    return made
+    return _kernels().forward(*args)
 
 
 def _batch_norm_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made: tuple[Tensor, Tensor, Tensor] = _kernels().backward(*args)
-    return made
+    return _kernels().backward(*args)
 
 
 implement("_batch_norm_mask_relu_triton", _batch_norm, anywhere=True)

@@ -1,4 +1,4 @@
-"""What passes between ``dispatch``, its backends and whoever uses a plan."""
+"""What passes between ``dispatch``, its backends and the users of a plan."""
 
 from __future__ import annotations
 

@@ -25,8 +25,7 @@ def _kernels() -> Any:
 
 def refuses(case: Case) -> str | None:
     """Why the kernels would not take a case."""
-    why: str | None = _kernels().unsupported(case.device, **dict(case.sizes))
-    return why
+    return _kernels().unsupported(case.device, **dict(case.sizes))
 
 
 @torch.no_grad()

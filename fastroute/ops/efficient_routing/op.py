@@ -303,12 +303,10 @@ def efficient_routing(
     if own and not transformed() and not is_exporting() and not is_explaining():
         given = call.of_native()
         if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in w)):
-            made: Tensor = apply(_OneCall, *given)
-            return made
+            return apply(_OneCall, *given)
         made, _ = torch.ops.fastroute._efficient_routing_native(*native.widened(given))
         return native.narrowed(made, given)
     if transformed():
         return _plain(call)
     call = call._replace(x=reaching(x, mask))  # the C++ of one call does so itself
-    out: Tensor = called("efficient_routing", call.x, *w, *call[2:])[0]
-    return out
+    return called("efficient_routing", call.x, *w, *call[2:])[0]

@@ -53,8 +53,7 @@ def norm_backward(dz: Tensor, y: Tensor) -> Tensor:
     if h[0] == 1:
         return dz
     _, mean, rstd = torch.ops.aten.native_layer_norm(y, h, None, None, 1e-5)
-    dy: Tensor = torch.ops.aten.native_layer_norm_backward(dz, y, h, mean, rstd, None, None, [True, False, False])[0]
-    return dy
+    return torch.ops.aten.native_layer_norm_backward(dz, y, h, mean, rstd, None, None, [True, False, False])[0]
 
 
 def first_betas(w: Parameters, acc: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from .contract import Parameters
 
 def cast(w: Parameters, dtype: torch.dtype) -> Parameters:
     """Every parameter in one dtype."""
-    return Parameters(*(t if t is None else t.to(dtype) for t in w))  # type: ignore[arg-type]
+    return Parameters._make(t if t is None else t.to(dtype) for t in w)
 
 
 class Routing(NamedTuple):

@@ -54,7 +54,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Streamed, *w: Tensor | None) -> Tensor:
         with autocast_off(call.scale.device.type):
-            y, saved = forward(call.of(parameters := Parameters(*w)), parameters)  # type: ignore[arg-type]
+            y, saved = forward(call.of(parameters := Parameters._make(w)), parameters)
         ctx.call, ctx.saved = call, saved
         ctx.save_for_backward(*w)
         return y
@@ -86,7 +86,6 @@ def route(call: Streamed, w: Parameters) -> Tensor:
             "stream: expected no torch.func transform and no forward mode; give the layer the vectors in one tensor"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in w):
-        made: Tensor = _Route.apply(call, *used(w, call.n_iters))  # type: ignore[no-untyped-call]
-        return made
+        return _Route.apply(call, *used(w, call.n_iters))
     with torch.no_grad(), autocast_off(call.scale.device.type):
         return forward(call.of(w), w)[0]

@@ -7,7 +7,7 @@ Axes: B samples, k experts that each takes, N = B k entries, K experts, D featur
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def _kernels() -> Any:
 
 def _is_fused(backend: str) -> bool:
     """Whether the hidden layer is made by kernels of its own, not by a product and PyTorch."""
-    return backend == "triton" and _kernels().is_fused()  # type: ignore[no-any-return]
+    return backend == "triton" and _kernels().is_fused()
 
 
 def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, offsets: Tensor, w: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, o
     if backend == "reference":
         return linear.forward(x, take, put, offsets, [w], ())[0]
     made = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}")(x, take, put, offsets, [w], [], 0, False)
-    return made[0]  # type: ignore[no-any-return]
+    return made[0]
 
 
 def _product_backward(
@@ -70,121 +70,118 @@ def _product_backward(
     return dx, dw[0] if want_w else w.new_empty(0)
 
 
-def _samples(order: Tensor, k: int) -> Tensor:
-    """Of the sorted entries."""
-    return order if k == 1 else order // k
+class _Call(NamedTuple):
+    """The op's arguments, in the order of its schema."""
+
+    x: Tensor
+    order: Tensor
+    offsets: Tensor
+    weights: Tensor | None
+    w_in: Tensor
+    w_out: Tensor
+    k: int
+    activation: str
+    gated: bool
+    backend: str
+
+    @property
+    def samples(self) -> Tensor:
+        """Of the sorted entries."""
+        return self.order if self.k == 1 else self.order // self.k
+
+    @property
+    def entry_weights(self) -> Tensor | None:
+        """Of the sorted entries, zero for those that are dropped whatever is there."""
+        if self.weights is None:
+            return None
+        w = self.weights.reshape(-1).index_select(0, self.order).to(accumulating(self.x.dtype))
+        return torch.where(torch.arange(self.order.shape[0], device=self.order.device) < self.offsets[-1], w, 0)
+
+    def summed(self, entries: Tensor) -> Tensor:
+        """[N, ...] -> [B, ...], in float32 for half precision."""
+        N, k = entries.shape[0], self.k
+        return entries if k == 1 else entries.view(-1 if N else 0, k, entries.shape[1]).sum(1)
 
 
-def _weights(order: Tensor, offsets: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Of the sorted entries, zero for those that are dropped whatever is there."""
-    if weights is None:
-        return None
-    w = weights.reshape(-1).index_select(0, order).to(accumulating(dtype))
-    return torch.where(torch.arange(order.shape[0], device=order.device) < offsets[-1], w, 0)
-
-
-def _rows(order: Tensor, offsets: Tensor, weights: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Of the sorted entries: their samples and weights."""
-    return _samples(order, k), _weights(order, offsets, weights, dtype)
-
-
-def _summed(entries: Tensor, k: int) -> Tensor:
-    """[N, ...] -> [B, ...], in float32 for half precision."""
-    return entries if k == 1 else entries.view(-1 if entries.shape[0] else 0, k, entries.shape[1]).sum(1)
-
-
-def _forward(
-    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
-    activation: str, gated: bool, backend: str,
-) -> Tensor:  # fmt: skip
-    with autocast_off(x.device.type):
-        if _is_fused(backend):
-            options = k, _NUMBERS[activation], gated, precision_of(x, "")
-            h, _ = _kernels().hidden(x, order, offsets, weights, w_in, *options)
+def _forward(*args: Any) -> Tensor:
+    c = _Call(*args)
+    with autocast_off(c.x.device.type):
+        if _is_fused(c.backend):
+            h, _ = _kernels().hidden(*c[:5], c.k, _NUMBERS[c.activation], c.gated, precision_of(c.x, ""))
         else:
-            samples, w = _rows(order, offsets, weights, k, x.dtype)
-            u = _product(backend, x, samples, None, offsets, w_in)
-            h = plain.Hidden(u, activation, gated).weighted(w)
+            u = _product(c.backend, c.x, c.samples, None, c.offsets, c.w_in)
+            h = plain.Hidden(u, c.activation, c.gated).weighted(c.entry_weights)
             del u
-        return _summed(_product(backend, h, None, order, offsets, w_out), k)
+        return c.summed(_product(c.backend, h, None, c.order, c.offsets, c.w_out))
 
 
-def _forward_fake(
-    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
-    activation: str, gated: bool, backend: str,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], w_out.shape[1])
+def _forward_fake(*args: Any) -> Tensor:
+    c = _Call(*args)
+    return c.x.new_empty(c.x.shape[0], c.w_out.shape[1])
+
+
+#: The gradients of u, of weights and of w_out.
+_OfHidden = tuple[Tensor | None, Tensor | None, Tensor]
 
 
 def _hidden_backward(
-    backend: str, x: Tensor, samples: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor,
-    w_out: Tensor, k: int, activation: str, gated: bool, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """The gradients of u, of weights and of w_out: the hidden layer by a product and PyTorch."""
-    w = _weights(order, offsets, weights, x.dtype)
-    u = _product(backend, x, samples, None, offsets, w_in)
+    c: _Call, samples: Tensor, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool
+) -> _OfHidden:
+    """The hidden layer by a product and PyTorch."""
+    w = c.entry_weights
+    u = _product(c.backend, c.x, samples, None, c.offsets, c.w_in)
     g = dy.index_select(0, samples)
-    hidden = plain.Hidden(u, activation, gated)
-    h = hidden.weighted(w) if want_out else u[:, : w_out.shape[2]]  # of which then only the width is looked at
-    t, d_out = _product_backward(backend, g, h, None, None, None, offsets, w_out, want_u or want_weights, want_out)
+    hidden = plain.Hidden(u, c.activation, c.gated)
+    h = hidden.weighted(w) if want_out else u[:, : c.w_out.shape[2]]  # then only its width is read
+    inside = want_u or want_weights
+    t, d_out = _product_backward(c.backend, g, h, None, None, None, c.offsets, c.w_out, inside, want_out)
     del g, h, u
     t = t.to(hidden.a.dtype)
     d_weights = None
-    if want_weights and weights is not None:
+    if want_weights and c.weights is not None:
         dw = hidden.weights_backward(t)
-        d_weights = torch.empty_like(dw).index_copy_(0, order, dw).view_as(weights).to(weights.dtype)
+        d_weights = torch.empty_like(dw).index_copy_(0, c.order, dw).view_as(c.weights).to(c.weights.dtype)
     return hidden.backward(t, w) if want_u else None, d_weights, d_out
 
 
-def _hidden_backward_fused(
-    backend: str, x: Tensor, samples: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor,
-    w_out: Tensor, k: int, activation: str, gated: bool, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+def _fused_backward(
+    c: _Call, samples: Tensor, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool
+) -> _OfHidden:
     """The same by kernels of the hidden layer; entries read their sample's row of ``dy`` where it is."""
-    options, inside = (_NUMBERS[activation], gated), want_u or want_weights
-    given = order, offsets, weights
-    h, u = _kernels().hidden(x, *given, w_in, k, *options, precision_of(x, ""), want_h=want_out, want_u=inside)
-    source = u[:, : w_out.shape[2]] if h is None else h  # of which then only the width is looked at
-    t, d_out = _product_backward(backend, dy, source, None, None, samples, offsets, w_out, inside, want_out)
+    options, inside = (_NUMBERS[c.activation], c.gated), want_u or want_weights
+    h, u = _kernels().hidden(*c[:5], c.k, *options, precision_of(c.x, ""), want_h=want_out, want_u=inside)
+    source = u[:, : c.w_out.shape[2]] if h is None else h  # then only its width is read
+    t, d_out = _product_backward(c.backend, dy, source, None, None, samples, c.offsets, c.w_out, inside, want_out)
     d_u, d_weights = None, None
     if inside:
-        d_u, d_weights = _kernels().backward(t, u, *given, *options, want_u=want_u, want_weights=want_weights)
+        d_u, d_weights = _kernels().backward(t, u, *c[1:4], *options, want_u=want_u, want_weights=want_weights)
     return d_u, d_weights, d_out
 
 
-def _backward(
-    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
-    activation: str, gated: bool, backend: str, dy: Tensor, want_x: bool, want_weights: bool, want_in: bool,
-    want_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward(*args: Any) -> tuple[Tensor, ...]:
     """The hidden layer is computed again; the experts' outputs are not needed: <g, W h> = <W^T g, h>."""
-    made: list[Tensor] = [x.new_empty(0) for _ in range(4)]
+    c, (dy, want_x, want_weights, want_in, want_out) = _Call(*args[:10]), args[10:]
+    made: list[Tensor] = [c.x.new_empty(0) for _ in range(4)]
     want_u = want_x or want_in
     if not (want_u or want_weights or want_out):
-        return made[0], made[1], made[2], made[3]
-    with autocast_off(x.device.type):
-        samples = _samples(order, k)
-        of_hidden = _hidden_backward_fused if _is_fused(backend) else _hidden_backward
-        d_u, d_weights, made[3] = of_hidden(
-            backend, x, samples, order, offsets, weights, w_in, w_out, k, activation, gated, dy,
-            want_u, want_weights, want_out,
-        )  # fmt: skip
+        return tuple(made)
+    with autocast_off(c.x.device.type):
+        samples = c.samples
+        of_hidden = _fused_backward if _is_fused(c.backend) else _hidden_backward
+        d_u, d_weights, made[3] = of_hidden(c, samples, dy, want_u, want_weights, want_out)
         made[1] = made[1] if d_weights is None else d_weights
         if d_u is not None:
-            dx, made[2] = _product_backward(backend, d_u, x, samples, order, None, offsets, w_in, want_x, want_in)
-            made[0] = _summed(dx, k) if want_x else made[0]
-    return made[0], made[1], made[2], made[3]
+            dx, made[2] = _product_backward(
+                c.backend, d_u, c.x, samples, c.order, None, c.offsets, c.w_in, want_x, want_in
+            )
+            made[0] = c.summed(dx) if want_x else made[0]
+    return tuple(made)
 
 
-def _backward_fake(
-    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
-    activation: str, gated: bool, backend: str, dy: Tensor, want_x: bool, want_weights: bool, want_in: bool,
-    want_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def like(t: Tensor | None, wanted: bool) -> Tensor:
-        return t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
-
-    return like(x, want_x), like(weights, want_weights), like(w_in, want_in), like(w_out, want_out)
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    c, wants = _Call(*args[:10]), args[11:]
+    given = zip((c.x, c.weights, c.w_in, c.w_out), wants, strict=True)
+    return tuple(t.new_empty(t.shape) if wanted and t is not None else c.x.new_empty(0) for t, wanted in given)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -193,17 +190,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:6])
 
 
-def _plain(
-    x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, k: int,
-    activation: str, gated: bool,
-) -> Tensor:  # fmt: skip
+def _plain(c: _Call) -> Tensor:
     """On slices of the sorted entries, with every derivative there is."""
-    with autocast_off(x.device.type):
-        samples, w = _rows(order, offsets, weights, k, x.dtype)
-        bounds = on_host(offsets)
-        u = of_sorted(x, order, samples, offsets, bounds, [w_in], (), "none", True, False)
-        h = plain.Hidden(u, activation, gated).weighted(w)
-        return _summed(of_sorted(h, order, None, offsets, bounds, [w_out], (), "none", False, True), k)
+    with autocast_off(c.x.device.type):
+        bounds = on_host(c.offsets)
+        u = of_sorted(c.x, c.order, c.samples, c.offsets, bounds, [c.w_in], (), "none", True, False)
+        h = plain.Hidden(u, c.activation, c.gated).weighted(c.entry_weights)
+        return c.summed(of_sorted(h, c.order, None, c.offsets, bounds, [c.w_out], (), "none", False, True))
 
 
 def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -214,7 +207,7 @@ def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if asked_again(dy):
 
         def plain(*given: Any) -> list[Tensor]:
-            return [_plain(*given, *ctx.options[:3])]
+            return [_plain(_Call(*given, *ctx.options))]
 
         return (*through(plain, inputs, needs[:6], [dy]), *(None,) * 4)
     wants = needs[0], needs[3] and inputs[3] is not None, needs[4], needs[5]
@@ -312,13 +305,11 @@ def expert_ffn(
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
     if x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
+    given = x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated
     if transformed():
-        return _plain(x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated)
+        return _plain(_Call(*given, "reference"))
     N = plan.order.shape[0]
     for w in (w_in, w_out):
         note("grouped_linear", x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])
     backend = taken("grouped_linear", device, x.dtype)
-    made: Tensor = called(
-        OP, x, plan.order, plan.offsets, weights, w_in, w_out, plan.per_sample, activation, gated, backend
-    )
-    return made
+    return called(OP, *given, backend)

@@ -135,7 +135,7 @@ class _PlannedLinear(_GroupedLinear):
         ctx.save_for_backward(x, order, None, offsets, before, *weights)
         if wants_gradients:
             keep_for_again(ctx, biases)
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 def _again(

@@ -6,11 +6,13 @@ C++ implements the ops with ``native`` in their names (csrc/cpu/grouped_linear),
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..registry import define_compiled, library, register_fake
+from .contract import BackwardCall
 
 
 def _forward(
@@ -37,32 +39,23 @@ def _planned(
     return *_forward(x, actions, None, plan[1], weights, biases, activation, keep), *plan
 
 
-def _backward(
-    grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None, offsets: Tensor,
-    weights: Sequence[Tensor], modules: int, want_x: bool, want_weights: bool, want_biases: bool, activation: int,
-    kept: Tensor | None, stacked: bool, keep_empty: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    rows = x.shape[0] if take is None else take.shape[0]
-    dx = grad.new_empty((rows, x.shape[1]) if want_x else (0,))
-    dw = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights] if want_weights else []
-    O = grad.shape[1]
-    if not want_biases:
-        return dx, dw, []
-    if stacked:
-        return dx, dw, [grad.new_empty(modules, O)]
-    return dx, dw, [grad.new_empty((O,) if weights else (1, O)) for _ in range(modules)]
+def _backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    c = BackwardCall(*args)
+    dx, dw, db = _backward_stacked(*args)
+    if c.want_weights:
+        dw = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in c.weights]
+    if not c.stacked and c.want_biases:
+        db = [db[0].new_empty(db[0].shape[1:] if c.weights else (1, db[0].shape[1])) for _ in range(c.modules)]
+    return dx, dw, db
 
 
-def _backward_stacked(
-    grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None, offsets: Tensor,
-    weights: Sequence[Tensor], modules: int, want_x: bool, want_weights: bool, want_biases: bool, activation: int,
-    kept: Tensor | None, stacked: bool, keep_empty: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+def _backward_stacked(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Triton's, which makes all modules' gradients in one tensor, be they stacked or not."""
-    rows, O = x.shape[0] if take is None else take.shape[0], grad.shape[1]
-    dx = grad.new_empty((rows, x.shape[1]) if want_x else (0,))
-    dw = [grad.new_empty(modules, O, x.shape[1])] if want_weights else []
-    return dx, dw, [grad.new_empty(modules, O)] if want_biases else []
+    c = BackwardCall(*args)
+    rows, O = (c.x if c.take is None else c.take).shape[0], c.grad.shape[1]
+    dx = c.grad.new_empty((rows, c.x.shape[1]) if c.want_x else (0,))
+    dw = [c.grad.new_empty(c.modules, O, c.x.shape[1])] if c.want_weights else []
+    return dx, dw, [c.grad.new_empty(c.modules, O)] if c.want_biases else []
 
 
 define_compiled(

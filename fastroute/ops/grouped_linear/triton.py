@@ -5,7 +5,6 @@ Triton is imported by the first call. Importing this module registers the implem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..backends import Case
 from ..precision import precision_of
 from ..registry import implement
+from .contract import BackwardCall
 
 
 @cache
@@ -25,36 +25,18 @@ def _kernels() -> Any:
 
 def refuses(case: Case) -> str | None:
     """Why the kernels would not take a case."""
-    why: str | None = _kernels().unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return _kernels().unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
-def _forward(
-    x: Tensor,
-    take: Tensor | None,
-    put: Tensor | None,
-    offsets: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    activation: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    made: tuple[Tensor, Tensor] = _kernels().forward(
-        x, take, put, offsets, weights, biases, activation, keep, precision_of((weights or biases)[0], "")
-    )
-    return made
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *_, weights, biases, _, _ = args
+    return _kernels().forward(*args, precision_of((weights or biases)[0], ""))
 
 
-def _backward(
-    grad: Tensor, x: Tensor, take: Tensor | None, spread: Tensor | None, put: Tensor | None, offsets: Tensor,
-    weights: Sequence[Tensor], modules: int, want_x: bool, want_weights: bool, want_biases: bool, activation: int,
-    kept: Tensor | None, stacked: bool, keep_empty: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    made: tuple[Tensor, list[Tensor], list[Tensor]] = _kernels().backward(
-        grad, x, take, spread, put, offsets, weights, modules, (want_x, want_weights, want_biases), activation, kept,
-        precision_of(grad, ""),
-    )  # fmt: skip
-    return made
+def _backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    c = BackwardCall(*args)
+    wants = c.want_x, c.want_weights, c.want_biases
+    return _kernels().backward(*c[:8], wants, c.activation, c.kept, precision_of(c.grad, ""))
 
 
 implement("_grouped_linear_triton", _forward)

@@ -41,7 +41,7 @@ backend returned for the iteration after.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class Moments(NamedTuple):
     mean: Tensor  # [B, m, c, h]
     M2: Tensor  # [B, m, c, h]
     a: Tensor  # [B, m]
-    low: Tensor | None = None  # [B, m, c, h]: sum_i D_ij (V_ij - mean_j) / N0_j, which is not quite 0
+    low: Any = None  # [B, m, c, h], or None: sum_i D_ij (V_ij - mean_j) / N0_j, which is not quite 0
 
 
 class OutputGrads(NamedTuple):

@@ -23,9 +23,9 @@ library.define(
 
 def _plain(step: MatrixStep) -> tuple[Tensor | None, ...]:
     """The step as the C++ reads it: l_ij = prior_j - sum_ch weight_jch (V_ijch - mu_jch)^2."""
-    parameters = (step.W, step.bias, step.beta_use, step.beta_ign)
+    parameters: tuple[Tensor, ...] = (step.W, step.bias, step.beta_use, step.beta_ign)
     half = {t.dtype for t in parameters} == {torch.bfloat16} and step.acc == torch.float32
-    parameters = tuple(t.to(torch.bfloat16 if half else step.acc).contiguous() for t in parameters)  # type: ignore
+    parameters = tuple(t.to(torch.bfloat16 if half else step.acc).contiguous() for t in parameters)
     if step.previous is None:
         return step.gate, step.mu_inp, *parameters, step.mask, None, None, None
     prior, sig2 = log_prior(step.previous, step.p_model), step.previous.sig2

@@ -40,8 +40,7 @@ _SAVED = "Tensor N0, Tensor mean, Tensor M2, Tensor a, Tensor low"
 def _triton_refuses(case: Case) -> str | None:
     from .triton import unsupported
 
-    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
 offer(OP, "reference", "fastroute.ops.matrix_routing.plain", lambda case: None)
@@ -105,7 +104,7 @@ def _folds(kernel: Any) -> bool:
 
 
 def _at(saved: Moments, t: int) -> Moments:
-    return Moments(*(part[t] for part in saved))  # type: ignore[index]
+    return Moments._make(part[t] for part in saved)
 
 
 def forward_passes(call: Call, total: Total | None = None) -> tuple[Outputs, Moments]:
@@ -114,7 +113,7 @@ def forward_passes(call: Call, total: Total | None = None) -> tuple[Outputs, Mom
     saved = call.new_saved()
     if call.is_empty:
         for part in saved:
-            part.zero_()  # type: ignore[union-attr]
+            part.zero_()
         out = settle(_at(saved, -1), call.eps)
         return Outputs(out.a.clone(), out.mu, out.sig2), saved
     kernel = choose(call.case, call.backend)
@@ -129,9 +128,9 @@ def forward_passes(call: Call, total: Total | None = None) -> tuple[Outputs, Mom
             made = made if total is None else total(made)
             for kept, part in zip(saved, made, strict=True):
                 if part is None:
-                    kept[t].zero_()  # type: ignore[index]
+                    kept[t].zero_()
                 else:
-                    kept[t] = part  # type: ignore[index]
+                    kept[t] = part
             out = settle(made, call.eps)
             step = step._replace(previous=out)
     return out, saved
@@ -139,14 +138,14 @@ def forward_passes(call: Call, total: Total | None = None) -> tuple[Outputs, Mom
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     out, saved = forward_passes(Call.of(args))
-    return *out, *saved  # type: ignore[return-value]
+    return *out, *saved
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     call = Call.of(args)
     record(call.case)
     saved = call.new_saved()
-    return *(t.new_empty(t.shape[1:]) for t in (saved.a, saved.mean, saved.M2)), *saved  # type: ignore
+    return *(t.new_empty(t.shape[1:]) for t in (saved.a, saved.mean, saved.M2)), *saved
 
 
 def _new_grads(call: Call, want_mu: bool, want_parameters: bool) -> MatrixGrads:
@@ -212,9 +211,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _plain(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The reference, in the dtype of sums."""
     w = Capsules(*(t.to(call.acc) for t in call.w))
-    options = {"n_iters": call.n_iters, "p_model": call.p_model, "eps": call.eps, "mask": call.mask}
+    options: dict[str, Any] = {"n_iters": call.n_iters, "p_model": call.p_model, "eps": call.eps, "mask": call.mask}
     with autocast_off(call.mu_inp.device.type):
-        made = reference.matrix_routing(call.a_inp.to(call.acc), call.mu_inp.to(call.acc), w, **options)  # type: ignore[arg-type]
+        made = reference.matrix_routing(call.a_inp.to(call.acc), call.mu_inp.to(call.acc), w, **options)
     return made.a_out, made.mu_out, made.sig2_out
 
 

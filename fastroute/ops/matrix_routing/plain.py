@@ -8,7 +8,7 @@ Axes: B batch, r inputs of a tile, n inputs, m outputs, c rows of a capsule, d i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ def tile_rows(batch: int, n: int, votes: int, itemsize: int, device: torch.devic
 def _tiles(step: MatrixStep) -> Iterator[_Tile]:
     B, n, m, c, _, h = step.sizes
     size = tile_rows(B, n, m * c * h, step.acc.itemsize, step.mu_inp.device)
+    prior: Any
     prior = precision = None
     if step.previous is not None:
         prior = log_prior(step.previous, step.p_model)
@@ -67,7 +68,7 @@ def _tiles(step: MatrixStep) -> Iterator[_Tile]:
         else:
             off = V - step.previous.mu[:, None]
             squares = off.square() if precision is None else 0.5 * off.square() * precision[:, None]
-            log_R = prior[:, None] - squares.sum((-2, -1))  # type: ignore[index]
+            log_R = prior[:, None] - squares.sum((-2, -1))
             if is_open is not None:
                 log_R = log_R.masked_fill(~is_open & is_open.any(-1, keepdim=True), -torch.inf)
             R = log_R.softmax(-1)

@@ -5,6 +5,8 @@ C++ implements the ops with ``native`` in their names (csrc/cpu/policy), Triton 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,7 @@ from ..dtypes import accumulating
 from ..registry import define_compiled
 
 
-def _policy(
-    scores: Tensor, uniform: Tensor | None, coin: Tensor | None, forced: Tensor | None, kind: int, temperature: float,
-    exploration: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _policy(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = scores.shape[:1]
     actions = scores.new_empty(rows, dtype=torch.int64)
     return actions, scores.new_empty(rows, dtype=accumulating(scores.dtype)), torch.empty_like(actions)

@@ -21,13 +21,11 @@ def _kernels() -> Any:
 
 
 def _policy(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made: tuple[Tensor, Tensor, Tensor] = _kernels().forward(*args)
-    return made
+    return _kernels().forward(*args)
 
 
 def _policy_backward(*args: Any) -> Tensor:
-    made: Tensor = _kernels().backward(*args)
-    return made
+    return _kernels().backward(*args)
 
 
 implement("_policy_triton", _policy, anywhere=True)

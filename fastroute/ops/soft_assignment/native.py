@@ -28,17 +28,13 @@ def _plain(votes: Tensor, pairs: Pairs) -> tuple[Tensor | float | None, ...]:
         return None if t is None else t.to(acc).contiguous()
 
     votes = votes if votes.stride(-1) == 1 or votes.shape[-1] == 1 else votes.contiguous()
-    scores, gate, use, ign, prior, mask, lengths, eps = pairs
-    return (
-        votes, dense(scores), dense(gate), dense(use), dense(ign), dense(prior), mask,
-        None if lengths is None else lengths.contiguous(), eps,
-    )  # fmt: skip
+    *given, mask, lengths, eps = pairs
+    return votes, *map(dense, given), mask, None if lengths is None else lengths.contiguous(), eps
 
 
 def forward(votes: Tensor, pairs: Pairs, mean: bool = False) -> tuple[Tensor, Tensor]:
     """M and p; for a ``mean`` M / p and p, which is 1 where it is 0."""
-    made: tuple[Tensor, Tensor] = torch.ops.fastroute._soft_assignment_native(*_plain(votes, pairs), mean)
-    return made
+    return torch.ops.fastroute._soft_assignment_native(*_plain(votes, pairs), mean)
 
 
 def backward(votes: Tensor, pairs: Pairs, dM: Tensor, dp: Tensor, grads: Grads) -> None:

@@ -41,8 +41,7 @@ def case_of(votes: Tensor, pairs: Pairs) -> Case:
 def _triton_refuses(case: Case) -> str | None:
     from .triton import unsupported
 
-    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
 offer(OP, "reference", "fastroute.ops.soft_assignment.plain", lambda case: None)
@@ -215,7 +214,7 @@ def soft_assignment(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     mean: bool = False,
-    eps: float = 0,  # an int, of which torch.compile makes no variable
+    eps: float = 0,  # an int: torch.compile does not make it a variable
 ) -> Tensor:
     r"""Assign every input softly to outputs; an output is the sum, or the weighted mean, of what inputs vote for it.
 

@@ -165,9 +165,7 @@ def _refuse_to_overwrite(x: Tensor) -> None:
 
 
 @explained
-def task_mask(
-    x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = False, inplace: bool = False
-) -> Tensor:  # fmt: skip
+def task_mask(x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = False, inplace: bool = False) -> Tensor:
     """Keep the channels of each sample's task: y = x where mapping[task, c] is not 0, and exactly 0 elsewhere.
 
     What is in a dead channel is not looked at: NaN and infinity there become 0. The gradient is the true one, 0 in dead
@@ -204,8 +202,7 @@ def task_mask(
         return x.copy_(y) if inplace else y
     if inplace and not torch.compiler.is_compiling():
         if x.requires_grad and torch.is_grad_enabled():
-            made: Tensor = _InPlace.apply(x, mapping, tasks, number, relu, backend)
-            return made
+            return _InPlace.apply(x, mapping, tasks, number, relu, backend)
         _run(backend, "mask_", x, mapping, tasks, number, relu)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)

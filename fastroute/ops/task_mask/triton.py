@@ -24,8 +24,7 @@ def _kernels() -> Any:
 
 def refuses(case: Case) -> str | None:
     """Why the kernels would not take a case."""
-    why: str | None = _kernels().unsupported(case.device, case.dtype)
-    return why
+    return _kernels().unsupported(case.device, case.dtype)
 
 
 def _gate(g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int) -> Tensor:

@@ -6,7 +6,7 @@ Axes: B samples, T decisions, C differentiable columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -53,13 +53,15 @@ class Decisions(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What one decision's loss is made of; every tensor is [B]."""
+    """What one decision's loss is made of; every tensor is [B]. A formula reads ``s1`` and ``aux`` only of kinds that
+    have them, so they are not typed as Tensor | None.
+    """
 
     kind: str
     choices: int  # K
     s0: Tensor  # the first column at the action: log p_a, q_a or A_a
-    s1: Tensor | None  # the critic's
-    aux: Tensor | None  # without gradient: the baseline, w = p_a / mu_a, or the policy's mean value
+    s1: Any  # the critic's; None: without one
+    aux: Any  # without gradient: the baseline, w = p_a / mu_a, or the policy's mean value; None of other kinds
     R: Tensor
     y: Tensor  # without gradient, too: what is bootstrapped
 

@@ -189,7 +189,7 @@ def trajectory_loss(
     widest = _promoted(f, *columns, *others)
     # bootstrapped values may have any dtype and do not influence the result's dtype
     dtype = widest if widest == f.dtype else _promoted(f, *columns, *(others[i] for i in _wide(layout)))
-    if transformed():  # a forward mode's tangent is nobody's requires_grad
+    if transformed():  # a forward mode's tangent sets no requires_grad
         f, others = f.detach(), [t.detach() for t in others]
         loss, _ = plain.forward(f, columns, others, masks, layout, float(gamma), bool(normalize), False)
         return loss if loss.dtype == dtype else loss.to(dtype)
@@ -197,8 +197,7 @@ def trajectory_loss(
     backend = taken(OP, f.device.type, widest)
     if torch.is_grad_enabled() and any(t.requires_grad for t in columns):
         call = backend, len(columns), len(others), dtype, layout, float(gamma), bool(normalize)
-        learning: Tensor = apply(_TrajectoryLoss, f, call, *columns, *others, *masks)
-        return learning
+        return apply(_TrajectoryLoss, f, call, *columns, *others, *masks)
     loss, _ = _forward(backend, f, columns, others, masks, layout, float(gamma), bool(normalize), False)
     return loss if loss.dtype == dtype else loss.to(dtype)
 
@@ -233,8 +232,7 @@ class _Rewards:
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         given = *self.final, self.table, self.actions, self.places, self.ratio
-        made: tuple[Tensor, Tensor, Tensor] = torch.ops.fastroute._trajectory_loss_rewarded_triton(*given, *args)
-        return made
+        return torch.ops.fastroute._trajectory_loss_rewarded_triton(*given, *args)
 
     spelled_out: Callable[[], tuple[Tensor, list[Tensor], list[int]]]  #: f, others and masks, layout: without formulas
 
@@ -255,8 +253,7 @@ def makes_rewards(losses: Tensor) -> bool:
         return False
     from ...kernels.trajectory_loss import makes_rewards
 
-    made: bool = makes_rewards()
-    return made
+    return makes_rewards()
 
 
 def rewarded_loss(
@@ -281,8 +278,7 @@ def rewarded_loss(
 
         rewards.spelled_out = spelled_out
         call = "triton", len(columns), len(others), losses.dtype, layout, *options
-        made: tuple[Tensor, Tensor] = apply(_RewardedLoss, rewards, call, *columns, *others, *masks)
-        return made
+        return apply(_RewardedLoss, rewards, call, *columns, *others, *masks)
     loss, _, f = rewards.forward(columns, others, masks, layout, *options, False)
     return loss, f
 

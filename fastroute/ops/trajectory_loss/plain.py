@@ -24,7 +24,7 @@ def slopes_of(e: Entry) -> tuple[Tensor, Tensor | None]:
         p = e.s0.exp()
         return -2 * step_of(e, p) * p, critic
     if e.kind in ADVANTAGES:
-        return 2 * (e.s0 - (critics_target(e) - e.s1)), critic  # type: ignore[operator]
+        return 2 * (e.s0 - (critics_target(e) - e.s1)), critic
     return -advantage(e), critic
 
 
@@ -49,5 +49,4 @@ def forward(
 
 def backward(grad: Tensor, slopes: Tensor) -> Sequence[Tensor]:
     """Per column [B], its gradient from that of the loss."""
-    made: Sequence[Tensor] = (slopes * grad).unbind()
-    return made
+    return (slopes * grad).unbind()

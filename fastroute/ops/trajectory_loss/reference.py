@@ -7,7 +7,7 @@ from a decision on, y what it bootstraps, K choices; a decision's first column i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,27 +98,27 @@ def entries(d: Decisions, f: Tensor, gamma: float, normalize: bool) -> Iterator[
 def advantage(e: Entry) -> Tensor:
     """What multiplies -log p_a in the classes that have a policy (WPL's step apart); without gradient."""
     R, aux = e.R, e.aux
-    s1 = None if e.s1 is None else e.s1.detach()
+    s1: Any = None if e.s1 is None else e.s1.detach()
     if e.kind == "REINFORCE":
         return R
     if e.kind == "EGreedyREINFORCE":
-        return aux * R  # type: ignore[operator]
+        return aux * R
     if e.kind == "REINFORCEBl1":
-        return R - aux  # type: ignore[operator]
+        return R - aux
     if e.kind == "REINFORCEBl2":
-        return R / (e.choices * e.s0.detach().exp()) - aux  # type: ignore[operator]
+        return R / (e.choices * e.s0.detach().exp()) - aux
     if e.kind == "EGreedyAAC":
-        return aux * (R - s1)  # type: ignore[operator]
+        return aux * (R - s1)
     if e.kind == "BootstrapAAC":
-        return e.y - s1  # type: ignore[operator]
+        return e.y - s1
     if e.kind in ("ActorCritic", "AAC"):
-        return R - s1  # type: ignore[operator]
+        return R - s1
     raise ValueError(f"kinds: expected one with a formula here, got {e.kind!r}")
 
 
 def step_of(e: Entry, p: Tensor) -> Tensor:
     """WPL's d w: how far p = p_a should move, the less the nearer it is to where it goes; without gradient."""
-    p, d = p.detach(), e.R - e.aux  # type: ignore[operator]
+    p, d = p.detach(), e.R - e.aux
     return d * torch.where(d < 0, p, 1 - p)
 
 
@@ -129,7 +129,7 @@ def critics_target(e: Entry) -> Tensor:
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
     """(a - b)^2, in the fewest operators that PyTorch has for it."""
-    if a.dtype != b.dtype:  # of which torch 2.11 has no gradient
+    if a.dtype != b.dtype:  # torch 2.11 has no gradient for this
         dtype = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(dtype), b.to(dtype)
     return F.mse_loss(a, b, reduction="none")
@@ -148,7 +148,7 @@ def loss_of(e: Entry) -> Tensor:
         p = e.s0.exp()
         actor = squared(p, p.detach() + step_of(e, p))
     elif e.kind in ADVANTAGES:
-        actor = squared(e.s0, critics_target(e) - e.s1.detach())  # type: ignore[union-attr]
+        actor = squared(e.s0, critics_target(e) - e.s1.detach())
     else:
         actor = -e.s0 * advantage(e)
     return actor if critic is None else actor + critic

@@ -18,10 +18,8 @@ SCHEMA = (
 )
 
 
-def _fake(
-    f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
-    gamma: float, normalize: bool, want_slopes: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _fake(f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    *_, want_slopes = args
     B, dtype = f.shape[0], sums(f, *columns, *others)
     return f.new_empty(B, dtype=dtype), f.new_empty(len(columns) if want_slopes else 0, B, dtype=dtype)
 

@@ -5,7 +5,6 @@ Triton is imported by the first call. Importing this module registers the implem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,20 +21,14 @@ def _kernels() -> Any:
     return trajectory_loss
 
 
-def _in_triton(
-    f: Tensor, columns: Sequence[Tensor], others: Sequence[Tensor], masks: Sequence[Tensor], layout: Sequence[int],
-    gamma: float, normalize: bool, want_slopes: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    made: tuple[Tensor, Tensor] = _kernels().forward(f, columns, others, masks, layout, gamma, normalize, want_slopes)
-    return made
+def _in_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    return _kernels().forward(*args)
 
 
-def _rewarded(
-    losses: Tensor, scale: float, scores: Tensor | None, truth: Tensor | None, table: Tensor | None,
-    actions: Tensor | None, places: Sequence[int], ratio: float | None, *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _rewarded(losses: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _kernels()
-    rewards = kernels.Rewards(scale, scores, truth, table, actions, places, ratio, torch.empty_like(losses))
+    of_rewards, rest = args[:7], args[7:]
+    rewards = kernels.Rewards(*of_rewards, torch.empty_like(losses))
     loss, slopes = kernels.forward(losses, *rest, rewards)
     return loss, slopes, rewards.final
 

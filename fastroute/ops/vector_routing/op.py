@@ -41,8 +41,7 @@ def case_of(x: Tensor, n_out: int) -> Case:
 def _triton_refuses(case: Case) -> str | None:
     from .triton import unsupported
 
-    why: str | None = unsupported(case.device, case.dtype, **dict(case.sizes))
-    return why
+    return unsupported(case.device, case.dtype, **dict(case.sizes))
 
 
 offer(OP, "reference", "fastroute.ops.vector_routing.plain", lambda case: None)
@@ -128,13 +127,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _plain(x: Tensor, gate: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+def _plain(x: Tensor, gate: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The reference, in the dtype of sums."""
     *parameters, use_bias, ign_bias, prior, mask, lengths = (
         t.to(gate.dtype) if t is not None and t.is_floating_point() else t for t in rest
     )
-    more = {"use_bias": use_bias, "ign_bias": ign_bias, "prior": prior, "mask": mask, "lengths": lengths}
-    return reference.vector_routing(x.to(gate.dtype), gate, *parameters, **more)  # type: ignore[arg-type]
+    more = dict(use_bias=use_bias, ign_bias=ign_bias, prior=prior, mask=mask, lengths=lengths)
+    return reference.vector_routing(x.to(gate.dtype), gate, *parameters, **more)
 
 
 def _gradient(ctx: Any, dM: Tensor, dp: Tensor) -> tuple[Tensor | None, ...]:

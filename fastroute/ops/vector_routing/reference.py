@@ -105,7 +105,6 @@ def vector_routing(
         x = x.masked_fill(~live[..., None], 0.0)
         gate = gate.masked_fill(~live, 0.0)
     phi = assign(
-        x, gate, pred, score_weight, score_bias, use, ign,
-        use_bias=use_bias, ign_bias=ign_bias, prior=prior, mask=mask,
-    ).phi  # fmt: skip
+        x, gate, pred, score_weight, score_bias, use, ign, use_bias=use_bias, ign_bias=ign_bias, prior=prior, mask=mask
+    ).phi
     return phi.mT @ x, phi.sum(-2)
