@@ -8,9 +8,12 @@ from __future__ import annotations
 import inspect
 import random
 import re
+import struct
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +21,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import capsules, functional, multitask, networks, ops, plots, tasks
+from fastroute import (
+    capsules,
+    data,
+    functional,
+    loggers,
+    models,
+    monitor,
+    multitask,
+    networks,
+    ops,
+    plots,
+    report,
+    tasks,
+)
+from fastroute.compat import heinsen_routing, taskrouting, torchmtl
+from fastroute.compat.PytorchRouting import CoreLayers, DecisionLayers, PreFabs
+from fastroute.compat.PytorchRouting.RewardFunctions import Final, PerAction
 from fastroute.multitask import metrics
 from fastroute.networks import Initialization, Trajectory
 from fastroute.ops import dispatch
@@ -93,6 +112,37 @@ def efficient() -> dict[str, Any]:
 
 def plan() -> Any:
     return dispatch.plan(whose(), K)
+
+
+class Encoder(nn.Module):
+    """As Hugging Face's: an embedding and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=F, num_hidden_layers=1)
+        self.layer = nn.Linear(F, F)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False) -> Any:
+        return SimpleNamespace(hidden_states=(x, self.layer(x)))
+
+
+def losses_of_two() -> dict[str, Tensor]:
+    w = torch.ones(2, requires_grad=True)
+    return {"a": w.sum(), "b": w.prod()}
+
+
+def logged() -> Path:
+    log = loggers.RunLog("logged")
+    log.write({"loss": 1.0}, 1)
+    return log.folder
+
+
+def digits() -> str:
+    """A folder of IDX files."""
+    for name, sizes_, data_ in (("images-idx3", (10, 2, 2), bytes(40)), ("labels-idx1", (10,), bytes(10))):
+        header = struct.pack(f">{1 + len(sizes_)}I", 0x0800 + len(sizes_), *sizes_)
+        Path(f"t10k-{name}-ubyte").write_bytes(header + data_)
+    return "."
 
 
 EXPERTS = sizes(in_features=F, task_experts=2, shared_experts=1, tasks=T, hidden_features=5, out_features=2, levels=2)
@@ -384,6 +434,74 @@ EXAMPLES: dict[str, Example] = {
         lambda: {"z": x(B, 2, F), "weights": torch.rand(B, 2), "valid": torch.ones(B, 2, dtype=torch.bool)}
     ),
     "ops.dispatch.plan": Example(lambda: {"actions": whose(), "modules": K}),
+    # models
+    "models.CapsuleHead": Example(
+        sizes(classes=3, features=F, depths=2, parts=4, hidden=5, n_iters=2, return_credit=True),
+        lambda: {"hidden_states": x(2, 3, 2, F), "attention_mask": torch.ones(2, 3, dtype=torch.bool)},
+    ),
+    "models.CapsuleClassifier": Example(
+        lambda: {"encoder": Encoder(), "classes": 3, "freeze": True, "parts": 4}, lambda: {"x": x(2, 3, F)}
+    ),
+    "models.RoutedCNN": Example(
+        sizes(
+            tasks=T, classes=2, in_channels=1, image_size=8, blocks=2, channels=4, width=5, layers=2, modules=2,
+            collaboration=0.3, exploration=0.1,
+        ),
+        lambda: {"images": x(B, 1, 8, 8), "tasks": whose()},
+    ),
+    "models.SmallNORB": Example(
+        sizes(classes=3, views=1, parts=4, channels=4, n_iters=2), lambda: {"images": x(2, 1, 40, 40)}
+    ),
+    "models.routed_vgg": Example(sizes(task_count=T, sigma=0.5, width=0.01, batch_norm=True)),
+    # what watches a run
+    "monitor.RoutingMonitor": Example(
+        lambda: {"model": networks.MoE(F, 3, num_experts=K), "every": 1, "when": "always", "counts": True},
+        lambda: {"losses": losses_of_two(), "parameters": None},
+        "gradient_conflict",
+    ),
+    "loggers.RunLog": Example(sizes(folder="run"), lambda: {"numbers": {"a": 1.0}, "step": 1}, "write"),
+    "loggers.TensorBoard": Example(
+        lambda: {"writer": SimpleNamespace(add_scalar=lambda *_: None), "prefix": "x/"},
+        lambda: {"numbers": {"a": 1.0}, "step": 1},
+        "write",
+    ),
+    "report.write_report": Example(lambda: {"folder": logged(), "out": "page.html"}),
+    "report.read_run": Example(lambda: {"folder": logged()}),
+    "data.mnist": Example(lambda: {"directory": digits()}),
+}  # fmt: skip
+
+
+def as_upstream(name: str, **renamed: str) -> Example:
+    """The example of the class that an upstream's is made from, with the arguments of a call that it renames."""
+    make, call, method = EXAMPLES[name]
+    return Example(make, call and (lambda: {renamed.get(k, k): v for k, v in call().items()}), method)
+
+
+UPSTREAMS_NAMES = {
+    "CoreLayers": {"batch": "xs", "meta": "mxs"},
+    "DecisionLayers": {"batch": "xs", "meta": "mxs", "agents": "prior_actions"},
+    "PreFabs": {"agents": "task_actions"},
+}
+EXAMPLES |= {
+    "heinsen_routing.GenerativeMatrixRouting": as_upstream("capsules.GenerativeMatrixRouting"),
+    "heinsen_routing.Routing": Example(
+        sizes(d_cov=2, d_inp=5, d_out=6, n_inp=3, n_out=4, n_iters=2, single_beta=False, p_model="gaussian", eps=1e-5),
+        lambda: {"a_inp": x(2, 3), "mu_inp": x(2, 3, 2, 5), "return_R": False, "n_out": None},
+    ),
+    "taskrouting.TaskRouter": Example(
+        sizes(unit_count=8, task_count=T, sigma=4, name="r"), lambda: {"input": x(B, 8), "task": 1}
+    ),
+    "torchmtl.MTLModel": Example(
+        lambda: {k: EXAMPLES["multitask.MTLModel"].make()[k] for k in ("task_layers", "output_tasks")},
+        EXAMPLES["multitask.MTLModel"].call,
+    ),
+    **{
+        f"{package}.{name}": as_upstream(f"networks.{name}", **UPSTREAMS_NAMES.get(package, {}))
+        for package, module in (("CoreLayers", CoreLayers), ("DecisionLayers", DecisionLayers), ("PreFabs", PreFabs),
+                                ("Final", Final), ("PerAction", PerAction))
+        for name, thing in vars(module).items()
+        if f"networks.{name}" in EXAMPLES and getattr(thing, "__module__", "").startswith("fastroute.compat")
+    },
 }  # fmt: skip
 
 
@@ -392,7 +510,9 @@ EXAMPLES: dict[str, Example] = {
 #: Packages whose public names are swept, under the name in ``EXAMPLES``.
 PACKAGES: dict[str, Any] = {
     "capsules": capsules, "networks": networks, "tasks": tasks, "multitask": multitask, "ops": ops,
-    "functional": functional,
+    "functional": functional, "models": models, "monitor": monitor, "loggers": loggers, "report": report, "data": data,
+    "heinsen_routing": heinsen_routing, "taskrouting": taskrouting, "torchmtl": torchmtl, "CoreLayers": CoreLayers,
+    "DecisionLayers": DecisionLayers, "PreFabs": PreFabs, "Final": Final, "PerAction": PerAction,
 }  # fmt: skip
 #: Records of what layers did, which users read and do not make; what others are derived from; and what takes anything.
 NOT_SWEPT = {
@@ -400,6 +520,7 @@ NOT_SWEPT = {
     "networks.Summary", "networks.SampleMetaInformation", "networks.BaseReward", "networks.Decision",
     "networks.RoutingRNNCellBase", "multitask.Weighting", "multitask.Add", "multitask.Multiply",
     "multitask.SimpleSelect", "multitask.SliceSelect", "tasks.Overlap", "tasks.vgg11", "tasks.vgg11_bn",
+    "monitor.Sink", "report.CannotReport", "report.Run", "data.Digits", "data.digits", "DecisionLayers.Decision",
 }  # fmt: skip
 
 
@@ -551,9 +672,14 @@ def verdict(name: str, what: str, argument: str, bad: str) -> str | None:
     except Exception as error:
         if is_bent and (is_op or short in OF_USERS or (bad, short) in {("on meta", of) for of in LEARNING}):
             return None
+        if isinstance(error, (OSError, report.CannotReport)):  # which name a path
+            names = [str(given[argument])]
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "<frozen" not in f.filename]
         text = f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}: {str(error)[:160]}"
-        if not isinstance(error, (TypeError, ValueError, IndexError)) or "/fastroute/" not in frames[-1].filename:
+        if (
+            not isinstance(error, (TypeError, ValueError, IndexError, OSError, report.CannotReport))
+            or "/fastroute/" not in frames[-1].filename
+        ):
             return f"not ours: {text}"
         if not any(re.search(rf"\b({k}|{ALSO_CALLED.get(k, k)})\b", str(error)) for k in names):
             return f"does not name it: {text}"
@@ -565,6 +691,12 @@ def complaints(found: list[tuple[str, str, str, str]]) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what LearnedWeights says of itself
         return [f"{' '.join(case)}: {what}" for case in found if (what := verdict(*case))]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is given a name of a file."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_every_public_name_has_an_example() -> None:

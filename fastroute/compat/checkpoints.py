@@ -7,7 +7,6 @@ that it holds layers of the upstream it is said to come from, and that these are
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import zipfile
 from collections import OrderedDict
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops import files
 
 UPSTREAMS = ("heinsen_routing", "heinsen_routing_2019", "PytorchRouting", "taskrouting", "torchmtl")
 #: Under which training loops put a state dict beside other things.
@@ -67,6 +68,8 @@ def convert(source: Path, target: Path, upstream: str, *, back: bool = False) ->
     Raises:
         CannotConvert: why; ``target`` is then as it was.
     """
+    if source.exists() and target.exists() and source.samefile(target):
+        raise CannotConvert(f"{target}: expected another file than {source}, of which not everything is kept")
     report = Report()
     state = _state_dict(_read(source), report, source)
     if back and upstream == "torchmtl":
@@ -105,7 +108,7 @@ def _read(path: Path) -> Any:
         said = str(error)
         if names := re.findall(r"GLOBAL (\S+) was not", said):
             raise CannotConvert(_whole(path, names)) from error
-        first = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+        first = f"{type(error).__name__}: {files.reason(error)}"
         raise CannotConvert(
             f"{path}: expected a state dict that torch.save or safetensors wrote, got a truncated file or one of "
             f"another kind ({first})"
@@ -124,18 +127,17 @@ def _whole(path: Path, names: list[str]) -> str:
 def _write(state: dict[str, Tensor], path: Path) -> None:
     if not path.parent.is_dir():
         raise CannotConvert(f"{path}: expected a file in an existing folder")
-    part = path.with_name(f".{path.name}.part")
+    writer = _safetensors() if path.suffix == ".safetensors" else None
+    errors = () if writer is None else (importlib.import_module("safetensors").SafetensorError,)
     try:
-        if path.suffix == ".safetensors":
-            alone = {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in state.items()}
-            _safetensors().save_file(alone, part, metadata={"format": "pt"})
-        else:
-            torch.save(state, part)
-        os.replace(part, path)
+        with files.whole(path, *errors) as part:
+            if writer is not None:
+                alone = {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in state.items()}
+                writer.save_file(alone, part, metadata={"format": "pt"})
+            else:
+                torch.save(state, part)
     except OSError as error:
-        raise CannotConvert(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise CannotConvert(f"{path}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- state dicts

@@ -100,6 +100,7 @@ class CapsuleHead(nn.Module):
         """
         x = self._stacked(hidden_states)
         B, n, L, _ = x.shape
+        checks.together(("the parameters", self.W), {"hidden_states": x})
         x = self.normalize(x) * self.W + self.B
         order = lengths = None
         if attention_mask is not None:
@@ -107,7 +108,7 @@ class CapsuleHead(nn.Module):
             if tuple(attention_mask.shape) != (B, n):
                 raise ValueError(f"attention_mask: expected [{B}, {n}], got {checks.shown(attention_mask)}")
             # what is first counts: routing an unknown number of vectors does not look at their order
-            there = attention_mask.to(x.device).bool()
+            there = checks.moved("attention_mask", attention_mask, x.device, torch.bool)
             order = (~there).long().argsort(dim=1, stable=True)
             x = x.gather(1, order[:, :, None, None].expand_as(x))
             lengths = there.sum(1) * L
