@@ -729,6 +729,35 @@ def test_all_bad_values(name: str) -> None:
     assert complaints(cases(name)) == []
 
 
+# ------------------------------------------------------------------------------------------------------- state dicts
+
+#: What no parameter and no buffer can be.
+NO_STATE = {
+    "None": None,
+    "an int": 3,
+    "a str": "x",
+    "a list": [1.0],
+    "a dict": {},
+    "rank 5": torch.zeros(1, 2, 3, 4, 5),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_state_dicts_with_a_wrong_value(name: str) -> None:
+    """PyTorch's own error, which names the key; and what is as it should be can be loaded again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = run(name, "make", EXAMPLES[name].make())
+    draw = random.Random(f"{seeds.BASE} {name}")
+    state = module.state_dict() if isinstance(module, nn.Module) else {}
+    for key in state:
+        bad = draw.choice([*NO_STATE])
+        with pytest.raises(RuntimeError, match=rf"(?s)Error\(s\) in loading.*{re.escape(key)}"):
+            module.load_state_dict({**state, key: NO_STATE[bad]})
+    if state:
+        module.load_state_dict(state)
+
+
 # ----------------------------------------------------------------------------------------------------- single values
 
 HUGE = 10**12

@@ -128,6 +128,9 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
     if not path.parent.is_dir():
         raise CannotConvert(f"{path}: expected a file in an existing folder")
     writer = _safetensors() if path.suffix == ".safetensors" else None
+    for key, t in {} if writer is None else state.items():
+        if (kind := _not_dense(t)) is not None:
+            raise CannotConvert(f"{key}: expected a dense tensor, as safetensors has, got one {kind}; write a .pt file")
     errors = () if writer is None else (importlib.import_module("safetensors").SafetensorError,)
     try:
         with files.whole(path, *errors) as part:
@@ -145,25 +148,38 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
 
 def _state_dict(found: Any, report: Report, path: Path) -> dict[str, Tensor]:
     """The tensors by their keys, without what wraps them."""
-    if isinstance(found, Mapping):
-        for nest in _NESTS:
-            inner = found.get(nest)
-            if isinstance(inner, Mapping) and any(isinstance(t, Tensor) for t in inner.values()):
-                report.left |= {str(k): f"beside {nest!r}" for k in found if k != nest}
-                found = inner
-                break
+    while isinstance(found, Mapping) and (
+        nest := next((n for n in _NESTS if isinstance(found.get(n), Mapping) and _has_tensors(found[n])), None)
+    ):
+        report.left |= {str(k): f"beside {nest!r}" for k in found if k != nest}
+        found = found[nest]
     if not isinstance(found, Mapping) or not any(isinstance(t, Tensor) for t in found.values()):
         kind = "no tensors" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        raise CannotConvert(f"{path}: expected a state dict, a dict of tensors by name, got {kind}")
+        inside = [str(k) for k, v in found.items() if _has_tensors(v)] if isinstance(found, Mapping) else []
+        hint = f"; there are some under {', '.join(map(repr, inside[:3]))}: save that alone" if inside else ""
+        raise CannotConvert(f"{path}: expected a state dict, a dict of tensors by name, got {kind}{hint}")
     report.left |= {str(k): f"a {type(t).__name__}, no tensor" for k, t in found.items() if not isinstance(t, Tensor)}
     state: OrderedDict[str, Tensor] = OrderedDict((str(k), t) for k, t in found.items() if isinstance(t, Tensor))
-    for wrapper in _WRAPPERS:
-        if all(key.startswith(wrapper) for key in state):
-            old, state = state, OrderedDict((key.removeprefix(wrapper), t) for key, t in state.items())
-            report.renamed = {report.renamed.get(k, k): k.removeprefix(wrapper) for k in old}
+    before = {key: key for key in state}
+    while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in state)), None):
+        before = {key.removeprefix(wrapper): old for key, old in before.items()}
+        state = OrderedDict((key.removeprefix(wrapper), t) for key, t in state.items())
+        report.renamed = {old: key for key, old in before.items()}
     if not report.renamed and hasattr(found, "_metadata"):  # versions of layers, as load_state_dict reads them
         state._metadata = found._metadata  # type: ignore[attr-defined]
     return state
+
+
+def _has_tensors(found: Any) -> bool:
+    """In itself, or where training loops nest them."""
+    return isinstance(found, Mapping) and (
+        any(isinstance(t, Tensor) for t in found.values()) or any(_has_tensors(found.get(nest)) for nest in _NESTS)
+    )
+
+
+def _not_dense(t: Tensor) -> str | None:
+    """What a tensor is that is no plain array of numbers."""
+    return "on meta" if t.is_meta else "quantized" if t.is_quantized else None if t.layout is torch.strided else "sparse"
 
 
 def _owners(state: State, last: str) -> Iterator[str]:
@@ -235,7 +251,7 @@ def _numbered(state: State, prefix: str, what: str) -> int:
 
 def _router(state: State, prefix: str) -> str:
     mapping = state[f"{prefix}_unit_mapping"]
-    if mapping.dim() != 2 or not bool(((mapping == 0) | (mapping == 1)).all()):
+    if _not_dense(mapping) is not None or mapping.dim() != 2 or not bool(((mapping == 0) | (mapping == 1)).all()):
         raise CannotConvert(f"{prefix}_unit_mapping: expected zeros and ones [task_count, unit_count]")
     T, C = mapping.shape
     off = int((mapping[0] == 0).sum()) if T else 0
