@@ -130,7 +130,7 @@ class RoutingMonitor:
                 watching.unwatch(module, self)
 
     def __enter__(self) -> RoutingMonitor:
-        return self
+        return self.attach()  # after a block that is over, too
 
     def __exit__(self, *_: object) -> None:
         self.remove()

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastroute
 from fastroute import (
     capsules,
     data,
@@ -36,6 +37,7 @@ from fastroute import (
     tasks,
 )
 from fastroute.compat import heinsen_routing, taskrouting, torchmtl
+from fastroute.compat.checkpoints import convert
 from fastroute.compat.PytorchRouting import CoreLayers, DecisionLayers, PreFabs
 from fastroute.compat.PytorchRouting.RewardFunctions import Final, PerAction
 from fastroute.multitask import metrics
@@ -124,6 +126,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False) -> Any:
         return SimpleNamespace(hidden_states=(x, self.layer(x)))
+
+
+def monitored() -> monitor.RoutingMonitor:
+    return monitor.RoutingMonitor(networks.MoE(F, 3, num_experts=K))
 
 
 def losses_of_two() -> dict[str, Tensor]:
@@ -799,6 +805,93 @@ VALUES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: networks.MLP(F, 3, dtype=torch.int32), TypeError, "dtype: expected a floating-point dtype"),
     (lambda: networks.MLP(F, 3, nonlin=nn.ReLU), TypeError, "nonlin: expected a module or a function, got the class"),
 ]  # fmt: skip
+
+
+class TupleEncoder(nn.Module):
+    """Returns no hidden states, whatever it is asked for."""
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor]:
+        return (x,)
+
+
+def images(*size: int) -> Tensor:
+    return torch.rand(*size)
+
+
+def cnn(*given: Any) -> Any:
+    return models.RoutedCNN(3, 2, 1, 8, blocks=2)(*given)
+
+
+def head(*given: Any) -> Any:
+    return models.CapsuleHead(3, F, 2, parts=4)(*given)
+
+
+VALUES += [
+    (lambda: fastroute.explain(None), TypeError, "fn: expected a module or a function, got None"),
+    (lambda: fastroute.explain(nn.Linear, x()), TypeError, "fn: expected a module or a function, got <class"),
+    (lambda: fastroute.strict("on"), TypeError, "enabled: expected True or False, got 'on'"),
+    (lambda: fastroute.use_backend("Native").__enter__(), ValueError, "use_backend: expected one of auto, triton"),
+    (lambda: convert(3, "out.pt", "torchmtl"), TypeError, "source: expected a str, got 3"),
+    (lambda: convert("in.pt", None, "torchmtl"), TypeError, "target: expected a str, got None"),
+    (lambda: convert("in.pt", "out.pt", "torchMTL"), ValueError, "upstream: expected one of .*, got 'torchMTL'"),
+    (lambda: cnn(images(2, 1, 8, 8).double(), whose()[:2]), TypeError, r"images: expected torch.float32 on cpu like"),
+    (lambda: cnn(images(2, 1, 8, 8).byte(), whose()[:2]), TypeError, "images: expected a floating-point tensor"),
+    (lambda: cnn(images(2, 1, 8, 8).numpy(), whose()[:2]), TypeError, "images: expected a tensor .* got ndarray"),
+    (lambda: cnn(images(2, 1, 8, 8).to("meta"), whose()[:2]), ValueError, "images: expected torch.float32 on cpu"),
+    (lambda: cnn(images(2, 1, 8, 8), torch.tensor([0, 3])), IndexError, "tasks: expected indices below 3"),
+    (lambda: cnn(images(2, 1, 8, 8), torch.tensor([0, -1])), IndexError, "tasks: expected indices of 0 or more"),
+    (lambda: cnn(images(2, 1, 8, 8), whose()), ValueError, "tasks: expected one label per sample, 2, got 5"),
+    (lambda: models.RoutedCNN(3, 2, 1, 8), ValueError, "image_size: expected at least 16 for 4 blocks, got 8"),
+    (
+        lambda: models.SmallNORB(2, 1, parts=2, channels=4)(images(2, 1, 48, 48).double()), TypeError,
+        "images: expected torch.float32 on cpu like the parameters, got a tensor .* torch.float64",
+    ),
+    (lambda: models.SmallNORB(1), ValueError, "classes: expected at least 2 output capsules, got 1"),
+    (lambda: models.CapsuleHead(1), ValueError, "classes: expected at least 2 output vectors, got 1"),
+    (lambda: models.CapsuleHead(2, parts=1), ValueError, "parts: expected at least 2 output vectors, got 1"),
+    (lambda: head(x(2, 0, 2, F)), ValueError, "hidden_states: expected at least 1 input vector, got 0"),
+    (lambda: head([x(2, 3, F), x(2, 4, F)]), ValueError, "hidden_states: expected 2 tensors .* of one shape"),
+    (lambda: head(x(2, 3, 2, F), torch.tensor([[0.0, 0, -1e9]] * 2)), ValueError, "attention_mask: expected 1 or True"),
+    (
+        lambda: models.CapsuleClassifier(TupleEncoder(), 3, features=F, depths=2)(x()), TypeError,
+        "encoder: expected an output with hidden_states, got tuple without",
+    ),
+    (lambda: models.CapsuleClassifier(TupleEncoder(), 3), TypeError, "features: expected a number, as the encoder has"),
+    (
+        lambda: models.routed_vgg(T, width=0.01)(images(2, 3, 32, 32).double(), 1), TypeError,
+        "x: expected torch.float32 on cpu like the parameters",
+    ),
+    (
+        lambda: loggers.RunLog("run").write({"loss": "0.5"}, 1), TypeError,
+        "numbers: loss: expected a number, got '0.5'",
+    ),
+    (lambda: loggers.RunLog("run").write({"loss": torch.ones(2)}, 1), TypeError, "loss: expected a number, got a tens"),
+    (lambda: loggers.RunLog("run").write({3: 0.5}, 1), TypeError, "numbers: expected names, got 3"),
+    (lambda: loggers.RunLog(__file__), NotADirectoryError, "folder: expected a folder, found a file: .*test_bad_input"),
+    (lambda: monitored().write(open, step=1), TypeError, r"sinks: expected what has write\(numbers, step\), got <b"),
+    (lambda: monitored().write(loggers.RunLog, step=1), TypeError, "sinks: expected .*, got the class RunLog"),
+    (lambda: monitored().write(step=1, loss="low"), TypeError, "more: loss: expected a number, got 'low'"),
+    (lambda: monitored().observe([]), TypeError, r"trajectory: expected a Trajectory, got \[\]"),
+    (
+        lambda: monitored().gradient_conflict(losses_of_two(), torch.ones(2, requires_grad=True)), TypeError,
+        "parameters: expected a list, got a tensor",
+    ),
+    (
+        lambda: monitored().gradient_conflict(losses_of_two(), nn.Sequential(nn.ReLU())), TypeError,
+        "parameters: expected tensors, got ReLU",
+    ),
+]  # fmt: skip
+
+
+def test_what_a_monitor_counted_outlives_a_bad_write() -> None:
+    made = monitored()
+    made.model(x())
+    for bad in ({"step": None}, {"step": 1, "loss": "low"}):
+        with pytest.raises(TypeError):
+            made.write(**bad)
+    with pytest.raises(TypeError):
+        made.write(None, step=1)  # type: ignore[arg-type]
+    assert made.write(step=1)["gate/entries"] == 2 * B
 
 
 PLOTTED = torch.tensor([[0, 1, 2], [2, 2, -1]])

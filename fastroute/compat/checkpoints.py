@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops import files
+from ..ops.arguments import checked
 
 UPSTREAMS = ("heinsen_routing", "heinsen_routing_2019", "PytorchRouting", "taskrouting", "torchmtl")
 #: Under which training loops put a state dict beside other things.
@@ -57,7 +58,8 @@ class Report:
         return "\n".join([*lines, counts])
 
 
-def convert(source: Path, target: Path, upstream: str, *, back: bool = False) -> Report:
+@checked
+def convert(source: str | Path, target: str | Path, upstream: str, *, back: bool = False) -> Report:
     """Write what ``source`` has of an upstream's state dict to ``target``, for fastroute, or ``back`` for the upstream.
 
     Args:
@@ -66,8 +68,11 @@ def convert(source: Path, target: Path, upstream: str, *, back: bool = False) ->
         back: leave out what only fastroute has.
 
     Raises:
-        CannotConvert: why; ``target`` is then as it was.
+        CannotConvert: why; ``target`` is then as it was. TypeError, ValueError: naming the argument.
     """
+    source, target = Path(source), Path(target)
+    if upstream not in UPSTREAMS:
+        raise ValueError(f"upstream: expected one of {', '.join(UPSTREAMS)}, got {upstream!r}")
     if source.exists() and target.exists() and source.samefile(target):
         raise CannotConvert(f"{target}: expected another file than {source}, of which not everything is kept")
     report = Report()
@@ -179,7 +184,8 @@ def _has_tensors(found: Any) -> bool:
 
 def _not_dense(t: Tensor) -> str | None:
     """What a tensor is that is no plain array of numbers."""
-    return "on meta" if t.is_meta else "quantized" if t.is_quantized else None if t.layout is torch.strided else "sparse"
+    kinds = {"on meta": t.is_meta, "quantized": t.is_quantized, "sparse": t.layout is not torch.strided}
+    return next((kind for kind, it_is in kinds.items() if it_is), None)
 
 
 def _owners(state: State, last: str) -> Iterator[str]:

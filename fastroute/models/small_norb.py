@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..capsules import GenerativeMatrixRouting
 from ..ops import checks
-from ..ops.arguments import Count, Several, checked
+from ..ops.arguments import Count, OutputCapsules, Several, checked
 
 
 class SmallNORB(nn.Module):
@@ -22,7 +22,7 @@ class SmallNORB(nn.Module):
     has 271,688 parameters as published (the paper says 272 K).
 
     Args:
-        classes: how many scores.
+        classes: how many scores, at least 2.
         views: images of a sample: 2 for a stereo pair, 1 for one image.
         parts: capsules at a position, and of the first routing's output.
         channels: of the convolutions.
@@ -46,10 +46,10 @@ class SmallNORB(nn.Module):
     @checked
     def __init__(
         self,
-        classes: Count = 5,
+        classes: OutputCapsules = 5,
         views: Count = 2,
         *,
-        parts: Count = 64,
+        parts: OutputCapsules = 64,
         channels: Count = 64,
         n_iters: Several = 3,
         device: torch.device | str | None = None,

@@ -11,7 +11,6 @@ from typing import Any
 from ..loggers import FILE
 from ..ops.arguments import checked
 
-
 _LARGE = 1e301  #: sums and differences of what is smaller are finite
 
 
