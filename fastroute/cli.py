@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _failed("interrupted", args.command)
         return _INTERRUPTED
+    except OSError as error:
+        where = f"--out {args.out}" if error.filename is None and "out" in args else error.filename
+        return _failed(f"{where}: {error.strerror or error}", args.command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,9 +228,8 @@ def _demo(args: argparse.Namespace) -> int:
             raise
         _failed(stop.save(args.out.with_suffix(".pt")))
         return _INTERRUPTED
-    except (CannotRun, OSError, backends.BackendUnavailable) as error:
-        is_full = isinstance(error, OSError) and error.filename is None  # what writes a picture names no file
-        return _failed(f"--out {args.out}: cannot be written ({error})" if is_full else str(error))
+    except (CannotRun, backends.BackendUnavailable) as error:
+        return _failed(str(error))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -242,6 +244,8 @@ def _train(args: argparse.Namespace) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CannotRun(f"--out {args.out}: cannot be made ({error.strerror})") from error
+        if args.seed + args.seeds > 1 << 63:
+            raise CannotRun(f"--seed {args.seed}: expected one from which there are {args.seeds}, below 2^63")
         options = published.TrainOptions(
             args.data, args.out, args.epochs, args.seed, device, args.threads, args.quiet, seeds=args.seeds
         )

@@ -6,13 +6,17 @@ Other loggers take a dict: ``wandb.log(monitor.numbers(), step=step)``.
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 import time
 from collections.abc import Mapping
+from errno import ENOTDIR
+from math import isfinite
 from pathlib import Path
 from typing import Any
+
+from .ops.arguments import checked
+from .ops.checks import given, numbers_by_name
 
 #: The file in a run's folder that ``fastroute report`` reads.
 FILE = "routing.jsonl"
@@ -38,12 +42,16 @@ class RunLog:
         'routing.jsonl'
 
     Raises:
-        NotADirectoryError, PermissionError: the folder cannot be made or written.
+        NotADirectoryError, PermissionError: the folder cannot be made or written. TypeError: naming the argument.
     """
 
+    @checked
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(ENOTDIR, "folder: expected a folder, found a file", str(folder)) from None
         self.path = self.folder / FILE
         self._lock = threading.Lock()
         self._append(b"")
@@ -54,10 +62,18 @@ class RunLog:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"])  # type: ignore[misc]
 
+    @checked
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Append a line."""
-        made = {name: _plain(value) for name, value in numbers.items()}
-        line = json.dumps({"step": int(step), "time": round(time.time(), 3), "numbers": made}, allow_nan=False)
+        """Append a line.
+
+        Raises:
+            TypeError: naming the argument; nothing is then written.
+        """
+        made = {
+            name: value if isfinite(value) else str(value)
+            for name, value in numbers_by_name("numbers", numbers).items()
+        }
+        line = json.dumps({"step": step, "time": round(time.time(), 3), "numbers": made}, allow_nan=False)
         self._append(line.encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
@@ -68,15 +84,10 @@ class RunLog:
                 if end:
                     os.lseek(file, end - 1, os.SEEK_SET)
                     line = line if os.read(file, 1) == b"\n" else b"\n" + line
-                if line:
-                    os.write(file, line)
+                while line:  # a disk that is nearly full takes a part, and says so at the next
+                    line = line[os.write(file, line) :]
             finally:
                 os.close(file)
-
-
-def _plain(value: Any) -> float | str:
-    number = float(value)
-    return number if math.isfinite(number) else str(number)
 
 
 class TensorBoard:
@@ -90,12 +101,18 @@ class TensorBoard:
         TypeError: ``writer`` has no ``add_scalar``.
     """
 
+    @checked
     def __init__(self, writer: Any, prefix: str = "routing/") -> None:
         if not callable(getattr(writer, "add_scalar", None)):
-            raise TypeError(f"writer: expected a SummaryWriter, got {type(writer).__name__}")
+            raise TypeError(f"writer: expected a SummaryWriter, got {given(writer)}")
         self.writer, self.prefix = writer, prefix
 
+    @checked
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Add a scalar for every number."""
-        for name, value in numbers.items():
+        """Add a scalar for every number.
+
+        Raises:
+            TypeError: naming the argument; nothing is then written.
+        """
+        for name, value in numbers_by_name("numbers", numbers).items():
             self.writer.add_scalar(self.prefix + name, value, step)

@@ -12,6 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import isclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -25,7 +26,9 @@ from .multitask.objective import Objective
 from .multitask.weighting import Weighting
 from .networks import Decision, Selection, TopKGating, Trajectory
 from .networks.summary import COLLAPSE
+from .ops import checks
 from .ops.arguments import Count, checked
+from .ops.checks import given
 from .tasks.active_task import TaskAware
 from .tasks.layers import RoutedConv2d, RoutedLinear
 
@@ -127,7 +130,7 @@ class RoutingMonitor:
                 watching.unwatch(module, self)
 
     def __enter__(self) -> RoutingMonitor:
-        return self
+        return self.attach()  # after a block that is over, too
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -244,7 +247,7 @@ class RoutingMonitor:
             TypeError: no trajectory.
         """
         if not isinstance(trajectory, Trajectory):
-            raise TypeError(f"trajectory: expected a Trajectory, got {type(trajectory).__name__}")
+            raise TypeError(f"trajectory: expected a Trajectory, got {given(trajectory)}")
         with self._lock, torch.inference_mode(False), torch.no_grad():
             made: dict[str, list[Any]] = {"decision": [*trajectory.records], "mixture": [*trajectory.mixtures]}
             for kind, records in made.items():
@@ -254,6 +257,7 @@ class RoutingMonitor:
                     if kind == "mixture":
                         self._tally(name, _Entries).add(record.actions, record.choices, record.active)
 
+    @checked
     def gradient_conflict(
         self, losses: Mapping[str, Tensor], parameters: Iterable[Tensor] | None = None
     ) -> dict[str, float]:
@@ -275,14 +279,19 @@ class RoutingMonitor:
         Raises:
             ValueError, TypeError: fewer than two losses; one without a graph or of several elements; no parameters.
         """
-        if not isinstance(losses, Mapping) or len(losses) < 2:
-            raise ValueError(f"losses: expected two tasks' or more, by name, got {_given(losses)}")
+        if len(losses) < 2:
+            raise ValueError(f"losses: expected two tasks' or more, by name, got {len(losses)}")
         for task, loss in losses.items():
             if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
-                raise ValueError(f"losses: expected a tensor of one element with a graph for {task!r}, got {loss!r}")
+                raise ValueError(
+                    f"losses: expected a tensor of one element with a graph for {task!r}, got {given(loss)}"
+                )
         if parameters is None:
             shared = getattr(self.model, "shared_parameters", None)
             parameters = shared() if callable(shared) else self.model.parameters()
+        parameters = list(parameters)
+        for p in parameters:
+            checks.tensor("parameters", p, "tensors")
         chosen = [p for p in parameters if p.requires_grad]
         if not chosen:
             raise ValueError("parameters: expected one that requires a gradient at least, got none")
@@ -302,6 +311,7 @@ class RoutingMonitor:
 
     # ------------------------------------------------------------------------------------------------------- reading
 
+    @checked
     def numbers(self, *, reset: bool = True) -> dict[str, float]:
         """What was counted since the last reading; waits for the device.
 
@@ -344,6 +354,7 @@ class RoutingMonitor:
                 tally.clear()
             self._routes, self._conflict, self._told = [], {}, set()
 
+    @checked
     def write(self, *sinks: Sink, step: int, **more: float) -> dict[str, float]:
         """Read the numbers and hand them to loggers.
 
@@ -354,8 +365,14 @@ class RoutingMonitor:
 
         Returns:
             The numbers.
+
+        Raises:
+            TypeError: naming the argument; the numbers can then still be read.
         """
-        made = {**{name: float(value) for name, value in more.items()}, **self.numbers()}
+        for sink in sinks:
+            if not callable(getattr(sink, "write", None)) or isclass(sink):
+                raise TypeError(f"sinks: expected what has write(numbers, step), got {given(sink)}")
+        made = {**checks.numbers_by_name("more", more), **self.numbers()}
         for sink in sinks:
             sink.write(made, step)
         return made
@@ -387,10 +404,6 @@ class _Route(NamedTuple):
     batch: weakref.ref[Any]
     thread: int
     steps: list[tuple[Tensor, Tensor | None]]
-
-
-def _given(value: object) -> str:
-    return f"{len(value)}" if isinstance(value, Mapping) else type(value).__name__
 
 
 # -------------------------------------------------------------------------------------------------------------- tallies

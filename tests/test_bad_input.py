@@ -8,9 +8,12 @@ from __future__ import annotations
 import inspect
 import random
 import re
+import struct
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +21,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import capsules, functional, multitask, networks, ops, plots, tasks
+import fastroute
+from fastroute import (
+    capsules,
+    data,
+    functional,
+    loggers,
+    models,
+    monitor,
+    multitask,
+    networks,
+    ops,
+    plots,
+    report,
+    tasks,
+)
+from fastroute.compat import heinsen_routing, taskrouting, torchmtl
+from fastroute.compat.checkpoints import convert
+from fastroute.compat.PytorchRouting import CoreLayers, DecisionLayers, PreFabs
+from fastroute.compat.PytorchRouting.RewardFunctions import Final, PerAction
 from fastroute.multitask import metrics
 from fastroute.networks import Initialization, Trajectory
 from fastroute.ops import dispatch
@@ -93,6 +114,41 @@ def efficient() -> dict[str, Any]:
 
 def plan() -> Any:
     return dispatch.plan(whose(), K)
+
+
+class Encoder(nn.Module):
+    """As Hugging Face's: an embedding and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=F, num_hidden_layers=1)
+        self.layer = nn.Linear(F, F)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False) -> Any:
+        return SimpleNamespace(hidden_states=(x, self.layer(x)))
+
+
+def monitored() -> monitor.RoutingMonitor:
+    return monitor.RoutingMonitor(networks.MoE(F, 3, num_experts=K))
+
+
+def losses_of_two() -> dict[str, Tensor]:
+    w = torch.ones(2, requires_grad=True)
+    return {"a": w.sum(), "b": w.prod()}
+
+
+def logged() -> Path:
+    log = loggers.RunLog("logged")
+    log.write({"loss": 1.0}, 1)
+    return log.folder
+
+
+def digits() -> str:
+    """A folder of IDX files."""
+    for name, sizes_, data_ in (("images-idx3", (10, 2, 2), bytes(40)), ("labels-idx1", (10,), bytes(10))):
+        header = struct.pack(f">{1 + len(sizes_)}I", 0x0800 + len(sizes_), *sizes_)
+        Path(f"t10k-{name}-ubyte").write_bytes(header + data_)
+    return "."
 
 
 EXPERTS = sizes(in_features=F, task_experts=2, shared_experts=1, tasks=T, hidden_features=5, out_features=2, levels=2)
@@ -384,6 +440,74 @@ EXAMPLES: dict[str, Example] = {
         lambda: {"z": x(B, 2, F), "weights": torch.rand(B, 2), "valid": torch.ones(B, 2, dtype=torch.bool)}
     ),
     "ops.dispatch.plan": Example(lambda: {"actions": whose(), "modules": K}),
+    # models
+    "models.CapsuleHead": Example(
+        sizes(classes=3, features=F, depths=2, parts=4, hidden=5, n_iters=2, return_credit=True),
+        lambda: {"hidden_states": x(2, 3, 2, F), "attention_mask": torch.ones(2, 3, dtype=torch.bool)},
+    ),
+    "models.CapsuleClassifier": Example(
+        lambda: {"encoder": Encoder(), "classes": 3, "freeze": True, "parts": 4}, lambda: {"x": x(2, 3, F)}
+    ),
+    "models.RoutedCNN": Example(
+        sizes(
+            tasks=T, classes=2, in_channels=1, image_size=8, blocks=2, channels=4, width=5, layers=2, modules=2,
+            collaboration=0.3, exploration=0.1,
+        ),
+        lambda: {"images": x(B, 1, 8, 8), "tasks": whose()},
+    ),
+    "models.SmallNORB": Example(
+        sizes(classes=3, views=1, parts=4, channels=4, n_iters=2), lambda: {"images": x(2, 1, 40, 40)}
+    ),
+    "models.routed_vgg": Example(sizes(task_count=T, sigma=0.5, width=0.01, batch_norm=True)),
+    # what watches a run
+    "monitor.RoutingMonitor": Example(
+        lambda: {"model": networks.MoE(F, 3, num_experts=K), "every": 1, "when": "always", "counts": True},
+        lambda: {"losses": losses_of_two(), "parameters": None},
+        "gradient_conflict",
+    ),
+    "loggers.RunLog": Example(sizes(folder="run"), lambda: {"numbers": {"a": 1.0}, "step": 1}, "write"),
+    "loggers.TensorBoard": Example(
+        lambda: {"writer": SimpleNamespace(add_scalar=lambda *_: None), "prefix": "x/"},
+        lambda: {"numbers": {"a": 1.0}, "step": 1},
+        "write",
+    ),
+    "report.write_report": Example(lambda: {"folder": logged(), "out": "page.html"}),
+    "report.read_run": Example(lambda: {"folder": logged()}),
+    "data.mnist": Example(lambda: {"directory": digits()}),
+}  # fmt: skip
+
+
+def as_upstream(name: str, **renamed: str) -> Example:
+    """The example of the class that an upstream's is made from, with the arguments of a call that it renames."""
+    make, call, method = EXAMPLES[name]
+    return Example(make, call and (lambda: {renamed.get(k, k): v for k, v in call().items()}), method)
+
+
+UPSTREAMS_NAMES = {
+    "CoreLayers": {"batch": "xs", "meta": "mxs"},
+    "DecisionLayers": {"batch": "xs", "meta": "mxs", "agents": "prior_actions"},
+    "PreFabs": {"agents": "task_actions"},
+}
+EXAMPLES |= {
+    "heinsen_routing.GenerativeMatrixRouting": as_upstream("capsules.GenerativeMatrixRouting"),
+    "heinsen_routing.Routing": Example(
+        sizes(d_cov=2, d_inp=5, d_out=6, n_inp=3, n_out=4, n_iters=2, single_beta=False, p_model="gaussian", eps=1e-5),
+        lambda: {"a_inp": x(2, 3), "mu_inp": x(2, 3, 2, 5), "return_R": False, "n_out": None},
+    ),
+    "taskrouting.TaskRouter": Example(
+        sizes(unit_count=8, task_count=T, sigma=4, name="r"), lambda: {"input": x(B, 8), "task": 1}
+    ),
+    "torchmtl.MTLModel": Example(
+        lambda: {k: EXAMPLES["multitask.MTLModel"].make()[k] for k in ("task_layers", "output_tasks")},
+        EXAMPLES["multitask.MTLModel"].call,
+    ),
+    **{
+        f"{package}.{name}": as_upstream(f"networks.{name}", **UPSTREAMS_NAMES.get(package, {}))
+        for package, module in (("CoreLayers", CoreLayers), ("DecisionLayers", DecisionLayers), ("PreFabs", PreFabs),
+                                ("Final", Final), ("PerAction", PerAction))
+        for name, thing in vars(module).items()
+        if f"networks.{name}" in EXAMPLES and getattr(thing, "__module__", "").startswith("fastroute.compat")
+    },
 }  # fmt: skip
 
 
@@ -392,7 +516,9 @@ EXAMPLES: dict[str, Example] = {
 #: Packages whose public names are swept, under the name in ``EXAMPLES``.
 PACKAGES: dict[str, Any] = {
     "capsules": capsules, "networks": networks, "tasks": tasks, "multitask": multitask, "ops": ops,
-    "functional": functional,
+    "functional": functional, "models": models, "monitor": monitor, "loggers": loggers, "report": report, "data": data,
+    "heinsen_routing": heinsen_routing, "taskrouting": taskrouting, "torchmtl": torchmtl, "CoreLayers": CoreLayers,
+    "DecisionLayers": DecisionLayers, "PreFabs": PreFabs, "Final": Final, "PerAction": PerAction,
 }  # fmt: skip
 #: Records of what layers did, which users read and do not make; what others are derived from; and what takes anything.
 NOT_SWEPT = {
@@ -400,6 +526,7 @@ NOT_SWEPT = {
     "networks.Summary", "networks.SampleMetaInformation", "networks.BaseReward", "networks.Decision",
     "networks.RoutingRNNCellBase", "multitask.Weighting", "multitask.Add", "multitask.Multiply",
     "multitask.SimpleSelect", "multitask.SliceSelect", "tasks.Overlap", "tasks.vgg11", "tasks.vgg11_bn",
+    "monitor.Sink", "report.CannotReport", "report.Run", "data.Digits", "data.digits", "DecisionLayers.Decision",
 }  # fmt: skip
 
 
@@ -551,9 +678,14 @@ def verdict(name: str, what: str, argument: str, bad: str) -> str | None:
     except Exception as error:
         if is_bent and (is_op or short in OF_USERS or (bad, short) in {("on meta", of) for of in LEARNING}):
             return None
+        if isinstance(error, (OSError, report.CannotReport)):  # which name a path
+            names = [str(given[argument])]
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "<frozen" not in f.filename]
         text = f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}: {str(error)[:160]}"
-        if not isinstance(error, (TypeError, ValueError, IndexError)) or "/fastroute/" not in frames[-1].filename:
+        if (
+            not isinstance(error, (TypeError, ValueError, IndexError, OSError, report.CannotReport))
+            or "/fastroute/" not in frames[-1].filename
+        ):
             return f"not ours: {text}"
         if not any(re.search(rf"\b({k}|{ALSO_CALLED.get(k, k)})\b", str(error)) for k in names):
             return f"does not name it: {text}"
@@ -565,6 +697,12 @@ def complaints(found: list[tuple[str, str, str, str]]) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what LearnedWeights says of itself
         return [f"{' '.join(case)}: {what}" for case in found if (what := verdict(*case))]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is given a name of a file."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_every_public_name_has_an_example() -> None:
@@ -595,6 +733,35 @@ def test_one_bad_value_of_each_argument(name: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_all_bad_values(name: str) -> None:
     assert complaints(cases(name)) == []
+
+
+# ------------------------------------------------------------------------------------------------------- state dicts
+
+#: What no parameter and no buffer can be.
+NO_STATE = {
+    "None": None,
+    "an int": 3,
+    "a str": "x",
+    "a list": [1.0],
+    "a dict": {},
+    "rank 5": torch.zeros(1, 2, 3, 4, 5),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_state_dicts_with_a_wrong_value(name: str) -> None:
+    """PyTorch's own error, which names the key; and what is as it should be can be loaded again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = run(name, "make", EXAMPLES[name].make())
+    draw = random.Random(f"{seeds.BASE} {name}")
+    state = module.state_dict() if isinstance(module, nn.Module) else {}
+    for key in state:
+        bad = draw.choice([*NO_STATE])
+        with pytest.raises(RuntimeError, match=rf"(?s)Error\(s\) in loading.*{re.escape(key)}"):
+            module.load_state_dict({**state, key: NO_STATE[bad]})
+    if state:
+        module.load_state_dict(state)
 
 
 # ----------------------------------------------------------------------------------------------------- single values
@@ -638,6 +805,93 @@ VALUES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: networks.MLP(F, 3, dtype=torch.int32), TypeError, "dtype: expected a floating-point dtype"),
     (lambda: networks.MLP(F, 3, nonlin=nn.ReLU), TypeError, "nonlin: expected a module or a function, got the class"),
 ]  # fmt: skip
+
+
+class TupleEncoder(nn.Module):
+    """Returns no hidden states, whatever it is asked for."""
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor]:
+        return (x,)
+
+
+def images(*size: int) -> Tensor:
+    return torch.rand(*size)
+
+
+def cnn(*given: Any) -> Any:
+    return models.RoutedCNN(3, 2, 1, 8, blocks=2)(*given)
+
+
+def head(*given: Any) -> Any:
+    return models.CapsuleHead(3, F, 2, parts=4)(*given)
+
+
+VALUES += [
+    (lambda: fastroute.explain(None), TypeError, "fn: expected a module or a function, got None"),
+    (lambda: fastroute.explain(nn.Linear, x()), TypeError, "fn: expected a module or a function, got <class"),
+    (lambda: fastroute.strict("on"), TypeError, "enabled: expected True or False, got 'on'"),
+    (lambda: fastroute.use_backend("Native").__enter__(), ValueError, "use_backend: expected one of auto, triton"),
+    (lambda: convert(3, "out.pt", "torchmtl"), TypeError, "source: expected a str, got 3"),
+    (lambda: convert("in.pt", None, "torchmtl"), TypeError, "target: expected a str, got None"),
+    (lambda: convert("in.pt", "out.pt", "torchMTL"), ValueError, "upstream: expected one of .*, got 'torchMTL'"),
+    (lambda: cnn(images(2, 1, 8, 8).double(), whose()[:2]), TypeError, r"images: expected torch.float32 on cpu like"),
+    (lambda: cnn(images(2, 1, 8, 8).byte(), whose()[:2]), TypeError, "images: expected a floating-point tensor"),
+    (lambda: cnn(images(2, 1, 8, 8).numpy(), whose()[:2]), TypeError, "images: expected a tensor .* got ndarray"),
+    (lambda: cnn(images(2, 1, 8, 8).to("meta"), whose()[:2]), ValueError, "images: expected torch.float32 on cpu"),
+    (lambda: cnn(images(2, 1, 8, 8), torch.tensor([0, 3])), IndexError, "tasks: expected indices below 3"),
+    (lambda: cnn(images(2, 1, 8, 8), torch.tensor([0, -1])), IndexError, "tasks: expected indices of 0 or more"),
+    (lambda: cnn(images(2, 1, 8, 8), whose()), ValueError, "tasks: expected one label per sample, 2, got 5"),
+    (lambda: models.RoutedCNN(3, 2, 1, 8), ValueError, "image_size: expected at least 16 for 4 blocks, got 8"),
+    (
+        lambda: models.SmallNORB(2, 1, parts=2, channels=4)(images(2, 1, 48, 48).double()), TypeError,
+        "images: expected torch.float32 on cpu like the parameters, got a tensor .* torch.float64",
+    ),
+    (lambda: models.SmallNORB(1), ValueError, "classes: expected at least 2 output capsules, got 1"),
+    (lambda: models.CapsuleHead(1), ValueError, "classes: expected at least 2 output vectors, got 1"),
+    (lambda: models.CapsuleHead(2, parts=1), ValueError, "parts: expected at least 2 output vectors, got 1"),
+    (lambda: head(x(2, 0, 2, F)), ValueError, "hidden_states: expected at least 1 input vector, got 0"),
+    (lambda: head([x(2, 3, F), x(2, 4, F)]), ValueError, "hidden_states: expected 2 tensors .* of one shape"),
+    (lambda: head(x(2, 3, 2, F), torch.tensor([[0.0, 0, -1e9]] * 2)), ValueError, "attention_mask: expected 1 or True"),
+    (
+        lambda: models.CapsuleClassifier(TupleEncoder(), 3, features=F, depths=2)(x()), TypeError,
+        "encoder: expected an output with hidden_states, got tuple without",
+    ),
+    (lambda: models.CapsuleClassifier(TupleEncoder(), 3), TypeError, "features: expected a number, as the encoder has"),
+    (
+        lambda: models.routed_vgg(T, width=0.01)(images(2, 3, 32, 32).double(), 1), TypeError,
+        "x: expected torch.float32 on cpu like the parameters",
+    ),
+    (
+        lambda: loggers.RunLog("run").write({"loss": "0.5"}, 1), TypeError,
+        "numbers: loss: expected a number, got '0.5'",
+    ),
+    (lambda: loggers.RunLog("run").write({"loss": torch.ones(2)}, 1), TypeError, "loss: expected a number, got a tens"),
+    (lambda: loggers.RunLog("run").write({3: 0.5}, 1), TypeError, "numbers: expected names, got 3"),
+    (lambda: loggers.RunLog(__file__), NotADirectoryError, "folder: expected a folder, found a file: .*test_bad_input"),
+    (lambda: monitored().write(open, step=1), TypeError, r"sinks: expected what has write\(numbers, step\), got <b"),
+    (lambda: monitored().write(loggers.RunLog, step=1), TypeError, "sinks: expected .*, got the class RunLog"),
+    (lambda: monitored().write(step=1, loss="low"), TypeError, "more: loss: expected a number, got 'low'"),
+    (lambda: monitored().observe([]), TypeError, r"trajectory: expected a Trajectory, got \[\]"),
+    (
+        lambda: monitored().gradient_conflict(losses_of_two(), torch.ones(2, requires_grad=True)), TypeError,
+        "parameters: expected a list, got a tensor",
+    ),
+    (
+        lambda: monitored().gradient_conflict(losses_of_two(), nn.Sequential(nn.ReLU())), TypeError,
+        "parameters: expected tensors, got ReLU",
+    ),
+]  # fmt: skip
+
+
+def test_what_a_monitor_counted_outlives_a_bad_write() -> None:
+    made = monitored()
+    made.model(x())
+    for bad in ({"step": None}, {"step": 1, "loss": "low"}):
+        with pytest.raises(TypeError):
+            made.write(**bad)
+    with pytest.raises(TypeError):
+        made.write(None, step=1)  # type: ignore[arg-type]
+    assert made.write(step=1)["gate/entries"] == 2 * B
 
 
 PLOTTED = torch.tensor([[0, 1, 2], [2, 2, -1]])

@@ -57,6 +57,40 @@ def test_misuse(argv: list[str], message: str, capsys: pytest.CaptureFixture[str
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["report", "x" * 300], "xxx: File name too long"),
+        (["demo", "--data", "x" * 300], "xxx'"),
+        (["train", "routed-cnn", "--out", "a-file"], "--out a-file: cannot be made (File exists)"),
+        (
+            ["train", "routed-cnn", "--seed", str(2**63 - 2)],
+            "--seed 9223372036854775806: expected one from",
+        ),
+        (["train", "routed-cnn", "--epochs", "1", "--seeds", "1"], "folder: expected a folder, found a file"),
+        (["run", "x" * 300], "cannot be read (File name too long)"),
+        (["run", "-m", ".part"], "-m .part: expected a module, found none of that name"),
+        (["run", "a.ipynb"], "a.ipynb: expected a notebook of nbformat 4"),
+        (["run", "b.ipynb"], "b.ipynb: expected a notebook of nbformat 4"),
+    ],
+)
+def test_files_that_cannot_be(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says it, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("")
+    Path("fastroute-runs/routed-cnn").mkdir(parents=True)
+    Path("fastroute-runs/routed-cnn/seed-0").write_text("")
+    Path("a.ipynb").write_text('{"cells": [], "metadata": []}')
+    Path("b.ipynb").write_text("[" * 100_000)
+    before = sorted(Path().rglob("*"))
+    assert main(argv) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"python -m fastroute {argv[0]}: ") and message in said.err and said.out == ""
+    assert sorted(Path().rglob("*")) == before
+
+
 def test_demo_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--data", str(tmp_path)]) == 1
     said = capsys.readouterr()

@@ -7,6 +7,8 @@ import doctest
 import gc
 import importlib
 import io
+import json
+import os
 import pickle
 import re
 import shutil
@@ -31,7 +33,7 @@ from fastroute import monitor as monitor_module
 from fastroute.cli import main
 from fastroute.loggers import RunLog, TensorBoard
 from fastroute.models import CapsuleHead, SmallNORB
-from fastroute.report import charts
+from fastroute.report import charts, write_report
 
 K = 4
 
@@ -362,6 +364,16 @@ def test_credit_ignores_padding_and_is_watched() -> None:
     torch.testing.assert_close(y[1:], head(x[1:, 2:5])[0])
 
 
+def test_a_block_that_is_entered_again() -> None:
+    layer, x = moe(), torch.randn(10, 8)
+    monitor = RoutingMonitor(layer)
+    for block in (monitor, monitor):
+        with block:
+            layer(x)
+        layer(x)  # nobody watches
+    assert monitor.numbers()["gate/entries"] == 40  # two calls of ten samples with two experts each
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="expected a fastroute layer"):
         RoutingMonitor(nn.Linear(2, 2))
@@ -421,6 +433,60 @@ def test_labels_are_neither_cut_nor_in_each_others_way(scale: float) -> None:
             first = float(x) - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
             assert first >= (14 if anchor == "end" else 0), f"{text} meets the axis' name"
             assert first + width <= charts.WIDTH, text
+
+
+STRANGE = {
+    "steps": ["step", [0, -1, 10**6, 2**63 - 1, -(2**63) + 1, 10**30, 10**400, True, None, "1", 1.0]],
+    "times": ["time", ["nan", None, 1e30, -5, 10**400, {}, "soon"]],
+    "numbers": [
+        "numbers", [{"a": v, "g/count/0": v, "g/count/1": 1e308, "g/entropy": v, "conflict/a|b": v}
+                    for v in (1e308, -1e308, 1e-320, "nan", "inf", "-inf", 10**400, True, None, [], {}, "1", 2**70)],
+    ],
+    "names": [
+        "numbers", [{name: 1.0} for name in ("", "/", "//", "/entropy", "g/count/", "g/share/x", "g/by_agent/0",
+                                             "total", "conflict/|", "conflict/a|b|c", "\ud800", "<b>", "a" * 5000)],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_strange_lines_make_a_page_or_are_left_out(what: str, tmp_path: Path) -> None:
+    """Each one alone, and all of them together, beside good ones."""
+    key, values = STRANGE[what]
+    good = [{"step": step, "time": 1.7e9, "numbers": {"loss": 1.0, "g/entropy": 0.5}} for step in (1, 2)]
+    strange = [{**good[0], "step": 3 + i, key: value} for i, value in enumerate(values)]
+    for lines in (*([line] for line in strange), strange):
+        (tmp_path / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*good, *lines]))
+        path, run = write_report(tmp_path)
+        assert run.steps[-1] >= 2 and "</html>" in path.read_text()
+
+
+def test_a_failed_report_leaves_the_old_page_and_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = RunLog("run")
+    log.write({"loss": 1.0}, 1)
+    text = log.path.read_text()
+    Path("folder").mkdir()
+    Path("old.html").write_text("old")
+    with monkeypatch.context() as broken:  # a disk that is full at the end
+        broken.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert main(["report", "run", "--out", "old.html"]) == 1
+        assert "old.html: cannot be written (No space left on device)" in capsys.readouterr().err
+    for out, said in {
+        "run/routing.jsonl": "out: expected another file than the log, got run/routing.jsonl",
+        "folder": "folder: cannot be written (a folder)",
+        "": ".: cannot be written (a folder)",
+        "no/such/page.html": "page.html: cannot be written (No such file or directory)",
+        "old.html/page.html": "page.html: cannot be written (Not a directory)",
+        "/dev/full": "/dev/full: cannot be written (No space left on device)",
+        "x" * 300: "xxx: File name too long",
+    }.items():
+        assert main(["report", "run", "--out", out]) == 1
+        assert said in capsys.readouterr().err
+    assert log.path.read_text() == text and Path("old.html").read_text() == "old"
+    assert sorted(str(p) for p in Path().rglob("*")) == ["folder", "old.html", "run", "run/routing.jsonl"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\n", b"[1, 2]\n", b'{"step": 1, "num'])

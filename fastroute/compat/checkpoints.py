@@ -7,7 +7,6 @@ that it holds layers of the upstream it is said to come from, and that these are
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import zipfile
 from collections import OrderedDict
@@ -18,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops import files
+from ..ops.arguments import checked
 
 UPSTREAMS = ("heinsen_routing", "heinsen_routing_2019", "PytorchRouting", "taskrouting", "torchmtl")
 #: Under which training loops put a state dict beside other things.
@@ -56,7 +58,8 @@ class Report:
         return "\n".join([*lines, counts])
 
 
-def convert(source: Path, target: Path, upstream: str, *, back: bool = False) -> Report:
+@checked
+def convert(source: str | Path, target: str | Path, upstream: str, *, back: bool = False) -> Report:
     """Write what ``source`` has of an upstream's state dict to ``target``, for fastroute, or ``back`` for the upstream.
 
     Args:
@@ -65,8 +68,13 @@ def convert(source: Path, target: Path, upstream: str, *, back: bool = False) ->
         back: leave out what only fastroute has.
 
     Raises:
-        CannotConvert: why; ``target`` is then as it was.
+        CannotConvert: why; ``target`` is then as it was. TypeError, ValueError: naming the argument.
     """
+    source, target = Path(source), Path(target)
+    if upstream not in UPSTREAMS:
+        raise ValueError(f"upstream: expected one of {', '.join(UPSTREAMS)}, got {upstream!r}")
+    if source.exists() and target.exists() and source.samefile(target):
+        raise CannotConvert(f"{target}: expected another file than {source}, of which not everything is kept")
     report = Report()
     state = _state_dict(_read(source), report, source)
     if back and upstream == "torchmtl":
@@ -105,7 +113,7 @@ def _read(path: Path) -> Any:
         said = str(error)
         if names := re.findall(r"GLOBAL (\S+) was not", said):
             raise CannotConvert(_whole(path, names)) from error
-        first = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+        first = f"{type(error).__name__}: {files.reason(error)}"
         raise CannotConvert(
             f"{path}: expected a state dict that torch.save or safetensors wrote, got a truncated file or one of "
             f"another kind ({first})"
@@ -124,18 +132,20 @@ def _whole(path: Path, names: list[str]) -> str:
 def _write(state: dict[str, Tensor], path: Path) -> None:
     if not path.parent.is_dir():
         raise CannotConvert(f"{path}: expected a file in an existing folder")
-    part = path.with_name(f".{path.name}.part")
+    writer = _safetensors() if path.suffix == ".safetensors" else None
+    for key, t in {} if writer is None else state.items():
+        if (kind := _not_dense(t)) is not None:
+            raise CannotConvert(f"{key}: expected a dense tensor, as safetensors has, got one {kind}; write a .pt file")
+    errors = () if writer is None else (importlib.import_module("safetensors").SafetensorError,)
     try:
-        if path.suffix == ".safetensors":
-            alone = {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in state.items()}
-            _safetensors().save_file(alone, part, metadata={"format": "pt"})
-        else:
-            torch.save(state, part)
-        os.replace(part, path)
+        with files.whole(path, *errors) as part:
+            if writer is not None:
+                alone = {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in state.items()}
+                writer.save_file(alone, part, metadata={"format": "pt"})
+            else:
+                torch.save(state, part)
     except OSError as error:
-        raise CannotConvert(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise CannotConvert(f"{path}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- state dicts
@@ -143,25 +153,39 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
 
 def _state_dict(found: Any, report: Report, path: Path) -> dict[str, Tensor]:
     """The tensors by their keys, without what wraps them."""
-    if isinstance(found, Mapping):
-        for nest in _NESTS:
-            inner = found.get(nest)
-            if isinstance(inner, Mapping) and any(isinstance(t, Tensor) for t in inner.values()):
-                report.left |= {str(k): f"beside {nest!r}" for k in found if k != nest}
-                found = inner
-                break
+    while isinstance(found, Mapping) and (
+        nest := next((n for n in _NESTS if isinstance(found.get(n), Mapping) and _has_tensors(found[n])), None)
+    ):
+        report.left |= {str(k): f"beside {nest!r}" for k in found if k != nest}
+        found = found[nest]
     if not isinstance(found, Mapping) or not any(isinstance(t, Tensor) for t in found.values()):
         kind = "no tensors" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        raise CannotConvert(f"{path}: expected a state dict, a dict of tensors by name, got {kind}")
+        inside = [str(k) for k, v in found.items() if _has_tensors(v)] if isinstance(found, Mapping) else []
+        hint = f"; there are some under {', '.join(map(repr, inside[:3]))}: save that alone" if inside else ""
+        raise CannotConvert(f"{path}: expected a state dict, a dict of tensors by name, got {kind}{hint}")
     report.left |= {str(k): f"a {type(t).__name__}, no tensor" for k, t in found.items() if not isinstance(t, Tensor)}
     state: OrderedDict[str, Tensor] = OrderedDict((str(k), t) for k, t in found.items() if isinstance(t, Tensor))
-    for wrapper in _WRAPPERS:
-        if all(key.startswith(wrapper) for key in state):
-            old, state = state, OrderedDict((key.removeprefix(wrapper), t) for key, t in state.items())
-            report.renamed = {report.renamed.get(k, k): k.removeprefix(wrapper) for k in old}
+    before = {key: key for key in state}
+    while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in state)), None):
+        before = {key.removeprefix(wrapper): old for key, old in before.items()}
+        state = OrderedDict((key.removeprefix(wrapper), t) for key, t in state.items())
+        report.renamed = {old: key for key, old in before.items()}
     if not report.renamed and hasattr(found, "_metadata"):  # versions of layers, as load_state_dict reads them
         state._metadata = found._metadata  # type: ignore[attr-defined]
     return state
+
+
+def _has_tensors(found: Any) -> bool:
+    """In itself, or where training loops nest them."""
+    return isinstance(found, Mapping) and (
+        any(isinstance(t, Tensor) for t in found.values()) or any(_has_tensors(found.get(nest)) for nest in _NESTS)
+    )
+
+
+def _not_dense(t: Tensor) -> str | None:
+    """What a tensor is that is no plain array of numbers."""
+    kinds = {"on meta": t.is_meta, "quantized": t.is_quantized, "sparse": t.layout is not torch.strided}
+    return next((kind for kind, it_is in kinds.items() if it_is), None)
 
 
 def _owners(state: State, last: str) -> Iterator[str]:
@@ -233,7 +257,7 @@ def _numbered(state: State, prefix: str, what: str) -> int:
 
 def _router(state: State, prefix: str) -> str:
     mapping = state[f"{prefix}_unit_mapping"]
-    if mapping.dim() != 2 or not bool(((mapping == 0) | (mapping == 1)).all()):
+    if _not_dense(mapping) is not None or mapping.dim() != 2 or not bool(((mapping == 0) | (mapping == 1)).all()):
         raise CannotConvert(f"{prefix}_unit_mapping: expected zeros and ones [task_count, unit_count]")
     T, C = mapping.shape
     off = int((mapping[0] == 0).sum()) if T else 0

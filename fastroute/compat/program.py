@@ -28,8 +28,12 @@ class NoProgram(Exception):
 
 def run_script(path: Path, arguments: Sequence[str]) -> int:
     """``python PATH ARGUMENTS``: a script, a notebook's code cells, a folder or a zip file with a ``__main__.py``."""
-    if not path.exists():
-        raise NoProgram(f"{path}: expected a script, found no such file")
+    try:
+        if not path.exists():
+            raise NoProgram(f"{path}: expected a script, found no such file")
+        source = b"" if path.is_dir() else path.read_bytes()
+    except OSError as error:
+        raise NoProgram(f"{path}: cannot be read ({error.strerror})") from error
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and not (path / "__main__.py").is_file():
         raise NoProgram(f"{path}: expected a script, found a folder without a __main__.py")
@@ -41,7 +45,7 @@ def run_script(path: Path, arguments: Sequence[str]) -> int:
         if sys.path[0] == str(folder.resolve()):
             sys.path.pop(0)  # runpy puts it there itself
         return _status(lambda: runpy.run_path(str(path), run_name="__main__"))
-    cells = _cells(path) if path.suffix == ".ipynb" else [(path.read_bytes(), str(path))]
+    cells = _cells(path, source) if path.suffix == ".ipynb" else [(source, str(path))]
     return _run(cells, None if path.suffix == ".ipynb" else str(path))
 
 
@@ -49,7 +53,7 @@ def run_module(name: str, arguments: Sequence[str]) -> int:
     """``python -m NAME ARGUMENTS``."""
     _begin(["-m", *arguments], os.getcwd())
     try:
-        missing = importlib.util.find_spec(name) is None
+        missing = name.startswith(".") or importlib.util.find_spec(name) is None
     except ModuleNotFoundError as error:
         missing = error.name is not None and name.startswith(error.name)
         if not missing:
@@ -84,14 +88,14 @@ def _begin(argv: list[str], folder: str) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([imports.ON_PATH, *([before] if before else [])])
 
 
-def _cells(path: Path) -> list[tuple[bytes, str]]:
+def _cells(path: Path, content: bytes) -> list[tuple[bytes, str]]:
     """The code cells of a notebook, without its commands to Jupyter and the shell."""
     try:
-        book = json.loads(path.read_text(encoding="utf-8"))
+        book = json.loads(content)
         cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
         sources = ["".join(cell["source"]) for cell in cells]
         language = book.get("metadata", {}).get("kernelspec", {}).get("language", "python")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NoProgram(f"{path}: expected a notebook of nbformat 4, a JSON object with cells") from error
     if language != "python":
         raise NoProgram(f"{path}: expected a notebook in Python, found one in {language}")

@@ -19,11 +19,13 @@ from ..functional import combine, expert_ffn, grouped_linear
 from ..modules.reading import may_be_read
 from ..ops import dispatch
 from ..ops.activations import ACTIVATIONS
+from ..ops.arguments import checked
 from ..ops.precision import autocast_dtype
 
 NAME = "fastroute"
 
 
+@checked
 def register(name: str = NAME) -> None:
     """Offer ``experts_forward`` as an ``experts_implementation``.
 

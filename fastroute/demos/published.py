@@ -22,6 +22,7 @@ from ..loggers import RunLog
 from ..models import CapsuleHead, RoutedCNN, SmallNORB, routed_vgg
 from ..monitor import RoutingMonitor
 from ..networks import Loss, NegLossReward
+from ..ops import files
 from . import Options, on_digits
 from .attributes import attributes
 
@@ -325,7 +326,8 @@ def curves(results: dict[str, list[Result]], path: Path) -> None:
         panel.tick_params(labelsize=8)
         panel.locator_params(axis="x", integer=True)
     panels[0].set_ylabel("held-out accuracy", fontsize=9)
-    figure.savefig(path, dpi=150)
+    with files.whole(path) as part:
+        figure.savefig(part, dpi=150, format="png")
 
 
 def run(names: list[str], options: TrainOptions) -> int:
@@ -339,7 +341,8 @@ def _run(names: list[str], found: data.Digits, options: TrainOptions) -> int:
         seeds = range(options.seed, options.seed + options.seeds)
         results[name] = [train(name, found, options, seed, console) for seed in seeds]
         path = options.out / name / "results.json"
-        path.write_text(json.dumps([vars(r) for r in results[name]], indent=1))
+        with files.whole(path) as part:
+            part.write_text(json.dumps([vars(r) for r in results[name]], indent=1))
     console.print(table(results))
     picture = options.out / "curves.png"
     curves(results, picture)

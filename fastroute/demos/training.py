@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..ops import files
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,12 +24,8 @@ class Interrupted(KeyboardInterrupt):
 
     def save(self, path: Path) -> str:
         """Write the checkpoint, whole or not at all; the line that says so."""
-        part = path.with_name(f".{path.name}.part")
-        try:
+        with files.whole(path) as part:
             torch.save(self.checkpoint, part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
         network, done = self.checkpoint["network"], self.checkpoint["epoch"]
         of = f" of {network!r}" if network else ""
         return f"interrupted; the state{of} after {done} of {self.epochs} epochs is in {path}"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..capsules import EfficientVectorRouting
 from ..ops import checks
-from ..ops.arguments import Count, Several, checked
+from ..ops.arguments import Count, OutputCount, Several, checked, renamed
+from ..ops.host import may_look
 
 
 class CapsuleHead(nn.Module):
@@ -25,7 +26,7 @@ class CapsuleHead(nn.Module):
     1024 and L = 25 it has the paper's 8,380,777 parameters for 1000 classes, 5,068,422 for 5.
 
     Args:
-        classes: how many scores.
+        classes: how many scores, at least 2.
         features: D.
         depths: L.
         parts: vectors of the hidden routings; ``hidden``, their width, D if None.
@@ -50,11 +51,11 @@ class CapsuleHead(nn.Module):
     @checked
     def __init__(
         self,
-        classes: Count,
+        classes: OutputCount,
         features: Count = 1024,
         depths: Count = 25,
         *,
-        parts: Count = 64,
+        parts: OutputCount = 64,
         hidden: Count | None = None,
         n_iters: Several = 2,
         return_credit: bool = False,
@@ -80,6 +81,7 @@ class CapsuleHead(nn.Module):
         for routing in self.route:
             routing.reset_parameters()  # type: ignore[operator]
 
+    @renamed(x_inp="hidden_states")
     def forward(
         self, hidden_states: Tensor | Sequence[Tensor], attention_mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -100,14 +102,19 @@ class CapsuleHead(nn.Module):
         """
         x = self._stacked(hidden_states)
         B, n, L, _ = x.shape
+        checks.together(("the parameters", self.W), {"hidden_states": x})
         x = self.normalize(x) * self.W + self.B
         order = lengths = None
         if attention_mask is not None:
             checks.tensor("attention_mask", attention_mask, "a tensor [B, n]")
             if tuple(attention_mask.shape) != (B, n):
                 raise ValueError(f"attention_mask: expected [{B}, {n}], got {checks.shown(attention_mask)}")
+            if may_look(attention_mask) and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+                raise ValueError(
+                    "attention_mask: expected 1 or True for positions that count, 0 for others, got other numbers"
+                )
             # what is first counts: routing an unknown number of vectors does not look at their order
-            there = attention_mask.to(x.device).bool()
+            there = checks.moved("attention_mask", attention_mask, x.device, torch.bool)
             order = (~there).long().argsort(dim=1, stable=True)
             x = x.gather(1, order[:, :, None, None].expand_as(x))
             lengths = there.sum(1) * L

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..networks import WPL, CollaborationReward, Initialization, Selection, Trajectory
 from ..ops import checks
-from ..ops.arguments import Count, NotNegative, Several, checked
+from ..ops.arguments import Count, NotNegative, Several, checked, renamed
 
 
 class RoutedCNN(nn.Module):
@@ -98,6 +98,7 @@ class RoutedCNN(nn.Module):
             for (a, b), last in zip(pairwise(widths), [False] * (layers - 1) + [True], strict=True)
         )
 
+    @renamed(agents="tasks")
     def forward(self, images: Tensor, tasks: Tensor) -> tuple[Tensor, Trajectory]:
         """Decide and apply, layer by layer.
 
@@ -115,7 +116,13 @@ class RoutedCNN(nn.Module):
         shape = (self.in_channels, self.image_size, self.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != shape:
             raise ValueError(f"images: expected [B, {', '.join(map(str, shape))}], got {checks.shown(images)}")
-        x, meta, _ = self.begin(self.convolve(images), tasks=tasks)
+        checks.floating("images", images)
+        try:
+            x = self.convolve(images)
+        except RuntimeError:
+            checks.as_parameters("images", images, self.parameters())
+            raise
+        x, meta, _ = self.begin(x, tasks=tasks)
         for decide, select in zip(self.decisions, self.selections, strict=True):
             x, meta, actions = decide(x, meta, tasks)
             x, meta, _ = select(x, meta, actions)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..capsules import GenerativeMatrixRouting
 from ..ops import checks
-from ..ops.arguments import Count, Several, checked
+from ..ops.arguments import Count, OutputCapsules, Several, checked
 
 
 class SmallNORB(nn.Module):
@@ -22,7 +22,7 @@ class SmallNORB(nn.Module):
     has 271,688 parameters as published (the paper says 272 K).
 
     Args:
-        classes: how many scores.
+        classes: how many scores, at least 2.
         views: images of a sample: 2 for a stereo pair, 1 for one image.
         parts: capsules at a position, and of the first routing's output.
         channels: of the convolutions.
@@ -46,10 +46,10 @@ class SmallNORB(nn.Module):
     @checked
     def __init__(
         self,
-        classes: Count = 5,
+        classes: OutputCapsules = 5,
         views: Count = 2,
         *,
-        parts: Count = 64,
+        parts: OutputCapsules = 64,
         channels: Count = 64,
         n_iters: Several = 3,
         device: torch.device | str | None = None,
@@ -91,7 +91,11 @@ class SmallNORB(nn.Module):
         B, _, H, W = images.shape
         rows = torch.linspace(-1, 1, H, device=images.device, dtype=images.dtype).view(1, 1, H, 1).expand(B, 1, H, W)
         columns = torch.linspace(-1, 1, W, device=images.device, dtype=images.dtype).view(1, 1, 1, W).expand(B, 1, H, W)
-        x = self.convolve(torch.cat([images, rows, columns], 1))
+        try:
+            x = self.convolve(torch.cat([images, rows, columns], 1))
+        except RuntimeError:
+            checks.as_parameters("images", images, self.parameters())
+            raise
         a = self.compute_a(x).flatten(1)
         mu = self.compute_mu(x).unflatten(1, (-1, 4, 4)).permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
         for routing in self.routings:

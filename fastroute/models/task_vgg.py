@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..ops.arguments import Positive, Several, checked
+from ..ops.arguments import Positive, Several, checked, renamed
 from ..tasks import VGG
 from ..tasks.masks import Sigma
 from ..tasks.vgg import cfg, make_layers
 
 
+@renamed(cfg="width")
 @checked
 def routed_vgg(
     task_count: Several, sigma: Sigma = 0.5, *, width: Positive = 1.0, batch_norm: bool = True, **options: Any

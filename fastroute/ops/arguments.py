@@ -82,7 +82,7 @@ _PLAIN: dict[Any, _Kind] = {
     Callable: _Kind(lambda v: True, "a module or a function", _function),
     Mapping: _Kind(lambda v: isinstance(v, Mapping), "a dict"),
     Sequence: _Kind(_is_many, "a list"),
-    Iterable: _Kind(lambda v: hasattr(v, "__iter__"), "a list"),
+    Iterable: _Kind(lambda v: hasattr(v, "__iter__") and not isinstance(v, Tensor), "a list"),
 }
 
 
@@ -176,6 +176,31 @@ def explained(function: Function) -> Function:
             raise
 
     return typing.cast(Function, run)
+
+
+def renamed(**names: str) -> Callable[[Function], Function]:
+    """A function that hands its arguments to others, where they have other names: its errors say its own.
+
+    Args:
+        names: what an argument is called there, and here.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError, IndexError) as error:
+                first, colon, rest = str(error).partition(":")
+                if first in names and len(error.args) == 1:
+                    error.args = (f"{names[first]}{colon}{rest}",)
+                raise
+
+        return typing.cast(Function, run)
+
+    return decorate
 
 
 class TooLarge(ValueError, RuntimeError):

@@ -300,6 +300,8 @@ class strict:
     """
 
     def __init__(self, enabled: bool = True) -> None:
+        if enabled not in (True, False):
+            raise TypeError(f"enabled: expected True or False, got {enabled!r}")
         self._before, _State.strict = _State.strict, bool(enabled)
 
     def __enter__(self) -> None:
@@ -334,6 +336,8 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if not callable(fn) or (isinstance(fn, type) and issubclass(fn, torch.nn.Module)):
+        raise TypeError(f"fn: expected a module or a function, got {fn!r}")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (inputs, kwargs))
         before, _State.recorder = _State.recorder, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import isclass
 from math import inf, isfinite
 from numbers import Real
@@ -107,6 +107,19 @@ def _number(name: str, value: Any, what: str, fits: Callable[[Any], bool]) -> An
     return value
 
 
+def numbers_by_name(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Python's floats, of whatever stands for one: NumPy's numbers, tensors of one element."""
+    made = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{name}: expected names, got {given(key)}")
+        try:
+            made[key] = value.__float__()
+        except Exception as error:
+            raise TypeError(f"{name}: {key}: expected a number, got {given(value)}") from error
+    return made
+
+
 def at_least_zero(name: str, value: Any, what: str = "a number of 0 or more") -> Any:
     """A finite number of 0 or more."""
     return _number(name, value, what, lambda v: 0 <= v < inf)
@@ -193,6 +206,15 @@ def moved(name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Ten
 def floating(name: str, t: Tensor) -> None:
     if not t.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
+
+
+def as_parameters(name: str, t: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Of a call that failed: an input with another dtype than the module's parameters, or on another device."""
+    own = next((p for p in parameters if p.is_floating_point()), None)
+    if own is not None and (t.dtype, t.device) != (own.dtype, own.device):
+        raise (TypeError if t.device == own.device else ValueError)(
+            f"{name}: expected {own.dtype} on {own.device} like the parameters, got {given(t)}"
+        )
 
 
 def together(reference: tuple[str, Tensor], others: Mapping[str, Tensor | None]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ops import files
 from ..ops.checks import given
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ def saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path: expected a file's name or None, got {given(path)}")
-        figure.savefig(path)
+        path = Path(path)
+        if not path.suffix:  # as savefig does
+            path = path.with_name(f"{path.name}.{figure.canvas.get_default_filetype()}")
+        with files.whole(path) as part:
+            figure.savefig(part, format=path.suffix[1:])
     return figure
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from ..ops import files
+from ..ops.arguments import checked
 from . import charts
 from .reading import CannotReport, Run, read_run
 
@@ -66,6 +66,7 @@ overflow-wrap:anywhere}
 """
 
 
+@checked
 def write_report(folder: str | Path, out: str | Path | None = None) -> tuple[Path, Run]:
     """Write a run's page, which needs no other file and no network.
 
@@ -81,15 +82,14 @@ def write_report(folder: str | Path, out: str | Path | None = None) -> tuple[Pat
     """
     run = read_run(folder)
     path = run.path.parent / "report.html" if out is None else Path(out)
+    text = page(run)
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".html", delete=False, encoding="utf-8") as file:
-            file.write(page(run))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(file.name, 0o666 & ~mask)
-        os.replace(file.name, path)  # a page that is there is whole
+        if path.exists() and path.samefile(run.path):
+            raise CannotReport(f"out: expected another file than the log, got {path}")
+        with files.whole(path) as part:
+            part.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise CannotReport(f"{path}: cannot be written ({error.strerror})") from error
+        raise CannotReport(f"{path}: {error.strerror}") from error
     return path, run
 
 

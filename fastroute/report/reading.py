@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..loggers import FILE
+from ..ops.arguments import checked
+
+_LARGE = 1e301  #: sums and differences of what is smaller are finite
 
 
 class CannotReport(Exception):
@@ -30,6 +33,7 @@ class Run:
         return next((v for v in reversed(self.numbers.get(name, [])) if not math.isnan(v)), None)
 
 
+@checked
 def read_run(folder: str | Path) -> Run:
     """Read a run's folder, or the file in it.
 
@@ -85,7 +89,7 @@ def _parse(line: bytes) -> tuple[int, dict[str, float], float, int] | None:
     try:
         made: Any = json.loads(line)
         step, given = made["step"], made["numbers"]
-        if isinstance(step, bool) or not isinstance(step, int) or not isinstance(given, dict):
+        if type(step) is not int or abs(step) >= 1 << 63 or not isinstance(given, dict):
             return None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
@@ -106,9 +110,10 @@ def _number(value: Any) -> float | None:
     if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
         return None
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         return math.inf
+    return math.copysign(math.inf, number) if abs(number) >= _LARGE else number
 
 
 def _remarks(

@@ -34,7 +34,9 @@ def read(pretrained: Pretrained, name: str) -> Mapping[str, Tensor] | None:
         raise ValueError(
             f"pretrained: expected a state dict that torch.save wrote, cannot read {path}: {error}"
         ) from error
-    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in weights.items()
+    ):
         raise ValueError(f"pretrained: expected a state dict of tensors in {path}, got {type(weights).__name__}")
     return weights
 

@@ -147,12 +147,15 @@ class TaskRouter(TaskAware):
         """
         if not self.use_routing:
             return x
-        if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[self.axis] != self.unit_count):
-            axes = f"{self.unit_count}, ..." if self.axis == 1 else f"..., {self.unit_count}"
-            raise ValueError(f"x: expected [B, {axes}] (unit_count units), got {checks.shown(x)}")
+        self._check_units(x)
         if self.over_features(x):  # seen with its units as axis 1, without a copy
             return self._masked(x.movedim(-1, 1), task).movedim(1, -1)
         return self._masked(x, task)
+
+    def _check_units(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[self.axis] != self.unit_count):
+            axes = f"{self.unit_count}, ..." if self.axis == 1 else f"..., {self.unit_count}"
+            raise ValueError(f"x: expected [B, {axes}] (unit_count units), got {checks.shown(x)}")
 
     def over_features(self, x: Tensor) -> bool:
         """Whether the units are x's last axis and that is not axis 1."""

@@ -133,7 +133,46 @@ WRONG: dict[str, tuple[Any, str, str]] = {
     ),
     "no tensors": ({"a": 1}, "torchmtl", "expected a state dict, a dict of tensors by name, got no tensors"),
     "a tensor": (torch.ones(2), "torchmtl", "got a Tensor"),
+    "under another name": ({"net": EVR, "epoch": 1}, "heinsen_routing", "no tensors; there are some under 'net': save"),
+    "a list of it": ([EVR], "heinsen_routing", "got a list"),
 }
+
+
+WRAPPED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "DataParallel": lambda s: {f"module.{k}": t for k, t in s.items()},
+    "compiled": lambda s: {f"_orig_mod.{k}": t for k, t in s.items()},
+    "DataParallel, compiled": lambda s: {f"_orig_mod.module.{k}": t for k, t in s.items()},
+    "compiled, DataParallel": lambda s: {f"module._orig_mod.{k}": t for k, t in s.items()},
+    **{f"under {key}": lambda s, key=key: {key: s, "epoch": 1} for key in ("state_dict", "model", "model_state_dict")},
+    "twice": lambda s: {"model": {"state_dict": s, "epoch": 1}, "optimizer": {"state": {}}},
+    "twice, DataParallel": lambda s: {"model": {"state_dict": {f"module.{k}": t for k, t in s.items()}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_what_training_loops_wrap(how: str, trip: Trip, tmp_path: Path) -> None:
+    given = WRAPPED[how](dict(EVR))
+    report = trip(given, "heinsen_routing")
+    made = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert made.keys() == EVR.keys() and all(torch.equal(made[k], t) for k, t in EVR.items())
+    prefixed = "odul" in str(list(given)) + str(given.get("model", "")) or "_orig" in next(iter(given))
+    assert len(report.taken) + len(report.renamed) == len(EVR) and bool(report.renamed) == prefixed
+    assert list(report.renamed.values()) == (list(EVR) if prefixed else [])
+
+
+@pytest.mark.parametrize("kind", ["quantized", "sparse", "on meta"])
+def test_tensors_that_safetensors_lacks(kind: str, tmp_path: Path) -> None:
+    t = torch.ones(2, 3)
+    odd = {"quantized": lambda: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "sparse": t.to_sparse,
+           "on meta": lambda: t.to("meta")}[kind]()  # fmt: skip
+    torch.save({**EVR, "body.weight": odd}, tmp_path / "in.pt")
+    with pytest.raises(CannotConvert, match=f"body.weight: expected a dense tensor, .* got one {kind}; write a .pt"):
+        convert(tmp_path / "in.pt", tmp_path / "out.safetensors", "heinsen_routing")
+    convert(str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "heinsen_routing")
+    torch.save({"a._unit_mapping": odd}, tmp_path / "in.pt")
+    with pytest.raises(CannotConvert, match="unit_mapping: expected zeros and ones"):
+        convert(tmp_path / "in.pt", tmp_path / "out.pt", "taskrouting")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.pt", "out.pt"]
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -180,6 +219,13 @@ def test_truncated_files(cut: int, suffix: str, tmp_path: Path, capsys: pytest.C
     [
         (["no.pt", "out.pt", "--from", "torchmtl"], 1, "no.pt: expected a file, found none"),
         (["in.pt", "no/such/out.pt", "--from", "heinsen_routing"], 1, "out.pt: expected a file in an existing folder"),
+        (["in.pt", "in.pt", "--from", "heinsen_routing"], 1, "in.pt: expected another file than in.pt, of which not"),
+        (["in.pt", "./in.pt", "--from", "heinsen_routing"], 1, "in.pt: expected another file than in.pt"),
+        (["in.pt", "", "--from", "heinsen_routing"], 1, ".: cannot be written (a folder)"),
+        (["in.pt", "/dev/full", "--from", "heinsen_routing"], 1, "/dev/full: cannot be written"),
+        (["in.pt", "x" * 300, "--from", "heinsen_routing"], 1, "xxx: File name too long"),
+        (["x" * 300, "out.pt", "--from", "heinsen_routing"], 1, "xxx: File name too long"),
+        ([".", "out.pt", "--from", "heinsen_routing"], 1, ".: expected a file, found none"),
         (["in.pt", "out.pt"], 2, "one of the arguments --from --to is required"),
         (["in.pt", "out.pt", "--from", "torchMTL"], 2, "invalid choice: 'torchMTL'"),
         (["in.pt", "out.pt", "--from", "torchmtl", "--to", "torchmtl"], 2, "not allowed with argument"),

@@ -325,7 +325,7 @@ def test_no_prior_actions_mean_agent_0(nobody: Any) -> None:
     _, mxs, actions = decide(x, mxs, nobody)
     assert not mxs.agents.any()
     assert torch.equal(actions, decide(x, begin()[1], [0] * B)[2])
-    with pytest.raises(ValueError, match="agents: expected the agent of each sample"):
+    with pytest.raises(ValueError, match="prior_actions: expected the agent of each sample"):
         decide(x, begin()[1], None)
     with pytest.raises(ValueError, match="agents: expected the agent of each sample"):
         networks.REINFORCE(K, F, num_agents=3)(x, begin()[1], [])

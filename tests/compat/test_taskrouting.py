@@ -117,7 +117,7 @@ def test_behind_autograds_back() -> None:
     (router(y) + y).sum().backward()
     assert torch.equal(x.grad, 2 * y)  # type: ignore[arg-type]
     for bad in (torch.ones(2, 8, 1, 1, dtype=torch.int64), torch.ones(1, 8, 1, 1).expand(2, 8, 1, 1)):
-        with pytest.raises((TypeError, ValueError), match="x: expected"):
+        with pytest.raises((TypeError, ValueError), match="input: expected"):
             router(bad)
 
 

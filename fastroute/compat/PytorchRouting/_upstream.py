@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastroute.networks import SampleMetaInformation, Trajectory
+from fastroute.ops.arguments import renamed
 
 
 class Literal:
@@ -34,6 +35,7 @@ class Named:
             )
         super().__setstate__(state)  # type: ignore[misc]
 
+    @renamed(batch="xs", x="xs", meta="mxs")
     def forward(
         self, xs: Tensor, mxs: Trajectory | Sequence[SampleMetaInformation], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Trajectory, Tensor]:

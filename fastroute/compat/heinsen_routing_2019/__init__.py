@@ -167,6 +167,7 @@ class Routing(OverInputs, SingleBeta):
         Returns:
             a_out [..., n_out], mu_out and sig2_out [..., n_out, d_cov, d_out], and R [..., n_inp, n_out] if asked for.
         """
+        checks.flag("return_R", return_R)
         a_inp, mu_inp = broadcast(a_inp, mu_inp)
         w = self._capsules(self._check(a_inp, mu_inp, n_out))
         batch, n = mu_inp.shape[:-3], mu_inp.shape[-3]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastroute import tasks
 from fastroute.functional import task_mask
 from fastroute.ops import checks
+from fastroute.ops.arguments import renamed
 from fastroute.tasks.active_task import Task, on_device
 
 __all__ = ["TaskRouter"]
@@ -67,6 +68,7 @@ class TaskRouter(tasks.TaskRouter):
         self._hold(active_task, on_device(whole, self._device()))
         return active_task
 
+    @renamed(x="input")
     def forward(self, input: Tensor, task: Task | None = None) -> Tensor:
         """``input`` itself, with zeros where units are off.
 
@@ -77,8 +79,11 @@ class TaskRouter(tasks.TaskRouter):
         Raises:
             IndexError: a task out of range; ValueError, TypeError: naming the argument.
         """
+        checks.tensor("input", input, "a tensor [B, C, ...]")
         if not self.use_routing:
             return input
+        self._check_units(input)
+        checks.together(("the masks", self._unit_mapping), {"input": input})
         if task is None:
             task = self._active_id  # read in a graph: it then depends on no number
             if not torch.compiler.is_compiling() and not isinstance(self._active, Tensor):

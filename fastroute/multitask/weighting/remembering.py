@@ -74,8 +74,8 @@ class Remembering(Weighting):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Records [T] are of a version in which all calls counted."""
         for key in (prefix + name for name in self.records):
-            if key in state_dict and state_dict[key].dim() == 1:
-                state_dict[key] = torch.stack([state_dict[key]] * 2)
+            if isinstance(given := state_dict.get(key), Tensor) and given.dim() == 1:
+                state_dict[key] = torch.stack([given] * 2)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

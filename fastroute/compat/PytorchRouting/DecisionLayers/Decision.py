@@ -19,6 +19,7 @@ from fastroute.networks.decisions.base import Decided
 from fastroute.networks.decisions.storage import Storages
 from fastroute.networks.loss_entries import Entries, Need, from_raw
 from fastroute.ops import dispatch
+from fastroute.ops.arguments import renamed
 from fastroute.ops.dispatch.contract import Plan
 
 from .._upstream import Literal, Named
@@ -86,6 +87,7 @@ class Decision(Literal, Named, networks.Decision):
         for attribute, given in own.items():
             object.__setattr__(self, attribute, given)
 
+    @renamed(agents="prior_actions")
     def forward(  # type: ignore[override]
         self,
         xs: Tensor,
@@ -101,7 +103,7 @@ class Decision(Literal, Named, networks.Decision):
         """
         if not self._decides:
             self._native("_forward")  # says what is missing
-        if prior_actions is not None and len(prior_actions) == 0:
+        if isinstance(prior_actions, (Tensor, Sequence)) and len(prior_actions) == 0:
             prior_actions = torch.zeros(len(xs), dtype=torch.int64, device=xs.device)
         return super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
 

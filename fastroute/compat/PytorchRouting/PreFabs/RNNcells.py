@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastroute import networks
 from fastroute.networks import SampleMetaInformation, Trajectory
+from fastroute.ops.arguments import renamed
 
 from .._upstream import Literal
 
@@ -16,6 +17,7 @@ from .._upstream import Literal
 class RoutingRNNCellBase(Literal, networks.RoutingRNNCellBase):
     """``fastroute.networks.RoutingRNNCellBase`` with upstream's names in ``forward``."""
 
+    @renamed(meta="metas", agents="task_actions")
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
