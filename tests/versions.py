@@ -42,6 +42,7 @@ class Combination(NamedTuple):
 COMBINATIONS = (
     Combination("3.11", "2.14.1", "3.8.*"),
     Combination("3.10", "2.11.0", "3.6.0"),
+    Combination("3.10", "2.12.1", "3.7.1"),
     Combination("3.12", "2.11.0", "3.6.0"),
     Combination("3.12", "2.12.1", "3.7.1"),
     Combination("3.11", "2.13.0", "3.7.1"),

@@ -33,6 +33,19 @@ __asm__(".symver fastroute_exp, exp@GLIBC_2.17\n.symver fastroute_log, log@GLIBC
 #endif
 double __wrap_exp(double x) { return fastroute_exp(x); }
 double __wrap_log(double x) { return fastroute_log(x); }
+
+// glibc 2.34 took dlsym, which headers of torch 2.14 call, from libdl. Older ones find it there: torch's libraries load it.
+#if __GLIBC_PREREQ(2, 34)
+void* fastroute_dlsym(void*, const char*);
+#if defined(__x86_64__)
+__asm__(".symver fastroute_dlsym, dlsym@GLIBC_2.2.5");
+#else
+__asm__(".symver fastroute_dlsym, dlsym@GLIBC_2.17");
+#endif
+__attribute__((visibility("hidden"))) void* dlsym(void* library, const char* name) {
+  return fastroute_dlsym(library, name);
+}
+#endif
 #endif
 }
 
