@@ -43,8 +43,8 @@ COLUMNS = (
     Column("export", "`torch.export.export`", BASICS),
     Column(
         "AOTInductor",
-        "`torch._inductor.aoti_compile_and_package` of what `torch.export` gives in eval for any batch size, loaded and "
-        "run, also with other weights (`load_constants`)",
+        "`torch._inductor.aoti_compile_and_package` of what `torch.export` gives in eval for any batch size, loaded "
+        "and run, also with other weights (`load_constants`)",
         "onnx",
     ),
     Column("ONNX", "`torch.onnx.export(dynamo=True)` in eval, run by onnxruntime, for any batch size", "onnx"),
