@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -49,11 +50,13 @@ def selection() -> Selection:
 
 @contextmanager
 def process_group() -> Iterator[None]:
+    hook = sys.excepthook  # which a group puts its rank before
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         torch.distributed.destroy_process_group()
+        sys.excepthook = hook
 
 
 def test_counts_are_those_of_the_actions() -> None:

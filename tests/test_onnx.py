@@ -4,6 +4,7 @@ batch size. And the same modules in PyTorch's own ops by ``torch.export``.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import re
@@ -17,17 +18,18 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import fastroute
 from fastroute import networks, tasks
 from fastroute.multitask import CrossStitch, MTLModel, MultiHead
 from tests.helpers import seeds
+from tests.helpers.budget import assert_within_budget
 from tests.helpers.layers import ACTIONS, LAYERS, TASK, B, F, K, LayerCase, Outputs, T, rand
-from tests.helpers.matrix import tried
+from tests.helpers.matrix import cell, tried
 from tests.helpers.multitask import README_TASKS, readme
 from tests.helpers.networks import LEARNING, decision, linears
-from tests.helpers.subprocesses import ROOT
+from tests.helpers.subprocesses import ROOT, check_python
 from tests.tasks.nets import conv_net, images
 
 
@@ -133,6 +135,8 @@ CASES: dict[str, LayerCase] = {
 }
 #: What make test tries; the rest is long.
 FIRST = ("EfficientVectorRouting, any length", "MoE", "TaskRouter", "MTLModel")
+#: What make test compiles by AOTInductor: it calls ops of ours, some with lists that are empty.
+PACKED = "QLearning, tabular"
 TRIED = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in CASES]
 
 
@@ -190,8 +194,8 @@ def test_onnx(name: str) -> None:
     check(layer, to_onnx(layer, args, options), args, options)
 
 
-def exported(name: str, backend: str) -> tuple[torch.export.ExportedProgram, nn.Module, Any, Any]:
-    layer, args, options = given(CASES[name])
+def exported(case: LayerCase, backend: str) -> tuple[torch.export.ExportedProgram, nn.Module, Any, Any]:
+    layer, args, options = given(case)
     with fastroute.use_backend(backend):
         program = torch.export.export(layer, args, options, dynamic_shapes=any_batch(layer, args, options))
     return program, layer, args, options
@@ -200,17 +204,15 @@ def exported(name: str, backend: str) -> tuple[torch.export.ExportedProgram, nn.
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_exported_on_the_reference_has_only_ops_of_pytorch(name: str) -> None:
-    program, layer, args, options = exported(name, "reference")
+    program, layer, args, options = exported(CASES[name], "reference")
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets and not [target for target in targets if "fastroute" in target]
     run = program.module()
     check(layer, lambda *args, **options: tree_leaves(run(*args, **options)), args, options)
 
 
-ALONE = """
-import sys
+LOADS = """
 import torch
-sys.modules["fastroute"] = None
 given = torch.load(sys.argv[1] + ".pt", weights_only=True)
 for name, (args, options, expected) in given.items():
     made = torch.export.load(f"{sys.argv[1]}-{name}.pt2").module()(*args, **options)
@@ -219,16 +221,26 @@ for name, (args, options, expected) in given.items():
 """
 
 
+#: By backend: which programs are loaded in another process, and what it does first.
+APART = {
+    "reference": (FIRST, 'sys.modules["fastroute"] = None'),
+    "auto": ((*FIRST, "Selection", PACKED), "import fastroute"),
+}
+
+
 @pytest.mark.long
-def test_loads_where_fastroute_is_not_installed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", APART)
+def test_loads_in_another_process(backend: str, tmp_path: Path) -> None:
+    """Where fastroute is not installed; of fastroute's ops, where nothing but the import has been done."""
+    names, first = APART[backend]
     kept = {}
-    for k, name in enumerate(FIRST):
-        program, layer, args, options = exported(name, "reference")
+    for k, name in enumerate(names):
+        program, layer, args, options = exported({**LAYERS, **CASES}[name], backend)
         torch.export.save(program, tmp_path / f"model-{k}.pt2")
         kept[k] = args, options, [t.detach() for t in tree_leaves(layer(*args, **options))]
     torch.save(kept, tmp_path / "model.pt")
     ran = subprocess.run(
-        [sys.executable, "-c", ALONE, str(tmp_path / "model")],
+        [sys.executable, "-c", f"import sys\n{first}\n{LOADS}", str(tmp_path / "model")],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -237,14 +249,73 @@ def test_loads_where_fastroute_is_not_installed(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def test_the_first_call_may_be_traced() -> None:
+    """What a process asks of C++ before it first uses it is in no graph."""
+    check_python(
+        "import io, torch, fastroute\n"
+        "layer = fastroute.EfficientVectorRouting(4, 3, 6, 5).eval()\n"
+        "program = torch.export.export(layer, (torch.randn(2, 4, 6),))\n"
+        "ops = {str(n.target) for n in program.graph.nodes if 'fastroute' in str(n.target)}\n"
+        "assert ops == {'fastroute.efficient_routing.default'}, ops\n"
+        "torch.export.save(program, io.BytesIO())"
+    )
+
+
+#: Without these, parameters whose numbers are all alike, and small ones of one axis, are constants of the code.
+CHANGEABLE = {"joint_graph_constant_folding": False, "always_keep_tensor_constants": True}
+
+
+def packaged(program: torch.export.ExportedProgram, folder: Path) -> Any:
+    """Compiled by AOTInductor, and loaded; no parameter is a constant of the code."""
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(folder / "model.pt2"), inductor_configs=CHANGEABLE
+    )
+    return torch._inductor.aoti_load_package(package)
+
+
+def within_budget(layer: nn.Module, run: Callable[..., Any], args: Any, options: Any) -> None:
+    """Near the layer in float64: of the inputs, of others of the same shapes, of one sample and of more."""
+
+    def results(made: Any) -> dict[str, Tensor | None]:
+        return {str(k): t for k, t in enumerate(tree_leaves(made)) if isinstance(t, Tensor)}
+
+    def double(t: Any) -> Any:
+        return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    exact, others = copy.deepcopy(layer).double(), (args, options)
+    turned = tree_map_only(Tensor, lambda t: t.flip(0), others)
+    for some, more in (*sizes(args, options), turned):
+        given = tree_map(double, (some, more))
+        assert_within_budget(
+            results(run(*some, **more)), lambda given=given: results(exact(*given[0], **given[1])), torch.float32
+        )
+
+
+def check_package(name: str, folder: Path) -> None:
+    program, layer, args, options = exported(LAYERS[name], "auto")
+    run = packaged(program, folder)
+    with torch.no_grad():
+        within_budget(layer, run, args, options)
+        for p in layer.parameters():
+            p.mul_(0.5)
+        state = {**program.constants, **dict(layer.named_buffers()), **dict(layer.named_parameters())}
+        run.load_constants({name: state[name] for name in run.get_constant_fqns()}, check_full_update=True)
+        within_budget(layer, run, args, options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name != PACKED else []) for name in tried("AOTInductor")],
+)
+def test_aot_inductor(name: str, tmp_path: Path) -> None:
+    cell(name, "AOTInductor", lambda: check_package(name, tmp_path))
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["EfficientVectorRouting", "Selection", "TaskRouter", "MTLModel"])
-def test_aot_inductor(name: str, backend: str, tmp_path: Path) -> None:
-    program, layer, args, options = exported(name, backend)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    run = torch._inductor.aoti_load_package(package)
-    check(layer, lambda *args, **options: tree_leaves(run(*args, **options)), args, options)
+def test_aot_inductor_of_ops_of_pytorch(name: str, tmp_path: Path) -> None:
+    program, layer, args, options = exported(CASES[name], "reference")
+    within_budget(layer, packaged(program, tmp_path), args, options)
 
 
 def test_exported_programs_of_unlike_modules_are_in_eval() -> None:
@@ -255,7 +326,7 @@ def test_exported_programs_of_unlike_modules_are_in_eval() -> None:
 
 @pytest.mark.long
 def test_the_page_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     space: dict[str, Any] = {}
     exec(compile(block, "export.md", "exec"), space)
     ops = [

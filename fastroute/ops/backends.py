@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..importing import constant_result
-from . import environment, isa
+from . import environment, isa, registry
 from .environment import interpreting
 
 BackendName = Literal["reference", "native", "triton"]
@@ -111,6 +111,9 @@ def extension() -> tuple[str | None, str]:
         return None, f"the C++ extension fastroute._C does not load: {error}"
     isa.in_use()
     return found.origin, ""
+
+
+registry.load_extension = lambda: extension()[1]
 
 
 @constant_result

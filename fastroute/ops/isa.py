@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .environment import instruction_set
 from .registry import library
@@ -17,7 +18,8 @@ library.define("_choose_isa(str asked, str[] here) -> str")
 
 def in_use() -> str:
     """The variant that runs, of a loaded extension; ValueError if FASTROUTE_ISA names one that is not here."""
-    return torch.ops.fastroute._isa()
+    with _disable_current_modes():  # the first to ask may be traced: no graph has this op
+        return torch.ops.fastroute._isa()
 
 
 def describe() -> str:

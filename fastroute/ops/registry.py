@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ def _namespace() -> Library:
 
 
 library = _namespace()
+
+#: Loads the C++; says why not, or nothing. :mod:`.backends` knows how.
+load_extension: Callable[[], str] = lambda: "nothing can load the C++ extension yet"  # noqa: E731
+_here = threading.local()
 
 #: What each op of :func:`define` runs, by its name, and the same with its gradient.
 implementations: dict[str, Callable[..., Any]] = {}
@@ -57,6 +62,25 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"fastroute::{name}", on_one_device, lib=library)
 
 
+def _load_first(name: str) -> None:
+    """Let a first call of C++ load the extension: that of a program, or a package, which was exported elsewhere.
+
+    C++ is on the key of a device, which comes before this one.
+    """
+
+    def run(*args: Any) -> Any:
+        why = "has no C++ for these tensors" if getattr(_here, "loads", False) else load_extension()
+        if why:
+            raise NotImplementedError(f"fastroute::{name}: {why}")
+        _here.loads = True
+        try:
+            return getattr(torch.ops.fastroute, name)(*args)
+        finally:
+            _here.loads = False
+
+    library.impl(name, run, "CompositeExplicitAutograd")
+
+
 def define_compiled(
     name: str,
     schema: str,
@@ -67,18 +91,29 @@ def define_compiled(
 ) -> None:
     """One op for each compiled backend, which stands for {} in ``name``; ``triton``: a fake of its own.
 
-    For what an autograd function of ours calls: its C++ is on the CPU's key, so that a call costs no Python.
+    For what an autograd function of ours calls: its C++ is on the CPU's key, so that a call costs no Python. A list of
+    tensors is ``Tensor[]?`` in its schema: AOTInductor's packages give None for one that is empty.
     """
     for backend, describe in (("native", fake), ("triton", triton or fake)):
         library.define(name.format(backend) + schema, tags=tuple(tags))
         register_fake(name.format(backend), describe)
+    _load_first(name.format("native"))
 
 
 def implement(name: str, implementation: Callable[..., Any], *, anywhere: bool = False) -> None:
     """Register Triton's implementation of a compiled op; ``anywhere``: for every device, not those of its kernels."""
+    (schema,) = torch._C._jit_get_schemas_for_operator(f"fastroute::{name}")
+    lists = [k for k, argument in enumerate(schema.arguments) if str(argument.type) == "Optional[List[Tensor]]"]
+
+    def run(*args: Any) -> Any:
+        given = list(args)
+        for k in lists:
+            given[k] = given[k] or ()
+        return implementation(*given)
+
     keys = ("CompositeExplicitAutograd",) if anywhere else ("CUDA", "CPU") if interpreting() else ("CUDA",)
     for key in keys:
-        library.impl(name, torch.no_grad()(implementation), key)
+        library.impl(name, torch.no_grad()(run if lists else implementation), key)
 
 
 def define(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastroute import functional, use_backend
 from fastroute.ops import dispatch
@@ -48,6 +49,34 @@ def test_a_plan_of_a_million_bytes() -> None:
         "actions = torch.arange(10**6).to(torch.uint8) % 3\n"
         "with fastroute.use_backend('native'):\n"
         "    assert torch.equal(dispatch.plan(actions, 3).order, actions.long().argsort(stable=True))"
+    )
+
+
+def test_an_absent_list_is_an_empty_one() -> None:
+    """AOTInductor's packages give None for a list without tensors: every list is ``Tensor[]?``."""
+    met = set()
+    for name, calls in boundary.valid_calls().items():
+        (schema,) = torch._C._jit_get_schemas_for_operator(f"fastroute::{name}")
+        kinds = [str(argument.type) for argument in schema.arguments]
+        assert "List[Tensor]" not in kinds, name
+        for args in calls:
+            absent = [k for k, kind in enumerate(kinds) if kind == "Optional[List[Tensor]]" and not args[k]]
+            if absent:
+                met.add(name)
+                given = [None if k in absent else arg for k, arg in enumerate(args)]
+                made, expected = (tree_leaves(getattr(OPS, name)(*each)) for each in (given, args))
+                assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True)), name
+    assert {"_agent_policy_native", "_grouped_linear_native", "_trajectory_loss_native"} <= met
+
+
+def test_a_call_loads_the_extension() -> None:
+    """Of a program that was exported elsewhere: nothing but the import has been done."""
+    check_python(
+        "import torch, fastroute\nop = torch.ops.fastroute._dispatch_plan_native\n"
+        "try:\n    op(torch.sparse_coo_tensor(size=(3,)), 3)\n"
+        "except NotImplementedError as error:\n    assert 'has no C++ for these tensors' in str(error), error\n"
+        "else:\n    raise AssertionError\n"
+        "assert op(torch.tensor([1, 0, 1]), 2)[0].tolist() == [1, 0, 2]"
     )
 
 

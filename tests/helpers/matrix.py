@@ -41,6 +41,12 @@ COLUMNS = (
     Column("compile", "`torch.compile(fullgraph=True)`, values and gradients", BASICS),
     Column("dynamic", "the same with `dynamic=True`", BASICS),
     Column("export", "`torch.export.export`", BASICS),
+    Column(
+        "AOTInductor",
+        "`torch._inductor.aoti_compile_and_package` of what `torch.export` gives in eval for any batch size, loaded "
+        "and run, also with other weights (`load_constants`)",
+        "onnx",
+    ),
     Column("ONNX", "`torch.onnx.export(dynamo=True)` in eval, run by onnxruntime, for any batch size", "onnx"),
     Column("autocast", "`torch.autocast` to bfloat16", BASICS),
     Column("fp64", "the module in float64, its gradients against finite differences", BASICS),

@@ -11,10 +11,10 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 #include "common/check.h"
 #include "common/empty.h"
+#include "common/lists.h"
 #include "cpu/grouped_linear/grouped_linear.h"
 #include "cpu/policy/policy.h"
 
@@ -24,7 +24,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kShift = 1e-6;  // of fastroute.ops.policy.reference.shifted
@@ -242,6 +241,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward_op(
 }  // namespace fastroute::agent_policy
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
-  library.impl("_agent_policy_native", TORCH_BOX(&fastroute::agent_policy::forward_op));
-  library.impl("_agent_policy_native_backward", TORCH_BOX(&fastroute::agent_policy::backward_op));
+  using namespace fastroute;
+  library.impl("_agent_policy_native", TORCH_BOX(&WithLists<agent_policy::forward_op>::call));
+  library.impl("_agent_policy_native_backward", TORCH_BOX(&WithLists<agent_policy::backward_op>::call));
 }

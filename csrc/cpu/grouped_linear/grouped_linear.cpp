@@ -601,7 +601,8 @@ std::tuple<Tensor, Tensors, Tensors> backward_op(
 }  // namespace fastroute::grouped_linear
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
-  library.impl("_grouped_linear_native", TORCH_BOX(&fastroute::grouped_linear::forward_op));
-  library.impl("_grouped_linear_native_planned", TORCH_BOX(&fastroute::grouped_linear::planned_op));
-  library.impl("_grouped_linear_native_backward", TORCH_BOX(&fastroute::grouped_linear::backward_op));
+  using namespace fastroute;
+  library.impl("_grouped_linear_native", TORCH_BOX(&WithLists<grouped_linear::forward_op>::call));
+  library.impl("_grouped_linear_native_planned", TORCH_BOX(&WithLists<grouped_linear::planned_op>::call));
+  library.impl("_grouped_linear_native_backward", TORCH_BOX(&WithLists<grouped_linear::backward_op>::call));
 }

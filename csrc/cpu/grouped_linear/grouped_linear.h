@@ -10,12 +10,12 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <vector>
+
+#include "common/lists.h"
 
 namespace fastroute::grouped_linear {
 
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 
 // The contract is fastroute/ops/grouped_linear/reference.py; `kind` is an activation's number.

@@ -16,13 +16,13 @@
 
 #include "common/check.h"
 #include "common/empty.h"
+#include "common/lists.h"
 
 namespace fastroute::trajectory_loss {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kTile = 256;              // samples; what is kept of a tile stays in a first-level cache
 constexpr int64_t kThreadEntries = 32768;  // decisions of samples that are worth waking a thread for
@@ -386,8 +386,8 @@ void for_tiles(int64_t B, int64_t entries, const F& f) {
 }
 
 std::tuple<Tensor, Tensor> forward_op(
-    const Tensor& f, Tensors columns, Tensors others, Tensors masks, std::vector<int64_t> layout, double gamma,
-    bool normalize, bool want_slopes) {
+    const Tensor& f, const Tensors& columns, const Tensors& others, const Tensors& masks,
+    const std::vector<int64_t>& layout, double gamma, bool normalize, bool want_slopes) {
   check_layout(Check("trajectory_loss"), f, columns, others, masks, layout);
   const int64_t B = f.size(0), C = want_slopes ? static_cast<int64_t>(columns.size()) : 0;
   const bool in_double = f.scalar_type() == ScalarType::Double || is_double(columns) || is_double(others);
@@ -442,6 +442,7 @@ Tensors backward_op(const Tensor& grad, const Tensor& slopes) {
 }  // namespace fastroute::trajectory_loss
 
 STABLE_TORCH_LIBRARY_IMPL(fastroute, CPU, library) {
-  library.impl("_trajectory_loss_native", TORCH_BOX(&fastroute::trajectory_loss::forward_op));
-  library.impl("_trajectory_loss_native_backward", TORCH_BOX(&fastroute::trajectory_loss::backward_op));
+  using namespace fastroute;
+  library.impl("_trajectory_loss_native", TORCH_BOX(&WithLists<trajectory_loss::forward_op>::call));
+  library.impl("_trajectory_loss_native_backward", TORCH_BOX(&trajectory_loss::backward_op));
 }

@@ -57,16 +57,16 @@ def _agent_policy_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tenso
 
 define_compiled(
     "_agent_policy_{}",
-    "(Tensor? x, Tensor? order, Tensor? offsets, Tensor[] weights, Tensor[] biases, Tensor[] critic_weights, "
-    "Tensor[] critic_biases, Tensor? uniform, Tensor? coin, Tensor? forced, int kind, float temperature, "
+    "(Tensor? x, Tensor? order, Tensor? offsets, Tensor[]? weights, Tensor[]? biases, Tensor[]? critic_weights, "
+    "Tensor[]? critic_biases, Tensor? uniform, Tensor? coin, Tensor? forced, int kind, float temperature, "
     "float exploration, bool expected) -> Tensor[]",
     _agent_policy,
 )
 define_compiled(
     "_agent_policy_{}_backward",
     "(Tensor? grad_value, Tensor? grad_scores, Tensor? grad_critic, Tensor? grad_critic_at, Tensor scores, "
-    "Tensor actions, Tensor? x, Tensor? order, Tensor? offsets, Tensor[] weights, Tensor[] critic_weights, int agents, "
-    "int critic_width, int kind, float temperature, bool want_x, bool want_weights, bool want_biases, "
+    "Tensor actions, Tensor? x, Tensor? order, Tensor? offsets, Tensor[]? weights, Tensor[]? critic_weights, "
+    "int agents, int critic_width, int kind, float temperature, bool want_x, bool want_weights, bool want_biases, "
     "bool want_critic_weights, bool want_critic_biases, bool stacked, bool critic_stacked, bool keep_empty) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
     _agent_policy_backward,

@@ -60,22 +60,22 @@ def _backward_stacked(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
 define_compiled(
     "_grouped_linear_{}",
-    "(Tensor x, Tensor? take, Tensor? put, Tensor offsets, Tensor[] weights, Tensor[] biases, int activation, "
+    "(Tensor x, Tensor? take, Tensor? put, Tensor offsets, Tensor[]? weights, Tensor[]? biases, int activation, "
     "bool keep) -> (Tensor, Tensor)",
     _forward,
 )
 define_compiled(
     "_grouped_linear_{}_backward",
-    "(Tensor grad, Tensor x, Tensor? take, Tensor? spread, Tensor? put, Tensor offsets, Tensor[] weights, int modules, "
-    "bool want_x, bool want_weights, bool want_biases, int activation, Tensor? kept, bool stacked, bool keep_empty) "
-    "-> (Tensor, Tensor[], Tensor[])",
+    "(Tensor grad, Tensor x, Tensor? take, Tensor? spread, Tensor? put, Tensor offsets, Tensor[]? weights, "
+    "int modules, bool want_x, bool want_weights, bool want_biases, int activation, Tensor? kept, bool stacked, "
+    "bool keep_empty) -> (Tensor, Tensor[], Tensor[])",
     _backward,
     triton=_backward_stacked,
 )
 
 _PLANNED = "_grouped_linear_native_planned"
 library.define(
-    f"{_PLANNED}(Tensor x, Tensor actions, Tensor[] weights, Tensor[] biases, int activation, bool keep) "
+    f"{_PLANNED}(Tensor x, Tensor actions, Tensor[]? weights, Tensor[]? biases, int activation, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 register_fake(_PLANNED, _planned)

@@ -13,7 +13,7 @@ from ..registry import define_compiled, library, register_fake
 
 #: f [B], then what ``op.laid_out`` makes -> (loss [B], slopes [C, B])
 SCHEMA = (
-    "(Tensor f, Tensor[] columns, Tensor[] others, Tensor[] masks, int[] layout, float gamma, bool normalize, "
+    "(Tensor f, Tensor[]? columns, Tensor[]? others, Tensor[]? masks, int[] layout, float gamma, bool normalize, "
     "bool want_slopes) -> (Tensor, Tensor)"
 )
 
