@@ -267,8 +267,9 @@ CHANGEABLE = {"joint_graph_constant_folding": False, "always_keep_tensor_constan
 
 def packaged(program: torch.export.ExportedProgram, folder: Path) -> Any:
     """Compiled by AOTInductor, and loaded; no parameter is a constant of the code."""
+    config = CHANGEABLE | {"aot_inductor.compile_wrapper_opt_level": "O0"}  # which is compiled sooner
     package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(folder / "model.pt2"), inductor_configs=CHANGEABLE
+        program, package_path=str(folder / "model.pt2"), inductor_configs=config
     )
     return torch._inductor.aoti_load_package(package)
 
