@@ -275,7 +275,7 @@ def truth(case: Case, device: str) -> harness.Gate:
         return Truth(lambda: _exact(p), torch.float32)
     few = problem.__wrapped__(case._replace(B=MANY // 10), device)
     found = fastroute_step(few, "", "auto", device).results()
-    return harness.ByNorm(Truth(lambda: _exact(few), torch.float32), found, _exact(p))
+    return harness.ByNorm(Truth(lambda: _exact(few), torch.float32), found, _exact(p), case.B / (MANY // 10))
 
 
 # ---------------------------------------------------------------------------------------------- the rows

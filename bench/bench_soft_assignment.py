@@ -172,7 +172,8 @@ def truth(case: Case, device: str) -> harness.Gate:
         return Truth(_exact(case, device).results, torch.float32)
     few = case._replace(n=MANY // 10)
     found = contestant(few, problem.__wrapped__(few, device), "", ours("auto"), device).results()
-    return harness.ByNorm(Truth(_exact(few, device).results, torch.float32), found, _exact(case, device).results())
+    known, exact = Truth(_exact(few, device).results, torch.float32), _exact(case, device).results()
+    return harness.ByNorm(known, found, exact, case.n / few.n)
 
 
 # ---------------------------------------------------------------------------------------------- the rows

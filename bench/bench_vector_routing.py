@@ -245,7 +245,7 @@ def by_norm(case: Case, device: str) -> harness.ByNorm:
     layer, x = copy.deepcopy(p.layer).double(), p.x.detach().double()
     with fastroute.use_backend("reference"):
         run, _ = _pass("training", layer, layer._parameters_by_name(), x, p.dy.double())
-        return harness.ByNorm(known, found, {name: t.detach() for name, t in run().items()})
+        return harness.ByNorm(known, found, {name: t.detach() for name, t in run().items()}, case.n / few.n)
 
 
 @lru_cache(maxsize=1)

@@ -343,22 +343,24 @@ class Truth:
 
 
 class ByNorm:
-    """The gate of many rows: relative errors by norm, within the largest that a result of fewer rows may have.
+    """The gate of many rows: relative errors by norm, within the largest that a result of fewer rows may have, times
+    the square root of how many times more rows there are.
 
     Roundings are judged on the fewer rows, result by result. This finds what only many rows bring out: a row that is
     dropped or counted twice moves a result by more than 1e-3 of its norm. One bound is for all results, since how far
     one that nearly cancels may be off changes with the number of rows: a bias's gradient of 10^5 rows has 14 times the
-    budget of 20,000.
+    budget of 20,000. The root is how the relative error of a sum in one run grows with its length.
 
     Args:
         known: of the fewer rows.
         found: our results of these.
         exact: of all rows.
+        times: how many times more rows there are.
     """
 
-    def __init__(self, known: Truth, found: Results, exact: Results) -> None:
+    def __init__(self, known: Truth, found: Results, exact: Results, times: float) -> None:
         self._few, self.exact = known.excess(found), exact
-        self._allowed = max(known.relative(name, t) for name, t in found.items())
+        self._allowed = math.sqrt(times) * max(known.relative(name, t) for name, t in found.items())
 
     def excess(self, found: Results) -> tuple[str, float]:
         """As of :class:`Truth`."""
