@@ -306,7 +306,10 @@ def check_package(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.long] if name != PACKED else []) for name in tried("AOTInductor")],
+    [
+        pytest.param(name, marks=[pytest.mark.long, pytest.mark.packaged] if name != PACKED else [])
+        for name in tried("AOTInductor")
+    ],
 )
 def test_aot_inductor(name: str, tmp_path: Path) -> None:
     cell(name, "AOTInductor", lambda: check_package(name, tmp_path))
