@@ -300,7 +300,10 @@ def check_package(name: str, folder: Path) -> None:
         for p in layer.parameters():
             p.mul_(0.5)
         state = {**program.constants, **dict(layer.named_buffers()), **dict(layer.named_parameters())}
-        run.load_constants({name: state[name] for name in run.get_constant_fqns()}, check_full_update=True)
+        names = run.get_constant_fqns()
+        known = {name: state[name] for name in names if name in state}  # the compiler has made the others
+        assert set(known) >= {name for name in names if not name.startswith("_tensor_constant")}
+        run.load_constants(known, check_full_update=len(known) == len(names))
         within_budget(layer, run, args, options)
 
 
