@@ -80,6 +80,18 @@ def _compiled(mode: str) -> Callable[..., Tensor]:
     return made
 
 
+def _running(rivals: Sequence[harness.Here]) -> tuple[list[harness.Here], dict[str, str]]:
+    """The rivals that run, compiled where they are to be, and why the others do not."""
+    running, left_out = [], {}
+    for one in rivals:
+        try:
+            one.results()
+            running.append(one)
+        except (RuntimeError, AssertionError) as error:  # of the compiler
+            left_out[one.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return running, left_out
+
+
 def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]:
     inductor.cpp.dynamic_threads = True  # compiled once for any number of threads
     backends.extension()  # which has the op that follows
@@ -99,16 +111,11 @@ def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]
             subject = harness.Here("fastroute", *suite._pass(what, p.layer, p.w, p.x, p.dy)[:1])
             off, times = gate.excess(subject.results())
             rivals = [harness.Here(name, suite._pass(what, f, p.w, p.x, p.dy)[0]) for name, f in functions.items()]
-            began = time.perf_counter()
-            left_out = {}
-            for one in tuple(rivals):
-                try:
-                    one.results()
-                except (RuntimeError, AssertionError) as error:  # of the compiler
-                    left_out[one.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    rivals.remove(one)
-            compiling += time.perf_counter() - began
             for count in SETTINGS[isa].threads:
+                began = time.perf_counter()
+                with harness.threads(count):  # for each number Dynamo compiles again
+                    running, left_out = _running(rivals)
+                compiling += time.perf_counter() - began
                 cell = {
                     "size": case._asdict(), "inputs": case.B * case.n, "pass": what, "threads": count, "isa": isa,
                     "load": round(os.getloadavg()[0], 1), "left out": left_out,
@@ -117,7 +124,7 @@ def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]
                     yield {**cell, "off": off, "times_the_budget": times}
                     continue
                 with harness.threads(count):
-                    yield {**cell, **_race(subject, rivals, 0.1 if quick else 0.25)}
+                    yield {**cell, **_race(subject, running, 0.1 if quick else 0.25)}
 
 
 def main() -> None:

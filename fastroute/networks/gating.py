@@ -38,9 +38,8 @@ class Routed(NamedTuple):
 
     actions: Tensor  #: [B, k] int64, -1 for no module
     weights: Tensor  #: [B, k] float32 or float64, 0 where the action is -1
-    losses: dict[
-        str, Tensor
-    ]  #: by name, [B], scaled; the mean over the batch is the loss. Empty where none are asked for
+    #: By name, [B], scaled; the mean over the batch is the loss. Empty where none are asked for.
+    losses: dict[str, Tensor]
     counts: Tensor  #: [K] int64: entries of each module, before any was dropped for capacity; the group's, if any
 
     @property

@@ -152,12 +152,12 @@ def _plan(function: Callable[..., Any], signature: inspect.Signature) -> dict[st
     return {name: kinds for name, kinds in found.items() if kinds is not None}
 
 
-def explained(function: Function) -> Function:
-    """A function whose arguments are checked by its annotations where it fails: a good call costs nothing.
+_Args = tuple[Any, ...]
+_Failed = Callable[[Exception, _Args, dict[str, Any]], None]
 
-    Raises:
-        TypeError, ValueError: naming the argument, if one is not what its annotation says; else what was raised.
-    """
+
+def _where_it_fails(function: Function, failed: _Failed, *errors: type[Exception]) -> Function:
+    """A function that tells of an error, with its arguments, before that is raised: a good call costs nothing."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -165,17 +165,30 @@ def explained(function: Function) -> Function:
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            signature = inspect.signature(function)
-            if str(error).split(":")[0] in signature.parameters:
-                raise
-            kinds = _plan(function, signature)
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
-                if name in kinds:
-                    _check(name, value, kinds[name])
+        except errors as error:
+            failed(error, args, kwargs)
             raise
 
     return typing.cast(Function, run)
+
+
+def explained(function: Function) -> Function:
+    """A function whose arguments are checked by its annotations where it fails: a good call costs nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, if one is not what its annotation says; else what was raised.
+    """
+
+    def failed(error: Exception, args: _Args, kwargs: dict[str, Any]) -> None:
+        signature = inspect.signature(function)
+        if str(error).split(":")[0] in signature.parameters:
+            return
+        kinds = _plan(function, signature)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in kinds:
+                _check(name, value, kinds[name])
+
+    return _where_it_fails(function, failed, AttributeError, TypeError, ValueError, IndexError, RuntimeError)
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:
@@ -185,22 +198,12 @@ def renamed(**names: str) -> Callable[[Function], Function]:
         names: what an argument is called there, and here.
     """
 
-    def decorate(function: Function) -> Function:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
-            try:
-                return function(*args, **kwargs)
-            except (TypeError, ValueError, IndexError) as error:
-                first, colon, rest = str(error).partition(":")
-                if first in names and len(error.args) == 1:
-                    error.args = (f"{names[first]}{colon}{rest}",)
-                raise
+    def failed(error: Exception, args: _Args, kwargs: dict[str, Any]) -> None:
+        first, colon, rest = str(error).partition(":")
+        if first in names and len(error.args) == 1:
+            error.args = (f"{names[first]}{colon}{rest}",)
 
-        return typing.cast(Function, run)
-
-    return decorate
+    return lambda function: _where_it_fails(function, failed, TypeError, ValueError, IndexError)
 
 
 class TooLarge(ValueError, RuntimeError):
