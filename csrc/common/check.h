@@ -60,12 +60,13 @@ class Check {
   }
 
   void tensor(const char* name, const Tensor& t, ScalarType type, Sizes sizes, Layout layout = Layout::kDense) const {
-    placed(name, t);
-    if (t.scalar_type() != type) {
+    const Form form(t);
+    placed(name, t, form);
+    if (form.dtype != torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))) {
       fail(name, ": expected ", torch::headeronly::toString(type), ", got ",
            torch::headeronly::toString(t.scalar_type()));
     }
-    shape(name, t, sizes);
+    shape(name, form, sizes);
     laid_out(name, t, layout);
   }
   void tensor(const char* name, const OptionalTensor& t, ScalarType type, Sizes sizes,
@@ -77,9 +78,10 @@ class Check {
 
   // A tensor of the dtype and the sizes of another.
   void like(const char* name, const Tensor& t, const Tensor& other, Layout layout = Layout::kStrided) const {
-    placed(name, t);
-    const auto sizes = t.sizes(), expected = other.sizes();
-    that(t.scalar_type() == other.scalar_type() && std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()),
+    const Form form(t), expected(other);
+    placed(name, t, form);
+    that(form.dtype == expected.dtype && form.dim == expected.dim &&
+             std::equal(form.sizes, form.sizes + form.dim, expected.sizes),
          name, ": expected another dtype or other sizes");
     laid_out(name, t, layout);
   }
@@ -165,7 +167,36 @@ class Check {
     throw std::runtime_error(message.str());
   }
 
-  void placed(const char* name, const Tensor& t) const {
+  // What most checks ask of a tensor, asked once: each question is a call into torch, and a list may have hundreds.
+  struct Form {
+    int32_t dtype = 0;
+    int64_t dim = 0;
+    int64_t *sizes = nullptr, *strides = nullptr;
+
+    explicit Form(const Tensor& t) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+    }
+
+    // How many numbers there are from the first to the last, those between included.
+    int64_t extent() const {
+      int64_t last = 0;
+      for (int64_t d = 0; d < dim; ++d) {
+        if (sizes[d] == 0) {
+          return 0;
+        }
+        last += (sizes[d] - 1) * strides[d];
+      }
+      return last + 1;
+    }
+    int64_t bytes(int64_t count) const {
+      return count * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+    }
+  };
+
+  void placed(const char* name, const Tensor& t, const Form& form) const {
     int32_t type = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
     if (type != device_type_ || (index_ >= 0 && t.get_device_index() != index_)) {
@@ -174,31 +205,17 @@ class Check {
     // Memory can be taken away under a tensor: sharding resizes storages.
     int64_t bytes = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
-    const int64_t count = extent(t);
-    if (count > 0 && bytes < (t.storage_offset() + count) * static_cast<int64_t>(t.element_size())) {
+    const int64_t count = form.extent();
+    if (count > 0 && bytes < form.bytes(t.storage_offset() + count)) {
       fail(name, ": expected a tensor whose memory is there");
     }
   }
 
-  // How many numbers there are from a tensor's first to its last, those between included.
-  static int64_t extent(const Tensor& t) {
-    const auto sizes = t.sizes(), strides = t.strides();
-    int64_t last = 0;
-    for (size_t d = 0; d < sizes.size(); ++d) {
-      if (sizes[d] == 0) {
-        return 0;
-      }
-      last += (sizes[d] - 1) * strides[d];
-    }
-    return last + 1;
-  }
-
-  void shape(const char* name, const Tensor& t, Sizes expected) const {
-    const auto sizes = t.sizes();
-    bool holds = sizes.size() == expected.size();
-    for (size_t k = 0; holds && k < expected.size(); ++k) {
+  void shape(const char* name, const Form& form, Sizes expected) const {
+    bool holds = form.dim == static_cast<int64_t>(expected.size());
+    for (int64_t k = 0; holds && k < form.dim; ++k) {
       const int64_t want = expected.begin()[k];
-      holds = want == kAny || sizes[k] == want;
+      holds = want == kAny || form.sizes[k] == want;
     }
     if (!holds) {
       std::ostringstream shapes;
@@ -206,8 +223,8 @@ class Check {
         want == kAny ? shapes << " any" : shapes << ' ' << want;
       }
       shapes << ", got";
-      for (const int64_t size : sizes) {
-        shapes << ' ' << size;
+      for (int64_t k = 0; k < form.dim; ++k) {
+        shapes << ' ' << form.sizes[k];
       }
       fail(name, ": expected sizes", shapes.str());
     }
@@ -243,9 +260,10 @@ class Check {
   }
 
   static Span span(const Tensor& t) {
-    const int64_t count = extent(t);
+    const Form form(t);
+    const int64_t count = form.extent();
     const auto from = count == 0 ? 0 : reinterpret_cast<uintptr_t>(t.data_ptr());
-    return {from, from + static_cast<uintptr_t>(count * static_cast<int64_t>(t.element_size()))};
+    return {from, from + static_cast<uintptr_t>(form.bytes(count))};
   }
 
   const char* op_;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import compress, cycle
-from operator import eq
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -44,10 +44,13 @@ def asked_again(*grads: Tensor | None) -> bool:
     return any(_is_many(g) or _is_many_of_func(g) for g in grads if g is not None)
 
 
+_version = attrgetter("_version")
+
+
 def keep_for_again(ctx: Any, tensors: Sequence[Tensor], *rest: Any) -> None:
     """What a second derivative alone asks for: not saved, as it is there anyway, but known by its tensors' versions."""
     if not torch.compiler.is_compiling():
-        ctx.again, ctx.versions = (tensors, *rest), [t._version for t in tensors]
+        ctx.again, ctx.versions = (tensors, *rest), list(map(_version, tensors))
 
 
 def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
@@ -56,7 +59,7 @@ def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
     Raises:
         RuntimeError: a tensor has changed in place since.
     """
-    if ctx.versions != [t._version for t in ctx.again[0]]:
+    if ctx.versions != list(map(_version, ctx.again[0])):
         raise RuntimeError(f"{what} was changed in place between the forward and the backward pass")
     return ctx.again
 
@@ -68,7 +71,9 @@ def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None)
     """
     if bounds is None or not torch.is_grad_enabled():
         return tuple(parameters)
-    idle = map(eq, bounds, bounds[1:])  # a flag for each module, of whom there are several lists
+    idle = list(map(eq, bounds, bounds[1:]))  # a flag for each module, of whom there are several lists
+    if True not in idle:
+        return tuple(parameters)
     at_rest = list(compress(range(len(parameters)), cycle(idle)))
     hooked = [i for i in at_rest if parameters[i]._backward_hooks]
     if not hooked:

@@ -108,7 +108,7 @@ class _AgentPolicy(torch.autograd.Function):
         ctx.mark_non_differentiable(made[0], made[2], *made[6:])
         ctx.set_materialize_grads(False)
         ctx.options = options
-        ctx.weights, ctx.shapes = len(nets[0]), [p.shape for p in parameters]
+        ctx.weights, ctx.shapes = len(nets[0]), [p.shape for p in parameters] if options.backend == "triton" else []
         ctx.save_for_backward(x, order, offsets, made[3], made[0], *nets[0], *nets[2])
         keep_for_again(ctx, parameters)
         return tuple(made)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import eq
 from typing import Any
 
 import torch
@@ -300,12 +301,12 @@ def _of_chosen(
     All stay in the graph where the result would have no gradient without them, and in distributed training, where
     DistributedDataParallel waits for each parameter's node.
     """
-    chosen = [k for k in range(K) if bounds[k] < bounds[k + 1]]
     each_its_own = len(weights) in (0, K) and len(biases) in (0, K)
-    if not each_its_own or not chosen or K - len(chosen) < _MANY_IDLE:
+    if not each_its_own or not _MANY_IDLE <= sum(map(eq, bounds, bounds[1:])) < K:
         return plan, weights, biases, K
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return plan, weights, biases, K
+    chosen = [k for k in range(K) if bounds[k] < bounds[k + 1]]
     kept_weights, kept_biases = ([given[k] for k in chosen] if given else given for given in (weights, biases))
     if torch.is_grad_enabled() and not (x is not None and x.requires_grad):
         learns = [any(p.requires_grad for p in some) for some in ((*kept_weights, *kept_biases), (*weights, *biases))]
