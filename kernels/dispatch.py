@@ -31,7 +31,7 @@ COMPARED = 1 << 36
 COUNTED_MODULES = 1 << 21
 
 
-def unsupported(device_type: str, K: int = 1, N: int = 0) -> str | None:
+def unsupported(device_type: str, dtype: torch.dtype = torch.int64, K: int = 1, N: int = 0) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
     if why := start.refuses(device_type):
         return why
