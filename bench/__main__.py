@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from . import report
+from .instruction_sets import AVX2
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -28,8 +29,6 @@ def suites() -> list[Path]:
     return sorted(HERE.glob("bench_*.py"), key=lambda p: (rank.get(p.stem.removeprefix("bench_"), len(rank)), p.stem))
 
 
-#: What makes an AVX-512 processor run what an AVX2 one would.
-AVX2 = {"FASTROUTE_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 #: Suites with a grid of sizes (rows whose names begin with "grid"), which is run under AVX2 as well.
 GRIDS = ("dispatch", "soft_assignment")
 #: Suites whose grid has results of its own, so that what cuts it off leaves the rows.
@@ -49,7 +48,7 @@ def runs(args: argparse.Namespace) -> list[tuple[Path, str, str | None, dict[str
         else:
             found.append((suite, f"{name}-{'cuda' if args.gpu else 'cpu'}", args.k, {}))
         if name in GRIDS and not (args.gpu or args.quick) and "avx512f" in _flags():
-            found.append((suite, f"{name}-cpu-avx2", f"grid{also}", AVX2))
+            found.append((suite, f"{name}-cpu-avx2", f"grid{also}", {"FASTROUTE_ISA": "avx2", **AVX2}))
     return found
 
 

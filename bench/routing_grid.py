@@ -24,6 +24,7 @@ from torch import Tensor
 from bench import bench_vector_routing as suite
 from bench import harness
 from bench.bench_vector_routing import Case
+from bench.instruction_sets import AVX2
 from fastroute.ops import backends
 
 #: From 10 to a million input vectors.
@@ -50,7 +51,7 @@ class Settings(NamedTuple):
 
 SETTINGS = {
     "avx512": Settings({}, 50, (1, 2)),
-    "avx2": Settings({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, 20, (1,)),
+    "avx2": Settings(AVX2, 20, (1,)),
 }
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import launch
 from .launch import cdiv
-from .task_mask import Walk, _task, addresses, kept, live_channels, place, row, unsupported, walk
+from .task_mask import Walk, _task, addresses, kept, live_channels, place, row, walk
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "forward"]
 
 
 @triton.jit

@@ -9,8 +9,6 @@ Integers only, and no atomics: the numbers are those of the reference.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +29,7 @@ COMPARED = 1 << 36
 COUNTED_MODULES = 1 << 21
 
 
-def unsupported(device_type: str, K: int = 1, N: int = 0) -> str | None:
+def unsupported(device_type: str, dtype: torch.dtype = torch.int64, K: int = 1, N: int = 0) -> str | None:
     """Why this backend cannot take a case, or None if it can."""
     if why := start.refuses(device_type):
         return why
@@ -149,7 +147,7 @@ def plan(actions: Tensor, modules: int) -> tuple[Tensor, Tensor, Tensor] | None:
     N = actions.shape[0]
     order, offsets = actions.new_empty(N), actions.new_empty(modules + 1)
     beyond = actions.new_empty(1)
-    with torch.cuda.device(actions.device) if actions.is_cuda else nullcontext():
+    with start.on(actions):
         if N <= RANKED:
             _ranked(actions, modules, order, offsets, beyond)
         elif modules <= COUNTED_MODULES and cdiv(N, BLOCK) * BLOCK * (modules + 2) <= COMPARED:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,22 @@ def refuses(device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
     if dtype not in DTYPES:
         return f"the triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def on(t: Tensor) -> AbstractContextManager[object]:
+    """The GPU that a tensor is on, as the current one."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def chunks(B: int, n: int, plan: Any) -> Iterator[tuple[slice, int, int]]:
+    """(samples, first row, end of rows), all rows of some samples before the next samples."""
+    for b in range(0, B, plan.batch):
+        for first in range(0, n, plan.rows):
+            yield slice(b, min(b + plan.batch, B)), first, min(first + plan.rows, n)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:

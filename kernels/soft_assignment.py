@@ -17,15 +17,15 @@ from torch import Tensor
 from fastroute.ops.soft_assignment.contract import Grads, Pairs, sizes
 
 from . import launch
-from .launch import DTYPES, cdiv, dot, power_of_2
+from .launch import cdiv, dot, power_of_2
 
 OUTPUTS = 512  #: the most that the kernels take: a row's scores lie in registers
 
 
 def unsupported(device: str, dtype: torch.dtype, B: int, n: int, m: int, h: int) -> str | None:
     """Why the kernels would not take a case, or None."""
-    if dtype not in DTYPES:
-        return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if why := launch.refuses(device, dtype):
+        return why
     if m > OUTPUTS:
         return f"the Triton kernels take up to {OUTPUTS} outputs, not {m}"
     N, _, H = blocks(n, m, h, False)

@@ -17,16 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .launch import DTYPES, cdiv, power_of_2
+from .launch import cdiv, power_of_2
 
 _TILE = 2048  #: numbers of a program's tile
-
-
-def unsupported(device: str, dtype: torch.dtype) -> str | None:
-    """Why the kernels would not take these tensors, or None."""
-    if dtype not in DTYPES:
-        return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels

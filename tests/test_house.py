@@ -446,6 +446,42 @@ def test_what_prose_names_is_there(folder: str) -> None:
     assert not missing
 
 
+#: Words of the longest sentence of the docs.
+LONGEST = 36
+#: No prose: tables that a command writes, fenced and indented blocks, headings, rows of a table, pictures, tags.
+_NO_PROSE = (
+    re.compile(r"<!-- begin (\S+) -->.*?<!-- end \1 -->", re.DOTALL),
+    re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE),
+    re.compile(r"^(?: {4}| *[|#<!]).*$", re.MULTILINE),
+)
+_ITEM = re.compile(r"\n\s*(?:[*+-]|\d+\.) ")
+
+
+def sentences(page: str) -> Iterator[str]:
+    """Of paragraphs and list items; code in a sentence and a link's text count as their words."""
+    for pattern in _NO_PROSE:
+        page = pattern.sub("\n", page)
+    for part in re.split(r"\n\s*\n", _ITEM.sub("\n\n", "\n" + page)):
+        text = re.sub(r"\]\([^)]*\)", "]", " ".join(part.split()))
+        text = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", lambda code: re.sub(r"[.!?]", "_", code[0]), text)
+        yield from re.split(r"(?<=[.!?])[)*\"]*\s+", text)
+
+
+def test_sentences_are_found() -> None:
+    page = (
+        "# Not. Here\n\nOne `x. y` [fact](a.b c d). Another\none.\n* An item\n* Two\n\n"
+        "```py\nno. no\n```\n| no. no |\n<!-- begin t-cpu -->\nno. no\n<!-- end t-cpu -->\nLast."
+    )
+    assert [s for s in sentences(page) if s] == ["One `x_ y` [fact].", "Another one.", "An item", "Two", "Last."]
+
+
+@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in WRITTEN if p.suffix == ".md"])
+def test_sentences_are_short(page: str) -> None:
+    """One fact each."""
+    long = [s for s in sentences((ROOT / page).read_text()) if len(s.split()) > LONGEST]
+    assert not long, f"{page}: sentences of more than {LONGEST} words: {long}"
+
+
 def test_an_ops_folder_can_be_called() -> None:
     """As its function, which had the name until version 0.1."""
     z, w = torch.rand(2, 3), torch.rand(2, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from .. import data, plots
 from ..capsules import EfficientVectorRouting, credit_assignment
 from ..ops.backends import BACKENDS, BackendUnavailable, explain, missing, use_backend
 from . import Options, on_digits
-from .training import console_for, training
+from .training import console_for, training, verdict
 
 CLASSES = 10
 ACCURACY_BAR = 0.95  #: on held-out images; below it the demo has failed
@@ -207,16 +206,9 @@ def _run(found: data.Digits, options: Options, began: float) -> int:
         highlight=False,
     )
     reached = train(model, found, options.epochs or max(5, min(40, 160_000 // n)), console)
-    console.print(f"held-out accuracy: [bold]{reached:.4f}[/bold]", highlight=False)
     for device in dict.fromkeys((options.device, "cpu")):
         time_backends(model.to(device), found.test_images.to(device), found.test_labels.to(device), console)
     console.print("speedup: over reference, fastroute's own plain PyTorch; medians", style="dim")
     draw(model, found.test_images.cpu(), found.test_labels.cpu(), options.out)
     console.print(f"what it looked at: {options.out}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
-    if reached < ACCURACY_BAR:
-        console.print(
-            f"failed: expected a held-out accuracy of at least {ACCURACY_BAR}, got {reached:.4f}", style="red"
-        )
-        return 1
-    return 0
+    return verdict(console, reached, ACCURACY_BAR, began)

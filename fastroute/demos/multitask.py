@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from .. import data, plots
@@ -30,7 +29,7 @@ from ..networks import WPL, CollaborationReward, Initialization, Loss, NegLossRe
 from ..tasks import TaskRouter
 from . import Options, on_digits
 from .attributes import attributes
-from .training import console_for, training
+from .training import compare, console_for, training, verdict
 
 #: The tasks, and how many classes each has.
 TASKS = {
@@ -304,18 +303,12 @@ def show(model: MTLModel, console: Console) -> None:
         console.print(f"  {name:<{width}}  {kind:<12} <- {anchors}", highlight=False, markup=False, soft_wrap=True)
 
 
-def compare(results: dict[str, Result], console: Console) -> None:
+def rows(results: dict[str, Result]) -> Iterator[Sequence[str]]:
     """The networks' table."""
-    table = Table(title="the networks on held-out digits, mean over tasks", title_justify="left")
-    table.add_column("network")
-    for heading in ("accuracy", "worst", "Δm", "step", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
     baseline = next(iter(results.values()))
     for name, r in results.items():
         gain = f"{improvement(r, baseline):+.2%}"
-        row = (f"{r.accuracy:.4f}", f"{min(r.accuracies):.3f}", gain, f"{r.ms:.2f} ms", f"{r.parameters:,}")
-        table.add_row(name, *row)
-    console.print(table)
+        yield name, f"{r.accuracy:.4f}", f"{min(r.accuracies):.3f}", gain, f"{r.ms:.2f} ms", f"{r.parameters:,}"
 
 
 def run(options: Options) -> int:
@@ -344,14 +337,7 @@ def _run(digits: data.Digits, options: Options, began: float) -> int:
     for name in NETWORKS:
         torch.manual_seed(options.seed)
         results[name] = train(name, model_of(name, pixels).to(found.images.device), found, epochs, console)
-    compare(results, console)
+    headings = "accuracy", "worst", "Δm", "step", "parameters"
+    compare(console, "the networks on held-out digits, mean over tasks", headings, rows(results))
     console.print(f"the graph as a picture: {options.out}", highlight=False, markup=False, soft_wrap=True)
-    accuracy = results["shared trunk"].accuracy
-    console.print(f"held-out accuracy: [bold]{accuracy:.4f}[/bold]", highlight=False)
-    console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
-    if accuracy < ACCURACY_BAR:
-        console.print(
-            f"failed: expected a held-out accuracy of at least {ACCURACY_BAR}, got {accuracy:.4f}", style="red"
-        )
-        return 1
-    return 0
+    return verdict(console, results["shared trunk"].accuracy, ACCURACY_BAR, began)

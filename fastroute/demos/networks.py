@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from .. import data, plots
@@ -28,7 +27,7 @@ from ..networks import (
 )
 from ..ops.backends import explain
 from . import Options, on_digits
-from .training import console_for, training
+from .training import compare, console_for, training, verdict
 
 TASKS, CLASSES = 5, 2  #: digit // 2, which is known, and digit % 2, which is asked for
 MODULES, WIDTH, LAYERS = 5, 48, 3
@@ -150,16 +149,11 @@ def train(name: str, model: nn.Module, found: data.Digits, epochs: int, console:
     return Result(accuracy, statistics.median(times) * 1e3, summary, parameters)
 
 
-def compare(results: dict[str, Result], console: Console) -> None:
+def rows(results: dict[str, Result]) -> Iterator[Sequence[str]]:
     """The networks' table."""
-    table = Table(title="the networks on held-out digits", title_justify="left")
-    table.add_column("network")
-    for heading in ("accuracy", "step", "routes", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for name, r in results.items():
         routes = str(r.summary.routes) if r.summary.layers else "fixed"
-        table.add_row(name, f"{r.accuracy:.4f}", f"{r.ms:.2f} ms", routes, f"{r.parameters:,}")
-    console.print(table)
+        yield name, f"{r.accuracy:.4f}", f"{r.ms:.2f} ms", routes, f"{r.parameters:,}"
 
 
 def run(options: Options) -> int:
@@ -185,17 +179,11 @@ def _run(found: data.Digits, options: Options, began: float) -> int:
                 highlight=False,
             )
         results[name] = train(name, model, found, epochs, console)
-    compare(results, console)
+    headings = "accuracy", "step", "routes", "parameters"
+    compare(console, "the networks on held-out digits", headings, rows(results))
     name, result = next(iter(results.items()))
     console.print(f"{name}, where the held-out digits went:\n{result.summary}", highlight=False, markup=False)
     title = "Held-out digits of each task, by the module that they went through in each layer"
     plots.routing(result.summary, title=title, path=options.out)
     console.print(f"the same as a picture: {options.out}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"held-out accuracy: [bold]{result.accuracy:.4f}[/bold]", highlight=False)
-    console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
-    if result.accuracy < ACCURACY_BAR:
-        console.print(
-            f"failed: expected a held-out accuracy of at least {ACCURACY_BAR}, got {result.accuracy:.4f}", style="red"
-        )
-        return 1
-    return 0
+    return verdict(console, result.accuracy, ACCURACY_BAR, began)

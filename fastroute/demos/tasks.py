@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from .. import data, plots
 from ..tasks import live, mask_overlap, route, set_task
 from . import Options, on_digits
 from .attributes import Attributes, attributes
-from .training import console_for, training
+from .training import compare, console_for, training, verdict
 
 SIGMA = 0.5  #: the share of the channels that a task does without
 ACCURACY_BAR = 0.9  #: mean over tasks on held-out images, of the routed network; below it the demo has failed
@@ -161,16 +160,10 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def compare(results: dict[str, Result], console: Console) -> None:
+def rows(results: dict[str, Result]) -> Iterator[Sequence[str]]:
     """The networks' table."""
-    table = Table(title="the networks on held-out digits, mean over tasks", title_justify="left")
-    table.add_column("network")
-    for heading in ("accuracy", "F1", "worst", "epoch", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for name, r in results.items():
-        row = (f"{r.accuracy:.4f}", f"{r.f1:.3f}", f"{r.worst:.3f}", f"{r.seconds:.2f} s", f"{r.parameters:,}")
-        table.add_row(name, *row)
-    console.print(table)
+        yield name, f"{r.accuracy:.4f}", f"{r.f1:.3f}", f"{r.worst:.3f}", f"{r.seconds:.2f} s", f"{r.parameters:,}"
 
 
 def run(options: Options) -> int:
@@ -199,16 +192,10 @@ def _run(digits: data.Digits, options: Options, began: float) -> int:
         if len(results) == 1:
             plots.masks(model, title=f"The channels of {T} tasks, and what two tasks share", path=options.out)
             overlap = mask_overlap(model).overall
-    compare(results, console)
+    headings = "accuracy", "F1", "worst", "epoch", "parameters"
+    compare(console, "the networks on held-out digits, mean over tasks", headings, rows(results))
     shared = (float(overlap.sum()) - T) / (T * T - T)
     console.print(f"two tasks share {shared:.0%} of their channels (Jaccard index, mean)", highlight=False)
     console.print(f"masks and overlap as a picture: {options.out}", highlight=False, markup=False, soft_wrap=True)
     result = next(iter(results.values()))
-    console.print(f"held-out accuracy: [bold]{result.accuracy:.4f}[/bold]", highlight=False)
-    console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
-    if result.accuracy < ACCURACY_BAR:
-        console.print(
-            f"failed: expected a held-out accuracy of at least {ACCURACY_BAR}, got {result.accuracy:.4f}", style="red"
-        )
-        return 1
-    return 0
+    return verdict(console, result.accuracy, ACCURACY_BAR, began)

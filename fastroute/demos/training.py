@@ -1,9 +1,10 @@
-"""What every demo's training has: a bar on a terminal, and a whole checkpoint where Ctrl-C ends it."""
+"""What the demos share: a bar on a terminal, a whole checkpoint where Ctrl-C ends a training, a table, a verdict."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from ..ops import files
 
@@ -71,3 +73,24 @@ def training(name: str, epochs: int, console: Console, shown: str, **parts: Any)
         except KeyboardInterrupt:
             progress.stop()
             raise Interrupted(whole, epochs) from None
+
+
+def compare(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of networks: a name, and a figure for each heading."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("network")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def verdict(console: Console, accuracy: float, bar: float, began: float) -> int:
+    """0, or 1 if the held-out accuracy is below the bar; both are said, with the time since ``began``."""
+    console.print(f"held-out accuracy: [bold]{accuracy:.4f}[/bold]", highlight=False)
+    console.print(f"{time.perf_counter() - began:.0f} s in all", style="dim", highlight=False)
+    if accuracy >= bar:
+        return 0
+    console.print(f"failed: expected a held-out accuracy of at least {bar}, got {accuracy:.4f}", style="red")
+    return 1

@@ -26,8 +26,8 @@ from ..capsules.stream import Chunks, Ranks, stream
 from ..compat import heinsen_routing
 from ..functional import efficient_routing, vector_routing
 from ..ops import checks
-from ..ops.autograd import asked_again, through, transformed
-from ..ops.backends import choose, is_strict, requested
+from ..ops.autograd import asked_again, through
+from ..ops.backends import choose, requested
 from ..ops.efficient_routing import passes
 from ..ops.efficient_routing.contract import Parameters
 from ..ops.efficient_routing.outputs import LATER, outputs, predictions
@@ -40,18 +40,10 @@ from ..ops.vector_routing.op import case_of, gates, row_is_live
 from .agreement import agree
 from .row_definable import RowShardedDefinable
 from .row_layers import RowSharded, RowShardedMatrixRouting, RowShardedRouting2019, RowShardedSlots
-from .row_sums import Rows, along, local, own_mask, shared, shared_by_rows, told, total
+from .row_sums import Rows, local, shared, shared_by_rows, total
 
 __all__ = ["RowShardedCapsules", "RowShardedVectorRouting"]
 
-#: By class: what a layer becomes.
-KINDS: dict[type[nn.Module], type[RowSharded]] = {
-    GenerativeMatrixRouting: RowShardedMatrixRouting,
-    heinsen_routing.GenerativeMatrixRouting: RowShardedMatrixRouting,
-    heinsen_routing.Routing: RowShardedRouting2019,
-    SlotAttention: RowShardedSlots,
-    DefinableVectorRouting: RowShardedDefinable,
-}
 #: Parameters with a row per input vector, where n_inp is fixed.
 _ROWS = ("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign")
 _NOT_PLAIN = (
@@ -162,7 +154,7 @@ def _route(call: _Call, x: Tensor, w: Parameters) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the layer
 
 
-class RowShardedVectorRouting(EfficientVectorRouting):
+class RowShardedVectorRouting(RowSharded, EfficientVectorRouting):
     """An ``EfficientVectorRouting`` whose input vectors, with their parameters, are divided over the ranks of a mesh.
 
     ``parallelize_module`` makes it by ``RowShardedCapsules``. All parameters are DTensors under their own names: those
@@ -170,55 +162,27 @@ class RowShardedVectorRouting(EfficientVectorRouting):
     process to rounding, on every rank.
     """
 
-    _rows: Rows
-    _first = True
+    row_parameters = _ROWS
+    output_axes = (None,)
 
-    def has_rows(self, name: str) -> bool:
-        """Whether a parameter or buffer has a row per input vector."""
-        return self.n_inp != -1 and name in _ROWS
+    @classmethod
+    def refuses(cls, module: Any) -> Exception | None:
+        """Also parametrizations, and submodules that have to be called."""
+        names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+        if "parametrizations" in module._modules or names - {*Parameters._fields, "weight", "bias"}:
+            return ValueError("module: expected no parametrizations; remove them, or shard first")
+        return super().refuses(module) or (None if module._is_plain() else ValueError(_NOT_PLAIN))
 
-    def _own(self, x_inp: Tensor) -> tuple[Tensor, int | None]:
-        """(this rank's vectors [..., k, d], how many there are in all, None where only other ranks know)."""
-        rows = self._rows
-        checks.tensor("x_inp", x_inp, "a tensor")
-        if x_inp.dim() < 2:
-            raise ValueError(f"x_inp: expected [..., n_inp, d_inp], at least 2 dimensions, got {checks.shown(x_inp)}")
-        n: int | None = None
-        along = x_inp.dim() - 2
-        if not isinstance(x_inp, DTensor) and isinstance(rows.input_layout, Replicate):
-            x_inp = DTensor.from_local(x_inp, rows.mesh, [Replicate()], run_check=False)
-        if isinstance(x_inp, DTensor):
-            if x_inp.device_mesh != rows.mesh:
-                raise ValueError(f"x_inp: expected a DTensor on {rows.mesh}, the layer's mesh, got {x_inp.device_mesh}")
-            n = x_inp.shape[-2]
-            if self.n_inp not in (-1, n):
-                raise ValueError(
-                    f"n_inp: expected {self.n_inp} input vectors, got {n} (x_inp is {checks.shown(x_inp)})"
-                )
-            x_inp = x_inp.redistribute(placements=[Shard(along)]).to_local()
-        elif isinstance(rows.input_layout, Shard) and rows.input_layout.dim not in (-2, along):
-            raise ValueError(
-                f"input_layouts: expected Shard(-2), the axis of input vectors, got {rows.input_layout} (x_inp is "
-                f"{checks.shown(x_inp)})"
-            )
-        elif self.n_inp != -1 or rows.ranks == 1:
-            n = x_inp.shape[-2] if self.n_inp == -1 else self.n_inp
-        if n is not None and x_inp.shape[-2] != (own := rows.of(n))[1]:
-            raise ValueError(
-                f"x_inp: expected the {own[1]} of {n} input vectors from number {own[0]} on, which rank "
-                f"{rows.mesh.get_local_rank()} of {rows.ranks} has, got {x_inp.shape[-2]} (it is {checks.shown(x_inp)})"
-            )
-        wide = x_inp if x_inp.shape[-2] else x_inp.new_empty((*x_inp.shape[:-2], 1, x_inp.shape[-1]))
-        checks.input_vectors(wide, -1, self.d_inp, self.W_A.device)
+    def _own(self, name: str, t: Any, axis: int) -> tuple[Tensor, int | None]:
+        x, n = super()._own(name, t, axis)
+        wide = x if x.shape[-2] else x.new_empty((*x.shape[:-2], 1, x.shape[-1]))
+        checks.input_vectors(wide, self.n_inp if self._rows.ranks == 1 else -1, self.d_inp, self.W_A.device)
         if n == 0:
-            raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {checks.shown(x_inp)})")
-        return x_inp, n
+            raise ValueError(f"x_inp: expected at least 1 input vector, got 0 (x_inp is {checks.shown(x)})")
+        return x, n
 
     def _can_be_sharded(self) -> None:
-        if transformed():
-            raise NotImplementedError(
-                "RowShardedCapsules: expected no torch.func transform and no forward mode, which know no collectives"
-            )
+        super()._can_be_sharded()
         if self.return_dict:
             raise ValueError("return_dict: expected False, got True: no rank has whole [n_inp, n_out] arrays")
         if not self._is_plain():
@@ -252,46 +216,11 @@ class RowShardedVectorRouting(EfficientVectorRouting):
             ValueError, TypeError: naming the argument. In the first call, and in every call under ``fastroute.strict``,
                 the ranks compare what they were given: if it cannot go together, all of them raise.
         """
-        checking = not (torch.compiler.is_compiling() or transformed()) and (self._first or is_strict())
-        try:
-            self._can_be_sharded()
-            x, n = self._own(x_inp)
-            mask = self._own_mask(mask, x, n)
-            known = checks.LARGEST if n is None else n
-            if lengths is not None:
-                lengths = checks.as_lengths(lengths, x.shape[:-2], known, x.device)
-        except Exception as error:
-            if checking:
-                agree({"forward": error}, self._rows.mesh, layer=type(self).__name__)
-            raise
-        if checking:
-            agree(
-                {"leading dimensions of x_inp": x.shape[:-2], "dtype of x_inp": x.dtype, "vectors in all": n,
-                 "lengths": lengths, "autocast": autocast_precision(x.device.type), "gradient mode":
-                 torch.is_grad_enabled(), "gradients": any(t.requires_grad for t in (x, *self.parameters())),
-                 **told(self, self._rows, {"x_inp": x_inp})},
-                self._rows.mesh, layer=type(self).__name__,
-            )  # fmt: skip
-            self._first = False
-        y = self._routed(x, n, mask, lengths)
-        rows = self._rows
-        if rows.use_local_output and isinstance(rows.output_layout, Replicate):
-            return y
-        made = DTensor.from_local(y, rows.mesh, [Replicate()], run_check=False)
-        made = made.redistribute(placements=[along(rows.output_layout, y.dim())])
-        return made.to_local() if rows.use_local_output else made
-
-    def _own_mask(self, mask: Tensor | None, x: Tensor, n: int | None) -> Tensor | None:
-        if mask is None:
-            return None
-        checks.tensor("mask", mask, "a bool tensor")
-        mask = own_mask(mask)
-        checks.together(("x_inp", x), {"mask": mask})
-        k = x.shape[-2]
-        if n is not None and mask.dim() > 1 and mask.shape[-2] == n != k:
-            start, count = self._rows.of(n)
-            mask = mask[..., start : start + count, :]
-        return checks.as_mask(mask, x.shape[:-2], k, self.n_out)
+        found, n, mask, lengths = self._compared({"x_inp": (x_inp, -2)}, mask, lengths, {}, self.n_out)
+        x = found["x_inp"]
+        mask = None if mask is None else checks.as_mask(mask, x.shape[:-2], x.shape[-2], self.n_out)
+        made: Tensor = self._returned(self._routed(x, n, mask, lengths))
+        return made
 
     def _routed(self, x_inp: Tensor, n: int | None, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
         """x_out [..., m, h] of local tensors."""
@@ -396,24 +325,6 @@ class RowShardedVectorRouting(EfficientVectorRouting):
                 agree({"stream": error}, group, layer=named)
             raise
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew: each rank its own rows; those that all ranks have are the first one's.
-
-        So a layer made on the "meta" device, sharded, and given memory by ``to_empty`` is never whole anywhere. The
-        values are not those that one process draws from the same seed.
-        """
-        k = -1 if self.n_inp == -1 else max(1, self._rows.of(self.n_inp)[1])
-        w = local(self.W_A)
-        drawn = EfficientVectorRouting(k, self.n_out, self.d_inp, self.d_out, device=w.device, dtype=w.dtype)
-        theirs = dict(drawn.state_dict())
-        for name, t in (*self.named_parameters(), *self.named_buffers()):
-            own = local(t)
-            value = theirs[name]
-            if not self.has_rows(name):
-                dist.broadcast(value, group=self._rows.group, group_src=0)
-            own.copy_(value[: own.shape[0]])
-
 
 def _with_a_row(w: Parameters) -> Parameters:
     """A rank without vectors has parameters of none; kernels take one or more."""
@@ -423,6 +334,16 @@ def _with_a_row(w: Parameters) -> Parameters:
 
 
 # ------------------------------------------------------------------------------------------------------- the style
+
+#: By class: what a layer becomes.
+KINDS: dict[type[nn.Module], type[RowSharded]] = {
+    EfficientVectorRouting: RowShardedVectorRouting,
+    GenerativeMatrixRouting: RowShardedMatrixRouting,
+    heinsen_routing.GenerativeMatrixRouting: RowShardedMatrixRouting,
+    heinsen_routing.Routing: RowShardedRouting2019,
+    SlotAttention: RowShardedSlots,
+    DefinableVectorRouting: RowShardedDefinable,
+}
 
 
 class RowShardedCapsules(ParallelStyle):
@@ -481,9 +402,8 @@ class RowShardedCapsules(ParallelStyle):
         if sharded:
             raise ValueError(f"module: expected parameters that are not sharded, got DTensors: {', '.join(sharded)}")
         kind = KINDS.get(type(module))
-        if kind is None and type(module) is not EfficientVectorRouting:
-            layers: tuple[type[nn.Module], ...] = (EfficientVectorRouting, *KINDS)
-            known = ", ".join(dict.fromkeys(layer.__name__ for layer in layers))
+        if kind is None:
+            known = ", ".join(dict.fromkeys(layer.__name__ for layer in KINDS))
             raise TypeError(
                 f"module: expected one of {known}, got {type(module).__name__}, which cannot be sharded by its inputs; "
                 "name the routing itself in parallelize_module's plan"
@@ -496,20 +416,10 @@ class RowShardedCapsules(ParallelStyle):
                     "row_parameters: expected names of parameters [n_inp, ...] of a DefinableVectorRouting with a "
                     f"fixed n_inp, got {name!r}"
                 )
-        if kind is not None:
-            problem = kind.refuses(module)
-            if problem is not None:
-                raise problem
-            return kind
-        assert isinstance(module, EfficientVectorRouting)
-        names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
-        if "parametrizations" in module._modules or names - {*Parameters._fields, "weight", "bias"}:
-            raise ValueError("module: expected no parametrizations; remove them, or shard first")
-        if module.return_dict:
-            raise ValueError("return_dict: expected False, got True: no rank has whole [n_inp, n_out] arrays")
-        if not module._is_plain():
-            raise ValueError(_NOT_PLAIN)
-        return RowShardedVectorRouting
+        problem = kind.refuses(module)
+        if problem is not None:
+            raise problem
+        return kind
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         have: dict[str, object] = {}

@@ -40,7 +40,7 @@ class RowSharded(nn.Module):
     """What the layers have in common. A subclass says which of its tensors have a row per input."""
 
     row_parameters: ClassVar[tuple[str, ...]] = ()  #: with fixed n_inp
-    output_axes: ClassVar[tuple[int, ...]] = (-2,)  #: of output vectors, in what the layer returns
+    output_axes: ClassVar[tuple[int | None, ...]] = (-2,)  #: of outputs, in what the layer returns; None: as the style
     _rows: Rows
     _more_rows: tuple[str, ...] = ()
     _first = True
@@ -120,27 +120,24 @@ class RowSharded(nn.Module):
             )
         return t, found
 
-    def _of_all(
-        self, given: Mapping[str, tuple[Any, int]], mask: Any, lengths: Any, facts: Mapping[str, object],
-        m: int, run: Callable[..., Any], check: Callable[..., Any],
-    ) -> Any:  # fmt: skip
-        """Run the layer on this rank's inputs.
+    def _can_be_sharded(self) -> None:
+        if transformed():
+            raise NotImplementedError(
+                "RowShardedCapsules: expected no torch.func transform and no forward mode, which know no collectives"
+            )
 
-        Args:
-            given: the layer's inputs by name, with the axis of inputs, counted from the end.
-            facts: what else has to be the same on all ranks.
-            m: how many outputs a mask is of.
-            run: (inputs, mask, lengths) -> what the layer returns.
-            check: (inputs): raises if the layer would; called where ranks compare what they have, before they begin.
+    def _compared(
+        self, given: Mapping[str, tuple[Any, int]], mask: Any, lengths: Any, facts: Mapping[str, object], m: int,
+        check: Callable[..., Any] | None = None,
+    ) -> tuple[dict[str, Tensor], int | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """(this rank's inputs, how many there are in all, its part of the mask, lengths [B]), which go together.
+
+        Arguments are those of :meth:`_of_all`. In a first call, and under ``strict``, ranks compare what they have.
         """
         rows = self._rows
         checking = not (torch.compiler.is_compiling() or transformed()) and (self._first or is_strict())
         try:
-            if transformed():
-                raise NotImplementedError(
-                    "RowShardedCapsules: expected no torch.func transform and no forward mode, which know no "
-                    "collectives"
-                )
+            self._can_be_sharded()
             found = {name: self._own(name, t, axis) for name, (t, axis) in given.items()}
             counts = {name: t.shape[given[name][1]] for name, (t, _) in found.items()}
             if len(set(counts.values())) > 1:
@@ -150,13 +147,14 @@ class RowSharded(nn.Module):
             if mask is not None:
                 checks.tensor("mask", mask, "a bool tensor")
                 mask = own_mask(mask)
+                checks.together((name, first), {"mask": mask})
                 if n is not None and mask.dim() > 1 and mask.shape[-2] == n != k:
                     mask = mask.narrow(-2, *rows.of(n))
                 checks.as_mask(mask, batch, k, m)
             if lengths is not None:
                 lengths = checks.as_lengths(lengths, batch, checks.LARGEST if n is None else n, device)
             inputs = {name: t for name, (t, _) in found.items()}
-            if checking and k:
+            if check is not None and checking and k:
                 self._here = k
                 with self._with(self._locals(0)):
                     check(*inputs.values())
@@ -175,8 +173,26 @@ class RowSharded(nn.Module):
             )  # fmt: skip
             self._first = False
         self._trains = trains and torch.is_grad_enabled()
+        return inputs, n, mask, lengths
+
+    def _of_all(
+        self, given: Mapping[str, tuple[Any, int]], mask: Any, lengths: Any, facts: Mapping[str, object],
+        m: int, run: Callable[..., Any], check: Callable[..., Any],
+    ) -> Any:  # fmt: skip
+        """Run the layer on this rank's inputs.
+
+        Args:
+            given: the layer's inputs by name, with the axis of inputs, counted from the end.
+            facts: what else has to be the same on all ranks.
+            m: how many outputs a mask is of.
+            run: (inputs, mask, lengths) -> what the layer returns.
+            check: (inputs): raises if the layer would; called where ranks compare what they have, before they begin.
+        """
+        inputs, n, mask, lengths = self._compared(given, mask, lengths, facts, m, check)
+        first, axis = next(iter(inputs.values())), next(iter(given.values()))[1]
+        k, batch, device = first.shape[axis], first.shape[: first.dim() + axis], first.device
         if lengths is not None:
-            in_all, before = rows.places(n, k, device)
+            in_all, before = self._rows.places(n, k, device)
             if isinstance(in_all, Tensor) and may_look(in_all):
                 in_all, before = int(in_all), int(before)
                 checks.as_lengths(lengths, lengths.shape, in_all, device)

@@ -117,11 +117,7 @@ class RoutedCNN(nn.Module):
         if images.dim() != 4 or tuple(images.shape[1:]) != shape:
             raise ValueError(f"images: expected [B, {', '.join(map(str, shape))}], got {checks.shown(images)}")
         checks.floating("images", images)
-        try:
-            x = self.convolve(images)
-        except RuntimeError:
-            checks.as_parameters("images", images, self.parameters())
-            raise
+        x = checks.as_parameters("images", images, self, self.convolve, images)
         x, meta, _ = self.begin(x, tasks=tasks)
         for decide, select in zip(self.decisions, self.selections, strict=True):
             x, meta, actions = decide(x, meta, tasks)

@@ -91,11 +91,8 @@ class SmallNORB(nn.Module):
         B, _, H, W = images.shape
         rows = torch.linspace(-1, 1, H, device=images.device, dtype=images.dtype).view(1, 1, H, 1).expand(B, 1, H, W)
         columns = torch.linspace(-1, 1, W, device=images.device, dtype=images.dtype).view(1, 1, 1, W).expand(B, 1, H, W)
-        try:
-            x = self.convolve(torch.cat([images, rows, columns], 1))
-        except RuntimeError:
-            checks.as_parameters("images", images, self.parameters())
-            raise
+        placed = torch.cat([images, rows, columns], 1)
+        x = checks.as_parameters("images", images, self, self.convolve, placed)
         a = self.compute_a(x).flatten(1)
         mu = self.compute_mu(x).unflatten(1, (-1, 4, 4)).permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
         for routing in self.routings:

@@ -44,11 +44,12 @@ from .rewards import (
     PerActionBaseReward,
     RunningAverageCollaborationReward,
 )
+from .sample_view import SampleMetaInformation
 from .selection import Selection
 from .sequential import Initialization, Sequential
 from .stacked_modules import Stack, unstacked_state_dict
 from .summary import Summary
-from .trajectory import SampleMetaInformation, Trajectory
+from .trajectory import Trajectory
 
 __all__ = [
     "AAC",

@@ -28,7 +28,8 @@ from ..ops.processes import Processes
 from ..ops.recomputation import draws_of, is_recomputation
 from .decision_record import Mixture
 from .decisions.base import Triplet, as_mask
-from .trajectory import SampleMetaInformation, Trajectory
+from .sample_view import SampleMetaInformation
+from .trajectory import Trajectory
 
 Scores = Literal["softmax", "sigmoid"]
 

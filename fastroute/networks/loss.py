@@ -22,7 +22,8 @@ from ..ops.trajectory_loss.op import SILENT, makes_rewards, rewarded_loss
 from .decision_record import Record
 from .loss_entries import Entries, Need, Step, known_losses, reduce, rows_of
 from .rewards import Formula, action_formulas, check_formula, final_formula, final_rewards, per_action_rewards
-from .trajectory import SampleMetaInformation, Trajectory
+from .sample_view import SampleMetaInformation
+from .trajectory import Trajectory
 
 _Samples = Trajectory | Sequence[SampleMetaInformation]
 

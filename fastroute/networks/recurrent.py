@@ -20,8 +20,9 @@ from ..ops.checks import as_tensor, floating, shown, tensor, together
 from ..ops.masked import only
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
+from .sample_view import SampleMetaInformation
 from .selection import Selection
-from .trajectory import SampleMetaInformation, Trajectory
+from .trajectory import Trajectory
 
 _Samples = Trajectory | Sequence[SampleMetaInformation]
 

@@ -18,8 +18,9 @@ from ..ops.arguments import checked
 from ..ops.checks import floating, samples, shown, tensor
 from . import grouped_modules
 from .decisions.base import as_mask
+from .sample_view import SampleMetaInformation
 from .stacked_modules import Stack, from_stack
-from .trajectory import SampleMetaInformation, Trajectory
+from .trajectory import Trajectory
 
 
 class Selection(nn.Module):

@@ -11,8 +11,9 @@ from ..ops.checks import samples, tensor
 from .decisions.base import Decision
 from .decisions.fixed import PassThrough, PerTaskAssignment
 from .gating import TopKGating
+from .recorded_batch import labels
 from .selection import Selection
-from .trajectory import Trajectory, labels
+from .trajectory import Trajectory
 
 #: What passes the triplet (batch, meta, actions) on.
 _ROUTING = (Decision, PerTaskAssignment, PassThrough, TopKGating, Selection)

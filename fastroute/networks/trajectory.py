@@ -1,4 +1,4 @@
-"""The record of a batch's routing decisions: tensors for the batch, views of single samples made on demand.
+"""The decisions of a batch: tensors for all samples, and a list of views of single ones.
 
 Axes: B samples, T decisions, K choices of a decision.
 """
@@ -13,207 +13,15 @@ from torch import Tensor
 
 from ..modules import watching
 from ..ops import dispatch
-from ..ops.checks import given, integer, shown
+from ..ops.checks import integer, shown
 from ..ops.dispatch.contract import Plan
-from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import SILENT
 from .decision_record import Mixture, Record, spread
+from .recorded_batch import RecordedBatch, labels
+from .sample_view import SampleMetaInformation
 
 if TYPE_CHECKING:
     from .summary import Summary
-
-
-def labels(tasks: Any) -> int:
-    """How many task labels there are; of ``len(tensor)`` torch.export makes a constant."""
-    if isinstance(tasks, Tensor) and tasks.dim():
-        return tasks.shape[0]
-    try:
-        return len(tasks)
-    except TypeError:
-        raise TypeError(f"tasks: expected a list or a tensor of labels, one per sample, got {given(tasks)}") from None
-
-
-class _Batch:
-    """What all views of one batch share."""
-
-    def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None) -> None:
-        self.size, self.tasks = size, tasks
-        self.records: list[Record] = []
-        self.mixtures: list[Mixture] = []
-        self.mixed: list[tuple[Tensor, Tensor]] = []  # their actions and weights, as the layers gave them
-        self.remixed: list[tuple[Tensor, Tensor]] = []  # likewise, of gatings made again since weights were read
-        self.is_remixed_read = False
-        self.is_remade = is_recomputation()  # the batch itself is of a forward pass made again
-        self.without_graph = False  # whether something was recorded without gradients
-        self.is_read = False  # whether somebody asked for losses
-        self.samples: dict[int, SampleMetaInformation] = {}
-        #: what a user put into a recorded step of a sample: (record, sample) -> name -> value
-        self.extras: dict[tuple[int, int], dict[str, Any]] = {}
-        #: steps that a user began: sample -> (how many records came before, the step)
-        self.foreign: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        #: rewards added to a whole step: record -> [size]
-        self.added: dict[int, Tensor] = {}
-        self.pointers: dict[int, Any] = {}  # record -> the Selection whose modules its actions chose
-        self.plans: list[tuple[Tensor, int, int, Plan]] = []  # agents, their version, how many there are
-        self.final_reward: Tensor | None = None
-        self._task_tensor: Tensor | None = None
-
-    def task_tensor(self, device: torch.device) -> Tensor:
-        if self.tasks is None:
-            raise ValueError("tasks: expected task labels, got none (pass tasks= to Initialization)")
-        if self._task_tensor is None or self._task_tensor.device != device:
-            tasks = self.tasks
-            try:
-                made = tasks if isinstance(tasks, Tensor) else torch.as_tensor([int(t) for t in tasks])
-            except (TypeError, ValueError) as error:
-                raise TypeError(f"tasks: expected integers to choose agents or modules by, got {tasks!r}") from error
-            self._task_tensor = made.reshape(-1).to(device, torch.int64)
-        return self._task_tensor
-
-    def is_again(self) -> bool:
-        """Whether what is made now has been recorded already: a forward pass is made again for backward.
-
-        Raises:
-            RuntimeError: the first time it was recorded without gradients, which are wanted now.
-        """
-        if self.is_remade or not is_recomputation():
-            self.without_graph |= not torch.is_grad_enabled()
-            return False
-        if self.without_graph and self.is_read and torch.is_grad_enabled():
-            raise RuntimeError(
-                "meta: expected the losses of decisions to be read where they have gradients, got those of a "
-                "trajectory from outside of torch.utils.checkpoint with use_reentrant=True, which records without; "
-                "use use_reentrant=False, or make and read the trajectory within"
-            )
-        return True
-
-    def is_active(self, record: int, sample: int) -> bool:
-        active = self.records[record].active
-        return active is None or bool(active[sample])
-
-
-class SampleMetaInformation:
-    """One sample's history: its task, and a dict per decision made for it.
-
-    What a :class:`Trajectory` gives for ``trajectory[b]``. The dicts are made when looked at, from the batch's tensors:
-    ``actions`` (0-d int64), ``is_exploratory`` (0-d uint8), ``states`` ([1, K, 5], with its gradient), ``loss_funcs``,
-    ``reward_func``, and what was appended.
-
-    Args:
-        task: the label.
-
-    Examples:
-        >>> sample = fastroute.SampleMetaInformation(task=3)
-        >>> sample.append("add_rewards", -0.1, new_step=True)
-        >>> sample.task, sample.steps
-        (3, [{'add_rewards': -0.1}])
-    """
-
-    def __init__(self, task: Any = None) -> None:
-        batch = _Batch(1, [task])
-        batch.samples[0] = self
-        self._batch, self._index, self._is_final = batch, 0, False
-
-    @classmethod
-    def _of(cls, batch: _Batch, index: int) -> SampleMetaInformation:
-        if index not in batch.samples:
-            made = cls.__new__(cls)
-            made._batch, made._index, made._is_final = batch, index, False
-            batch.samples[index] = made
-        return batch.samples[index]
-
-    @property
-    def task(self) -> Any:
-        """The label given to ``Initialization``, None if there was none."""
-        tasks = self._batch.tasks
-        return None if tasks is None else tasks[self._index]
-
-    @task.setter
-    def task(self, value: Any) -> None:
-        batch = self._batch
-        tasks = [None] * batch.size if batch.tasks is None else list(batch.tasks)
-        tasks[self._index] = value
-        batch.tasks, batch._task_tensor = tasks, None
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """A dict per decision, first one first. To add to them use :meth:`append`."""
-        return [step for _, step in self._steps()]
-
-    def _steps(self) -> list[tuple[int, dict[str, Any]]]:
-        batch, b = self._batch, self._index
-        foreign = list(batch.foreign.get(b, ()))
-        made: list[tuple[int, dict[str, Any]]] = []
-        for t, record in enumerate(batch.records):
-            while foreign and foreign[0][0] <= t:
-                made.append((-1, foreign.pop(0)[1]))
-            if not batch.is_active(t, b):
-                continue
-            step = {
-                "actions": record.actions[b],
-                "is_exploratory": record.exploratory[b].to(torch.uint8),
-                "states": record.take(torch.tensor([b], device=record.actions.device)).states(),
-                "loss_funcs": record.decision.loss_func,
-                "reward_func": record.reward,
-            }
-            if t in batch.pointers:
-                step["selected_modules"] = batch.pointers[t][int(record.actions[b])]
-            if t in batch.added:
-                step["add_rewards"] = batch.added[t][b]
-            step.update(batch.extras.get((t, b), {}))
-            made.append((t, step))
-        return made + [(-1, step) for _, step in foreign]
-
-    @property
-    def mixtures(self) -> list[dict[str, Any]]:
-        """A dict per top-k gating, first one first: ``actions`` and ``weights``, [k] each. No steps: no reward."""
-        b = self._index
-        here = [m for m in self._batch.mixtures if m.active is None or bool(m.active[b])]
-        return [{"actions": m.actions[b], "weights": m.weights[b]} for m in here]
-
-    def append(self, attr_name: str, obj: Any, new_step: bool = False) -> None:
-        """Write ``obj`` under a name into the sample's last step, or into a new one.
-
-        ``add_rewards`` (a number or a tensor with one) is added to that step's reward by ``Loss``.
-
-        Raises:
-            ValueError: there is no step to write into.
-        """
-        batch, b = self._batch, self._index
-        foreign = batch.foreign.setdefault(b, [])
-        if new_step:
-            foreign.append((len(batch.records), {attr_name: obj}))
-            return
-        last = next((t for t in reversed(range(len(batch.records))) if batch.is_active(t, b)), -1)
-        if foreign and foreign[-1][0] > last:
-            foreign[-1][1][attr_name] = obj
-        elif last < 0:
-            raise ValueError(f"append({attr_name!r}): no decision was made for this sample yet; pass new_step=True")
-        else:
-            batch.extras.setdefault((last, b), {})[attr_name] = obj
-
-    def finalize(self) -> None:
-        """Make every name of the steps an attribute: a list with one entry per step, None where a step lacks it."""
-        self._is_final = True
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        final = self._batch.final_reward
-        if name == "final_reward" and final is not None:
-            return final[self._index]
-        if self._is_final or final is not None:
-            steps = self.steps
-            if any(name in step for step in steps):
-                return [step.get(name) for step in steps]
-            if name == "add_rewards":
-                return [0.0] * len(steps)
-            names = ", ".join(sorted({key for step in steps for key in step}))
-            raise AttributeError(f"no step of this sample has {name!r}; they have: {names or 'nothing'}")
-        raise AttributeError(f"{name!r}: steps become attributes after finalize()")
-
-    def __repr__(self) -> str:
-        return f"SampleMetaInformation(task={self.task!r}, steps={len(self.steps)})"
 
 
 class Trajectory(Sequence[SampleMetaInformation]):
@@ -247,13 +55,13 @@ class Trajectory(Sequence[SampleMetaInformation]):
             raise ValueError(f"tasks: expected one label per sample, {size}, got {count}")
         if size < 0:
             raise ValueError(f"size: expected 0 or more samples, got {size}")
-        self._batch, self._rows = _Batch(size, tasks), None
+        self._batch, self._rows = RecordedBatch(size, tasks), None
 
-    _batch: _Batch
+    _batch: RecordedBatch
     _rows: list[int] | None
 
     @classmethod
-    def _view(cls, batch: _Batch, rows: list[int] | None) -> Trajectory:
+    def _view(cls, batch: RecordedBatch, rows: list[int] | None) -> Trajectory:
         made = cls.__new__(cls)
         made._batch, made._rows = batch, rows
         return made

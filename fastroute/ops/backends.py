@@ -76,14 +76,32 @@ class _State:
 
 def offer(
     op: str,
-    backend: BackendName,
-    module: str,
-    refuses: Callable[[Case], str | None],
+    compiled: str,
     *,
+    plain: str = "plain",
+    native: Callable[[Case], str | None] | None = None,
+    triton: Callable[[Case], str | None] | None = None,
     devices: tuple[str, ...] = ("cpu",),
 ) -> None:
-    """Say that ``backend`` implements ``op`` in ``module``; C++ on ``devices``."""
-    _offers.setdefault(op, {})[backend] = Offer(module, refuses, devices)
+    """Say that every backend implements ``op``, in modules of its folder: ``plain``, ``compiled`` (C++) and triton.
+
+    Args:
+        native, triton: why they would not take a case. None: :func:`native_refuses`; what the kernels say themselves.
+        devices: of what C++ implements.
+    """
+    folder = f"fastroute.ops.{op}"
+
+    def kernels_refuse(case: Case) -> str | None:
+        why: str | None = importlib.import_module(f"{folder}.triton").unsupported(
+            case.device, case.dtype, **dict(case.sizes)
+        )
+        return why
+
+    _offers[op] = {
+        "triton": Offer(f"{folder}.triton", triton or kernels_refuse),
+        "native": Offer(f"{folder}.{compiled}", native or native_refuses, devices),
+        "reference": Offer(f"{folder}.{plain}", lambda case: None),
+    }
 
 
 def offered() -> dict[str, dict[BackendName, Offer]]:
@@ -161,6 +179,13 @@ def native_refuses(case: Case) -> str | None:
     """Why the C++ kernels, which all take the same dtypes, would not take a case."""
     if case.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return f"the C++ kernels take float32, float64 and bfloat16, not {str(case.dtype).removeprefix('torch.')}"
+    return None
+
+
+def triton_refuses(case: Case) -> str | None:
+    """The same of Triton's kernels."""
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the triton kernels take float32, bfloat16 and float16, not {str(case.dtype).removeprefix('torch.')}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import isclass
 from math import inf, isfinite
 from numbers import Real
@@ -208,13 +208,17 @@ def floating(name: str, t: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
 
 
-def as_parameters(name: str, t: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Of a call that failed: an input with another dtype than the module's parameters, or on another device."""
-    own = next((p for p in parameters if p.is_floating_point()), None)
-    if own is not None and (t.dtype, t.device) != (own.dtype, own.device):
-        raise (TypeError if t.device == own.device else ValueError)(
-            f"{name}: expected {own.dtype} on {own.device} like the parameters, got {given(t)}"
-        )
+def as_parameters(name: str, t: Tensor, module: torch.nn.Module, call: Callable[..., Any], *args: Any) -> Any:
+    """``call(*args)``. If it fails: whether an input is of another dtype, or device, than its module's parameters."""
+    try:
+        return call(*args)
+    except RuntimeError:
+        own = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if own is not None and (t.dtype, t.device) != (own.dtype, own.device):
+            kind = TypeError if t.device == own.device else ValueError
+            message = f"{name}: expected {own.dtype} on {own.device} like the parameters, got {given(t)}"
+            raise kind(message)  # noqa: B904  (the input is at fault, whatever the call says)
+        raise
 
 
 def together(reference: tuple[str, Tensor], others: Mapping[str, Tensor | None]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -98,6 +101,23 @@ def define_compiled(
         library.define(name.format(backend) + schema, tags=tuple(tags))
         register_fake(name.format(backend), describe)
     _load_first(name.format("native"))
+
+
+class Kernels:
+    """A module of ``fastroute.kernels``, imported when a function of it is first called, as Triton takes long to."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @cached_property
+    def _module(self) -> ModuleType:
+        return importlib.import_module(f"fastroute.kernels.{self._name}")
+
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            return getattr(self._module, function)(*args, **options)
+
+        return call
 
 
 def implement(name: str, implementation: Callable[..., Any], *, anywhere: bool = False) -> None:

@@ -189,11 +189,7 @@ class VGG(TaskAware):
             raise ValueError(
                 f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {checks.shown(task)}"
             )
-        try:
-            x = _routed(self.features, x, task)
-        except RuntimeError:
-            checks.as_parameters("x", x, self.parameters())
-            raise
+        x = checks.as_parameters("x", x, self, _routed, self.features, x, task)
         x = torch.flatten(self.avgpool(x), 1)
         active = self._task(task)
         watching.tell(self, "tasks", active, x, self.task_count)

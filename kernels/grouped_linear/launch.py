@@ -8,14 +8,13 @@ Axes: N rows, K modules, F features in, O features out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import launch as start
-from ..launch import cdiv, multiprocessors, power_of_2, shared_memory
+from ..launch import cdiv, dense, multiprocessors, on, power_of_2, shared_memory
 from .parameters import gathered
 from .plan import Device, Tile, row_tiles, rows_tile, search, slope_apart, sums_tile
 from .products import gradients_kernel, reduce_kernel, rows_kernel, slope_kernel, sums_kernel
@@ -35,10 +34,6 @@ def unsupported(
     if max(N, K, F, O) >= 2**31 - 2**16:
         return f"the triton kernels count rows, modules and features in 32 bits: N={N}, K={K}, F={F}, O={O}"
     return None
-
-
-def _on(t: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def device_of(t: Tensor) -> Device:
@@ -120,18 +115,14 @@ def forward(
     N = x.shape[0] if take is None else take.shape[0]
     y = like.new_empty(N, like.shape[-2 if weights else -1])
     before = torch.empty_like(y) if keep else like.new_empty(0)
-    with _on(y):
+    with on(y):
         call = _rows(
-            _dense_rows(x) if weights else None, _dense(take), None, 0, weights, False, biases, _dense(put),
+            _dense_rows(x) if weights else None, dense(take), None, 0, weights, False, biases, dense(put),
             offsets.contiguous(), y, before if keep else None, activation, precision,
         )  # fmt: skip
         if call is not None:
             _launch(rows_kernel, call)
     return y, before
-
-
-def _dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def backward(
@@ -144,7 +135,7 @@ def backward(
     Several sorted rows may read the same row of ``grad``.
     """
     N, O = _sorted_shape(grad, put)
-    take, spread, put = _dense(take), _dense(spread), _dense(put)
+    take, spread, put = dense(take), dense(spread), dense(put)
     grad, offsets = _dense_rows(grad), offsets.contiguous()
     kept = None if kept is None else _dense_rows(kept)
     slope = 0 if kept is None else activation
@@ -152,7 +143,7 @@ def backward(
     dx = grad.new_empty((N, F) if wants[0] else (0,))
     dw = grad.new_empty(modules, O, F) if wants[1] else None
     db = grad.new_empty(modules, O) if wants[2] else None
-    with _on(grad):
+    with on(grad):
         if slope and _apart(N, modules, F, O, wants, grad, precision):
             grad, kept, slope, put = _sloped(grad, kept, slope, put), None, 0, None
         rows, sums = None, None

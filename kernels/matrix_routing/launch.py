@@ -6,8 +6,6 @@ Axes: B batch, n inputs, m outputs, c rows of a capsule's matrix, d its columns 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from fastroute.ops.matrix_routing.contract import MatrixGrads, MatrixStep, Moments, OutputGrads, Outputs, PreviousGrads
 
 from .. import launch as start
-from ..launch import cdiv, multiprocessors, power_of_2
+from ..launch import cdiv, chunks, multiprocessors, on, power_of_2
 from .backward import assign_backward_kernel, gradient_kernel, output_grads_kernel, shared_sums_kernel
 from .forward import assign_kernel, merge_kernel, moments_kernel, pairs_kernel
 from .plan import MAX_CAPSULE, MAX_OUTPUTS, Plan, VoteTile, capsule, plan
@@ -68,12 +66,6 @@ class _Call:
         self.plan: Plan = plan(
             *step.sizes, shared=self.shared, backward=backward, sms=multiprocessors(step.mu_inp.device)
         )
-
-    def chunks(self) -> Iterator[tuple[slice, int, int]]:
-        """(samples, first input, end of inputs)."""
-        for b in range(0, self.B, self.plan.batch):
-            for first in range(0, self.n, self.plan.rows):
-                yield slice(b, min(b + self.plan.batch, self.B)), first, min(first + self.plan.rows, self.n)
 
     def slots(self, split: int) -> int:
         """Partial sums over all inputs."""
@@ -129,19 +121,15 @@ class _Call:
         )  # fmt: skip
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def forward(step: MatrixStep) -> Moments:
     """N0 [B, m], mean and M2 [B, m, c, h], a [B, m], low [B, m, c, h]; as ``reference.matrix_step`` says."""
-    with _on(step.mu_inp):
+    with on(step.mu_inp):
         return _forward(_Call(step, backward=False))
 
 
 def folded_forward(step: MatrixStep, kept: Moments, eps: float) -> Outputs:
     """The moments go to ``kept``, the settled outputs into new memory; at least one sample and one input."""
-    with _on(step.mu_inp):
+    with on(step.mu_inp):
         call = _Call(step, backward=False)
         out = Outputs(call.new(*kept.a.shape), *(call.new(*kept.mean.shape) for _ in range(2)))
         _moments(call, kept, out, eps)
@@ -164,7 +152,7 @@ def _moments(call: _Call, made: Moments, out: Outputs | None, eps: float) -> Non
     parts = [call.new(slots, B, m), *(call.new(slots, B, m, c, h) for _ in range(3))]
     a_part = call.new(a_slots, B, m)
     weight = call.new(chosen.batch, chosen.rows, m)
-    for samples, first, last in call.chunks():
+    for samples, first, last in chunks(call.B, call.n, call.plan):
         batch, rows = samples.stop - samples.start, chosen.rows
         if call.scored:
             call.pairs(samples, first, last, weight, None, None)
@@ -195,7 +183,7 @@ def _moments(call: _Call, made: Moments, out: Outputs | None, eps: float) -> Non
 
 def backward(step: MatrixStep, out: OutputGrads, grads: MatrixGrads) -> PreviousGrads | None:
     """What the previous iteration's outputs get, None in a first iteration; the rest goes to ``grads``."""
-    with _on(step.mu_inp):
+    with on(step.mu_inp):
         call = _Call(step, backward=True)
         if call.B == 0 or call.n == 0:
             return _nothing(call, grads)
@@ -210,7 +198,7 @@ def folded_backward(
 
     At least one sample and one input. ``step.previous`` is not read.
     """
-    with _on(step.mu_inp):
+    with on(step.mu_inp):
         out, previous = _output_grads(kept, before, d, eps, step.p_model == "gaussian")
         return _backward(_Call(step._replace(previous=previous), backward=True), out, grads, folded=True)
 
@@ -252,7 +240,7 @@ def _backward(call: _Call, out: OutputGrads, grads: MatrixGrads, folded: bool = 
         A0 = call.new(call.slots(row.inputs), B, m)
         A1, A2 = (call.new(call.slots(chosen.heavy_split), B, m, c, h) for _ in range(2))
     shared_sums = _SharedSums(grads, folded)
-    for samples, first, last in call.chunks():
+    for samples, first, last in chunks(call.B, call.n, call.plan):
         batch = samples.stop - samples.start
         call.pairs(samples, first, last, weight, out, slope)
 

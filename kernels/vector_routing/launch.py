@@ -7,8 +7,6 @@ Axes: B batch, n input vectors, m output vectors, d width of an input vector, G 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 from fastroute.ops.vector_routing.contract import Grads, Step
 
 from .. import launch as start
-from ..launch import cdiv, multiprocessors, shared_memory
+from ..launch import cdiv, chunks, dense, multiprocessors, on, shared_memory
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .plan import MAX_OUTPUTS, Plan, leaves, padded, plan, product_dtype
@@ -68,7 +66,7 @@ class _Call:
         self.nearest = single and self.precision == "tf32"
         self.turned = single and (self.nearest if force_turned is None else force_turned)
         self.score_weight, self.score_bias = (
-            (_dense(step.score_weight), _dense(step.score_bias)) if self.scored else (None, None)
+            (dense(step.score_weight), dense(step.score_bias)) if self.scored else (None, None)
         )
         own_rows = not step.linear or _row_stride(self.score_weight) != 0
         self.plan: Plan = plan(
@@ -79,13 +77,7 @@ class _Call:
         )  # fmt: skip
         self.mask = None if step.mask is None else step.mask.expand(self.B, self.n, self.m).view(torch.uint8)
         self.mask_strides = (0, 0, 0) if self.mask is None else self.mask.stride()
-        self.use, self.ign = (None, None) if step.linear else (_dense(step.use), _dense(step.ign))
-
-    def chunks(self) -> Iterator[tuple[slice, int, int]]:
-        """(samples, first row, end of rows), all rows of some samples before the next samples."""
-        for b in range(0, self.B, self.plan.batch):
-            for first in range(0, self.n, self.plan.rows):
-                yield slice(b, min(b + self.plan.batch, self.B)), first, min(first + self.plan.rows, self.n)
+        self.use, self.ign = (None, None) if step.linear else (dense(step.use), dense(step.ign))
 
     def stack(self, samples: slice, dM: Tensor | None) -> Tensor | None:
         """[samples, G, m padded, d]: what multiplies x, in the dtype of the products."""
@@ -268,10 +260,6 @@ def nearest_tf32(t: Tensor) -> Tensor:
     return torch.where(t.isnan(), t, t.view(torch.int32).add(0x1000).bitwise_and_(-0x2000).view(torch.float32))
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _row_stride(t: Tensor | None) -> int:
     """0 where one row serves every input vector."""
     return 0 if t is None or t.shape[0] == 1 else t.stride(0)
@@ -281,13 +269,9 @@ def _part(t: Tensor | None, samples: slice) -> Tensor | None:
     return None if t is None else t[samples]
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def forward(step: Step) -> tuple[Tensor, Tensor, Tensor]:
     """(M [B, m, d], p [B, m], gate [B, n]), all float32."""
-    with _on(step.x):
+    with on(step.x):
         return _forward(_Call(step, backward=False))
 
 
@@ -299,16 +283,16 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     if narrow is not None:
         call.multiplied = narrow.x
         x = x if role == 1 else narrow.x
-    gate = call.x.new_empty((call.B, call.n), dtype=torch.float32) if step.gate is None else _dense(step.gate)
-    gate_weight, gate_bias, scale = (_dense(t) for t in (step.gate_weight, step.gate_bias, step.scale))
-    prior = _dense(step.prior)
+    gate = call.x.new_empty((call.B, call.n), dtype=torch.float32) if step.gate is None else dense(step.gate)
+    gate_weight, gate_bias, scale = (dense(t) for t in (step.gate_weight, step.gate_bias, step.scale))
+    prior = dense(step.prior)
     phi = call.phi()
     two_phase = not chosen.one_pass
     score = call.scratch((call.operands, torch.float32))[0] if two_phase else None
     M = _Sums(call, (0, 1), over_batch=False)
     p = call.x.new_empty((call.B, call.m), dtype=torch.float32)
     assert gate is not None
-    for samples, first, last in call.chunks():
+    for samples, first, last in chunks(call.B, call.n, call.plan):
         if first == 0:
             packed = call.stack(samples, None)
         if two_phase:
@@ -340,14 +324,14 @@ def _forward(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
     """dpred [B, m, d] float32, or None in a first iteration; the other gradients go to ``grads``."""
-    with _on(step.x):
+    with on(step.x):
         return _backward(_Call(step, backward=True, want_rows=grads.use is not None), dM, dp, grads)
 
 
 def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
     step, chosen = call.step, call.plan
     want_rows, want_x = grads.use is not None, grads.x is not None
-    gate, dp, prior = _dense(step.gate), dp.contiguous(), _dense(step.prior)
+    gate, dp, prior = dense(step.gate), dp.contiguous(), dense(step.prior)
     assert gate is not None  # the forward pass made it
     shared_score = call.scored and want_rows and _row_stride(call.score_weight) == 0
     left = _Left.of(call, grads)
@@ -361,7 +345,7 @@ def _backward(call: _Call, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | Non
     )
     gate_part = _GatePart(call, gate, grads)
     score_total = None
-    for samples, first, last in call.chunks():
+    for samples, first, last in chunks(call.B, call.n, call.plan):
         if first == 0:
             packed = call.stack(samples, dM)
             assert packed is not None  # dM is in it
@@ -428,7 +412,7 @@ class _GatePart:
         step = call.step
         self.made = step.gate_weight is not None
         self.wanted = self.made and grads.use is not None and grads.gate_weight is not None
-        self.weight, self.scale = _dense(step.gate_weight), _dense(step.scale)
+        self.weight, self.scale = dense(step.gate_weight), dense(step.scale)
         self.shared = _row_stride(self.weight) == 0
         self.total: Tensor | None = None
 

@@ -14,13 +14,6 @@ namespace fastroute::efficient_routing {
 #define FASTROUTE_EACH_ISA "cpu/efficient_routing/kernels.inc"
 #include "common/each_isa.inc"
 
-template <class T>
-const Kernels<T>& kernels() {
-  static const Kernels<T> chosen = FASTROUTE_CHOOSE(make<T>());
-  return chosen;
-}
-
-template const Kernels<float>& kernels<float>();
-template const Kernels<double>& kernels<double>();
+FASTROUTE_TABLE(Kernels, kernels, make)
 
 }  // namespace fastroute::efficient_routing

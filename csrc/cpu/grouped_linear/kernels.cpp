@@ -10,14 +10,7 @@ namespace fastroute::grouped_linear {
 #define FASTROUTE_EACH_ISA "cpu/grouped_linear/kernels.inc"
 #include "common/each_isa.inc"
 
-template <class S>
-const Kernels<S>& kernels() {
-  static const Kernels<S> chosen = FASTROUTE_CHOOSE(make<S>());
-  return chosen;
-}
-
-template const Kernels<float>& kernels<float>();
-template const Kernels<double>& kernels<double>();
+FASTROUTE_TABLE(Kernels, kernels, make)
 template const Kernels<uint16_t>& kernels<uint16_t>();
 
 }  // namespace fastroute::grouped_linear

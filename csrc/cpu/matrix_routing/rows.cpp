@@ -8,13 +8,6 @@ namespace fastroute::matrix_routing {
 #define FASTROUTE_EACH_ISA "cpu/matrix_routing/rows.inc"
 #include "common/each_isa.inc"
 
-template <class T>
-const Functions<T>& rows() {
-  static const Functions<T> chosen = FASTROUTE_CHOOSE(functions<T>());
-  return chosen;
-}
-
-template const Functions<float>& rows<float>();
-template const Functions<double>& rows<double>();
+FASTROUTE_TABLE(Functions, rows, functions)
 
 }  // namespace fastroute::matrix_routing

@@ -8,13 +8,6 @@ namespace fastroute::policy {
 #define FASTROUTE_EACH_ISA "cpu/policy/rows.inc"
 #include "common/each_isa.inc"
 
-template <class T>
-const Functions<T>& rows() {
-  static const Functions<T> chosen = FASTROUTE_CHOOSE(functions<T>());
-  return chosen;
-}
-
-template const Functions<float>& rows<float>();
-template const Functions<double>& rows<double>();
+FASTROUTE_TABLE(Functions, rows, functions)
 
 }  // namespace fastroute::policy

@@ -14,14 +14,7 @@ namespace fastroute::task_mask {
 #define FASTROUTE_EACH_ISA "cpu/task_mask/rows.inc"
 #include "common/each_isa.inc"
 
-template <class S>
-const Functions<S>& functions() {
-  static const Functions<S> chosen = FASTROUTE_CHOOSE(make<S>());
-  return chosen;
-}
-
-template const Functions<float>& functions<float>();
-template const Functions<double>& functions<double>();
+FASTROUTE_TABLE(Functions, functions, make)
 template const Functions<uint16_t>& functions<uint16_t>();
 
 }  // namespace fastroute::task_mask

@@ -30,7 +30,8 @@ from ...ops.trajectory_loss.op import Entry, loss_of
 from ..decision_record import Column, Record
 from ..loss_entries import Entries, Need, from_raw
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
-from ..trajectory import SampleMetaInformation, Trajectory
+from ..sample_view import SampleMetaInformation
+from ..trajectory import Trajectory
 from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages, TabularPolicyStorage, ask, heads
 
 Triplet = tuple[Tensor, Trajectory, Tensor]

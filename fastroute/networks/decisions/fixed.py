@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.checks import samples
-from ..trajectory import SampleMetaInformation, Trajectory
+from ..sample_view import SampleMetaInformation
+from ..trajectory import Trajectory
 from .base import Triplet, as_indices, as_mask
 
 

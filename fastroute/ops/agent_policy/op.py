@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import explained
 from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
-from ..backends import native_refuses, note, offer
+from ..backends import note, offer
 from ..checks import shown
 from ..dispatch.contract import Plan
 from ..grouped_linear.op import parameters_of
@@ -32,9 +32,7 @@ Tensors = Sequence[Tensor]
 
 OP = "agent_policy"
 
-offer(OP, "triton", "fastroute.ops.agent_policy.triton", triton_refuses)
-offer(OP, "native", "fastroute.ops.agent_policy.schema", native_refuses)
-offer(OP, "reference", "fastroute.ops.agent_policy.plain", lambda case: None)
+offer(OP, "schema", triton=triton_refuses)
 
 
 class _Net(NamedTuple):

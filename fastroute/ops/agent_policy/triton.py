@@ -1,28 +1,23 @@
 """The Triton backend of ``agent_policy`` as implementations of its compiled ops.
 
-Triton is imported by the first call. Importing this module registers the implementations.
+Importing this module registers the implementations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from ..precision import precision_of
-from ..registry import implement
+from ..registry import Kernels, implement
 from .contract import BackwardCall
 
 Tensors = Sequence[Tensor]
 
 
-@cache
-def _kernels() -> Any:
-    from ...kernels import agent_policy
-
-    return agent_policy
+_kernels = Kernels("agent_policy")
 
 
 def _only(tensors: Tensors) -> Tensor | None:
@@ -33,14 +28,14 @@ def _only(tensors: Tensors) -> Tensor | None:
 def _agent_policy(x: Tensor | None, order: Tensor | None, offsets: Tensor | None, *args: Any) -> list[Tensor]:
     weights, biases, critic_weights, critic_biases, *rest = args
     nets = map(_only, (weights, biases, critic_weights, critic_biases))
-    return _kernels().forward(x, order, offsets, *nets, *rest, precision_of((*weights, *biases)[0], ""))
+    return _kernels.forward(x, order, offsets, *nets, *rest, precision_of((*weights, *biases)[0], ""))
 
 
 def _agent_policy_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     c = BackwardCall(*args)
     wants = c.want_weights, c.want_biases, c.want_critic_weights, c.want_critic_biases
     nets = _only(c.weights), _only(c.critic_weights)
-    dx, made = _kernels().backward(*c[:9], *nets, *c[11:16], wants, precision_of(c.scores, ""))
+    dx, made = _kernels.backward(*c[:9], *nets, *c[11:16], wants, precision_of(c.scores, ""))
     dw, db, critic_dw, critic_db = ([] if t is None else [t] for t in made)
     return c.scores.new_empty(0) if dx is None else dx, dw, db, critic_dw, critic_db
 

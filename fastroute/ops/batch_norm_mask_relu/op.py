@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import explained
 from ..autograd import asked_again, own, through, transformed
-from ..backends import native_refuses, offer
+from ..backends import offer, triton_refuses
 from ..checks import floating, shape, shown, together
 from ..task_mask.op import prepared
 from . import plain, reference
@@ -22,9 +22,7 @@ from . import triton as triton  # implements some of them
 
 OP = "batch_norm_mask_relu"
 
-offer(OP, "triton", "fastroute.ops.batch_norm_mask_relu.triton", triton.refuses)
-offer(OP, "native", "fastroute.ops.batch_norm_mask_relu.schema", native_refuses)
-offer(OP, "reference", "fastroute.ops.batch_norm_mask_relu.plain", lambda case: None)
+offer(OP, "schema", triton=triton_refuses)
 
 
 class _BatchNorm(torch.autograd.Function):

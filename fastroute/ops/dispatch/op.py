@@ -37,9 +37,7 @@ def _native_refuses(case: Case) -> str | None:
     return None
 
 
-offer("dispatch", "native", "fastroute.ops.dispatch.schema", _native_refuses, devices=("cpu", "cuda"))
-offer("dispatch", "triton", "fastroute.ops.dispatch.triton", triton.refuses)
-offer("dispatch", "reference", "fastroute.ops.dispatch.reference", lambda case: None)
+offer("dispatch", "schema", plain="reference", native=_native_refuses, devices=("cpu", "cuda"))
 
 
 def as_actions(actions: Tensor, rows: int, device: torch.device, name: str = "actions") -> Tensor:

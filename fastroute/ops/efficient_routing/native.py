@@ -18,11 +18,10 @@ from .contract import Parameters
 
 NAMES = ("x", *Parameters._fields, "mask", "lengths")
 _MAY_BE_NONE = ("bias_use", "bias_ign", "mask", "lengths")
-_TYPED = ", ".join(f"Tensor{'?' * (name in _MAY_BE_NONE)} {name}" for name in NAMES)
-_INPUTS = f"{_TYPED}, int n_iters, bool normalize"
-library.define(f"_efficient_routing_native({_INPUTS}) -> (Tensor, Tensor)")
+INPUTS = ", ".join(f"Tensor{'?' * (name in _MAY_BE_NONE)} {name}" for name in NAMES) + ", int n_iters, bool normalize"
+library.define(f"_efficient_routing_native({INPUTS}) -> (Tensor, Tensor)")
 library.define(
-    f"_efficient_routing_native_backward({_INPUTS}, Tensor dout, Tensor kept, bool want_x, bool want_rows) -> Tensor[]"
+    f"_efficient_routing_native_backward({INPUTS}, Tensor dout, Tensor kept, bool want_x, bool want_rows) -> Tensor[]"
 )
 
 #: Of these there are no gradients unless ``want_rows``: the passes over the input vectors make them.

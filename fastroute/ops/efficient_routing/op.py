@@ -36,11 +36,9 @@ from .reference import predict as predict
 
 __all__ = ["efficient_routing"]
 
-_TENSORS = ("x", *Parameters._fields, "mask", "lengths")
+_TENSORS = native.NAMES
 _OPTIONS = ("n_iters", "normalize", "backend", "precision")
-_MAY_BE_NONE = ("bias_use", "bias_ign", "mask", "lengths")
-_TYPED = ", ".join(f"Tensor{'?' * (name in _MAY_BE_NONE)} {name}" for name in _TENSORS)
-_INPUTS = f"{_TYPED}, int n_iters, bool normalize, str backend, str precision"
+_INPUTS = f"{native.INPUTS}, str backend, str precision"
 
 
 class _Call(NamedTuple):

@@ -6,7 +6,6 @@ Axes: B samples, k experts that each takes, N = B k entries, K experts, D featur
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from ..grouped_linear import plain as linear
 from ..grouped_linear.reference import of_sorted
 from ..host import on_host
 from ..precision import autocast_dtype, autocast_off, precision_of
-from ..registry import define, no_second_derivative
+from ..registry import Kernels, define, no_second_derivative
 from . import plain
 
 OP = "expert_ffn"
@@ -35,16 +34,12 @@ _INPUTS = (
 )
 
 
-@cache
-def _kernels() -> Any:
-    from ...kernels import expert_ffn
-
-    return expert_ffn
+_kernels = Kernels("expert_ffn")
 
 
 def _is_fused(backend: str) -> bool:
     """Whether the hidden layer is made by kernels of its own, not by a product and PyTorch."""
-    return backend == "triton" and _kernels().is_fused()
+    return backend == "triton" and _kernels.is_fused()
 
 
 def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, offsets: Tensor, w: Tensor) -> Tensor:
@@ -107,7 +102,7 @@ def _forward(*args: Any) -> Tensor:
     c = _Call(*args)
     with autocast_off(c.x.device.type):
         if _is_fused(c.backend):
-            h, _ = _kernels().hidden(*c[:5], c.k, _NUMBERS[c.activation], c.gated, precision_of(c.x, ""))
+            h, _ = _kernels.hidden(*c[:5], c.k, _NUMBERS[c.activation], c.gated, precision_of(c.x, ""))
         else:
             u = _product(c.backend, c.x, c.samples, None, c.offsets, c.w_in)
             h = plain.Hidden(u, c.activation, c.gated).weighted(c.entry_weights)
@@ -149,12 +144,12 @@ def _fused_backward(
 ) -> _OfHidden:
     """The same by kernels of the hidden layer; entries read their sample's row of ``dy`` where it is."""
     options, inside = (_NUMBERS[c.activation], c.gated), want_u or want_weights
-    h, u = _kernels().hidden(*c[:5], c.k, *options, precision_of(c.x, ""), want_h=want_out, want_u=inside)
+    h, u = _kernels.hidden(*c[:5], c.k, *options, precision_of(c.x, ""), want_h=want_out, want_u=inside)
     source = u[:, : c.w_out.shape[2]] if h is None else h  # then only its width is read
     t, d_out = _product_backward(c.backend, dy, source, None, None, samples, c.offsets, c.w_out, inside, want_out)
     d_u, d_weights = None, None
     if inside:
-        d_u, d_weights = _kernels().backward(t, u, *c[1:4], *options, want_u=want_u, want_weights=want_weights)
+        d_u, d_weights = _kernels.backward(t, u, *c[1:4], *options, want_u=want_u, want_weights=want_weights)
     return d_u, d_weights, d_out
 
 

@@ -26,7 +26,7 @@ from ..autograd import (
     transformed,
     without_gradient,
 )
-from ..backends import is_explaining, native_refuses, note, offer, taken
+from ..backends import is_explaining, note, offer, taken
 from ..checks import shown
 from ..dispatch.contract import Plan
 from ..dispatch.op import finished
@@ -43,9 +43,7 @@ _NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
 
 _OPS = torch.ops.fastroute
 
-offer(OP, "native", "fastroute.ops.grouped_linear.schema", native_refuses)
-offer(OP, "triton", "fastroute.ops.grouped_linear.triton", triton.refuses)
-offer(OP, "reference", "fastroute.ops.grouped_linear.plain", lambda case: None)
+offer(OP, "schema")
 
 
 def _indices(

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import checks
 from ..arguments import explained
 from ..autograd import asked_again, called, through, transformed
-from ..backends import Case, choose, native_refuses, offer, record, requested
+from ..backends import Case, choose, offer, record, requested
 from ..precision import autocast_dtype, autocast_off
 from ..registry import define, no_second_derivative
 from . import native as native  # defines the native ops
@@ -37,15 +37,7 @@ _INPUTS = (
 _SAVED = "Tensor N0, Tensor mean, Tensor M2, Tensor a, Tensor low"
 
 
-def _triton_refuses(case: Case) -> str | None:
-    from .triton import unsupported
-
-    return unsupported(case.device, case.dtype, **dict(case.sizes))
-
-
-offer(OP, "reference", "fastroute.ops.matrix_routing.plain", lambda case: None)
-offer(OP, "native", "fastroute.ops.matrix_routing.native", native_refuses)
-offer(OP, "triton", "fastroute.ops.matrix_routing.triton", _triton_refuses)
+offer(OP, "native")
 
 
 class Call(NamedTuple):

@@ -1,20 +1,6 @@
 """The Triton backend of ``matrix_routing``: what its kernels' launcher offers (kernels/)."""
 
-from ...kernels.matrix_routing.launch import (
-    backward as backward,
-)
-from ...kernels.matrix_routing.launch import (
-    folded as folded,
-)
-from ...kernels.matrix_routing.launch import (
-    folded_backward as folded_backward,
-)
-from ...kernels.matrix_routing.launch import (
-    folded_forward as folded_forward,
-)
-from ...kernels.matrix_routing.launch import (
-    forward as forward,
-)
-from ...kernels.matrix_routing.launch import (
-    unsupported as unsupported,
-)
+from ...kernels.matrix_routing import launch
+
+backward, folded, folded_backward = launch.backward, launch.folded, launch.folded_backward
+folded_forward, forward, unsupported = launch.folded_forward, launch.forward, launch.unsupported

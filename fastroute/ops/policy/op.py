@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..arguments import explained
 from ..autograd import apply, asked_again, own, through, transformed
-from ..backends import BackendName, Case, decide, native_refuses, note, offer, requested, taken
+from ..backends import BackendName, Case, decide, note, offer, requested, taken
+from ..backends import triton_refuses as of_dtype
 from ..checks import floating, shape
 from . import plain
 from . import reference as reference
@@ -28,10 +29,9 @@ CHOICES = 256  #: the most that the Triton kernels take: a row of scores lies in
 
 
 def triton_refuses(case: Case) -> str | None:
-    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the Triton kernels take float32, bfloat16 and float16, not {str(case.dtype).removeprefix('torch.')}"
     K = dict(case.sizes).get("K", 1)
-    return f"the Triton kernels take up to {CHOICES} choices, not {K}" if K > CHOICES else None
+    why = f"the Triton kernels take up to {CHOICES} choices, not {K}" if K > CHOICES else None
+    return of_dtype(case) or why
 
 
 def backend_for(like: Tensor, K: int, op: str = OP) -> BackendName:
@@ -43,9 +43,7 @@ def backend_for(like: Tensor, K: int, op: str = OP) -> BackendName:
     return found
 
 
-offer("policy", "triton", "fastroute.ops.policy.triton", triton_refuses)
-offer("policy", "native", "fastroute.ops.policy.schema", native_refuses)
-offer("policy", "reference", "fastroute.ops.policy.plain", lambda case: None)
+offer("policy", "schema", triton=triton_refuses)
 
 
 def check_draws(uniform: Tensor | None, coin: Tensor | None, forced: Tensor | None, N: int, K: int) -> None:

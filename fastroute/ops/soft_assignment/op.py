@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks
 from ..arguments import explained
 from ..autograd import apply, asked_again, called, is_observed, through, transformed
-from ..backends import Case, choose, is_explaining, native_refuses, offer, record, requested, taken
+from ..backends import Case, choose, is_explaining, offer, record, requested, taken
 from ..dtypes import accumulating
 from ..environment import interpreting
 from ..host import is_exporting
@@ -38,15 +38,7 @@ def case_of(votes: Tensor, pairs: Pairs) -> Case:
     return Case(OP, votes.device.type, votes.dtype, tuple(named))
 
 
-def _triton_refuses(case: Case) -> str | None:
-    from .triton import unsupported
-
-    return unsupported(case.device, case.dtype, **dict(case.sizes))
-
-
-offer(OP, "reference", "fastroute.ops.soft_assignment.plain", lambda case: None)
-offer(OP, "native", "fastroute.ops.soft_assignment.native", native_refuses)
-offer(OP, "triton", "fastroute.ops.soft_assignment.triton", _triton_refuses)
+offer(OP, "native")
 
 
 def _empty(votes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 
 from ..arguments import explained
 from ..autograd import apply, asked_again, own, transformed
-from ..backends import Case, is_strict, native_refuses, note, offer, taken
+from ..backends import Case, is_strict, native_refuses, note, offer, taken, triton_refuses
 from ..checks import floating, integer, shown, tensor, together
 from ..host import has_numbers
 from . import plain
@@ -32,9 +32,7 @@ def _native_refuses(case: Case) -> str | None:
     return None if case.dtype in dtypes else f"the CUDA C++ kernels take no {str(case.dtype).removeprefix('torch.')}"
 
 
-offer(OP, "triton", "fastroute.ops.task_mask.triton", triton.refuses)
-offer(OP, "native", "fastroute.ops.task_mask.schema", _native_refuses)
-offer(OP, "reference", "fastroute.ops.task_mask.plain", lambda case: None)
+offer(OP, "schema", native=_native_refuses, triton=triton_refuses)
 
 
 def _run(backend: str, name: str, *args: Any) -> Any:

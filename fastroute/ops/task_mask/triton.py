@@ -1,44 +1,30 @@
 """The Triton backend of ``task_mask`` as implementations of its compiled ops.
 
-Triton is imported by the first call. Importing this module registers the implementations.
+Importing this module registers the implementations.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 from torch import Tensor
 
-from ..backends import Case
-from ..registry import implement
+from ..registry import Kernels, implement
 from . import plain
 
-
-@cache
-def _kernels() -> Any:
-    from ...kernels import task_mask
-
-    return task_mask
-
-
-def refuses(case: Case) -> str | None:
-    """Why the kernels would not take a case."""
-    return _kernels().unsupported(case.device, case.dtype)
+_kernels = Kernels("task_mask")
 
 
 def _gate(g: Tensor, y: Tensor | None, mapping: Tensor, tasks: Tensor | None, task: int) -> Tensor:
-    made: Tensor | None = _kernels().gate(g, y, mapping, tasks, task)
+    made: Tensor | None = _kernels.gate(g, y, mapping, tasks, task)
     return plain.gate(g, y, mapping, tasks, task) if made is None else made
 
 
 def _rectify(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int) -> Tensor:
-    made: Tensor | None = _kernels().rectify(x, mapping, tasks, task)
+    made: Tensor | None = _kernels.rectify(x, mapping, tasks, task)
     return plain.rectify(x, mapping, tasks, task) if made is None else made
 
 
 def _mask_(x: Tensor, mapping: Tensor, tasks: Tensor | None, task: int, relu: bool) -> None:
-    if not _kernels().mask_(x, mapping, tasks, task, relu):
+    if not _kernels.mask_(x, mapping, tasks, task, relu):
         plain.mask_(x, mapping, tasks, task, relu)
 
 

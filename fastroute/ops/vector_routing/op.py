@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks
 from ..arguments import explained
 from ..autograd import asked_again, called, through, transformed
-from ..backends import Case, choose, native_refuses, offer, record, requested
+from ..backends import Case, choose, offer, record, requested
 from ..dtypes import accumulating
 from ..precision import autocast_off, autocast_precision, precision_of
 from ..registry import define, no_second_derivative
@@ -38,15 +38,7 @@ def case_of(x: Tensor, n_out: int) -> Case:
     return Case(OP, x.device.type, x.dtype, (("B", B), ("n", n), ("m", n_out), ("d", d)))
 
 
-def _triton_refuses(case: Case) -> str | None:
-    from .triton import unsupported
-
-    return unsupported(case.device, case.dtype, **dict(case.sizes))
-
-
-offer(OP, "reference", "fastroute.ops.vector_routing.plain", lambda case: None)
-offer(OP, "native", "fastroute.ops.vector_routing.native", native_refuses)
-offer(OP, "triton", "fastroute.ops.vector_routing.triton", _triton_refuses)
+offer(OP, "native")
 
 
 def _step(inputs: list[Any], precision: str) -> Step:

@@ -1,0 +1,136 @@
+"""One sample of a batch, as upstream's functions see it: a dict per decision, made on demand.
+
+Axes: K choices of a decision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .recorded_batch import RecordedBatch
+
+
+class SampleMetaInformation:
+    """One sample's history: its task, and a dict per decision made for it.
+
+    What a :class:`Trajectory` gives for ``trajectory[b]``. The dicts are made when looked at, from the batch's tensors:
+    ``actions`` (0-d int64), ``is_exploratory`` (0-d uint8), ``states`` ([1, K, 5], with its gradient), ``loss_funcs``,
+    ``reward_func``, and what was appended.
+
+    Args:
+        task: the label.
+
+    Examples:
+        >>> sample = fastroute.SampleMetaInformation(task=3)
+        >>> sample.append("add_rewards", -0.1, new_step=True)
+        >>> sample.task, sample.steps
+        (3, [{'add_rewards': -0.1}])
+    """
+
+    def __init__(self, task: Any = None) -> None:
+        batch = RecordedBatch(1, [task])
+        batch.samples[0] = self
+        self._batch, self._index, self._is_final = batch, 0, False
+
+    @classmethod
+    def _of(cls, batch: RecordedBatch, index: int) -> SampleMetaInformation:
+        if index not in batch.samples:
+            made = cls.__new__(cls)
+            made._batch, made._index, made._is_final = batch, index, False
+            batch.samples[index] = made
+        return batch.samples[index]
+
+    @property
+    def task(self) -> Any:
+        """The label given to ``Initialization``, None if there was none."""
+        tasks = self._batch.tasks
+        return None if tasks is None else tasks[self._index]
+
+    @task.setter
+    def task(self, value: Any) -> None:
+        batch = self._batch
+        tasks = [None] * batch.size if batch.tasks is None else list(batch.tasks)
+        tasks[self._index] = value
+        batch.tasks, batch._task_tensor = tasks, None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """A dict per decision, first one first. To add to them use :meth:`append`."""
+        return [step for _, step in self._steps()]
+
+    def _steps(self) -> list[tuple[int, dict[str, Any]]]:
+        batch, b = self._batch, self._index
+        foreign = list(batch.foreign.get(b, ()))
+        made: list[tuple[int, dict[str, Any]]] = []
+        for t, record in enumerate(batch.records):
+            while foreign and foreign[0][0] <= t:
+                made.append((-1, foreign.pop(0)[1]))
+            if not batch.is_active(t, b):
+                continue
+            step = {
+                "actions": record.actions[b],
+                "is_exploratory": record.exploratory[b].to(torch.uint8),
+                "states": record.take(torch.tensor([b], device=record.actions.device)).states(),
+                "loss_funcs": record.decision.loss_func,
+                "reward_func": record.reward,
+            }
+            if t in batch.pointers:
+                step["selected_modules"] = batch.pointers[t][int(record.actions[b])]
+            if t in batch.added:
+                step["add_rewards"] = batch.added[t][b]
+            step.update(batch.extras.get((t, b), {}))
+            made.append((t, step))
+        return made + [(-1, step) for _, step in foreign]
+
+    @property
+    def mixtures(self) -> list[dict[str, Any]]:
+        """A dict per top-k gating, first one first: ``actions`` and ``weights``, [k] each. No steps: no reward."""
+        b = self._index
+        here = [m for m in self._batch.mixtures if m.active is None or bool(m.active[b])]
+        return [{"actions": m.actions[b], "weights": m.weights[b]} for m in here]
+
+    def append(self, attr_name: str, obj: Any, new_step: bool = False) -> None:
+        """Write ``obj`` under a name into the sample's last step, or into a new one.
+
+        ``add_rewards`` (a number or a tensor with one) is added to that step's reward by ``Loss``.
+
+        Raises:
+            ValueError: there is no step to write into.
+        """
+        batch, b = self._batch, self._index
+        foreign = batch.foreign.setdefault(b, [])
+        if new_step:
+            foreign.append((len(batch.records), {attr_name: obj}))
+            return
+        last = next((t for t in reversed(range(len(batch.records))) if batch.is_active(t, b)), -1)
+        if foreign and foreign[-1][0] > last:
+            foreign[-1][1][attr_name] = obj
+        elif last < 0:
+            raise ValueError(f"append({attr_name!r}): no decision was made for this sample yet; pass new_step=True")
+        else:
+            batch.extras.setdefault((last, b), {})[attr_name] = obj
+
+    def finalize(self) -> None:
+        """Make every name of the steps an attribute: a list with one entry per step, None where a step lacks it."""
+        self._is_final = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        final = self._batch.final_reward
+        if name == "final_reward" and final is not None:
+            return final[self._index]
+        if self._is_final or final is not None:
+            steps = self.steps
+            if any(name in step for step in steps):
+                return [step.get(name) for step in steps]
+            if name == "add_rewards":
+                return [0.0] * len(steps)
+            names = ", ".join(sorted({key for step in steps for key in step}))
+            raise AttributeError(f"no step of this sample has {name!r}; they have: {names or 'nothing'}")
+        raise AttributeError(f"{name!r}: steps become attributes after finalize()")
+
+    def __repr__(self) -> str:
+        return f"SampleMetaInformation(task={self.task!r}, steps={len(self.steps)})"
