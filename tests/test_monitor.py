@@ -74,6 +74,21 @@ def test_counts_are_those_of_the_actions() -> None:
     assert numbers["gate/entropy"] == pytest.approx(entropy)
 
 
+def test_blocks_within_blocks() -> None:
+    """Of the same monitor: it counts until the outermost one ends, by an error too, and again in the next."""
+    layer = selection()
+    taken = lambda: layer(torch.randn(5, 3), Trajectory(5), torch.arange(5) % K)  # noqa: E731
+    monitor = RoutingMonitor(layer)
+    for _ in range(2):
+        with pytest.raises(KeyError), monitor:
+            with monitor:
+                taken()
+            taken()
+            raise KeyError
+        taken()
+        assert monitor.numbers()["Selection/entries"] == 10
+
+
 def test_collapse_dead_and_dropped() -> None:
     layer = selection()
     monitor = RoutingMonitor(layer)
@@ -213,7 +228,7 @@ def test_nothing_is_left_of_many_steps() -> None:
     steps(3)
     before = alive()
     steps(50)
-    assert alive() == before
+    assert alive() <= before  # less, where other tests leave something
     assert all(len(monitor._routes) <= 2 for monitor in monitors.values())
 
 
