@@ -108,7 +108,7 @@ class _Classification(Metric):
             return _binary(y_hat, y, mask, self.ignore_index, self.threshold or 0.0)
         elif self.classes not in (None, C):
             raise ValueError(f"y_hat: expected scores [B, {self.classes}, ...], got {labels.shown(y_hat)}")
-        elif self.classes is None and C > self._most:
+        elif self.classes is None and self._most < C:
             raise ValueError(f"classes: expected {C}, for scores {labels.shown(y_hat)}, got None")
         return _classes(y_hat, y, mask, self.ignore_index)
 
