@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..modules.reading import Memo
 from . import live_products
 from .active_task import Task, aware_parts
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
@@ -196,13 +198,18 @@ class Single:
         if not keep or W.is_inference() or type(W) is not nn.Parameter:
             return live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out)
         stamp = [
-            None if t is None else (t.data_ptr(), t._version, t.storage_offset(), t.dtype) for t in (W, b, out, inp)
+            None if t is None else (t.untyped_storage()._cdata, t._version, t.storage_offset(), t.dtype)
+            for t in (W, b, out, inp)
         ]
-        known = self._kept.get(id(layer))
+        memo = self._kept.get(id(layer))
+        if not isinstance(memo, Memo):
+            memo = self._kept[id(layer)] = Memo()
+        known = memo.known
         if known is None or known[0] != stamp:
-            # The indices are kept too, so that no other tensor gets their addresses.
-            known = (stamp, live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out), out, inp)
-            self._kept[id(layer)] = known
+            # A storage that is referred to, weakly too, keeps its address to itself.
+            held = [StorageWeakRef(t.untyped_storage()) for t in (W, b, out, inp) if t is not None]
+            known = stamp, live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out), held
+            memo.known = known
         return known[1], known[2]
 
     def mask(self, x: Tensor, router: TaskRouter, index: Tensor) -> Tensor:

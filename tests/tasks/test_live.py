@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -247,6 +249,29 @@ def test_kept_weights_follow_the_parameters() -> None:
         masked[0][0].weight.data.add_(1)
         slim.eval()
         assert_same({"y": slim(images(), 1)}, {"y": masked_output(masked, 1)})
+
+
+def test_kept_weights_are_not_told_by_an_address() -> None:
+    """What is freed leaves its address to what comes after it, as in ``net.half().float()``."""
+    masked = conv_net().eval()
+    slim, place = live(masked), np.zeros(masked[0][0].weight.numel())
+    for value in (1.0, 2.0):
+        place[:] = value
+        masked[0][0].weight.data = torch.from_numpy(place).view(masked[0][0].weight.shape)
+        with torch.no_grad():
+            assert_same({"y": slim(images(), 1)}, {"y": masked_output(masked, 1)})
+    assert len(pickle.dumps(slim)) == len(pickle.dumps(copy.deepcopy(slim)))  # copies keep nothing
+
+
+def test_masks_are_not_told_by_an_address() -> None:
+    masked = conv_net().eval()
+    slim, router = live(masked), next(m for m in masked.modules() if isinstance(m, TaskRouter))
+    masks = router._unit_mapping.clone()
+    for k in range(6):
+        router._unit_mapping = torch.ones_like(masks)  # frees those of the last call
+        router._unit_mapping = masks.roll(k, 1)
+        with torch.no_grad():
+            assert_same({"y": slim(images(), 1)}, {"y": masked_output(masked, 1)})
 
 
 def masked_output(model: nn.Module, task: int) -> Tensor:
