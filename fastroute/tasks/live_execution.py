@@ -235,7 +235,7 @@ class Mixed:
     turned = False
 
     def __init__(self, order: Sorted, task: Tensor) -> None:
-        self._order, self._groups, self._task = order, order.groups, task
+        self._order, self._groups, self._given, self._task = order, order.groups, task, task
         self.tasks = order.groups.number
         self._is_sorted = False
         self._index: dict[int, Tensor] = {}
@@ -299,7 +299,10 @@ class Mixed:
         return router(x, self._task), Held(router)
 
     def call(self, x: Tensor, layer: nn.Module) -> Tensor:
-        return called(layer, x, self._task)
+        """With samples in the order of the batch: a layer, or who looks at it, may know others of them."""
+        x = self.end(x)
+        self._is_sorted, self._task = False, self._given
+        return called(layer, x, self._given)
 
 
 def _width(found: Units) -> int:

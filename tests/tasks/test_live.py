@@ -356,6 +356,26 @@ def test_dropout_draws_as_before() -> None:
     assert_same(*results)
 
 
+class Scaled(nn.Module):
+    """By a number for each sample, in the order of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.arange(1.0, 1 + x.shape[0], dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+@pytest.mark.usefixtures("always_grouped")
+def test_what_is_called_sees_samples_in_their_order() -> None:
+    """A batch of several tasks is sorted by task only between layers that are read."""
+    masked = conv_net()
+    masked[0].insert(3, Scaled())
+    seen: list[Tensor] = []
+    slim = twin(masked)
+    for net in (masked, slim):
+        net[0][6].register_forward_hook(lambda module, x, y: seen.append(y.detach().clone()))
+    assert_same(passes(slim, images(), MIXED), passes(masked, images(), MIXED))
+    torch.testing.assert_close(*seen)
+
+
 def test_hooks_see_dense_activations() -> None:
     masked = conv_net()
     seen: list[torch.Size] = []
