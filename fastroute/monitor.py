@@ -217,9 +217,9 @@ class RoutingMonitor:
             self._tally(name, _Credit).add(*seen)
         elif kind == "losses":
             self._tally(name, _Losses).follow(*seen)
-        elif kind == "task losses" and getattr(layer, "weighting", None) is None:
-            losses = {task: t.detach() for task, t in seen[0].items()}
-            self._tally(name, _Losses).keep(tuple(losses), list(losses.values()), getattr(layer, "loss_weights", None))
+        elif kind == "task losses":
+            found, weights = seen
+            self._tally(name, _Losses).keep(tuple(found), [t.detach() for t in found.values()], weights)
 
     def _tally(self, name: str, kind: type[Any]) -> Any:
         self._told.add(name)

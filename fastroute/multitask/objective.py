@@ -184,8 +184,10 @@ class Objective(nn.Module):
         """
         tasks = self.output_tasks
         losses, weights = self._held_losses()
-        total, found = objective(tasks, losses, weights, y_hat, y, mask, self._weighting_of(weighting, losses), apart)
-        watching.tell(self, "task losses", found)
+        used = self._weighting_of(weighting, losses)
+        total, found = objective(tasks, losses, weights, y_hat, y, mask, used, apart)
+        if used is None or used is not self.weighting:  # which tells by itself
+            watching.tell(self, "task losses", found, weights if used is None else None)
         return total, found
 
     def _held_losses(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -296,7 +296,8 @@ class Mixed:
         return x.masked_fill(off.index_select(0, self._groups.member).view(x.shape[0], -1, *[1] * (x.dim() - 2)), 0)
 
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]:
-        return router(x, self._task), Held(router)
+        router._check_units(x)
+        return router.masked(x, self._task, self._task), Held(router)
 
     def call(self, x: Tensor, layer: nn.Module) -> Tensor:
         """With samples in the order of the batch: a layer, or who looks at it, may know others of them."""
