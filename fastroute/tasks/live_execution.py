@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..modules.reading import Memo
 from . import live_products
-from .active_task import Task, aware_parts
+from .active_task import Task, aware_parts, given
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
 from .live_batch_norm import dense_scale, live_batch_norm, uses_batch
 from .live_channels import CompactGroups, ExpandGroups, Sorted, Units, axis_of, expand, row, spread, units
@@ -53,14 +53,20 @@ def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
     """A layer of a chain, with its routers, or itself if it is one, at work on a task (None: on their active tasks)."""
     if isinstance(layer, TaskRouter):
         return layer(x) if task is None else layer(x, task=task)
-    inside = [] if task is None else [(part, part._active, part._active_id) for part in aware_parts(layer)[0]]
+    inside = [] if task is None else aware_parts(layer)[0]
+    tasks = {part: part._task(task) for part in inside}
+    moved = {p: t.to(p._active_id.device) if isinstance(t, Tensor) else t for p, t in tasks.items()}
+    if not torch.compiler.is_compiling():
+        with given(moved):
+            return layer(x)  # type: ignore[no-any-return]
+    before = [(part, part._active, part._active_id) for part in inside]
     try:
-        for part, _, on in inside:
-            part._hold(part._task(task), task.to(on.device) if isinstance(task, Tensor) else None)
+        for part, t in moved.items():
+            part._hold(t, t if isinstance(t, Tensor) else None)
         made: Tensor = layer(x)
     finally:
-        for part, before, on in inside:
-            part._hold(before, on)
+        for part, active, on in before:
+            part._hold(active, on)
     return made
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -19,6 +21,7 @@ from fastroute.tasks import (
     RoutedLinear,
     TaskRouter,
     live,
+    on_task,
     route,
     set_task,
     vgg11_bn,
@@ -354,6 +357,57 @@ def test_dropout_draws_as_before() -> None:
         seeds.manual_seed(5)
         results.append(passes(model, images(), 2))
     assert_same(*results)
+
+
+class MeetingPlace(nn.Module):
+    """A layer that is called, with a router in it; threads meet in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = nn.Sequential(nn.Linear(8, 8), TaskRouter(8, 4, 0.5, generator=generator()))
+        self.meet: Callable[[], object] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meet()
+        y: Tensor = x + self.routed(x)
+        self.meet()
+        return y
+
+
+def test_threads_have_the_tasks_of_their_calls() -> None:
+    block, x = MeetingPlace(), torch.randn(5, 3)
+    slim = live(nn.Sequential(nn.Linear(3, 8), TaskRouter(8, 4, 0.5, generator=generator()), nn.ReLU(), block))
+    expected, made = [slim(x, task) for task in range(3)], [torch.empty(0)] * 3
+    block.meet = partial(threading.Barrier(3).wait, timeout=20)
+
+    def run(task: int) -> None:
+        made[task] = slim(x, task)
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, made, expected)) and block.routed[1].active_task == 0
+
+
+def test_a_task_that_a_layer_sets_itself() -> None:
+    """Within a call that has another; on_task afterwards leaves the call's."""
+    block, x = MeetingPlace(), torch.randn(5, 3)
+    slim = live(nn.Sequential(nn.Linear(3, 8), TaskRouter(8, 4, 0.5, generator=generator()), nn.ReLU(), block))
+    h = slim[:3](x, 2)
+    seen: list[object] = []
+
+    def within() -> None:
+        with on_task(block, 3):
+            seen.append(block.routed[1].active_task)
+        seen.append(block.routed[1].active_task)
+
+    block.meet = within
+    torch.testing.assert_close(slim(x, 2), h + block.routed[1](block.routed[0](h), 2))
+    assert seen == [3, 2] * 2
+    block.meet = lambda: set_task(block, 1)
+    torch.testing.assert_close(slim(x, 2), h + block.routed[1](block.routed[0](h), 1))
 
 
 class Scaled(nn.Module):
