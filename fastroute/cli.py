@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _failed("interrupted", args.command)
         return _INTERRUPTED
     except OSError as error:
-        where = f"--out {args.out}" if error.filename is None and "out" in args else error.filename
+        out = getattr(args, "out", None)
+        where = error.filename or ("standard output" if out is None else f"--out {out}")
         return _failed(f"{where}: {error.strerror or error}", args.command)
 
 

@@ -98,6 +98,7 @@ class RoutingMonitor:
         self._conflict: dict[str, float] = {}
         self._told: set[str] = set()  # since the last reading
         self._warned: set[str] = set()
+        self._depth = 0  # blocks that are open
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are off, and have counted nothing: :meth:`attach` turns them on."""
@@ -130,10 +131,15 @@ class RoutingMonitor:
                 watching.unwatch(module, self)
 
     def __enter__(self) -> RoutingMonitor:
+        with self._lock:
+            self._depth += 1
         return self.attach()  # after a block that is over, too
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:  # the outermost block's end
+                self.remove()
 
     def __repr__(self) -> str:
         return f"RoutingMonitor({type(self.model).__name__}, {len(self.layers)} layers, every={self.every})"
@@ -211,9 +217,9 @@ class RoutingMonitor:
             self._tally(name, _Credit).add(*seen)
         elif kind == "losses":
             self._tally(name, _Losses).follow(*seen)
-        elif kind == "task losses" and getattr(layer, "weighting", None) is None:
-            losses = {task: t.detach() for task, t in seen[0].items()}
-            self._tally(name, _Losses).keep(tuple(losses), list(losses.values()), getattr(layer, "loss_weights", None))
+        elif kind == "task losses":
+            found, weights = seen
+            self._tally(name, _Losses).keep(tuple(found), [t.detach() for t in found.values()], weights)
 
     def _tally(self, name: str, kind: type[Any]) -> Any:
         self._told.add(name)

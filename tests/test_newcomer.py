@@ -107,6 +107,9 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(monkeypatch, capsys) -> N
     monkeypatch.setattr("fastroute.demos.capsules.run", run)
     assert main(["demo", "--out", "a.png"]) == 1
     assert "--out a.png: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr("fastroute.cli.doctor", lambda: run(None))
+    assert main(["doctor"]) == 1
+    assert "doctor: standard output: No space left on device" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_read_enough() -> None:

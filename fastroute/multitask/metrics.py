@@ -5,6 +5,7 @@ Axes: T tasks, B samples, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,6 +92,8 @@ class _Classification(Metric):
         threshold: what a score of class 1 is above, where there is no score per class; None is 0.
     """
 
+    _most: float = math.inf  #: how many classes there may be without ``classes``
+
     def __init__(self, classes: int | None, ignore_index: int, threshold: float | None) -> None:
         super().__init__()
         self.classes, self.ignore_index, self.threshold = classes, ignore_index, threshold
@@ -105,6 +108,8 @@ class _Classification(Metric):
             return _binary(y_hat, y, mask, self.ignore_index, self.threshold or 0.0)
         elif self.classes not in (None, C):
             raise ValueError(f"y_hat: expected scores [B, {self.classes}, ...], got {labels.shown(y_hat)}")
+        elif self.classes is None and self._most < C:
+            raise ValueError(f"classes: expected {C}, for scores {labels.shown(y_hat)}, got None")
         return _classes(y_hat, y, mask, self.ignore_index)
 
 
@@ -166,7 +171,8 @@ class F1(_Classification):
     A class that was neither predicted nor there counts 0, as in scikit-learn. A score of NaN predicts nothing.
 
     Args:
-        classes: C, for scores [B, C, ...] and classes [B, ...] or class probabilities [B, C, ...].
+        classes: C, for scores [B, C, ...] and classes [B, ...] or class probabilities [B, C, ...]; it may be left out
+            where C is 2.
         ignore_index: a label that is none.
         threshold: 0 for logits, as without it; 0.5 for probabilities, of a head that ends in Sigmoid.
 
@@ -177,6 +183,7 @@ class F1(_Classification):
         0.667
     """
 
+    _most = 2
     hits: Tensor
     predicted: Tensor
     true: Tensor

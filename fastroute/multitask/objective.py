@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import watching
+from ..ops.checks import given
 from ..ops.masked import only
 from .loss import task_losses
 from .schedule import Anchors
@@ -79,7 +81,7 @@ def objective(
     used = [own_weights.get(name) for name in found]
     if any(isinstance(w, nn.Parameter) for w in used) and not torch.compiler.is_compiling():
         warnings.warn(UNBOUNDED, UserWarning, stacklevel=3)
-    return _with_the_rest(_weighted(found, used), rest), found
+    return _with_the_rest(_weighted(found, list(map(_weight, found, used))), rest), found
 
 
 def _with_the_rest(total: Tensor, rest: Sequence[Any]) -> Tensor:
@@ -97,16 +99,25 @@ def _with_the_rest(total: Tensor, rest: Sequence[Any]) -> Tensor:
     return total
 
 
-def _weighted(found: Mapping[str, Tensor], weights: Sequence[Any]) -> Tensor:
-    """sum_i w_i L_i. A weight of None is 1; learned ones [1] lose their axis."""
+def _weight(name: str, weight: Any) -> Any:
+    """A ``loss_weight`` as a number or a tensor without axes; None is 1, learned ones [1] lose their axis."""
+    if weight is None:
+        return 1
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        return weight.reshape(())
+    if not isinstance(weight, Real):
+        expected = "expected a number, a tensor of one element or None"
+        raise TypeError(f"loss_weight of {name!r}: {expected}, got {given(weight)}")
+    return weight
+
+
+def _weighted(found: Mapping[str, Tensor], numbers: Sequence[Any]) -> Tensor:
+    """sum_i w_i L_i."""
     values = list(found.values())
-    numbers = [1 if w is None else w for w in weights]
     if all(not isinstance(w, Tensor) and w == numbers[0] for w in numbers):
         total = torch.stack(values).sum()
         return total if numbers[0] == 1 else total * numbers[0]
-    return torch.stack(
-        [v * (w.reshape(()) if isinstance(w, Tensor) else w) for v, w in zip(values, numbers, strict=True)]
-    ).sum()
+    return torch.stack([v * w for v, w in zip(values, numbers, strict=True)]).sum()
 
 
 class Objective(nn.Module):
@@ -173,8 +184,10 @@ class Objective(nn.Module):
         """
         tasks = self.output_tasks
         losses, weights = self._held_losses()
-        total, found = objective(tasks, losses, weights, y_hat, y, mask, self._weighting_of(weighting, losses), apart)
-        watching.tell(self, "task losses", found)
+        used = self._weighting_of(weighting, losses)
+        total, found = objective(tasks, losses, weights, y_hat, y, mask, used, apart)
+        if used is None or used is not self.weighting:  # which tells by itself
+            watching.tell(self, "task losses", found, weights if used is None else None)
         return total, found
 
     def _held_losses(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -70,6 +71,33 @@ def is_mapped(task: Task) -> bool:
     return False
 
 
+class _Given(threading.local):
+    """Of a thread: the tasks that modules work on in the call that is being made, whatever is their active task."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[TaskAware, Task] = {}
+
+
+_given = _Given()
+
+
+def let_go(parts: Iterable[TaskAware]) -> None:
+    """Modules work on their active tasks again, for the rest of the call."""
+    if not torch.compiler.is_compiling() and _given.tasks:
+        _given.tasks = {part: task for part, task in _given.tasks.items() if part not in parts}
+
+
+@contextmanager
+def given(tasks: dict[TaskAware, Task]) -> Iterator[None]:
+    """Within, modules work on these tasks where they are called without one, in this thread alone."""
+    before = _given.tasks
+    _given.tasks = {**before, **tasks}
+    try:
+        yield
+    finally:
+        _given.tasks = before
+
+
 class TaskAware(nn.Module):
     """A module that works on one of ``task_count`` tasks, told in ``forward`` or beforehand by ``set_active_task``.
 
@@ -106,7 +134,8 @@ class TaskAware(nn.Module):
     @property
     def active_task(self) -> Task:
         """The task used when ``forward`` is given none, as it was set."""
-        return self._active
+        found = self._given()
+        return self._active if found is None else found
 
     @active_task.setter
     def active_task(self, task: Task) -> None:
@@ -119,8 +148,13 @@ class TaskAware(nn.Module):
             IndexError, TypeError, ValueError: no task of this module.
         """
         task = task_index(active_task, self.task_count, "active_task")
+        let_go([self])
         self._hold(task)
         return task
+
+    def _given(self) -> Task | None:
+        """The task of the call that this one is a part of, if it has one of its own."""
+        return None if torch.compiler.is_compiling() else _given.tasks.get(self)
 
     def _task(self, task: Task | None) -> Task:
         """The task to work on: the given one, checked, or the active one."""
@@ -128,21 +162,25 @@ class TaskAware(nn.Module):
             return task_index(task, self.task_count)
         if torch.compiler.is_compiling():
             return self._active_id
-        self._count()
-        return self._active if not isinstance(self._active, Tensor) else self._active_id
+        tasks = _given.tasks
+        active = tasks.get(self) if tasks else None
+        if active is None:
+            active = self._active_id if isinstance(self._active, Tensor) else self._active
+        self._count(active)
+        return active
 
-    def _count(self) -> None:
+    def _count(self, active: Task) -> None:
         """Of each task, the passes in training without gradients, which may be made again."""
-        if not self.training or isinstance(self._active, Tensor) or saved_are_hooked():
+        if not self.training or isinstance(active, Tensor) or saved_are_hooked():
             return
         again = is_recomputation()
         if again != torch.is_grad_enabled():
             return
         due: dict[int, int] = self.__dict__.setdefault("_due", {})
         if not again:
-            due[self._active] = due.get(self._active, 0) + 1
-        elif due.get(self._active, 0):
-            due[self._active] -= 1
+            due[active] = due.get(active, 0) + 1
+        elif due.get(active, 0):
+            due[active] -= 1
         elif any(due.values()):
             raise RuntimeError(_CHANGED)
 
@@ -150,7 +188,8 @@ class TaskAware(nn.Module):
         """y, made for a task that may be the active one; its backward raises if it was made again for another."""
         if task is not None or traced() or not torch.is_grad_enabled() or not saved_are_hooked():
             return y
-        active = self._active if isinstance(self._active, Tensor) else torch.tensor(self._active)
+        active = self.active_task
+        active = active if isinstance(active, Tensor) else torch.tensor(active)
         anchor = None if y.requires_grad else torch.empty(0, requires_grad=True)  # what follows depends on the task
         return _Checked.apply(y, active, anchor)
 
@@ -217,6 +256,7 @@ def set_task(model: nn.Module, task: Task) -> None:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
     if aware:
         checked = task_index(task, min([module.task_count for module in aware]))
+        let_go(aware)
     where: dict[torch.device, Tensor] = {}
     for module in aware:
         device = module._active_id.device  # the module's, found faster
@@ -256,6 +296,7 @@ def on_task(model: nn.Module, task: Task) -> Iterator[None]:
     aware, others = aware_parts(model)
     before = [(module, module._active, module._active_id) for module in aware]
     theirs = [(other, other.active_task) for other in others if hasattr(other, "active_task")]
+    of_call = None if torch.compiler.is_compiling() else _given.tasks
     set_task(model, task)
     try:
         yield
@@ -264,6 +305,8 @@ def on_task(model: nn.Module, task: Task) -> Iterator[None]:
             module._hold(active, on)
         for other, active in theirs:
             other.set_active_task(active)
+        if of_call is not None:
+            _given.tasks = of_call
 
 
 #: By class: whether modules are TaskAware, have a ``set_active_task`` without being it, or neither.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..modules.reading import Memo
 from ..ops.host import on_host
 from .active_task import Task, traced
 from .router import TaskRouter
@@ -36,10 +37,12 @@ def units(router: TaskRouter) -> Units:
     """
     mapping = router._unit_mapping
     if not torch.compiler.is_compiling() and not (mapping.is_meta and "_live" in router._buffers):
-        known = (id(mapping), -1 if mapping.is_inference() else mapping._version)
-        if getattr(router, "_live_of", None) != known:
+        version = -1 if mapping.is_inference() else mapping._version
+        memo: Memo = getattr(router, "_live_memo", None) or Memo()
+        if memo.known is None or memo.known[0] is not mapping or memo.known[1] != version:
             _renew(router, mapping)
-            object.__setattr__(router, "_live_of", known)
+            memo.known = mapping, version  # kept, so that no other tensor is taken for it
+            object.__setattr__(router, "_live_memo", memo)
     return Units._make((router._buffers["_live"], router._buffers["_dead"], router._live_padded))
 
 
@@ -60,7 +63,7 @@ def _renew(router: TaskRouter, mapping: Tensor) -> None:
 
 def renew(router: Any, *_: Any) -> None:
     """Read the masks again, if it has been asked for its channels."""
-    object.__setattr__(router, "_live_of", None)
+    object.__setattr__(router, "_live_memo", None)
     units(router)
 
 

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..modules.reading import Memo
 from . import live_products
-from .active_task import Task, aware_parts
+from .active_task import Task, aware_parts, given
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
 from .live_batch_norm import dense_scale, live_batch_norm, uses_batch
 from .live_channels import CompactGroups, ExpandGroups, Sorted, Units, axis_of, expand, row, spread, units
@@ -51,14 +53,20 @@ def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
     """A layer of a chain, with its routers, or itself if it is one, at work on a task (None: on their active tasks)."""
     if isinstance(layer, TaskRouter):
         return layer(x) if task is None else layer(x, task=task)
-    inside = [] if task is None else [(part, part._active, part._active_id) for part in aware_parts(layer)[0]]
+    inside = [] if task is None else aware_parts(layer)[0]
+    tasks = {part: part._task(task) for part in inside}
+    moved = {p: t.to(p._active_id.device) if isinstance(t, Tensor) else t for p, t in tasks.items()}
+    if not torch.compiler.is_compiling():
+        with given(moved):
+            return layer(x)  # type: ignore[no-any-return]
+    before = [(part, part._active, part._active_id) for part in inside]
     try:
-        for part, _, on in inside:
-            part._hold(part._task(task), task.to(on.device) if isinstance(task, Tensor) else None)
+        for part, t in moved.items():
+            part._hold(t, t if isinstance(t, Tensor) else None)
         made: Tensor = layer(x)
     finally:
-        for part, before, on in inside:
-            part._hold(before, on)
+        for part, active, on in before:
+            part._hold(active, on)
     return made
 
 
@@ -196,13 +204,18 @@ class Single:
         if not keep or W.is_inference() or type(W) is not nn.Parameter:
             return live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out)
         stamp = [
-            None if t is None else (t.data_ptr(), t._version, t.storage_offset(), t.dtype) for t in (W, b, out, inp)
+            None if t is None else (t.untyped_storage()._cdata, t._version, t.storage_offset(), t.dtype)
+            for t in (W, b, out, inp)
         ]
-        known = self._kept.get(id(layer))
+        memo = self._kept.get(id(layer))
+        if not isinstance(memo, Memo):
+            memo = self._kept[id(layer)] = Memo()
+        known = memo.known
         if known is None or known[0] != stamp:
-            # The indices are kept too, so that no other tensor gets their addresses.
-            known = (stamp, live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out), out, inp)
-            self._kept[id(layer)] = known
+            # A storage that is referred to, weakly too, keeps its address to itself.
+            held = [StorageWeakRef(t.untyped_storage()) for t in (W, b, out, inp) if t is not None]
+            known = stamp, live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out), held
+            memo.known = known
         return known[1], known[2]
 
     def mask(self, x: Tensor, router: TaskRouter, index: Tensor) -> Tensor:
@@ -228,7 +241,7 @@ class Mixed:
     turned = False
 
     def __init__(self, order: Sorted, task: Tensor) -> None:
-        self._order, self._groups, self._task = order, order.groups, task
+        self._order, self._groups, self._given, self._task = order, order.groups, task, task
         self.tasks = order.groups.number
         self._is_sorted = False
         self._index: dict[int, Tensor] = {}
@@ -289,10 +302,14 @@ class Mixed:
         return x.masked_fill(off.index_select(0, self._groups.member).view(x.shape[0], -1, *[1] * (x.dim() - 2)), 0)
 
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]:
-        return router(x, self._task), Held(router)
+        router._check_units(x)
+        return router.masked(x, self._task, self._task), Held(router)
 
     def call(self, x: Tensor, layer: nn.Module) -> Tensor:
-        return called(layer, x, self._task)
+        """With samples in the order of the batch: a layer, or who looks at it, may know others of them."""
+        x = self.end(x)
+        self._is_sorted, self._task = False, self._given
+        return called(layer, x, self._given)
 
 
 def _width(found: Units) -> int:

@@ -148,9 +148,9 @@ class TaskRouter(TaskAware):
         if not self.use_routing:
             return x
         self._check_units(x)
-        if self.over_features(x):  # seen with its units as axis 1, without a copy
-            return self._masked(x.movedim(-1, 1), task).movedim(1, -1)
-        return self._masked(x, task)
+        active = self._task(task)
+        watching.tell(self, "tasks", active, x, self.task_count)
+        return self.masked(x, active, task)
 
     def _check_units(self, x: Tensor) -> None:
         if isinstance(x, Tensor) and (x.dim() < 2 or x.shape[self.axis] != self.unit_count):
@@ -161,11 +161,13 @@ class TaskRouter(TaskAware):
         """Whether the units are x's last axis and that is not axis 1."""
         return self.axis == -1 and isinstance(x, Tensor) and x.dim() > 2
 
-    def _masked(self, x: Tensor, task: Task | None) -> Tensor:
+    def masked(self, x: Tensor, active: Task, task: Task | None) -> Tensor:
+        """x masked for the active task, of which ``task`` was given; nobody is told of it."""
         inplace = self.inplace and (torch.compiler.is_compiling() or not traced())  # under vmap x may be fewer than y
-        active = self._task(task)
-        watching.tell(self, "tasks", active, x, self.task_count)
-        return self._checked(task_mask(x, self._unit_mapping, active, inplace=inplace), task)
+        turned = self.over_features(x)  # then seen with its units as axis 1, without a copy
+        x = x.movedim(-1, 1) if turned else x
+        y = self._checked(task_mask(x, self._unit_mapping, active, inplace=inplace), task)
+        return y.movedim(1, -1) if turned else y
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         strict, missing_keys, unexpected_keys, error_msgs = args

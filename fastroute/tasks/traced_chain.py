@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..modules.reading import is_pristine, may_be_read, why_called
 from .layer_chain import Leaf, is_sequence, leaves
 from .router import TaskRouter
 from .vgg import VGG
@@ -19,7 +20,11 @@ def flow(model: nn.Module, task: int) -> list[Leaf]:
     Raises:
         ValueError: it is no chain, naming where.
     """
-    if isinstance(model, VGG):
+    if is_pristine(type(model)) and (why := why_called(model)) is not None:
+        raise ValueError(
+            f"model: expected a model that does what its forward says, got a {type(model).__name__}: {why}"
+        )
+    if isinstance(model, VGG) and type(model).forward is VGG.forward:
         named: list[tuple[str, nn.Module]] = [
             ("features", model.features),
             ("avgpool", model.avgpool),
@@ -33,7 +38,7 @@ def flow(model: nn.Module, task: int) -> list[Leaf]:
 
 
 def _opened(name: str, module: nn.Module) -> list[Leaf]:
-    if is_sequence(module):
+    if is_sequence(module) and may_be_read(module):
         return list(leaves(module, name))
     return [Leaf(name, module, nn.Sequential(), name)]
 
@@ -43,6 +48,10 @@ _FUNCTIONS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.SiLU: (F.silu,),
     nn.Tanh: (torch.tanh, F.tanh, "tanh"),
 }
+
+
+#: What only looks at a tensor.
+_LOOKS = ("size", "dim", "numel", "type", "is_floating_point", "data_ptr", getattr)
 
 
 class _Tracer(fx.Tracer):
@@ -69,11 +78,16 @@ def _traced(model: nn.Module) -> list[Leaf]:
             if node.args[0] is not last:
                 raise ValueError("model: expected the last layer's result as the output, got something else")
             continue
-        if not node.users and node.op != "output":
-            continue
+        if not node.users:
+            if node.op == "get_attr" or node.target in _LOOKS:
+                continue
+            raise ValueError(
+                f"{_name(node)}: expected a layer whose result the next one takes, got one whose result nobody takes: "
+                "what it does in place cannot be followed"
+            )
         if node.all_input_nodes != [last] or not node.args or node.args[0] is not last:
             raise ValueError(
-                f"{node.target}: expected a layer of the result of the one before ({last}), got inputs "
+                f"{_name(node)}: expected a layer of the result of the one before ({last}), got inputs "
                 f"{list(node.all_input_nodes)}: "
                 f"branches cannot be followed"
             )
@@ -82,14 +96,17 @@ def _traced(model: nn.Module) -> list[Leaf]:
     return found
 
 
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def _layers_of(model: nn.Module, node: fx.Node) -> list[Leaf]:
     if node.op == "call_module":
         name = str(node.target)
         return _opened(name, model.get_submodule(name))
     module = _as_module(node)
     if module is None:
-        name = getattr(node.target, "__name__", str(node.target))
-        raise ValueError(f"{node.name}: expected modules, flatten and activations in forward, got {name}")
+        raise ValueError(f"{node.name}: expected modules, flatten and activations in forward, got {_name(node)}")
     return [Leaf(node.name, module.train(model.training), nn.Sequential(), node.name)]
 
 

@@ -168,6 +168,13 @@ def test_later() -> None:
         _ = model.outputs
 
 
+@pytest.mark.parametrize("weight", [abs, "0.5", torch.ones(2), [1.0]])
+def test_a_weight_that_multiplies_nothing(weight: Any) -> None:
+    model = torchmtl.MTLModel([node("a", loss=nn.MSELoss(), loss_weight=weight)], ["a"])
+    with pytest.raises(TypeError, match="loss_weight of 'a': expected a number, a tensor of one element or None, got"):
+        model.loss(model(torch.ones(2, 1)), torch.ones(2, 1))
+
+
 def test_a_node_that_fails_is_named() -> None:
     """And what it was called with."""
     model = MTLModel([node("a", nn.Linear(3, 4)), node("b", nn.Linear(5, 2), anchor_layer="a")], ["b"])

@@ -277,6 +277,7 @@ def test_relative_improvement() -> None:
         (lambda: Accuracy(threshold="0.5"), TypeError, "threshold: expected a number, got '0.5'"),
         (lambda: F1(threshold=True), TypeError, "threshold: expected a number, got True"),
         (lambda: F1(3).update(torch.ones(4, 2), torch.ones(4)), ValueError, r"y_hat: expected scores \[B, 3, ...\]"),
+        (lambda: F1().update(torch.ones(4, 3), torch.ones(4)), ValueError, r"expected 3, .* \[4, 3\], got None"),
         (
             lambda: L1().update(torch.ones(4, 3), torch.ones(3, 4)),
             ValueError,

@@ -316,6 +316,26 @@ def test_a_graph_that_is_walked_twice_counts_once(kind: str) -> None:
     torch.testing.assert_close(made(), once(kind), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_not_finite_is_not_remembered(kind: str, value: float) -> None:
+    """As if that task had no loss in that batch, at the step and after it; gradient scalers skip such a step."""
+    states = []
+    for bad in (torch.tensor(value, dtype=F64), None):
+        made = {"dwa": DWA, "stch": partial(STCH, warmup=1), "famo": FAMO}
+        weighting: Weighting = made[kind](["a", "b"], dtype=F64)
+        for k in range(5):
+            own = torch.tensor([2.0 + k, 3.0], dtype=F64, requires_grad=True)
+            step = {"a": own[0] if k != 1 else bad, "b": own[1]}
+            weighting(step).backward()
+            weighting.update({"a": own.detach()[0] / 2 if k != 3 else bad, "b": own.detach()[1] / 3})
+            if k % 2:
+                weighting.step()
+        states.append(weighting.state_dict())
+        assert all(t.isfinite().all() for t in states[-1].values())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loss_that_is_recomputed_counts_once(kind: str, reentrant: bool) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastroute.tasks import TaskRouter, extract_task, fold, live, mask_overlap, route, set_task, vgg11, vgg11_bn
+from fastroute.tasks import VGG, TaskRouter, extract_task, fold, live, mask_overlap, route, set_task, vgg11, vgg11_bn
 from tests.tasks.nets import T, assert_same, conv_net, generator, images, passes
 
 
@@ -229,6 +229,58 @@ def test_bad_input_names_the_place() -> None:
 
     with pytest.raises(ValueError, match=r"^3: expected modules of torch\.nn without hooks, got Mine"):
         extract_task(nn.Sequential(conv, router, after, Mine()), 0)
+
+
+class InPlace(nn.Module):
+    """A chain, but for a result that nobody takes."""
+
+    def __init__(self, what: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.first, self.router, self.what, self.last = nn.Linear(4, 8), TaskRouter(8, T, 0.5), what, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.router(self.first(x))
+        self.what(y)
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+class Rounded(VGG):
+    def forward(self, x: Tensor, task: object = None) -> Tensor:
+        return super().forward(x, task).round()  # type: ignore[arg-type]
+
+
+def hooked(model: nn.Module, part: str = "") -> nn.Module:
+    model.get_submodule(part).register_forward_hook(lambda m, x, y: 2 * y)
+    return model
+
+
+def small_vgg(cls: type[VGG] = VGG) -> VGG:
+    return cls(nn.Sequential(nn.Conv2d(3, 8, 3), TaskRouter(8, T, 0.5), nn.ReLU()), T, bottleneck_spatial=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: InPlace(lambda y: F.relu(y, inplace=True)), "relu: expected a layer whose result the next one takes"),
+        (lambda: InPlace(lambda y: y.mul_(2)), "mul_: expected a layer whose result the next one takes"),
+        (lambda: InPlace(nn.ReLU(inplace=True)), "what: expected a layer whose result the next one takes"),
+        (lambda: small_vgg(Rounded), "model: expected a chain of layers, got a Rounded"),
+        (lambda: hooked(small_vgg()), "model: expected a model that does what its forward says, got a VGG: a hook"),
+        (lambda: hooked(small_vgg(), "features"), "features: expected modules of torch.nn without hooks, got Sequ"),
+        (lambda: hooked(conv_net()), "model: expected a model that does .* got a Sequential: a hook"),
+        (lambda: hooked(InPlace(Tensor.size)), "model: expected a model that does .* got a InPlace: a hook"),
+    ],
+)
+def test_what_a_model_does_besides_its_layers(model: Callable[[], nn.Module], message: str) -> None:
+    """What no layer of the chain says is not left out silently."""
+    with pytest.raises(ValueError, match=message):
+        extract_task(model(), 1)
+
+
+def test_a_look_at_a_tensor_is_no_layer() -> None:
+    model, x = InPlace(lambda y: (y.size(0), y.shape)), torch.randn(3, 4)
+    set_task(model, 2)
+    torch.testing.assert_close(extract_task(model, 2)(x), model(x))
 
 
 class Doubling(TaskRouter):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +21,7 @@ from fastroute.tasks import (
     RoutedLinear,
     TaskRouter,
     live,
+    on_task,
     route,
     set_task,
     vgg11_bn,
@@ -249,6 +254,29 @@ def test_kept_weights_follow_the_parameters() -> None:
         assert_same({"y": slim(images(), 1)}, {"y": masked_output(masked, 1)})
 
 
+def test_kept_weights_are_not_told_by_an_address() -> None:
+    """What is freed leaves its address to what comes after it, as in ``net.half().float()``."""
+    masked = conv_net().eval()
+    slim, place = live(masked), np.zeros(masked[0][0].weight.numel())
+    for value in (1.0, 2.0):
+        place[:] = value
+        masked[0][0].weight.data = torch.from_numpy(place).view(masked[0][0].weight.shape)
+        with torch.no_grad():
+            assert_same({"y": slim(images(), 1)}, {"y": masked_output(masked, 1)})
+    assert len(pickle.dumps(slim)) == len(pickle.dumps(copy.deepcopy(slim)))  # copies keep nothing
+
+
+def test_masks_are_not_told_by_an_address() -> None:
+    masked = conv_net().eval()
+    slim, router = live(masked), next(m for m in masked.modules() if isinstance(m, TaskRouter))
+    masks = router._unit_mapping.clone()
+    for k in range(6):
+        router._unit_mapping = torch.ones_like(masks)  # frees those of the last call
+        router._unit_mapping = masks.roll(k, 1)
+        with torch.no_grad():
+            assert_same({"y": slim(images(), 1)}, {"y": masked_output(masked, 1)})
+
+
 def masked_output(model: nn.Module, task: int) -> Tensor:
     set_task(model, task)
     y: Tensor = model(images())
@@ -329,6 +357,77 @@ def test_dropout_draws_as_before() -> None:
         seeds.manual_seed(5)
         results.append(passes(model, images(), 2))
     assert_same(*results)
+
+
+class MeetingPlace(nn.Module):
+    """A layer that is called, with a router in it; threads meet in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = nn.Sequential(nn.Linear(8, 8), TaskRouter(8, 4, 0.5, generator=generator()))
+        self.meet: Callable[[], object] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meet()
+        y: Tensor = x + self.routed(x)
+        self.meet()
+        return y
+
+
+def test_threads_have_the_tasks_of_their_calls() -> None:
+    block, x = MeetingPlace(), torch.randn(5, 3)
+    slim = live(nn.Sequential(nn.Linear(3, 8), TaskRouter(8, 4, 0.5, generator=generator()), nn.ReLU(), block))
+    expected, made = [slim(x, task) for task in range(3)], [torch.empty(0)] * 3
+    block.meet = partial(threading.Barrier(3).wait, timeout=20)
+
+    def run(task: int) -> None:
+        made[task] = slim(x, task)
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, made, expected)) and block.routed[1].active_task == 0
+
+
+def test_a_task_that_a_layer_sets_itself() -> None:
+    """Within a call that has another; on_task afterwards leaves the call's."""
+    block, x = MeetingPlace(), torch.randn(5, 3)
+    slim = live(nn.Sequential(nn.Linear(3, 8), TaskRouter(8, 4, 0.5, generator=generator()), nn.ReLU(), block))
+    h = slim[:3](x, 2)
+    seen: list[object] = []
+
+    def within() -> None:
+        with on_task(block, 3):
+            seen.append(block.routed[1].active_task)
+        seen.append(block.routed[1].active_task)
+
+    block.meet = within
+    torch.testing.assert_close(slim(x, 2), h + block.routed[1](block.routed[0](h), 2))
+    assert seen == [3, 2] * 2
+    block.meet = lambda: set_task(block, 1)
+    torch.testing.assert_close(slim(x, 2), h + block.routed[1](block.routed[0](h), 1))
+
+
+class Scaled(nn.Module):
+    """By a number for each sample, in the order of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.arange(1.0, 1 + x.shape[0], dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+@pytest.mark.usefixtures("always_grouped")
+def test_what_is_called_sees_samples_in_their_order() -> None:
+    """A batch of several tasks is sorted by task only between layers that are read."""
+    masked = conv_net()
+    masked[0].insert(3, Scaled())
+    seen: list[Tensor] = []
+    slim = twin(masked)
+    for net in (masked, slim):
+        net[0][6].register_forward_hook(lambda module, x, y: seen.append(y.detach().clone()))
+    assert_same(passes(slim, images(), MIXED), passes(masked, images(), MIXED))
+    torch.testing.assert_close(*seen)
 
 
 def test_hooks_see_dense_activations() -> None:

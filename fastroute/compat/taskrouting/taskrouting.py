@@ -11,7 +11,7 @@ from fastroute import tasks
 from fastroute.functional import task_mask
 from fastroute.ops import checks
 from fastroute.ops.arguments import renamed
-from fastroute.tasks.active_task import Task, on_device
+from fastroute.tasks.active_task import Task, let_go, on_device
 
 __all__ = ["TaskRouter"]
 
@@ -65,6 +65,7 @@ class TaskRouter(tasks.TaskRouter):
     def set_active_task(self, active_task: Any) -> Any:
         """Stores the task and returns it."""
         whole = active_task.long() if isinstance(active_task, Tensor) else int(active_task)
+        let_go([self])
         self._hold(active_task, on_device(whole, self._device()))
         return active_task
 
@@ -84,7 +85,7 @@ class TaskRouter(tasks.TaskRouter):
             return input
         self._check_units(input)
         checks.together(("the masks", self._unit_mapping), {"input": input})
-        if task is None:
+        if task is None and (task := self._given()) is None:
             task = self._active_id  # read in a graph: it then depends on no number
             if not torch.compiler.is_compiling() and not isinstance(self._active, Tensor):
                 task = int(self._active)

@@ -24,7 +24,7 @@ class Remembering(Weighting):
 
     A call in evaluation, or without gradients (``torch.no_grad()``), leaves no trace. Of the other calls those count
     whose total was back-propagated, each once. Where none was, all of them count: in a compiled graph, which does not
-    tell, and where a weighting is used without a backward pass.
+    tell, and where a weighting is used without a backward pass. A loss that is NaN or infinite is never remembered.
 
     So a record is a buffer [2, T], with a row ``CALLED`` and a row ``TRAINED``. ``records`` names those of a class.
     """
@@ -53,13 +53,13 @@ class Remembering(Weighting):
         made = self.combine(values, here)
         watching.tell(self, "losses", self.tasks, values, made)
         if self.is_recording and self.training and torch.is_grad_enabled():
-            read = values.detach()
-            self.record(CALLED, read, here)
+            read, there = finite(values.detach(), here)
+            self.record(CALLED, read, there)
             if made.requires_grad and not torch.compiler.is_compiling():
-                self._record_when_trained(made, read, here)
+                self._record_when_trained(made, read, there)
         return made
 
-    def _record_when_trained(self, made: Tensor, losses: Tensor, present: Tensor | None) -> None:
+    def _record_when_trained(self, made: Tensor, losses: Tensor, present: Tensor) -> None:
         def record(_: Tensor) -> None:
             handle.remove()  # a graph may be walked more than once
             with torch.no_grad():
@@ -67,7 +67,7 @@ class Remembering(Weighting):
 
         handle = made.register_hook(record)
 
-    def record(self, row: int, losses: Tensor, present: Tensor | None) -> None:
+    def record(self, row: int, losses: Tensor, present: Tensor) -> None:
         """Remember the losses [T] of a call, where ``present`` [T]."""
         raise NotImplementedError
 
@@ -77,6 +77,12 @@ class Remembering(Weighting):
             if isinstance(given := state_dict.get(key), Tensor) and given.dim() == 1:
                 state_dict[key] = torch.stack([given] * 2)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def finite(losses: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Losses [T] that can be remembered, 0 in place of the others, and which they are."""
+    there = losses.isfinite()
+    return torch.where(there, losses, 0), there if present is None else present & there
 
 
 def of_training(record: Tensor, trained: Tensor) -> Tensor:
@@ -91,10 +97,10 @@ class EpochMeans(Remembering):
     summed: Tensor
     counted: Tensor
 
-    def record(self, row: int, losses: Tensor, present: Tensor | None) -> None:
+    def record(self, row: int, losses: Tensor, present: Tensor) -> None:
         """Add to the epoch's sums."""
         self.summed[row].add_(losses)
-        self.counted[row].add_(1 if present is None else present)
+        self.counted[row].add_(present)
 
     def end_epoch(self) -> Tensor:
         """The means [T] of the epoch that ends, NaN of a task without a loss."""
@@ -237,13 +243,10 @@ class FAMO(Remembering):
         c = torch.where(c > 0, c, 1)  # nothing is there
         return total(z * logs, present) / c
 
-    def record(self, row: int, losses: Tensor, present: Tensor | None) -> None:
+    def record(self, row: int, losses: Tensor, present: Tensor) -> None:
         """Keep log D from before the optimizer's step."""
         self.before[row].copy_(self._log(losses))
-        if present is None:
-            self.seen[row].fill_(1)
-        else:
-            self.seen[row].copy_(present)
+        self.seen[row].copy_(present)
 
     @torch.no_grad()
     def update(self, losses: Losses, present: Present | None = None) -> None:
@@ -253,11 +256,11 @@ class FAMO(Remembering):
             losses: of the batch that was trained on last, after the optimizer's step, in the same form.
             present: as in ``forward``.
         """
-        values, here = self.gather(losses, present)
+        values, here = finite(*self.gather(losses, present))
         trained = self.seen[TRAINED].any()
         seen, before = of_training(self.seen, trained) > 0, of_training(self.before, trained)
         self.seen[TRAINED].zero_()
-        both = seen if here is None else seen & here
+        both = seen & here
         delta = torch.where(both, before - self._log(values), 0).to(self.logits.dtype)
         z = softmax(self.logits, both)
         grad = z * (delta - (z * delta).sum()) + self.weight_decay * self.logits
