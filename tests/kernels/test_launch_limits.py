@@ -46,9 +46,10 @@ def narrowed(*cases: tuple[int, ...]) -> Iterator[aot.Launch]:
         yield from test_aot.launches(test_aot.Case(*case, "float32", "tf32", narrow=True))
 
 
-def matrix(*cases: tuple[int, ...], **options: Any) -> Iterator[aot.Launch]:
+def matrix(*cases: tuple[int, ...], forms: tuple[bool, ...] = (True, False), **options: Any) -> Iterator[aot.Launch]:
+    """In these forms: votes that all inputs share, or not."""
     for case in cases:
-        for shared in (True, False):
+        for shared in forms:
             yield from test_matrix_routing_aot.launches(test_matrix_routing_aot.Case(*case, shared=shared, **options))
 
 
@@ -121,12 +122,13 @@ EDGES: dict[str, dict[str, Callable[[], Iterable[aot.Launch]]]] = {
     "policy": POLICIES,
     "agent_policy": POLICIES,
     "matrix_routing": {
-        "batches": batches(matrix, 3, 5, 4, 4, 4), "masked": batches(matrix, 9, 5, 2, 3, 3, masked=True),
-        "ones": partial(matrix, (1, 1, 1, 1, 1, 1)), "2^31 results": partial(matrix, (200_000, 4, 64, 16, 4, 16)),
+        "batches": batches(matrix, 3, 5, 4, 4, 4), "masked": batches(matrix, 9, 5, 2, 3, 3, forms=(True,), masked=True),
+        "ones": partial(matrix, (1, 1, 1, 1, 1, 1), forms=(False,)),
+        "2^31 results": partial(matrix, (200_000, 4, 64, 16, 4, 16)),
         "2^31 inputs": partial(matrix, (4, 2_100_000, 10, 16, 16, 16)),
         "most rows": partial(matrix, (1, MOST, 2, 1, 2, 2)),
-        "most outputs": partial(matrix, (3, 10, 16384, 2, 2, 2)),
-        "largest capsule": partial(matrix, (3, 10, 7, 64, 30, 64)),
+        "most outputs": partial(matrix, (3, 10, 16384, 2, 2, 2), forms=(True,)),
+        "largest capsule": partial(matrix, (3, 10, 7, 64, 30, 64), forms=(False,)),
     },
     "soft_assignment": {
         "batches": batches(assigned, 7, 5, 8, betas="own"),

@@ -89,8 +89,8 @@ SIZES = [
     Size(2, 7, 5, 3, 2, 1),
     Size(1, 40, 17, 1, 5, 3),
     Size(5, 33, 10, 4, 4, 4),
-    Size(2, 300, 33, 2, 2, 2),
-    Size(2, 20, 33, 1, 40, 9),
+    Size(1, 300, 33, 2, 2, 2),
+    Size(2, 10, 9, 1, 40, 9),
     Size(1, 9, 3, 2, 3, 70),  # more votes than are added up in one run
 ]
 

@@ -28,7 +28,7 @@ def launches(case: str) -> Iterator[Any]:
 
 
 def launches_of(x: Any, forms: Collection[tuple[bool, bool]] = FORMS) -> Iterator[Any]:
-    """Mask, ReLU, their gradient, in place; BatchNorm in training and not; one task and many, in these forms of both."""
+    """Mask, ReLU, their gradient, in place; BatchNorm in training and not; one task and many: in these forms."""
     import torch
 
     from fastroute.kernels import batch_norm_mask_relu, task_mask
