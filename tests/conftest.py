@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -54,8 +56,21 @@ def _is_numeric(path: Path) -> bool:
 _STRUCTURE = {"check_compiled", "check_exported", "compile", "export", "gradcheck", "opcheck"}
 
 
+def _apart_from_backend(item: pytest.Item) -> Any:
+    """Equal for tests of a case on several backends."""
+    given: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    return item.nodeid.split("[")[0], *sorted((name, id(value)) for name, value in given.items() if name != "backend")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``)."""
+    """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``).
+
+    A case runs on one backend after the other: ``tests/helpers/budget.py`` keeps the last yardsticks.
+    """
+    together: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        together.setdefault(_apart_from_backend(item), []).append(item)
+    items[:] = itertools.chain(*together.values())
     for item in items:
         code = getattr(getattr(item, "function", None), "__code__", None)
         if _is_numeric(item.path) and not (code and _STRUCTURE.intersection(code.co_names)):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.budget import Yardstick
+from tests.helpers.backends import each_backend
+from tests.helpers.budget import Yardstick, yardstick_of
+from tests.helpers.cases import Case
 from tests.helpers.layouts import LAYOUTS, Fenced
 from tests.helpers.rounding import Rounded
 
@@ -139,6 +142,29 @@ def test_rounding_in_place_and_backward() -> None:
     made = rounded(step)
     assert torch.equal(made.float().double(), made) and not torch.equal(made, step())
     torch.testing.assert_close(made, step(), rtol=1e-5, atol=1e-6)
+
+
+_yardsticks: dict[str, Yardstick] = {}  #: of a test that runs on one backend after the other
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@each_backend
+def test_a_case_has_one_yardstick_for_all_backends(name: str, backend: str, request: pytest.FixtureRequest) -> None:
+    """Other numbers or other options have another one; the backends of a case follow one another."""
+
+    def power(times: int, x: Tensor) -> dict[str, Tensor]:
+        return {"y": x**times}
+
+    def yardstick(times: int, scale: float) -> Yardstick:
+        x = scale * torch.ones(3)
+        return yardstick_of(partial(power, times), Case({"x": x}, {"y": x}, {}, ("x",)), torch.float32)
+
+    found = yardstick(2, 1.0 if name == "a" else 2.0)
+    assert _yardsticks.setdefault(name, found) is found
+    assert len({id(found), id(yardstick(3, 1.0)), id(yardstick(2, 3.0))}) == 3
+    alike = [item for item in request.session.items if item.nodeid.split("[")[0] == request.node.nodeid.split("[")[0]]
+    order = [item.callspec.params["name"] for item in alike]  # type: ignore[attr-defined]
+    assert order == sorted(order)
 
 
 def test_operators_that_are_not_known_are_an_error() -> None:

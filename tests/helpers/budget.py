@@ -293,6 +293,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         value = (value.__module__, value.__code__, value.__defaults__, value.__kwdefaults__, *cells)
+    if isinstance(value, partial):
+        value = ("partial", value.func, value.args, value.keywords)
     if isinstance(value, dict):
         value = tuple(value.items())
     if isinstance(value, (tuple, list)):

@@ -190,8 +190,17 @@ _OUTPUT_AXES = {
 }  # fmt: skip
 
 
+class Options(NamedTuple):
+    """Of a module, for its literal reference."""
+
+    n_out: int
+    n_iters: int
+    normalize: bool
+    memory_efficient: bool
+
+
 def literal(
-    module: EfficientVectorRouting,
+    module: EfficientVectorRouting | Options,
     *,
     x_inp: Tensor,
     mask: Tensor | None = None,
@@ -202,7 +211,9 @@ def literal(
 
     Of the module only the options are used where ``state`` gives parameters under their names in its state dict.
     """
-    state = state or dict(module.named_parameters()) | dict(module.named_buffers())
+    if not state:
+        assert not isinstance(module, Options)
+        state = dict(module.named_parameters()) | dict(module.named_buffers())
     w = Parameters(*(state.get(k, state.get(_IN_MODULE.get(k, ""))) for k in Parameters._fields))  # type: ignore[arg-type]
     *batch, n, d = x_inp.shape
     x = x_inp.reshape(-1, n, d)
@@ -256,9 +267,10 @@ def module_op(module: EfficientVectorRouting) -> Any:
 
 def module_truth(module: EfficientVectorRouting) -> Any:
     """The literal reference of the same function."""
+    options, return_dict = Options(*(getattr(module, name) for name in Options._fields)), module.return_dict
 
     def call(**inputs: Any) -> dict[str, Tensor | None]:
-        found = literal(module, **inputs)
-        return found if module.return_dict else {"x_out": found["x_out"]}
+        found = literal(options, **inputs)
+        return found if return_dict else {"x_out": found["x_out"]}
 
     return call

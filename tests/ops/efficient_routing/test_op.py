@@ -459,8 +459,11 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKED)
-@pytest.mark.parametrize(("layout", "grad"), [("contiguous", True), ("contiguous", False), ("transposed_batch", True)])
+@pytest.mark.parametrize(
+    ("name", "layout", "grad"),
+    [(name, "contiguous", True) for name in CHECKED]
+    + [(name, *how) for name in ("fixed", "gram") for how in (("contiguous", False), ("transposed_batch", True))],
+)
 def test_opcheck(name: str, layout: str, grad: bool) -> None:
     opcheck(torch.ops.fastroute.efficient_routing.default, op_args(CHECKED[name]), layout=LAYOUTS[layout], grad=grad)
 

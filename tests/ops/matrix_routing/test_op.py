@@ -89,8 +89,8 @@ SIZES = [
     Size(2, 7, 5, 3, 2, 1),
     Size(1, 40, 17, 1, 5, 3),
     Size(5, 33, 10, 4, 4, 4),
-    Size(2, 300, 33, 4, 4, 4),
-    Size(2, 20, 33, 1, 40, 9),
+    Size(1, 300, 33, 2, 2, 2),
+    Size(2, 10, 9, 1, 40, 9),
     Size(1, 9, 3, 2, 3, 70),  # more votes than are added up in one run
 ]
 
@@ -124,7 +124,7 @@ def test_votes_far_from_zero(backend: str, shared: bool, far: float) -> None:
 def test_inputs_of_very_different_weight(backend: str, shared: bool) -> None:
     """Tiles whose inputs hardly count, tight clusters beside them, an output that nothing reaches."""
     cases = []
-    for seed in range(8):
+    for seed in range(3):
         case = matrix_case(Size(2, 150, 6, 2, 3, 4), shared=shared, seed=seed)
         a, mu = case.inputs["a_inp"], case.inputs["mu_inp"]
         assert a is not None and mu is not None

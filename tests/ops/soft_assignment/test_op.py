@@ -252,8 +252,7 @@ def test_compile(backend: str) -> None:
         check_compiled(lambda s, v: functional.soft_assignment(s, v, torch.ones_like(s[..., 0])), calls)
 
 
-@pytest.mark.parametrize("shared", ["", "m"], ids=["own", "by outputs"])
-@pytest.mark.parametrize("form", ["routing", "masked mean"])
+@pytest.mark.parametrize(("form", "shared"), [("routing", ""), ("masked mean", "m")])
 def test_small_sizes_are_plain_operators_in_a_graph(form: str, shared: str) -> None:
     """Where sizes are constants; on a backend asked for by name, or of unknown or large sizes, the op stays one."""
     case = case_of(form, (3, 40, 6, 5), shared, F32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests import aot
 
 CASES = ("first-fp32", "last-bf16")
+FORMS = tuple(itertools.product((False, True), (True, False)))  #: many tasks, in training
 KERNELS = {"mask_kernel", "sums_kernel", "statistics_kernel", "gradients_kernel", "normalise_kernel"}
 
 
@@ -25,8 +27,8 @@ def launches(case: str) -> Iterator[Any]:
     yield from launches_of(x)
 
 
-def launches_of(x: Any) -> Iterator[Any]:
-    """Mask, ReLU, their gradient, in place; BatchNorm in training and not; one task and many."""
+def launches_of(x: Any, forms: Collection[tuple[bool, bool]] = FORMS) -> Iterator[Any]:
+    """Mask, ReLU, their gradient, in place; BatchNorm in training and not; one task and many: in these forms."""
     import torch
 
     from fastroute.kernels import batch_norm_mask_relu, task_mask
@@ -40,13 +42,13 @@ def launches_of(x: Any) -> Iterator[Any]:
     B, C = x.shape[:2]
     mapping, each = torch.empty(20, C, device="meta"), torch.empty(B, dtype=torch.int64, device="meta")
     channels = [torch.empty(C, device="meta") for _ in range(6)]
-    for tasks in (None, each):
-        task = mapping, tasks, 3
+    for many in sorted({many for many, _ in forms}):
+        task = mapping, each if many else None, 3
         yield from aot.record(lambda task=task: task_mask.gate(x, x, *task))
         yield from aot.record(lambda task=task: task_mask.gate(x, None, *task))
         yield from aot.record(lambda task=task: task_mask.rectify(x, *task))
         yield from aot.record(lambda task=task: task_mask.mask_(x, *task, False))
-        for training in (True, False)[B * x[0, 0].numel() == 1 :]:
+        for training in [training for how, training in forms if how == many and B * x[0, 0].numel() > training]:
             running, parameters, (mean, scale) = channels[:2], channels[2:4], channels[4:]
             given = {"t": task, "r": running, "p": parameters, "on": training}
             yield from aot.record(partial(forward, **given))

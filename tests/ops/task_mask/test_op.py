@@ -482,8 +482,7 @@ def recompiles() -> Iterator[CompileCounterWithBackend]:
 
 
 @each_backend
-@each_place
-@pytest.mark.parametrize("kind", ["int", "scalar"])
+@pytest.mark.parametrize(("kind", "inplace"), [("int", False), ("scalar", True)], ids=["int", "scalar in place"])
 def test_twenty_tasks_are_one_graph(backend: str, inplace: bool, kind: str, recompiles: Any) -> None:
     """A task tensor is one graph; an int costs a second one, the first time it changes, and no more."""
     mapping, x = random_mapping(5, 20), randn(3, 5, 4)
@@ -502,8 +501,7 @@ def test_twenty_tasks_are_one_graph(backend: str, inplace: bool, kind: str, reco
 
 
 @each_backend
-@each_relu
-@each_place
+@pytest.mark.parametrize(("relu", "inplace"), [(True, False), (False, True)], ids=["relu", "in place"])
 def test_compile(backend: str, relu: bool, inplace: bool) -> None:
     mapping = random_mapping(5)
     calls = [(randn(B, 5, 4, seed=B, dtype=F64).requires_grad_(), some_tasks("each", B)) for B in (6, 3, 9)]

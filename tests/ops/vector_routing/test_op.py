@@ -22,7 +22,7 @@ from fastroute.ops.backends import Case as Shape
 from fastroute.ops.backends import choose
 from fastroute.ops.vector_routing.contract import Grads, Step
 from tests.helpers import strategies
-from tests.helpers.backends import each_backend, needs_native
+from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS, Fenced
@@ -93,9 +93,19 @@ def test_sizes(backend: str, kind: str, size: Size) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("kind", ["next", "next-linear"])
-def test_several_tiles_in_each_piece(backend: str, kind: str) -> None:
-    checked(backend, vector_case(Size(1, 7001, 200, 130), **KINDS[kind]))
+def test_several_tiles_in_each_piece(backend: str) -> None:
+    checked(backend, vector_case(Size(1, 7001, 200, 130), **KINDS["next"]))
+
+
+def test_several_tiles_in_each_piece_in_float64() -> None:
+    """Tiles of the fewest rows, 384: eight pieces have two each. A wrong boundary cannot hide behind rounding."""
+    case = vector_case(Size(1, 3501, 250, 270), **KINDS["next-linear"], dtype=F64)
+    exact = evaluate(vector_truth, case)
+    for backend in HERE:
+        for name, found in evaluate(on(backend), case).items():
+            expected = exact[name]
+            assert found is not None and expected is not None
+            assert_same(found, expected, f"{name} on {backend}")
 
 
 @each_backend
@@ -526,8 +536,11 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKED)
-@pytest.mark.parametrize(("layout", "grad"), [("contiguous", True), ("contiguous", False), ("transposed_batch", True)])
+@pytest.mark.parametrize(
+    ("name", "layout", "grad"),
+    [(name, "contiguous", True) for name in CHECKED]
+    + [(name, *how) for name in ("next", "masked") for how in (("contiguous", False), ("transposed_batch", True))],
+)
 def test_opcheck(name: str, layout: str, grad: bool) -> None:
     opcheck(torch.ops.fastroute.vector_routing.default, op_args(CHECKED[name]), layout=LAYOUTS[layout], grad=grad)
 
