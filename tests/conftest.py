@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     test = getattr(item, "obj", None)
     if seeds.BASE and hypothesis.is_hypothesis_test(test):
         hypothesis.seed(seeds.BASE)(test)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector looks at what tests make, and not again and again at all that is imported and collected."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
 
 
 @pytest.fixture(autouse=True)
