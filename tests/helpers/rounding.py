@@ -199,9 +199,7 @@ class _Operator(NamedTuple):
     @cache
     def of(cls, func: Any) -> _Operator:
         is_ours = func.namespace == "fastroute"
-        return cls(
-            _name(func), is_ours, _is_composite(func), _is_view(func), _functional(func), decomposition(func)
-        )
+        return cls(_name(func), is_ours, _is_composite(func), _is_view(func), _functional(func), decomposition(func))
 
 
 @cache
