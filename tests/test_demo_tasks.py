@@ -38,7 +38,7 @@ def test_it_learns_compares_and_draws(
     bar = constant + 0.25 * (1 - constant)
     monkeypatch.setattr(tasks, "ACCURACY_BAR", bar)
     out = tmp_path / "picture.png"
-    status, accuracy, said = run(capsys, "--epochs", "8", "--out", str(out))
+    status, accuracy, said = run(capsys, "--epochs", "6", "--out", str(out))
     assert status == 0 and accuracy >= bar, said
     rows = re.findall(r"│ (.+?)\s+│\s+([0-9.]+) │\s+[0-9.]+ │\s+[0-9.]+ │\s+[0-9.]+ s │\s+([0-9,]+) │", said)
     assert [name for name, _, _ in rows] == list(tasks.NETWORKS)
