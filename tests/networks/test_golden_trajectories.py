@@ -18,7 +18,7 @@ import fastroute
 from tests.helpers import golden
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import Yardstick
-from tests.helpers.networks import COLUMNS, replay
+from tests.helpers.networks import COLUMNS, players, replay
 
 FILES = golden.names("networks", "traj_*.pt")
 each_file = pytest.mark.parametrize("file", FILES, ids=[f.removeprefix("traj_").removesuffix(".pt") for f in FILES])
@@ -64,8 +64,9 @@ def everything(g: dict[str, Any], made: dict[str, Any]) -> dict[str, Tensor | No
 def checked(file: str) -> tuple[dict[str, Any], Yardstick]:
     """A file, and the yardstick that upstream's own numbers have passed: one for all backends."""
     g = golden.load("networks", file)
-    exact = replay(g, torch.float64)
-    yardstick = Yardstick(lambda: everything(g, replay(g, torch.float64)), torch.float32)
+    by = players(g, torch.float64)
+    exact = replay(g, torch.float64, by)
+    yardstick = Yardstick(lambda: everything(g, replay(g, torch.float64, by)), torch.float32)
     yardstick.check(recorded(g) | {f"entry {name}": t for name, t, _ in entries(g, exact)}, "upstream's")
     return g, yardstick
 
