@@ -38,6 +38,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 10, 20)
 
 
+def pytest_unconfigure() -> None:
+    """At the end all is collected again: extensions count what is left of theirs."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _draws_are_the_tests_own(request: pytest.FixtureRequest) -> None:
     """See ``tests/helpers/seeds.py``."""
