@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -31,6 +32,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     test = getattr(item, "obj", None)
     if seeds.BASE and hypothesis.is_hypothesis_test(test):
         hypothesis.seed(seeds.BASE)(test)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector looks at what tests make, and not again and again at all that is imported and collected."""
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
+
+
+def pytest_unconfigure() -> None:
+    """At the end all is collected again: extensions count what is left of theirs."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

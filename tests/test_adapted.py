@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map
 
+from tests.helpers import seeds
 from tests.helpers.layers import LAYERS, LayerCase, rand
 from tests.helpers.matrix import WITHOUT_LINEAR, cell, each
 from tests.test_works_with import near, outputs
@@ -226,7 +227,7 @@ def with_lora(case: LayerCase) -> None:
     """Adapters on every Linear: as the layer with W + B A for W, and they learn."""
     import peft
 
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     config = peft.LoraConfig(r=2, target_modules=linears_of(case.layer()), init_lora_weights=False)
     changed: Any = peft.inject_adapter_in_model(config, case.layer()).to(F64)
     plain = case.layer()

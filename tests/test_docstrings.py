@@ -15,6 +15,7 @@ from torch import nn
 
 import fastroute
 from fastroute import compat, data
+from tests.helpers import seeds
 
 #: Public modules: every name of their ``__all__``, and what is named here besides.
 FACES: dict[str, tuple[str, ...]] = {
@@ -65,7 +66,7 @@ def test_its_examples_run(name: str) -> None:
         pytest.importorskip("matplotlib")
     if thing is data.digits:
         pytest.importorskip("sklearn")
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     given = {"torch": torch, "nn": nn, "fastroute": fastroute}
     finder = doctest.DocTestFinder(recurse=inspect.isclass(thing))
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

@@ -9,9 +9,10 @@ import inspect
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -66,17 +67,24 @@ def floor(module: str) -> int:
     raise AssertionError(f"{module}: which floor is {room(module)!r} on? Add it to FLOORS")
 
 
-def imports(module: str, nested: bool = True) -> Iterator[str]:
-    """The package's modules that a module imports, anywhere in it or at its top."""
-    path = MODULES[module]
-    here = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree) if nested else tree.body:
+def base_of(module: str, node: ast.ImportFrom) -> str:
+    """The full name of what is imported from."""
+    here = folder(module).split(".")
+    above = here[: len(here) - node.level + 1] if node.level else []
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def folder(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def imports(module: str, nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """The package's modules that a module imports in some of its nodes."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = here.split(".")[: len(here.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
+            base = base_of(module, node)
             names = [name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names]
         else:
             continue
@@ -86,16 +94,51 @@ def imports(module: str, nested: bool = True) -> Iterator[str]:
                 yield name
 
 
+class Source(NamedTuple):
+    """A module, parsed once for all rules."""
+
+    module: str
+    tree: ast.Module
+    nodes: list[ast.AST]
+
+    def imports(self) -> Iterator[str]:
+        return imports(self.module, self.nodes)
+
+
+Rule = Callable[[Source], None]
+#: What is asked of which modules' sources.
+RULES: list[tuple[Callable[[str], bool], Rule]] = []
+
+
+def rule(applies: Callable[[str], bool] = lambda module: True) -> Callable[[Rule], Rule]:
+    def noted(check: Rule) -> Rule:
+        RULES.append((applies, check))
+        return check
+
+    return noted
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module: str) -> None:
-    for name in imports(module):
+def test_a_module_keeps_the_rules(module: str) -> None:
+    """Every one in ``RULES`` that is for it."""
+    tree = ast.parse(MODULES[module].read_text())
+    source = Source(module, tree, list(ast.walk(tree)))
+    for applies, check in RULES:
+        if applies(module):
+            check(source)
+
+
+@rule()
+def imports_go_down(source: Source) -> None:
+    module = source.module
+    for name in source.imports():
         assert floor(name) <= floor(module), f"{module} imports {name}, which is above it"
         if room(module) in FAMILIES and room(name) in FAMILIES:
             assert room(module) == room(name), f"{module} imports {name}, another family"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_asserts_only_narrow_types(module: str) -> None:
+@rule()
+def asserts_only_narrow_types(source: Source) -> None:
     """A wrong argument is a ValueError or a TypeError: asserts vanish under -O."""
 
     def narrows(test: ast.expr) -> bool:
@@ -105,14 +148,16 @@ def test_asserts_only_narrow_types(module: str) -> None:
             return isinstance(test.ops[0], ast.IsNot) and isinstance(test.comparators[0], ast.Constant)
         return isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id == "isinstance"
 
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        assert not isinstance(node, ast.Assert) or narrows(node.test), f"{module}:{node.lineno}: {ast.unparse(node)}"
+    for node in source.nodes:
+        if isinstance(node, ast.Assert):
+            assert narrows(node.test), f"{source.module}:{node.lineno}: {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_unpickles_evaluates_or_downloads(module: str) -> None:
+@rule()
+def nothing_unpickles_evaluates_or_downloads(source: Source) -> None:
+    module = source.module
     forbidden = {"pickle", "urllib", "requests", "http", "ftplib", "socket", "marshal", "dill"}
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             assert not {alias.name.split(".")[0] for alias in node.names} & forbidden, module
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -125,30 +170,31 @@ def test_nothing_unpickles_evaluates_or_downloads(module: str) -> None:
                 assert given.get("weights_only") == "True", f"{module}:{node.lineno}"
 
 
-HOT = [name for name in MODULES if room(name) in ("kernels", "ops", *FAMILIES)]
+def is_hot(module: str) -> bool:
+    return room(module) in ("kernels", "ops", *FAMILIES)
 
 
 #: Functions that read numbers: on a CPU only, or where their callers say in their documentation that they wait.
 READERS = {"fastroute.ops.host": ("on_host", "read"), "fastroute.multitask.named_tasks": ("decoded",)}
 
 
-@pytest.mark.parametrize("module", HOT)
-def test_nothing_waits_for_the_device(module: str) -> None:
+@rule(is_hot)
+def nothing_waits_for_the_device(source: Source) -> None:
     """No .item() and its relatives where tensors are computed with; ``_checks`` reads lengths on a CPU."""
-    tree = ast.parse(MODULES[module].read_text())
-    tree.body = [n for n in tree.body if getattr(n, "name", None) not in READERS.get(module, ())]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+    readers = [n for n in source.tree.body if getattr(n, "name", None) in READERS.get(source.module, ())]
+    allowed = {part for reader in readers for part in ast.walk(reader)}
+    for node in source.nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node not in allowed:
             waits = node.func.attr in ("item", "tolist", "nonzero", "numpy", "cpu", "unique", "masked_select")
-            assert not waits, f"{module}:{node.lineno}: {ast.unparse(node)}"
+            assert not waits, f"{source.module}:{node.lineno}: {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("module", [m for m in HOT if m != "fastroute.ops.precision"])
-def test_autocast_is_asked_in_one_place(module: str) -> None:
+@rule(lambda module: is_hot(module) and module != "fastroute.ops.precision")
+def autocast_is_asked_in_one_place(source: Source) -> None:
     """Which knows the devices that have none."""
     asking = ("autocast", "is_autocast_enabled", "get_autocast_dtype")
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        assert getattr(node, "attr", None) not in asking, f"{module}:{node.lineno}"
+    for node in source.nodes:
+        assert getattr(node, "attr", None) not in asking, f"{source.module}:{node.lineno}"
 
 
 def test_export_is_asked_in_one_place() -> None:
@@ -221,10 +267,10 @@ def test_the_public_face() -> None:
     assert (ROOT / "fastroute" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in ("ops", *FAMILIES)])
-def test_what_users_call_is_documented(module: str) -> None:
+@rule(lambda module: room(module) in ("ops", *FAMILIES))
+def what_users_call_is_documented(source: Source) -> None:
     """An op's function, named like its file; a family's classes and their ``forward``."""
-    tree = ast.parse(MODULES[module].read_text())
+    module, tree, _ = source
     assert ast.get_docstring(tree), module
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == module.rpartition(".")[2]:
@@ -280,10 +326,11 @@ def role(module: str) -> tuple[str, str]:
     return (parts[2], parts[3]) if parts[1:2] == ["ops"] and len(parts) == 4 else ("", "")
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in ("ops", "kernels")])
-def test_backends_do_not_know_one_another(module: str) -> None:
+@rule(lambda module: room(module) in ("ops", "kernels"))
+def backends_do_not_know_one_another(source: Source) -> None:
+    module = source.module
     op, own = role(module)
-    for name in imports(module):
+    for name in source.imports():
         of, other = role(name)
         if own in ("reference", "plain"):
             allowed = {"contract", "reference", *(("plain",) if own == "plain" else ())}
@@ -295,22 +342,22 @@ def test_backends_do_not_know_one_another(module: str) -> None:
             assert other not in forbidden or exempt, f"{module} imports {name}"
 
 
-def test_families_know_ops_by_their_faces() -> None:
-    for module in MODULES:
-        if room(module) in (*FAMILIES, "modules", "compat", "demos", "plots"):
-            for name in imports(module):
-                of, other = role(name)
-                assert other in {"", "op", "contract", *PARTS.get(of, ())}, f"{module} imports {name}"
-            for node in ast.walk(ast.parse(MODULES[module].read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(".op"):
-                    assert not {alias.name for alias in node.names} & set(fastroute.functional.__all__), (
-                        f"{module}:{node.lineno}: an op's function is imported from fastroute.functional"
-                    )
+@rule(lambda module: room(module) in (*FAMILIES, "modules", "compat", "demos", "plots"))
+def families_know_ops_by_their_faces(source: Source) -> None:
+    for name in source.imports():
+        of, other = role(name)
+        assert other in {"", "op", "contract", *PARTS.get(of, ())}, f"{source.module} imports {name}"
+    for node in source.nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(".op"):
+            assert not {alias.name for alias in node.names} & set(fastroute.functional.__all__), (
+                f"{source.module}:{node.lineno}: an op's function is imported from fastroute.functional"
+            )
 
 
 def test_imports_have_no_circle() -> None:
     """Of modules, as they are imported; what a function imports when it is called does not count."""
-    graph = {m: {n for n in imports(m, nested=False) if n in MODULES and n != m} for m in MODULES}
+    top = {m: ast.parse(path.read_text()).body for m, path in MODULES.items()}
+    graph = {m: {n for n in imports(m, top[m]) if n in MODULES and n != m} for m in MODULES}
     done: set[str] = set()
     while rest := {m for m in graph if m not in done}:
         free = {m for m in rest if graph[m] <= done}
@@ -318,27 +365,26 @@ def test_imports_have_no_circle() -> None:
         done |= free
 
 
-def test_private_names_stay_in_their_folder() -> None:
-    for module, path in MODULES.items():
-        here = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                up = here.split(".")[: len(here.split(".")) - node.level + 1] if node.level else []
-                base = ".".join([*up, *([node.module] if node.module else [])])
-                folder = base if base in MODULES and MODULES[base].name == "__init__.py" else base.rpartition(".")[0]
-                for alias in node.names:
-                    private = alias.name.startswith("_") and base.split(".")[0] in ("fastroute", "kernels")
-                    assert not private or folder == here, f"{module}:{node.lineno}: {alias.name} of {base}"
+@rule()
+def private_names_stay_in_their_folder(source: Source) -> None:
+    here = folder(source.module)
+    for node in source.nodes:
+        if isinstance(node, ast.ImportFrom):
+            base = base_of(source.module, node)
+            there = folder(base) if base in MODULES else base.rpartition(".")[0]
+            for alias in node.names:
+                private = alias.name.startswith("_") and base.split(".")[0] in ("fastroute", "kernels")
+                assert not private or there == here, f"{source.module}:{node.lineno}: {alias.name} of {base}"
 
 
 # ------------------------------------------------------------------------------------------------------------- doors
 
 
-def test_no_star_is_imported() -> None:
-    for module in MODULES:
-        for node in ast.walk(ast.parse(MODULES[module].read_text())):
-            if isinstance(node, ast.ImportFrom) and "compat" not in module:
-                assert all(alias.name != "*" for alias in node.names), f"{module}:{node.lineno}"
+@rule(lambda module: "compat" not in module)
+def no_star_is_imported(source: Source) -> None:
+    for node in source.nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names), f"{source.module}:{node.lineno}"
 
 
 @pytest.mark.parametrize(
@@ -361,12 +407,10 @@ def test_no_function_hides_a_module() -> None:
             assert found is None or inspect.ismodule(found), f"{parent}.{leaf} is {found!r}, not the module {name}"
 
 
-def test_the_environment_is_read_in_one_place() -> None:
-    for module in MODULES:
-        for node in ast.walk(ast.parse(MODULES[module].read_text())):
-            reads = getattr(node, "attr", None) in ("environ", "getenv")
-            allowed = module in ("fastroute.ops.environment", "fastroute.compat.program")  # the latter for children
-            assert not reads or allowed, f"{module}:{node.lineno}"
+@rule(lambda module: module not in ("fastroute.ops.environment", "fastroute.compat.program"))  # which is for children
+def the_environment_is_read_in_one_place(source: Source) -> None:
+    for node in source.nodes:
+        assert getattr(node, "attr", None) not in ("environ", "getenv"), f"{source.module}:{node.lineno}"
 
 
 def test_the_environment_has_a_page() -> None:
@@ -402,6 +446,7 @@ def _prose(path: Path) -> Iterator[str]:
             yield token.string
 
 
+@cache
 def _is_there(dotted: str) -> bool:
     parts = dotted.split(".")
     for stop in range(len(parts), 0, -1):

@@ -397,14 +397,14 @@ def check(case: Callable[[], Case]) -> None:
 
 def record(case: Callable[[], Case], poison: float | None) -> dict[str, Tensor]:
     """Outputs, gradients of parameters, and of inputs, which are zero where masked."""
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     module, inputs, masked, run = case()
     module.train()
     given = {}
     for name, x in inputs.items():
         x = x if poison is None else torch.where(masked[name], poison, x)
         given[name] = x.clone().requires_grad_()
-    torch.manual_seed(1)
+    seeds.fixed_seed(1)
     made = run(given)
     outputs = made if isinstance(made, dict) else dict(enumerate(made if isinstance(made, tuple) else (made,)))
     seen = {f"output {name}": t for name, t in outputs.items() if t is not None}

@@ -36,12 +36,13 @@ from fastroute.loggers import RunLog, TensorBoard
 from fastroute.models import CapsuleHead, SmallNORB
 from fastroute.report import charts, write_report
 from fastroute.tasks import live_products
+from tests.helpers import seeds
 
 K = 4
 
 
 def moe() -> MoE:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     return MoE(8, 8, K, 2)
 
 
@@ -258,7 +259,7 @@ def test_nothing_is_left_of_many_steps() -> None:
 
     steps(3)
     before = alive()
-    steps(50)
+    steps(10)
     assert alive() <= before  # less, where other tests leave something
     assert all(len(monitor._routes) <= 2 for monitor in monitors.values())
 
@@ -404,7 +405,7 @@ def test_tasks_weights_and_conflict() -> None:
 
 
 def test_credit_ignores_padding_and_is_watched() -> None:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     head = CapsuleHead(5, 8, 3, parts=4, return_credit=True)
     x, mask = torch.randn(2, 6, 3, 8), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 0]])
     monitor = RoutingMonitor(head)

@@ -184,9 +184,8 @@ CASES: dict[str, Callable[[], Step]] = {
     "TaskRouter": calls(masked_net, rand(B, F), below(T, B)),
     **{
         f"{algo}, {storage}, {formula}": routed(algo, policy_storage_type=storage, formula=formula)
-        for algo in LEARNING
-        for storage in ("approx", "tabular")
-        for formula in FORMULAS
+        for k, algo in enumerate(LEARNING)  # every pair of an algorithm, a storage and a formula
+        for storage, formula in zip(("approx", "tabular"), FORMULAS[:: 1 - 2 * (k % 2)], strict=True)
     },
     "CorrectClassifiedReward": routed("REINFORCE", networks.CorrectClassifiedReward),
     **{

@@ -135,7 +135,7 @@ CASES: dict[str, LayerCase] = {
 }
 #: What make test tries; the rest is long.
 FIRST = ("EfficientVectorRouting, any length", "MoE", "TaskRouter", "MTLModel")
-#: What make test compiles by AOTInductor: it calls ops of ours, some with lists that are empty.
+#: What the checks compile by AOTInductor: it calls ops of ours, some with lists that are empty.
 PACKED = "QLearning, tabular"
 TRIED = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in CASES]
 
@@ -310,7 +310,7 @@ def check_package(name: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.long, pytest.mark.packaged] if name != PACKED else [])
+        pytest.param(name, marks=[pytest.mark.long, *([pytest.mark.packaged] if name != PACKED else [])])
         for name in tried("AOTInductor")
     ],
 )

@@ -14,6 +14,7 @@ import torch
 
 import fastroute
 from fastroute import compat
+from tests.helpers import seeds
 from tests.test_docstrings import FACES, PUBLIC
 
 ROOT = Path(fastroute.__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def test_the_snippets_run(page: Path) -> None:
         pytest.importorskip(needed)
     text = page.read_text()
     space: dict[str, Any] = {"__name__": "__main__"}
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     for block in SNIPPET.finditer(text):
         line = text[: block.start()].count("\n") + 1
         exec(compile("\n" * line + block[1], named(page), "exec"), space)

@@ -29,6 +29,7 @@ from fastroute.networks import MLP, REINFORCE, Initialization, MoE, Selection, T
 from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.efficient_routing.reference import efficient_routing
 from fastroute.tasks import TaskRouter, fold, live, route, set_task
+from tests.helpers import seeds
 from tests.helpers.tasks import images, small_vgg
 from tests.helpers.threads import in_threads
 
@@ -327,7 +328,7 @@ def masked(net: Any, x: Tensor) -> Tensor:
 
 
 def routed_net(**options: Any) -> nn.Sequential:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10),
         nn.ReLU(), nn.Linear(10, 4),
@@ -404,11 +405,11 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_changed_module_is_called(name: str, change: str) -> None:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     case = CASES[name]()
     before = case.run(case.layer, case.x).detach()
     check(case)
-    torch.manual_seed(1)
+    seeds.fixed_seed(1)
     undo = CHANGES[change](case.parent, case.name)
     try:
         check(case)
@@ -421,7 +422,7 @@ def test_a_changed_module_is_called(name: str, change: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_change_that_is_taken_back(name: str) -> None:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     case = CASES[name]()
     before = results(case, case.run)
     handle = getattr(case.parent, case.name).register_forward_hook(lambda m, x, y: 2 * y)
@@ -433,7 +434,7 @@ def test_a_change_that_is_taken_back(name: str) -> None:
 
 
 def test_quantized_modules_are_called() -> None:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     x = rows(0, B, D, dtype=torch.float32)
     selection = Selection(*[nn.Linear(D, O) for _ in range(K)])
     gate, capsule = TopKGating(5, D), EfficientVectorRouting(-1, 4, D, 5)
@@ -517,7 +518,7 @@ def test_a_nonlinearity_that_sees_the_batch() -> None:
     "change", ["forward hook", "pre-hook", "backward hook", "own forward", "parametrization", "prune"]
 )
 def test_stacked_modules_are_called(change: str) -> None:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     modules = [two_layers().to(F64) for _ in range(K)]
     layer = Selection(*modules, stacked=True)
     like = Selection(*copy.deepcopy(modules))
@@ -857,7 +858,7 @@ THREADED: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], Tensor]]]] = {
 @pytest.mark.parametrize("name", THREADED)
 def test_first_calls_in_threads(name: str) -> None:
     """A thousand fresh layers, whose first calls four threads make at once: bit for bit what one thread gets."""
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     pattern, run = THREADED[name]()
     pattern = pattern.to(F64)
     expected = run(copy.deepcopy(pattern)).detach()
@@ -876,7 +877,7 @@ def test_first_calls_in_threads(name: str) -> None:
 
 def test_first_calls_of_heads_in_threads() -> None:
     """Parameters are put side by side by one thread; training afterwards moves what the heads compute with."""
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     case = heads()
     expected = case.run(case.layer, case.x).detach()
     for _ in range(50):

@@ -42,7 +42,7 @@ def same(a: list[Any], b: list[Any]) -> None:
 
 
 def mixture(run: Callable[..., Any], **options: Any) -> tuple[Trajectory, list[Tensor | None], TopKGating]:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     net = nn.ModuleList([TopKGating(K, F, 2, **options), linears(K)])
     meta, x = Trajectory(B), batch()
 
@@ -66,7 +66,7 @@ def test_a_gating_adds_its_losses_once(options: dict[str, Any]) -> None:
 
 
 def routed(run: Callable[..., Any], algo: str, **options: Any) -> tuple[Trajectory, list[Tensor | None], Any]:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     reward = networks.CollaborationReward(0.3, K, 100)
     decide = getattr(networks, algo)(K, F, additional_reward_func=reward, **options)
     net = nn.ModuleList([decide, linears(K, store_module_pointers=True)])
@@ -98,7 +98,7 @@ def test_a_decision_is_recorded_once(algo: str, detach: bool) -> None:
 @KINDS
 def test_a_trajectory_made_within_is_whole(reentrant: bool) -> None:
     def train(run: Callable[..., Any]) -> list[Tensor | None]:
-        torch.manual_seed(0)
+        seeds.fixed_seed(0)
         net = networks.Sequential(TopKGating(K, F, 2), linears(K), networks.REINFORCE(K, F), linears(K))
         x = batch()
 
@@ -118,7 +118,7 @@ def test_a_trajectory_made_within_is_whole(reentrant: bool) -> None:
 @pytest.mark.parametrize("options", [{}, {"shared_experts": 1, "jitter": 0.3, "bias_balancing": 0.1}], ids=str)
 def test_moe(options: dict[str, Any], reentrant: bool) -> None:
     def train(run: Callable[..., Any]) -> list[Tensor | None]:
-        torch.manual_seed(0)
+        seeds.fixed_seed(0)
         moe, x = MoE(F, 8, 4, **options), batch()
 
         def step(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,14 +176,14 @@ def test_draws_that_cannot_be_made_again_are_refused(layer: str, reentrant: bool
 
 
 def masked() -> nn.Module:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     generator = seeds.generator(0)
     router = lambda: TaskRouter(10, K, 0.5, generator=generator)  # noqa: E731
     return nn.Sequential(nn.Linear(F, 10), router(), nn.ReLU(inplace=True), nn.Linear(10, 10), router(), nn.ReLU())
 
 
 def between() -> nn.Module:
-    torch.manual_seed(0)
+    seeds.fixed_seed(0)
     router = TaskRouter(10, K, 0.5, generator=seeds.generator(0))
     return nn.Sequential(RoutedLinear(F, 10, output_router=router), nn.Tanh(), RoutedLinear(10, 4, input_router=router))
 
@@ -288,7 +288,7 @@ def test_a_head_behind_what_is_not_trained() -> None:
 @KINDS
 def test_running_statistics_of_live_layers_move_once(reentrant: bool) -> None:
     def train(run: Callable[..., Any]) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        torch.manual_seed(0)
+        seeds.fixed_seed(0)
         layers = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3))
         model = live(route(layers, K, 0.5, generator=seeds.generator(0), where=lambda name, m: name == "0"))
         x = torch.randn(4, 2, 8, 8, generator=seeds.generator(1)).requires_grad_()
@@ -303,7 +303,7 @@ def test_running_statistics_of_live_layers_move_once(reentrant: bool) -> None:
 @KINDS
 def test_vgg_given_the_task(reentrant: bool) -> None:
     def train(run: Callable[..., Any]) -> list[Tensor | None]:
-        torch.manual_seed(0)
+        seeds.fixed_seed(0)
         model = vgg11_bn(task_count=2, generator=seeds.generator(0))
         x = torch.randn(2, 3, 32, 32, generator=seeds.generator(1)).requires_grad_()
         sum(run(model, x, t, use_reentrant=reentrant).square().sum() for t in (0, 1)).backward()

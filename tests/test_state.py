@@ -143,6 +143,7 @@ def metric(y_hat: tuple[int, ...], y: Callable[[], Tensor]) -> Callable[[Any, st
     return call
 
 
+@cache
 def upstreams(algo: str) -> Any:
     return {cls.__name__: cls for cls in classes() if "PytorchRouting" in cls.__module__}[algo]
 

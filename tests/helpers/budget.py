@@ -50,13 +50,21 @@ def size(t: Tensor, p: float) -> float:
     return max(pieces) if p == math.inf else math.hypot(*pieces)
 
 
+def distances(t: Tensor, exact: Tensor) -> tuple[float, ...]:
+    """|t - exact| in each of ``NORMS``; infinite where t is not finite and exact is."""
+    pieces = []
+    for a, b in zip(t.detach().reshape(-1).split(1 << 24), exact.reshape(-1).split(1 << 24), strict=True):
+        a = a.double()
+        apart = torch.where(a == b, 0.0, a - b)
+        if bool(apart.isnan().any()):
+            apart.masked_fill_(a.isnan() > b.isnan(), math.inf)
+        pieces.append([size(apart, p) for _, p in NORMS])
+    largest, squared = zip(*pieces, strict=True)
+    return max(largest), math.hypot(*squared)
+
+
 def distance(t: Tensor, exact: Tensor, p: float) -> float:
-    """|t - exact|; infinite where t is not finite and exact is."""
-    pieces = [
-        size(torch.where(a.double() == b, 0.0, (a.double() - b).masked_fill(a.isnan() > b.isnan(), math.inf)), p)
-        for a, b in zip(t.detach().reshape(-1).split(1 << 24), exact.reshape(-1).split(1 << 24), strict=True)
-    ]
-    return max(pieces, default=0.0) if p == math.inf else math.hypot(*pieces)
+    return distances(t, exact)[[q for _, q in NORMS].index(p)]
 
 
 def beyond(t: Tensor, exact: Tensor, bound: float) -> str:
@@ -142,7 +150,7 @@ class Yardstick:
                     narrower = torch.finfo(dtype).eps > torch.finfo(self._dtype).eps
                     last = Rounded(dtype, seed).rounded(t.detach()) if narrower else t
                     own = math.sqrt(2) if self._dtype == torch.float64 else 1.0  # the exact answer is a draw, too
-                    known.append(tuple(own * distance(last, exact, p) for _, p in NORMS))
+                    known.append(tuple(own * error for error in distances(last, exact)))
 
     def errors(self, name: str, dtype: torch.dtype, p: float, count: int) -> list[float]:
         """Of that many draws of a result that is given in ``dtype``."""
@@ -168,8 +176,8 @@ class Yardstick:
         exact = self.exact[name]
         assert exact is not None, f"{name}: something, where the reference has nothing"
         assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
-        for norm, p in NORMS:
-            error, allowed = distance(actual, exact, p), 0.0
+        for (norm, p), error in zip(NORMS, distances(actual, exact), strict=True):
+            allowed = 0.0
             for count, spread in looks:
                 allowed = self.allowed(name, actual.dtype, p, count, spread)
                 if error <= allowed:

@@ -113,25 +113,40 @@ def _listen(decide: Any, heard: dict[str, Tensor], t: int) -> None:
     decide.loss = listening
 
 
-def replay(g: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Every number of a golden trajectory, made by ours: outputs, losses, rewards, state columns and all gradients."""
-    K, A, algo = g["num_selections"], g["agents"], g["algo"]
+Players = tuple[list[networks.Decision], list[Selection]]
+
+
+def players(g: dict[str, Any], dtype: torch.dtype) -> Players:
+    """The decisions and selections of a golden trajectory."""
+    K, A = g["num_selections"], g["agents"]
+    decisions = [
+        decision(
+            g["algo"], k, agents, policy_storage_type=g["storage"], detach=g["detach"], formula="upstream", dtype=dtype
+        )
+        for k, agents in ([(A, 1)] if g["dispatch"] else []) + [(k, A) for k in K]
+    ]
+    return decisions, [linears(k).to(dtype) for k in K]
+
+
+def replay(g: dict[str, Any], dtype: torch.dtype = torch.float32, by: Players | None = None) -> dict[str, Any]:
+    """Every number of a golden trajectory, made by ours: outputs, losses, rewards, state columns and all gradients.
+
+    Args:
+        by: its players, which replay it any number of times.
+    """
+    A, algo = g["agents"], g["algo"]
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def made(k: int, agents: int) -> networks.Decision:
-        return decision(
-            algo, k, agents, policy_storage_type=g["storage"], detach=g["detach"], formula="upstream",
-            additional_reward_func=recorded_reward(g["reward"], k), dtype=dtype,
-        )  # fmt: skip
-
-    decisions = ([made(A, 1)] if g["dispatch"] else []) + [made(k, A) for k in K]
-    selections = [linears(k).to(dtype) for k in K]
+    decisions, selections = by or players(g, dtype)
+    for decide in decisions:
+        decide.additional_reward_func = recorded_reward(g["reward"], decide._num_selections)
+        decide.__dict__.pop("loss", None)  # what listened to it
     for kind, modules in (("decisions", decisions), ("selections", selections)):
         for module, state in zip(modules, g[kind], strict=True):
             module.load_state_dict(state, strict=True)
-            module.train(g["train"])
+            module.train(g["train"]).zero_grad()
     for decide, noise in zip(decisions, g["noise"], strict=False):
         _feed(decide, algo, noise)
 

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from ctypes import c_float
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,13 +161,11 @@ _AS_COMPUTED = {
 }
 
 
-@cache
 def decomposition(func: Any) -> Callable[..., Any] | None:
     """What an operator of several roundings is made of; None for those that are one."""
     return None if _name(func) in _WHOLE else _AS_COMPUTED.get(func) or decomposition_table.get(func)
 
 
-@cache
 def _functional(func: Any) -> Any:
     """The operator of which ``func`` is the in-place form, or None."""
     name = _name(func)
@@ -176,16 +175,31 @@ def _functional(func: Any) -> Any:
     return None if packet is None else getattr(packet, func._overloadname, None)
 
 
-@cache
 def _is_composite(func: Any) -> bool:
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
 
 
-@cache
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+class _Operator(NamedTuple):
+    """What is asked of an operator at every call."""
+
+    name: str
+    is_ours: bool
+    is_composite: bool
+    is_view: bool
+    functional: Any
+    decomposed: Callable[..., Any] | None
+
+    @classmethod
+    @cache
+    def of(cls, func: Any) -> _Operator:
+        is_ours = func.namespace == "fastroute"
+        return cls(_name(func), is_ours, _is_composite(func), _is_view(func), _functional(func), decomposition(func))
 
 
 @cache
@@ -221,23 +235,27 @@ class Rounded(TorchDispatchMode):
         self.key = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**63
         self.normal = torch.Generator().manual_seed(seed)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is ever compiled, and to say so takes longer than many an operator
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _name(func)
-        if func.namespace == "fastroute" and name in implementations:
+        name, is_ours, is_composite, is_view, functional, decomposed = _Operator.of(func)
+        if is_view and not is_composite:
+            return func(*args, **kwargs)
+        if is_ours and name in implementations:
             with self:
                 return implementations[name](*args, **kwargs)
-        if _is_composite(func):
+        if is_composite:
             with self:
                 return func.decompose(*args, **kwargs)
-        if _is_view(func):
-            return func(*args, **kwargs)
-        if (functional := _functional(func)) is not None and isinstance(args[0], Tensor):
+        if functional is not None and isinstance(args[0], Tensor):
             made = self.__torch_dispatch__(functional, types, args, kwargs)
             if isinstance(made, Tensor) and made.dtype.is_floating_point:
                 return _write(args[0], made)
             return func(*args, **kwargs)
-        if (decomposed := decomposition(func)) is not None:
+        if decomposed is not None:
             with self:
                 made = decomposed(*args, **kwargs)
             if made is not NotImplemented:
@@ -275,7 +293,7 @@ class Rounded(TorchDispatchMode):
         By how much is a function of the value and the seed. What has no more digits than that keeps its nearest.
         """
         bits = t.view(torch.int64)
-        power = bits.bitwise_and(_EXPONENT).view(torch.float64)
+        power = bits.bitwise_and(_EXPONENT).view(torch.float64).clamp_max_(2.0**1023)  # infinity stays as it is
         bits = bits.bitwise_xor(self.key).mul_(-0x61C8864680B583EB)
         coin = bits.bitwise_xor_(bits >> 29).mul_(0x3F58476D1CE4E5B9).to(torch.float64)
         return torch.addcmul(t, power, coin, value=0.499 * spacing * 2.0**-63)
@@ -284,7 +302,7 @@ class Rounded(TorchDispatchMode):
         """One of t's neighbours in the dtype; t itself where it is one. ``times``: of the shaking before."""
         if t.dtype != torch.float64 or not t.numel():
             return t
-        moved = torch.where(t.isinf(), t, self._shaken(t, self.spacing * times))
+        moved = self._shaken(t, self.spacing * times)
         if self.dtype.itemsize == 2:  # its digits, with the range of the float32 that it is computed in
             return torch.where(t.isfinite(), _split(moved, self.spacing), t)
         return moved if self.dtype == torch.float64 else moved.to(self.dtype).to(torch.float64)
@@ -348,8 +366,7 @@ class Rounded(TorchDispatchMode):
 
 
 def _as_float32(number: float) -> float:
-    rounded: float = torch.tensor(number, dtype=torch.float32).item()
-    return rounded
+    return c_float(number).value
 
 
 def _split(t: Tensor, spacing: float) -> Tensor:

@@ -99,7 +99,7 @@ def test_a_training_step_with_the_loss_in_the_graph() -> None:
 
 def test_what_changes_later_is_seen() -> None:
     model = model_of_readme()
-    run, _ = compiled(model)
+    run, _ = compiled(model, "eager")
     compare(run, model, batch(5))
     model.loss_weights["Task2"] = 0.5
     assert run(batch(5))[2][1] == 0.5

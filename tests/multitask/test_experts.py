@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {"hidden_features": H, "out_features": P}
 
 MAKE: dict[str, Callable[..., Any]] = {
     "MMoE": lambda **o: MMoE(D, 4, T, **{**SIZES, **o}),
-    "MMoE, one layer": lambda **o: MMoE(D, 4, T, out_features=P, **o),
+    "MMoE, one layer": lambda **o: MMoE(D, 4, T, **{"out_features": P, **o}),
     "CGC": lambda **o: CGC(D, 2, 3, T, **{**SIZES, **o}),
     "CGC, one own": lambda **o: CGC(D, 1, 2, T, **{**SIZES, "activation": "gelu", "gate_bias": True, **o}),
     "CGC, none shared": lambda **o: CGC(D, 2, 0, T, **{**SIZES, **o}),
@@ -154,7 +154,8 @@ def test_gates_may_look_at_something_else() -> None:
 
 @each_layer
 def test_gradcheck(name: str) -> None:
-    module, x = layer(name, activation="tanh"), samples(2)
+    few = {"out_features": 2} if name == "MMoE, one layer" else {"hidden_features": 3, "out_features": 2}
+    module, x = layer(name, activation="tanh", **few), samples(2)
     names = [key for key, _ in module.named_parameters()]
 
     def call(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -137,14 +137,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from fastroute.tasks import set_task
-from tests.helpers.tasks import images, router, small_vgg
+from fastroute.tasks import live, set_task
+from tests.helpers.tasks import images, router, small_vgg, tasks_of
 
 file = tempfile.mktemp()
 models = [
     nn.Sequential(nn.Conv2d(3, 8, 3), router(), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 14 * 14, 2)).double(),
     small_vgg(True, unused_grad="zeros").double(),
 ]
+alike = [small_vgg(unused_grad="zeros").double() for _ in range(2)]  # masked, and live channels only
+alike[1].load_state_dict(alike[0].state_dict())  # the masks, too
+alike[1] = live(alike[1])
 child = os.fork()
 rank = 0 if child else 1
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -172,7 +175,21 @@ for model in models:
         dist.all_gather(both, p.detach())
         assert torch.equal(*both)
     assert all(torch.equal(a, b) for a, b in zip(masks, (b for k, b in model.named_buffers() if "mapping" in k)))
-del ddp  # before its group
+
+ddps = [DistributedDataParallel(model) for model in alike]
+optimizers = [torch.optim.SGD(ddp.parameters(), 0.01, momentum=0.9, weight_decay=0.1) for ddp in ddps]
+for task in ((1, 3)[rank], (4, 0)[rank], tasks_of(4, seed=rank)):  # each rank at its own; at last a mixed batch
+    for ddp, optimizer in zip(ddps, optimizers):
+        set_task(ddp, task)
+        optimizer.zero_grad()
+        ddp(x[rank]).square().sum().backward()
+        optimizer.step()
+for p, q in zip(alike[0].parameters(), alike[1].parameters(), strict=True):
+    torch.testing.assert_close(p, q)
+    both = [torch.empty_like(q) for _ in range(2)]
+    dist.all_gather(both, q.detach())
+    assert torch.equal(*both)
+del ddp, ddps  # before their group
 dist.destroy_process_group()
 if child:
     assert os.waitpid(child, 0)[1] == 0
@@ -184,5 +201,8 @@ else:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes() -> None:
-    """DistributedDataParallel, each process at another task: gradients are averages, no parameter is unused."""
+    """DistributedDataParallel, each process at another task: gradients are averages, no parameter is unused.
+
+    Live channels train as masks do.
+    """
     assert "both done" in check_python(RANKS, timeout=120)

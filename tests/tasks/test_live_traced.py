@@ -1,4 +1,4 @@
-"""Networks that compute live channels only, seen by torch.compile, torch.export, vmap and DistributedDataParallel."""
+"""Networks that compute live channels only, seen by torch.compile, torch.export and vmap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastroute.tasks import RoutedConv2d, live, set_task
 from tests.helpers.opcheck import assert_same
-from tests.helpers.subprocesses import check_python
 from tests.helpers.tasks import T, images, router, small_vgg, tasks_of
 
 MANY = 20
@@ -105,48 +104,3 @@ def test_vmap_over_tasks_of_a_layer() -> None:
     ends = RoutedConv2d(8, 12, 3, input_router=router(8), output_router=router(12), compact_output=True)
     with pytest.raises(ValueError, match="compact_output"):
         torch.vmap(lambda task: ends(x.float(), task))(torch.arange(T))
-
-
-RANKS = """
-import os, tempfile
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from fastroute.tasks import live, set_task
-from tests.helpers.tasks import images, small_vgg, tasks_of
-
-file = tempfile.mktemp()
-alike = [small_vgg(unused_grad="zeros").double() for _ in range(2)]  # masked, and live channels only
-alike[1].load_state_dict(alike[0].state_dict())  # the masks, too
-models = [alike[0], live(alike[1])]
-child = os.fork()
-rank = 0 if child else 1
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-x = images(4, seed=rank).double()
-ddps = [DistributedDataParallel(model) for model in models]
-optimizers = [torch.optim.SGD(ddp.parameters(), 0.01, momentum=0.9, weight_decay=0.1) for ddp in ddps]
-for task in ((1, 3)[rank], (4, 0)[rank], tasks_of(4, seed=rank)):  # each rank at its own; at last a mixed batch
-    for ddp, optimizer in zip(ddps, optimizers):
-        set_task(ddp, task)
-        optimizer.zero_grad()
-        ddp(x).square().sum().backward()
-        optimizer.step()
-for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-    torch.testing.assert_close(p, q)
-    both = [torch.empty_like(q) for _ in range(2)]
-    dist.all_gather(both, q.detach())
-    assert torch.equal(*both)
-del ddps, ddp  # before their group
-dist.destroy_process_group()
-if child:
-    assert os.waitpid(child, 0)[1] == 0
-    print("both done")
-else:
-    os._exit(0)
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_processes() -> None:
-    """DistributedDataParallel trains live channels as it trains masks, each process at tasks of its own."""
-    assert "both done" in check_python(RANKS, timeout=120)
