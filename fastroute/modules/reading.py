@@ -22,6 +22,7 @@ from torch.nn.modules import module as global_hooks
 
 from ..importing import constant_result
 from ..ops.backends import extension
+from ..ops.host import is_traced
 
 _AFFINE = ("weight", "bias")
 #: The parameters and buffers that the classes which are read have, under their names.
@@ -84,7 +85,7 @@ def _original(cls: type, names: Sequence[str]) -> tuple[list[str], attrgetter[An
 @constant_result
 def is_pristine(cls: type) -> bool:
     """Whether a call of an instance runs what the class was written with: nobody has replaced a method of it."""
-    key = cls, torch.compiler.is_compiling()
+    key = cls, torch.compiler.is_compiling() or is_traced()
     known = _originals.get(key)
     if known is None:
         known = _original(cls, _METHODS if key[1] else _METHODS + _CALLS)
@@ -272,7 +273,7 @@ class Proof:
 
     def _print(self) -> tuple[bytes, Any]:
         """The fingerprint of what is, and that, kept alive: it has addresses. Empty without the extension or traced."""
-        compiled = None if torch.compiler.is_compiling() else _compiled()
+        compiled = None if torch.compiler.is_compiling() or is_traced() else _compiled()
         if compiled is None:
             return b"", None
         kept = [d.copy() for d in self._facts[1]]
@@ -323,4 +324,6 @@ class Proof:
         except (RuntimeError, ValueError, TypeError):  # of tensors or arrays, one of which has changed
             return False
         self._printed = now
+        if self._looks is None:  # of a proof that was made in a trace
+            self._looks = self._attributes()
         return True

@@ -18,8 +18,13 @@ library.define("_choose_isa(str asked, str[] here) -> str")
 
 def in_use() -> str:
     """The variant that runs, of a loaded extension; ValueError if FASTROUTE_ISA names one that is not here."""
-    with _disable_current_modes():  # the first to ask may be traced: no graph has this op
-        return torch.ops.fastroute._isa()
+    tracer = torch._C._get_tracing_state()  # the first to ask may be traced: no graph has this op
+    torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes():
+            return torch.ops.fastroute._isa()
+    finally:
+        torch._C._set_tracing_state(tracer)
 
 
 def describe() -> str:

@@ -225,6 +225,8 @@ class Decision(nn.Module):
         made = self.decide(only(batch, active), plan, forced)
         y = batch if made.y is None else made.y
         actions = made.actions
+        for column in made.columns:
+            column.taken(actions)
         if active is not None:
             actions = torch.where(active, actions, 0)
             if update_target is not None:
