@@ -96,8 +96,16 @@ def is_pristine(cls: type) -> bool:
 
 
 def are_watched() -> bool:
-    """Whether somebody looks at every module's calls."""
-    return any(_GLOBAL_HOOKS)
+    """Whether somebody looks at every module's calls, or at all functions of PyTorch."""
+    return any(_GLOBAL_HOOKS) or _functions_are_watched()
+
+
+def _functions_are_watched() -> bool:
+    """Whether a ``TorchFunctionMode`` is active that is none of PyTorch's own (a default device is one)."""
+    if torch.compiler.is_compiling() or not (count := torch._C._len_torch_function_stack()):
+        return False
+    modes = map(torch._C._get_function_stack_at, range(count))
+    return any(not type(mode).__module__.startswith("torch.") for mode in modes)
 
 
 def _is_plain(t: Any) -> bool:
@@ -121,7 +129,7 @@ def why_called(m: nn.Module, kinds: tuple[type, ...] = ()) -> str | None:
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return "a hook"
     if are_watched():
-        return "a hook on all modules"
+        return "a hook on all modules, or a function mode"
     names = _TENSORS.get(cls)
     if names is not None:
         found = m._parameters
@@ -309,6 +317,7 @@ class Proof:
         """Whether it does, and is about these modules. Not for a trace, which is guarded by what it reads."""
         if (
             self._looks is not None
+            and not _functions_are_watched()
             and all(map(_SHADOWED.isdisjoint, self._changing))
             and _compiled().is_same(self._printed[0], modules, self._modules, self._looks, *self._facts)
         ):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..modules import watching
 from ..ops import dispatch
-from ..ops.checks import given, integer, shown
+from ..ops.checks import as_tensor, given, integer, shown
 from ..ops.dispatch.contract import Plan
+from ..ops.host import may_look
 from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import SILENT
 from .decision_record import Mixture, Record, spread
@@ -64,9 +65,11 @@ class _Batch:
         if self._task_tensor is None or self._task_tensor.device != device:
             tasks = self.tasks
             try:
-                made = tasks if isinstance(tasks, Tensor) else torch.as_tensor([int(t) for t in tasks])
+                made = tasks if isinstance(tasks, Tensor) else torch.as_tensor([_whole(t) for t in tasks])
+                if made.is_complex() or (made.is_floating_point() and may_look(made) and bool((made % 1 != 0).any())):
+                    raise ValueError("fractions")
             except (TypeError, ValueError) as error:
-                raise TypeError(f"tasks: expected integers to choose agents or modules by, got {tasks!r}") from error
+                raise TypeError(f"tasks: expected integers to choose agents or modules by, got {given(tasks)}") from error
             self._task_tensor = made.reshape(-1).to(device, torch.int64)
         return self._task_tensor
 
@@ -297,14 +300,16 @@ class Trajectory(Sequence[SampleMetaInformation]):
     @overload
     def __getitem__(self, key: slice | Sequence[int] | Tensor) -> Trajectory: ...
     def __getitem__(self, key: Any) -> SampleMetaInformation | Trajectory:
-        if isinstance(key, SupportsIndex) and not (isinstance(key, Tensor) and key.dim() > 0):
+        if isinstance(key, SupportsIndex) and not getattr(key, "ndim", 0):
             return SampleMetaInformation._of(self._batch, self._row(key.__index__()))
         if isinstance(key, slice):
             picked: list[int] = list(range(*key.indices(len(self))))
         else:
-            index = torch.as_tensor(key)
-            if index.dtype == torch.bool:
-                index = torch.arange(len(index))[index.to("cpu")]
+            index = as_tensor("meta", key, torch.device("cpu"))
+            if index.dtype == torch.bool and tuple(index.shape) == (len(self),):
+                index = index.nonzero()
+            elif index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
+                raise IndexError(f"meta: expected indices, or a bool for each of {len(self)} samples, got {given(key)}")
             picked = index_list(index)
         return Trajectory._view(self._batch, [self._row(i) for i in picked])
 
@@ -504,6 +509,13 @@ class Trajectory(Sequence[SampleMetaInformation]):
         from .summary import summarize
 
         return summarize(self)
+
+
+def _whole(label: Any) -> int:
+    number = int(label)
+    if number != label and not isinstance(label, str):
+        raise ValueError("a fraction")
+    return number
 
 
 def index_list(index: Tensor) -> list[int]:

@@ -62,6 +62,11 @@ def _function(name: str, value: Any) -> Any:
     return value
 
 
+def _tensor(name: str, value: Any) -> Any:
+    checks.tensor(name, value, "a tensor")
+    return value
+
+
 def _flag(name: str, value: Any) -> bool:
     checks.flag(name, value)
     return bool(value)
@@ -74,7 +79,7 @@ _PLAIN: dict[Any, _Kind] = {
     bool: _Kind(lambda v: not isinstance(v, Tensor), "True or False", _flag),
     str: _Kind(lambda v: isinstance(v, str), "a str"),
     NoneType: _Kind(lambda v: v is None, "None"),
-    Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor"),
+    Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor", _tensor),
     nn.Module: _Kind(lambda v: isinstance(v, nn.Module), "a module"),
     torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", checks.floating_dtype),
     torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", checks.device),
