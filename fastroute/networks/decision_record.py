@@ -23,9 +23,7 @@ class Column:
 
     __slots__ = ("_at", "_full", "_memo", "_of")
 
-    def __init__(
-        self, full: Tensor | Callable[[], Tensor], at: Tensor | None = None, of: Tensor | None = None
-    ) -> None:
+    def __init__(self, full: Tensor | Callable[[], Tensor], at: Tensor | None = None, of: Tensor | None = None) -> None:
         self._full, self._at = full, at
         self._of = None if of is None else (of, _version(of))
         self._memo: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import trajectory_loss
-from ..ops.arguments import Share, checked
+from ..ops.arguments import Options, Share, checked
 from ..ops.checks import flag, samples, tensor
 from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import SILENT, makes_rewards, rewarded_loss
@@ -25,7 +25,7 @@ from .trajectory import SampleMetaInformation, Trajectory
 _Samples = Trajectory | Sequence[SampleMetaInformation]
 
 
-class Loss(nn.Module):
+class Loss(Options, nn.Module):
     """The modules' loss, and the decisions' loss on the rewards that follow from it.
 
     Args:
@@ -51,6 +51,7 @@ class Loss(nn.Module):
         >>> (module_loss + routing_loss).backward()
     """
 
+    _options = ("discounting", "clear", "normalize_per_action_rewards", "formula")
     _known: tuple[Any, bool] | None = None  #: a loss function, and whether it takes ``reduction``
 
     @checked
@@ -150,11 +151,12 @@ class Loss(nn.Module):
             if not hasattr(function, "reduction"):
                 return function(ysest, ystrue)
             if torch.compiler.is_compiling():  # Dynamo copies no module
-                before, function.reduction = function.reduction, "none"
+                same: Any = function
+                before, same.reduction = same.reduction, "none"
                 try:
-                    return function(ysest, ystrue)
+                    return same(ysest, ystrue)
                 finally:
-                    function.reduction = before
+                    same.reduction = before
             one: Any = object.__new__(type(function))  # as copy.copy, in a third of its time
             one.__dict__.update(function.__dict__)
             one.reduction = "none"

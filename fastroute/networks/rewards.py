@@ -8,13 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
-from ..ops.arguments import Count, checked
+from ..ops.arguments import Count, Options, checked
 from ..ops.checks import samples, shown, tensor, together
 from ..ops.processes import Processes
 from ..ops.recomputation import is_recomputation
@@ -32,7 +32,7 @@ def check_formula(formula: Any) -> Formula:
 # ---------------------------------------------------------------------------------------------------- final rewards
 
 
-class BaseReward(nn.Module):
+class BaseReward(Options, nn.Module):
     """A final reward. Subclasses define ``forward`` for one sample, and ``rewards`` where a batch can be done at once.
 
     Args:
@@ -44,6 +44,8 @@ class BaseReward(nn.Module):
         ...         return self.scaled(yest.softmax(1).amax(1))
         >>> loss = fastroute.Loss(nn.CrossEntropyLoss(), Confidence(scale=0.5))
     """
+
+    _options = ("formula",)
 
     @checked
     def __init__(self, scale: float = 1.0, *, formula: Formula = "intended") -> None:
@@ -177,7 +179,7 @@ def final_formula(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
 # ----------------------------------------------------------------------------------------------- per-action rewards
 
 
-class PerActionBaseReward:
+class PerActionBaseReward(Options):
     """No reward, and the interface of those that give one.
 
     A subclass defines ``rewards`` (and ``register_all``) on a batch, or upstream's ``get_reward`` (and ``register``) on
@@ -198,6 +200,7 @@ class PerActionBaseReward:
         tensor([-0.2000])
     """
 
+    _options: ClassVar[tuple[str, ...]] = ("history_window",)
     keeps_history = False  #: whether ``register_all`` has to keep the last actions
     sync_rewards = False
     processes: Processes | None = None
@@ -276,6 +279,8 @@ class PerActionBaseReward:
 class _PerActionCounting(PerActionBaseReward):
     """The arguments of the two collaboration rewards."""
 
+    _options = ("reward_ratio", "num_actions", "formula", "sync_rewards")
+
     @checked
     def __init__(
         self,
@@ -328,6 +333,7 @@ class CollaborationReward(_PerActionCounting):
     """
 
     keeps_history = True
+    _fixed = ("history_len",)  # of ``history_window``
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The share of each action among those registered."""

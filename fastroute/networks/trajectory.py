@@ -69,7 +69,9 @@ class _Batch:
                 if made.is_complex() or (made.is_floating_point() and may_look(made) and bool((made % 1 != 0).any())):
                     raise ValueError("fractions")
             except (TypeError, ValueError) as error:
-                raise TypeError(f"tasks: expected integers to choose agents or modules by, got {given(tasks)}") from error
+                raise TypeError(
+                    f"tasks: expected integers to choose agents or modules by, got {given(tasks)}"
+                ) from error
             self._task_tensor = made.reshape(-1).to(device, torch.int64)
         return self._task_tensor
 

@@ -164,7 +164,8 @@ def tensor(name: str, t: object, what: str) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected {what}, got {type(t).__name__}")
     if t.layout is not torch.strided or t.is_nested:
-        raise TypeError(f"{name}: expected {what}, dense, got a {'nested tensor' if t.is_nested else f'tensor of {t.layout}'}")
+        got = "a nested tensor" if t.is_nested else f"one of {t.layout}"
+        raise TypeError(f"{name}: expected {what}, dense, got {got}")
 
 
 def function(name: str, value: object, what: str) -> None:
