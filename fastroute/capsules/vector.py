@@ -166,8 +166,7 @@ class EfficientVectorRouting(Options, nn.Module):
             return False
         if self.d_out > 1 and (norm.weight is not None or norm.bias is not None):
             return False
-        # under torch.compile a graph would take eps as an input
-        if self.d_out > 1 and not torch.compiler.is_compiling() and norm.eps != 1e-5:
+        if self.d_out > 1 and norm.eps != 1e-5:
             return False
         if self.n_inp == -1:
             for beta in (self.compute_beta_use, self.compute_beta_ign):

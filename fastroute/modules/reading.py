@@ -289,8 +289,8 @@ class Proof:
 
     def _attributes(self) -> list[tuple[type, str, Any]] | None:
         """Of every class what a call runs; None where a fingerprint is not enough."""
-        pristine, shadowed, _ = self._called
-        if not self._printed[0] or not all(pristine) or not all(shadowed):
+        pristine, shadowed, watched = self._called
+        if watched or not self._printed[0] or not all(pristine) or not all(shadowed):
             return None
         return [(cls, name, getattr(cls, name)) for cls in self._classes for name in _originals[cls, False][0]]
 
