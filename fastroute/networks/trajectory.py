@@ -309,7 +309,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         else:
             index = as_tensor("meta", key, torch.device("cpu"))
             if index.dtype == torch.bool and tuple(index.shape) == (len(self),):
-                index = index.nonzero()
+                index = torch.arange(len(index))[index.to("cpu")]
             elif index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
                 raise IndexError(f"meta: expected indices, or a bool for each of {len(self)} samples, got {given(key)}")
             picked = index_list(index)
