@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..modules import watching
 from ..modules.reading import reset
 from ..ops import checks
-from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
+from ..ops.arguments import Count, InputCount, Options, OutputCount, Several, checked
 from ..ops.dtypes import accumulating
 from ..ops.masked import only, reaches
 from ..ops.precision import autocast_dtype
@@ -36,7 +36,7 @@ class _OfAll(torch.autograd.Function):
         return made.expand(ctx.B, *grad.shape[1:])
 
 
-class DefinableVectorRouting(OverInputs, nn.Module):
+class DefinableVectorRouting(Options, OverInputs, nn.Module):
     r"""Routes n_inp vectors to n_out vectors; A, F, G and S say what a vector is, votes for, predicts and agrees with.
 
     .. math::
@@ -82,6 +82,8 @@ class DefinableVectorRouting(OverInputs, nn.Module):
     """
 
     CONST_ones_over_n_out: Tensor
+
+    _options = ("n_iters", "return_dict")
 
     @checked
     def __init__(

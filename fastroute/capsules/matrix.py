@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional import matrix_routing
 from ..modules import watching
 from ..ops import checks
-from ..ops.arguments import Count, InputCapsules, OutputCapsules, Several, checked
+from ..ops.arguments import Count, InputCapsules, Options, OutputCapsules, Several, checked
 from ..ops.masked import only, reaches
 from ..ops.matrix_routing.contract import Capsules, Outputs
 from ..ops.matrix_routing.op import P_MODELS, first_or_next
@@ -21,7 +21,13 @@ from .over_inputs import OverInputs
 from .single_beta import SingleBeta
 
 
-class GenerativeMatrixRouting(OverInputs, SingleBeta):
+def _known_model(name: str, value: str) -> str:
+    if value not in P_MODELS:
+        raise ValueError(f"{name}: expected one of {', '.join(P_MODELS)}, got {value!r}")
+    return value
+
+
+class GenerativeMatrixRouting(Options, OverInputs, SingleBeta):
     r"""Routes n_inp capsules to n_out capsules, each an activation and a matrix, by n_iters iterations of EM.
 
     Every input votes for every output's matrix, V_ij = mu_inp_i W_ij + B_ij. In each iteration an input divides itself
@@ -64,6 +70,8 @@ class GenerativeMatrixRouting(OverInputs, SingleBeta):
 
     CONST_one: Tensor
 
+    _options = ("n_iters", "p_model", "eps", "return_dict")
+
     @checked
     def __init__(
         self,
@@ -74,7 +82,7 @@ class GenerativeMatrixRouting(OverInputs, SingleBeta):
         d_out: Count,
         n_iters: Several = 3,
         single_beta: bool = False,
-        p_model: str = "gaussian",
+        p_model: Annotated[str, _known_model] = "gaussian",
         eps: Annotated[float, partial(checks.positive, what="a positive number")] = 1e-5,
         return_dict: bool = False,
         *,
@@ -82,8 +90,6 @@ class GenerativeMatrixRouting(OverInputs, SingleBeta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if p_model not in P_MODELS:
-            raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
         self.n_inp, self.n_out, self.d_cov, self.d_inp, self.d_out = n_inp, n_out, d_cov, d_inp, d_out
         self.n_iters, self.p_model, self.eps = n_iters, p_model, float(eps)
         self.return_dict, self.n_inp_is_fixed = return_dict, n_inp != -1
@@ -111,7 +117,7 @@ class GenerativeMatrixRouting(OverInputs, SingleBeta):
 
     def extra_repr(self) -> str:
         names = ("n_inp", "n_out", "d_cov", "d_inp", "d_out", "n_iters", "single_beta", "p_model", "eps", "return_dict")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def __repr__(self) -> str:
         return f"{self._get_name()}({self.extra_repr()})"

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..modules import watching
 from ..modules.reading import may_be_read, reset
 from ..ops import checks
-from ..ops.arguments import Count, Several, checked
+from ..ops.arguments import Count, Options, Several, checked
 from ..ops.masked import only, reaching
 from ..ops.precision import autocast_dtype, autocast_off
 from ..ops.recomputation import draws_of
@@ -22,7 +22,7 @@ from ..ops.vector_routing.op import row_is_live
 from .over_inputs import OverInputs
 
 
-class SlotAttention(OverInputs, nn.Module):
+class SlotAttention(Options, OverInputs, nn.Module):
     r"""Slots compete for input vectors: each input divides itself over the *slots*, each slot takes a weighted mean.
 
     With LN a layer norm with affine, K slots of width D, and n_iters times:
@@ -61,6 +61,9 @@ class SlotAttention(OverInputs, nn.Module):
         >>> torch.allclose(attn.sum(-1), torch.ones(2, 40))
         True
     """
+
+    _options = ("n_slots", "n_iters", "eps")
+    _fixed = ("d_slot",)
 
     @checked
     def __init__(

@@ -13,7 +13,7 @@ from ..functional import efficient_routing
 from ..modules import watching
 from ..modules.reading import Memo, Proof, call, may_be_read, reset
 from ..ops import checks
-from ..ops.arguments import Count, InputCount, OutputCount, Several, checked
+from ..ops.arguments import Count, InputCount, Options, OutputCount, Several, checked
 from ..ops.autograd import transformed
 from ..ops.efficient_routing.contract import Parameters
 from ..ops.efficient_routing.op import Functions, cast, first_or_next, input_scale
@@ -27,7 +27,7 @@ __all__ = ["EfficientVectorRouting"]
 _OWN = itemgetter(*Parameters._fields[:12])  # of a layer with a fixed number of inputs
 
 
-class EfficientVectorRouting(nn.Module):
+class EfficientVectorRouting(Options, nn.Module):
     r"""Routes n_inp vectors of width d_inp to n_out vectors of width d_out by n_iters iterations of agreement.
 
     In each iteration every output vector predicts the inputs (E-step), each input divides itself over the *outputs* by
@@ -67,6 +67,9 @@ class EfficientVectorRouting(nn.Module):
     """
 
     CONST_ones_over_n_out: Tensor
+
+    _options = ("n_iters", "normalize", "memory_efficient", "return_dict")
+    _fixed = ("n_out", "d_out")
 
     @checked
     def __init__(
@@ -163,8 +166,7 @@ class EfficientVectorRouting(nn.Module):
             return False
         if self.d_out > 1 and (norm.weight is not None or norm.bias is not None):
             return False
-        # under torch.compile a graph would take eps as an input
-        if self.d_out > 1 and not torch.compiler.is_compiling() and norm.eps != 1e-5:
+        if self.d_out > 1 and norm.eps != 1e-5:
             return False
         if self.n_inp == -1:
             for beta in (self.compute_beta_use, self.compute_beta_ign):

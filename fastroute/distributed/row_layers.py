@@ -78,20 +78,20 @@ class RowSharded(nn.Module):
 
     def has_rows(self, name: str) -> bool:
         """Whether a parameter or buffer has a row per input."""
-        return self._fixed() != -1 and (name in self.row_parameters or name in self._more_rows)
+        return self._n_rows() != -1 and (name in self.row_parameters or name in self._more_rows)
 
     # ------------------------------------------------------------------------------------------------- a rank's inputs
 
-    def _fixed(self) -> int:
+    def _n_rows(self) -> int:
         """n, or -1."""
         return getattr(self, "n_inp", -1)
 
     def _inputs_here(self) -> int:
-        return -1 if self._fixed() == -1 else self._here
+        return -1 if self._n_rows() == -1 else self._here
 
     def _own(self, name: str, t: Any, axis: int) -> tuple[Tensor, int | None]:
         """(this rank's inputs, along an axis counted from the end; how many there are in all, None: not known)."""
-        rows, n = self._rows, self._fixed()
+        rows, n = self._rows, self._n_rows()
         checks.tensor(name, t, "a tensor")
         if t.dim() < -axis:
             raise ValueError(f"{name}: expected at least {-axis} dimensions, got {checks.shown(t)}")
@@ -271,7 +271,7 @@ class RowSharded(nn.Module):
         if self._rows.ranks == 1:
             made = torch.ops.fastroute.matrix_routing(a, mu, *w, *rest)[:3]
         else:
-            if w.W.shape[0] == 1 and self._fixed() == -1 and torch.is_grad_enabled():
+            if w.W.shape[0] == 1 and self._n_rows() == -1 and torch.is_grad_enabled():
                 names = [name for name, t in w._asdict().items() if t.requires_grad]
                 if names:
                     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (getattr(w, n) for n in names)]
@@ -436,7 +436,7 @@ class RowShardedMatrixRouting(_Matrix):
 class RowShardedRouting2019(_Matrix):
     """``Routing`` of 2019, of whose input capsules every rank has some."""
 
-    def _fixed(self) -> int:
+    def _n_rows(self) -> int:
         return self.W.shape[0] if self.n_inp_is_fixed else -1
 
     def forward(self, a_inp: Any, mu_inp: Any, return_R: bool = False, *, n_out: int | None = None) -> Any:

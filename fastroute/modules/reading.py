@@ -22,6 +22,7 @@ from torch.nn.modules import module as global_hooks
 
 from ..importing import constant_result
 from ..ops.backends import extension
+from ..ops.host import is_traced
 
 _AFFINE = ("weight", "bias")
 #: The parameters and buffers that the classes which are read have, under their names.
@@ -84,7 +85,7 @@ def _original(cls: type, names: Sequence[str]) -> tuple[list[str], attrgetter[An
 @constant_result
 def is_pristine(cls: type) -> bool:
     """Whether a call of an instance runs what the class was written with: nobody has replaced a method of it."""
-    key = cls, torch.compiler.is_compiling()
+    key = cls, torch.compiler.is_compiling() or is_traced()
     known = _originals.get(key)
     if known is None:
         known = _original(cls, _METHODS if key[1] else _METHODS + _CALLS)
@@ -95,8 +96,16 @@ def is_pristine(cls: type) -> bool:
 
 
 def are_watched() -> bool:
-    """Whether somebody looks at every module's calls."""
-    return any(_GLOBAL_HOOKS)
+    """Whether somebody looks at every module's calls, or at all functions of PyTorch."""
+    return any(_GLOBAL_HOOKS) or _functions_are_watched()
+
+
+def _functions_are_watched() -> bool:
+    """Whether a ``TorchFunctionMode`` is active that is none of PyTorch's own (a default device is one)."""
+    if torch.compiler.is_compiling() or not (count := torch._C._len_torch_function_stack()):
+        return False
+    modes = map(torch._C._get_function_stack_at, range(count))
+    return any(not type(mode).__module__.startswith("torch.") for mode in modes)
 
 
 def _is_plain(t: Any) -> bool:
@@ -120,7 +129,7 @@ def why_called(m: nn.Module, kinds: tuple[type, ...] = ()) -> str | None:
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return "a hook"
     if are_watched():
-        return "a hook on all modules"
+        return "a hook on all modules, or a function mode"
     names = _TENSORS.get(cls)
     if names is not None:
         found = m._parameters
@@ -272,7 +281,7 @@ class Proof:
 
     def _print(self) -> tuple[bytes, Any]:
         """The fingerprint of what is, and that, kept alive: it has addresses. Empty without the extension or traced."""
-        compiled = None if torch.compiler.is_compiling() else _compiled()
+        compiled = None if torch.compiler.is_compiling() or is_traced() else _compiled()
         if compiled is None:
             return b"", None
         kept = [d.copy() for d in self._facts[1]]
@@ -280,8 +289,8 @@ class Proof:
 
     def _attributes(self) -> list[tuple[type, str, Any]] | None:
         """Of every class what a call runs; None where a fingerprint is not enough."""
-        pristine, shadowed, _ = self._called
-        if not self._printed[0] or not all(pristine) or not all(shadowed):
+        pristine, shadowed, watched = self._called
+        if watched or not self._printed[0] or not all(pristine) or not all(shadowed):
             return None
         return [(cls, name, getattr(cls, name)) for cls in self._classes for name in _originals[cls, False][0]]
 
@@ -308,6 +317,7 @@ class Proof:
         """Whether it does, and is about these modules. Not for a trace, which is guarded by what it reads."""
         if (
             self._looks is not None
+            and not _functions_are_watched()
             and all(map(_SHADOWED.isdisjoint, self._changing))
             and _compiled().is_same(self._printed[0], modules, self._modules, self._looks, *self._facts)
         ):
@@ -323,4 +333,6 @@ class Proof:
         except (RuntimeError, ValueError, TypeError):  # of tensors or arrays, one of which has changed
             return False
         self._printed = now
+        if self._looks is None:  # of a proof that was made in a trace
+            self._looks = self._attributes()
         return True

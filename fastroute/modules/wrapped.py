@@ -1,4 +1,4 @@
-"""Names of modules and tensors without those of what was put around the model."""
+"""Modules and their names without what was put around them."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def unwrapped(model: nn.Module, name: str) -> str:
             parts.append(part)
         inside = getattr(inside, part, inside)
     return ".".join(parts)
+
+
+def inside(m: nn.Module) -> nn.Module:
+    """The module that others were put around, which call it with what they are called with."""
+    while True:
+        if isinstance(m, (DistributedDataParallel, nn.DataParallel)):
+            inner: nn.Module | None = m.module
+        else:
+            inner = next((m._modules[name] for name in _WRAPPERS if name in m._modules), None)
+        if inner is None:
+            return m
+        m = inner

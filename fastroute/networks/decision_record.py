@@ -18,14 +18,24 @@ class Column:
     """One quantity per choice, [B, K] or [B, 1]. A loss mostly reads the entry at the action.
 
     ``full`` is the tensor or a function that makes it when somebody looks; ``at`` is the entry at the action, where the
-    decision has it anyway.
+    decision has it anyway, and ``of`` are the actions that it was made for.
     """
 
-    __slots__ = ("_at", "_full", "_memo")
+    __slots__ = ("_at", "_full", "_memo", "_of")
 
-    def __init__(self, full: Tensor | Callable[[], Tensor], at: Tensor | None = None) -> None:
+    def __init__(self, full: Tensor | Callable[[], Tensor], at: Tensor | None = None, of: Tensor | None = None) -> None:
         self._full, self._at = full, at
+        self._of = None if of is None else (of, _version(of))
         self._memo: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> Any:
+        return None, {"_full": self.full, "_at": self._at, "_memo": self._memo, "_of": None}
+
+    def taken(self, actions: Tensor) -> None:
+        """Told the actions that are taken: where they are others, the entry that it has is another's."""
+        if self._of is not None and (self._of[0] is not actions or self._of[1] != _version(actions)):
+            self._at = None
+        self._of = None
 
     @property
     def full(self) -> Tensor:
@@ -58,6 +68,11 @@ class Column:
         """In a batch of ``size``, at ``rows``; zeros elsewhere."""
         at = None if self._at is None else spread(self._at, rows, size)
         return Column(lambda: spread(self.full, rows, size), at)
+
+
+def _version(t: Tensor) -> int:
+    """Another one after every change in place, where tensors have any."""
+    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 def spread(t: Tensor, rows: Tensor, size: int, fill: float = 0) -> Tensor:
@@ -100,6 +115,9 @@ class Record:
         self.decision, self.actions, self.choices, self.columns = decision, actions, choices, tuple(columns)
         self.agents, self.active, self.reward = agents, active, reward
         self._exploratory = exploratory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_exploratory": self.exploratory}
 
     @property
     def exploratory(self) -> Tensor:

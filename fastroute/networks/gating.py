@@ -18,8 +18,8 @@ from ..modules import watching
 from ..modules.reading import call, may_be_read, reset
 from ..ops import dispatch, host
 from ..ops.accumulating import Accumulating
-from ..ops.arguments import Count, NotNegative, checked
-from ..ops.checks import floating, is_number, samples, shown, tensor
+from ..ops.arguments import Count, NotNegative, Options, checked
+from ..ops.checks import at_least_zero, floating, is_number, samples, shown, tensor
 from ..ops.dtypes import accumulating
 from ..ops.host import may_look
 from ..ops.masked import only
@@ -50,7 +50,19 @@ class Routed(NamedTuple):
         return torch.stack(losses).sum() if losses else self.weights.new_zeros(())
 
 
-class TopKGating(Accumulating):
+def _below_one(name: str, value: Any) -> float:
+    if not at_least_zero(name, value) < 1:
+        raise ValueError(f"{name}: expected a number below 1, got {value}")
+    return float(value)
+
+
+def _capacity(name: str, value: Any) -> float | None:
+    if value is not None and not (is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"{name}: expected a finite number above 0 or None, got {value}")
+    return None if value is None else float(value)
+
+
+class TopKGating(Options, Accumulating):
     """Chooses k of K modules per sample, the ones with the highest scores, and weights them by their scores.
 
     Shazeer et al. 2017 (arXiv 1701.06538). With z = W x the logits and s their softmax or sigmoid, the weights are
@@ -98,6 +110,9 @@ class TopKGating(Accumulating):
 
     selection_bias: Tensor | None
     counts: Tensor | None
+    _options = (
+        "k", "scores", "normalize", "jitter", "capacity", "balance_loss", "z_loss", "bias_balancing", "generator",
+    )  # fmt: skip
 
     @checked
     def __init__(
@@ -109,8 +124,8 @@ class TopKGating(Accumulating):
         scores: Scores = "softmax",
         normalize: bool = True,
         bias: bool = False,
-        jitter: NotNegative = 0.0,
-        capacity: Annotated[float | None, None] = None,
+        jitter: Annotated[float, _below_one] = 0.0,
+        capacity: Annotated[float | None, _capacity] = None,
         balance_loss: NotNegative = 0.01,
         z_loss: NotNegative = 0.0,
         bias_balancing: NotNegative = 0.0,
@@ -119,18 +134,10 @@ class TopKGating(Accumulating):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        K, self.k = num_selections, k
-        self._num_selections = K
+        K = self._num_selections = num_selections
+        self.k = k
         self._in_features = in_features if isinstance(in_features, int) else math.prod(in_features)
-        if self.k > K:
-            raise ValueError(f"k: expected at most num_selections, {K}, got {k}")
-        self.scores, self.normalize = scores, bool(normalize)
-        self.jitter = float(jitter)
-        if self.jitter >= 1:
-            raise ValueError(f"jitter: expected a number below 1, got {jitter}")
-        if capacity is not None and not (is_number(capacity) and 0 < capacity < math.inf):
-            raise ValueError(f"capacity: expected a finite number above 0 or None, got {capacity}")
-        self.capacity = None if capacity is None else float(capacity)
+        self.scores, self.normalize, self.jitter, self.capacity = scores, normalize, jitter, capacity
         self.balance_loss, self.z_loss = float(balance_loss), float(z_loss)
         self.bias_balancing = float(bias_balancing)
         self.generator = generator
@@ -141,6 +148,13 @@ class TopKGating(Accumulating):
         self.register_buffer("selection_bias", made)
         counts = torch.zeros(K, dtype=torch.int64, device=device) if balances else None
         self.register_buffer("counts", counts, persistent=False)
+
+    def _option(self, name: str, value: Any) -> Any:
+        if name == "k" and value > self._num_selections:
+            raise ValueError(f"k: expected at most num_selections, {self._num_selections}, got {value}")
+        if name == "bias_balancing" and value > 0 and self._buffers.get("counts", self) is None:
+            raise ValueError(f"{name}: expected 0, as the gating was made without it, got {value}; make another gating")
+        return value
 
     def reset_parameters(self) -> None:
         """Draw the router anew; no load, and no bias, as at first."""

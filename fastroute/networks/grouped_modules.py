@@ -495,10 +495,10 @@ class _WithZeros(torch.autograd.Function):
 
 
 def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: Plan) -> Tensor:
-    """``run``, every module called with its own samples; in an exported program with all of them."""
+    """``run``, every module called with its own samples; in an exported program, or a trace, with all of them."""
     rows, N, is_one = SortedRows(plan), plan.order.shape[0], _is_one(x, plan)
     sorted_x = x.clone() if is_one else rows.sort(x)  # which modules may change in place
-    if host.is_exporting():
+    if host.is_exporting() or host.is_traced():
         return _all_by_all(modules, sorted_x, plan)
     if host.is_many(plan.offsets):
         return _of_all(modules, sorted_x, plan)
@@ -541,8 +541,8 @@ def _all_by_all(modules: Sequence[Callable[[Tensor], Tensor]], sorted_x: Tensor,
     """Every module called with all rows, zeros for those of others: no shape of it depends on the actions."""
     if any(getattr(part, "training", False) for m in modules if isinstance(m, nn.Module) for part in m.modules()):
         raise ValueError(
-            "modules: expected eval mode to export modules that cannot run together, each of which gets all rows, got "
-            "training; call eval() first"
+            "modules: expected eval mode to export or trace modules that cannot run together, each of which gets all "
+            "rows, got training; call eval() first"
         )
     ids = dispatch.module_of_row(plan.offsets, plan.order.shape[0])
     y: Tensor | None = None

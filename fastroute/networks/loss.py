@@ -5,17 +5,15 @@ Axes: B samples, T decisions recorded for the batch.
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import trajectory_loss
-from ..ops.arguments import Share, checked
+from ..ops.arguments import Options, Share, checked
 from ..ops.checks import flag, samples, tensor
 from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import SILENT, makes_rewards, rewarded_loss
@@ -28,7 +26,7 @@ from .trajectory import Trajectory
 _Samples = Trajectory | Sequence[SampleMetaInformation]
 
 
-class Loss(nn.Module):
+class Loss(Options, nn.Module):
     """The modules' loss, and the decisions' loss on the rewards that follow from it.
 
     Args:
@@ -54,6 +52,9 @@ class Loss(nn.Module):
         >>> (module_loss + routing_loss).backward()
     """
 
+    _options = ("discounting", "clear", "normalize_per_action_rewards", "formula")
+    _known: tuple[Any, bool] | None = None  #: a loss function, and whether it takes ``reduction``
+
     @checked
     def __init__(
         self,
@@ -73,7 +74,9 @@ class Loss(nn.Module):
             raise TypeError(f"pytorch_loss_func: expected a loss module or a function, got {pytorch_loss_func!r}")
         if not callable(routing_reward_func):
             raise TypeError(f"routing_reward_func: expected a reward object or a function, got {routing_reward_func!r}")
-        self.pytorch_loss_func, self._per_sample = pytorch_loss_func, _per_sample(pytorch_loss_func)
+        self.pytorch_loss_func = pytorch_loss_func
+        if not isinstance(pytorch_loss_func, nn.Module):
+            self._known = pytorch_loss_func, _takes_reduction(pytorch_loss_func)
         self.routing_reward_func = routing_reward_func
         self.discounting, self.clear = float(discounting), bool(clear)
         self.normalize_per_action_rewards = bool(normalize_per_action_rewards)
@@ -134,13 +137,39 @@ class Loss(nn.Module):
         tensor("ystrue", ystrue, "a tensor [B, ...]")
         if ystrue.shape[:1] != (B,):
             raise ValueError(f"ystrue: expected one row per sample, {B}, got {list(ystrue.shape)}")
-        made: Tensor = self._per_sample(ysest, ystrue)
+        made = self._unreduced(ysest, ystrue)
         if made.shape[:1] != (B,):
             raise ValueError(
                 f"pytorch_loss_func: expected one loss per sample, {B}, got shape {list(made.shape)}; give a loss "
                 "module, or a function that takes reduction='none'"
             )
         return made.flatten(1).sum(1) if made.dim() > 1 else made
+
+    def _unreduced(self, ysest: Tensor, ystrue: Tensor) -> Tensor:
+        """What the loss function gives without its reduction over the batch; the user's object stays as it is."""
+        function: Any = self.pytorch_loss_func
+        if isinstance(function, nn.Module):
+            if not hasattr(function, "reduction"):
+                return function(ysest, ystrue)
+            if torch.compiler.is_compiling():  # Dynamo copies no module
+                same: Any = function
+                before, same.reduction = same.reduction, "none"
+                try:
+                    return same(ysest, ystrue)
+                finally:
+                    same.reduction = before
+            one: Any = object.__new__(type(function))  # as copy.copy, in a third of its time
+            one.__dict__.update(function.__dict__)
+            one.reduction = "none"
+            return one(ysest, ystrue)
+        if self._known is None or self._known[0] is not function:
+            self._known = function, _takes_reduction(function)
+        return function(ysest, ystrue, reduction="none") if self._known[1] else function(ysest, ystrue)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(f"{prefix}_per_sample.")]:
+            del state_dict[key]  # of 0.2.0, which kept the loss function twice
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---------------------------------------------------------------------------------------------- decisions' losses
 
@@ -300,15 +329,8 @@ def _is_meta(value: Any) -> bool:
     )
 
 
-def _per_sample(function: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function without its reduction over the batch; the user's object stays as it is."""
-    if isinstance(function, nn.Module):
-        if hasattr(function, "reduction"):
-            function = copy.copy(function)
-            function.reduction = "none"
-        return function
+def _takes_reduction(function: Any) -> bool:
     try:
-        takes = "reduction" in inspect.signature(function).parameters
+        return "reduction" in inspect.signature(function).parameters
     except (TypeError, ValueError):
-        takes = False
-    return functools.partial(function, reduction="none") if takes else function
+        return False

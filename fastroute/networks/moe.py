@@ -15,7 +15,7 @@ from ..functional import expert_ffn
 from ..modules.reading import may_be_read, reset
 from ..ops import dispatch
 from ..ops.activations import ACTIVATIONS
-from ..ops.arguments import Count, Natural, checked
+from ..ops.arguments import Count, Natural, Options, checked
 from ..ops.checks import flag, floating, shown, tensor, together
 from ..ops.masked import only
 from .decisions.base import as_mask
@@ -32,7 +32,7 @@ class Aux(NamedTuple):
     counts: Tensor  #: [E] int64: tokens that chose each expert
 
 
-class MoE(nn.Module):
+class MoE(Options, nn.Module):
     """y = sum_j w_j W_down,a (act(W_gate,a x) * W_up,a x) over the token's k experts a, plus what all tokens share.
 
     Shazeer et al. 2017 (arXiv 1701.06538) with gated experts (Shazeer 2020, arXiv 2002.05202); shared experts as in
@@ -59,6 +59,8 @@ class MoE(nn.Module):
         >>> y.shape, aux.counts.sum()  # two entries for each of 20 tokens
         (torch.Size([2, 10, 16]), tensor(40))
     """
+
+    _fixed = ("gated", "shared_experts")
 
     @checked
     def __init__(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops.checks import given
 from ..ops.dispatch.contract import Plan
+from ..ops.host import may_look
 from ..ops.recomputation import is_recomputation
 from .decision_record import Mixture, Record
 
@@ -28,6 +29,13 @@ def labels(tasks: Any) -> int:
         return len(tasks)
     except TypeError:
         raise TypeError(f"tasks: expected a list or a tensor of labels, one per sample, got {given(tasks)}") from None
+
+
+def _whole(label: Any) -> int:
+    number = int(label)
+    if number != label and not isinstance(label, str):
+        raise ValueError("a fraction")
+    return number
 
 
 class RecordedBatch:
@@ -61,9 +69,13 @@ class RecordedBatch:
         if self._task_tensor is None or self._task_tensor.device != device:
             tasks = self.tasks
             try:
-                made = tasks if isinstance(tasks, Tensor) else torch.as_tensor([int(t) for t in tasks])
+                made = tasks if isinstance(tasks, Tensor) else torch.as_tensor([_whole(t) for t in tasks])
+                if made.is_complex() or (made.is_floating_point() and may_look(made) and bool((made % 1 != 0).any())):
+                    raise ValueError("fractions")
             except (TypeError, ValueError) as error:
-                raise TypeError(f"tasks: expected integers to choose agents or modules by, got {tasks!r}") from error
+                raise TypeError(
+                    f"tasks: expected integers to choose agents or modules by, got {given(tasks)}"
+                ) from error
             self._task_tensor = made.reshape(-1).to(device, torch.int64)
         return self._task_tensor
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modules.reading import reset
-from ..ops.arguments import Count, Several, Share, checked
+from ..ops.arguments import Count, Options, Several, Share, checked
 from ..ops.checks import as_tensor, floating, shown, tensor, together
 from ..ops.masked import only
 from .decisions.base import as_mask
@@ -27,7 +27,7 @@ from .trajectory import Trajectory
 _Samples = Trajectory | Sequence[SampleMetaInformation]
 
 
-class RoutingRNNCellBase(nn.Module):
+class RoutingRNNCellBase(Options, nn.Module):
     """What the cells share: two projections to the gates, of the input (i2h) and of the hidden state (h2h).
 
     A projection that is not routed is one ``Linear``. A routed one is ``depth_routing`` layers, each a decision and a
@@ -63,6 +63,8 @@ class RoutingRNNCellBase(nn.Module):
     _gates: int
     #: whether upstream's formula has a meaning of its own for action 0
     _has_upstream = False
+    _options = ("nonlin",)
+    _fixed = ("num_selections", "depth_routing", "route_i2h", "route_h2h", "recurrent", "formula")
 
     @checked
     def __init__(

@@ -5,16 +5,19 @@ Axes: B samples of one decision, C choices. All rewards are without gradient.
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from types import CellType, CodeType, FunctionType, ModuleType, NoneType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
-from ..ops.arguments import Count, checked
+from ..ops.arguments import Count, Options, checked
 from ..ops.checks import samples, shown, tensor, together
 from ..ops.processes import Processes
 from ..ops.recomputation import is_recomputation
@@ -32,7 +35,7 @@ def check_formula(formula: Any) -> Formula:
 # ---------------------------------------------------------------------------------------------------- final rewards
 
 
-class BaseReward(nn.Module):
+class BaseReward(Options, nn.Module):
     """A final reward. Subclasses define ``forward`` for one sample, and ``rewards`` where a batch can be done at once.
 
     Args:
@@ -44,6 +47,8 @@ class BaseReward(nn.Module):
         ...         return self.scaled(yest.softmax(1).amax(1))
         >>> loss = fastroute.Loss(nn.CrossEntropyLoss(), Confidence(scale=0.5))
     """
+
+    _options = ("formula",)
 
     @checked
     def __init__(self, scale: float = 1.0, *, formula: Formula = "intended") -> None:
@@ -142,10 +147,17 @@ def _one(reward: Any) -> Tensor:
     return made.reshape(())
 
 
+def _by_vmap(function: Any, args: tuple[Tensor, ...]) -> Tensor | None:
+    try:
+        return torch.vmap(lambda *sample: _one(function(*sample)))(*args)
+    except Exception:  # whatever vmap cannot do with a user's function; its own error comes again sample by sample
+        return None
+
+
 def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | None) -> Tensor:
     """[B] final rewards by a reward object or a user's function of a sample (loss [1], yest [1, ...], ytrue [1, ...]).
 
-    A function is run over the batch by ``torch.vmap``, or, if that cannot, sample by sample.
+    It is called sample by sample; a function that can be seen to keep nothing, all at once, by ``torch.vmap``.
     """
     losses = losses.detach()
     with torch.no_grad():
@@ -154,15 +166,53 @@ def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
         else:
             truth = torch.zeros_like(losses) if ytrue is None else ytrue.detach()
             args = losses[:, None], yest.detach()[:, None], truth[:, None]
-            try:
-                made = torch.vmap(lambda *sample: _one(function(*sample)))(*args)
-            except Exception:  # whatever vmap cannot do with a user's function; its own error comes again from the loop
+            at_once = torch.compiler.is_compiling() or _keeps_nothing(function)
+            found = _by_vmap(function, args) if at_once else None
+            if found is None:
                 each = [_one(function(*sample)) for sample in zip(*args, strict=True)]
-                made = torch.stack(each) if each else losses
+                found = torch.stack(each) if each else losses
+            made = found
     if made.numel() != losses.shape[0]:
         raise ValueError(f"routing_reward_func: expected {losses.shape[0]} rewards, got {list(made.shape)}")
     as_it_is = made.dim() == 1 and made.dtype == losses.dtype and not made.requires_grad
     return made if as_it_is else made.detach().reshape(-1).to(losses.dtype)
+
+
+_BUILT_IN = {"abs", "bool", "float", "int", "len", "max", "min", "round", "sum"}
+_WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "STORE_SUBSCR", "DELETE_", "IMPORT_", "MAKE_FUNCTION")
+
+
+@functools.lru_cache(256)
+def _names_read(code: CodeType) -> frozenset[str] | None:
+    """The globals that a function reads; None if it writes more than its own variables."""
+    names = set()
+    for step in dis.get_instructions(code):
+        name = str(step.argval)
+        in_place = step.opname in ("LOAD_ATTR", "LOAD_METHOD") and name.endswith("_")
+        if step.opname.startswith(_WRITES) or in_place:
+            return None
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names.add(name)
+    return frozenset(names)
+
+
+def _keeps_nothing(function: Any) -> bool:
+    """Whether it is a function of its arguments alone, made of PyTorch's: its calls have no order."""
+    if type(function) is not FunctionType or (names := _names_read(function.__code__)) is None:
+        return False
+    own = function.__globals__
+    if any(name not in own and name not in _BUILT_IN for name in names):
+        return False
+    used = [own[name] for name in names if name in own]
+    cells = function.__closure__ or ()
+    used += [cell.cell_contents for cell in cells if cell != CellType()]
+    used += function.__defaults__ or ()
+    homes = [v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) or "" for v in used]
+    return all(
+        isinstance(v, (int, float, str, NoneType, torch.dtype, Tensor))
+        or (isinstance(v, (ModuleType, FunctionType)) and home.partition(".")[0] in ("torch", "math"))
+        for v, home in zip(used, homes, strict=True)
+    )
 
 
 def final_formula(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | None) -> Final | None:
@@ -177,7 +227,7 @@ def final_formula(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
 # ----------------------------------------------------------------------------------------------- per-action rewards
 
 
-class PerActionBaseReward:
+class PerActionBaseReward(Options):
     """No reward, and the interface of those that give one.
 
     A subclass defines ``rewards`` (and ``register_all``) on a batch, or upstream's ``get_reward`` (and ``register``) on
@@ -198,6 +248,7 @@ class PerActionBaseReward:
         tensor([-0.2000])
     """
 
+    _options: ClassVar[tuple[str, ...]] = ("history_window",)
     keeps_history = False  #: whether ``register_all`` has to keep the last actions
     sync_rewards = False
     processes: Processes | None = None
@@ -276,6 +327,8 @@ class PerActionBaseReward:
 class _PerActionCounting(PerActionBaseReward):
     """The arguments of the two collaboration rewards."""
 
+    _options = ("reward_ratio", "num_actions", "formula", "sync_rewards")
+
     @checked
     def __init__(
         self,
@@ -328,6 +381,7 @@ class CollaborationReward(_PerActionCounting):
     """
 
     keeps_history = True
+    _fixed = ("history_len",)  # of ``history_window``
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
         """The share of each action among those registered."""

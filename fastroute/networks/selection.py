@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..functional import combine
 from ..modules import watching
 from ..ops import dispatch, host
-from ..ops.arguments import checked
+from ..ops.arguments import Options, checked
 from ..ops.checks import floating, samples, shown, tensor
 from . import grouped_modules
 from .decisions.base import as_mask
@@ -23,7 +23,7 @@ from .stacked_modules import Stack, from_stack
 from .trajectory import Trajectory
 
 
-class Selection(nn.Module):
+class Selection(Options, nn.Module):
     """K modules. Every sample goes through the one that its action names, or through k of them.
 
     With actions [B, k] it is a mixture: y_b = sum_j w_bj module_a(x_b) over the sample's actions a = a_bj.
@@ -53,6 +53,8 @@ class Selection(nn.Module):
         >>> torch.allclose(y[1], modules[2](h[1]), atol=1e-6)
         True
     """
+
+    _options = ("store_module_pointers", "dropped", "unused_grad")
 
     @checked
     def __init__(

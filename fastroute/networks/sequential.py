@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..modules.wrapped import inside
 from ..ops.checks import samples, tensor
 from .decisions.base import Decision
 from .decisions.fixed import PassThrough, PerTaskAssignment
@@ -95,9 +96,10 @@ class Sequential(nn.Module):
         first, *rest = modules
         ys, meta, actions = first(x, tasks)
         for m in rest:
-            if isinstance(m, Decision) and actions is None and m._num_agents > 1 and meta.tasks is not None:
+            own = inside(m)
+            if isinstance(own, Decision) and actions is None and own._num_agents > 1 and meta.tasks is not None:
                 actions = meta.task_indices(x.device)
-            if isinstance(m, _ROUTING):
+            if isinstance(own, _ROUTING):
                 ys, meta, actions = m(ys, meta, actions)
             else:
                 ys = m(ys)

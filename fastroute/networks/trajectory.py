@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..modules import watching
 from ..ops import dispatch
-from ..ops.checks import integer, shown
+from ..ops.checks import as_tensor, given, integer, shown
 from ..ops.dispatch.contract import Plan
 from ..ops.trajectory_loss.op import SILENT
 from .decision_record import Mixture, Record, spread
@@ -105,14 +105,16 @@ class Trajectory(Sequence[SampleMetaInformation]):
     @overload
     def __getitem__(self, key: slice | Sequence[int] | Tensor) -> Trajectory: ...
     def __getitem__(self, key: Any) -> SampleMetaInformation | Trajectory:
-        if isinstance(key, SupportsIndex) and not (isinstance(key, Tensor) and key.dim() > 0):
+        if isinstance(key, SupportsIndex) and not getattr(key, "ndim", 0):
             return SampleMetaInformation._of(self._batch, self._row(key.__index__()))
         if isinstance(key, slice):
             picked: list[int] = list(range(*key.indices(len(self))))
         else:
-            index = torch.as_tensor(key)
-            if index.dtype == torch.bool:
+            index = as_tensor("meta", key, torch.device("cpu"))
+            if index.dtype == torch.bool and tuple(index.shape) == (len(self),):
                 index = torch.arange(len(index))[index.to("cpu")]
+            elif index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
+                raise IndexError(f"meta: expected indices, or a bool for each of {len(self)} samples, got {given(key)}")
             picked = index_list(index)
         return Trajectory._view(self._batch, [self._row(i) for i in picked])
 

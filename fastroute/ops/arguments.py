@@ -62,6 +62,11 @@ def _function(name: str, value: Any) -> Any:
     return value
 
 
+def _tensor(name: str, value: Any) -> Any:
+    checks.tensor(name, value, "a tensor")
+    return value
+
+
 def _flag(name: str, value: Any) -> bool:
     checks.flag(name, value)
     return bool(value)
@@ -74,7 +79,7 @@ _PLAIN: dict[Any, _Kind] = {
     bool: _Kind(lambda v: not isinstance(v, Tensor), "True or False", _flag),
     str: _Kind(lambda v: isinstance(v, str), "a str"),
     NoneType: _Kind(lambda v: v is None, "None"),
-    Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor"),
+    Tensor: _Kind(lambda v: isinstance(v, Tensor), "a tensor", _tensor),
     nn.Module: _Kind(lambda v: isinstance(v, nn.Module), "a module"),
     torch.dtype: _Kind(lambda v: isinstance(v, torch.dtype), "a torch.dtype", checks.floating_dtype),
     torch.device: _Kind(lambda v: isinstance(v, (torch.device, str, int)), "a device", checks.device),
@@ -240,6 +245,39 @@ def checked(function: Function) -> Function:
             raise TooLarge(f"{sizes}: expected sizes that fit into memory, got: {error}") from error
 
     return typing.cast(Function, run)
+
+
+@functools.cache
+def _settings(cls: Any) -> dict[str, list[_Kind]]:
+    """What the options of a class accept, as its constructor, or that of the class it is made from, says."""
+    found: dict[str, list[_Kind]] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and base is not object:
+            made = vars(base)["__init__"]
+            found = {**_plan(made, inspect.signature(made)), **found} if hasattr(made, "__wrapped__") else found
+    return {name: found[name] for name in cls._options if name in found}
+
+
+class Options:
+    """A module whose options may be set again, to what its constructor takes: a wrong one would be used in silence."""
+
+    _options: typing.ClassVar[tuple[str, ...]] = ()  #: what a call reads, under the constructor's names
+    _fixed: typing.ClassVar[tuple[str, ...]] = ()  #: what only the constructor reads
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._options and not torch.compiler.is_compiling():
+            kinds = _settings(typing.cast(Any, type(self))).get(name)
+            value = self._option(name, value if kinds is None else _check(name, value, kinds))
+        elif name in self._fixed and name in self.__dict__ and self.__dict__[name] != value:
+            raise ValueError(
+                f"{name}: expected {self.__dict__[name]!r}, which the layer was made with, got {checks.given(value)}; "
+                "make another layer"
+            )
+        super().__setattr__(name, value)
+
+    def _option(self, name: str, value: Any) -> Any:
+        """The value, if it goes with the others."""
+        return value
 
 
 _MEMORY = (

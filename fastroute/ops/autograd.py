@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ..importing import constant_result
 from .backends import requested
-from .host import is_exporting
+from .host import is_exporting, is_traced
 from .registry import functions, implementations
 
 
@@ -120,7 +120,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 def is_observed(*tensors: Tensor | None) -> bool:
     """Whether anything but autograd is active (torch.func, a trace, a mode, a subclass): it needs the registered op."""
-    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0 or is_traced():
         return True
     return not _PLAIN.issuperset(map(type, tensors))
 

@@ -160,8 +160,12 @@ def device(name: str, value: Any) -> Any:
 
 
 def tensor(name: str, t: object, what: str) -> None:
+    """A tensor, neither sparse nor nested."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected {what}, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        got = "a nested tensor" if t.is_nested else f"one of {t.layout}"
+        raise TypeError(f"{name}: expected {what}, dense, got {got}")
 
 
 def function(name: str, value: object, what: str) -> None:
@@ -173,10 +177,11 @@ def function(name: str, value: object, what: str) -> None:
 
 def samples(name: str, t: Tensor) -> int:
     """B of a tensor [B, ...]."""
-    if not isinstance(t, Tensor) or t.dim() < 1:
-        raise (ValueError if isinstance(t, Tensor) else TypeError)(
-            f"{name}: expected a tensor [B, ...], got {given(t)}"
-        )
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor [B, ...], got {given(t)}")
+    tensor(name, t, "a tensor [B, ...]")
+    if t.dim() < 1:
+        raise ValueError(f"{name}: expected a tensor [B, ...], got {given(t)}")
     return t.shape[0]
 
 
@@ -189,6 +194,7 @@ def flag(name: str, value: object) -> None:
 def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
     """A tensor from a tensor or a list."""
     if isinstance(value, Tensor):
+        tensor(name, value, "a tensor")
         return value
     try:
         return torch.as_tensor(value, device=device)

@@ -15,6 +15,22 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag if _SAYS_SO_ALWAYS else torch.compiler.is_exporting()
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace or make_fx records operators, which are then run on other numbers."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() is not None or _has_mode(_MODES.PROXY):
+        return True
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+
+
+_MODES = torch._C._TorchDispatchModeKey
+
+
+def _has_mode(key: torch._C._TorchDispatchModeKey) -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(key) is not None
+
+
 def is_wrapped(t: Tensor) -> bool:
     """Whether it stands for many under torch.vmap."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
@@ -40,9 +56,9 @@ def is_many(t: Tensor) -> bool:
 
 
 def has_numbers(t: Tensor) -> bool:
-    """Whether there are any to be looked at: not under torch.compile, in a fake tensor, in one of many of a vmap, on
-    the meta device."""
-    if type(t) is not Tensor or torch.compiler.is_compiling() or t.is_meta:
+    """Whether there are any to be looked at: not under torch.compile or a trace, in a fake tensor or among some, in one
+    of many of a vmap, on the meta device."""
+    if type(t) is not Tensor or torch.compiler.is_compiling() or t.is_meta or is_traced() or _has_mode(_MODES.FAKE):
         return False
     functorch = torch._C._functorch
     return not (torch._C._are_functorch_transforms_active() and functorch.is_functorch_wrapped_tensor(t))

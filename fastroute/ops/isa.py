@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -18,8 +20,14 @@ library.define("_choose_isa(str asked, str[] here) -> str")
 
 def in_use() -> str:
     """The variant that runs, of a loaded extension; ValueError if FASTROUTE_ISA names one that is not here."""
-    with _disable_current_modes():  # the first to ask may be traced: no graph has this op
-        return torch.ops.fastroute._isa()
+    jit: Any = torch._C
+    tracer = jit._get_tracing_state()  # the first to ask may be traced: no graph has this op
+    jit._set_tracing_state(None)
+    try:
+        with _disable_current_modes():
+            return torch.ops.fastroute._isa()
+    finally:
+        jit._set_tracing_state(tracer)
 
 
 def describe() -> str:

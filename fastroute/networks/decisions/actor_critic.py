@@ -55,7 +55,7 @@ class ActorCritic(REINFORCE):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._qvalue_mem, temperature=self._temperature)
-        log_p = log_softmax_column(made.scores, self._temperature, made.value)
+        log_p = log_softmax_column(made, self._temperature)
         return Decided(made.actions, [log_p, critic_column(made)], explored)
 
 
@@ -85,7 +85,7 @@ class WPL(ActorCritic):
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         intended = self.formula == "intended"
         made, explored = self._answer(x, plan, forced, self._qvalue_mem, kind="shifted", expected=intended)
-        columns = [Column(lambda: values(made.scores, "shifted", 1.0), made.value), critic_column(made)]
+        columns = [Column(lambda: values(made.scores, "shifted", 1.0), made.value, made.actions), critic_column(made)]
         if (mean := made.expected) is not None:
             columns.append(Column(lambda: mean[:, None], mean))
         return Decided(made.actions, columns, explored)
@@ -124,7 +124,7 @@ class AAC(_WithValueNet):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem)
-        return Decided(made.actions, [log_softmax_column(made.scores, 1.0, made.value), critic_column(made)], explored)
+        return Decided(made.actions, [log_softmax_column(made, 1.0), critic_column(made)], explored)
 
     def loss(self, e: Entries) -> Tensor | None:
         entry = self.entry(e)
@@ -177,7 +177,7 @@ class EGreedyAAC(_WithValueNet):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem, with_coin=True)
-        columns = [*egreedy_columns(self, made.scores, made.value), critic_column(made)]
+        columns = [*egreedy_columns(self, made), critic_column(made)]
         return Decided(made.actions, columns, explored)
 
     def auxiliary(self, record: Record) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...functional import agent_policy, policy
 from ...ops import dispatch
 from ...ops.agent_policy.op import AgentChoice
-from ...ops.arguments import Count, Several, Share, checked
+from ...ops.arguments import Count, Options, Several, Share, checked
 from ...ops.checks import as_tensor, moved, samples, shape, share, shown, tensor
 from ...ops.checks import given as shown_value
 from ...ops.dispatch.contract import Plan
@@ -54,7 +54,7 @@ class Decided:
     y: Tensor | None = None
 
 
-class Decision(nn.Module):
+class Decision(Options, nn.Module):
     """Chooses one of K modules per sample, and learns to.
 
     A class of one's own defines :meth:`decide` and :meth:`loss_of`, and says in ``needs`` what the loss reads of the
@@ -103,6 +103,7 @@ class Decision(nn.Module):
     #: the name by which ``ops.trajectory_loss`` knows the intended loss of this very class; None: it does not
     algorithm: str | None = None
     critic: int | None = None  #: the state column, besides the first, that the loss moves
+    _options = ("formula", "generator", "additional_reward_func")
     _formula_of = ""  # the ``algorithm`` of the class that this one's loss is inherited from
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -153,8 +154,7 @@ class Decision(nn.Module):
         self._storage_type = _storage_type(policy_storage_type)
         self._factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._exploration = float(exploration)
-        reward = PerActionBaseReward() if reward is None else reward
-        self.additional_reward_func = check_reward(reward, self._num_selections)
+        self.additional_reward_func = reward
         self._policy = self._storages(self._num_selections, policy_net)
 
     def extra_repr(self) -> str:
@@ -173,6 +173,11 @@ class Decision(nn.Module):
                 for _ in range(self._num_agents)
             )
         return (StackedStorages if self._stacked and self._num_agents > 1 else Storages)(made, outputs)
+
+    def _option(self, name: str, value: Any) -> Any:
+        if name != "additional_reward_func":
+            return value
+        return check_reward(PerActionBaseReward() if value is None else value, self._num_selections)
 
     @staticmethod
     def _check_exploration(value: float) -> float:
@@ -226,6 +231,8 @@ class Decision(nn.Module):
         made = self.decide(only(batch, active), plan, forced)
         y = batch if made.y is None else made.y
         actions = made.actions
+        for column in made.columns:
+            column.taken(actions)
         if active is not None:
             actions = torch.where(active, actions, 0)
             if update_target is not None:

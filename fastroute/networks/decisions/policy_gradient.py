@@ -23,14 +23,14 @@ from .base import Decided, Decision
 __all__ = ["REINFORCE", "EGreedyREINFORCE", "REINFORCEBl1", "REINFORCEBl2"]
 
 
-def log_softmax_column(z: Tensor, temperature: float, at: Tensor | None) -> Column:
+def log_softmax_column(made: AgentChoice, temperature: float) -> Column:
     """log p, whose full [B, K] is only made when looked at."""
-    return Column(lambda: values(z, "softmax", temperature), at)
+    return Column(lambda: values(made.scores, "softmax", temperature), made.value, made.actions)
 
 
 def critic_column(made: AgentChoice) -> Column:
     """What the critic says to all choices, and to the one that was taken."""
-    return Column(made.critic, made.critic_at)  # type: ignore[arg-type]
+    return Column(made.critic, made.critic_at, made.actions)  # type: ignore[arg-type]
 
 
 class REINFORCE(Decision):
@@ -62,7 +62,7 @@ class REINFORCE(Decision):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, temperature=self._temperature)
-        return Decided(made.actions, [log_softmax_column(made.scores, self._temperature, made.value)], explored)
+        return Decided(made.actions, [log_softmax_column(made, self._temperature)], explored)
 
 
 class _WithValueNet(Decision):
@@ -104,7 +104,7 @@ class REINFORCEBl1(_WithValueNet):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem)
-        return Decided(made.actions, [log_softmax_column(made.scores, 1.0, made.value), critic_column(made)], explored)
+        return Decided(made.actions, [log_softmax_column(made, 1.0), critic_column(made)], explored)
 
     def auxiliary(self, record: Record) -> Tensor:
         """[B]: the baseline, sum_k p_k V_k (upstream: V_0)."""
@@ -139,9 +139,9 @@ def behaviour(log_p: Tensor, exploration: float, upstream: bool) -> Tensor:
     return torch.where(greedy > 0, 1 - exploration, others)
 
 
-def egreedy_columns(decision: Any, z: Tensor, log_p_a: Tensor) -> list[Column]:
+def egreedy_columns(decision: Any, made: AgentChoice) -> list[Column]:
     """[log p, p, mu]; in eval mu is p."""
-    log_p = log_softmax_column(z, decision._temperature, log_p_a)
+    log_p = log_softmax_column(made, decision._temperature)
     p = Column(lambda: log_p.full.exp())
     if not decision.training:
         return [log_p, p, p]
@@ -182,7 +182,7 @@ class EGreedyREINFORCE(REINFORCE):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, temperature=self._temperature, with_coin=True)
-        return Decided(made.actions, egreedy_columns(self, made.scores, made.value), explored)
+        return Decided(made.actions, egreedy_columns(self, made), explored)
 
     def auxiliary(self, record: Record) -> Tensor:
         """[B]: the importance weight, w."""

@@ -35,7 +35,7 @@ class QLearning(Decision):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, kind="score", with_coin=True)
-        return Decided(made.actions, [Column(made.scores, made.value)], explored)
+        return Decided(made.actions, [Column(made.scores, made.value, made.actions)], explored)
 
 
 class SARSA(QLearning):
@@ -81,7 +81,7 @@ class AdvantageLearning(_WithValueNet):
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, self._value_mem, kind="score", with_coin=True)
-        return Decided(made.actions, [Column(made.scores, made.value), critic_column(made)], explored)
+        return Decided(made.actions, [Column(made.scores, made.value, made.actions), critic_column(made)], explored)
 
 
 class BootstrapAdvantageLearning(AdvantageLearning):

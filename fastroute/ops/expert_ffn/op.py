@@ -231,7 +231,7 @@ def _check(x: Tensor, plan: Plan, weights: Tensor | None, w_in: Tensor, w_out: T
             f"w_in, w_out: expected [K, {'2H' if gated else 'H'}, D] and [K, P, H], got {shown(w_in)}, {shown(w_out)}"
         )
     K, inner, D = w_in.shape
-    H, odd = divmod(inner, 2) if gated else (inner, 0)
+    H, odd = (inner // 2, inner % 2) if gated else (inner, 0)  # jit.trace has tensors for sizes
     if odd:
         raise ValueError(f"w_in: expected [K, 2H, D] for gated experts, got {shown(w_in)}")
     if w_out.shape[0] != K or w_out.shape[2] != H:
