@@ -117,7 +117,7 @@ class GenerativeMatrixRouting(Options, OverInputs, SingleBeta):
 
     def extra_repr(self) -> str:
         names = ("n_inp", "n_out", "d_cov", "d_inp", "d_out", "n_iters", "single_beta", "p_model", "eps", "return_dict")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def __repr__(self) -> str:
         return f"{self._get_name()}({self.extra_repr()})"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import trajectory_loss
+from ..modules.reading import may_be_read
 from ..ops.arguments import Options, Share, checked
 from ..ops.checks import flag, samples, tensor
 from ..ops.recomputation import is_recomputation
@@ -151,7 +152,7 @@ class Loss(Options, nn.Module):
         if isinstance(function, nn.Module):
             if not hasattr(function, "reduction"):
                 return function(ysest, ystrue)
-            if torch.compiler.is_compiling():  # Dynamo copies no module
+            if torch.compiler.is_compiling() or not may_be_read(function):  # Dynamo copies no module; hooks get theirs
                 same: Any = function
                 before, same.reduction = same.reduction, "none"
                 try:
