@@ -31,6 +31,7 @@ def runtime(name: str) -> str | None:
 LIBRARIES = [runtime("libasan.so"), runtime("libstdc++.so")]
 
 
+@pytest.mark.long
 @needs_native
 def test_native_between_fences() -> None:
     """The same calls of the extension as it was built."""
