@@ -130,7 +130,7 @@ THRESHOLDS = (
               ("patches, one product", "convolutions one by one"), _convolutions),
     Threshold("fastroute.ops.grouped_linear.plain", "BATCHED_ROWS", math.inf, 0,
               ("one batched product", "a product per module"), _uneven),
-    Threshold("fastroute.ops.grouped_linear.op", "_FEW", math.inf, -1,
+    Threshold("fastroute.ops.grouped_linear.op", "MOST_PLANNED", math.inf, -1,
               ("plan and product in one call", "two calls"), _modules),
     Threshold("fastroute.networks.decisions.storage", "_LARGE", math.inf, -1,
               ("product and draw in one op", "the library's product"), _agent),

@@ -108,6 +108,12 @@ def _functions_are_watched() -> bool:
     return any(not type(mode).__module__.startswith("torch.") for mode in modes)
 
 
+def is_hooked(m: nn.Module) -> bool:
+    """Whether somebody looks at its calls."""
+    own = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(own) or are_watched()
+
+
 def _is_plain(t: Any) -> bool:
     """Whether it is a tensor, and nothing but one, or None. What torch.func wraps is: ops know its rules."""
     kind = type(t)  # a trace's stand-in is read as what it stands for
@@ -126,10 +132,8 @@ def why_called(m: nn.Module, kinds: tuple[type, ...] = ()) -> str | None:
     compiling = torch.compiler.is_compiling()  # Dynamo goes through no __dict__
     if any(name in own for name in _SHADOWED) if compiling else not _SHADOWED.isdisjoint(own):
         return "a forward or a tensor of its own in place of the class's"
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return "a hook"
-    if are_watched():
-        return "a hook on all modules, or a function mode"
+    if is_hooked(m):
+        return "a hook on all modules, or a function mode" if are_watched() else "a hook"
     names = _TENSORS.get(cls)
     if names is not None:
         found = m._parameters

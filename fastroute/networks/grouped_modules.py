@@ -20,6 +20,7 @@ from ..modules.reading import Memo, Proof, may_be_read, signature
 from ..ops import dispatch, host
 from ..ops.autograd import is_observed, transformed
 from ..ops.dispatch.contract import Plan
+from ..ops.grouped_linear import op as grouped_linear_op
 from ..ops.grouped_linear.op import of_alike, planned
 from ..ops.masked import only
 from .mlp import MLP
@@ -392,6 +393,8 @@ def run_actions(
 
 def _planned(stage: _Stage, x: Tensor, actions: Tensor, K: int, keep_empty: bool) -> tuple[Tensor, Plan] | None:
     if stage.kind != "linear" or actions.dim() != 1 or stage.device != x.device:
+        return None
+    if K > grouped_linear_op.MOST_PLANNED:  # before K parameters are listed
         return None
     return planned(x, actions, stage.parameters("weight"), stage.parameters("bias"), K, stage.activation, keep_empty)
 

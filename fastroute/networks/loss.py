@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import trajectory_loss
-from ..modules.reading import may_be_read
+from ..modules.reading import is_hooked
 from ..ops.arguments import Options, Share, checked
 from ..ops.checks import flag, samples, tensor
 from ..ops.recomputation import is_recomputation
@@ -152,7 +152,7 @@ class Loss(Options, nn.Module):
         if isinstance(function, nn.Module):
             if not hasattr(function, "reduction"):
                 return function(ysest, ystrue)
-            if torch.compiler.is_compiling() or not may_be_read(function):  # Dynamo copies no module; hooks get theirs
+            if torch.compiler.is_compiling() or is_hooked(function):  # Dynamo copies no module; hooks get theirs
                 same: Any = function
                 before, same.reduction = same.reduction, "none"
                 try:
@@ -161,7 +161,10 @@ class Loss(Options, nn.Module):
                     same.reduction = before
             one: Any = object.__new__(type(function))  # as copy.copy, in a third of its time
             one.__dict__.update(function.__dict__)
-            one.reduction = "none"
+            if "reduction" in one.__dict__:
+                one.__dict__["reduction"] = "none"
+            else:  # a property
+                one.reduction = "none"
             return one(ysest, ystrue)
         if self._known is None or self._known[0] is not function:
             self._known = function, _takes_reduction(function)

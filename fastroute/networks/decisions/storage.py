@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -237,11 +238,10 @@ _LARGE = 1 << 26
 
 def can_be_given(agents: Sequence[Any]) -> bool:
     """Whether all storages give their networks the same."""
-    first = agents[0]
-    if type(first) is not ApproxPolicyStorage:
+    if set(map(type, agents)) != {ApproxPolicyStorage}:
         return False
-    detach, flat = first._detach, type(first._modules.get("_approx")) is MLP
-    return all(
-        type(s) is ApproxPolicyStorage and s._detach is detach and (type(s._modules.get("_approx")) is MLP) is flat
-        for s in agents
-    )
+    flat = {type(children.get("_approx")) is MLP for children in map(_children, agents)}
+    return len(flat) == 1 and len(set(map(_detaches, agents))) == 1
+
+
+_children, _detaches = attrgetter("_modules"), attrgetter("_detach")

@@ -251,7 +251,7 @@ def grouped_linear(
 
 #: With more parameters a call's fixed cost is not what counts: 1.15x at 8, 1.05x at 64, 0.5 to 1.0x at 400
 #: (``bench/calibrate_thresholds.py``, AMD EPYC).
-_FEW = 64
+MOST_PLANNED = 64
 
 
 def planned(
@@ -269,7 +269,7 @@ def planned(
         and x.dtype == like.dtype == parameters[-1].dtype
         and x.shape == (actions.shape[0], like.shape[-1])
         and (x.shape[1] < 2 or x.stride(1) == 1)
-        and len(parameters) <= _FEW
+        and len(parameters) <= MOST_PLANNED
         and activation in _NATIVE_ACTIVATIONS
         and not is_observed(x)
         and not is_explaining()

@@ -51,7 +51,7 @@ class ByAction(NamedTuple):
     def made(self, dtype: torch.dtype) -> Tensor:
         """[B]"""
         if self.ratio is None:
-            return self.table[self.actions].to(dtype)
+            return self.table.index_select(0, self.actions).to(dtype)
         offsets = self.table.to(dtype)
         return (offsets.diff() * (self.ratio / offsets[-1:].clamp(min=1)))[self.actions]
 
