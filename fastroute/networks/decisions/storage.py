@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -240,8 +239,4 @@ def can_be_given(agents: Sequence[Any]) -> bool:
     """Whether all storages give their networks the same."""
     if set(map(type, agents)) != {ApproxPolicyStorage}:
         return False
-    flat = {type(children.get("_approx")) is MLP for children in map(_children, agents)}
-    return len(flat) == 1 and len(set(map(_detaches, agents))) == 1
-
-
-_children, _detaches = attrgetter("_modules"), attrgetter("_detach")
+    return len({(s._detach, type(s._modules.get("_approx")) is MLP) for s in agents}) == 1
