@@ -394,7 +394,7 @@ def run_actions(
 def _planned(stage: _Stage, x: Tensor, actions: Tensor, K: int, keep_empty: bool) -> tuple[Tensor, Plan] | None:
     if stage.kind != "linear" or actions.dim() != 1 or stage.device != x.device:
         return None
-    if K > grouped_linear_op.MOST_PLANNED:  # before K parameters are listed
+    if len(stage.leaves) > grouped_linear_op.MOST_PLANNED:  # before their parameters are listed
         return None
     return planned(x, actions, stage.parameters("weight"), stage.parameters("bias"), K, stage.activation, keep_empty)
 

@@ -49,7 +49,7 @@ _version = attrgetter("_version")
 
 def keep_for_again(ctx: Any, tensors: Sequence[Tensor], *rest: Any) -> None:
     """What a second derivative alone asks for: not saved, as it is there anyway, but known by its tensors' versions."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(ctx) is not _NoContext:
         ctx.again, ctx.versions = (tensors, *rest), list(map(_version, tensors))
 
 

@@ -233,3 +233,24 @@ def test_only_dense_tensors_are_taken(layout: str) -> None:
 def test_functions_name_what_is_not_dense() -> None:
     with pytest.raises(TypeError, match=r"^scores: expected .*dense, got"):
         fastroute.functional.policy(x.to_sparse())
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_network_that_is_made_in_inference_mode(stacked: bool) -> None:
+    """Its parameters have no versions."""
+
+    def results() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        start, decide = networks.Initialization(), networks.WPL(3, 8, num_agents=2, stacked=stacked)
+        select = networks.Selection(*(nn.Linear(8, 3) for _ in range(3)), stacked=stacked)
+        y, meta, _ = start(torch.randn(6, 8))
+        y, meta, actions = select(*decide(y, meta, torch.arange(6) % 2))
+        loss = networks.Loss(nn.CrossEntropyLoss(), networks.NegLossReward())
+        return y, actions, *loss(y, meta, torch.arange(6) % 3)
+
+    with torch.no_grad():
+        expected = results()
+    with torch.inference_mode():
+        found = results()
+    for a, b in zip(found, expected, strict=True):
+        assert a.is_inference() and torch.equal(a, b)

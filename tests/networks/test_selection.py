@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fastroute import use_backend
 from fastroute.networks import MLP, Selection, Trajectory, grouped_modules
+from fastroute.ops.backends import extension
+from fastroute.ops.grouped_linear.op import MOST_PLANNED
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 from tests.helpers.networks import F, gradients, linears, start
@@ -431,7 +433,7 @@ def test_pointers() -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("K", [2, 4, 40])
+@pytest.mark.parametrize("K", [2, 4, 40, 100])
 def test_one_call_gives_the_bits_of_a_plan_and_a_product(K: int, stacked: bool) -> None:
     """Few Linear modules are run by one op that makes the plan along."""
     seeds.manual_seed(0)
@@ -445,10 +447,15 @@ def test_one_call_gives_the_bits_of_a_plan_and_a_product(K: int, stacked: bool) 
             assert torch.equal(layer(x, Trajectory(9), actions)[0], y)
         return [y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)]
 
-    made = results()
+    calls, own = [], grouped_modules.planned
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_modules, "planned", lambda *args: calls.append(own(*args)) or calls[-1])
+        made = results()
         patch.setattr(grouped_modules, "planned", lambda *args: None)
         apart = results()
+    if extension()[0]:
+        few = stacked or 2 * K <= MOST_PLANNED  # a stack's parameters are two, whatever K is
+        assert sum(call is not None for call in calls) == 2 * few
     for one, other in zip(made, apart, strict=True):
         assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
     with pytest.raises(IndexError, match=f"actions: expected indices below {K}, got 1 of 9"):

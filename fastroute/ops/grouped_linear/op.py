@@ -73,8 +73,7 @@ class _GroupedLinear(torch.autograd.Function):
             y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         ctx.save_for_backward(x, order, samples, offsets, before, *weights)
-        if wants_gradients:
-            keep_for_again(ctx, biases)
+        keep_for_again(ctx, biases)
         return own(y)
 
     @staticmethod
@@ -132,8 +131,7 @@ class _PlannedLinear(_GroupedLinear):
         bounds, stacked = None if keep_empty else plan[0].bounds, reference.is_stacked(weights, 3)
         ctx.options = True, True, K, n_weights, activation, "native", bounds, stacked, len(biases) > 0
         ctx.save_for_backward(x, order, None, offsets, before, *weights)
-        if wants_gradients:
-            keep_for_again(ctx, biases)
+        keep_for_again(ctx, biases)
         return y
 
 
