@@ -15,16 +15,10 @@ from ..ops import checks
 from ..ops.arguments import Count, InputCapsules, Options, OutputCapsules, Several, checked
 from ..ops.masked import only, reaches
 from ..ops.matrix_routing.contract import Capsules, Outputs
-from ..ops.matrix_routing.op import P_MODELS, first_or_next
+from ..ops.matrix_routing.op import first_or_next, known_model
 from ..ops.precision import autocast_dtype, autocast_off
 from .over_inputs import OverInputs
 from .single_beta import SingleBeta
-
-
-def _known_model(name: str, value: str) -> str:
-    if value not in P_MODELS:
-        raise ValueError(f"{name}: expected one of {', '.join(P_MODELS)}, got {value!r}")
-    return value
 
 
 class GenerativeMatrixRouting(Options, OverInputs, SingleBeta):
@@ -82,7 +76,7 @@ class GenerativeMatrixRouting(Options, OverInputs, SingleBeta):
         d_out: Count,
         n_iters: Several = 3,
         single_beta: bool = False,
-        p_model: Annotated[str, _known_model] = "gaussian",
+        p_model: Annotated[str, known_model] = "gaussian",
         eps: Annotated[float, partial(checks.positive, what="a positive number")] = 1e-5,
         return_dict: bool = False,
         *,

@@ -161,10 +161,7 @@ class Loss(Options, nn.Module):
                     same.reduction = before
             one: Any = object.__new__(type(function))  # as copy.copy, in a third of its time
             one.__dict__.update(function.__dict__)
-            if "reduction" in one.__dict__:
-                one.__dict__["reduction"] = "none"
-            else:  # a property
-                one.reduction = "none"
+            one.reduction = "none"
             return one(ysest, ystrue)
         if self._known is None or self._known[0] is not function:
             self._known = function, _takes_reduction(function)

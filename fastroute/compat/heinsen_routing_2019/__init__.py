@@ -18,7 +18,7 @@ from ...modules.reading import are_watched, may_be_read
 from ...ops import checks
 from ...ops.arguments import checked
 from ...ops.matrix_routing.contract import Capsules, Outputs
-from ...ops.matrix_routing.op import P_MODELS, first_or_next
+from ...ops.matrix_routing.op import first_or_next, known_model
 from ...ops.precision import autocast_dtype, autocast_off
 
 __all__ = ["Routing"]
@@ -84,8 +84,7 @@ class Routing(OverInputs, SingleBeta):
         for name, count in (("n_inp", n_inp), ("n_out", n_out)):
             if checks.integer(name, count) != -1 and count < 1:
                 raise ValueError(f"{name}: expected a positive number of capsules, or -1 for any number, got {count}")
-        if p_model not in P_MODELS:
-            raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
+        known_model("p_model", p_model)
         if not eps > 0:
             raise ValueError(f"eps: expected a positive number, got {eps}")
         self.n_iters, self.p_model, self.eps = n_iters, p_model, float(eps)

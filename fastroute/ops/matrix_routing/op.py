@@ -28,6 +28,15 @@ from .settling import settle
 
 OP = "matrix_routing"
 P_MODELS = ("gaussian", "skm")
+
+
+def known_model(name: str, value: str) -> str:
+    """A p_model; ValueError if there is none of that name."""
+    if value not in P_MODELS:
+        raise ValueError(f"{name}: expected one of {', '.join(P_MODELS)}, got {value!r}")
+    return value
+
+
 #: Moments, or PreviousGrads, of some inputs to those of all.
 Total = Callable[[Any], Any]
 _INPUTS = (
@@ -312,8 +321,7 @@ def matrix_routing(
     """
     _check(a_inp, mu_inp, w)
     checks.at_least_one("n_iters", n_iters)
-    if p_model not in P_MODELS:
-        raise ValueError(f"p_model: expected one of {', '.join(P_MODELS)}, got {p_model!r}")
+    known_model("p_model", p_model)
     B, n = a_inp.shape
     m = w.W.shape[1]
     if mask is not None:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..arguments import explained
 from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed
-from ..backends import Case, note, offer, taken
-from ..backends import triton_refuses as _triton_refuses
+from ..backends import Case, note, offer, taken, triton_refuses
 from ..checks import floating, shown
 from . import plain
 from . import reference as reference
@@ -43,7 +42,7 @@ def _native_refuses(case: Case) -> str | None:
     return None if case.dtype in known else f"the C++ takes float32, float64, bfloat16 and float16, not {case.dtype}"
 
 
-offer(OP, "schema", native=_native_refuses, triton=_triton_refuses)
+offer(OP, "schema", native=_native_refuses, triton=triton_refuses)
 
 
 #: backend, how many columns and others, the result's dtype, layout, gamma, normalize

@@ -253,12 +253,12 @@ def test_explain() -> None:
 
 def test_what_backends_take() -> None:
     from fastroute.ops.backends import Case as Call
-    from fastroute.ops.trajectory_loss.op import _native_refuses, _triton_refuses
+    from fastroute.ops.trajectory_loss.op import _native_refuses, triton_refuses
 
     for dtype in (F32, BF16, F16):
-        assert _triton_refuses(Call("trajectory_loss", "cuda", dtype, ())) is None
+        assert triton_refuses(Call("trajectory_loss", "cuda", dtype, ())) is None
         assert _native_refuses(Call("trajectory_loss", "cpu", dtype, ())) is None
-    assert "not float64" in str(_triton_refuses(Call("trajectory_loss", "cuda", F64, ())))
+    assert "not float64" in str(triton_refuses(Call("trajectory_loss", "cuda", F64, ())))
     assert "not torch.float8" in str(_native_refuses(Call("trajectory_loss", "cpu", torch.float8_e5m2, ())))
 
 
