@@ -170,12 +170,15 @@ class Recipe(Memo):
         """The steps that all modules have in common; None where they differ, are not known, or have to be called."""
         seen = _Seen([], [])
         if torch.compiler.is_compiling() or transformed():  # a graph is guarded by what it reads, not by a memo
-            return _stages(modules, seen)
+            return self._found(modules, seen)
         made = self.known
         if made is None or not made.proof.holds(modules):
-            stages = _stages(modules, seen)
+            stages = self._found(modules, seen)
             made = self.known = _Made(Proof(modules, *seen), stages)
         return made.stages
+
+    def _found(self, modules: list[Any], seen: _Seen) -> list[_Stage] | None:
+        return _stages(modules, seen)
 
 
 def are_alike(modules: Sequence[nn.Module]) -> bool:
@@ -457,24 +460,25 @@ def _together(alike: list[_Stage], x: Tensor, plan: Plan, keep_empty: bool) -> T
 
 
 def up_to_the_last(
-    modules: list[Any], x: Tensor, plan: Plan | None, recipe: Recipe, *, alone: bool = False
-) -> tuple[Tensor, list[Tensor], list[Tensor], bool] | None:
+    modules: list[Any], x: Tensor, plan: Plan | None, recipe: Recipe, inputs: Callable[[Tensor], Tensor], *,
+    alone: bool = False,
+) -> tuple[Tensor, list[Tensor], list[Tensor], bool] | None:  # fmt: skip
     """Everything but a last Linear, for an op that has it in itself.
 
     Args:
-        modules, x, recipe: as of :func:`run`.
+        modules, x, recipe, inputs: as of :func:`run`.
         plan: of the samples; None: the first module has them all.
         alone: only where the Linear is all there is.
 
     Returns:
-        (what it is given, its weights, its biases, whether it is given x itself); None where the modules differ, or end
-        in something else.
+        (what it is given, its weights, its biases, whether that is what modules are given); None where the modules
+        differ, or end in something else.
     """
     alike = recipe.stages(modules)
     if alike is None or alike[-1].kind != "linear" or alike[-1].then is not None or (alone and len(alike) > 1):
         return None
     head, before = alike[-1], alike[:-1]
-    made: Tensor | None = x
+    made: Tensor | None = (x := inputs(x))
     if before and plan is not None:
         made = _together(before, x, plan, False)
     elif plan is None:

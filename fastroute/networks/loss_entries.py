@@ -55,6 +55,10 @@ class Rows(NamedTuple):
     look: list[Tensor | None]
 
 
+#: What a decision is given as an attribute in place of its class's.
+_LOSSES = frozenset({"loss", "loss_of"})
+
+
 def known_losses(records: Sequence[Record]) -> list[str] | None:
     """The names by which ``ops.trajectory_loss`` knows the losses of these records; None if it knows not all.
 
@@ -65,9 +69,9 @@ def known_losses(records: Sequence[Record]) -> list[str] | None:
         decision = record.decision
         if getattr(decision, "algorithm", None) is None or decision.formula != "intended":
             return None
-        if any(name in vars(decision) for name in ("loss", "loss_of")):
+        if not _LOSSES.isdisjoint(vars(decision)):
             return None
-    masked = any(record.active is not None for record in records)
+    masked = any([record.active is not None for record in records])
     if masked and len({need for record in records for need in record.decision.needs}) > 1:
         return None
     return [record.decision.algorithm for record in records]

@@ -97,13 +97,27 @@ class TabularPolicyStorage(nn.Module):
         return self._approx.expand(x.shape[0], -1)
 
 
+class _Recipe(grouped_modules.Recipe):
+    """Of storages, which have it in common if they give their networks the same, too."""
+
+    def _found(self, modules: list[Any], seen: Any) -> Any:
+        made = super()._found(modules, seen)
+        return made if _give_the_same(modules) else None
+
+
+def _give_the_same(agents: Sequence[Any]) -> bool:
+    if set(map(type, agents)) != {ApproxPolicyStorage}:
+        return False
+    return len({(s._detach, type(s._modules.get("_approx")) is MLP) for s in agents}) == 1
+
+
 class Storages(nn.ModuleList):
     """A storage per agent, of so many outputs."""
 
     def __init__(self, storages: Iterable[nn.Module], outputs: int) -> None:
         super().__init__(storages)
         self.outputs = outputs
-        self.recipe, self.memo = grouped_modules.Recipe(), Memo()
+        self.recipe, self.memo = _Recipe(), Memo()
 
     def owners(self) -> list[Any]:
         """The modules that have parameters: every agent's storage."""
@@ -122,7 +136,7 @@ class StackedStorages(Stack):
     def __init__(self, storages: Iterable[nn.Module], outputs: int) -> None:
         super().__init__(list(storages))
         self.outputs = outputs
-        self.recipe, self.memo = grouped_modules.Recipe(), Memo()
+        self.recipe, self.memo = _Recipe(), Memo()
 
     def _do_alike(self, modules: Sequence[Any]) -> bool:
         return type(modules[0]) is TabularPolicyStorage or grouped_modules.are_alike(modules)
@@ -177,11 +191,9 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
             )
             return torch.cat([*tables, torch.zeros_like(tables[0][:1])])[whose]
         return grouped_linear(None, plan, (), tables)
-    if not can_be_given(agents):
-        return grouped_modules.one_by_one(storages.each(), x, plan)
     return grouped_modules.run(
         agents, x, plan, storages.recipe, differentiable_twice=differentiable_twice, called=storages.each,
-        inputs=first.inputs,
+        inputs=lambda given: first.inputs(given),
     )  # fmt: skip
 
 
@@ -214,9 +226,9 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
     if tables is not None:
         together(("the policies' tables", tables[0]), {"batch": x})
         return Head(None, [], tables)
-    if not can_be_given(agents):
-        return None
-    found = grouped_modules.up_to_the_last(agents, first.inputs(x), plan, storages.recipe, alone=alone)
+    found = grouped_modules.up_to_the_last(
+        agents, x, plan, storages.recipe, lambda given: first.inputs(given), alone=alone
+    )
     if found is None or found[1][0].device != x.device:
         return None
     given, weights, biases, is_direct = found
@@ -233,10 +245,3 @@ def _head(storages: AnyStorages, x: Tensor, plan: Plan | None, *, alone: bool = 
 #: A product of one agent with more multiply-adds is the library's. On an AMD EPYC, where MKL is slow, the op is 1.2 to
 #: 1.4 times as fast on both sides (``bench/calibrate_thresholds.py``); other processors have not been measured.
 _LARGE = 1 << 26
-
-
-def can_be_given(agents: Sequence[Any]) -> bool:
-    """Whether all storages give their networks the same."""
-    if set(map(type, agents)) != {ApproxPolicyStorage}:
-        return False
-    return len({(s._detach, type(s._modules.get("_approx")) is MLP) for s in agents}) == 1
