@@ -21,6 +21,7 @@ from fastroute.compat import heinsen_routing
 from fastroute.distributed import Checkpoints, RowShardedCapsules, full_state_dict
 from tests.distributed.cases_capsules import D, H, M, N, full, gradients, same, says, vectors
 from tests.distributed.ranks import World, case, folder
+from tests.helpers.budget import assert_within_budget
 from tests.helpers.traffic import Traffic
 
 C, B = 2, 2  #: rows of a capsule's matrix; samples
@@ -330,13 +331,21 @@ def made_without_memory(world: World) -> None:
             if m is not sharded and hasattr(m, "reset_parameters"):
                 torch.manual_seed(0)
                 m.reset_parameters()
-        plain = LAYERS[name](n_inp)
-        plain.load_state_dict({k: full(t) for k, t in sharded.state_dict().items()})
+        exact = LAYERS[name](n_inp).double()
+        exact.load_state_dict({k: full(t) for k, t in sharded.state_dict().items()})
         given, more = inputs(name, 3 if n_inp == 3 else N)
-        given = {k: t.float() for k, t in given.items()}
-        more = {k: t.float() if isinstance(t, Tensor) else t for k, t in more.items()}
-        z = sharded(**{k: part(t, world, 4, axis(k)) for k, t in given.items()}, **more)
-        torch.testing.assert_close(outputs(z), outputs(plain(**given, **more)), rtol=1e-3, atol=1e-4)
+        single, double = (
+            ({k: t.float().to(dtype) for k, t in given.items()},
+             {k: t.float().to(dtype) if isinstance(t, Tensor) else t for k, t in more.items()})
+            for dtype in (torch.float32, torch.float64)
+        )  # fmt: skip
+        z = sharded(**{k: part(t, world, 4, axis(k)) for k, t in single[0].items()}, **single[1])
+        found = dict(enumerate(outputs(z)))
+
+        def truth(exact: nn.Module = exact, double: Any = double) -> dict[Any, Tensor]:
+            return dict(enumerate(outputs(exact(**double[0], **double[1]))))
+
+        assert_within_budget(found, truth, torch.float32, name)
 
 
 @case
