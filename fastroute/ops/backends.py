@@ -183,10 +183,9 @@ def native_refuses(case: Case) -> str | None:
 
 
 def triton_refuses(case: Case) -> str | None:
-    """The same of Triton's kernels."""
-    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the triton kernels take float32, bfloat16 and float16, not {str(case.dtype).removeprefix('torch.')}"
-    return None
+    """The same of Triton's kernels, where that is all they ask."""
+    why: str | None = importlib.import_module("fastroute.kernels.launch").refuses(case.device, case.dtype)
+    return why
 
 
 # ---------------------------------------------------------------------------------------------- choosing
