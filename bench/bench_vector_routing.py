@@ -7,6 +7,7 @@ vector.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -234,24 +235,49 @@ def _exact(x: Tensor, dy: Tensor, parameters: Sequence[Tensor | None]) -> Result
 
 
 #: Rows from which results are compared by norm: to round them at random takes minutes, or more than a GPU's memory.
-MANY, FEWER = 100_000, 50
+#: On a CPU so it does where a product over all rows has so many multiply-adds.
+MANY, FEWER, MUCH = 100_000, 50, 500_000_000
+DRAWS = 3  #: by which it is told how far rounded inputs move results: one alone may be small by luck
 
 
 def by_norm(case: Case, device: str) -> harness.ByNorm:
     """The gate of a case of many rows; exact results are by tiles of rows in float64."""
     few = case._replace(n=max(case.n // FEWER, 64))
     known, found = rounding(few, device), contestant(list(few), "training", "fastroute", device).results()
+    fewer = moves(few, device)[1]
+    exact, moved = moves(case, device)
+    return harness.ByNorm(known, found, exact, case.n / few.n, (moved, fewer))
+
+
+def moves(case: Case, device: str) -> tuple[Results, dict[str, float]]:
+    """Exact results, and how far each moves, by norm and relative, where every number given is rounded at random."""
     p = problem(case, device)
-    layer, x = copy.deepcopy(p.layer).double(), p.x.detach().double()
-    with fastroute.use_backend("reference"):
-        run, _ = _pass("training", layer, layer._parameters_by_name(), x, p.dy.double())
-        return harness.ByNorm(known, found, {name: t.detach() for name, t in run().items()}, case.n / few.n)
+    module, draw = copy.deepcopy(p.layer).double(), torch.Generator(device).manual_seed(0)
+
+    def results(rounded: bool = True) -> Results:
+        layer, x, dy = copy.deepcopy(module), p.x.detach().double(), p.dy.double()
+        with torch.no_grad():
+            for t in (x, dy, *layer.parameters()) if rounded else ():
+                for part in t.view(-1).split(1 << 24):
+                    half = torch.rand(part.shape, generator=draw, device=device, dtype=part.dtype).sub_(0.5)
+                    part.mul_(half.mul_(torch.finfo(torch.float32).eps).add_(1.0))
+        with fastroute.use_backend("reference"):
+            run, _ = _pass("training", layer, layer._parameters_by_name(), x, dy)
+            return {name: t.detach() for name, t in run().items()}
+
+    exact = results(rounded=False)
+    squares = dict.fromkeys(exact, 0.0)
+    for _ in range(DRAWS):
+        for name, t in results().items():
+            squares[name] += (harness.distance(t, exact[name], 2) / max(harness.size(exact[name], 2), 1e-300)) ** 2
+    return exact, {name: math.sqrt(square / DRAWS) for name, square in squares.items()}
 
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> harness.Gate:
     with harness.threads(2):
-        return by_norm(case, device) if case.n >= MANY else rounding(case, device)
+        much = case.n >= MANY or (device == "cpu" and case.multiply_adds >= MUCH)
+        return by_norm(case, device) if much else rounding(case, device)
 
 
 def rounding(case: Case, device: str) -> Truth:

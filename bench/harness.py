@@ -27,7 +27,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -354,18 +354,30 @@ class ByNorm:
     Roundings are judged on the fewer rows, result by result. This finds what only many rows bring out: a row that is
     dropped or counted twice moves a result by more than 1e-3 of its norm. One bound is for all results, since how far
     one that nearly cancels may be off changes with the number of rows: a bias's gradient of 10^5 rows has 14 times the
-    budget of 20,000. The root is how the relative error of a sum in one run grows with its length.
+    budget of 20,000. The root is how the relative error of a sum in one run grows with its length. Where many rows
+    nearly cancel and the fewer do not, it grows by more: as much as rounded inputs move the exact result further.
 
     Args:
         known: of the fewer rows.
         found: our results of these.
         exact: of all rows.
         times: how many times more rows there are.
+        moves: of each result, the relative distance that rounded inputs move it: all rows', and the fewer rows'.
     """
 
-    def __init__(self, known: Truth, found: Results, exact: Results, times: float) -> None:
+    def __init__(
+        self,
+        known: Truth,
+        found: Results,
+        exact: Results,
+        times: float,
+        moves: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
+    ) -> None:
         self._few, self.exact = known.excess(found), exact
-        self._allowed = math.sqrt(times) * max(known.relative(name, t) for name, t in found.items())
+        largest = max(known.relative(name, t) for name, t in found.items())
+        all_rows, fewer = moves or ({}, {})
+        grown = {name: move / fewer[name] for name, move in all_rows.items() if fewer[name]}
+        self._allowed = {name: largest * max(math.sqrt(times), grown.get(name, 0.0)) for name in exact}
 
     def excess(self, found: Results, rival: bool = False) -> tuple[str, float]:
         """As of :class:`Truth`; a rival is told by the same bound."""
@@ -375,7 +387,7 @@ class ByNorm:
         for name, t in found.items():
             exact = self.exact[name]
             fits = t.shape == exact.shape and math.isfinite(size(t, 2))
-            by[name] = distance(t, exact, 2) / (self._allowed * size(exact, 2)) if fits else math.inf
+            by[name] = distance(t, exact, 2) / (self._allowed[name] * size(exact, 2)) if fits else math.inf
         name = max(by, key=by.__getitem__)
         return name, by[name]
 

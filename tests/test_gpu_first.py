@@ -18,6 +18,7 @@ import torch
 from bench import __main__ as bench
 from bench import bench_vector_routing, harness
 from bench.gpu_first import cache, driver, plugin, predicted, processes, records, tables, tools, verdict, waves
+from tests.helpers import seeds
 from tests.helpers.budget import Yardstick
 
 ROOT = waves.ROOT
@@ -308,6 +309,29 @@ def test_many_rows_have_a_gate_that_fits_a_gpu(monkeypatch: pytest.MonkeyPatch) 
         wrong = {**found, name: found[name] + 1e-4 * found[name].abs().max()}
         assert gate.excess(wrong) == (name, pytest.approx(gate.excess(wrong)[1])) and gate.excess(wrong)[1] > 1
     assert gate.excess({"x_out": found["x_out"] * torch.nan})[1] == float("inf")
+
+
+def test_rows_that_nearly_cancel_are_held_to_what_rounding_moves() -> None:
+    """A sum of many rows that is 10^4 times smaller than sums of as many are, of which the fewer rows know nothing."""
+    draw = seeds.generator()
+    few, many = torch.rand(100, generator=draw), torch.randn(5000, generator=draw)
+    many[0] -= float(many.double().sum())
+    many[1] += 0.01
+    exact = {"sum": many.double().sum(0, keepdim=True)}
+    assert 0.005 < exact["sum"] < 0.02
+
+    def moves(rows: torch.Tensor) -> dict[str, float]:
+        halves = torch.rand(50, len(rows), generator=draw, dtype=torch.float64) - 0.5
+        moved = (rows.double() * (1 + torch.finfo(torch.float32).eps * halves)).sum(1)
+        return {"sum": float((moved / rows.double().sum() - 1).square().mean().sqrt())}
+
+    known = harness.Truth(lambda: {"sum": few.double().sum(0, keepdim=True)}, torch.float32)
+    of_few = {"sum": few.sum(0, keepdim=True)}
+    off = {"sum": exact["sum"] * (1 + 1e-4)}  # some units in the last place of partial sums
+    by_root = harness.ByNorm(known, of_few, exact, 50)
+    gate = harness.ByNorm(known, of_few, exact, 50, (moves(many), moves(few)))
+    assert by_root.excess(off)[1] > 1 >= gate.excess(off)[1]
+    assert gate.excess({"sum": many[2:].sum(0, keepdim=True)})[1] > 100
 
 
 class Recorder:
