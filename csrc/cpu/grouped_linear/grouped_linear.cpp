@@ -31,6 +31,7 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kTileRows = 96;
 constexpr int64_t kLibraryRows = 512;  // of a tile that a library multiplies
 constexpr int64_t kLongest = 4096;     // of its sums
+constexpr int64_t kTurnedRows = 12;    // the fewest for which a weight is turned
 
 // int64 numbers anywhere; without any, the identity.
 class Index {
@@ -270,17 +271,32 @@ void multiply_by_library(
   }
 }
 
-// out[i] = w a[i] + bias, or w^T a[i]
+// Whether a module's weight is turned for its rows: that spares the sums over lanes.
+template <class S>
+bool is_turned(int64_t rows_of_module, int64_t n, int64_t k) {
+  const int64_t rows = std::min(rows_of_module, kTileRows);
+  return n >= kernels<S>().lanes && rows >= kTurnedRows && rows * kernels<S>().turned_terms >= k;
+}
+
+// out[i] = w a[i] + bias, or w^T a[i], of some of a module's rows
 template <class S>
 void multiply(
-    const RowPointers<S>& out, const RowPointers<const S>& a, int64_t rows, const Dense<S>& w, bool transposed,
-    const S* bias, int64_t O, int64_t F) {
+    const RowPointers<S>& out, const RowPointers<const S>& a, int64_t rows, int64_t rows_of_module, const Dense<S>& w,
+    bool transposed, const S* bias, int64_t O, int64_t F) {
   if (is_by_library<S>(rows, O, F) && w.is_by_row && w.stride == F) {
     multiply_by_library(out.get(), a.get(), rows, w, transposed, bias, O, F);
     return;
   }
-  const auto kernel = w.is_by_row != transposed ? kernels<S>().dot : kernels<S>().combine;
-  kernel(out.get(), a.get(), rows, w.data, w.stride, bias, transposed ? F : O, transposed ? O : F);
+  const auto& kernel = kernels<S>();
+  const int64_t n = transposed ? F : O, k = transposed ? O : F;
+  if (w.is_by_row == transposed) {
+    kernel.combine(out.get(), a.get(), rows, w.data, w.stride, bias, n, k);
+  } else if (is_turned<S>(rows_of_module, n, k)) {
+    const std::unique_ptr<S[]> scratch(new S[2 * kernel.lanes * k]);
+    kernel.dot_turned(out.get(), a.get(), rows, w.data, w.stride, bias, n, k, scratch.get());
+  } else {
+    kernel.dot(out.get(), a.get(), rows, w.data, w.stride, bias, n, k);
+  }
 }
 
 // The cost of a module's weights, and of a row: sixteen multiply-adds a nanosecond.
@@ -313,7 +329,8 @@ void forward(
     }
     const RowPointers<S> out(y, O, O, put, u.begin, u.end);
     const RowPointers<const S> rows(x_data, x_row, F, take, u.begin, u.end);
-    multiply(out, rows, u.end - u.begin, Dense<S>(weights[u.module], O, F), false, bias.data, O, F);
+    const int64_t of_module = offsets[u.module + 1] - offsets[u.module];
+    multiply(out, rows, u.end - u.begin, of_module, Dense<S>(weights[u.module], O, F), false, bias.data, O, F);
     if (kind == activation::kNone) {
       return;
     }
@@ -388,7 +405,8 @@ void backward(
     if (u.kind == Kind::kRows) {
       const RowPointers<S> out(to.dx, F, F, spread, u.begin, u.end);
       const RowPointers<const S> rows(g, O, O, put, u.begin, u.end);
-      multiply<S>(out, rows, u.end - u.begin, Dense<S>(weights[u.module], O, F), true, nullptr, O, F);
+      const int64_t of_module = offsets[u.module + 1] - offsets[u.module];
+      multiply<S>(out, rows, u.end - u.begin, of_module, Dense<S>(weights[u.module], O, F), true, nullptr, O, F);
       return;
     }
     const int64_t start = offsets[u.module], stop = offsets[u.module + 1];

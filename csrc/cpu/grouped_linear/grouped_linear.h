@@ -1,8 +1,8 @@
 // grouped_linear for other ops, and matrix products over rows that lie anywhere: what it needs of its kernels.
 //
 // A matrix is an array of pointers to its rows, or one pointer and a stride. S is the type in memory, uint16_t for
-// bfloat16; sums are float or double. The order of every sum depends on the widths alone, so that rows and columns may
-// be divided into tiles in any way and give the same bits.
+// bfloat16; sums are float or double. The order of every sum of one of these depends on the widths alone, so that rows
+// and columns may be divided into tiles in any way and give the same bits.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -52,6 +52,10 @@ struct Kernels {
   // out[i][j] = sum_l a[i][l] b[j ldb + l] + bias[j], for `rows` i, n j and k l; bias may be null
   void (*dot)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k);
+  // the same for many rows, and `lanes` columns or more, its sums in another order; scratch: 2 lanes k numbers
+  void (*dot_turned)(
+      S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k,
+      S* scratch);
   // out[i][j] = sum_l a[i][l] b[l ldb + j] + bias[j]
   void (*combine)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k);
@@ -61,6 +65,8 @@ struct Kernels {
       typename Sum<S>::type* scratch);
   // out[j] = sum_l a[l][j], for j in [j0, j1)
   void (*sum)(S* out, const S* const* a, int64_t rows, int64_t j0, int64_t j1);
+  int64_t lanes;
+  int64_t turned_terms;  // dot_turned pays where a sum has so many for each row, or fewer
 };
 
 // The kernels for this processor, chosen once.
