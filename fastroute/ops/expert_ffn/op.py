@@ -18,13 +18,13 @@ from ..backends import note, taken
 from ..checks import floating, shown
 from ..dispatch.contract import Plan
 from ..dtypes import accumulating
-from ..grouped_linear import op as _grouped_linear  # noqa: F401  (defines the products, and says which backends there are)
+from ..grouped_linear import op as _grouped_linear  # defines the products, and says which backends there are
 from ..grouped_linear import plain as linear
 from ..grouped_linear.reference import of_sorted
 from ..host import on_host
 from ..precision import autocast_dtype, autocast_off, precision_of
 from ..registry import Kernels, define, no_second_derivative
-from . import plain
+from . import plain, schema
 
 OP = "expert_ffn"
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -98,15 +98,25 @@ class _Call(NamedTuple):
         return entries if k == 1 else entries.view(-1 if N else 0, k, entries.shape[1]).sum(1)
 
 
+def _is_native(c: _Call) -> bool:
+    """Whether C++ makes the hidden layer; not of an activation that is PyTorch's own."""
+    return c.backend == "native" and c.activation in _grouped_linear.NATIVE_ACTIVATIONS
+
+
+def _hidden(c: _Call, u: Tensor, w: Tensor | None) -> Tensor:
+    """[N, H]: the hidden layer of the sorted entries, times their weights, rounded once."""
+    if _is_native(c):
+        return schema.hidden(u, w, _NUMBERS[c.activation], c.gated)
+    return plain.Hidden(u, c.activation, c.gated).weighted(w)
+
+
 def _forward(*args: Any) -> Tensor:
     c = _Call(*args)
     with autocast_off(c.x.device.type):
         if _is_fused(c.backend):
             h, _ = _kernels.hidden(*c[:5], c.k, _NUMBERS[c.activation], c.gated, precision_of(c.x, ""))
         else:
-            u = _product(c.backend, c.x, c.samples, None, c.offsets, c.w_in)
-            h = plain.Hidden(u, c.activation, c.gated).weighted(c.entry_weights)
-            del u
+            h = _hidden(c, _product(c.backend, c.x, c.samples, None, c.offsets, c.w_in), c.entry_weights)
         return c.summed(_product(c.backend, h, None, c.order, c.offsets, c.w_out))
 
 
@@ -122,21 +132,26 @@ _OfHidden = tuple[Tensor | None, Tensor | None, Tensor]
 def _hidden_backward(
     c: _Call, samples: Tensor, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool
 ) -> _OfHidden:
-    """The hidden layer by a product and PyTorch."""
+    """The hidden layer between two products."""
     w = c.entry_weights
     u = _product(c.backend, c.x, samples, None, c.offsets, c.w_in)
     g = dy.index_select(0, samples)
-    hidden = plain.Hidden(u, c.activation, c.gated)
-    h = hidden.weighted(w) if want_out else u[:, : c.w_out.shape[2]]  # then only its width is read
+    h = _hidden(c, u, w) if want_out else u[:, : c.w_out.shape[2]]  # then only its width is read
     inside = want_u or want_weights
     t, d_out = _product_backward(c.backend, g, h, None, None, None, c.offsets, c.w_out, inside, want_out)
-    del g, h, u
-    t = t.to(hidden.a.dtype)
+    del g, h
+    d_u, dw = None, None
+    if inside and _is_native(c):
+        d_u, dw = schema.hidden_backward(t, u, w, _NUMBERS[c.activation], c.gated, want_u, want_weights)
+    elif inside:
+        hidden = plain.Hidden(u, c.activation, c.gated)
+        t = t.to(hidden.a.dtype)
+        d_u = hidden.backward(t, w) if want_u else None
+        dw = hidden.weights_backward(t) if want_weights else None
     d_weights = None
-    if want_weights and c.weights is not None:
-        dw = hidden.weights_backward(t)
+    if dw is not None and c.weights is not None:
         d_weights = torch.empty_like(dw).index_copy_(0, c.order, dw).view_as(c.weights).to(c.weights.dtype)
-    return hidden.backward(t, w) if want_u else None, d_weights, d_out
+    return d_u, d_weights, d_out
 
 
 def _fused_backward(

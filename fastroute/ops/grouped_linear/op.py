@@ -39,7 +39,7 @@ from . import triton as triton  # implements them
 OP = "grouped_linear"
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 #: What the C++ does after the product; the rest is a pass of PyTorch's own, whose erf is vectorised.
-_NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
+NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
 
 _OPS = torch.ops.fastroute
 
@@ -268,7 +268,7 @@ def planned(
         and x.shape == (actions.shape[0], like.shape[-1])
         and (x.shape[1] < 2 or x.stride(1) == 1)
         and len(parameters) <= MOST_PLANNED
-        and activation in _NATIVE_ACTIVATIONS
+        and activation in NATIVE_ACTIVATIONS
         and not is_observed(x)
         and not is_explaining()
         and autocast_dtype("cpu") is None
@@ -342,7 +342,7 @@ def of_alike(
     backend = taken(OP, like.device.type, like.dtype)
     if not keep_empty and len(parameters) >= K:  # each its own
         parameters = without_gradient(parameters, plan.bounds)
-    after = activation if backend == "native" and activation not in _NATIVE_ACTIVATIONS else "none"
+    after = activation if backend == "native" and activation not in NATIVE_ACTIVATIONS else "none"
     made: Tensor = apply(
         _GroupedLinear,
         x,
