@@ -257,6 +257,19 @@ def test_explain_says_why_the_first_choice_does_not_run() -> None:
         assert "not native: the C++ kernels take float32, float64 and bfloat16, not float16" in report
 
 
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        ("EfficientVectorRouting(4, 3, 6, 5)", "torch.zeros(2, 4, 6)"),
+        ("GenerativeMatrixRouting(4, 3, 2, 5, 6)", "torch.zeros(2, 4), torch.zeros(2, 4, 2, 5)"),
+        ("SlotAttention(3, 5, 6)", "torch.zeros(2, 4, 5)"),
+    ],
+)
+def test_explain_may_be_the_first_call(layer: str, inputs: str) -> None:
+    """It loads the extension from within a fake's dispatch."""
+    check_python(f"import torch, fastroute\nassert str(fastroute.explain(fastroute.{layer}, {inputs}))")
+
+
 def test_explain_a_function_and_nothing() -> None:
     inputs = vector_case(Size(2, 33, 5, 12)).inputs
     found = explain(lambda x: functional.vector_routing(**{**inputs, "x": x})[0], inputs["x"])  # type: ignore[arg-type]
