@@ -144,26 +144,22 @@ def expert_loop(p: Problem) -> Tensor:
 
 
 def contestant(p: Problem, name: str, fn: Callable[[Problem], Tensor], what: str, device: str) -> Step:
-    leaves = {"dx": p.x, "dW": p.W, "dW_out": p.W_out, "dweights": p.weights}
+    given = {"dx": p.x, "dW": p.W, "dW_out": p.W_out, "dweights": p.weights}
+    leaves = {name: t for name, t in given.items() if t is not None}
 
     def drop() -> None:
         for leaf in leaves.values():
-            if leaf is not None:
-                leaf.grad = None
+            leaf.grad = None
 
     def run() -> Results:
         if what == "forward":
             with torch.no_grad():
                 return {"y": fn(p)}
         for leaf in leaves.values():
-            if leaf is not None:
-                leaf.requires_grad_()
+            leaf.requires_grad_()
         y = fn(p)
         y.backward(p.dy)
-        return {
-            "y": y.detach(),
-            **{name: leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None},
-        }
+        return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
 
     def check() -> Results:
         drop()

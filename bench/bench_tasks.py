@@ -123,10 +123,10 @@ def variant(net: nn.Module, router: type[TaskRouter] | None) -> nn.Module:
 
 def contestant(p: Problem, name: str, model: nn.Module, training: bool, device: str, loop: bool = False) -> Step:
     parameters = list(p.net.named_parameters())
-    # only a mixed batch has heads of several tasks; a head that is not in the batch gets no gradient
     # before a BatchNorm a bias changes nothing: its gradient is exactly zero, and what is found of it is rounding alone
     normed = any(isinstance(m, nn.BatchNorm2d) for m in p.net.modules())
     idle = {f"{name}.bias" for name, m in p.net.named_modules() if normed and isinstance(m, nn.Conv2d)}
+    # only a mixed batch has heads of several tasks; a head that is not in the batch gets no gradient
     parts = [(t, (p.task == t).nonzero()[:, 0]) for t in range(TASKS)] if loop else [(p.task, slice(None))]
     inputs = [(t, rows, p.x[rows], p.dy[rows]) for t, rows in parts]
 

@@ -330,12 +330,11 @@ class Truth:
 
     def excess(self, found: Results, rival: bool = False) -> tuple[str, float]:
         """(which result misses the exact one by most, how many times what it may); a rival's, by fewer draws."""
-        by = {}
+        by, looks = {}, _RIVALS_LOOKS if rival else LOOKS
         with threads(2):
             self._yardstick.expects(found)
             for name, value in found.items():
                 fits = value.shape == self.exact[name].shape
-                looks = _RIVALS_LOOKS if rival else LOOKS
                 by[name] = max(e.times for e in self._yardstick.excess(name, value, looks)) if fits else float("inf")
         name = max(by, key=by.__getitem__)
         return name, by[name]

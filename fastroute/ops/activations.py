@@ -13,7 +13,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-#: By what may follow the product; the place is the number that kernels know an activation by.
+#: By what may follow the product.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu,
@@ -23,7 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
 }
-
+#: The number that kernels know an activation by.
+NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 #: Activations whose derivative is computed from their output; for the others the pre-activation is saved.
 TOLD_BY_VALUE = ("none", "relu", "tanh", "sigmoid")

@@ -184,7 +184,7 @@ def native_refuses(case: Case) -> str | None:
 
 def triton_refuses(case: Case) -> str | None:
     """The same of Triton's kernels, where that is all they ask."""
-    why: str | None = importlib.import_module("fastroute.kernels.launch").refuses(case.device, case.dtype)
+    why: str | None = registry.Kernels("launch").refuses(case.device, case.dtype)
     return why
 
 

@@ -22,15 +22,15 @@ def in_use() -> str:
     """The variant that runs, of a loaded extension; ValueError if FASTROUTE_ISA names one that is not here."""
     jit: Any = torch._C
     tracer = jit._get_tracing_state()  # the first to ask may be traced: no graph has this op
-    if tracer is None or jit._dispatch_tls_is_dispatch_key_excluded(jit.DispatchKey.Tracer):
-        with _disable_current_modes():
-            return torch.ops.fastroute._isa()
-    jit._set_tracing_state(None)
+    is_traced = tracer is not None and not jit._dispatch_tls_is_dispatch_key_excluded(jit.DispatchKey.Tracer)
+    if is_traced:
+        jit._set_tracing_state(None)
     try:
         with _disable_current_modes():
             return torch.ops.fastroute._isa()
     finally:
-        jit._set_tracing_state(tracer)
+        if is_traced:
+            jit._set_tracing_state(tracer)
 
 
 def describe() -> str:

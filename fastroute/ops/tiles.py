@@ -30,3 +30,12 @@ def einsum_in_runs(equation: str, a: Tensor, b: Tensor) -> Tensor:
     rows = [letters.index("r") for letters in equation.split("->")[0].split(",")]
     parts = zip(a.split(_RUN, rows[0]), b.split(_RUN, rows[1]), strict=True)
     return reduce(torch.add, (torch.einsum(equation, x, y) for x, y in parts))
+
+
+def open_prior(prior: Tensor, open: Tensor | None) -> Tensor:
+    """[..., m]: R of no scores. The prior where it is open, divided by its sum there if that is more than 0."""
+    if open is None:
+        return prior
+    R = prior * open
+    total = R.sum(-1, keepdim=True)
+    return R / total.where(total > 0, 1.0)

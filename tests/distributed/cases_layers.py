@@ -334,18 +334,15 @@ def made_without_memory(world: World) -> None:
         exact = LAYERS[name](n_inp).double()
         exact.load_state_dict({k: full(t) for k, t in sharded.state_dict().items()})
         given, more = inputs(name, 3 if n_inp == 3 else N)
-        single, double = (
-            ({k: t.float().to(dtype) for k, t in given.items()},
-             {k: t.float().to(dtype) if isinstance(t, Tensor) else t for k, t in more.items()})
-            for dtype in (torch.float32, torch.float64)
-        )  # fmt: skip
-        z = sharded(**{k: part(t, world, 4, axis(k)) for k, t in single[0].items()}, **single[1])
-        found = dict(enumerate(outputs(z)))
+        given = {k: t.float() for k, t in given.items()}
+        more = {k: t.float() if isinstance(t, Tensor) else t for k, t in more.items()}
+        z = sharded(**{k: part(t, world, 4, axis(k)) for k, t in given.items()}, **more)
+        double = {k: t.double() if isinstance(t, Tensor) else t for k, t in (given | more).items()}
 
         def truth(exact: nn.Module = exact, double: Any = double) -> dict[Any, Tensor]:
-            return dict(enumerate(outputs(exact(**double[0], **double[1]))))
+            return dict(enumerate(outputs(exact(**double))))
 
-        assert_within_budget(found, truth, torch.float32, name)
+        assert_within_budget(dict(enumerate(outputs(z))), truth, torch.float32, name)
 
 
 @case

@@ -193,7 +193,7 @@ def ask(storages: AnyStorages, x: Tensor, plan: Plan | None, *, differentiable_t
         return grouped_linear(None, plan, (), tables)
     return grouped_modules.run(
         agents, x, plan, storages.recipe, differentiable_twice=differentiable_twice, called=storages.each,
-        inputs=lambda given: first.inputs(given),
+        inputs=lambda given: first.inputs(given),  # a user's own storage, which is called, need not have it
     )  # fmt: skip
 
 

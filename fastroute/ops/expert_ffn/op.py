@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
+from ..activations import ACTIVATIONS, NUMBERS
 from ..arguments import explained
 from ..autograd import asked_again, called, through, transformed
 from ..backends import note, taken
@@ -24,10 +24,9 @@ from ..grouped_linear.reference import of_sorted
 from ..host import on_host
 from ..precision import autocast_dtype, autocast_off, precision_of
 from ..registry import Kernels, define, no_second_derivative
-from . import plain, schema
+from . import native, plain
 
 OP = "expert_ffn"
-_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _INPUTS = (
     "Tensor x, Tensor order, Tensor offsets, Tensor? weights, Tensor w_in, Tensor w_out, int per_sample, "
     "str activation, bool gated, str backend"
@@ -98,25 +97,21 @@ class _Call(NamedTuple):
         return entries if k == 1 else entries.view(-1 if N else 0, k, entries.shape[1]).sum(1)
 
 
-def _is_native(c: _Call) -> bool:
-    """Whether C++ makes the hidden layer; not of an activation that is PyTorch's own."""
-    return c.backend == "native" and c.activation in _grouped_linear.NATIVE_ACTIVATIONS
-
-
-def _hidden(c: _Call, u: Tensor, w: Tensor | None) -> Tensor:
-    """[N, H]: the hidden layer of the sorted entries, times their weights, rounded once."""
-    if _is_native(c):
-        return schema.hidden(u, w, _NUMBERS[c.activation], c.gated)
-    return plain.Hidden(u, c.activation, c.gated).weighted(w)
+def _hidden(c: _Call, u: Tensor) -> plain.Hidden | native.Hidden:
+    """The hidden layer of the sorted entries: by C++, but of an activation that is PyTorch's own."""
+    is_native = c.backend == "native" and c.activation in _grouped_linear.NATIVE_ACTIVATIONS
+    return (native.Hidden if is_native else plain.Hidden)(u, c.activation, c.gated)
 
 
 def _forward(*args: Any) -> Tensor:
     c = _Call(*args)
     with autocast_off(c.x.device.type):
         if _is_fused(c.backend):
-            h, _ = _kernels.hidden(*c[:5], c.k, _NUMBERS[c.activation], c.gated, precision_of(c.x, ""))
+            h, _ = _kernels.hidden(*c[:5], c.k, NUMBERS[c.activation], c.gated, precision_of(c.x, ""))
         else:
-            h = _hidden(c, _product(c.backend, c.x, c.samples, None, c.offsets, c.w_in), c.entry_weights)
+            u = _product(c.backend, c.x, c.samples, None, c.offsets, c.w_in)
+            h = _hidden(c, u).weighted(c.entry_weights)
+            del u
         return c.summed(_product(c.backend, h, None, c.order, c.offsets, c.w_out))
 
 
@@ -136,18 +131,12 @@ def _hidden_backward(
     w = c.entry_weights
     u = _product(c.backend, c.x, samples, None, c.offsets, c.w_in)
     g = dy.index_select(0, samples)
-    h = _hidden(c, u, w) if want_out else u[:, : c.w_out.shape[2]]  # then only its width is read
+    hidden = _hidden(c, u)
+    h = hidden.weighted(w) if want_out else u[:, : c.w_out.shape[2]]  # then only its width is read
     inside = want_u or want_weights
     t, d_out = _product_backward(c.backend, g, h, None, None, None, c.offsets, c.w_out, inside, want_out)
-    del g, h
-    d_u, dw = None, None
-    if inside and _is_native(c):
-        d_u, dw = schema.hidden_backward(t, u, w, _NUMBERS[c.activation], c.gated, want_u, want_weights)
-    elif inside:
-        hidden = plain.Hidden(u, c.activation, c.gated)
-        t = t.to(hidden.a.dtype)
-        d_u = hidden.backward(t, w) if want_u else None
-        dw = hidden.weights_backward(t) if want_weights else None
+    del g, h, u
+    d_u, dw = hidden.gradients(t, w, want_u, want_weights) if inside else (None, None)
     d_weights = None
     if dw is not None and c.weights is not None:
         d_weights = torch.empty_like(dw).index_copy_(0, c.order, dw).view_as(c.weights).to(c.weights.dtype)
@@ -158,7 +147,7 @@ def _fused_backward(
     c: _Call, samples: Tensor, dy: Tensor, want_u: bool, want_weights: bool, want_out: bool
 ) -> _OfHidden:
     """The same by kernels of the hidden layer; entries read their sample's row of ``dy`` where it is."""
-    options, inside = (_NUMBERS[c.activation], c.gated), want_u or want_weights
+    options, inside = (NUMBERS[c.activation], c.gated), want_u or want_weights
     h, u = _kernels.hidden(*c[:5], c.k, *options, precision_of(c.x, ""), want_h=want_out, want_u=inside)
     source = u[:, : c.w_out.shape[2]] if h is None else h  # then only its width is read
     t, d_out = _product_backward(c.backend, dy, source, None, None, samples, c.offsets, c.w_out, inside, want_out)

@@ -28,14 +28,16 @@ class Hidden:
         """[N, H]: w_n h_n, rounded once. w [N] in ``accumulating`` dtype."""
         return (self.h if w is None else self.h * w[:, None]).to(self.dtype)
 
-    def backward(self, t: Tensor, w: Tensor | None) -> Tensor:
-        """The gradient of u, from t [N, H], that of what was weighted: dh = w t."""
+    def gradients(
+        self, t: Tensor, w: Tensor | None, want_u: bool, want_weights: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of u and of w [N], from t [N, H], that of what was weighted; None where not wanted."""
+        t = t.to(self.a.dtype)
+        return self._of_u(t, w) if want_u else None, (t * self.h).sum(1) if want_weights else None
+
+    def _of_u(self, t: Tensor, w: Tensor | None) -> Tensor:
         dh = t if w is None else t * w[:, None]
         kept = self.a if self.activation in TOLD_BY_VALUE else self.g
         if self.v is None:
             return slope(dh, kept, self.activation).to(self.dtype)
         return torch.cat([slope(dh * self.v, kept, self.activation), dh * self.a], 1).to(self.dtype)
-
-    def weights_backward(self, t: Tensor) -> Tensor:
-        """[N], the gradient of w: <t, h>."""
-        return (t * self.h).sum(1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, TOLD_BY_VALUE
+from ..activations import ACTIVATIONS, NUMBERS, TOLD_BY_VALUE
 from ..arguments import explained
 from ..autograd import (
     apply,
@@ -37,7 +37,6 @@ from . import schema as schema  # defines the compiled ops
 from . import triton as triton  # implements them
 
 OP = "grouped_linear"
-_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 #: What the C++ does after the product; the rest is a pass of PyTorch's own, whose erf is vectorised.
 NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
 
@@ -70,7 +69,7 @@ class _GroupedLinear(torch.autograd.Function):
             y, kept = plain.forward(source, take, put, offsets, weights, biases, activation, keep)
         else:
             op = getattr(_OPS, f"_grouped_linear_{backend}")
-            y, kept = op(source, take, put, offsets, weights, biases, _NUMBERS[activation], keep)
+            y, kept = op(source, take, put, offsets, weights, biases, NUMBERS[activation], keep)
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         ctx.save_for_backward(x, order, samples, offsets, before, *weights)
         keep_for_again(ctx, biases)
@@ -97,7 +96,7 @@ class _GroupedLinear(torch.autograd.Function):
             )
         else:
             made = getattr(_OPS, f"_grouped_linear_{backend}_backward")(
-                grad.contiguous(), source, take, spread, put, offsets, weights, K, *wants, _NUMBERS[activation], kept,
+                grad.contiguous(), source, take, spread, put, offsets, weights, K, *wants, NUMBERS[activation], kept,
                 stacked, stacked or bounds is None,
             )  # fmt: skip
         dx, dw, db = made
@@ -125,7 +124,7 @@ class _PlannedLinear(_GroupedLinear):
         weights, biases = parameters[:n_weights], parameters[n_weights:]
         keep = wants_gradients and activation not in TOLD_BY_VALUE
         op = _OPS._grouped_linear_native_planned
-        y, kept, order, offsets, beyond = op(x, actions, weights, biases, _NUMBERS[activation], keep)
+        y, kept, order, offsets, beyond = op(x, actions, weights, biases, NUMBERS[activation], keep)
         plan.append(finished(order, offsets, beyond, K, name))
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         bounds, stacked = None if keep_empty else plan[0].bounds, reference.is_stacked(weights, 3)

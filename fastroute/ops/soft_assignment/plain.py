@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulating
-from ..tiles import einsum_in_runs, tile_rows
+from ..tiles import einsum_in_runs, open_prior, tile_rows
 from .contract import Grads, Pairs, sizes
 
 
@@ -48,10 +48,7 @@ def _tiles(votes: Tensor, pairs: Pairs) -> Iterator[_Tile]:
         open = None if pairs.mask is None else ~pairs.mask[:, rows]
         if pairs.scores is None:
             assert pairs.prior is not None
-            R = pairs.prior.expand(B, rows.stop - start, m)
-            if open is not None:
-                R = R * open
-                R = R / R.sum(-1, keepdim=True).clamp_min(torch.finfo(acc).tiny)
+            R = open_prior(pairs.prior.expand(B, rows.stop - start, m), open)
         else:
             S = pairs.scores[:, rows].to(acc)
             S = S if live is None else S.masked_fill(~live, 0.0)

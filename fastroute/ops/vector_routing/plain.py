@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tiles import add_products, einsum_in_runs, tile_rows
+from ..tiles import add_products, einsum_in_runs, open_prior, tile_rows
 from .contract import Grads, Step
 
 
@@ -71,10 +71,7 @@ def _row(step: Step, tile: _Tile) -> _Row:
     L = z = None
     if step.pred is None:
         assert step.prior is not None
-        R = step.prior.expand(*tile.x.shape[:-1], -1)
-        if tile.open is not None:
-            R = R * tile.open
-            R = R / R.sum(-1, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
+        R = open_prior(step.prior.expand(*tile.x.shape[:-1], -1), tile.open)
     else:
         assert step.score_weight is not None and step.score_bias is not None
         L = torch.bmm(tile.x, step.pred.mT)

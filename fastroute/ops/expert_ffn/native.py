@@ -1,10 +1,11 @@
-"""The hidden layer of ``expert_ffn`` for the dispatcher: schemas and fakes of what csrc/cpu/expert_ffn implements."""
+"""The hidden layer of ``expert_ffn`` by the C++ of csrc/cpu/expert_ffn."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..activations import NUMBERS
 from ..dtypes import accumulating
 from ..registry import library, register_fake
 
@@ -29,15 +30,21 @@ library.define(
 register_fake("_expert_ffn_native_hidden_backward", _hidden_backward)
 
 
-def hidden(u: Tensor, weights: Tensor | None, activation: int, gated: bool) -> Tensor:
-    """[N, H]: what u [N, 2H] or [N, H] makes, times weights [N], which are in the dtype of sums."""
-    return torch.ops.fastroute._expert_ffn_native_hidden(u, weights, activation, gated)
+class Hidden:
+    """What ``plain.Hidden`` is, in one pass of C++ each way; w is in ``accumulating`` dtype."""
 
+    def __init__(self, u: Tensor, activation: str, gated: bool) -> None:
+        self._u, self._how = u, (NUMBERS[activation], gated)
 
-def hidden_backward(
-    t: Tensor, u: Tensor, weights: Tensor | None, activation: int, gated: bool, want_u: bool, want_weights: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of u and of weights [N], from t [N, H], that of what is weighted; None where not wanted."""
-    op = torch.ops.fastroute._expert_ffn_native_hidden_backward
-    d_u, d_weights = op(t, u, weights, activation, gated, want_u, want_weights)
-    return d_u if want_u else None, d_weights if want_weights else None
+    def weighted(self, w: Tensor | None) -> Tensor:
+        """As of ``plain.Hidden``."""
+        made: Tensor = torch.ops.fastroute._expert_ffn_native_hidden(self._u, w, *self._how)
+        return made
+
+    def gradients(
+        self, t: Tensor, w: Tensor | None, want_u: bool, want_weights: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As of ``plain.Hidden``."""
+        op = torch.ops.fastroute._expert_ffn_native_hidden_backward
+        d_u, d_weights = op(t, self._u, w, *self._how, want_u, want_weights)
+        return d_u if want_u else None, d_weights if want_weights else None
