@@ -7,6 +7,7 @@ or the same for all outputs, as a weighted mean ("slots").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ def plain(scores: Tensor, votes: Tensor, gate: Tensor | None, use: Tensor | None
 def ours(backend: str) -> Callable[..., Tensor]:
     def call(scores: Tensor, votes: Tensor, gate: Tensor | None, use: Tensor | None, ign: Tensor | None) -> Tensor:
         options: dict[str, Any] = {"mean": True, "eps": EPS} if gate is None else {}
-        with fastroute.use_backend(backend):
+        with nullcontext() if backend == "auto" else fastroute.use_backend(backend):  # as a user calls it
             return functional.soft_assignment(scores, votes, gate, use, ign, **options)
 
     return call

@@ -244,33 +244,34 @@ def by_norm(case: Case, device: str) -> harness.ByNorm:
     """The gate of a case of many rows; exact results are by tiles of rows in float64."""
     few = case._replace(n=max(case.n // FEWER, 64))
     known, found = rounding(few, device), contestant(list(few), "training", "fastroute", device).results()
-    fewer = moves(few, device)[1]
-    exact, moved = moves(case, device)
-    return harness.ByNorm(known, found, exact, case.n / few.n, (moved, fewer))
+    exact = by_tiles(case, device)
+    return harness.ByNorm(
+        known, found, exact, case.n / few.n,
+        lambda: (moves(case, device, exact), moves(few, device, by_tiles(few, device))),
+    )  # fmt: skip
 
 
-def moves(case: Case, device: str) -> tuple[Results, dict[str, float]]:
-    """Exact results, and how far each moves, by norm and relative, where every number given is rounded at random."""
+def by_tiles(case: Case, device: str, draw: torch.Generator | None = None) -> Results:
+    """Results in float64; with ``draw``, after every number given is rounded to float32 at random."""
     p = problem(case, device)
-    module, draw = copy.deepcopy(p.layer).double(), torch.Generator(device).manual_seed(0)
+    layer, x, dy = copy.deepcopy(p.layer).double(), p.x.detach().double(), p.dy.double()
+    with torch.no_grad():
+        for t in (x, dy, *layer.parameters()) if draw is not None else ():
+            for part in t.view(-1).split(1 << 24):
+                half = torch.rand(part.shape, generator=draw, device=device, dtype=part.dtype).sub_(0.5)
+                part.mul_(half.mul_(torch.finfo(torch.float32).eps).add_(1.0))
+    with fastroute.use_backend("reference"):
+        run, _ = _pass("training", layer, layer._parameters_by_name(), x, dy)
+        return {name: t.detach() for name, t in run().items()}
 
-    def results(rounded: bool = True) -> Results:
-        layer, x, dy = copy.deepcopy(module), p.x.detach().double(), p.dy.double()
-        with torch.no_grad():
-            for t in (x, dy, *layer.parameters()) if rounded else ():
-                for part in t.view(-1).split(1 << 24):
-                    half = torch.rand(part.shape, generator=draw, device=device, dtype=part.dtype).sub_(0.5)
-                    part.mul_(half.mul_(torch.finfo(torch.float32).eps).add_(1.0))
-        with fastroute.use_backend("reference"):
-            run, _ = _pass("training", layer, layer._parameters_by_name(), x, dy)
-            return {name: t.detach() for name, t in run().items()}
 
-    exact = results(rounded=False)
-    squares = dict.fromkeys(exact, 0.0)
+def moves(case: Case, device: str, exact: Results) -> dict[str, float]:
+    """How far each result moves, by norm and relative, where every number given is rounded at random."""
+    draw, squares = torch.Generator(device).manual_seed(0), dict.fromkeys(exact, 0.0)
     for _ in range(DRAWS):
-        for name, t in results().items():
+        for name, t in by_tiles(case, device, draw).items():
             squares[name] += (harness.distance(t, exact[name], 2) / max(harness.size(exact[name], 2), 1e-300)) ** 2
-    return exact, {name: math.sqrt(square / DRAWS) for name, square in squares.items()}
+    return {name: math.sqrt(square / DRAWS) for name, square in squares.items()}
 
 
 @lru_cache(maxsize=1)

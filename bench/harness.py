@@ -316,8 +316,8 @@ def operators(one: Step) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- the gate
 
 
-#: A rival beyond its budget keeps its time: a quarter of the draws is enough, as all of them took two thirds of a run.
-_RIVALS_LOOKS = (*LOOKS[:-2], (LOOKS[-2][0], SPREAD))
+#: A rival beyond its budget keeps its time: an eighth of the draws is enough, as all of them took two thirds of a run.
+_RIVALS_LOOKS = (*LOOKS[:-3], (LOOKS[-3][0], SPREAD))
 
 
 class Truth:
@@ -362,6 +362,7 @@ class ByNorm:
         exact: of all rows.
         times: how many times more rows there are.
         moves: of each result, the relative distance that rounded inputs move it: all rows', and the fewer rows'.
+            Called where the root is not enough.
     """
 
     def __init__(
@@ -370,13 +371,16 @@ class ByNorm:
         found: Results,
         exact: Results,
         times: float,
-        moves: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
+        moves: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]] = lambda: ({}, {}),
     ) -> None:
         self._few, self.exact = known.excess(found), exact
-        largest = max(known.relative(name, t) for name, t in found.items())
-        all_rows, fewer = moves or ({}, {})
-        grown = {name: move / fewer[name] for name, move in all_rows.items() if fewer[name]}
-        self._allowed = {name: largest * max(math.sqrt(times), grown.get(name, 0.0)) for name in exact}
+        self._largest = max(known.relative(name, t) for name, t in found.items())
+        self._root, self._moves = math.sqrt(times), cache(moves)
+
+    def _grown(self, name: str) -> float:
+        """How many times further rounded inputs move a result of all rows."""
+        all_rows, fewer = self._moves()
+        return all_rows[name] / fewer[name] if fewer.get(name) else 0.0
 
     def excess(self, found: Results, rival: bool = False) -> tuple[str, float]:
         """As of :class:`Truth`; a rival is told by the same bound."""
@@ -386,7 +390,9 @@ class ByNorm:
         for name, t in found.items():
             exact = self.exact[name]
             fits = t.shape == exact.shape and math.isfinite(size(t, 2))
-            by[name] = distance(t, exact, 2) / (self._allowed[name] * size(exact, 2)) if fits else math.inf
+            by[name] = distance(t, exact, 2) / (self._root * self._largest * size(exact, 2)) if fits else math.inf
+            if 1 < by[name] < math.inf:
+                by[name] *= self._root / max(self._root, self._grown(name))
         name = max(by, key=by.__getitem__)
         return name, by[name]
 

@@ -329,7 +329,7 @@ def test_rows_that_nearly_cancel_are_held_to_what_rounding_moves() -> None:
     of_few = {"sum": few.sum(0, keepdim=True)}
     off = {"sum": exact["sum"] * (1 + 1e-4)}  # some units in the last place of partial sums
     by_root = harness.ByNorm(known, of_few, exact, 50)
-    gate = harness.ByNorm(known, of_few, exact, 50, (moves(many), moves(few)))
+    gate = harness.ByNorm(known, of_few, exact, 50, lambda: (moves(many), moves(few)))
     assert by_root.excess(off)[1] > 1 >= gate.excess(off)[1]
     assert gate.excess({"sum": many[2:].sum(0, keepdim=True)})[1] > 100
 

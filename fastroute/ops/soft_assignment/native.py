@@ -25,7 +25,7 @@ def _plain(votes: Tensor, pairs: Pairs) -> tuple[Tensor | float | None, ...]:
     acc = accumulating(votes.dtype)
 
     def dense(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(acc).contiguous()
+        return t if t is None or (t.dtype == acc and t.is_contiguous()) else t.to(acc).contiguous()
 
     votes = votes if votes.stride(-1) == 1 or votes.shape[-1] == 1 else votes.contiguous()
     *given, mask, lengths, eps = pairs
