@@ -564,14 +564,11 @@ class Turns:
         ``rest`` makes those after the first four.
         """
         gc.collect()
-        round_s = 0.0
-        for one in self._all:
-            began = time.perf_counter()
-            one.sample()
-            round_s += (time.perf_counter() - began) / self._every[one.name]
+        self.once()
+        round_s = sum(self.samples[name][-1].wall / every for name, every in self._every.items())
         most = 2 if quick else min(max(int(seconds / round_s), least), most)
         few = min(4, most - 1)
-        for _ in range(few):
+        for _ in range(few - 1):
             self.once()
         if self.subject is not None and not quick:
             known = [self.ratios(one.name) for one in self.others if self._every[one.name] == 1]

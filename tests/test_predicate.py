@@ -6,6 +6,9 @@ What is expected is the plain loop that calls each module on its samples.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
+import pkgutil
 import sys
 import threading
 import timeit
@@ -19,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
+import fastroute
 from fastroute.capsules import Add, Concatenate, EfficientVectorRouting
 from fastroute.capsules.attribution import credit
 from fastroute.compat.heinsen_routing_2019 import Routing
 from fastroute.modules import reading as _modules
-from fastroute.modules.reading import Proof, may_be_read
+from fastroute.modules.reading import Proof, is_pristine, may_be_read
 from fastroute.multitask import PLE, MTLModel
 from fastroute.networks import MLP, REINFORCE, Initialization, MoE, Selection, TopKGating, Trajectory
 from fastroute.ops.efficient_routing.contract import Parameters
@@ -911,3 +915,19 @@ def test_a_dicts_version_is_relied_on_only_where_every_change_gives_another() ->
             assert proof.holds([m])  # looked over
             m[1].p = 0.25
             assert not proof.holds([m])
+
+
+def test_every_module_of_ours_is_as_it_was_written() -> None:
+    """What only names the argument in an error is no method that somebody replaced."""
+    found = {
+        value
+        for info in pkgutil.walk_packages(fastroute.__path__, "fastroute.")
+        if ".on_path" not in info.name and not info.name.endswith("__main__")
+        for value in vars(importlib.import_module(info.name)).values()
+        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__.startswith("fastroute.")
+    }
+    assert len(found) > 100
+    assert not [cls for cls in found if not is_pristine(cls)]
+    assert not is_pristine(
+        type("Wrapped", (nn.Linear,), {"forward": functools.wraps(nn.Linear.forward)(lambda m, x: x)})
+    )

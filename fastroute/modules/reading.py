@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from ..importing import constant_result
+from ..ops.arguments import is_as_written
 from ..ops.backends import extension
 from ..ops.host import is_traced
 
@@ -76,7 +77,7 @@ def _original(cls: type, names: Sequence[str]) -> tuple[list[str], attrgetter[An
         if function is global_hooks._forward_unimplemented:  # of containers
             continue
         own = getattr(function, "__qualname__", "").startswith(f"{owner.__qualname__}.")
-        if not own or getattr(function, "__module__", None) != owner.__module__ or hasattr(function, "__wrapped__"):
+        if not own or getattr(function, "__module__", None) != owner.__module__ or not is_as_written(function):
             return None
     look = attrgetter(*names)
     return names, look, look(cls)

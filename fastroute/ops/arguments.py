@@ -174,7 +174,13 @@ def _where_it_fails(function: Function, failed: _Failed, *errors: type[Exception
             failed(error, args, kwargs)
             raise
 
+    run.names_errors = True  # type: ignore[attr-defined]
     return typing.cast(Function, run)
+
+
+def is_as_written(function: Any) -> bool:
+    """Whether nothing is wrapped around it but what names the argument in an error."""
+    return not hasattr(function, "__wrapped__") or "names_errors" in function.__dict__
 
 
 def explained(function: Function) -> Function:

@@ -61,9 +61,13 @@ def live(model: nn.Module, *, batch_norm: str = "exact") -> nn.Module:
     """
     found = [(name, s) for name, s in sequences(model) if any(leaf.kind == ROUTER for leaf in leaves(s, name))]
     if not found:
+        others = sorted(
+            {type(m).__module__ for m in model.modules() if isinstance(m, TaskRouter)} - {TaskRouter.__module__}
+        )
         raise ValueError(
-            f"model: expected a TaskRouter in a Sequential, got none in {type(model).__name__}: route(model, "
-            "...) puts them there"
+            f"model: expected a TaskRouter in a Sequential, got none in {type(model).__name__}"
+            + (f" but those of {', '.join(others)}, with a forward of their own" if others else "")
+            + ": route(model, ...) puts them there"
         )
     for name, sequence in found:
         made = LiveSequential(sequence, batch_norm=batch_norm)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import set_task, tasks
+from fastroute import extract_task, fold, live, set_task, tasks
 from fastroute.compat import taskrouting
 from fastroute.compat.taskrouting import routed_vgg
 from fastroute.compat.taskrouting.taskrouting import TaskRouter
@@ -167,6 +167,25 @@ def test_a_routed_network(file: str) -> None:
         assert {k for k, t in yardstick.exact.items() if t is not None} == theirs.keys()
         yardstick.check(theirs, "upstream's")
         yardstick.check(run(model))
+
+
+def test_one_task_of_a_network() -> None:
+    """``extract_task`` and ``fold`` take a router that masks and does nothing else; ``live`` says why it does not."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), TaskRouter(8, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 6), TaskRouter(6, 3, 2),
+        nn.ReLU(), nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    inputs = torch.randn(2, 3, 8, 8)
+    for task in range(3):
+        set_task(model, task)
+        expected = model(inputs.clone())
+        for alone in (extract_task(model, task), fold(model, task)):
+            assert not any(isinstance(m, TaskRouter) for m in alone.modules())
+            torch.testing.assert_close(alone(inputs), expected)
+    with pytest.raises(
+        ValueError, match=r"got none in Sequential but those of fastroute\.compat\.taskrouting\.taskrouting, with"
+    ):
+        live(model)
 
 
 def test_the_script() -> None:
