@@ -11,8 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import report
-from .instruction_sets import AVX2
+from . import instruction_sets, report
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -29,32 +28,24 @@ def suites() -> list[Path]:
     return sorted(HERE.glob("bench_*.py"), key=lambda p: (rank.get(p.stem.removeprefix("bench_"), len(rank)), p.stem))
 
 
-#: Suites with a grid of sizes (rows whose names begin with "grid"), which is run under AVX2 as well.
-GRIDS = ("dispatch", "soft_assignment")
 #: Suites whose grid has results of its own, so that what cuts it off leaves the rows.
 APART = ("vector_routing",)
 
 
-def runs(args: argparse.Namespace) -> list[tuple[Path, str, str | None, dict[str, str]]]:
-    """(suite, name of its results, pytest's -k, environment beside the usual) of each run."""
-    found: list[tuple[Path, str, str | None, dict[str, str]]] = []
+def runs(args: argparse.Namespace) -> list[tuple[Path, str, str | None]]:
+    """(suite, name of its results, pytest's -k) of each run."""
+    found: list[tuple[Path, str, str | None]] = []
+    device = "cuda" if args.gpu else "cpu" if instruction_sets.best() == "avx512" else "cpu-avx2"
     for suite in suites():
         name = suite.stem.removeprefix("bench_")
         if args.suites and name not in args.suites:
             continue
         also = f" and ({args.k})" if args.k else ""
         if name in APART and not args.gpu:
-            found += [(suite, f"{name}-cpu", f"not grid{also}", {}), (suite, f"{name}-cpu-grid", f"grid{also}", {})]
+            found += [(suite, f"{name}-{device}", f"not grid{also}"), (suite, f"{name}-{device}-grid", f"grid{also}")]
         else:
-            found.append((suite, f"{name}-{'cuda' if args.gpu else 'cpu'}", args.k, {}))
-        if name in GRIDS and not (args.gpu or args.quick) and "avx512f" in _flags():
-            found.append((suite, f"{name}-cpu-avx2", f"grid{also}", {"FASTROUTE_ISA": "avx2", **AVX2}))
+            found.append((suite, f"{name}-{device}", args.k))
     return found
-
-
-def _flags() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text() if cpuinfo.exists() else ""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     env |= {"OMP_WAIT_POLICY": "PASSIVE"}  # a suite is a process of its own, so torch is not imported before this
     env.setdefault("FASTROUTE_BENCH_BEGAN", repr(time.monotonic()))  # all suites share the run's clock
     status, written = 0, []
-    for suite, name, selected, own in runs(args):
+    for suite, name, selected in runs(args):
         path = args.out / f"{name}.json"
         command = [
             sys.executable,
@@ -86,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         command += ["-k", selected] if selected else []
         command += [] if args.gpu else ["--benchmark-timer=time.process_time"]
         try:
-            code = subprocess.run(command, cwd=HERE.parent, env=env | own).returncode
+            code = subprocess.run(command, cwd=HERE.parent, env=env).returncode
             if code == 5:  # no test selected
                 continue
             status = status or code
@@ -102,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{time.monotonic() - float(env['FASTROUTE_BENCH_BEGAN']):.0f} s in all")
     if args.out.resolve() == RESULTS and not partial:
         report.rewrite(RESULTS)
-        print(f"rewrote {report.PAGE.relative_to(HERE.parent)}")
+        print(f"rewrote {' and '.join(str(page.relative_to(HERE.parent)) for page in report.PAGES.values())}")
     return status
 
 

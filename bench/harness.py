@@ -37,11 +37,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bench.instruction_sets import HELD_TO
 from tests.helpers.budget import LOOKS, NORMS, SPREAD, Yardstick, distance, size
 
 Results = dict[str, Tensor]
-#: The instruction set that this run is held to, if any.
-HELD_TO = os.environ.get("FASTROUTE_ISA", "")
 #: ``time.monotonic()`` when the run began, of which a suite's process is one part.
 BEGAN = "FASTROUTE_BENCH_BEGAN"
 _BEGAN = float(os.environ.get(BEGAN, time.monotonic()))
@@ -69,11 +68,6 @@ class Options(NamedTuple):
     def is_late(self) -> bool:
         """On a GPU, compiling the last rivals is not worth being cut off: the whole run has to end in 8 minutes."""
         return self.gpu and time.monotonic() - _BEGAN > 330
-
-
-def compiles(training: bool, options: Options) -> bool:
-    """Whether a cell of a grid has compiled rivals: under a lesser instruction set the training pass alone has them."""
-    return training or options.whole or not HELD_TO
 
 
 @contextmanager

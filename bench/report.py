@@ -1,4 +1,4 @@
-"""docs/benchmarks.md's tables, from bench/results/*.json. Everything outside the markers is written by hand."""
+"""The tables of docs/benchmarks*.md, from bench/results/*.json. Everything outside the markers is written by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+_DOCS = Path(__file__).resolve().parents[1] / "docs"
+#: By the end of a result's name: those of machines without AVX-512 have a page of their own.
+PAGES = {"": _DOCS / "benchmarks.md", "avx2": _DOCS / "benchmarks_avx2.md"}
 
 Row = dict[str, Any]
 
@@ -358,28 +360,17 @@ def _rows(data: Mapping[str, Any]) -> list[Row]:
 def _of_cell(cell: Mapping[str, Any]) -> Row:
     B, n, m, d, h = (cell["size"][name] for name in "Bnmdh")
     return {
-        "case": f"{B}, {n}×{d} → {m}×{h}", "pass": cell["pass"], "threads": cell["threads"], "isa": cell["isa"],
+        "case": f"{B}, {n}×{d} → {m}×{h}", "pass": cell["pass"], "threads": cell["threads"],
         "GFLOP": B * n * m * d, "subject": "fastroute", "grid": True, "load": [cell["load"]], "targets": {},
         "rivals": {name: {"ratio": ratio} for name, ratio in cell["ratios"].items()},
     }  # fmt: skip
 
 
-def _grids(stem: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Grids by the name of their picture: one under each instruction set that ran in one file, the best one first."""
-    grid = [row for row in rows if row.get("grid")]
-    best, *others = sorted({row.get("isa") or "" for row in grid}, reverse=True) or [""]
-    if not others:
-        return {f"bench_{stem}": grid} if grid else {}
-    found = {f"bench_{stem}": [{**row, "isa": None} for row in grid if row["isa"] == best]}
-    return found | {f"bench_{stem}-{isa}": [row for row in grid if row["isa"] == isa] for isa in others}
-
-
-def _grid(picture: str, rows: Sequence[Row]) -> list[str]:
+def _grid(stem: str, rows: Sequence[Row]) -> list[str]:
     """What the grid says, and its picture, which stands in docs/img."""
-    alone = rows[0].get("isa")
-    under = f" under {alone}, by FASTROUTE_ISA, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA" if alone else ""
-    title = f"**A grid of {len({row['case'] for row in rows})} sizes{under}** (CPU time; above 1 fastroute wins)"
-    return [title, "\n".join(_conclusions(rows)), f"![Heat map](img/{picture}.png)"]
+    held = f", held to {rows[0]['isa']}" if rows[0].get("isa") else ""
+    title = f"**A grid of {len({row['case'] for row in rows})} sizes{held}** (CPU time; above 1 fastroute wins)"
+    return [title, "\n".join(_conclusions(rows)), f"![Heat map](img/bench_{stem}.png)"]
 
 
 def tables(path: Path) -> str:
@@ -390,8 +381,8 @@ def tables(path: Path) -> str:
     loads = sorted(row["load"][0] for row in rows) or [0.0]
     small = ", small sizes" if data["quick"] else ""
     parts = [f"{machine}. {data['date']}{small}. Load average while it ran: {loads[0]} to {loads[-1]}."]
-    for picture, grid in _grids(path.stem, rows).items():
-        parts += _grid(picture, grid)
+    if grid := [row for row in rows if row.get("grid")]:
+        parts += _grid(path.stem, grid)
     rows = [row for row in rows if not row.get("grid")]
     gpu = any("roofline" in row for row in rows)
     one = rows if gpu else [row for row in rows if row["threads"] == 1]
@@ -446,17 +437,20 @@ def _best(rows: Sequence[Row]) -> str:
 
 
 def rewrite(results: Path) -> None:
-    """Put each result file's tables between its markers in docs/benchmarks.md."""
-    page = PAGE.read_text()
+    """Put each result file's tables between its markers in its page."""
+    written = {page: page.read_text() for page in PAGES.values()}
     for path in sorted(p for p in results.glob("*.json") if {"cpu", "cuda"} & set(p.stem.split("-"))):
-        if json.loads(path.read_text())["quick"]:
+        data = json.loads(path.read_text())
+        if data["quick"]:
             raise SystemExit(f"{path.name} is from a --quick run: its sizes are not the tables'")
+        page = PAGES["avx2" if "avx2" in path.stem.split("-") else ""]
         begin, end = f"<!-- begin {path.stem} -->", f"<!-- end {path.stem} -->"
         between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        old = between.search(page)
+        old = between.search(written[page])
         if old is None:
-            raise SystemExit(f"{PAGE.name} has no place for {path.name}: add the lines {begin} and {end}")
-        page = page.replace(old.group(), f"{begin}\n{tables(path)}\n{end}")
-        for picture, grid in _grids(path.stem, _rows(json.loads(path.read_text()))).items():
-            heat_map(grid, PAGE.parent / "img" / f"{picture}.png")
-    PAGE.write_text(page)
+            raise SystemExit(f"{page.name} has no place for {path.name}: add the lines {begin} and {end}")
+        written[page] = written[page].replace(old.group(), f"{begin}\n{tables(path)}\n{end}")
+        if grid := [row for row in _rows(data) if row.get("grid")]:
+            heat_map(grid, page.parent / "img" / f"bench_{path.stem}.png")
+    for page, text in written.items():
+        page.write_text(text)

@@ -1,6 +1,6 @@
-"""EfficientVectorRouting over a grid of sizes, on one instruction set: a process of its own, a printed line a cell.
+"""EfficientVectorRouting over a grid of sizes: a process of its own, a printed line a cell.
 
-``FASTROUTE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m bench.routing_grid [--quick]``.
+``python -m bench.routing_grid [--quick]``.
 The rivals are upstream's operators, eager and compiled. A cell is a size in one pass on so many threads.
 """
 
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor
@@ -24,8 +24,6 @@ from torch import Tensor
 from bench import bench_vector_routing as suite
 from bench import harness
 from bench.bench_vector_routing import Case
-from bench.instruction_sets import AVX2
-from fastroute.ops import backends
 
 #: From 10 to a million input vectors.
 GRID = (
@@ -41,26 +39,15 @@ GRID = (
 MODES = {"default": range(len(GRID)), "max-autotune-no-cudagraphs": (4,)}
 
 
-class Settings(NamedTuple):
-    """Of an instruction set's process; its rivals may take ``compiling`` seconds to compile in all."""
-
-    environment: dict[str, str]
-    compiling: float
-    threads: tuple[int, ...]
+#: Seconds that the rivals may take to compile in all.
+COMPILING = 50.0
 
 
-SETTINGS = {
-    "avx512": Settings({}, 50, (1, 2)),
-    "avx2": Settings(AVX2, 20, (1,)),
-}
-
-
-def run(isa: str, quick: bool, whole: bool = False) -> list[dict[str, Any]]:
-    """The cells on that instruction set; ``whole``: with compiled rivals in all of them."""
-    env = {**os.environ, "FASTROUTE_ISA": isa, **SETTINGS[isa].environment}
+def run(quick: bool, whole: bool = False) -> list[dict[str, Any]]:
+    """The cells; ``whole``: with compiled rivals in all of them."""
     command = [sys.executable, "-m", "bench.routing_grid", *["--quick"] * quick, *["--seconds=inf"] * whole]
     done = subprocess.run(
-        command, cwd=Path(__file__).resolve().parents[1], env=env, stdout=subprocess.PIPE, text=True, check=True
+        command, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE, text=True, check=True
     )
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"size"')]
 
@@ -93,11 +80,9 @@ def _running(rivals: Sequence[harness.Here]) -> tuple[list[harness.Here], dict[s
     return running, left_out
 
 
-def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]:
+def cells(quick: bool, seconds: float = COMPILING) -> Iterator[dict[str, Any]]:
     inductor.cpp.dynamic_threads = True  # compiled once for any number of threads
-    backends.extension()  # which has the op that follows
-    isa = torch.ops.fastroute._isa()
-    seconds, compiling = SETTINGS[isa].compiling if seconds is None else seconds, 0.0
+    compiling = 0.0
     for k, whole in enumerate(GRID[:3] if quick else GRID):
         case = whole.smaller() if quick else whole
         p = suite.problem(case, "cpu")
@@ -112,13 +97,13 @@ def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]
             subject = harness.Here("fastroute", *suite._pass(what, p.layer, p.w, p.x, p.dy)[:1])
             off, times = gate.excess(subject.results())
             rivals = [harness.Here(name, suite._pass(what, f, p.w, p.x, p.dy)[0]) for name, f in functions.items()]
-            for count in SETTINGS[isa].threads:
+            for count in (1, 2):
                 began = time.perf_counter()
                 with harness.threads(count):  # for each number Dynamo compiles again
                     running, left_out = _running(rivals)
                 compiling += time.perf_counter() - began
                 cell = {
-                    "size": case._asdict(), "inputs": case.B * case.n, "pass": what, "threads": count, "isa": isa,
+                    "size": case._asdict(), "inputs": case.B * case.n, "pass": what, "threads": count,
                     "load": round(os.getloadavg()[0], 1), "left out": left_out,
                 }  # fmt: skip
                 if times > 1:
@@ -131,7 +116,7 @@ def cells(quick: bool, seconds: float | None = None) -> Iterator[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.routing_grid", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few small sizes")
-    parser.add_argument("--seconds", type=float, help="that rivals may take to compile in all")
+    parser.add_argument("--seconds", type=float, default=COMPILING, help="that rivals may take to compile in all")
     args = parser.parse_args()
     for cell in cells(args.quick, args.seconds):
         print(json.dumps(cell), flush=True)
