@@ -264,18 +264,18 @@ def _exact(p: Problem) -> Results:
     return {"y": y.detach(), **_gradients(other)}
 
 
-#: Of cases with more samples, fewer are compared number by number.
-MANY = 5_000
+#: Of cases with more samples, or more multiply-adds, fewer samples are compared number by number.
+MANY, MUCH, FEWER = 5_000, 100_000_000, 500
 
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> harness.Gate:
     p = problem(case, device)
-    if case.B <= MANY:
+    if case.B <= FEWER or (case.B <= MANY and case.B * case.F * case.O <= MUCH):
         return Truth(lambda: _exact(p), torch.float32)
-    few = problem.__wrapped__(case._replace(B=MANY // 10), device)
+    few = problem.__wrapped__(case._replace(B=FEWER), device)
     found = fastroute_step(few, "", "auto", device).results()
-    return harness.ByNorm(Truth(lambda: _exact(few), torch.float32), found, _exact(p), case.B / (MANY // 10))
+    return harness.ByNorm(Truth(lambda: _exact(few), torch.float32), found, _exact(p), case.B / FEWER)
 
 
 # ---------------------------------------------------------------------------------------------- the rows

@@ -436,7 +436,7 @@ def test_networks(benchmark: Any, row: Row, options: harness.Options, settings: 
         harness.floors(made, torch.float32, device),
         checked,
         options=options,
-        seconds=4,
+        seconds=2.5,
         most=200,
     )
     if options.gpu or row.threads == 2:  # the count is the same for any number

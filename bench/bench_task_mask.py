@@ -251,7 +251,7 @@ def test_task_mask(benchmark: Any, row: Row, options: harness.Options, settings:
     info |= {"GFLOP": 0.0, "GB": moved(case, p) / 1e9}
     info["backend"] = taken("task_mask", torch.device(device).type, case.dtype)
     benchmark.extra_info.update(info)
-    harness.race(benchmark, subject, rivals, floor, checked, options=options, seconds=4, most=100)
+    harness.race(benchmark, subject, rivals, floor, checked, options=options, seconds=2, most=100)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, case.dtype, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))

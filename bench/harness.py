@@ -310,8 +310,9 @@ def operators(one: Step) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- the gate
 
 
-#: A rival beyond its budget keeps its time: an eighth of the draws is enough, as all of them took two thirds of a run.
-_RIVALS_LOOKS = (*LOOKS[:-3], (LOOKS[-3][0], SPREAD))
+#: Draws of the budget: four, and for what of ours is then beyond it all of the tests'. A rival beyond it keeps its time.
+_RIVALS_LOOKS = (*LOOKS[:2], (4, SPREAD))
+_LOOKS = (*_RIVALS_LOOKS, LOOKS[-1])
 
 
 class Truth:
@@ -324,7 +325,7 @@ class Truth:
 
     def excess(self, found: Results, rival: bool = False) -> tuple[str, float]:
         """(which result misses the exact one by most, how many times what it may); a rival's, by fewer draws."""
-        by, looks = {}, _RIVALS_LOOKS if rival else LOOKS
+        by, looks = {}, _RIVALS_LOOKS if rival else _LOOKS
         with threads(2):
             self._yardstick.expects(found)
             for name, value in found.items():

@@ -68,6 +68,7 @@ def write_mnist(folder: Path, compressed: bool) -> None:
             (folder / f"{name}-{kind}-ubyte{suffix}").write_bytes(gzip.compress(whole) if compressed else whole)
 
 
+@pytest.mark.long
 def test_mnists_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As they are and compressed; the demo learns from either."""
     (plain := tmp_path / "plain").mkdir()

@@ -35,6 +35,7 @@ def test_routing_digits_splits_the_digits_once() -> None:
     assert learn.task.unique().tolist() == [0, 1, 2, 3, 4] and learn.label.unique().tolist() == [0, 1]
 
 
+@pytest.mark.long
 def test_cost_vs_tasks_rewrites_its_part_of_a_page(tmp_path: Path) -> None:
     matplotlib_image = pytest.importorskip("matplotlib.image")
     page, picture = tmp_path / "page.md", tmp_path / "cost.png"
@@ -95,6 +96,7 @@ for name in ("routing_digits", "cost_vs_tasks", "mixture_of_experts"):
     assert "--threads" in digits and "--threads" in cost and "--experts" in mixture and not rest
 
 
+@pytest.mark.long
 def test_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a GPU, one compiled graph of the same step."""
     made = example("cuda_graph").main(["--batch", "32", "--modules", "3", "--tasks", "2", "--backend", "aot_eager"])

@@ -249,6 +249,7 @@ def test_loads_in_another_process(backend: str, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.long
 def test_the_first_call_may_be_traced() -> None:
     """What a process asks of C++ before it first uses it is in no graph."""
     check_python(

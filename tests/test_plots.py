@@ -101,6 +101,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         plots.credit(IMAGES, CREDIT)
 
 
+@pytest.mark.long
 def test_neither_the_import_nor_any_picture_needs_pyplot() -> None:
     code = """
 import sys, torch

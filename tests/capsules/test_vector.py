@@ -589,7 +589,11 @@ def test_compat_is_the_same_class_of_module() -> None:
 # ------------------------------------------------------------------------------------------------- compile, export
 
 
-@pytest.mark.parametrize(("n_inp", "return_dict"), [(N, False), (-1, True)], ids=["fixed-x_out", "any-length-dict"])
+@pytest.mark.parametrize(
+    ("n_inp", "return_dict"),
+    [(N, False), pytest.param(-1, True, marks=pytest.mark.long)],
+    ids=["fixed-x_out", "any-length-dict"],
+)
 def test_compiles_once_for_all_batch_sizes(n_inp: int, return_dict: bool) -> None:
     module = make(n_inp, return_dict=return_dict)
 

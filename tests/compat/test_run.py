@@ -219,6 +219,7 @@ def workers(*how: str) -> None:
     assert said == "".join(f"{h} 1 True\nfastroute.compat.routed_vgg\n" for h in how)
 
 
+@pytest.mark.long
 def test_workers() -> None:
     """Spawned ones have nothing but the environment and the path."""
     workers("spawn")

@@ -228,7 +228,13 @@ def test_every_op_has_edges() -> None:
     assert set(EDGES) == offering, "EDGES has the largest calls of every op with Triton kernels"
 
 
-@pytest.mark.parametrize("op, case", [(op, case) for op, edges in CASES for case in edges])
+#: Of each op, those of `make test`.
+FEW = ("batches", "one", "ones")
+
+
+@pytest.mark.parametrize("op, case", [
+    pytest.param(op, case, marks=() if case in FEW else pytest.mark.long) for op, edges in CASES for case in edges
+])  # fmt: skip
 def test_launches(op: str, case: str) -> None:
     """CUDA takes every axis of a grid, 32-bit integers do not overflow, and no program reads what others write."""
     launches = list(EDGES[op][case]())

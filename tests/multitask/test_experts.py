@@ -355,7 +355,7 @@ def test_the_same_bits_again(name: str) -> None:
     assert all(torch.equal(t, again[key]) for key, t in first.items())
 
 
-@pytest.mark.parametrize("name", ["MMoE", "CGC, one own", pytest.param("PLE", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["MMoE", *(pytest.param(n, marks=pytest.mark.long) for n in ("CGC, one own", "PLE"))])
 def test_compile(name: str) -> None:
     module = layer(name)
     calls = [(samples(2, size, seed=size).requires_grad_(),) for size in (8, 9, 13)]

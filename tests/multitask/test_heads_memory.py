@@ -183,6 +183,7 @@ print("the same")
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_in_a_process_group() -> None:
     """DistributedDataParallel, and FSDP, whose parameters are lent to the forward pass."""

@@ -352,7 +352,7 @@ def test_a_loss_that_is_recomputed_counts_once(kind: str, reentrant: bool) -> No
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.long) for k in KINDS[:-1]), KINDS[-1]])
 def test_without_a_backward_pass_every_call_counts(kind: str) -> None:
     """And in a compiled graph, whose backward pass does not tell."""
     _, loss, made = remembering(kind)

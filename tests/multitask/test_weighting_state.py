@@ -155,7 +155,7 @@ def test_what_keeps_nothing_has_no_state() -> None:
         assert not make(name, HEADS).state_dict()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_cast_makes_a_memory_coarser(name: str, dtype: torch.dtype) -> None:
     """lightning#18620: sums, means, an optimizer's moments and numbers that were given."""

@@ -75,6 +75,7 @@ def compare(net: nn.Module, sizes: tuple[int, ...], step: bool) -> None:
         assert counter.frame_count == compiled_once, f"compiled again for batch {k}"
 
 
+@pytest.mark.long
 def test_a_routed_forward() -> None:
     compare(Routed("REINFORCE", "linear").double(), (8, 5, 12), False)
 

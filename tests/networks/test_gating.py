@@ -390,7 +390,11 @@ def test_sequential() -> None:
 # ----------------------------------------------------------------------------------------------- what PyTorch expects
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity": 1.0, "bias_balancing": 0.1, "scores": "sigmoid"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"capacity": 1.0, "bias_balancing": 0.1, "scores": "sigmoid"}, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_compile(options: dict[str, Any]) -> None:
     net = nn.ModuleList([gating(z_loss=0.1, **options), linears(K, unused_grad="zeros").double()])
 

@@ -280,7 +280,7 @@ def test_a_single_module() -> None:
     assert_same(y.detach(), (only(x) * torch.tensor([[2.0], [1.0], [0.0]])).detach())
 
 
-@pytest.mark.parametrize("name", ["linear", "deep"])
+@pytest.mark.parametrize("name", ["linear", pytest.param("deep", marks=pytest.mark.long)])
 def test_compile(name: str) -> None:
     selection, _ = made(name, unused_grad="zeros")
     generator = seeds.generator(0)

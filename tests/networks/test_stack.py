@@ -224,6 +224,7 @@ def test_relax_cannot_be_stacked() -> None:
         RELAX(K, F, num_agents=2, stacked=True)
 
 
+@pytest.mark.long
 def test_optimizers_compile_and_copies() -> None:
     """One graph whatever K is; a deep copy trains on its own."""
     net = network("REINFORCE", "approx", True)

@@ -261,8 +261,12 @@ def test_explain_says_why_the_first_choice_does_not_run() -> None:
     ("layer", "inputs"),
     [
         ("EfficientVectorRouting(4, 3, 6, 5)", "torch.zeros(2, 4, 6)"),
-        ("GenerativeMatrixRouting(4, 3, 2, 5, 6)", "torch.zeros(2, 4), torch.zeros(2, 4, 2, 5)"),
-        ("SlotAttention(3, 5, 6)", "torch.zeros(2, 4, 5)"),
+        pytest.param(
+            "GenerativeMatrixRouting(4, 3, 2, 5, 6)",
+            "torch.zeros(2, 4), torch.zeros(2, 4, 2, 5)",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("SlotAttention(3, 5, 6)", "torch.zeros(2, 4, 5)", marks=pytest.mark.long),
     ],
 )
 def test_explain_may_be_the_first_call(layer: str, inputs: str) -> None:

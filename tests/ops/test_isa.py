@@ -38,6 +38,7 @@ def test_the_best_one_runs_unless_asked() -> None:
     assert all(torch.ops.fastroute._choose_isa(asked, AVAILABLE) == AVAILABLE[-1] for asked in ("", "auto"))
 
 
+@pytest.mark.long
 @needs_native
 def test_each_variant(tmp_path: Path) -> None:
     """What is asked for runs; all variants compute the same, whatever the number of threads."""

@@ -58,7 +58,7 @@ def test_tasks_as_arguments() -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("batch_norm", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_network(batch_norm: bool) -> None:
     """Logits and gradients are the eager ones; heads that are not used have zeros."""
     model, x = small_vgg(batch_norm, tasks=MANY, unused_grad="zeros").double(), images().double()
@@ -86,6 +86,7 @@ def test_upstreams_network() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 def test_any_batch_size() -> None:
     model = small_vgg(tasks=MANY).double().eval()
     run, counter = compiled(model, dynamic=True)
@@ -106,6 +107,7 @@ class Told(nn.Module):
         return self.router(x, task).relu()  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 def test_export() -> None:
     """A program with the task as an input, saved and loaded; or with the active task of the moment in it."""
     x8, x3 = torch.randn(4, 8, 3, dtype=torch.float64), images().double()
@@ -199,6 +201,7 @@ else:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes() -> None:
     """DistributedDataParallel, each process at another task: gradients are averages, no parameter is unused.

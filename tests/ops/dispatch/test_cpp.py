@@ -54,6 +54,7 @@ def _span(a: Tensor) -> int:
     return (len(a) - 1) * a.stride(0) + 1 if len(a) else 0
 
 
+@pytest.mark.long
 def test_the_algorithm(program: Path) -> None:
     """Whatever the number of warps and the order of threads, the plan is the definition's."""
     generator = seeds.generator(0)

@@ -588,6 +588,7 @@ def test_compiles_once_for_all_sizes(linear: bool, letter: str) -> None:
     check_compiled(call, calls, parameters=[t for k, t in parameters.items() if k != "prior"])
 
 
+@pytest.mark.long
 def test_compiles_with_inductor() -> None:
     case = efficient_case(SMALL, dtype=F64)
     call = partial(efficient_op(2), **{k: t for k, t in case.inputs.items() if k != "x"})

@@ -341,7 +341,7 @@ def arguments(weights: bool = True, biases: bool = True, dtype: torch.dtype = F3
     "dtype, takes, puts",
     [
         (F32, True, True), pytest.param(F32, False, False, marks=pytest.mark.long),
-        pytest.param(F64, True, False, marks=pytest.mark.long), (BF16, False, True),
+        pytest.param(F64, True, False, marks=pytest.mark.long), pytest.param(BF16, False, True, marks=pytest.mark.long),
     ],
 )  # fmt: skip
 def test_opcheck(dtype: torch.dtype, takes: bool, puts: bool) -> None:

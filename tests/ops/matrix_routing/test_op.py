@@ -399,7 +399,9 @@ def test_opcheck_of_the_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shared", "compiler"), [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")], ids=str
+    ("shared", "compiler"),
+    [(False, "aot_eager"), (True, "aot_eager"), pytest.param(True, "inductor", marks=pytest.mark.long)],
+    ids=str,
 )
 def test_one_graph_for_every_batch(shared: bool, compiler: str) -> None:
     dtype = F32 if compiler == "aot_eager" else F64

@@ -514,7 +514,7 @@ def test_compile(backend: str, relu: bool, inplace: bool) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.long)], ids=["train", "eval"])
 def test_compile_batch_norm(backend: str, training: bool, recompiles: Any) -> None:
     mapping = random_mapping(5)
     norm = nn.BatchNorm1d(5).double().train(training)

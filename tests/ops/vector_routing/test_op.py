@@ -92,7 +92,7 @@ def test_sizes(backend: str, kind: str, size: Size) -> None:
     checked(backend, vector_case(size, **KINDS[kind]))
 
 
-@each_backend
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.long), *HERE[1:]])
 def test_several_tiles_in_each_piece(backend: str) -> None:
     checked(backend, vector_case(Size(1, 7001, 200, 130), **KINDS["next"]))
 
