@@ -310,7 +310,7 @@ def operators(one: Step) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- the gate
 
 
-#: Draws of the budget: four, and for what of ours is then beyond it all of the tests'. A rival beyond it keeps its time.
+#: Draws of the budget: four, and for ours where it is beyond that all of the tests'. A rival beyond it keeps its time.
 _RIVALS_LOOKS = (*LOOKS[:2], (4, SPREAD))
 _LOOKS = (*_RIVALS_LOOKS, LOOKS[-1])
 
@@ -378,7 +378,7 @@ class ByNorm:
         return all_rows[name] / fewer[name] if fewer.get(name) else 0.0
 
     def excess(self, found: Results, rival: bool = False) -> tuple[str, float]:
-        """As of :class:`Truth`; a rival is told by the same bound."""
+        """As of :class:`Truth`; a rival is told by the same bound, and none is moved for its sake."""
         if self._few[1] > 1:
             return f"{self._few[0]} of fewer rows", self._few[1]
         by = {}
@@ -386,7 +386,7 @@ class ByNorm:
             exact = self.exact[name]
             fits = t.shape == exact.shape and math.isfinite(size(t, 2))
             by[name] = distance(t, exact, 2) / (self._root * self._largest * size(exact, 2)) if fits else math.inf
-            if 1 < by[name] < math.inf:
+            if 1 < by[name] < math.inf and not (rival and self._moves.cache_info().currsize == 0):
                 by[name] *= self._root / max(self._root, self._grown(name))
         name = max(by, key=by.__getitem__)
         return name, by[name]

@@ -130,6 +130,6 @@ def test_a_compiled_layer_norms_with_its_norms_eps(eps: float, dynamic: bool | N
     compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=dynamic)
     layer.N.eps = eps
     assert torch.equal(compiled(x), layer(x))
-    if dynamic is None:
-        layer.N.eps = 1e-3
+    for other in (1e-3, eps):
+        layer.N.eps = other
         assert torch.equal(compiled(x), layer(x))

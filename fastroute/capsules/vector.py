@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import efficient_routing
-from ..importing import constant_result
 from ..modules import watching
 from ..modules.reading import Memo, Proof, call, may_be_read, reset
 from ..ops import checks
@@ -26,24 +25,6 @@ from .stream import Chunks, stream
 __all__ = ["EfficientVectorRouting"]
 
 _OWN = itemgetter(*Parameters._fields[:12])  # of a layer with a fixed number of inputs
-
-
-@constant_result
-def _floats_are_inputs() -> bool:
-    """Of a trace: whether it makes a number like eps an input of the graph, which it then compiles once more."""
-    return not torch._dynamo.config.assume_static_by_default
-
-
-@constant_result
-def _at_the_trace(norm: nn.LayerNorm) -> bool:
-    return norm.eps == 1e-5
-
-
-def _has_default_eps(norm: nn.LayerNorm) -> bool:
-    """Whether it has the op's. A graph is made again when that changes, but under ``dynamic=True``."""
-    if torch.compiler.is_compiling() and _floats_are_inputs():
-        return _at_the_trace(norm)
-    return norm.eps == 1e-5
 
 
 class EfficientVectorRouting(Options, nn.Module):
@@ -185,7 +166,7 @@ class EfficientVectorRouting(Options, nn.Module):
             return False
         if self.d_out > 1 and (norm.weight is not None or norm.bias is not None):
             return False
-        if self.d_out > 1 and not _has_default_eps(norm):
+        if self.d_out > 1 and norm.eps != 1e-5:  # the op's
             return False
         if self.n_inp == -1:
             for beta in (self.compute_beta_use, self.compute_beta_ign):
