@@ -64,8 +64,8 @@ def check_compiled(
 ) -> None:
     """One graph (``fullgraph``), made once for all ``calls`` (which differ in a size) under ``dynamic=True``.
 
-    A graph that depends on a module's number (a norm's eps) is begun anew as often as ``restarts`` says: it is made with
-    the number as an input, which then is found to be a constant.
+    A graph that depends on a module's number (a norm's eps) is begun anew as often as ``restarts`` says: the number is
+    an input at first, and then found to be a constant.
 
     With ``aot_eager`` the graph runs the very same kernels, so results are the eager ones bit for bit; another compiler
     may fuse what is around the op, and is compared at float32's spacing on float64 calls.
