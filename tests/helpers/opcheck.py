@@ -64,8 +64,8 @@ def check_compiled(
 ) -> None:
     """One graph (``fullgraph``), made once for all ``calls`` (which differ in a size) under ``dynamic=True``.
 
-    A graph that depends on a module's number (a norm's eps) is begun anew as often as ``restarts`` says: the number is
-    an input at first, and then found to be a constant.
+    A graph that depends on a module's number (a norm's eps) may be begun anew in the first call, as often as
+    ``restarts`` says: the number is an input at first, and then found to be a constant.
 
     With ``aot_eager`` the graph runs the very same kernels, so results are the eager ones bit for bit; another compiler
     may fuse what is around the op, and is compared at float32's spacing on float64 calls.
@@ -73,6 +73,7 @@ def check_compiled(
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=counter)
+    made = 0
     for k, inputs in enumerate(calls):
         for got, expected in zip(_outcome(compiled, inputs, parameters), _outcome(fn, inputs, parameters), strict=True):
             assert got.dtype == expected.dtype and got.stride() == expected.stride()
@@ -80,7 +81,8 @@ def check_compiled(
                 assert torch.equal(got, expected)
             else:
                 assert_same(got, expected)
-        assert counter.frame_count == 1 + restarts, f"compiled again for call {k}"
+        made = counter.frame_count if k == 0 else made
+        assert counter.frame_count == made <= 1 + restarts, f"compiled again for call {k}"
 
 
 def assert_same(a: Tensor, b: Tensor, what: str = "") -> None:
