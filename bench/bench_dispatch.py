@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastroute
 from bench import harness
 from bench.harness import Product, Results, Step, Truth
 from bench.routed_rivals import Layer, module_loop, rows_by_module, rows_by_sort, sorted_loop
@@ -182,7 +181,7 @@ def fastroute_step(p: Problem, name: str, backend: str, device: str, training: b
     selection, meta = Selection(*p.modules), Trajectory(len(p.x))
 
     def fn(x: Tensor) -> Tensor:
-        with fastroute.use_backend(backend):
+        with harness.on(backend):
             y: Tensor = selection(x, meta, p.actions)[0]
         return y
 

@@ -191,7 +191,7 @@ def contestant(case: list[Any], what: str, rival: str, device: str = "cpu", smal
     backend = "reference" if rival == "fastroute, tiles" else "auto"
 
     def routed(a_inp: Tensor, mu_inp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with fastroute.use_backend(backend):
+        with harness.on(backend):
             made: tuple[Tensor, Tensor, Tensor] = p.layer(a_inp, mu_inp)
         return made
 

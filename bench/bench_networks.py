@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fastroute
 from bench import harness
 from bench.harness import Product, Results, Step, Truth
 from bench.routed_rivals import LOOP, SHARE, SORTED, Batch, Batched, BySample, Layer
@@ -269,14 +268,14 @@ def fastroute_step(p: Problem, name: str, backend: str, device: str) -> Step:
         if p.case.algorithm == "GumbelSoftmax":
             _forced_uniform(p.net, p.forced)
         try:
-            with fastroute.use_backend(backend):
+            with harness.on(backend):
                 return _results(p.net, losses, p.forced)
         finally:
             for decide in p.net.decisions:
                 decide.__dict__.pop("_uniform", None)
 
     def run() -> Tensor:
-        with fastroute.use_backend(backend):
+        with harness.on(backend):
             module_loss, routing_loss, _ = p.net(p.batch)
             loss: Tensor = module_loss + routing_loss
             loss.backward()

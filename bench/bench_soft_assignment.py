@@ -7,7 +7,6 @@ or the same for all outputs, as a weighted mean ("slots").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastroute
 from bench import harness
 from bench.harness import Results, Step, Truth
 from fastroute import functional
@@ -129,7 +127,7 @@ def plain(scores: Tensor, votes: Tensor, gate: Tensor | None, use: Tensor | None
 def ours(backend: str) -> Callable[..., Tensor]:
     def call(scores: Tensor, votes: Tensor, gate: Tensor | None, use: Tensor | None, ign: Tensor | None) -> Tensor:
         options: dict[str, Any] = {"mean": True, "eps": EPS} if gate is None else {}
-        with nullcontext() if backend == "auto" else fastroute.use_backend(backend):  # as a user calls it
+        with harness.on(backend):
             return functional.soft_assignment(scores, votes, gate, use, ign, **options)
 
     return call

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastroute
 from bench import harness
 from bench.harness import Results, Step, Truth
 from fastroute import functional
@@ -151,7 +150,7 @@ def unmasked(x: Tensor, p: Problem) -> Tensor:
 
 def ours(kind: str, backend: str) -> Callable[[Tensor, Problem], Tensor]:
     def call(x: Tensor, p: Problem) -> Tensor:
-        with fastroute.use_backend(backend):
+        with harness.on(backend):
             if kind == "norm":
                 return functional.batch_norm_mask_relu(
                     x, p.mapping, p.task, None, None, p.weight, p.bias, True, 0.1, EPS

@@ -202,7 +202,7 @@ def contestant(case: list[Any], what: str, rival: str, device: str = "cpu", smal
     backend = {"fastroute": "auto", "fastroute, tiles": "reference"}.get(rival, "auto")
 
     def routed(x: Tensor) -> Tensor:
-        with fastroute.use_backend(backend):
+        with harness.on(backend):
             y: Tensor = p.layer(x)
         return y
 

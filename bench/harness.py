@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from bench.instruction_sets import HELD_TO
+from fastroute import use_backend
 from tests.helpers.budget import LOOKS, NORMS, SPREAD, Yardstick, distance, size
 
 Results = dict[str, Tensor]
@@ -80,6 +81,11 @@ def threads(count: int, options: Options | None = None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def on(backend: str) -> AbstractContextManager[None]:
+    """A backend for a call; nothing at all for "auto", as a user has it: entering a context takes microseconds."""
+    return nullcontext() if backend == "auto" else use_backend(backend)
 
 
 # ---------------------------------------------------------------------------------------------- the machine
