@@ -154,7 +154,7 @@ def test_stream(benchmark: Any, row: Row, options: Options, settings: Case) -> N
         **{"pass": row.what},
     )
     floors = harness.floors(made, case.torch_dtype, device)
-    harness.race(benchmark, subject, rivals, floors, checked, options=options, seconds=3, least=3)
+    harness.race(benchmark, subject, rivals, floors, checked, options=options, seconds=3)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, case.torch_dtype, case.tf32, options.quick)
     elif row.memory:

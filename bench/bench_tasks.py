@@ -231,7 +231,7 @@ def test_tasks(benchmark: Any, row: Row, options: harness.Options, settings: Cas
     info["GB"] = sum(4 * q.numel() for q in p.net.features.parameters()) / 1e9  # type: ignore[union-attr]
     benchmark.extra_info.update(info)
     floors = harness.floors(made, torch.float32, device)
-    harness.race(benchmark, subject, rivals, floors, checked, options=options, seconds=5, least=4, most=15)
+    harness.race(benchmark, subject, rivals, floors, checked, options=options, seconds=5, most=15)
     if options.gpu:
         harness.add_roofline(benchmark.extra_info, device, torch.float32, False, options.quick)
     harness.fail_if_wrong(benchmark, str(row))

@@ -388,7 +388,6 @@ def test_vector_routing(benchmark: Any, row: Row, options: Options, settings: Ca
             checked,
             options=options,
             seconds=2,
-            least=3,
         )
     finally:
         for one in rivals:

@@ -591,7 +591,7 @@ def race(
     *,
     options: Options,
     seconds: float = 8,
-    least: int = 5,
+    least: int = 3,
     most: int = 50,
 ) -> None:
     """Gate, then time everybody in turn for about ``seconds``; the figures go to ``benchmark.extra_info``.
