@@ -5,7 +5,7 @@ from pathlib import Path
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 #: The instruction set that this run is held to, if any.
-HELD_TO = os.environ.get("FASTROUTE_ISA", "")
+HELD_TO = os.environ.get("FASTROUTE_ISA", "").removeprefix("auto")
 
 
 def best() -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from bench import report
-from bench.__main__ import RESULTS
+from bench import instruction_sets, report
+from bench.__main__ import RESULTS, runs
 
 
 def test_pages_are_rewritten_from_the_results_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +38,12 @@ def test_cells_of_a_grid_are_rows() -> None:
     assert said[0].startswith("**A grid of 2 sizes** (") and "1 of 2 cells at 1.00× or more" in said[1]
     assert "0.50× at 1, 1000×3 → 2×4, forward" in said[1] and said[2].endswith("(img/bench_x-cpu.png)")
     assert "2 sizes, held to avx2**" in report._grid("x-cpu-avx2", [{**row, "isa": "avx2"} for row in rows])[0]
+
+
+@pytest.mark.parametrize(("held", "kind"), [("avx512", "cpu"), ("avx2", "cpu-avx2"), ("default", "cpu-avx2")])
+def test_results_are_named_by_the_instruction_set(held: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruction_sets, "HELD_TO", held)
+    asked = Namespace(suites=["vector_routing", "tasks"], k=None, gpu=False)
+    names = {name for _, name, _ in runs(asked)}
+    assert names == {f"vector_routing-{kind}", f"vector_routing-{kind}-grid", f"tasks-{kind}"}
+    assert all(f"<!-- begin {name} -->" in report.PAGES[kind[4:]].read_text() for name in names)

@@ -332,6 +332,8 @@ def test_rows_that_nearly_cancel_are_held_to_what_rounding_moves() -> None:
     gate = harness.ByNorm(known, of_few, exact, 50, lambda: (moves(many), moves(few)))
     assert by_root.excess(off)[1] > 1 >= gate.excess(off)[1]
     assert gate.excess({"sum": many[2:].sum(0, keepdim=True)})[1] > 100
+    unmoved = harness.ByNorm(known, of_few, exact, 50, lambda: pytest.fail("moved for a rival's sake"))
+    assert unmoved.excess(off, rival=True) == by_root.excess(off)
 
 
 class Recorder:
