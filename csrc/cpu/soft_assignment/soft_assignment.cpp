@@ -30,8 +30,9 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kTileBytes = 256 << 10;  // of votes and rows together: stays in a second-level cache
-constexpr int64_t kSharedRows = 40;        // of a tile whose votes are the same for all outputs: few enough for outer
-                                           // to read them where they lie, which is up to twice as fast (AVX2)
+constexpr int64_t kThin = 64;              // outputs up to which products are grouped_linear's, not a library's
+constexpr int64_t kThinRows = 40;          // of a tile for these: few enough for outer to read them where they lie, which
+                                           // is up to twice as fast (AVX2)
 constexpr int64_t kPieces = 8;             // the most that the rows of all samples are divided into, if samples are few
 constexpr int64_t kPieceRows = 256;        // the fewest rows worth a piece
 
@@ -137,7 +138,7 @@ struct Problem {
   int64_t vote_outputs() const { return same_outputs ? 1 : m; }
   int64_t tile_rows() const {
     const int64_t row = (vote_outputs() * h + 4 * m) * static_cast<int64_t>(sizeof(T));
-    return std::clamp<int64_t>(kTileBytes / row, 8, same_outputs ? kSharedRows : 512);
+    return std::clamp<int64_t>(kTileBytes / row, 8, same_outputs && m <= kThin ? kThinRows : 512);
   }
   // How many of the rows from start to stop there are in sample b.
   int64_t live(int64_t b, int64_t start, int64_t stop) const {
@@ -262,8 +263,6 @@ class SharedProducts {
   }
 
  private:
-  static constexpr int64_t kThin = 64;
-
   Matrix<const T> matrix(Votes<const T> votes, int64_t rows) const {
     return Matrix<const T>(votes.data, rows, h_, votes.row);
   }
