@@ -1,9 +1,8 @@
-"""What makes an AVX-512 processor run what an AVX2 one would: torch's kernels, and oneDNN's. Ours: FASTROUTE_ISA."""
+"""The instruction set of a run, which its results are named by."""
 
 import os
 from pathlib import Path
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 #: The instruction set that this run is held to, if any.
 HELD_TO = os.environ.get("FASTROUTE_ISA", "").removeprefix("auto")
 

@@ -361,7 +361,8 @@ def _of_cell(cell: Mapping[str, Any]) -> Row:
     B, n, m, d, h = (cell["size"][name] for name in "Bnmdh")
     return {
         "case": f"{B}, {n}×{d} → {m}×{h}", "pass": cell["pass"], "threads": cell["threads"],
-        "GFLOP": B * n * m * d, "subject": "fastroute", "grid": True, "load": [cell["load"]], "targets": {},
+        "isa": cell.get("isa"), "GFLOP": B * n * m * d, "subject": "fastroute", "grid": True, "load": [cell["load"]],
+        "targets": {},
         "rivals": {name: {"ratio": ratio} for name, ratio in cell["ratios"].items()},
     }  # fmt: skip
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from bench import bench_vector_routing as suite
 from bench import harness
 from bench.bench_vector_routing import Case
+from bench.instruction_sets import HELD_TO
 
 #: From 10 to a million input vectors.
 GRID = (
@@ -104,7 +105,7 @@ def cells(quick: bool, seconds: float = COMPILING) -> Iterator[dict[str, Any]]:
                 compiling += time.perf_counter() - began
                 cell = {
                     "size": case._asdict(), "inputs": case.B * case.n, "pass": what, "threads": count,
-                    "load": round(os.getloadavg()[0], 1), "left out": left_out,
+                    "load": round(os.getloadavg()[0], 1), "left out": left_out, "isa": HELD_TO,
                 }  # fmt: skip
                 if times > 1:
                     yield {**cell, "off": off, "times_the_budget": times}
