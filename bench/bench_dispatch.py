@@ -264,7 +264,7 @@ def _exact(p: Problem) -> Results:
 
 
 #: Of cases with more samples, or more multiply-adds, fewer samples are compared number by number.
-MANY, MUCH, FEWER = 5_000, 100_000_000, 500
+MANY, MUCH, FEWER = 2_000, 100_000_000, 500
 
 
 @lru_cache(maxsize=1)

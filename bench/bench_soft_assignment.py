@@ -157,7 +157,7 @@ def contestant(case: Case, p: Problem, name: str, fn: Callable[..., Tensor], dev
 
 
 #: Of cases with more inputs, fewer are compared number by number.
-MANY = 5000
+MANY, FEWER = 2_000, 500
 
 
 def _exact(case: Case, device: str) -> Step:
@@ -169,7 +169,7 @@ def _exact(case: Case, device: str) -> Step:
 def truth(case: Case, device: str) -> harness.Gate:
     if case.n <= MANY:
         return Truth(_exact(case, device).results, torch.float32)
-    few = case._replace(n=MANY // 10)
+    few = case._replace(n=FEWER)
     found = contestant(few, problem.__wrapped__(few, device), "", ours("auto"), device).results()
     known, exact = Truth(_exact(few, device).results, torch.float32), _exact(case, device).results()
     return harness.ByNorm(known, found, exact, case.n / few.n)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from bench.instruction_sets import HELD_TO
 from fastroute import use_backend
-from tests.helpers.budget import LOOKS, NORMS, SPREAD, Yardstick, distance, size
+from tests.helpers.budget import LOOKS, NORMS, SPREAD, Yardstick
 
 Results = dict[str, Tensor]
 #: ``time.monotonic()`` when the run began, of which a suite's process is one part.
@@ -81,6 +81,10 @@ def threads(count: int, options: Options | None = None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+#: Of torch.compile, for passes of milliseconds: what is compiled for one thread is not compiled again for two.
+ANY_THREADS: dict[str, Any] = {"cpp.dynamic_threads": True}
 
 
 def on(backend: str) -> AbstractContextManager[None]:
@@ -210,6 +214,7 @@ class Here:
     run: Callable[[], Results]
     device: str = "cpu"
     reset: Callable[[], None] = lambda: None  # lets go of what a pass leaves behind (.grad)
+    every: int = 1  # timed in one round of so many
 
     def results(self) -> Results:
         return self.run()
@@ -340,11 +345,22 @@ class Truth:
         name = max(by, key=by.__getitem__)
         return name, by[name]
 
-    def relative(self, name: str, actual: Tensor) -> float:
-        """What a result's error may be by norm, as a share of the result's."""
-        few = LOOKS[2:3]  # of which ByNorm takes the largest of all results
-        by_norm = next(e for e in self._yardstick.excess(name, actual, few) if e.norm == NORMS[1][0])
-        return by_norm.allowed / by_norm.scale
+    def relative(self, found: Results, look: tuple[int, float]) -> float:
+        """What a result's error may be by norm, as a share of the result's: the largest of all results."""
+        shares = []
+        with threads(2):
+            for name, t in found.items():
+                by_norm = next(e for e in self._yardstick.excess(name, t, [look]) if e.norm == NORMS[1][0])
+                shares.append(by_norm.allowed / by_norm.scale)
+        return max(shares)
+
+
+def norm(t: Tensor, other: Tensor | None = None) -> float:
+    """The Frobenius norm of t, or of t - other, in float64: piece by piece in their order in memory."""
+    order = sorted(range(t.dim()), key=t.stride, reverse=True)
+    pieces = [x.permute(order).reshape(-1).split(1 << 20) for x in (t.detach(), other) if x is not None]
+    apart = (a.double() - b[0] if b else a.double() for a, *b in zip(*pieces, strict=True))
+    return math.sqrt(sum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in apart))
 
 
 class ByNorm:
@@ -375,8 +391,9 @@ class ByNorm:
         moves: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]] = lambda: ({}, {}),
     ) -> None:
         self._few, self.exact = known.excess(found), exact
-        self._largest = max(known.relative(name, t) for name, t in found.items())
+        self._largest = cache(lambda look: known.relative(found, look))
         self._root, self._moves = math.sqrt(times), cache(moves)
+        self._sizes = {name: norm(t) for name, t in exact.items()}
 
     def _grown(self, name: str) -> float:
         """How many times further rounded inputs move a result of all rows."""
@@ -390,8 +407,13 @@ class ByNorm:
         by = {}
         for name, t in found.items():
             exact = self.exact[name]
-            fits = t.shape == exact.shape and math.isfinite(size(t, 2))
-            by[name] = distance(t, exact, 2) / (self._root * self._largest * size(exact, 2)) if fits else math.inf
+            with threads(2):
+                apart = norm(t, exact) if t.shape == exact.shape else math.inf
+            for look in LOOKS[1:3]:
+                share = apart / (self._root * self._largest(look) * self._sizes[name])
+                by[name] = share if math.isfinite(share) else math.inf
+                if share <= 1:
+                    break
             if 1 < by[name] < math.inf and not (rival and self._moves.cache_info().currsize == 0):
                 by[name] *= self._root / max(self._root, self._grown(name))
         name = max(by, key=by.__getitem__)
@@ -400,6 +422,8 @@ class ByNorm:
 
 class Gate(Protocol):
     """What says whether results are right."""
+
+    exact: Results
 
     def excess(self, found: Results, rival: bool = False) -> tuple[str, float]:
         """(which result misses the exact one by most, how many times what it may)."""
@@ -427,6 +451,7 @@ def flops(products: Sequence[Product]) -> int:
 
 
 _TILE = 1024
+FLOORED = 2  #: rounds in which the floor is timed once: nobody races it
 
 
 def _onednn(p: Product, A: Tensor, B: Tensor) -> None:
@@ -466,9 +491,9 @@ def floors(products: Sequence[Product], dtype: torch.dtype, device: str) -> list
                 _onednn(p, A, B)
         return {}
 
-    found = [Here("torch.mm", mm, device)]
+    found = [Here("torch.mm", mm, device, every=FLOORED)]
     if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        found.append(Here("oneDNN", onednn, device))
+        found.append(Here("oneDNN", onednn, device, every=FLOORED))
     return found
 
 
@@ -509,8 +534,10 @@ def _figures(samples: Sequence[Sample]) -> dict[str, float]:
 FAULTY: list[dict[str, Any]] = []
 
 
+#: A rival that takes so many times as long as the subject is timed in one round of so many.
+SLOW, SELDOM = 4, 3
 #: The standard error at which a median over rounds is said to be known.
-KNOWN = 0.015
+KNOWN = 0.02
 
 
 def rounds_for(samples: Sequence[Sequence[float]]) -> int:
@@ -527,7 +554,7 @@ class Turns:
 
     Args:
         subject: None if it has no time, being wrong.
-        others: one with ``every`` (see :class:`Step`) is only in some of the rounds.
+        others: one with ``every`` (see :class:`Step`), and one that is slow, is only in some of the rounds.
     """
 
     def __init__(self, subject: Contestant | None, others: Sequence[Contestant]) -> None:
@@ -566,7 +593,11 @@ class Turns:
         """
         gc.collect()
         self.once()
-        round_s = sum(self.samples[name][-1].wall / every for name, every in self._every.items())
+        wall = {name: samples[-1].wall for name, samples in self.samples.items()}
+        if self.subject is not None:
+            slow = SLOW * wall[self.subject.name]
+            self._every = {name: max(every, SELDOM if wall[name] > slow else 1) for name, every in self._every.items()}
+        round_s = sum(wall[name] / every for name, every in self._every.items())
         most = 2 if quick else min(max(int(seconds / round_s), least), most)
         few = min(4, most - 1)
         for _ in range(few - 1):
