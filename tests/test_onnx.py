@@ -33,13 +33,25 @@ from tests.helpers.subprocesses import ROOT, check_python
 from tests.tasks.nets import conv_net, images
 
 
+class Decided(nn.Module):
+    """A decision of each task's agent, and what is selected."""
+
+    def __init__(self, algo: str) -> None:
+        super().__init__()
+        self.begin, self.decide, self.select = networks.Initialization(), decision(algo, K, T), linears(K)
+
+    def forward(self, x: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        x, meta, actions = self.decide(*self.begin(x, tasks=task)[:2], task)
+        return self.select(x, meta, actions)[0], actions
+
+
 class Routed(nn.Module):
     """A decision and a selection, twice: the second agents are the first actions, the first ones the tasks."""
 
-    def __init__(self, algo: str = "WPL", agents: int = K) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.begin = networks.Initialization()
-        self.first, self.second = decision(algo, K, agents), decision(algo, K, agents)
+        self.first, self.second = decision("WPL", K, K), decision("WPL", K, K)
         self.one, self.two = linears(K), linears(K, unused_grad="zeros")
 
     def forward(self, x: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +131,8 @@ CASES: dict[str, LayerCase] = {
     "MoE, not gated": LayerCase(
         lambda: networks.MoE(F, 4, K, 1, gated=False, activation="gelu", scores="sigmoid"), rand(B, F)
     ),
-    **{f"{algo}, routed": LayerCase(lambda algo=algo: Routed(algo), rand(B, F), rest=(TASK,)) for algo in LEARNING},
+    **{f"{algo}, decided": LayerCase(lambda algo=algo: Decided(algo), rand(B, F), rest=(TASK,)) for algo in LEARNING},
+    "WPL, routed": LayerCase(Routed, rand(B, F), rest=(TASK,)),
     "Sequential": LayerCase(sequence, rand(B, F), rest=(TASK,)),
     "live, convolutions": LayerCase(of_task(tasks.live), images(B)),
     "live, convolutions, tasks": LayerCase(of_task(tasks.live), images(B), rest=(TASK,)),

@@ -31,7 +31,7 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kTileRows = 96;
 constexpr int64_t kLibraryRows = 512;  // of a tile that a library multiplies
 constexpr int64_t kLongest = 4096;     // of its sums
-constexpr int64_t kTurnedRows = 12;    // the fewest for which a weight is turned
+constexpr int64_t kCopiedRows = 12;    // the fewest for which a weight is turned or packed
 
 // int64 numbers anywhere; without any, the identity.
 class Index {
@@ -266,7 +266,13 @@ void multiply_by_library(
 template <class S>
 bool is_turned(int64_t rows_of_module, int64_t n, int64_t k) {
   const int64_t rows = std::min(rows_of_module, kTileRows);
-  return n >= kernels<S>().lanes && rows >= kTurnedRows && rows * kernels<S>().turned_terms >= k;
+  return n >= kernels<S>().lanes && rows >= kCopiedRows && rows * kernels<S>().turned_terms >= k;
+}
+
+// Whether a weight's columns are packed for some rows.
+template <class S>
+bool is_packed(int64_t rows, int64_t n, int64_t k) {
+  return rows >= kCopiedRows && k >= kernels<S>().packed_terms && n >= 2 * kernels<S>().lanes;
 }
 
 // out[i] = w a[i] + bias, or w^T a[i], of some of a module's rows
@@ -280,7 +286,11 @@ void multiply(
   }
   const auto& kernel = kernels<S>();
   const int64_t n = transposed ? F : O, k = transposed ? O : F;
-  if (w.is_by_row == transposed) {
+  if (w.is_by_row == transposed && is_packed<S>(rows, n, k)) {
+    const std::unique_ptr<typename Sum<S>::type[]> scratch(
+        new typename Sum<S>::type[2 * kernel.lanes * (kRun + rows)]);
+    kernel.combine_packed(out.get(), a.get(), rows, w.data, w.stride, bias, n, k, scratch.get());
+  } else if (w.is_by_row == transposed) {
     kernel.combine(out.get(), a.get(), rows, w.data, w.stride, bias, n, k);
   } else if (is_turned<S>(rows_of_module, n, k)) {
     const std::unique_ptr<S[]> scratch(new S[2 * kernel.lanes * k]);

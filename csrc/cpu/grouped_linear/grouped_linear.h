@@ -59,6 +59,10 @@ struct Kernels {
   // out[i][j] = sum_l a[i][l] b[l ldb + j] + bias[j]
   void (*combine)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k);
+  // the same to the bit, for 2 lanes columns or more; scratch: 2 lanes (kRun + rows) numbers
+  void (*combine_packed)(
+      S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k,
+      typename Sum<S>::type* scratch);
   // out[i ldo + j] = sum_l a[l][i] b[l][j], for i in [i0, i1); scratch: outer_scratch(rows, i1 - i0, n) numbers
   void (*outer)(
       S* out, int64_t ldo, const S* const* a, const S* const* b, int64_t rows, int64_t i0, int64_t i1, int64_t n,
@@ -67,6 +71,7 @@ struct Kernels {
   void (*sum)(S* out, const S* const* a, int64_t rows, int64_t j0, int64_t j1);
   int64_t lanes;
   int64_t turned_terms;  // dot_turned pays where a sum has so many for each row, or fewer
+  int64_t packed_terms;  // combine_packed where it has so many, or more
 };
 
 // The kernels for this processor, chosen once.

@@ -190,6 +190,27 @@ def test_widths(backend: str, F: int, O: int) -> None:
     checked([linear_case(HISTOGRAMS["uneven"], F, O, seed=seed) for seed in range(4)], backend)
 
 
+@needs_native
+@each_dtype
+@pytest.mark.parametrize("F", [64, 71])
+def test_long_sums_are_the_same_for_few_rows_and_many(F: int, dtype: torch.dtype) -> None:
+    """Weights are packed for many rows: the bits of a row's gradient do not depend on how many there are."""
+    O, many = 1100, 40
+    generator = seeds.generator(F)
+    x, weight = (torch.randn(n, m, generator=generator).to(dtype) for n, m in ((many, F), (O, F)))
+    grad = torch.randn(many, O, generator=generator).to(dtype)
+
+    def of(rows: slice) -> Tensor:
+        leaf = x[rows].requires_grad_()
+        plan = dispatch.plan(torch.zeros(len(leaf), dtype=torch.int64), 1)
+        with use_backend("native"):
+            grouped_linear(leaf, plan, [weight]).backward(grad[rows])
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert torch.equal(of(slice(0, many)), torch.cat([of(slice(i, i + 5)) for i in range(0, many, 5)]))
+
+
 @each_backend
 @pytest.mark.parametrize("is_sorted, keep_sorted", list(product([False, True], repeat=2)))
 def test_orders(backend: str, is_sorted: bool, keep_sorted: bool) -> None:
