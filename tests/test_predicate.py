@@ -425,6 +425,20 @@ def test_a_changed_module_is_called(name: str, change: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_forward_that_is_set_after_compiling_is_called(name: str) -> None:
+    """Dynamo guards no ``__dict__``: what is read has to be what it guards."""
+    seeds.fixed_seed(0)
+    case = CASES[name]()
+    compiled = torch.compile(case.run, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(case.layer, case.x), before := case.run(case.layer, case.x))
+        own_forward(case.parent, case.name)
+        found = compiled(case.layer, case.x)
+        torch.testing.assert_close(found, case.loop(case.layer, case.x))
+    assert not torch.allclose(found, before)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_change_that_is_taken_back(name: str) -> None:
     seeds.fixed_seed(0)
     case = CASES[name]()

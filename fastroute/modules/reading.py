@@ -133,6 +133,9 @@ def why_called(m: nn.Module, kinds: tuple[type, ...] = ()) -> str | None:
     compiling = torch.compiler.is_compiling()  # Dynamo goes through no __dict__
     if any(name in own for name in _SHADOWED) if compiling else not _SHADOWED.isdisjoint(own):
         return "a forward or a tensor of its own in place of the class's"
+    if compiling:  # and guards no __dict__: a forward that is set later is seen where the class's is looked up
+        for name in _METHODS:
+            getattr(m, name, None)
     if is_hooked(m):
         return "a hook on all modules, or a function mode" if are_watched() else "a hook"
     names = _TENSORS.get(cls)
