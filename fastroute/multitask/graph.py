@@ -124,6 +124,10 @@ def _node(index: int, entry: Mapping[str, Any], names: Collection[str], strict: 
     weight = entry.get("loss_weight")
     if strict and isinstance(weight, str) and weight != AUTO:
         raise ValueError(f"{where}: loss_weight: expected a number or 'auto', got {weight!r}")
+    if strict and isinstance(weight, Real) and not isfinite(weight):
+        raise ValueError(f"{where}: loss_weight: expected a finite number, got {weight}")
+    if strict and entry.get("loss") is not None:
+        _function(where, "loss", entry["loss"])
     return Node(
         name,
         _layers(where, entry["layers"]),
@@ -140,13 +144,16 @@ def _layers(where: str, layers: Any) -> Callable[..., Any]:
             if not isinstance(layer, nn.Module):
                 raise ValueError(f"{where}: layers[{k}]: expected a Module, got {_described(layer)}")
         return nn.Sequential(*layers)
-    if isinstance(layers, type) and issubclass(layers, nn.Module):
-        raise ValueError(
-            f"{where}: layers: expected a Module, got the class {layers.__name__}: {layers.__name__}(...)?"
-        )
-    if not callable(layers):
-        raise ValueError(f"{where}: layers: expected a Module, a list of them or a function, got {_described(layers)}")
-    return layers
+    return _function(where, "layers", layers, "a Module, a list of them")
+
+
+def _function(where: str, key: str, value: Any, what: str = "a Module") -> Callable[..., Any]:
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise ValueError(f"{where}: {key}: expected a Module, got the class {value.__name__}: {value.__name__}(...)?")
+    if not callable(value):
+        raise ValueError(f"{where}: {key}: expected {what} or a function, got {_described(value)}")
+    made: Callable[..., Any] = value
+    return made
 
 
 def _described(value: object) -> str:

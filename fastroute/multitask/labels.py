@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import together
+from ..ops.host import may_look
 
 
 def shown(value: Any) -> str:
@@ -38,6 +39,12 @@ def known(y: Tensor, mask: Tensor | None, ignore_index: int | None = None) -> Te
     if ignore_index is not None:
         there = there & (y != ignore_index)
     return there if mask is None else there & mask
+
+
+def refuse(wrong: Tensor, y: Tensor, what: str, of: str = "") -> None:
+    """ValueError: a label is wrong. Only on a CPU, as nothing is read from another device."""
+    if may_look(wrong) and bool(wrong.any()):
+        raise ValueError(f"y{of}: expected {what}, got {y[wrong][0].item()}")
 
 
 def are_alike(x: Tensor, y: Tensor) -> bool:
@@ -86,7 +93,7 @@ def classes(x: Tensor, y: Tensor, mask: Tensor | None, of: str = "") -> tuple[Te
     Indices come back as integers, and what is NaN among them as 0 that is masked. Scores [C] are of one sample.
 
     Raises:
-        ValueError: y is neither.
+        ValueError: y is neither; on a CPU, an index that is there is no whole number.
     """
     if x.dim() == 1:
         x, y, mask = x[None], y[None], None if mask is None else mask[None]
@@ -103,5 +110,6 @@ def classes(x: Tensor, y: Tensor, mask: Tensor | None, of: str = "") -> tuple[Te
     if y.is_floating_point():
         there = ~y.isnan()
         mask = there if mask is None else mask & there
+        refuse(mask & ((y != y.trunc()) | y.isinf()), y, "class indices, which are whole numbers", of)
         y = torch.where(there, y, 0)
     return x, y.long(), mask

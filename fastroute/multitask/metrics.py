@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.accumulating import Accumulating
 from ..ops.arguments import Count, checked
+from ..ops.checks import given
 from . import labels
 from .weighting.base import in_order, unknown
 
@@ -64,6 +65,7 @@ def _binary(
     """(predicted class, true class, which labels are there) of scores and labels 0 or 1 of one shape."""
     y = labels.like(y_hat, y)
     there = labels.known(y, None if mask is None else labels.spread(mask, y), ignore_index)
+    labels.refuse(there & ((y < -1) | (y > 1)), y, "labels 0 or 1")  # or -1 and 1, as a soft margin has them
     return torch.where(y_hat.isnan(), _NONE, (y_hat > threshold).long()), (y > 0.5).long(), there
 
 
@@ -73,7 +75,9 @@ def _classes(y_hat: Tensor, y: Tensor, mask: Tensor | None, ignore_index: int) -
     there = labels.known(true, None, ignore_index)
     if true.is_floating_point():
         there, true = there.all(1), true.argmax(1)
-    return torch.where(scores.isnan().any(1), _NONE, scores.argmax(1)), true, there if mask is None else there & mask
+    there = there if mask is None else there & mask
+    labels.refuse(there & ((true < 0) | (true >= scores.shape[1])), true, f"classes below {scores.shape[1]}")
+    return torch.where(scores.isnan().any(1), _NONE, scores.argmax(1)), true, there
 
 
 def _are_probabilities(y: Tensor, there: Tensor) -> Tensor:
@@ -277,8 +281,9 @@ class TaskMetrics(nn.Module):
         if not metrics:
             raise ValueError("metrics: expected one for a task at least, got none")
         for name, metric in metrics.items():
-            if not all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset")):
-                raise TypeError(f"metrics[{name!r}]: expected a metric, got {type(metric).__name__}")
+            methods = (getattr(metric, method, None) for method in ("update", "compute", "reset"))
+            if isinstance(metric, type) or not all(map(callable, methods)):
+                raise TypeError(f"metrics[{name!r}]: expected a metric, got {given(metric)}")
         self.tasks = tuple(metrics)
         self._metrics = list(metrics.values())
         self._modules_of = nn.Module()
@@ -308,8 +313,8 @@ class TaskMetrics(nn.Module):
     ) -> None:
         """Add a batch: dicts by task, or lists in the order of ``metrics``. A target of None is left out."""
         masks = [None] * len(self.tasks) if mask is None else in_order("mask", mask, self.tasks)
-        given = (in_order(n, v, self.tasks) for n, v in (("y_hat", y_hat), ("y", y)))
-        for metric, guess, label, there in zip(self._metrics, *given, masks, strict=True):
+        pairs = (in_order(n, v, self.tasks) for n, v in (("y_hat", y_hat), ("y", y)))
+        for metric, guess, label, there in zip(self._metrics, *pairs, masks, strict=True):
             if guess is None or label is None:
                 continue
             if isinstance(metric, Metric):
@@ -353,10 +358,10 @@ def relative_improvement(
     tasks = list(baselines)
     if not tasks:
         raise ValueError("baselines: expected one for a task at least, got none")
-    for name, given in (("metrics", metrics), ("higher_is_better", higher_is_better)):
-        if isinstance(given, Mapping):
-            in_order(name, given, tasks)
-            missing = [task for task in tasks if task not in given]
+    for name, by_task in (("metrics", metrics), ("higher_is_better", higher_is_better)):
+        if isinstance(by_task, Mapping):
+            in_order(name, by_task, tasks)
+            missing = [task for task in tasks if task not in by_task]
             if missing:
                 raise ValueError(f"{name}: expected one for {missing[0]!r}, got none")
     changes = []
@@ -364,8 +369,10 @@ def relative_improvement(
         base, got = (torch.as_tensor(v[task], dtype=torch.float64).reshape(-1) for v in (baselines, metrics))
         better = higher_is_better[task] if isinstance(higher_is_better, Mapping) else higher_is_better
         signs = [better] * len(base) if isinstance(better, bool) else list(better)
-        if len(base) != len(got) or len(signs) != len(base):
+        if len(base) != len(got):
             raise ValueError(f"metrics[{task!r}]: expected {len(base)} as in the baselines, got {len(got)}")
+        if len(signs) != len(base) or not all(isinstance(sign, bool) for sign in signs):
+            raise ValueError(f"higher_is_better[{task!r}]: expected a bool, or one for each metric, got {better!r}")
         each = []
         for b, m, sign in zip(map(float, base), map(float, got), signs, strict=True):
             if b == 0:

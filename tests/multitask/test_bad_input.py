@@ -73,6 +73,9 @@ NODES: dict[str, tuple[list[Any], str]] = {
     "layers: a number": ([node(layers=3)], "layers: expected a Module, a list of them or a function, got int"),
     "layers: a class": ([node(layers=nn.ReLU)], "layers: expected a Module, got the class ReLU: ReLU(...)?"),
     "layers: a list": ([node(layers=[LAYER, 3])], "task_layers[7] ('extra'): layers[1]: expected a Module, got int"),
+    "a weight that is not finite": ([node(loss_weight=float("nan"))], "loss_weight: expected a finite number, got nan"),
+    "a class for a loss": ([node(loss=nn.MSELoss)], "loss: expected a Module, got the class MSELoss: MSELoss(...)?"),
+    "a number for a loss": ([node(loss=3)], "loss: expected a Module or a function, got int"),
     "a weight": ([node(loss_weight="atuo")], "loss_weight: expected a number or 'auto', got 'atuo'"),
     "no initial weight": ([node(loss_weight="auto")], "loss_init_val: expected a number, since loss_weight is 'auto'"),
     "an initial weight": ([node(loss_weight="auto", loss_init_val="1")],
@@ -88,7 +91,10 @@ def test_nodes(nodes: list[Any], message: str) -> None:
 
 
 #: What upstream accepts, and so does what stands for it.
-LENIENT = {"an empty name", "a dot", "an unknown key", "a strange key", "a weight"}
+LENIENT = {
+    "an empty name", "a dot", "an unknown key", "a strange key", "a weight", "a weight that is not finite",
+    "a class for a loss", "a number for a loss",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("nodes", "message"), [NODES[k] for k in NODES if k not in LENIENT])

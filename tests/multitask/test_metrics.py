@@ -230,6 +230,27 @@ def test_reset_parameters_sets_all_sums(metric: Any) -> None:
     assert all((t == 0).all() for t in metric.buffers())
 
 
+@pytest.mark.parametrize("wrong", [1.9, -0.5, torch.inf])
+def test_a_label_is_no_class_only_where_it_is_there(wrong: float) -> None:
+    """The loss and the metric refuse the same labels, and read none that is masked or NaN."""
+    scores, y, mask = torch.eye(3), torch.tensor([0.0, wrong, torch.nan]), torch.tensor([True, False, True])
+    loss: dict[str, Any] = {"a": nn.CrossEntropyLoss()}
+    accuracy = Accuracy()
+    accuracy.update(scores, y, mask)
+    found, _ = task_losses({"a": scores}, {"a": y}, loss, {"a": mask})
+    assert accuracy.compute() == 1 and found["a"] == loss["a"](scores[:1], torch.tensor([0]))
+    for call in (lambda: accuracy.update(scores, y), lambda: task_losses({"a": scores}, {"a": y}, loss)):
+        with pytest.raises(ValueError, match=r"expected class indices, which are whole numbers, got"):
+            call()
+
+
+@pytest.mark.parametrize("y", [[1.0, -1.0, -1.0], [0.9, 0.1, 0.0]])
+def test_labels_of_two_classes_may_be_soft_or_of_a_soft_margin(y: list[float]) -> None:
+    accuracy = Accuracy()
+    accuracy.update(torch.tensor([2.0, -2.0, 2.0]), torch.tensor(y))
+    assert accuracy.compute() == pytest.approx(2 / 3)
+
+
 def test_tasks() -> None:
     class Theirs:
         """In the way of torchmetrics."""
@@ -294,6 +315,21 @@ def test_relative_improvement() -> None:
         (lambda: relative_improvement({"a": 1.0}, {"a": 1.0, "b": 2.0}), ValueError, "metrics: expected one for 'b'"),
         (lambda: relative_improvement({"a": 1.0}, {"a": 0.0}), ValueError, "a number other than 0"),
         (lambda: relative_improvement({"a": [1.0, 2.0]}, {"a": 1.0}), ValueError, "expected 1 as in the baselines"),
+        (lambda: relative_improvement({"a": 1.0}, {"a": 1.0}, {"a": "up"}), ValueError, r"better\['a'\]: .* got 'up'"),  # type: ignore[dict-item]
+        (lambda: TaskMetrics({"a": Accuracy}), TypeError, r"metrics\['a'\]: expected a metric, got the class Accuracy"),
+        (
+            lambda: Accuracy().update(torch.ones(3), torch.tensor([1, 0, 9])),
+            ValueError,
+            "expected labels 0 or 1, got 9",
+        ),
+        (
+            lambda: F1().update(torch.ones(3), torch.tensor([1.0, 0, 1.5])),
+            ValueError,
+            "expected labels 0 or 1, got 1.5",
+        ),
+        (lambda: Accuracy().update(torch.eye(3), torch.tensor([0, 1, 7])), ValueError, "classes below 3, got 7"),
+        (lambda: F1(3).update(torch.eye(3), torch.tensor([0, -1, 1])), ValueError, "expected classes below 3, got -1"),
+        (lambda: F1(3).update(torch.eye(3), torch.tensor([0, 1.5, 2])), ValueError, "whole numbers, got 1.5"),
     ],
 )
 def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
