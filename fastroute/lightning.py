@@ -45,6 +45,7 @@ class RoutingCallback(Callback):
         self.run_dir, self.every_n_steps, self.counts = run_dir, every_n_steps, counts
         self.monitor: RoutingMonitor | None = None
         self._log: RunLog | None = None
+        self._step = 0  # the last one whose training was logged
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Watch the module."""
@@ -59,16 +60,21 @@ class RoutingCallback(Callback):
         if self.monitor is not None:
             self.monitor.remove()
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """What was trained before, in a run that goes on, is not logged again."""
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log, if it is time."""
+        """Log, if it is time: once for each optimizer step, with all batches that it came from."""
         every = self.every_n_steps or trainer.log_every_n_steps
         if trainer.global_step % every == 0:
-            self._write(trainer, "routing")
+            self._write_training(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """What was counted in training is not validation's."""
         if not trainer.sanity_checking and self.monitor is not None and trainer.global_step:
-            self._write(trainer, "routing")
+            self._write_training(trainer)
+            self.monitor.reset()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Log validation's numbers, which are not training's."""
@@ -76,6 +82,11 @@ class RoutingCallback(Callback):
             self.monitor.reset()
         else:
             self._write(trainer, "val_routing")
+
+    def _write_training(self, trainer: Any) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._write(trainer, "routing")
 
     def _write(self, trainer: Any, prefix: Literal["routing", "val_routing"]) -> None:
         if self.monitor is None:

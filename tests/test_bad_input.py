@@ -45,6 +45,7 @@ from fastroute.networks import Initialization, Trajectory
 from fastroute.ops import dispatch
 from fastroute.ops.matrix_routing.contract import Capsules
 from tests.helpers import seeds
+from tests.helpers.backends import HERE
 from tests.helpers.networks import LEARNING, F, linears
 
 B, K, T = 5, 4, 3
@@ -561,8 +562,10 @@ NOT_READ = {
     ("MTLModel", "input"), ("NegLossReward", "yest"), ("NegLossReward", "ytrue"), ("TopKGating", "agents"),
     *((name, argument) for name in (*LEARNING, "PassThrough", "PerTaskAssignment") for argument in ("prior_actions",)),
     *((name, argument) for name in ("PassThrough", "PerTaskAssignment") for argument in ("agents", "update_target")),
-    ("plan", "name"),
+    ("plan", "name"), *(("trajectory_loss", argument) for argument in ("s1", "aux", "look")),
 }  # fmt: skip
+#: What an op takes for a number as Python does, and ops whose flags and numbers layers have checked.
+AS_NUMBERS, LAYERS_CHECK = ("a 0-d tensor", "True", "inf"), ("efficient_routing", "soft_assignment", "plan")
 #: Layers of users' own modules, or of torch's: of a tensor that these refuse the error is theirs. So it is of a
 #: decision's network for a batch on another device.
 OF_USERS = {"Residual", "Selection", "Loss", "MLP", "Sequential", "LiveSequential", "VGG"}
@@ -660,8 +663,8 @@ def verdict(name: str, what: str, argument: str, bad: str) -> str | None:
     parameter = signature(name, what)[argument]
     words = set(re.findall(r"\w+", str(parameter.annotation)))
     is_tensor = isinstance(given.get(argument), Tensor)
-    if (short, argument) in NOT_READ or (is_op and not is_tensor):
-        return None  # an op's flags and numbers are taken as Python takes them: layers have checked them
+    if (short, argument) in NOT_READ or (is_op and not is_tensor and (bad in AS_NUMBERS or short in LAYERS_CHECK)):
+        return None
     if (argument, bad) == ("device", "0"):
         return None  # the first GPU, where this torch knows of GPUs
     if bad in BAD:
@@ -905,6 +908,96 @@ VALUES += [
     ),
     (lambda: plots.masks("x"), TypeError, "model: expected a module, got str"),
 ]  # fmt: skip
+
+
+STATS = torch.zeros(3), torch.ones(3)
+GROUPED: dict[str, Callable[..., Any]] = {
+    "grouped_linear": functional.grouped_linear,
+    "agent_policy": functional.agent_policy,
+}
+CHOOSING: dict[str, Callable[..., Any]] = {
+    "policy": lambda **given: functional.policy(x(4, 3), **given),
+    "agent_policy": lambda **given: functional.agent_policy(x(4, F), planned(), x(2, 3, F), **given),
+}
+
+
+def planned(**given: Any) -> Any:
+    return dispatch.plan(torch.tensor([0, 1, 1, 0]), 2)._replace(**given)
+
+
+def normed(**given: Any) -> Any:
+    good = {"x": x(4, 3), "mapping": torch.ones(2, 3), "task": 1, "running_mean": STATS[0], "running_var": STATS[1],
+            "weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}  # fmt: skip
+    return functional.batch_norm_mask_relu(**{**good, **given})
+
+
+def learned(**given: Any) -> Any:
+    none = [None]
+    return functional.trajectory_loss(["REINFORCE"], [x(4)], none, none, none, none, none, x(4), **given)
+
+
+def vectors(**given: Any) -> Any:
+    good = {"x": x(2, 6, 8), "gate": torch.rand(2, 6), "pred": x(2, 4, 8),
+            **{name: x(6, 4) for name in ("score_weight", "score_bias", "use", "ign")}}  # fmt: skip
+    return functional.vector_routing(**{**good, **given})
+
+
+def _case(call: Callable[..., Any], error: type[Exception], message: str, **given: Any) -> Any:
+    return lambda: call(**given), error, message
+
+
+NAN = float("nan")
+SHARES = [(CHOOSING["policy"], "exploration"), (CHOOSING["agent_policy"], "exploration"), (normed, "momentum"),
+          (learned, "gamma")]  # fmt: skip
+VALUES += [
+    *(_case(call, ValueError, "temperature: expected more than 0, got", temperature=bad)
+      for call in CHOOSING.values() for bad in (0, -1.0, NAN)),
+    *(_case(call, ValueError, f"{name}: expected a number from 0 to 1, got", **{name: bad})
+      for call, name in SHARES for bad in (-0.1, 1.1, NAN)),
+    *(_case(normed, ValueError, "eps: expected a number of 0 or more, got", eps=bad) for bad in (-1.0, NAN)),
+    *(_case(learned, ValueError, r"choices\[0\]: expected at least 1, got", choices=[bad]) for bad in (0, -1)),
+    _case(learned, TypeError, "normalize: expected True or False, got 'no'", normalize="no"),
+    *(_case(lambda **given: functional.grouped_linear(x(4, F), planned(), x(2, 3, F), **given), TypeError,
+            f"{name}: expected True or False, got 'no'", **{name: "no"})
+      for name in ("is_sorted", "keep_sorted", "keep_empty")),
+    *(_case(vectors, TypeError, f"{name}: expected a floating-point tensor, got {dtype}", **{name: x(6, 4).to(dtype)})
+      for name in ("use", "ign", "score_weight", "score_bias") for dtype in (torch.complex64, torch.int64)),
+    _case(vectors, TypeError, "x: expected a floating-point tensor, got torch.float8",
+          x=x(2, 6, 8).to(torch.float8_e5m2)),
+    _case(vectors, TypeError, "use: expected a tensor, got ndarray", use=x(6, 4).numpy()),
+    _case(normed, TypeError, "running_mean: expected a tensor, got ndarray", running_mean=STATS[0].numpy()),
+    *(_case(call, TypeError, message, x=x(4, F), plan=planned(), weights=weights)
+      for call in GROUPED.values() for weights, message in (
+          (x(2, 3, F).numpy(), r"weights: expected a tensor, got an array \[3, \d\] of float32"),
+          (x(2, 3, F).to_sparse(), "weights: expected a tensor, dense, got one of torch.sparse_coo"),
+          ([w.to_sparse() for w in x(2, 3, F)], "weights: expected a tensor, dense, got one of torch.sparse_coo"),
+          (x(2, 3, F).to(torch.float8_e5m2), "weights: expected a floating-point tensor, got torch.float8"))),
+    *(_case(call, ValueError, message, **{"x": x(4, F), "plan": planned(), "weights": x(2, 3, F), **given})
+      for call in GROUPED.values() for given, message in (
+          ({"x": x(4, F).to("meta")}, "plan: expected a tensor on meta like x, got one on cpu"),
+          ({"weights": x(2, 3, F).to("meta")}, "weights: expected a tensor on cpu like x, got one on meta"))),
+    *(_case(call, IndexError, "forced: expected indices below 3, got 3", forced=torch.arange(4))
+      for call in CHOOSING.values()),
+    _case(functional.combine, TypeError, "valid: expected bool, got torch.float32", z=x(2, 2, 3),
+          weights=torch.rand(2, 2), valid=torch.ones(2, 2)),
+    (lambda: networks.MLP(F, 3, dtype=torch.float8_e5m2), TypeError, "dtype: expected a floating-point dtype, got"),
+    (lambda: plots.roofline({}), ValueError, "results: expected machine and benchmarks, got none of benchmarks, mach"),
+    *((lambda bad=bad: plots.roofline(bad), TypeError, "results: expected a file of bench/results, or what is in one")
+      for bad in (None, 3, [None])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("call", GROUPED)
+@pytest.mark.parametrize("wrong", [
+    {"order": [0, 0, 1, 1]}, {"order": [0, 1, 2, 9]}, {"order": [0, 1, 2, -1]}, {"offsets": [0, 3, 2]},
+    {"offsets": [0, 2, 9]}, {"offsets": [1, 2, 4]}, {"offsets": [0, -2, 4]},
+], ids=str)  # fmt: skip
+def test_plans_made_by_hand(wrong: dict[str, list[int]], call: str, backend: str) -> None:
+    """Refused by all backends alike, which would read out of bounds, or leave rows unwritten."""
+    made = planned(**{name: torch.tensor(numbers) for name, numbers in wrong.items()})
+    with fastroute.use_backend(backend), pytest.raises(ValueError, match="plan: expected"):
+        GROUPED[call](x(4, F), made, x(2, 3, F))
 
 
 @pytest.mark.parametrize("make, error, message", VALUES, ids=[c[2][:40] for c in VALUES])

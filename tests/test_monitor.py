@@ -618,6 +618,31 @@ def test_lightning(tmp_path: Path) -> None:
     assert run.steps == [1, 2] and run.numbers["moe.gate/entries"] == [8.0, 8.0]
     assert run.last("val/moe.gate/entries") == 16.0
 
+    class Heard(lightning.loggers.logger.DummyLogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[tuple[int, float]] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            self.lines += [(step, value) for key, value in metrics.items() if key == "routing/moe.gate/entries"]
+
+    many = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(64, 8)), batch_size=4)
+    # batches to an optimizer step, steps to a line, batches to a validation -> each step once, with all its entries
+    for accumulated, every, validated, lines in (
+        (1, 2, 16, [(2, 16.0), (4, 16.0), (6, 16.0), (8, 16.0)] + [(s, 16.0) for s in (10, 12, 14, 16)]),
+        (4, 1, 16, [(1, 32.0), (2, 32.0), (3, 32.0), (4, 32.0)]),
+        (4, 2, 16, [(2, 64.0), (4, 64.0)]),
+        (4, 3, 16, [(3, 96.0), (4, 32.0)]),
+        (4, 1, 6, [(1, 32.0), (2, 16.0), (3, 32.0), (4, 32.0)]),  # validated within a step, and after one
+    ):
+        heard = Heard()
+        trainer = lightning.Trainer(
+            max_epochs=1, callbacks=[RoutingCallback(every_n_steps=every)], enable_model_summary=False,
+            accumulate_grad_batches=accumulated, val_check_interval=validated, **{**options, "logger": heard},
+        )  # fmt: skip
+        trainer.fit(Net(), many, data)
+        assert heard.lines == lines, (accumulated, every, validated)
+
 
 @pytest.mark.parametrize(
     "name", ["monitor", "loggers", "models.routed_cnn", "models.small_norb", "models.task_vgg", "models.capsule_head"]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..functional import efficient_routing
 from ..ops import checks
-from ..ops.efficient_routing.contract import Parameters
-from ..ops.efficient_routing.op import cast, input_scale, predict
+from ..ops.efficient_routing.contract import Parameters, check_sizes
+from ..ops.efficient_routing.op import input_scale, predict
 from ..ops.masked import only, reaches
 from ..ops.precision import autocast_off
 from ..ops.tiles import tile_rows
@@ -26,7 +26,11 @@ _BETAS = ("beta_use", "beta_ign")
 
 
 class PhiTiles:
-    """phi [..., n, m] as a matrix that is only multiplied. Memory: x_inp, a prediction [B, m, d] and one tile."""
+    """phi [..., n, m] as a matrix that is only multiplied. Memory: x_inp, a prediction [B, m, d] and one tile.
+
+    Parameters are copied, which an optimizer changes (a fused one without a new version of them); x_inp and mask are
+    looked at again, and refused where their versions have changed.
+    """
 
     def __init__(
         self,
@@ -46,14 +50,21 @@ class PhiTiles:
         self.x = x_inp.detach().reshape(math.prod(self.batch), n, x_inp.shape[-1])
         with torch.no_grad(), autocast_off(x_inp.device.type):
             w = layer._parameters_by_name()
+            check_sizes(w, *self.x.shape[-2:])
             dtype = torch.promote_types(self.x.dtype, w.W_F2.dtype)
-            self.x, self.w = self.x.to(dtype), cast(w, dtype)
+            self.x = self.x.to(dtype)
+            self.x = self.x.clone() if self.x.is_inference() else self.x  # which has no version
+            self.w = Parameters._make(t if t is None else t.to(dtype, copy=True) for t in w)
+            self._versions = self._seen()
             self.pred = None
             if layer.n_iters > 1:
                 before = efficient_routing(
                     self.x, self.w, n_iters=layer.n_iters - 1, normalize=False, mask=mask, lengths=lengths
                 )
                 self.pred = predict(before.to(dtype), self.w)
+
+    def _seen(self) -> list[int]:
+        return [t._version for t in (self.x, self.mask) if t is not None and not t.is_inference()]
 
     def _of_rows(self, rows: slice) -> Parameters:
         names = _BY_ROW if self.w.bias_use is not None else _BY_ROW + _BETAS
@@ -63,6 +74,11 @@ class PhiTiles:
     @torch.no_grad()
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, phi [*batch, r, m]) for all rows."""
+        if self._seen() != self._versions:
+            raise RuntimeError(
+                "x_inp: expected the routing's input (or its mask) as it was in the call, got one that was changed in "
+                "place since, as by x += y; write x = x + y, or ask for the credit (Credit.dense()) before"
+            )
         B, n, d = self.x.shape
         scale = input_scale(self.x, self.lengths).to(self.x.dtype)
         live = None if self.lengths is None else row_is_live(self.x, self.lengths)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..modules import watching
+from ..modules.reading import why_called
 from ..ops import checks
 from ..ops.arguments import NotNegative, checked
 from .compose import Add, Concatenate, Residual
-from .credit_map import Credit, checked_phi
-from .definable import DefinableVectorRouting
-from .vector import EfficientVectorRouting
-
-_ROUTINGS = (EfficientVectorRouting, DefinableVectorRouting)
+from .credit_map import ROUTINGS, Credit, Told, checked_phi, routed, routes
 
 #: Modules that give every vector what depends on it alone.
-_PER_VECTOR = (
+_PER_VECTOR: tuple[Any, ...] = (
     nn.Identity, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
     nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish,
     nn.Hardtanh, nn.Softsign,
 )  # fmt: skip
+
+#: Modules whose parts are traced, each by itself: their own forward is then not called.
+_CONTAINERS = (nn.Sequential, Residual, Concatenate, Add)
 
 
 @checked
@@ -43,6 +45,7 @@ def credit_assignment(phis: Sequence[Tensor], *, normalize: bool = True, eps: No
 
     Raises:
         ValueError: no phi, or two whose shapes do not chain.
+        TypeError: not a list of floating-point tensors of one dtype, on one device.
 
     Examples:
         >>> first = fastroute.EfficientVectorRouting(6, 4, 8, 8, return_dict=True)
@@ -52,10 +55,16 @@ def credit_assignment(phis: Sequence[Tensor], *, normalize: bool = True, eps: No
         >>> fastroute.credit_assignment([a["phi"], b["phi"]]).shape
         torch.Size([2, 6, 3])
     """
+    if isinstance(phis, Tensor):
+        raise TypeError(f"phis: expected a list of tensors, got {checks.given(phis)}; write [phi]")
     if not phis:
         raise ValueError("phis: expected at least one phi [..., n_inp, n_out], got none")
     for k, phi in enumerate(phis):
         checked_phi(f"phis[{k}]", phi)
+        if phi.dtype != phis[0].dtype or phi.device != phis[0].device:
+            raise TypeError(
+                f"phis[{k}]: expected {phis[0].dtype} on {phis[0].device} like phis[0], got {checks.given(phi)}"
+            )
         if k and phi.shape[-2] != phis[k - 1].shape[-1]:
             raise ValueError(
                 f"phis[{k}]: expected {phis[k - 1].shape[-1]} input vectors, as many as phis[{k - 1}] has outputs, "
@@ -77,32 +86,37 @@ def credit_assignment(phis: Sequence[Tensor], *, normalize: bool = True, eps: No
 
 def _trace(model: nn.Module, x: Tensor, name: str) -> tuple[Tensor, Credit]:
     """(model(x), its credit)."""
-    if isinstance(model, _ROUTINGS):
-        made = model(x)
-        return made["x_out"] if isinstance(made, dict) else made, Credit.routed(model, x)
+    cls = type(model)
+    if isinstance(model, ROUTINGS) and routes(model):
+        made, credit = routed(model, x)
+        return made["x_out"] if isinstance(made, dict) else made, credit
+    if any(isinstance(model, known) and cls.forward is known.forward for known in _PER_VECTOR):
+        y = model(x)
+        return y, Credit.identity(x.shape[-2], y)
+    why = why_called(model) if cls in _CONTAINERS else ""
+    if why is not None:
+        raise TypeError(
+            f"{name}: expected routings, modules that treat every vector alone, and nn.Sequential, Residual, "
+            f"Concatenate or Add of them, none of another forward, got {cls.__name__}{why and ' with ' + why}; "
+            "record() its routings and compose their credits by hand"
+        )
     if isinstance(model, nn.Sequential):
-        made, credit = x, None
+        y, whole = x, None
         for key, module in model._modules.items():  # named_children() has a repeated one once
-            made, own = _trace(module, made, f"{name}.{key}")
-            credit = own if credit is None else credit @ own
-        return made, Credit.identity(x.shape[-2], x) if credit is None else credit
+            assert module is not None
+            y, own = _trace(module, y, f"{name}.{key}")
+            whole = own if whole is None else whole @ own
+        return y, Credit.identity(x.shape[-2], x) if whole is None else whole
     if isinstance(model, Residual):
         y, credit = _trace(model.module, x, f"{name}.module")
         return x + y, 1 + credit
-    if isinstance(model, (Concatenate, Add)):
-        traced = [_trace(branch, x, f"{name}.branches.{k}") for k, branch in enumerate(model.branches)]
-        ys, credits = zip(*traced, strict=True)
-        if isinstance(model, Concatenate):
-            return torch.cat(ys, -2), Credit.of_outputs(*credits)
-        total: Any = sum(credits)
-        return sum(ys[1:], start=ys[0]), total
-    if isinstance(model, _PER_VECTOR):
-        y = model(x)
-        return y, Credit.identity(x.shape[-2], y)
-    raise TypeError(
-        f"{name}: expected routings, modules that treat every vector alone, and nn.Sequential, Residual, Concatenate "
-        f"or Add of them, got {type(model).__name__}; record() its routings and compose their credits by hand"
-    )
+    branches: Any = model.branches
+    traced = [_trace(branch, x, f"{name}.branches.{k}") for k, branch in enumerate(branches)]
+    ys, credits = zip(*traced, strict=True)
+    if isinstance(model, Concatenate):
+        return torch.cat(ys, -2), Credit.of_outputs(*credits)
+    total: Any = sum(credits)
+    return sum(ys[1:], start=ys[0]), total
 
 
 @checked
@@ -118,7 +132,8 @@ def trace(model: nn.Module, x_inp: Tensor) -> tuple[Tensor, Credit]:
         model(x_inp), without gradients, and its ``Credit``, which holds every routing's input but no phi.
 
     Raises:
-        TypeError: the network has another module in it; the message says where.
+        TypeError: the network has another module in it, a subclass with another forward, or a container with hooks; the
+            message says where.
 
     Examples:
         >>> Routing = fastroute.EfficientVectorRouting
@@ -172,9 +187,11 @@ def credit(
 def record(model: nn.Module) -> Iterator[dict[str, list[Credit]]]:
     """Collect the credit of every routing in any network, call by call, while it runs.
 
-    Forward hooks keep what each routing was given, with its mask and lengths; phi is made from that when it is asked
-    for (``Credit.dense()`` is phi [..., n, m]). A routing with ``return_dict=True`` hands on its x_out meanwhile, as in
-    the paper's own recipe.
+    Kept is what each routing was given, in the pass itself, with its mask and lengths, and a copy of the parameters;
+    phi is made from that when it is asked for (``Credit.dense()`` is phi [..., n, m]). So an input must not be changed
+    in place before: a ``RuntimeError`` says if it was. A ``DefinableVectorRouting``'s phi is stored. A routing with
+    ``return_dict=True`` hands on its x_out meanwhile, as in the paper's own recipe. A routing that ``torch.compile``
+    has compiled tells nothing, of which a warning is given at the end.
 
     Args:
         model: with ``EfficientVectorRouting`` and ``DefinableVectorRouting`` layers.
@@ -191,24 +208,22 @@ def record(model: nn.Module) -> Iterator[dict[str, list[Credit]]]:
         torch.Size([2, 6, 3])
     """
     found: dict[str, list[Credit]] = {}
-    names: dict[nn.Module, str] = {
-        module: name for name, module in model.named_modules() if isinstance(module, _ROUTINGS)
-    }
+    routings = {name: module for name, module in model.named_modules() if isinstance(module, ROUTINGS)}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> Any:
-        if busy:
-            return None
-        busy.append(module)
-        try:
-            found.setdefault(names[module], []).append(Credit.routed(module, *args, **kwargs))
-        finally:
-            busy.pop()
+    def told_of(name: str) -> Told:
+        return Told(lambda credit: found.setdefault(name, []).append(credit))
+
+    def hand_on(module: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
         return made["x_out"] if isinstance(made, dict) else None
 
-    busy: list[nn.Module] = []
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
-    try:
+    with ExitStack() as stack:
+        for name, module in routings.items():
+            stack.enter_context(told_of(name).of(module))
+            stack.callback(module.register_forward_hook(hand_on).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    silent = [name or "the model" for name, m in routings.items() if name not in found and watching.is_compiled(m)]
+    if silent:
+        warnings.warn(
+            f"record: {', '.join(silent)} told nothing, as torch.compile has compiled what calls it: record the model "
+            "that was compiled, or under torch.compiler.set_stance('force_eager')", stacklevel=3,
+        )  # fmt: skip

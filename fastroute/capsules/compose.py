@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import checks
 from ..ops.arguments import checked
+
+
+def _of(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """What a part gives for x."""
+    y: Any = module(x)
+    if not isinstance(y, Tensor):
+        hint = "; set its return_dict to False" if isinstance(y, dict) else ""
+        raise TypeError(f"{name}: expected to return a tensor [..., m, h], got {type(y).__name__}{hint}")
+    return y
 
 
 class Residual(nn.Module):
@@ -26,7 +37,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., n, d]."""
         checks.tensor("x", x, "a tensor [..., n, d]")
-        y: Tensor = self.module(x)
+        y = _of("module", self.module, x)
         if y.shape != x.shape:
             raise ValueError(f"module: expected to return {checks.shown(x)}, like x, got {checks.shown(y)}")
         return x + y
@@ -52,7 +63,7 @@ class Concatenate(_Branches):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., m_a + m_b + ..., h]."""
-        return torch.cat([branch(x) for branch in self.branches], -2)
+        return torch.cat([_of("modules", branch, x) for branch in self.branches], -2)
 
 
 class Add(_Branches):
@@ -67,7 +78,7 @@ class Add(_Branches):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n, d] to [..., m, h]."""
-        y: Tensor = self.branches[0](x)
+        y = _of("modules", self.branches[0], x)
         for branch in self.branches[1:]:
-            y = y + branch(x)
+            y = y + _of("modules", branch, x)
         return y

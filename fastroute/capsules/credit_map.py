@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..modules import watching
+from ..modules.reading import is_hooked
+from ..ops import checks
 from ._phi_tiles import PhiTiles
 from .definable import DefinableVectorRouting
 from .vector import EfficientVectorRouting
 
 
 def checked_phi(name: str, phi: Tensor) -> None:
+    checks.tensor(name, phi, "a tensor [..., n_inp, n_out]")
+    checks.floating(name, phi)
     if phi.dim() < 2:
         raise ValueError(f"{name}: expected [..., n_inp, n_out], got {list(phi.shape)}")
 
@@ -75,24 +82,14 @@ class Credit:
         """Of a routing layer in its last iteration on an input, without gradients.
 
         Of an ``EfficientVectorRouting``, phi is made in tiles of rows whenever it is multiplied and never stored: the
-        memory is that of x_inp, which must not be changed meanwhile. Of a ``DefinableVectorRouting``, whose S may look
-        at all inputs at once, and of a layer whose submodules have to be called, it is stored.
+        memory is that of x_inp, which must not be changed meanwhile (a ``RuntimeError`` says so), and of the
+        parameters, which may. Of a ``DefinableVectorRouting``, whose S may look at all inputs at once, and of a layer
+        whose submodules have to be called, it is stored. A layer that has hooks or a forward of its own is called, and
+        the credit is that of what its routing is then given.
         """
-        if isinstance(layer, EfficientVectorRouting) and layer._is_plain():
-            tiles = PhiTiles(layer, x_inp, mask, lengths)
-            return Credit(x_inp.shape[-2], layer.n_out, tiles.times, tiles.transposed_times, tiles.x)
-        if isinstance(layer, (EfficientVectorRouting, DefinableVectorRouting)):
-            returns, layer.return_dict = layer.return_dict, True
-            try:
-                with torch.no_grad():
-                    found = layer(x_inp, mask, lengths=lengths)["phi"]
-            finally:
-                layer.return_dict = returns
-            return Credit.of(found)
-        raise TypeError(
-            "layer: expected an EfficientVectorRouting or a DefinableVectorRouting, whose votes have one weight phi "
-            f"each, got {type(layer).__name__}"
-        )
+        if isinstance(layer, EfficientVectorRouting) and routes(layer) and not is_hooked(layer) and layer._is_plain():
+            return _of_tiles(layer, x_inp, mask, lengths)
+        return routed(layer, x_inp, mask, lengths=lengths)[1]
 
     @staticmethod
     def identity(n: int, like: Tensor) -> Credit:
@@ -212,6 +209,60 @@ class Credit:
     def dense(self) -> Tensor:
         """The matrix [..., n, m]."""
         return self.times(torch.eye(self.n_out, dtype=self._like.dtype, device=self._like.device))
+
+
+ROUTINGS = (EfficientVectorRouting, DefinableVectorRouting)
+
+
+def routes(layer: nn.Module) -> bool:
+    """Whether a call of a module is the call of a routing, and nothing more; its hooks apart."""
+    own = getattr(type(layer), "forward", None)
+    return "forward" not in layer.__dict__ and own in [cls.forward for cls in ROUTINGS]
+
+
+def _of_tiles(layer: EfficientVectorRouting, x_inp: Tensor, mask: Any, lengths: Any) -> Credit:
+    tiles = PhiTiles(layer, x_inp, mask, lengths)
+    return Credit(x_inp.shape[-2], layer.n_out, tiles.times, tiles.transposed_times, tiles.x)
+
+
+class Told:
+    """The credit that a routing tells of, of the very pass it runs in, whatever calls it with whatever input."""
+
+    def __init__(self, keep: Callable[[Credit], None]) -> None:
+        self._keep = keep
+
+    def see(self, layer: Any, kind: str, *seen: Any) -> None:
+        if kind == "routed":
+            self._keep(_of_tiles(layer, *seen))
+        elif kind == "phi":
+            with torch.no_grad():
+                self._keep(Credit.of(seen[0]().detach()))
+
+    @contextmanager
+    def of(self, layer: nn.Module) -> Iterator[None]:
+        watching.watch(layer, self)
+        try:
+            yield
+        finally:
+            watching.unwatch(layer, self)
+
+
+def routed(layer: nn.Module, *args: Any, **options: Any) -> tuple[Any, Credit]:
+    """(what a routing layer returns, its credit), of one call without gradients."""
+    if not isinstance(layer, ROUTINGS):
+        raise TypeError(
+            "layer: expected an EfficientVectorRouting or a DefinableVectorRouting, whose votes have one weight phi "
+            f"each, got {type(layer).__name__}"
+        )
+    found: list[Credit] = []
+    with torch.no_grad(), Told(found.append).of(layer):
+        made = layer(*args, **options)
+    if len(found) != 1:
+        raise TypeError(
+            f"layer: expected a {type(layer).__name__} that routes once in a call, and is not compiled, got one that "
+            f"told of {len(found)} routings"
+        )
+    return made, found[0]
 
 
 def _same(size: str, parts: Sequence[Credit]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..modules import watching
 from ..modules.reading import reset
 from ..ops import checks
 from ..ops.arguments import Count, InputCount, Options, OutputCount, Several, checked
+from ..ops.autograd import transformed
 from ..ops.dtypes import accumulating
 from ..ops.masked import only, reaches
 from ..ops.precision import autocast_dtype
@@ -23,7 +25,11 @@ from .over_inputs import OverInputs
 
 
 class _OfAll(torch.autograd.Function):
-    """[1, ...] of a tensor [B, ...] that is expanded from one; the gradient, too, is written once, not B times."""
+    """[1, ...] of a tensor [B, ...] that is expanded from one; the gradient, too, is written once, not B times.
+
+    It is right for what the tensor is expanded from, and of the tensor itself the mean over samples: for ones whose
+    gradient nobody sees.
+    """
 
     @staticmethod
     def forward(ctx: Any, expanded: Tensor) -> Tensor:
@@ -34,6 +40,34 @@ class _OfAll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         made: Tensor = grad / ctx.B
         return made.expand(ctx.B, *grad.shape[1:])
+
+
+#: Gradients of views that show all of what they are made of.
+_VIEWS = frozenset(
+    f"{name}Backward0" for name in ("Expand", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Alias")
+)
+
+
+def _shared(made: Tensor, given: Tensor) -> Tensor:
+    """Votes [B, ...] expanded from ones that all samples share, as [1, ...] of these, whose gradient is written once.
+
+    The graph then leads past the expanded votes, to their source. Where their own gradient is sure to be looked at
+    (hooks, of ``given`` or of the module that gave it), or their source is not at hand, they stay what they are.
+    """
+    if not (torch.is_grad_enabled() and made.requires_grad):
+        return made[:1]
+    if torch.compiler.is_compiling():
+        return _OfAll.apply(made)  # type: ignore[no-any-return]
+    source = None if transformed() else made._base
+    if source is None or given._backward_hooks or given.retains_grad or source.dtype != made.dtype:
+        return made
+    node: Any = made.grad_fn
+    while node is not source.grad_fn and node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    if node is source.grad_fn if not source.is_leaf else getattr(node, "variable", None) is source:
+        one = source.as_strided((1, *made.shape[1:]), made.stride(), made.storage_offset())
+        return _OfAll.apply(one.expand_as(made))  # type: ignore[no-any-return]
+    return made
 
 
 class DefinableVectorRouting(Options, OverInputs, nn.Module):
@@ -53,7 +87,9 @@ class DefinableVectorRouting(Options, OverInputs, nn.Module):
     Args:
         A: x_inp [..., n_inp, d_inp] to scores [..., n_inp] or [..., n_inp, 1] of using an input at all.
         F: x_inp to votes [..., n_inp, n_out, d_out], or flat [..., n_inp, n_out * d_out]. Votes that are the same for
-            every sample may come without the leading dimensions, or expanded over them: they are not copied.
+            every sample may come without the leading dimensions, or expanded over them: they are not copied. The
+            gradient of expanded ones is their source's alone, unless they ``retain_grad()``, or have a hook, when F
+            returns.
         G: x_out [..., n_out, d_out] to predictions [..., n_out, any], of width d_inp in the paper.
         S: (x_inp, predictions) to scores of agreement [..., n_inp, n_out].
         n_inp: number of input vectors, or -1 for any number (benefits and costs are then linear in the input vector).
@@ -84,6 +120,7 @@ class DefinableVectorRouting(Options, OverInputs, nn.Module):
     CONST_ones_over_n_out: Tensor
 
     _options = ("n_iters", "return_dict")
+    _fixed = ("n_inp", "n_out", "d_inp")
 
     @checked
     def __init__(
@@ -195,20 +232,36 @@ class DefinableVectorRouting(Options, OverInputs, nn.Module):
         for t in range(self.n_iters):
             if x_out is not None:
                 pred = self._for_inputs(self._predictions(self.G(x_out), batch))
-                scores = self._agreement(self.S(x_inp, pred), batch, n)
+                try:
+                    agreed = self.S(x_inp, pred)
+                except RuntimeError as error:
+                    if pred.shape[-1] == x_inp.shape[-1]:
+                        raise
+                    raise ValueError(
+                        f"G: expected to return predictions that S takes, as of width {x_inp.shape[-1]} like x_inp, "
+                        f"got {checks.shown(pred)}"
+                    ) from error
+                scores = self._agreement(agreed, batch, n)
             if self.return_dict and t == self.n_iters - 1:
                 break
             made = self._assigned(scores, votes, gate, use, ign, prior=prior, mask=mask, lengths=lengths)
             x_out = made.reshape(*batch, m, made.shape[-1]).to(dtype)
-        if not self.return_dict:
+        if not self.return_dict and not watching.is_watched(self):
             assert x_out is not None
             return x_out
 
         if lengths is not None:
             gate = gate.masked_fill(~live.reshape(B, n), 0.0)
             scores = None if scores is None else scores.masked_fill(~live.reshape(B, n, 1), 0.0)
+        wide = None if scores is None else scores.to(acc)
+        sharing = partial(share, wide, gate, use.to(acc), ign.to(acc), prior, mask)
+        watching.tell(self, "phi", lambda: sharing().phi.to(dtype).reshape(*batch, n, m))
+        if not self.return_dict:
+            assert x_out is not None
+            return x_out
+        if lengths is not None:
             votes = votes.masked_fill(~live.reshape(B, n, 1, 1), 0.0)
-        shares = share(None if scores is None else scores.to(acc), gate, use.to(acc), ign.to(acc), prior, mask)
+        shares = sharing()
         x_out = (shares.phi[..., None] * votes.to(acc).expand(B, -1, -1, -1)).sum(1)
         watching.tell(self, "credit", shares.R, shares.phi)
         found = {"a_inp": a_inp, "V": V.expand(B, -1, -1, -1), "pred_x_inp": pred, "S": scores,
@@ -248,7 +301,7 @@ class DefinableVectorRouting(Options, OverInputs, nn.Module):
             )
         checks.floating("F's output", made)
         if made.shape[0] > 1 and made.stride(0) == 0:
-            return _OfAll.apply(made) if torch.is_grad_enabled() and made.requires_grad else made[:1]
+            return _shared(made, V)
         return made
 
     def _predictions(self, pred: Tensor, batch: Sequence[int]) -> Tensor:

@@ -119,10 +119,20 @@ class SlotAttention(Options, OverInputs, nn.Module):
             batch: leading sizes.
             n_slots: another number of slots than the layer's.
             generator: of the random numbers; None: torch's own.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
         """
         n_slots = self.n_slots if n_slots is None else checks.at_least_one("n_slots", n_slots)
         mu, device = self.mu, self.mu.device
-        draw = torch.randn(*batch, n_slots, self.d_slot, device=device, dtype=mu.dtype, **draws_of(generator))
+        try:
+            draw = torch.randn(*batch, n_slots, self.d_slot, device=device, dtype=mu.dtype, **draws_of(generator))
+        except (RuntimeError, TypeError):
+            for size in batch:
+                checks.natural("batch", size)
+            if generator is not None and not isinstance(generator, torch.Generator):
+                raise TypeError(f"generator: expected a torch.Generator, got {checks.given(generator)}") from None
+            raise
         return mu + self.log_sigma.exp() * self._agreed(draw)
 
     def forward(

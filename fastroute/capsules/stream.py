@@ -13,7 +13,7 @@ from torch import Tensor
 from ..importing import not_compiled
 from ..ops import checks
 from ..ops.backends import is_strict, requested
-from ..ops.efficient_routing.contract import Parameters
+from ..ops.efficient_routing.contract import Parameters, check_sizes
 from ..ops.efficient_routing.op import input_scale
 from ..ops.efficient_routing.passes import prepared
 from ..ops.efficient_routing.streamed import Streamed, route
@@ -63,6 +63,8 @@ def stream(
         n = n_inp
     source = _Source(w, chunks, rows, graph, "n" if n_inp == -1 else "n_inp")
     source.settle(n, n_iters * (2 if graph else 1), buffer)
+    if ranks is None:
+        check_sizes(w, source.n, w.W_F1.shape[1])
     batch = source.look()
     in_all, before, own = (source.n, 0, source.n) if ranks is None else ranks.place(source.n, batch, source.dtype)
 

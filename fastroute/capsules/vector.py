@@ -15,7 +15,7 @@ from ..modules.reading import Memo, Proof, call, may_be_read, reset
 from ..ops import checks
 from ..ops.arguments import Count, InputCount, Options, OutputCount, Several, checked
 from ..ops.autograd import transformed
-from ..ops.efficient_routing.contract import Parameters
+from ..ops.efficient_routing.contract import Parameters, check_sizes
 from ..ops.efficient_routing.op import Functions, cast, first_or_next, input_scale
 from ..ops.masked import only, reaches, reaching
 from ..ops.precision import autocast_dtype, autocast_off
@@ -69,7 +69,7 @@ class EfficientVectorRouting(Options, nn.Module):
     CONST_ones_over_n_out: Tensor
 
     _options = ("n_iters", "normalize", "memory_efficient", "return_dict")
-    _fixed = ("n_out", "d_out")
+    _fixed = ("n_inp", "n_out", "d_out")
 
     @checked
     def __init__(
@@ -235,6 +235,9 @@ class EfficientVectorRouting(Options, nn.Module):
         """
         self._check_input(x_inp)
         *batch, n, d = x_inp.shape
+        plain = self._is_plain()
+        if plain:
+            watching.tell(self, "routed", x_inp, mask, lengths)
         if mask is not None:
             checks.tensor("mask", mask, "a bool tensor")
             checks.together(("x_inp", x_inp), {"mask": mask})
@@ -242,10 +245,11 @@ class EfficientVectorRouting(Options, nn.Module):
         if lengths is not None:
             lengths = checks.as_lengths(lengths, batch, n, x_inp.device)
         given = x_inp.reshape(-1, n, d)
-        plain = self._is_plain()
         if self.return_dict or not plain:
             found = self._last_iteration(reaching(given, mask), given, mask, lengths, plain)
             watching.tell(self, "credit", found["R"], found["phi"])
+            if not plain:
+                watching.tell(self, "phi", lambda: found["phi"].reshape(*batch, n, -1))
             if not self.return_dict:
                 return found["x_out"].reshape(*batch, self.n_out, self.d_out)
             return {k: None if t is None else t.reshape(*batch, *t.shape[1:]) for k, t in found.items()}
@@ -297,6 +301,11 @@ class EfficientVectorRouting(Options, nn.Module):
                 "stream: expected the layer's submodules (compute_beta_use, compute_beta_ign, N, f, log_f, softmax) as "
                 "they were made, without hooks and adapters, got others, which only forward can call"
             )
+        if self.CONST_ones_over_n_out.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "CONST_ones_over_n_out: expected one that requires no gradient, which stream does not compute; call "
+                "the layer itself, or detach it"
+            )
         return stream(
             self._parameters_by_name(), chunks, n_inp=self.n_inp, n_iters=self.n_iters, normalize=self.normalize, n=n,
             rows=rows, mask=mask, lengths=lengths, buffer=buffer,
@@ -328,6 +337,7 @@ class EfficientVectorRouting(Options, nn.Module):
             if not plain and lengths is not None:
                 x = only(x, row_is_live(x, lengths))
             w = cast(self._parameters_by_name(None if plain else x), dtype)
+            check_sizes(w, *x.shape[-2:])
             functions = Functions() if plain else Functions(self.f, self.log_f, self.softmax, self.N)
             before = None
             if plain and self.n_iters > 1:

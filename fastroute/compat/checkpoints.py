@@ -74,13 +74,19 @@ def convert(source: str | Path, target: str | Path, upstream: str, *, back: bool
     if upstream not in UPSTREAMS:
         raise ValueError(f"upstream: expected one of {', '.join(UPSTREAMS)}, got {upstream!r}")
     if source.exists() and target.exists() and source.samefile(target):
-        raise CannotConvert(f"{target}: expected another file than {source}, of which not everything is kept")
+        raise CannotConvert(f"{target}: expected another file than {source}, which is kept as it is")
     report = Report()
     state = _state_dict(_read(source), report, source)
     if back and upstream == "torchmtl":
         for key in [key for key in state if key.startswith(_OURS)]:
             del state[key]
             report.left[key] = "torchMTL has no such parameter"
+    stacked = next((key for key in state if re.search(r"(^|\.)_\w+\.pattern\.", key)), None)
+    if back and upstream == "PytorchRouting" and stacked is not None:
+        raise CannotConvert(
+            f"{stacked}: expected modules in lists, as PytorchRouting has, got stacked ones; save "
+            "fastroute.unstacked_state_dict(model)"
+        )
     _check(state, upstream, report, source)
     kept = [key for key in state if key not in report.renamed.values()]
     report.taken = kept
@@ -257,11 +263,12 @@ def _numbered(state: State, prefix: str, what: str) -> int:
 
 def _router(state: State, prefix: str) -> str:
     mapping = state[f"{prefix}_unit_mapping"]
-    if _not_dense(mapping) is not None or mapping.dim() != 2 or not bool(((mapping == 0) | (mapping == 1)).all()):
+    if _not_dense(mapping) is not None or mapping.dim() != 2 or not bool(mapping.isfinite().all()):
         raise CannotConvert(f"{prefix}_unit_mapping: expected zeros and ones [task_count, unit_count]")
     T, C = mapping.shape
     off = int((mapping[0] == 0).sum()) if T else 0
-    return f"TaskRouter(unit_count={C}, task_count={T}, sigma={off})"
+    decayed = "" if bool(((mapping == 0) | (mapping == 1)).all()) else " with decayed masks, as fastroute.compat has"
+    return f"TaskRouter(unit_count={C}, task_count={T}, sigma={off}){decayed}"
 
 
 def _efficient_or_definable(state: State) -> dict[str, str]:

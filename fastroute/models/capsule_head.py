@@ -15,6 +15,19 @@ from ..capsules import EfficientVectorRouting
 from ..ops import checks
 from ..ops.arguments import Count, OutputCount, Several, checked, renamed
 from ..ops.host import may_look
+from ..ops.masked import only
+
+
+class _Routings(nn.Sequential):
+    """Routings one after the other, the first of padded inputs; with their credit's product where they return dicts."""
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Any:
+        credit: Tensor | None = None
+        for k, routing in enumerate(self):
+            made = routing(x, lengths=lengths) if k == 0 else routing(x)
+            x, phi = (made["x_out"], made["phi"]) if isinstance(made, dict) else (made, None)
+            credit = phi if k == 0 else None if credit is None or phi is None else credit @ phi
+        return x if credit is None else (x, credit)
 
 
 class CapsuleHead(nn.Module):
@@ -65,21 +78,34 @@ class CapsuleHead(nn.Module):
         super().__init__()
         D, H = features, features if hidden is None else hidden
         own: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.classes, self.features, self.depths, self.return_credit = classes, D, depths, return_credit
+        self.classes, self.features, self.depths = classes, D, depths
         self.normalize = nn.LayerNorm(D, elementwise_affine=False)
         self.W = nn.Parameter(torch.ones(depths, D, **own))
         self.B = nn.Parameter(torch.zeros(depths, D, **own))
         sizes = [(-1, parts, D, H), (parts, parts, H, H), (parts, classes, H, 1)]
-        self.route = nn.Sequential(
-            *(EfficientVectorRouting(*s, n_iters=n_iters, return_dict=return_credit, **own) for s in sizes)
-        )
+        self.route = _Routings(*(EfficientVectorRouting(*s, n_iters=n_iters, **own) for s in sizes))
+        self.return_credit = return_credit
+
+    def _routings(self) -> list[EfficientVectorRouting]:
+        """Wherever they are: ``route`` may be wrapped, by ``torch.compile`` for one."""
+        return [m for m in self.route.modules() if isinstance(m, EfficientVectorRouting)]
+
+    @property
+    def return_credit(self) -> bool:
+        """Whether the credit is returned, too: the routings' ``return_dict``. It may be set again."""
+        return all(routing.return_dict for routing in self._routings())
+
+    @return_credit.setter
+    def return_credit(self, value: bool) -> None:
+        for routing in self._routings():
+            routing.return_dict = value
 
     def reset_parameters(self) -> None:
         """Initialise again: scales 1, shifts 0, random routings."""
         nn.init.ones_(self.W)
         nn.init.zeros_(self.B)
-        for routing in self.route:
-            routing.reset_parameters()  # type: ignore[operator]
+        for routing in self._routings():
+            routing.reset_parameters()
 
     @renamed(x_inp="hidden_states")
     def forward(
@@ -91,11 +117,11 @@ class CapsuleHead(nn.Module):
             hidden_states: L tensors [B, n, D], as encoders of Hugging Face return them with
                 ``output_hidden_states=True``; or one [B, n, L, D].
             attention_mask: [B, n], 1 or True for positions that count, wherever the padding is. A sample then gives
-                what it gives alone at its own length.
+                what it gives alone at its own length: others are never read, and their gradient is zero.
 
         Returns:
             [B, classes], in float32 under autocast. With ``return_credit`` also phi [B, n, L, classes], the product of
-            the three routings' credit.
+            the three routings' credit (but not within ``capsules.record``, which takes the credit itself).
 
         Raises:
             ValueError, TypeError: naming the argument.
@@ -103,8 +129,7 @@ class CapsuleHead(nn.Module):
         x = self._stacked(hidden_states)
         B, n, L, _ = x.shape
         checks.together(("the parameters", self.W), {"hidden_states": x})
-        x = self.normalize(x) * self.W + self.B
-        order = lengths = None
+        there = order = lengths = None
         if attention_mask is not None:
             checks.tensor("attention_mask", attention_mask, "a tensor [B, n]")
             if tuple(attention_mask.shape) != (B, n):
@@ -113,23 +138,18 @@ class CapsuleHead(nn.Module):
                 raise ValueError(
                     "attention_mask: expected 1 or True for positions that count, 0 for others, got other numbers"
                 )
-            # what is first counts: routing an unknown number of vectors does not look at their order
             there = checks.moved("attention_mask", attention_mask, x.device, torch.bool)
+        x = self.normalize(only(x, there)) * self.W + self.B
+        if there is not None:
+            # what is first counts: routing an unknown number of vectors does not look at their order
             order = (~there).long().argsort(dim=1, stable=True)
             x = x.gather(1, order[:, :, None, None].expand_as(x))
             lengths = there.sum(1) * L
         x = x.flatten(1, 2)
-        if not self.return_credit:
-            first, *rest = self.route
-            y = first(x, lengths=lengths)
-            for routing in rest:
-                y = routing(y)
-            return y.squeeze(-1)
-        found, credit = self.route[0](x, lengths=lengths), None
-        credit, y = found["phi"], found["x_out"]
-        for routing in list(self.route)[1:]:
-            found = routing(y)
-            credit, y = credit @ found["phi"], found["x_out"]
+        made = self.route(x) if lengths is None else self.route(x, lengths)
+        if isinstance(made, Tensor):
+            return made.squeeze(-1)
+        y, credit = made
         credit = credit.unflatten(1, (n, L))
         if order is not None:
             credit = torch.zeros_like(credit).scatter(1, order[:, :, None, None].expand_as(credit), credit)
@@ -160,7 +180,8 @@ class CapsuleClassifier(nn.Module):
         encoder: returns an object with ``hidden_states`` when called with ``output_hidden_states=True``; its
             ``config`` has ``hidden_size`` and ``num_hidden_layers``.
         classes: how many scores.
-        freeze: train the head alone, as the paper does: the encoder runs in evaluation mode and without gradients.
+        freeze: train the head alone, as the paper does: the encoder runs in evaluation mode, and its parameters require
+            no gradient. Those that are set to require one afterwards get it, as an input that requires one does.
         head: options of :class:`CapsuleHead`.
 
     Raises:
@@ -210,8 +231,7 @@ class CapsuleClassifier(nn.Module):
         """
         if len(args) > 1:
             raise TypeError(f"args: expected one argument without a name (attention_mask=...), got {len(args)}")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            made = self.encoder(*args, **inputs, output_hidden_states=True)
+        made = self.encoder(*args, **inputs, output_hidden_states=True)
         states = getattr(made, "hidden_states", None)
         if states is None:
             raise TypeError(f"encoder: expected an output with hidden_states, got {type(made).__name__} without")

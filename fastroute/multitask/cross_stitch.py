@@ -92,10 +92,10 @@ class CrossStitch(NamedTasks):
             if self.channels is None:
                 x = torch.stack(list(xs))
                 y = alpha @ x.reshape(self.num_tasks, xs[0].numel())
-                return by_task([t.view_as(x[0]) for t in y.unbind()], self.tasks)
+                return by_task([t.view_as(x[0]) for t in torch.unsafe_split(y, 1)], self.tasks)
             x = torch.stack(list(xs), 2)  # [B, C, T, ...]
             y = alpha @ (x.flatten(3) if x.dim() > 3 else x.unsqueeze(3))
-            return by_task([t.reshape(xs[0].shape) for t in y.unbind(2)], self.tasks)
+            return by_task([t.reshape(xs[0].shape) for t in torch.unsafe_split(y, 1, 2)], self.tasks)
 
     def _inputs(self, inputs: tuple[Any, ...]) -> Sequence[Tensor]:
         T = self.num_tasks

@@ -219,7 +219,7 @@ class ModuleBank(nn.ModuleList):
                     f"got {shown(y)}"
                 )
         tail = made[0].shape[len(lead) :]
-        return torch.stack(made, len(lead)).reshape(lead.numel(), len(made), -1), tail
+        return torch.stack(made, len(lead)).reshape(lead.numel(), len(made), tail.numel()), tail
 
 
 def features(name: str, x: Tensor, D: int, like: Tensor | None = None) -> None:

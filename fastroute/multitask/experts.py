@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..modules.reading import reset
 from ..ops.arguments import Count, Several, Tasks, checked
 from ..ops.checks import LARGEST, at_least_one, floating, integer, no_more, tensor
 from ..ops.precision import autocast_off
@@ -48,21 +49,27 @@ class _Level(nn.Module):
 
     def reset_parameters(self) -> None:
         """Those of the gates and of experts given by sizes, anew."""
-        for part in (self.task_experts, self.shared_experts, self.gate, self.shared_gate):
-            if isinstance(part, (Experts, Gates)):
-                part.reset_parameters()
+        reset(self.task_experts, self.shared_experts, self.gate, self.shared_gate)
 
     def axes(self, prefix: str = "") -> dict[str, tuple[Axis, ...]]:
         """Of the parameters with entries for tasks, which axes have them."""
-        made = {f"gate.{name}": (Axis(0),) for name in ("weight", "bias")}
-        made |= {f"shared_gate.{name}": (Axis(1, self.shared_count),) for name in ("weight", "bias")}
-        if isinstance(self.task_experts, Experts):
-            made |= {f"task_experts.{name}": (Axis(0),) for name, _ in self.task_experts.named_parameters()}
+        names: tuple[str, ...] = ("weight",) if self.gate.bias is None else ("weight", "bias")
+        made = {f"gate.{name}": (Axis(0),) for name in names}
+        if self.shared_gate is not None:
+            made |= {f"shared_gate.{name}": (Axis(1, self.shared_count),) for name in names}
+        if self.task_experts is not None and not isinstance(self.task_experts, ModuleBank):
+            inner: Any = self.task_experts
+            names = ("w_in", "b_in") if inner.hidden_features is None else ("w_in", "b_in", "w_out", "b_out")
+            made |= {f"task_experts.{name}": (Axis(0),) for name in names}
         return {prefix + name: axes for name, axes in made.items()}
 
     def lists(self, prefix: str = "") -> dict[str, int]:
         """How many modules of a list each task has."""
         return {f"{prefix}task_experts": self.own_count} if isinstance(self.task_experts, ModuleBank) else {}
+
+    def forward(self, x: Sequence[Tensor], gate_input: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """``step``, as one of several levels."""
+        return tuple(self.step(x, gate_input))
 
     def step(self, x: Sequence[Tensor], gate_input: Sequence[Tensor]) -> list[Tensor]:
         """One input for all, or T tasks' and the shared experts' -> T tasks' outputs, and the shared one with its gate.
@@ -93,7 +100,7 @@ class _Level(nn.Module):
         if shared is not None:
             parts.append(_mix(g[..., n:], shared))
         y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        made = [t.reshape(lead + tails[0]) for t in y.unbind(1)]
+        made = [t.reshape(lead + tails[0]) for t in torch.unsafe_split(y, 1, 1)]  # which may be written to
         if self.shared_gate is not None:
             w = self.shared_gate.ask(flat[-1:])
             banks = [(w[..., : T * n], own), (w[..., T * n :], shared)]
@@ -183,7 +190,7 @@ class CGC(_Level, _Gated):
     def _task_lists(self) -> dict[str, int]:
         return self.lists()
 
-    def forward(self, x: Tensor, gate_input: Tensor | None = None) -> ByTask:
+    def forward(self, x: Tensor, gate_input: Tensor | None = None) -> ByTask:  # type: ignore[override]
         """x [..., D] -> an output [..., P] per task, a tuple, or a dict by name; in x's dtype (autocast's under it).
 
         Args:
@@ -311,10 +318,10 @@ class PLE(_Gated):
         Raises:
             ValueError, TypeError: naming the argument.
         """
+        xs: Sequence[Tensor]
         xs, seen = self._first(x, gate_input)
         for level in self.levels:
-            xs = level.step(xs, seen)
-            seen = xs
+            xs = seen = level(xs, seen)
         return by_task(xs, self.tasks)
 
 
@@ -325,8 +332,11 @@ def _run(bank: nn.Module, xs: Sequence[Tensor], lead: torch.Size) -> tuple[Tenso
     """A bank on an input per group -> ([N, E, F], F's shape)."""
     if isinstance(bank, ModuleBank):
         return bank.of(xs, lead)
-    if not isinstance(bank, Experts):
-        raise TypeError(f"experts: expected Experts or modules, got {type(bank).__name__}")
+    if not isinstance(bank, Experts):  # around them, or in their place
+        made = [bank(x) for x in xs]  # [..., E, P]
+        each = made[0].shape[-2] // len(xs)
+        y = torch.cat([y[..., g * each : (g + 1) * each, :] for g, y in enumerate(made)], -2)
+        return y.reshape(-1, *y.shape[-2:]), y.shape[-1:]
     D = bank.in_features
     for x in xs:
         features("x", x, D, bank.w_in)

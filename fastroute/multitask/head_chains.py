@@ -88,11 +88,12 @@ class _Chains(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, layers: Sequence[Layer], T: int, whole: list[Tensor] | None, *parameters: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         ctx.layers, ctx.T, ctx.parameters = layers, T, parameters
         ctx.set_materialize_grads(False)
         # What lies in the parameters' own memory changes when they do, unseen by autograd.
         ctx.versions = list(map(_version, parameters))
+        ctx.done, ctx.left, ctx.x_version = set(), None, x._version
         stacked = _by_layer(layers, whole or _put_side_by_side(parameters, T))
         h, kept = x, [x]
         for layer, (weight, bias) in zip(layers, stacked, strict=True):
@@ -103,30 +104,26 @@ class _Chains(torch.autograd.Function):
         if not layers[-1].then:
             kept.pop()
         ctx.save_for_backward(*kept)
-        h = h.transpose(1, 2).contiguous()
-        return h if layers[-1].then else split(h)
+        h = h.transpose(1, 2)  # what an activation gave is kept for its gradient: nobody may write to that
+        return split(h.clone(memory_format=torch.contiguous_format) if layers[-1].then else h.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         layers, T = ctx.layers, ctx.T
-        if layers[-1].then:
-            grads = (None,) * T if grads[0] is None else grads[0].unbind()
         used = [t for t in range(T) if grads[t] is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.versions != list(map(_version, ctx.parameters)):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                "parameter of a head, between the forward and the backward pass"
-            )
         first: Any = grads[used[0]]
-        if asked_again(first):
+        again = asked_again(first)
+        if ctx.versions != (now := list(map(_version, ctx.parameters))):
+            _check_unchanged(ctx, now, used, again)
+        if again:
             return _through_chain(ctx, grads)
         # Some networks' outputs alone: of one, where a task's gradient is asked for by itself.
         low, high = used[0], used[-1] + 1
         here = slice(low, high)
         g = torch.stack([torch.zeros_like(first) if y is None else y for y in grads[here]]).transpose(1, 2)  # [T, O, N]
-        x, *kept = ctx.saved_tensors
+        x, *kept = _saved(ctx, used)
         weights = [w.view(T, layer.O, layer.F)[here] for w, layer in zip(kept[::2], layers, strict=True)]
         outputs = [h[here] for h in kept[1::2]]
         needs = ctx.needs_input_grad
@@ -157,6 +154,31 @@ class _Chains(torch.autograd.Function):
         return (dx, None, None, None, *(t for part in reversed(made) for t in part))
 
 
+def _check_unchanged(ctx: Any, now: Sequence[int], used: Sequence[int], again: bool) -> None:
+    """Raises if parameters changed that the gradients of some networks read: in first order only weights."""
+    at, needs = 0, ctx.needs_input_grad
+    for layer in ctx.layers:
+        for is_read in (again or needs[0] or any(needs[4 : 4 + at]), *[again] * layer.has_bias):
+            if is_read and any(ctx.versions[at + t] != now[at + t] for t in used):
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                    "parameter of a head, between the forward and the backward pass"
+                )
+            at += ctx.T
+
+
+def _saved(ctx: Any, used: Sequence[int]) -> Sequence[Tensor]:
+    """What was saved, which is there until each network has had its backward pass, as if each had a node of its own."""
+    left = ctx.left
+    if left is not None and ctx.done.isdisjoint(used) and left[0]._version == ctx.x_version:
+        saved = left
+    else:
+        saved = ctx.saved_tensors
+    ctx.done.update(used)
+    ctx.left = saved if len(ctx.done) < ctx.T else None
+    return saved
+
+
 def _through_chain(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """The gradients of ``chain``, computed again from its inputs."""
     layers, T, parameters = ctx.layers, ctx.T, ctx.parameters
@@ -171,8 +193,11 @@ def _through_chain(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 def split(h: Tensor) -> tuple[Tensor, ...]:
     """[T, N, O] as T tensors that may be written to: to their users they have nothing in common."""
-    N = h.shape[1]
-    return torch.unsafe_split(h.flatten(0, 1), N) if N else h.unbind()
+    if torch.compiler.is_compiling() or transformed():
+        return tuple(t.squeeze(0) for t in torch.unsafe_split(h, 1))
+    if not h.shape[1]:
+        return tuple(t.clone() for t in h.unbind())
+    return torch.unsafe_split(h.flatten(0, 1), h.shape[1])
 
 
 def chains(
@@ -195,11 +220,9 @@ def chains(
         if not plain and all(
             len(layer.then) < 2 and all(type(m) in _ACTIVATIONS for m in layer.then) for layer in layers
         ):
-            made = apply(_Chains, x, layers, T, whole, *parameters)
-            return made.unbind() if layers[-1].then else made
+            return apply(_Chains, x, layers, T, whole, *parameters)
         whole = None  # which has no gradient
     if whole is None or plain:
         whole = _put_side_by_side(parameters, T)
     h = chain(x, layers, _by_layer(layers, whole), T)
-    # An activation keeps what it returned for its gradient: nobody may write to that.
-    return h.unbind() if plain or layers[-1].then else split(h)
+    return split(h.clone() if layers[-1].then else h)  # as above

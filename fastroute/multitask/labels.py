@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.checks import together
-from ..ops.host import may_look
+from ..ops.checks import are_alike, together
+from ..ops.host import may_look, read
 
 
 def shown(value: Any) -> str:
@@ -44,12 +44,7 @@ def known(y: Tensor, mask: Tensor | None, ignore_index: int | None = None) -> Te
 def refuse(wrong: Tensor, y: Tensor, what: str, of: str = "") -> None:
     """ValueError: a label is wrong. Only on a CPU, as nothing is read from another device."""
     if may_look(wrong) and bool(wrong.any()):
-        raise ValueError(f"y{of}: expected {what}, got {y[wrong][0].item()}")
-
-
-def are_alike(x: Tensor, y: Tensor) -> bool:
-    """Whether shapes are the same but for axes of one element."""
-    return x.shape == y.shape or [n for n in x.shape if n != 1] == [n for n in y.shape if n != 1]
+        raise ValueError(f"y{of}: expected {what}, got {read(y[wrong])[0]}")
 
 
 def like(x: Tensor, y: Tensor, of: str = "") -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.checks import flag
+from ..modules.reading import may_be_read
+from ..ops.checks import are_alike, flag
 from ..ops.host import is_exporting
-from .labels import are_alike, classes, known, like, shown, spread
+from .labels import classes, known, like, shown, spread
 from .weighting.base import wide
 
 #: PyTorch's losses that compare elements, and what they are made with.
@@ -143,16 +144,14 @@ def _task(name: str, loss: Any, x: Tensor, y: Any, mask: Tensor | None) -> _Task
         raise TypeError(f"mask{of}: expected a target that is a tensor, got {shown(y)}")
     tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
     task = _Task(name, loss, x, y, mask)
-    hooked = isinstance(loss, nn.Module) and (loss._forward_hooks or loss._forward_pre_hooks)
     kind: Any = type(loss) if isinstance(loss, nn.Module) else loss
-    readable = not hooked and tensors
-    if readable and isinstance(kind, type):
-        if found := _ELEMENTS.get(kind) or _CLASSES.get(kind):
+    if tensors and isinstance(kind, type):
+        if (found := _ELEMENTS.get(kind) or _CLASSES.get(kind)) and may_be_read(loss):
             task.call, names = found
             task.options = tuple((k, getattr(loss, k)) for k in names)
             task.reduction = loss.reduction
             task.ignore_index = getattr(loss, "ignore_index", None)
-    elif readable and _is_in(kind, _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS):
+    elif tensors and _is_in(kind, _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS):
         task.call = kind
         task.ignore_index = -100 if kind in _CLASS_FUNCTIONS else None
     if task.call is None:

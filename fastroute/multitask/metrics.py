@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.accumulating import Accumulating
 from ..ops.arguments import Count, checked
-from ..ops.checks import given
+from ..ops.checks import are_alike, given
 from . import labels
 from .weighting.base import in_order, unknown
 
@@ -108,7 +108,7 @@ class _Classification(Metric):
         C = y_hat.shape[min(1, y_hat.dim() - 1)] if y_hat.dim() else 1
         if self.classes == C and y_hat.shape == y.shape and y_hat.dim() > 1:
             y = y.to(torch.promote_types(y.dtype, torch.bfloat16))  # one-hot ones may be integers
-        elif labels.are_alike(y_hat, y):
+        elif are_alike(y_hat, y):
             return _binary(y_hat, y, mask, self.ignore_index, self.threshold or 0.0)
         elif self.classes not in (None, C):
             raise ValueError(f"y_hat: expected scores [B, {self.classes}, ...], got {labels.shown(y_hat)}")

@@ -82,7 +82,8 @@ class MTLModel(Objective):
         run_all: run what no output depends on, too.
         keep_outputs: keep every output until the next call.
         fuse_heads: run nodes that are alike on the same single anchor as one, see ``Siblings``. Their parameters then
-            lie side by side in memory: to save one head alone, save a deep copy of it.
+            lie side by side in memory, unless another tensor has that of one of them (a tie, a state dict that is
+            kept): to save one head alone, save a deep copy of it.
         weighting: of the losses in ``loss``: a name, numbers or a ``Weighting``, see ``as_weighting``; a child
             ``weighting``, the last one. By default each dict's ``loss_weight``.
         device, dtype: of learned weights; the layers come as they are.

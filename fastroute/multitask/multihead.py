@@ -16,7 +16,7 @@ from ..functional import grouped_linear
 from ..ops import dispatch
 from ..ops.arguments import Count, Tasks, checked
 from ..ops.checks import shown, tensor, together
-from .head_chains import Layer, chain
+from .head_chains import Layer, chain, split
 from .named_tasks import Axis, NamedTasks
 from .weighting.base import names_of
 
@@ -94,7 +94,7 @@ class MultiHead(NamedTasks):
         if returns not in ("tensor", "list", "dict"):
             raise ValueError(f"returns: expected 'tensor', 'list' or 'dict', got {returns!r}")
         self.tasks: tuple[str, ...] = names_of(tasks)
-        if not isinstance(tasks, int):
+        if isinstance(tasks, Sequence):
             self._keep_names(device)
         self.returns, self.activation = returns, activation
         inner = [] if hidden is None else list(hidden) if isinstance(hidden, Sequence) else [hidden]
@@ -117,7 +117,8 @@ class MultiHead(NamedTasks):
                 self.biases.draw(k)
 
     def _task_axes(self) -> dict[str, tuple[Axis, ...]]:
-        return {name: (Axis(0),) for name, _ in self.named_parameters()}
+        lists = {"weights": self.weights, "biases": self.biases}
+        return {f"{name}.{k}": (Axis(0),) for name, layers in lists.items() for k in range(len(layers))}
 
     def extra_repr(self) -> str:
         widths = " -> ".join(map(str, [self._layers[0].F, *(layer.O for layer in self._layers)]))
@@ -142,16 +143,19 @@ class MultiHead(NamedTasks):
         together(("the parameters", self.weights[0]), {"x": x})
         if x.dim() == 0 or x.shape[-1] != first.F:
             raise ValueError(f"x: expected [..., {first.F}], got {shown(x)}")
+        for layers in (self.weights, self.biases):
+            for hook in layers._forward_pre_hooks.values():  # of pruning: nobody else calls these lists
+                hook(layers, ())
         if task is not None:
             return self._by_task(x, task)
         rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), first.F)
         biases = [b.flatten() for b in self.biases] or [None] * len(self.weights)
         stacked = list(zip((w.flatten(0, 1) for w in self.weights), biases, strict=True))
         T = len(self.tasks)
-        y = chain(rows, self._layers, stacked, T).view(T, *x.shape[:-1], self._layers[-1].O)
+        y, shape = chain(rows, self._layers, stacked, T), (*x.shape[:-1], self._layers[-1].O)
         if self.returns == "tensor":
-            return y
-        made = list(y.unbind())
+            return y.view(T, *shape)
+        made = list(split(y)) if x.dim() == 2 else [t.view(shape) for t in split(y)]
         return made if self.returns == "list" else dict(zip(self.tasks, made, strict=True))
 
     def _by_task(self, x: Tensor, task: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,31 @@ def _home(p: Tensor) -> Tensor | None:
     return None
 
 
+def _users(t: Tensor) -> int:
+    """How many tensors have its storage, and a constant."""
+    return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
+
+
+@cache
+def _users_of_one() -> int | None:
+    """``_users`` of a tensor that is alone; None where that does not tell."""
+    try:
+        t = torch.empty(1, device="cpu")
+        counts = _users(t), _users(t)
+        other = t.detach()
+        return counts[0] if (*counts, _users(other)) == (counts[0], counts[0], counts[0] + 1) else None
+    except AttributeError:  # of another PyTorch
+        return None
+
+
 def _is_own(p: Tensor) -> bool:
-    """A parameter that nobody else has arranged: the only one in its memory, which no other process shares."""
+    """A parameter that nobody else has arranged: the only tensor in its memory, which no other process shares.
+
+    Others are one that is tied to it by its ``data``, an entry of a state dict, and a NumPy array.
+    """
     if type(p) is not nn.Parameter or p.device.type not in ("cpu", "cuda") or not p.is_leaf:
         return False
-    alone = p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    alone = p.untyped_storage().nbytes() == p.numel() * p.element_size() and _users(p) == _users_of_one()
     return alone and not (p.device.type == "cpu" and p.is_shared())
 
 
@@ -52,7 +73,8 @@ class SideBySide:
 
     They are moved there when they are first asked for, and again when ``.to()``, a deep copy or a loaded checkpoint has
     parted them: where they are is looked up at every call. They stay the modules' own Parameters. Parameters that
-    somebody else may have put somewhere (a flat optimizer, shared memory, anybody in a process group) stay there.
+    somebody else may have put somewhere (a flat optimizer, shared memory, anybody in a process group), and those whose
+    memory another tensor has at the time (a state dict, a NumPy array), stay there.
 
     Args:
         T: how many lie side by side.

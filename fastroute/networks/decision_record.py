@@ -25,7 +25,7 @@ class Column:
 
     def __init__(self, full: Tensor | Callable[[], Tensor], at: Tensor | None = None, of: Tensor | None = None) -> None:
         self._full, self._at = full, at
-        self._of = None if of is None else (of, _version(of))
+        self._of = None if of is None else (of, version_of(of))
         self._memo: dict[str, Tensor] = {}
 
     def __getstate__(self) -> Any:
@@ -33,7 +33,7 @@ class Column:
 
     def taken(self, actions: Tensor) -> None:
         """Told the actions that are taken: where they are others, the entry that it has is another's."""
-        if self._of is not None and (self._of[0] is not actions or self._of[1] != _version(actions)):
+        if self._of is not None and (self._of[0] is not actions or self._of[1] != version_of(actions)):
             self._at = None
         self._of = None
 
@@ -70,7 +70,7 @@ class Column:
         return Column(lambda: spread(self.full, rows, size), at)
 
 
-def _version(t: Tensor) -> int:
+def version_of(t: Tensor) -> int:
     """Another one after every change in place, where tensors have any."""
     return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
 

@@ -205,12 +205,12 @@ class TopKGating(Options, Accumulating):
         meta = Trajectory.of(meta, samples("batch", batch))
         made = self.route(batch, mask, forced_actions)
         active = as_mask(mask, batch.shape[0], batch.device)
-        meta.mix(
-            Mixture(
-                self, made.actions, made.weights, self._num_selections, made.losses, active=active, counts=made.counts
-            )
+        mixture = Mixture(
+            self, made.actions, made.weights, self._num_selections, made.losses, active=active, counts=made.counts
         )
-        return batch, meta, made.actions
+        actions = made.actions.clone()  # the user may write into what is returned, the record stays
+        meta.mix(mixture, actions)
+        return batch, meta, actions
 
     def route(
         self, x: Tensor, mask: Tensor | None = None, forced_actions: Tensor | None = None, *, losses: bool = True

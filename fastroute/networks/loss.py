@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import trajectory_loss
-from ..modules.reading import is_hooked
+from ..modules.reading import may_be_read
 from ..ops.arguments import Options, Share, checked
-from ..ops.checks import flag, samples, tensor
+from ..ops.checks import are_alike, flag, samples, tensor
 from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import SILENT, makes_rewards, rewarded_loss
 from .decision_record import Record
@@ -96,7 +96,8 @@ class Loss(Options, nn.Module):
         Args:
             ysest: [B, ...], the network's outputs.
             mys: their trajectory. The READMEs' order (ysest, ystrue, mys) is understood as well.
-            ystrue: [B, ...], the targets. May be None with ``external_losses``.
+            ystrue: [B, ...], the targets. May be None with ``external_losses``. Floating-point ones get the
+                prediction's shape, where that differs by axes of one element.
             external_losses: [B, ...], losses made elsewhere; those of a sample are summed.
             reduce: False for the vectors [B] instead of their means.
 
@@ -138,27 +139,33 @@ class Loss(Options, nn.Module):
         tensor("ystrue", ystrue, "a tensor [B, ...]")
         if ystrue.shape[:1] != (B,):
             raise ValueError(f"ystrue: expected one row per sample, {B}, got {list(ystrue.shape)}")
-        made = self._unreduced(ysest, ystrue)
-        if made.shape[:1] != (B,):
+        alike = self.formula == "intended" and ysest.shape != ystrue.shape and are_alike(ysest, ystrue)
+        # PyTorch would broadcast [B, 1] against [B] to [B, B]; integers may be classes, which have a shape of their own
+        made = self._unreduced(ysest, ystrue.reshape(ysest.shape) if alike and ystrue.is_floating_point() else ystrue)
+        if made.shape[:1] != (B,) or (alike and made.numel() > ysest.numel()):
             raise ValueError(
-                f"pytorch_loss_func: expected one loss per sample, {B}, got shape {list(made.shape)}; give a loss "
-                "module, or a function that takes reduction='none'"
+                f"pytorch_loss_func: expected one loss per sample, {B}, got shape {list(made.shape)} of ysest "
+                f"{list(ysest.shape)} and ystrue {list(ystrue.shape)}; give a loss module, or a function that takes "
+                "reduction='none', and targets of the prediction's shape"
             )
         return made.flatten(1).sum(1) if made.dim() > 1 else made
 
     def _unreduced(self, ysest: Tensor, ystrue: Tensor) -> Tensor:
-        """What the loss function gives without its reduction over the batch; the user's object stays as it is."""
+        """What the loss function gives without its reduction over the batch, which the user's object keeps."""
         function: Any = self.pytorch_loss_func
         if isinstance(function, nn.Module):
             if not hasattr(function, "reduction"):
                 return function(ysest, ystrue)
-            if torch.compiler.is_compiling() or is_hooked(function):  # Dynamo copies no module; hooks get theirs
-                same: Any = function
-                before, same.reduction = same.reduction, "none"
+            of_torch = type(function).__module__ == nn.MSELoss.__module__  # whose losses keep nothing of a call
+            if not of_torch or torch.compiler.is_compiling() or not may_be_read(function):  # Dynamo copies no module
+                holder: Any = function
+                if isinstance(getattr(function, "_orig_mod", None), nn.Module):  # torch.compile's
+                    holder = function._orig_mod
+                before, holder.reduction = holder.reduction, "none"
                 try:
-                    return same(ysest, ystrue)
+                    return function(ysest, ystrue)
                 finally:
-                    same.reduction = before
+                    holder.reduction = before
             one: Any = object.__new__(type(function))  # as copy.copy, in a third of its time
             one.__dict__.update(function.__dict__)
             one.reduction = "none"

@@ -6,7 +6,7 @@ Axes: B samples, K choices of a decision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..ops.checks import given
 from ..ops.dispatch.contract import Plan
 from ..ops.host import may_look
 from ..ops.recomputation import is_recomputation
-from .decision_record import Mixture, Record
+from .decision_record import Mixture, Record, version_of
 
 if TYPE_CHECKING:
     from .sample_view import SampleMetaInformation
@@ -38,15 +38,33 @@ def _whole(label: Any) -> int:
     return number
 
 
+class Given(NamedTuple):
+    """A tensor that others have as well, its version, and a copy of what it was."""
+
+    tensor: Tensor
+    version: int
+    copy: Tensor
+
+    @classmethod
+    def of(cls, t: Tensor, copy: Tensor) -> Given:
+        return cls(t, version_of(t), copy)
+
+    def is_still(self, t: Tensor) -> bool:
+        """Whether it is that very tensor, unchanged. NumPy's changes to a CPU tensor leave its version as it is."""
+        return self.tensor is t and self.version == version_of(t) and (not may_look(t) or torch.equal(self.copy, t))
+
+
 class RecordedBatch:
     """What all views of one batch share."""
 
     def __init__(self, size: int, tasks: Sequence[Any] | Tensor | None) -> None:
-        self.size, self.tasks = size, tasks
+        own: Any = tasks
+        copied = own.clone() if isinstance(own, Tensor) else own.copy() if hasattr(own, "copy") else own
+        self.size, self.tasks = size, copied
         self.records: list[Record] = []
         self.mixtures: list[Mixture] = []
-        self.mixed: list[tuple[Tensor, Tensor]] = []  # their actions and weights, as the layers gave them
-        self.remixed: list[tuple[Tensor, Tensor]] = []  # likewise, of gatings made again since weights were read
+        self.mixed: list[tuple[Given, Tensor]] = []  # their actions and weights, as the layers gave them
+        self.remixed: list[tuple[Given, Tensor]] = []  # likewise, of gatings made again since weights were read
         self.is_remixed_read = False
         self.is_remade = is_recomputation()  # the batch itself is of a forward pass made again
         self.without_graph = False  # whether something was recorded without gradients
@@ -59,7 +77,7 @@ class RecordedBatch:
         #: rewards added to a whole step: record -> [size]
         self.added: dict[int, Tensor] = {}
         self.pointers: dict[int, Any] = {}  # record -> the Selection whose modules its actions chose
-        self.plans: list[tuple[Tensor, int, int, Plan]] = []  # agents, their version, how many there are
+        self.plans: list[tuple[Given, int, Plan]] = []  # agents, and how many there are
         self.final_reward: Tensor | None = None
         self._task_tensor: Tensor | None = None
 

@@ -140,6 +140,18 @@ class CorrectClassifiedReward(BaseReward):
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+#: What an instance may have in place of its class's.
+_METHODS = {"forward", "rewards", "scaled", "get_reward", "by_action", "register", "register_all"}
+
+
+def _handed(reward: Any) -> Callable[[Any], Any]:
+    """How tensors are handed to a reward, and taken from it: as copies where its code is a user's, who may write into
+    them."""
+    if type(reward).__module__ == __name__ and not _METHODS & set(vars(reward)):
+        return lambda t: t
+    return lambda t: t.detach().clone() if isinstance(t, Tensor) else t
+
+
 def _one(reward: Any) -> Tensor:
     made = torch.as_tensor(reward)
     if made.numel() != 1:
@@ -160,12 +172,14 @@ def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
     It is called sample by sample; a function that can be seen to keep nothing, all at once, by ``torch.vmap``.
     """
     losses = losses.detach()
+    handed = _handed(function)
+    mine, yest, ytrue = handed(losses), handed(yest), handed(ytrue)
     with torch.no_grad():
         if _in_bulk(function, "rewards", "forward"):
-            made: Tensor = function.rewards(losses, yest, ytrue)
+            made: Tensor = handed(function.rewards(mine, yest, ytrue))
         else:
             truth = torch.zeros_like(losses) if ytrue is None else ytrue.detach()
-            args = losses[:, None], yest.detach()[:, None], truth[:, None]
+            args = mine[:, None], yest.detach()[:, None], truth[:, None]
             at_once = torch.compiler.is_compiling() or _keeps_nothing(function)
             found = _by_vmap(function, args) if at_once else None
             if found is None:
@@ -189,6 +203,7 @@ def _names_read(code: CodeType) -> frozenset[str] | None:
     for step in dis.get_instructions(code):
         name = str(step.argval)
         in_place = step.opname in ("LOAD_ATTR", "LOAD_METHOD") and name.endswith("_")
+        in_place |= step.opname.startswith("INPLACE_") or (step.opname == "BINARY_OP" and step.argrepr.endswith("="))
         if step.opname.startswith(_WRITES) or in_place:
             return None
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -518,6 +533,8 @@ def register(reward: Any, dists: Callable[[], Tensor], actions: Tensor, active: 
     fake = actions.is_meta or isinstance(actions, torch._subclasses.FakeTensor)
     if is_silent(reward) or fake:  # explain, export: nothing happened
         return
+    handed = _handed(reward)
+    actions, active = handed(actions), handed(active)
     if _in_bulk(reward, "register_all", "register"):
         reward.register_all(dists, actions, active)
         return
@@ -533,9 +550,11 @@ def per_action_rewards(
     """[B] per-action rewards in the dtype of ``like``, or None where all are zero."""
     if is_silent(reward):
         return None
+    handed = _handed(reward)
+    actions = handed(actions)
     with torch.no_grad():
         if _in_bulk(reward, "rewards", "get_reward"):
-            return reward.rewards(dists, actions, like)
+            return handed(reward.rewards(dists, actions, handed(like)))
         states, total = dists().detach(), torch.zeros_like(like)
         for b in range(len(actions)):
             if active is None or active[b]:

@@ -100,6 +100,8 @@ class SampleMetaInformation:
             ValueError: there is no step to write into.
         """
         batch, b = self._batch, self._index
+        if attr_name == "add_rewards" and isinstance(obj, torch.Tensor):
+            obj = obj.detach().clone()
         foreign = batch.foreign.setdefault(b, [])
         if new_step:
             foreign.append((len(batch.records), {attr_name: obj}))

@@ -15,7 +15,7 @@ from ..functional import combine
 from ..modules import watching
 from ..ops import dispatch, host
 from ..ops.arguments import Options, checked
-from ..ops.checks import floating, samples, shown, tensor
+from ..ops.checks import as_tensor, floating, samples, shown, tensor
 from . import grouped_modules
 from .decisions.base import as_mask
 from .sample_view import SampleMetaInformation
@@ -85,7 +85,7 @@ class Selection(Options, nn.Module):
         self,
         batch: Tensor,
         meta: Trajectory | Sequence[SampleMetaInformation],
-        actions: Tensor | None,
+        actions: Tensor | Sequence[int] | None,
         mask: Tensor | None = None,
         *,
         weights: Tensor | None = None,
@@ -114,7 +114,9 @@ class Selection(Options, nn.Module):
         meta = Trajectory.of(meta, B)
         if self.store_module_pointers:
             meta.point_to(self._submodules)
-        if actions is not None and isinstance(actions, Tensor) and (weights is not None or actions.dim() == 2):
+        if actions is not None:
+            actions = as_tensor("actions", actions, batch.device)
+        if actions is not None and (weights is not None or actions.dim() == 2):
             if weights is None:
                 weights = meta.weights_of(actions)
             if weights is not None or actions.shape[1] != 1:

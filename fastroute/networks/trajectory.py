@@ -17,7 +17,7 @@ from ..ops.checks import as_tensor, given, integer, shown
 from ..ops.dispatch.contract import Plan
 from ..ops.trajectory_loss.op import SILENT
 from .decision_record import Mixture, Record, spread
-from .recorded_batch import RecordedBatch, labels
+from .recorded_batch import Given, RecordedBatch, labels
 from .sample_view import SampleMetaInformation
 
 if TYPE_CHECKING:
@@ -213,16 +213,18 @@ class Trajectory(Sequence[SampleMetaInformation]):
             self._batch.records.append(record)
             watching.tell(record.decision, "decision", self._batch, record)
 
-    def mix(self, mixture: Mixture) -> None:
-        """Add what a gating did. Its tensors are those of this view's samples."""
+    def mix(self, mixture: Mixture, given: Tensor | None = None) -> None:
+        """Add what a gating did. Its tensors are those of this view's samples; ``given``: its actions as returned."""
         if mixture.actions.dim() != 2 or mixture.actions.shape[0] != self.size:
             raise ValueError(f"mix: expected actions of shape [{self.size}, k], got {shown(mixture.actions)}")
+        actions = mixture.actions
+        entry = Given.of(actions if given is None else given, actions), mixture.weights
         if self._batch.is_again():
             if self._batch.is_remixed_read:  # their graphs hold what was recomputed
                 self._batch.remixed, self._batch.is_remixed_read = [], False
-            self._batch.remixed.append((mixture.actions, mixture.weights))
+            self._batch.remixed.append(entry)
             return
-        self._batch.mixed.append((mixture.actions, mixture.weights))
+        self._batch.mixed.append(entry)
         mixture.after = len(self._batch.records)
         if self._rows is not None:
             mixture = mixture.spread(self._index(mixture.actions.device), self._batch.size)
@@ -236,7 +238,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
             ValueError: they are other actions, whose weights nobody knows.
         """
         for own, weights in reversed([*self._batch.mixed, *self._batch.remixed]):
-            if own is actions:
+            if own.is_still(actions):
                 self._batch.is_remixed_read = True
                 return weights
         k = actions.shape[1]  # [B, 1] may be a decision's
@@ -249,14 +251,18 @@ class Trajectory(Sequence[SampleMetaInformation]):
 
     def plan_of(self, agents: Tensor, count: int) -> Plan:
         """Samples by agent, made once for all decisions that are given the same tensor [B]."""
+        return self.dispatched(agents, count)[0]
+
+    def dispatched(self, agents: Tensor, count: int) -> tuple[Plan, Tensor]:
+        """:meth:`plan_of` agents [B], and a copy of them, which nobody changes."""
         if torch.compiler.is_compiling() or type(agents) is not Tensor or agents.is_inference():  # which has no version
-            return dispatch.plan(agents, count, "agents")
-        for own, version, of, plan in self._batch.plans:
-            if own is agents and version == agents._version and of == count:
-                return plan
-        plan = dispatch.plan(agents, count, "agents")
-        self._batch.plans.append((agents, agents._version, count, plan))
-        return plan
+            return dispatch.plan(agents, count, "agents"), agents.clone()
+        for own, of, plan in self._batch.plans:
+            if of == count and own.is_still(agents):
+                return plan, own.copy
+        plan, own = dispatch.plan(agents, count, "agents"), Given.of(agents, agents.clone())
+        self._batch.plans.append((own, count, plan))
+        return plan, own.copy
 
     def add_rewards(self, rewards: Tensor) -> None:
         """Add to the last decision's reward, for all samples: [B]; ``append("add_rewards", ...)`` in bulk."""
@@ -265,7 +271,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         if tuple(rewards.shape) != (len(self),):
             raise ValueError(f"rewards: expected shape [{len(self)}], got {shown(rewards)}")
         t = len(self._batch.records) - 1
-        rewards = rewards.detach()
+        rewards = rewards.detach().clone()
         if self._rows is not None:
             rewards = spread(rewards, self._index(rewards.device), self._batch.size)
         have = self._batch.added.get(t)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, SupportsIndex, TypeVar, Union
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -127,7 +129,9 @@ def _of_each(kind: _Kind, of: Sequence[Any]) -> _Kind:
         return kind
 
     def check(name: str, value: Any) -> Any:
-        for element in value if isinstance(value, (list, tuple)) else ():
+        if isinstance(value, Tensor):  # of many
+            _tensor(name, value)
+        for element in value if isinstance(value, (list, tuple, np.ndarray)) else ():
             _check(name, element, kinds)
         return value
 
@@ -183,21 +187,43 @@ def is_as_written(function: Any) -> bool:
     return not hasattr(function, "__wrapped__") or "names_errors" in function.__dict__
 
 
-def explained(function: Function) -> Function:
-    """A function whose arguments are checked by its annotations where it fails: a good call costs nothing.
+@typing.overload
+def explained(function: Function, *, also: Callable[..., None] | None = None) -> Function: ...
+@typing.overload
+def explained(*, also: Callable[..., None]) -> Callable[[Function], Function]: ...
+def explained(function: Function | None = None, *, also: Callable[..., None] | None = None) -> Any:
+    """A function whose arguments are checked where it fails: a good call costs nothing.
+
+    Args:
+        also: a check of its own, of the arguments by name.
 
     Raises:
-        TypeError, ValueError: naming the argument, if one is not what its annotation says; else what was raised.
+        TypeError, ValueError: naming the argument, if one is not what its annotation says, or not on the device of the
+            first tensor; what ``also`` raises; else what was raised.
     """
+    if function is None:
+        return functools.partial(explained, also=also)
 
     def failed(error: Exception, args: _Args, kwargs: dict[str, Any]) -> None:
         signature = inspect.signature(function)
-        if str(error).split(":")[0] in signature.parameters:
+        if str(error).partition(":")[0].partition("[")[0] in signature.parameters:
             return
         kinds = _plan(function, signature)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        given = signature.bind(*args, **kwargs).arguments
+        for name, value in given.items():
             if name in kinds:
                 _check(name, value, kinds[name])
+        ours = not isinstance(error, RuntimeError) and re.match(r"[\w\[\]]+: expected", str(error))
+        if ours:  # it names what is in an argument
+            return
+        several = {name: (v,) if isinstance(v, Tensor) else v for name, v in given.items()}
+        tensors = [
+            (name, t) for name, v in several.items() if isinstance(v, (list, tuple)) for t in v if isinstance(t, Tensor)
+        ]
+        for name, t in tensors[1:]:
+            checks.together(tensors[0], {name: t})
+        if also is not None:
+            also(**given)
 
     return _where_it_fails(function, failed, AttributeError, TypeError, ValueError, IndexError, RuntimeError)
 

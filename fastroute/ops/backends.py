@@ -7,13 +7,12 @@ import importlib.util
 import json
 import platform
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from .environment import interpreting
 BackendName = Literal["reference", "native", "triton"]
 BACKENDS: tuple[BackendName, ...] = ("triton", "native", "reference")  #: in the order "auto" tries them
 _CHOICES = ("auto", *BACKENDS)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class BackendUnavailable(RuntimeError):
@@ -296,24 +296,41 @@ def note(op: str, t: Tensor, **sizes: int) -> None:
 # ---------------------------------------------------------------------------------------------- the public face
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside on one backend: "reference", "native", "triton"; "auto" chooses by device, dtype and shape.
+class use_backend:
+    """Run every op on one backend: "reference", "native", "triton"; "auto" chooses by device, dtype and shape.
 
-    Process-wide while it lasts. A backward pass uses the backend of its forward pass. An op that the named backend
-    cannot run raises :class:`BackendUnavailable` and says why. The environment's ``FASTROUTE_BACKEND`` sets the same.
+    ``fastroute.use_backend("reference")`` switches it for the process, ``with fastroute.use_backend("reference"):`` for
+    a block, ``@fastroute.use_backend("reference")`` for each call of a function. A backward pass uses the backend of
+    its forward pass. An op that the named backend cannot run raises :class:`BackendUnavailable` and says why. The
+    environment's ``FASTROUTE_BACKEND`` sets the same.
 
     Examples:
         >>> route = fastroute.EfficientVectorRouting(6, 3, 8, 8)
         >>> with fastroute.use_backend("reference"):
         ...     y = route(torch.randn(2, 6, 8))
     """
-    _check_name(name, "use_backend")
-    before, _State.requested = _State.requested, name
-    try:
-        yield
-    finally:
-        _State.requested = before
+
+    def __init__(self, name: str) -> None:
+        _check_name(name, "use_backend")
+        self._name = name
+        self._before, _State.requested = _State.requested, name
+
+    def __enter__(self) -> None:
+        _State.requested = self._name
+
+    def __exit__(self, *exc: object) -> None:
+        _State.requested = self._before
+
+    def __call__(self, function: _Function) -> _Function:
+        self.__exit__()  # a function's is for its calls alone
+        name = self._name
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with use_backend(name):
+                return function(*args, **kwargs)
+
+        return cast(_Function, run)
 
 
 class strict:

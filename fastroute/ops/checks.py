@@ -29,6 +29,8 @@ def given(value: object) -> str:
         )
     if isclass(value):
         return f"the class {value.__name__}"
+    if isinstance(value, np.ndarray) and value.ndim:
+        return f"an array {list(value.shape)} of {value.dtype}"
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else f"{type(value).__name__} {' '.join(text.split())[:60]}..."
 
@@ -143,9 +145,14 @@ def share(name: str, value: Any) -> Any:
     return _number(name, value, "a number from 0 to 1", lambda v: 0 <= v <= 1)
 
 
+def are_alike(x: Tensor, y: Tensor) -> bool:
+    """Whether shapes are the same but for axes of one element."""
+    return x.shape == y.shape or [n for n in x.shape if n != 1] == [n for n in y.shape if n != 1]
+
+
 def floating_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """A dtype that parameters can have."""
-    if not dtype.is_floating_point:
+    """A dtype that parameters can have: none of eight bits, which PyTorch does not compute in."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
     return dtype
 
@@ -191,6 +198,13 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {given(value)}")
 
 
+def flags(**given: object) -> None:
+    """Each True or False, or what stands for one."""
+    for name, value in given.items():
+        if value is not True and value is not False:
+            flag(name, value)
+
+
 def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
     """A tensor from a tensor or a list."""
     if isinstance(value, Tensor):
@@ -210,7 +224,7 @@ def moved(name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Ten
 
 
 def floating(name: str, t: Tensor) -> None:
-    if not t.is_floating_point():
+    if not t.is_floating_point() or t.dtype.itemsize < 2:
         raise TypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
 
 
@@ -228,9 +242,11 @@ def as_parameters(name: str, t: Tensor, module: torch.nn.Module, call: Callable[
 
 
 def together(reference: tuple[str, Tensor], others: Mapping[str, Tensor | None]) -> None:
-    """All on one device."""
+    """All tensors, on one device."""
     name, x = reference
     for other, t in others.items():
+        if t is not None and not isinstance(t, Tensor):
+            tensor(other, t, "a tensor")
         if t is not None and t.device != x.device:
             raise ValueError(f"{other}: expected a tensor on {x.device} like {name}, got one on {t.device}")
 

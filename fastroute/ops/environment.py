@@ -10,8 +10,8 @@ VARIABLES = ("FASTROUTE_BACKEND", "FASTROUTE_ISA", "TRITON_INTERPRET")
 
 
 def backend() -> str:
-    """The backend to use where ``use_backend`` names none."""
-    return os.environ.get("FASTROUTE_BACKEND", "auto")
+    """The backend to use where ``use_backend`` names none; "" is "auto"."""
+    return os.environ.get("FASTROUTE_BACKEND") or "auto"
 
 
 def instruction_set() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..ops import checks
 from .figures import INK, LINES, empty_figure, lined, saved
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def roofline(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there is no such row, or results are of different machines.
+        ValueError: there is no such row, or results are of different machines. TypeError: no results.
 
     Examples:
         >>> row = {"case": "a", "threads": 1, "GFLOP": 2.0, "GB": 0.1, "rivals": {"fastroute": {"ms": 50.0}}}
@@ -57,8 +58,13 @@ def roofline(
         >>> figure.axes[0].get_ylabel()
         'GFLOP/s'
     """
-    given = [results] if isinstance(results, (str, Path, Mapping)) else list(results)
+    given = [results] if isinstance(results, (str, Path, Mapping)) else results
+    if not isinstance(given, Sequence) or not all(isinstance(r, (str, Path, Mapping)) for r in given):
+        raise TypeError(f"results: expected a file of bench/results, or what is in one, got {checks.given(results)}")
     read = [r if isinstance(r, Mapping) else json.loads(Path(r).read_text()) for r in given]
+    for r in read:
+        if missing := {"machine", "benchmarks"} - set(r):
+            raise ValueError(f"results: expected machine and benchmarks, got none of {', '.join(sorted(missing))}")
     machines = {str(r["machine"].get("cpu")) for r in read}
     if len(machines) > 1:
         raise ValueError(f"results: expected those of one machine, got {', '.join(sorted(machines))}")

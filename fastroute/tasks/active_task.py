@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from ..ops import checks
-from ..ops.recomputation import is_recomputation, saved_are_hooked
+from ..ops.recomputation import is_recomputation
 
 #: A task for all samples, or [B] one for each.
 Task = int | Tensor
@@ -109,7 +112,7 @@ class TaskAware(nn.Module):
     A forward pass that is made again for backward (torch.utils.checkpoint) has to have the task of the first time. A
     task that is given is the same; that the active one is still the same is checked by ``_checked``, which saves it for
     backward and so compares it with what it is when it is saved again, and, for checkpoints that save nothing the first
-    time (``use_reentrant=True``), by counting in ``_count``.
+    time (``use_reentrant=True``), by ``_note`` and ``_compare``.
     """
 
     task_count: int
@@ -166,27 +169,33 @@ class TaskAware(nn.Module):
         active = tasks.get(self) if tasks else None
         if active is None:
             active = self._active_id if isinstance(self._active, Tensor) else self._active
-        self._count(active)
+        if is_recomputation():
+            self._compare(active)
+        if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():  # in a Function's forward
+            self._note(active)
         return active
 
-    def _count(self, active: Task) -> None:
-        """Of each task, the passes in training without gradients, which may be made again."""
-        if not self.training or isinstance(active, Tensor) or saved_are_hooked():
-            return
-        again = is_recomputation()
-        if again != torch.is_grad_enabled():
-            return
-        due: dict[int, int] = self.__dict__.setdefault("_due", {})
-        if not again:
-            due[active] = due.get(active, 0) + 1
-        elif due.get(active, 0):
-            due[active] -= 1
-        elif any(due.values()):
+    def _note(self, active: Task) -> None:
+        """Tell the autograd Functions that this is called within, one of which may call it again in its backward."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "forward" and code.co_argcount:
+                ctx = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(ctx, FunctionCtx):
+                    noted: dict[TaskAware, list[tuple[Task, int]]] = ctx.__dict__.setdefault("_tasks", {})
+                    noted.setdefault(self, []).append((active, _version(active)))
+            frame = frame.f_back
+
+    def _compare(self, active: Task) -> None:
+        """Raise if the Function whose backward this is called within has called this for other tasks."""
+        noted = getattr(torch._C._current_autograd_node(), "_tasks", {}).get(self)
+        if noted and not any(_is_still(task, version, active) for task, version in noted):
             raise RuntimeError(_CHANGED)
 
     def _checked(self, y: Tensor, task: Task | None) -> Tensor:
         """y, made for a task that may be the active one; its backward raises if it was made again for another."""
-        if task is not None or traced() or not torch.is_grad_enabled() or not saved_are_hooked():
+        if task is not None or traced() or not torch.is_grad_enabled() or not _saved_are_made_again():
             return y
         active = self.active_task
         active = active if isinstance(active, Tensor) else torch.tensor(active)
@@ -199,11 +208,30 @@ class TaskAware(nn.Module):
         return self
 
 
+def _saved_are_made_again() -> bool:
+    """Whether torch.utils.checkpoint, and not another, keeps what is saved for backward, and makes it again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
 _CHANGED = (
     "task: expected a forward pass that is made again for backward (torch.utils.checkpoint) to have the task of the "
     "first time, but the active task was changed in between; give the task in the call, model(x, task), or set it "
     "within the function that is checkpointed, by on_task(model, task)"
 )
+
+
+def _version(task: Task) -> int:
+    return 0 if not isinstance(task, Tensor) or task.is_inference() else task._version
+
+
+def _is_still(task: Task, version: int, now: Task) -> bool:
+    """Whether a task that was kept is what it was, and the same as now."""
+    if version != _version(task):
+        return False
+    if isinstance(now, Tensor) and isinstance(task, Tensor):
+        return now is task or torch.equal(now, task)
+    return bool(torch.as_tensor(now == task).all())
 
 
 class _Checked(torch.autograd.Function):
@@ -212,14 +240,14 @@ class _Checked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, task: Tensor, anchor: Tensor | None) -> Tensor:
         ctx.save_for_backward(task)
-        ctx.task, ctx.version = task, task._version
+        ctx.task, ctx.version = task, _version(task)
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (saved,) = ctx.saved_tensors
-        if ctx.version != ctx.task._version or not (saved is ctx.task or torch.equal(saved, ctx.task)):
+        if not _is_still(ctx.task, ctx.version, saved):
             raise RuntimeError(_CHANGED)
         return grad, None, None
 
@@ -255,16 +283,21 @@ def set_task(model: nn.Module, task: Task) -> None:
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
     if aware:
-        checked = task_index(task, min([module.task_count for module in aware]))
-        let_go(aware)
+        hold_in_all(aware, task)
+    for other in others:
+        other.set_active_task(task)
+
+
+def hold_in_all(parts: Sequence[TaskAware], task: Task, name: str = "task") -> None:
+    """Make a task the active one of several modules, or of none if it is no task of one."""
+    checked = task_index(task, min([module.task_count for module in parts], default=1), name)
+    let_go(parts)
     where: dict[torch.device, Tensor] = {}
-    for module in aware:
+    for module in parts:
         device = module._active_id.device  # the module's, found faster
         if device not in where:
             where[device] = on_device(checked, device)
         module._hold(checked, where[device])
-    for other in others:
-        other.set_active_task(task)
 
 
 @contextmanager

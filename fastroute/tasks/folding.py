@@ -20,14 +20,17 @@ from .layer_chain import (
     FEATURE_NORMS,
     INSTANCE_NORMS,
     KEEP,
+    ROUTER,
     Leaf,
     channels,
     is_flat,
     is_spatial,
+    kind,
     leaves,
     rank,
     sequences,
 )
+from .layers import RoutedConv2d, RoutedLinear
 from .live_model import LiveSequential
 from .router import TaskRouter
 from .vgg import VGG
@@ -45,7 +48,8 @@ def fold(model: nn.Module, task: int) -> nn.Module:
     A router is folded into the convolution, Linear or norm before it (BatchNorm, GroupNorm, InstanceNorm; over the
     last axis LayerNorm, RMSNorm) and replaced by an Identity, so all other keys stay. Outputs are those of the routed
     model, in training and eval. Unlike ``extract_task`` it keeps all shapes, and follows no channels further than to
-    the layer before a router. In training what was folded is no longer masked: zero weights may move.
+    the layer before a router. In training what was folded is no longer masked: zero weights may move. RoutedConv2d and
+    RoutedLinear become plain layers, with zeros for their routers, too.
 
     A router over axis 1 after a Linear is taken for one of [B, features]: a Flatten in its place refuses or flattens
     inputs of more axes, whose axis 1 it would have masked. ``axis=-1`` is for those.
@@ -56,7 +60,7 @@ def fold(model: nn.Module, task: int) -> nn.Module:
 
     Raises:
         IndexError: no such task.
-        ValueError: naming a router that nothing before it can take in.
+        ValueError: naming a router that nothing before it can take in, or a layer whose zeros would be others' too.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(8, 16), fastroute.TaskRouter(16, 4, 0.5), nn.ReLU(), nn.Linear(16, 2)).eval()
@@ -65,19 +69,18 @@ def fold(model: nn.Module, task: int) -> nn.Module:
         (Flatten(start_dim=1, end_dim=-1), 8)
     """
     task = _checked(task, task_count_of(model))
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = _uses(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, RoutedConv2d | RoutedLinear):
+            _check_routed(name, layer, uses)
     for name, sequence in sequences(model):
         chain = list(leaves(sequence, name))
         for n, leaf in enumerate(chain):
             if isinstance(leaf.module, TaskRouter) and leaf.module.use_routing:
                 at = _layer_before(chain, n)  # which says what is wrong before anything is copied
-                places = max((uses[id(p)] for p in at.module.parameters(recurse=False)), default=1)
-                if places > 1:
-                    raise ValueError(
-                        f"{at.name}: expected a layer of its own before the router, got one whose parameters are used "
-                        f"in {places} places"
-                    )
+                _check_own(at, uses)
     model = copy.deepcopy(model)
+    uses = _uses(model)
     for name, sequence in list(sequences(model)):
         chain = list(leaves(sequence, name))
         instead: list[nn.Module] = []
@@ -85,8 +88,10 @@ def fold(model: nn.Module, task: int) -> nn.Module:
             if isinstance(leaf.module, TaskRouter):
                 flat = True
                 if leaf.module.use_routing:
-                    layer = _layer_before(chain, n).module
-                    _into(layer, leaf.module._unit_mapping[task] == 0, _dtype_at(chain, n))
+                    at, off = _layer_before(chain, n), leaf.module._unit_mapping[task] == 0
+                    layer = at.module
+                    _into(layer, off, _dtype_at(chain, n))
+                    _make_finite(chain[: chain.index(at) + 1], leaf.module, off, uses)
                     flat = _axis(layer) == leaf.module.axis or is_flat(chain[:n])
                 instead.append(nn.Identity() if flat else nn.Flatten(1).train(leaf.module.training))
         for leaf in chain:
@@ -96,7 +101,40 @@ def fold(model: nn.Module, task: int) -> nn.Module:
         raise ValueError(f"{name}: expected routers in Sequentials, got one in another module ({router.name})")
     if isinstance(model, VGG):
         model.set_active_task(task)
-    return _plain(model)
+    return _plain(model, task)
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """In how many places a module, or a parameter, is; by its id."""
+    every = (model.named_parameters(remove_duplicate=False), model.named_modules(remove_duplicate=False))
+    return Counter(id(found) for named in every for _, found in named)
+
+
+def _check_own(leaf: Leaf, uses: Counter[int]) -> None:
+    places = max(uses[id(found)] for found in (leaf.module, *leaf.module.parameters(recurse=False)))
+    if places > 1:
+        raise ValueError(
+            f"{leaf.name}: expected a layer of its own before the router, got one that is used, or whose parameters "
+            f"are, in {places} places"
+        )
+
+
+def _check_routed(name: str, layer: RoutedConv2d | RoutedLinear, uses: Counter[int]) -> None:
+    """Refuses a layer whose routers' zeros cannot be moved into its weight."""
+    places = max(uses[id(found)] for found in (layer, *layer.parameters()))
+    why = None
+    if type(layer) not in (RoutedConv2d, RoutedLinear):
+        why = "a subclass"
+    elif layer.compact_input or layer.compact_output:
+        why = "compact ends"
+    elif places > 1:
+        why = f"parameters that are used in {places} places"
+    elif any(r is not None and kind(r) != ROUTER for r in (layer.input_router, layer.output_router)):
+        why = "a router with hooks or a forward of its own"
+    else:
+        why = why_called(layer)
+    if why is not None:
+        raise ValueError(f"{name}: expected a {type(layer).__name__} that zeros in its weight can stand for, got {why}")
 
 
 def _has_routers(model: nn.Module) -> bool:
@@ -175,13 +213,42 @@ def _into(layer: Any, off: Tensor, dtype: torch.dtype) -> None:
         layer.bias.masked_fill_(off, 0)
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    """LiveSequentials have nothing live to look for any more."""
+@torch.no_grad()
+def _make_finite(chain: list[Leaf], router: TaskRouter, off: Tensor, uses: Counter[int]) -> None:
+    """A norm, the chain's last layer, times zero is zero only where what it is given and its statistics are finite."""
+    for leaf, before in zip(reversed(chain), [*reversed(chain[:-1]), None], strict=True):
+        norm: Any = leaf.module
+        if type(norm) not in (*BATCH_NORMS, *INSTANCE_NORMS):
+            break
+        for statistic, usual in ((norm.running_mean, 0.0), (norm.running_var, 1.0)):
+            if statistic is not None:
+                statistic.masked_fill_(off & ~statistic.isfinite(), usual)
+        if before is None or type(before.module) not in _FOLDED or _refuses(before.module, router) is not None:
+            break
+        if not all(bool(p.isfinite().all()) for p in before.module.parameters()):
+            _check_own(before, uses)
+            _into(before.module, off, router._unit_mapping.dtype)
+
+
+def _plain(model: nn.Module, task: int) -> nn.Module:
+    """LiveSequentials, and layers between routers, have no task to look for any more."""
+    made: Any = model
     if isinstance(model, LiveSequential):
         made = nn.Sequential()
-        made.__dict__.update({name: value for name, value in model.__dict__.items() if name not in LiveSequential.OWN})
-        model = made
-    for key, child in model._modules.items():
+    elif isinstance(model, RoutedConv2d | RoutedLinear):
+        cls = nn.Linear if isinstance(model, nn.Linear) else nn.Conv2d
+        made = cls.__new__(cls)
+        for axis, router in enumerate((model.output_router, model.input_router)):
+            if router is not None and router.use_routing:
+                off = router._unit_mapping[task] == 0
+                with torch.no_grad():
+                    model.weight.masked_fill_(off.view(*[1] * axis, -1, *[1] * (model.weight.dim() - 1 - axis)), 0)
+                    if axis == 0 and model.bias is not None:
+                        model.bias.masked_fill_(off, 0)
+    if made is not model:
+        own: tuple[str, ...] = model.OWN  # type: ignore[assignment]
+        made.__dict__.update({name: value for name, value in model.__dict__.items() if name not in own})
+    for key, child in made._modules.items():
         if child is not None:
-            model._modules[key] = _plain(child)
-    return model
+            made._modules[key] = _plain(child, task)
+    return made  # type: ignore[no-any-return]

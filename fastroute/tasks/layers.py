@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import watching
+from ..modules.reading import Memo, Proof
 from ..ops.arguments import Count, checked
 from ..ops.checks import tensor
 from .active_task import Task, is_mapped
-from .layer_chain import MIX, Step, rank
-from .live_channels import sort, units
+from .layer_chain import MIX, ROUTER, Step, kind, rank
+from .live_channels import has_units, sort, units
 from .live_execution import Held, Mixed, Single, is_idle
 from .router import TaskRouter
 
@@ -39,12 +40,13 @@ class _Routed(nn.Module):
             if asked and router is None:
                 raise ValueError(f"{name}: expected a router on that side, got None")
         for router in (inp, out):
-            if router is not None:
+            if router is not None and has_units(router):
                 units(router)  # torch.compile is not to read masks
         # Not as submodules: a router stands elsewhere in the model too, and the keys are to be the plain layer's.
         self.__dict__["_ends"] = (inp, out)
         self.compact_input, self.compact_output = compact
         self._kept: dict[int, Any] = {}
+        self._memo = Memo()
 
     @property
     def input_router(self) -> TaskRouter | None:
@@ -56,6 +58,9 @@ class _Routed(nn.Module):
         """What masks the output."""
         return self.__dict__["_ends"][1]
 
+    #: What it has among its attributes beside those of the torch class.
+    OWN = ("_ends", "_kept", "_memo", "compact_input", "compact_output")
+
     def train(self, mode: bool = True) -> Any:
         """As any module's; kept weights are forgotten."""
         self._kept.clear()
@@ -63,7 +68,15 @@ class _Routed(nn.Module):
 
     def _run(self, x: Tensor, task: Task | None) -> Tensor:
         tensor("x", x, "a tensor")
-        inp, out = (None if r is None or is_idle(r) else r for r in self.__dict__["_ends"])
+        ends: tuple[TaskRouter | None, TaskRouter | None] = self.__dict__["_ends"]
+        if not self._are_read(ends) or not all(r is None or has_units(r) for r in ends):
+            if self.compact_input or self.compact_output:
+                raise ValueError(
+                    "compact_input, compact_output: expected routers without hooks and a forward of their own, whose "
+                    "masks vmap does not map over"
+                )
+            return self._dense(x, task, *ends)
+        inp, out = (None if r is None or is_idle(r) else r for r in ends)
         tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
         if not tasks:
             return super().forward(x)
@@ -125,6 +138,19 @@ class _Routed(nn.Module):
         for router in (inp, out):
             y = y if router is None else router._checked(y, task)
         return y
+
+    def _are_read(self, ends: tuple[TaskRouter | None, ...]) -> bool:
+        """Whether masking is all that the routers do."""
+        routers = [r for r in ends if r is not None]
+        if torch.compiler.is_compiling():  # a graph is guarded by what it reads, not by a memo
+            return all(kind(r) == ROUTER for r in routers)
+        known: Proof | None = self._memo.known
+        if known is not None and known.holds(routers):
+            return True
+        if not all(kind(r) == ROUTER for r in routers):
+            return False
+        self._memo.known = Proof(routers, (), (), routers)
+        return True
 
     def _dense(self, x: Tensor, task: Task | None, inp: TaskRouter | None, out: TaskRouter | None) -> Tensor:
         x = x if inp is None else inp(x, task)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..modules.reading import Memo
 from ..ops.host import on_host
-from .active_task import Task, traced
+from .active_task import Task, is_mapped, traced
 from .router import TaskRouter
 
 
@@ -32,8 +32,8 @@ class Units(NamedTuple):
 def units(router: TaskRouter) -> Units:
     """The channels of a router, which keeps them: read again where its masks have changed since.
 
-    They are buffers of the router that are not saved. Under torch.compile they are taken as they are; loading a
-    checkpoint renews them.
+    They are buffers of the router that are not saved. Under torch.compile they are taken as they are, for how many
+    there are: which, ``live_of`` and ``dead_of`` read from the masks. Loading a checkpoint renews them.
     """
     mapping = router._unit_mapping
     if not torch.compiler.is_compiling() and not (mapping.is_meta and "_live" in router._buffers):
@@ -67,6 +67,11 @@ def renew(router: Any, *_: Any) -> None:
     units(router)
 
 
+def has_units(router: TaskRouter) -> bool:
+    """Whether its masks can be read, or need not be: not those that vmap maps over."""
+    return not is_mapped(router._unit_mapping)
+
+
 def row(table: Tensor, task: Task) -> Tensor:
     """[T, L], an int or 0-d -> [L]. A tensor's task out of range is an IndexError on a CPU; a GPU takes the nearest."""
     if not isinstance(task, Tensor):
@@ -75,6 +80,42 @@ def row(table: Tensor, task: Task) -> Tensor:
     if known is not None and not 0 <= known < len(table):
         raise IndexError(f"task: expected a task from 0 to {len(table) - 1}, got {known}")
     return table.index_select(0, task.to(table.device, torch.int64).clamp(0, len(table) - 1).reshape(1))[0]
+
+
+def live_of(router: TaskRouter, task: Task) -> Tensor:
+    """[L]: the channels of one task.
+
+    Under torch.compile they are read from the masks that the graph is given, which may be others than those of the
+    trace, as long as L stays.
+    """
+    found = units(router)
+    if not torch.compiler.is_compiling():
+        return row(found.live, task)
+    L = found.live.shape[1]
+    kept = row(router._unit_mapping, task) != 0
+    count = kept.sum()
+    torch._assert_async(count <= L if found.padded else count == L, _OTHER_MASKS)
+    return _rank(kept).topk(L).indices
+
+
+def dead_of(router: TaskRouter, task: Task) -> Tensor:
+    """[C - L]: the channels that are not in ``live_of``."""
+    dead = units(router).dead
+    if not torch.compiler.is_compiling():
+        return row(dead, task)
+    return _rank(row(router._unit_mapping, task) != 0).topk(dead.shape[1], largest=False).indices
+
+
+def _rank(kept: Tensor) -> Tensor:
+    """[C] numbers that fall from the first kept channel to the last, and on through the others."""
+    C = len(kept)
+    return kept * C - torch.arange(C, device=kept.device)
+
+
+_OTHER_MASKS = (
+    "task: expected masks with as many live channels as when the live model was compiled or exported, got another "
+    "number; compile or export it again"
+)
 
 
 def axis_of(router: TaskRouter | None, x: Tensor) -> int:

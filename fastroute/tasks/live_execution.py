@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..modules.reading import Memo
 from . import live_products
 from .active_task import Task, aware_parts, given
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
 from .live_batch_norm import dense_scale, live_batch_norm, uses_batch
-from .live_channels import CompactGroups, ExpandGroups, Sorted, Units, axis_of, expand, row, spread, units
+from .live_channels import (
+    CompactGroups,
+    ExpandGroups,
+    Sorted,
+    Units,
+    axis_of,
+    dead_of,
+    expand,
+    live_of,
+    row,
+    spread,
+    units,
+)
 from .router import TaskRouter
 
 #: Positions per task below which a convolution is faster channels-first on a CPU: its weights are most of its reading.
@@ -71,9 +85,11 @@ def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
 
 
 def is_idle(router: TaskRouter) -> bool:
-    """Whether it lets everything through, for every task."""
+    """Whether it lets everything through, for every task; in a graph, whatever masks are loaded."""
     if not router.use_routing:
         return True
+    if router._is_drawn and torch.compiler.is_compiling():
+        return False
     found = units(router)
     return not found.padded and found.dead.shape[1] == 0
 
@@ -88,10 +104,12 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
         index = spread(way.index(held.router), held.positions)
         return way.expand(x, index, held.router.unit_count * held.positions, axis_of(held.router, x))
 
-    for step in steps:
+    for n, step in enumerate(steps):
         kind, layer = step.kind, step.layer
         if kind == ROUTER and step.router is not None:
             if is_idle(step.router):
+                if step.router.use_routing and not step.router.inplace and _is_overwritten(steps, n):
+                    x = x.clone()  # as the router would
                 continue
             if held.pending and held.router is step.router:
                 x, held = way.mask(x, step.router, way.index(step.router)), held._replace(pending=False)
@@ -138,9 +156,41 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
     return way.end(full())
 
 
+def _is_overwritten(steps: list[Step], n: int) -> bool:
+    """Whether what comes to step n, where it may be somebody else's, is written to by a later one."""
+    if n and steps[n - 1].kind == MIX:
+        return False
+    for step in steps[n + 1 :]:
+        if step.kind == MIX:
+            return False
+        if getattr(step.layer, "inplace", False):
+            return True
+    return False
+
+
 def _is_last(held: Held, x: Tensor) -> bool:
     """Whether what is known of x is of its last axis, and that is not axis 1."""
     return held.router is not None and held.router.over_features(x)
+
+
+class _Steps:
+    """What tells one step of an optimizer from the next: fused ones, and some from elsewhere, change no version."""
+
+    last: object = None
+
+
+@cache
+def _steps() -> type[_Steps]:
+    def tell(*_: object) -> None:
+        _Steps.last = object()  # not a number: a compiled step would be guarded by it
+
+    register_optimizer_step_post_hook(tell)
+    return _Steps
+
+
+def _has_stamp(t: Tensor) -> bool:
+    """Whether it is a parameter that tells when it changes."""
+    return type(t) is nn.Parameter and not t.is_inference()
 
 
 class Single:
@@ -155,7 +205,7 @@ class Single:
 
     def index(self, router: TaskRouter) -> Tensor:
         if id(router) not in self._index:
-            self._index[id(router)] = row(units(router).live, self._tasks[id(router)])
+            self._index[id(router)] = live_of(router, self._tasks[id(router)])
         return self._index[id(router)]
 
     def favours(self, step: Step, x: Tensor, held: Held) -> bool:
@@ -183,7 +233,7 @@ class Single:
             return step.norm(y)
         dead = None
         if self._exact and step.router is not None and uses_batch(step.norm) and step.norm.running_mean is not None:
-            dead = row(units(step.router).dead, self._tasks[id(step.router)])
+            dead = dead_of(step.router, self._tasks[id(step.router)])
             dead = dead if len(dead) else None
         y_dead = None
         if dead is not None:
@@ -201,12 +251,14 @@ class Single:
         """Kept where nothing is trained; what changes one of these changes what they say."""
         W, b = live_products.weight_of(layer), layer.bias
         keep = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not keep or W.is_inference() or type(W) is not nn.Parameter:
+        if not keep or not _has_stamp(W) or not (b is None or _has_stamp(b)):
             return live_products.gather_weight(W, out, inp), live_products.gather_bias(b, out)
-        stamp = [
+        stamp: list[Any] = [
             None if t is None else (t.untyped_storage()._cdata, t._version, t.storage_offset(), t.dtype)
             for t in (W, b, out, inp)
         ]
+        if W.requires_grad or W.grad is not None or (b is not None and (b.requires_grad or b.grad is not None)):
+            stamp.append(_steps().last)
         memo = self._kept.get(id(layer))
         if not isinstance(memo, Memo):
             memo = self._kept[id(layer)] = Memo()
@@ -289,7 +341,7 @@ class Mixed:
         if out is None:
             return step.norm(y)
         scale, shift = dense_scale(step.norm)
-        return torch.addcmul(self._per_sample(shift, out, y), self._per_sample(scale, out, y), y)
+        return torch.addcmul(self._per_sample(shift, out, y), self._per_sample(scale, out, y), y).to(y.dtype)
 
     def _per_sample(self, channels: Tensor, index: Tensor, y: Tensor) -> Tensor:
         """[C] -> [B, L, 1, ...]: those of each sample's group."""

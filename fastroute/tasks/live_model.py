@@ -12,10 +12,10 @@ from ..modules import watching
 from ..modules.reading import Memo, Proof
 from ..ops.arguments import checked
 from ..ops.checks import tensor
-from .active_task import Task, is_mapped
+from .active_task import Task, hold_in_all, is_mapped
 from .layer_chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
-from .live_channels import sort, units
-from .live_execution import Mixed, Single, Way, called, walk
+from .live_channels import has_units, sort, units
+from .live_execution import Mixed, Single, Way, called, is_idle, walk
 from .router import TaskRouter
 
 
@@ -91,7 +91,7 @@ class _Plan(NamedTuple):
         found = list(leaves(sequence))
         chain = [leaf.module for leaf in found]
         routers = [m for m in chain if isinstance(m, TaskRouter)]
-        for router in routers:
+        for router in filter(has_units, routers):
             units(router)  # torch.compile is not to read masks
         layers = [m for m in chain if not isinstance(m, TaskRouter)]
         read = [*opened(sequence), *filter(is_known, layers)]
@@ -107,7 +107,8 @@ class LiveSequential(nn.Sequential):
     parametrizations, adapters, subclasses: see ``ops._modules``) are called, with inputs of the full width.
 
     In eval mode and without gradients the gathered weights of the last task are kept until a parameter or the task
-    changes. Writing through ``parameter.data`` is a change nobody can see: call ``eval()`` or ``train()`` after it.
+    changes, or an optimizer makes a step. Writing through ``parameter.data`` is a change nobody can see: call
+    ``eval()`` or ``train()`` after it.
 
     Args:
         sequence: what to run.
@@ -158,15 +159,17 @@ class LiveSequential(nn.Sequential):
 
     @property
     def active_task(self) -> Task:
-        """Of its first router."""
-        return self._plan().routers[0].active_task
+        """Of its first router; there is none without routers."""
+        routers = self._plan().routers
+        if not routers:
+            raise AttributeError("active_task: expected a router, got none")
+        return routers[0].active_task
 
     def set_active_task(self, active_task: Task) -> Task:
         """Make a task the active one of every router in it; returns it."""
         routers = self._plan().routers
-        if any(router.active_task is not active_task for router in routers):  # set_task has seen them before
-            for router in routers:
-                router.set_active_task(active_task)
+        if isinstance(active_task, Tensor) or any(router.active_task is not active_task for router in routers):
+            hold_in_all(routers, active_task, "active_task")  # unless set_task has, of an int
         return active_task
 
     def forward(self, x: Tensor, task: Task | None = None) -> Tensor:
@@ -202,14 +205,14 @@ class LiveSequential(nn.Sequential):
     @staticmethod
     def _checked(y: Tensor, task: Task | None, plan: _Plan) -> Tensor:
         for router in plan.routers:
-            y = router._checked(y, task)
+            y = y if is_idle(router) else router._checked(y, task)
         return y
 
     forward.is_a_sequence = True  # type: ignore[attr-defined]
 
     def _way(self, x: Tensor, task: Task | None, tasks: list[Task], plan: _Plan) -> Way | None:
         """How to run live; None for densely."""
-        if not tasks or x.dim() < 2 or any(map(is_mapped, tasks)):
+        if not tasks or x.dim() < 2 or any(map(is_mapped, tasks)) or not all(map(has_units, plan.routers)):
             return None
         first = tasks[0]
         if not any(isinstance(t, Tensor) and t.dim() for t in tasks):

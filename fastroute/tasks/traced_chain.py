@@ -103,6 +103,9 @@ def _name(node: fx.Node) -> str:
 def _layers_of(model: nn.Module, node: fx.Node) -> list[Leaf]:
     if node.op == "call_module":
         name = str(node.target)
+        if len(node.args) > 1 or node.kwargs:
+            others = [*node.args[1:], *node.kwargs]
+            raise ValueError(f"{name}: expected a layer that is called with one input, got {others} beside it")
         return _opened(name, model.get_submodule(name))
     module = _as_module(node)
     if module is None:

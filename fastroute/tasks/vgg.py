@@ -17,6 +17,8 @@ from ..modules.reading import may_be_read, reset, signature
 from ..ops import checks, dispatch
 from ..ops.arguments import Several, checked
 from .active_task import Task, TaskAware, aware_parts, on_device, traced
+from .live_execution import called
+from .live_model import LiveSequential
 from .masks import Sigma as Sigma
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_features, read
@@ -224,6 +226,9 @@ class VGG(TaskAware):
             if a < b or (t == self.task_count - 1 and not bounds[-1])
         ]
         made = torch.cat(parts)
+        if self.unused_grad == "zeros":  # a part of no elements has a gradient of zeros
+            every = [p for t in range(self.task_count) for p in self.get_layer(f"classifier_{t}").parameters()]
+            made = made + torch.cat([made.new_zeros(0), *(p.flatten()[:0].to(made.dtype) for p in every)]).sum()
         return made.new_zeros(x.shape[0], made.shape[1]).index_copy(0, plan.order[: len(made)], made)
 
     def reset_parameters(self) -> None:
@@ -252,11 +257,15 @@ def _routed(module: nn.Module, x: Tensor, task: Task | None) -> Tensor:
         return module(x)
     if hasattr(type(module), "set_active_task"):
         return module(x, task)
+    aware, others = aware_parts(module)
     if type(module) is nn.Sequential:
-        for layer in module:
-            x = _routed(layer, x, task)
-        return x
-    if any(hasattr(type(m), "set_active_task") for m in module.modules()):
+        if may_be_read(module):
+            for layer in module:
+                x = _routed(layer, x, task)
+            return x
+        if all(isinstance(other, LiveSequential) for other in others):
+            return called(module, x, task)
+    if aware or others:
         raise TypeError(
             f"task: expected routers in nn.Sequentials, to hand it to, got some inside a {type(module).__name__}; "
             f"set the task beforehand with set_task"

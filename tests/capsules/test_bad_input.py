@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastroute import EfficientVectorRouting, use_backend
+from fastroute import DefinableVectorRouting, EfficientVectorRouting, use_backend
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
 
@@ -172,3 +172,33 @@ def test_non_finite_input_stays_in_its_sample(backend: str, n_inp: int, bad: flo
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a[others], b[others])
     assert not found[0][1].isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("n_inp", [4, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_parameters_of_another_size_are_named(backend: str, n_inp: int, dtype: torch.dtype) -> None:
+    """Never broadcast: one, two or all of the axes of each parameter are 1, or one is longer by one."""
+    x = torch.zeros(2, 4, 6, dtype=dtype)
+    for name, given in EfficientVectorRouting(**{**GOOD, "n_inp": n_inp}).named_parameters(recurse=False):
+        for axis in range(given.dim()):
+            size = list(given.shape)
+            size[axis] = 1 if size[axis] > 1 else 2
+            for return_dict in (False, True):
+                module = EfficientVectorRouting(**{**GOOD, "n_inp": n_inp, "return_dict": return_dict}, dtype=dtype)
+                setattr(module, name, torch.nn.Parameter(torch.zeros(size, dtype=dtype)))
+                with use_backend(backend), pytest.raises(ValueError, match=r"^\w+: expected a tensor \[.*\], got \["):
+                    module(x)
+                if not return_dict:
+                    with use_backend(backend), pytest.raises(ValueError, match=r"^\w+: expected a tensor \[.*\], got"):
+                        module.stream(x)
+
+
+@pytest.mark.parametrize(("n_inp", "other"), [(4, -1), (4, 5), (-1, 4)])
+@pytest.mark.parametrize("kind", [EfficientVectorRouting, DefinableVectorRouting])
+def test_the_number_of_inputs_is_fixed(kind: Any, n_inp: int, other: int) -> None:
+    given = dict.fromkeys("AFGS", torch.nn.Identity()) if kind is DefinableVectorRouting else {"d_out": 5}
+    module = kind(**given, n_inp=n_inp, n_out=3, d_inp=6)
+    module.n_inp = n_inp
+    with pytest.raises(ValueError, match=f"^n_inp: expected {n_inp}, which the layer was made with, got {other}"):
+        module.n_inp = other

@@ -81,6 +81,9 @@ def test_of_two_routings() -> None:
 @pytest.mark.parametrize(
     ("phis", "message"),
     [
+        (A43, r"phis: expected a list of tensors, got a tensor \[4, 3\] of torch.float32; write \[phi\]"),
+        ([A43.long()], r"phis\[0\]: expected a floating-point tensor, got torch.int64"),
+        ([A43, A43.mT.double()], r"phis\[1\]: expected torch.float32 on cpu like phis\[0\], got .* of torch.float64"),
         ([], r"phis: expected at least one phi \[\.\.\., n_inp, n_out\], got none"),
         ([torch.zeros(3)], r"phis\[0\]: expected \[\.\.\., n_inp, n_out\], got \[3\]"),
         ([torch.zeros(4, 3), torch.zeros(2)], r"phis\[1\]: expected \[\.\.\., n_inp, n_out\], got \[2\]"),
@@ -91,7 +94,7 @@ def test_of_two_routings() -> None:
     ],
 )
 def test_bad_input(phis: list[Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match="^" + message):
         credit_assignment(phis)
 
 
@@ -316,6 +319,185 @@ def test_recording_layers_that_return_dicts() -> None:
     with record(module) as found:
         module(torch.randn(11, 8, dtype=F64))
     assert len(found[""]) == 1
+
+
+class Normed(EfficientVectorRouting):
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        return super().forward(3 * nn.functional.layer_norm(x, x.shape[-1:]), *args, **options)
+
+
+class Twice(EfficientVectorRouting):
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        return super().forward(x, *args, **options) + super().forward(-x, *args, **options)
+
+
+class Skip(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Half(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 * self.module(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x.roll(1, -2))
+
+
+def scaled(module: nn.Module) -> nn.Module:
+    module.register_forward_pre_hook(lambda _, args: (3 * args[0], *args[1:]))
+    return module
+
+
+def seen(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda _, __, y: y.detach() * 1 if isinstance(y, Tensor) else None)
+    return module
+
+
+def called(module: nn.Module) -> nn.Module:
+    """Its submodules have to be called."""
+    module.f.register_forward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize("change", [lambda m: m, scaled, seen, called], ids=["plain", "scaled", "seen", "called"])
+@pytest.mark.parametrize("kind", [EfficientVectorRouting, Normed, definable])
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_credit_is_of_what_the_routing_was_given(
+    kind: Callable[..., nn.Module], change: Callable[[nn.Module], nn.Module], lead: tuple[int, ...]
+) -> None:
+    """Whatever stands between the caller and the routing: phi is the one of the pass."""
+    if change is called and kind is definable:
+        change = scaled
+    seeds.manual_seed(0)
+    made = definable(n_iters=3) if kind is definable else kind(11, 4, 8, 8, n_iters=3, dtype=F64)
+    module, x = change(made), torch.randn(*lead, 11, 8, dtype=F64)
+    mask = torch.rand(*lead, 11, made.n_out) < 0.3
+    options: dict[str, Any] = {"lengths": torch.randint(1, 12, lead)} if lead else {}
+    with record(nn.ModuleDict({"r": module})) as found:
+        y = module(x, mask, **options)
+    hooks = module._forward_hooks.copy()
+    module._forward_hooks.clear()  # of a user, who expects tensors
+    phi = phi_of(module, x, mask, **options)
+    module._forward_hooks.update(hooks)
+    (one,) = found["r"]
+    same_map(one, phi)
+    same_map(Credit.routed(module, x, mask, **options), phi)
+    assert torch.equal(y, module(x, mask, **options))
+    if kind is Normed:
+        with pytest.raises(
+            TypeError, match=r"^model: expected routings, .* none of another forward, got Normed; record"
+        ):
+            trace(module, x)
+    else:
+        y, whole = trace(module, x)
+        same_map(whole, Credit.routed(module, x).dense())
+        assert torch.equal(y, module(x).detach())
+
+
+HOOKED = nn.Sequential(make(6, 6))
+HOOKED.register_forward_hook(lambda _, __, y: 2 * y)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (Skip(make(6, 6)), "got Skip;"), (Half(make(6, 6)), "got Half;"), (HOOKED, "got Sequential with a hook;"),
+        (scaled(Residual(make(6, 6))), "got Residual with a hook;"),
+        (scaled(Concatenate(make(6, 6))), "got Concatenate with a hook;"),
+        (scaled(Add(make(6, 6))), "got Add with a hook;"), (Doubled(5, 5, dtype=F64), "got Doubled;"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_a_trace_would_leave_out_is_refused(model: nn.Module, what: str) -> None:
+    with pytest.raises(TypeError, match=r"^model\.0: expected routings, .*" + what):
+        trace(nn.Sequential(model), torch.randn(2, 6, 5, dtype=F64))
+
+
+def test_a_layer_that_routes_twice() -> None:
+    twice, x = Twice(6, 4, 5, 5, dtype=F64), torch.randn(2, 6, 5, dtype=F64)
+    with record(twice) as found:
+        twice(x)
+    assert len(found[""]) == 2
+    with pytest.raises(TypeError, match=r"^layer: expected a Twice that routes once in a call, .* told of 2 routings"):
+        Credit.routed(twice, x)
+
+
+@pytest.mark.parametrize("kind", ["efficient", "called", "definable"])
+def test_one_pass_is_recorded_once(kind: str) -> None:
+    """What is drawn, counted and looked at in it is not drawn, counted and looked at again."""
+    seeds.manual_seed(0)
+    x, norm, looked = torch.randn(2, 11, 8, dtype=F64), nn.BatchNorm1d(11, dtype=F64), []
+    module = definable() if kind == "definable" else make(11, 5, 8, 6)
+    if kind == "definable":
+        module.A = nn.Sequential(norm, nn.Dropout(0.5), module.A)
+    elif kind == "called":
+        module.f = nn.Sequential(nn.Sigmoid(), nn.Dropout(0.5))
+    module.register_forward_hook(lambda _, __, y: looked.append(y.detach()))
+    for run in (trace, Credit.routed):
+        made = run(module, x)
+        assert len(looked) == 1
+        if run is trace:
+            y, credit = made
+            votes_ = module.F(x) if kind == "definable" else votes(module, x)
+            parts = (credit.dense()[..., None] * votes_).sum(-3)
+            assert_same(y, (parts if kind == "definable" else module.N(parts)).detach())
+        looked.clear()
+    norm.reset_running_stats()
+    with record(module) as found:
+        module(x)
+    assert len(found[""]) == len(looked) == 1 and norm.num_batches_tracked == (kind == "definable")
+
+
+def test_credit_is_of_the_weights_of_its_pass() -> None:
+    layer, x = make(6, 6), torch.randn(2, 6, 5, dtype=F64)
+    phi = phi_of(layer, x)
+    with record(layer) as found:
+        y = layer(x)
+    y.square().sum().backward()
+    for optimizer in (torch.optim.Adam(layer.parameters(), 0.1, fused=True), torch.optim.SGD(layer.parameters(), 0.1)):
+        optimizer.step()
+        same_map(found[""][0], phi)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("changed", ["x", "mask"])
+def test_an_input_changed_in_place_is_seen(changed: str, mode: Callable[[], Any]) -> None:
+    layer = make(6, 6)
+    with mode():
+        x, mask = torch.randn(2, 6, 5, dtype=F64), torch.zeros(2, 6, 6, dtype=torch.bool)
+        phi = phi_of(layer, x, mask)
+        with record(layer) as found:
+            y = layer(x, mask)
+        if changed == "x":
+            x += y
+        elif mode is torch.no_grad:
+            mask[0, 0] = True
+        if mode is torch.inference_mode:
+            same_map(found[""][0], phi)
+        else:
+            with pytest.raises(RuntimeError, match=r"^x_inp: expected the routing's input \(or its mask\) as it was"):
+                found[""][0].dense()
+
+
+def test_a_compiled_routing_says_that_it_tells_nothing() -> None:
+    model, x = nn.Sequential(make(6, 4)), torch.randn(2, 6, 5, dtype=F64)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), pytest.warns(UserWarning, match="record: _orig_mod.0 told nothing, as torch.compile"):  # noqa: SIM117
+        with record(compiled) as found:
+            compiled(x)
+    assert not found
+    with record(compiled) as found, torch.compiler.set_stance("force_eager"):
+        compiled(x)
+    same_map(found["_orig_mod.0"][0], phi_of(model[0], x))
+
+
+@pytest.mark.parametrize("container", [Residual, Concatenate, Add])
+def test_parts_that_return_dicts_are_named(container: type[nn.Module]) -> None:
+    with pytest.raises(TypeError, match=r"^modules?: expected to return a tensor .*, got dict; set its return_dict"):
+        container(make(6, 6, return_dict=True))(torch.randn(6, 5, dtype=F64))
 
 
 def test_no_matrix_is_stored() -> None:

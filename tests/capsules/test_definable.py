@@ -232,6 +232,125 @@ def test_votes_that_all_samples_share(backend: str) -> None:
             assert_same(got, expected, name)
 
 
+class Given(nn.Module):
+    """Votes that the caller has at hand."""
+
+    votes: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.votes
+
+
+def of_votes(votes: Tensor) -> DefinableVectorRouting:
+    made = layer(n_iters=2)
+    made.load_state_dict(_fixed_state(), strict=False)
+    made.F = Given()
+    made.F.votes = votes
+    return made
+
+
+def test_the_gradient_of_expanded_votes() -> None:
+    """Each sample's own, or none at all; of what they are expanded from, their sum."""
+    seeds.manual_seed(0)
+    x, memory = torch.randn(3, N, D, dtype=F64), torch.randn(N, M, H, dtype=F64)
+    whole = memory.expand(3, N, M, H).clone().requires_grad_()
+    (each,) = torch.autograd.grad(of_votes(whole)(x).square().sum(), whole)
+
+    def expanded() -> tuple[Tensor, Tensor]:
+        leaf = memory.clone().requires_grad_()
+        return leaf, leaf.expand(3, N, M, H)
+
+    leaf, votes = expanded()
+    votes.retain_grad()
+    of_votes(votes)(x).square().sum().backward()
+    assert_same(votes.grad, each)  # type: ignore[arg-type]
+    assert_same(leaf.grad, each.sum(0))  # type: ignore[arg-type]
+
+    seen: list[Tensor] = []
+    _, votes = expanded()
+    votes.register_hook(lambda grad: seen.append(grad))
+    of_votes(votes)(x).square().sum().backward()
+    module = of_votes(expanded()[1])
+    module.F.register_full_backward_hook(lambda _, __, grads: seen.append(grads[0]))
+    module(x).square().sum().backward()
+    own = memory.expand(3, N, M, H).requires_grad_()  # a leaf
+    seen += torch.autograd.grad(of_votes(own)(x).square().sum(), own)
+    assert len(seen) == 3
+    for grad in seen:
+        assert_same(grad, each)
+
+    _, votes = expanded()
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(of_votes(votes)(x).square().sum(), votes)
+    leaf, votes = expanded()
+    y = of_votes(votes)(x).square().sum()
+    (first,) = torch.autograd.grad(y, leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    whole = memory.expand(3, N, M, H).clone().requires_grad_()
+    (same,) = torch.autograd.grad(of_votes(whole)(x).square().sum(), whole, create_graph=True)
+    assert_same(second, torch.autograd.grad(same.sum(0).square().sum(), whole)[0].sum(0))
+
+    module = of_votes(memory)
+
+    def loss(memory: Tensor) -> Tensor:
+        module.F.votes = memory.expand(3, N, M, H)  # type: ignore[union-attr]
+        return module(x).square().sum()  # type: ignore[no-any-return]
+
+    assert_same(torch.func.grad(loss)(memory), each.sum(0))
+    tangent = torch.randn_like(memory)
+    assert_same(torch.func.jvp(loss, (memory,), (tangent,))[1], (each.sum(0) * tangent).sum())
+    stack = torch.stack([memory, -memory])
+    assert_same(torch.func.vmap(torch.func.grad(loss))(stack)[0], each.sum(0))
+
+
+def test_g_of_a_width_that_s_does_not_take() -> None:
+    wrong = layer()
+    wrong.G = nn.Linear(H, D + 1, dtype=F64)
+    with pytest.raises(ValueError, match=r"^G: expected to return predictions that S takes, .* width 8 .* \[2, 5, 9\]"):
+        wrong(torch.randn(2, N, D, dtype=F64))
+
+
+@pytest.mark.parametrize("n_iters", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["efficient", "any number", "definable"])
+@each_backend
+def test_a_learned_prior_has_its_gradient(backend: str, kind: str, masked: bool, n_iters: int) -> None:
+    """The buffer set to require one, or a parameter in its place; the number of a difference quotient."""
+    seeds.manual_seed(0)
+    x, mask = torch.randn(2, N, D, dtype=F64), torch.rand(2, N, M) < 0.3 if masked else None
+    if kind == "definable":
+        module: Any = layer(n_iters=n_iters)
+    else:
+        rows = -1 if kind == "any number" else N
+        module = fastroute.EfficientVectorRouting(rows, M, D, H, n_iters=n_iters, dtype=F64)
+
+    def loss() -> Tensor:
+        made: Tensor = module(x, mask)
+        return (made * torch.linspace(0, 1, H, dtype=F64)).square().sum()
+
+    with use_backend(backend):
+        module.CONST_ones_over_n_out.requires_grad_()
+        loss().backward()
+        grad = module.CONST_ones_over_n_out.grad
+        slope = torch.randn(M, dtype=F64)
+        with torch.no_grad():
+            module.CONST_ones_over_n_out.add_(slope, alpha=1e-6)
+            up = loss()
+            module.CONST_ones_over_n_out.sub_(slope, alpha=2e-6)
+            numeric = (up - loss()) / 2e-6
+            module.CONST_ones_over_n_out.add_(slope, alpha=1e-6)
+        torch.testing.assert_close((grad * slope).sum(), numeric, rtol=1e-6, atol=1e-7)
+        assert all(p.grad is not None for p in module.parameters() if p.shape != (1,)) or n_iters == 1
+        prior = nn.Parameter(module.CONST_ones_over_n_out.detach().clone())
+        del module.CONST_ones_over_n_out
+        module.CONST_ones_over_n_out = prior
+        loss().backward()
+        assert_same(prior.grad, grad)  # type: ignore[arg-type]
+    if kind != "definable":
+        with pytest.raises(ValueError, match=r"^CONST_ones_over_n_out: expected one that requires no gradient"):
+            module.stream(x)
+
+
 def _fixed_state() -> dict[str, Tensor]:
     generator = seeds.generator(9)
     shapes = {

@@ -252,3 +252,17 @@ def test_face() -> None:
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "error", "message"),
+    [
+        ((-1,), {}, ValueError, "batch: expected 0 or more, got -1"),
+        (("a",), {}, TypeError, "batch: expected an int, got 'a'"),
+        ((2, 1.5), {}, TypeError, "batch: expected an int, got 1.5"),
+        ((2,), {"generator": 3}, TypeError, r"generator: expected a torch\.Generator, got 3"),
+    ],
+)
+def test_initial_slots_of_no_size(batch: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        fastroute.SlotAttention(3, 4, 5).initial_slots(*batch, **options)

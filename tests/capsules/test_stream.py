@@ -308,8 +308,7 @@ def test_the_reader_stops_with_its_pass(tmp_path: Path) -> None:
     assert threading.active_count() == before + 1
     chunks.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
-    wrong = make()
-    wrong.n_inp = N - 1
+    wrong = EfficientVectorRouting(N - 1, *SIZES["fixed"][1:], dtype=F64)
     with pytest.raises(ValueError, match="n_inp: expected 22"):
         wrong.stream(np.memmap(tmp_path / "x", np.float64, "r", shape=(N, D)), rows=2)
     assert threading.active_count() == before

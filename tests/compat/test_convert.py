@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import multitask
+from fastroute import multitask, networks
 from fastroute.cli import main
 from fastroute.compat.checkpoints import UPSTREAMS, CannotConvert, Report, convert
 from fastroute.compat.heinsen_routing import EfficientVectorRouting
@@ -127,7 +127,7 @@ WRONG: dict[str, tuple[Any, str, str]] = {
     "half a layer": ({"a.CONST_one": torch.ones(())}, "heinsen_routing_2019", "a.: expected all keys of Generative"),
     "shapes": (EVR | {"W_S": torch.ones(2, 2)}, "heinsen_routing", r"W_S: expected shape \[2, 3\], got \[2, 2\]"),
     "no masks": (
-        {"a._unit_mapping": torch.full((2, 3), 0.5)},
+        {"a._unit_mapping": torch.full((2, 3), torch.nan)},
         "taskrouting",
         "a._unit_mapping: expected zeros and ones",
     ),
@@ -201,6 +201,26 @@ def test_whole_models_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.Monk
     assert not ran and not (tmp_path / "out.pt").exists()
 
 
+def test_decayed_masks(trip: Trip) -> None:
+    """What upstream's weight decay leaves, which compat's routers load."""
+    mapping = torch.tensor([[0.95, 0.0, 0.9]])
+    (layer,) = trip({"a._unit_mapping": mapping}, "taskrouting").layers
+    assert layer == "a: TaskRouter(unit_count=3, task_count=1, sigma=1) with decayed masks, as fastroute.compat has"
+
+
+@pytest.mark.parametrize("make", [
+    lambda: networks.Selection(nn.Linear(2, 3), nn.Linear(2, 3), stacked=True),
+    lambda: networks.REINFORCE(2, 3, 2, stacked=True),
+    lambda: nn.Sequential(networks.REINFORCE(2, 3, 2), networks.Selection(nn.Linear(2, 3), nn.Identity())),
+], ids=["selection", "decision", "none is stacked"])  # fmt: skip
+def test_stacked_modules_are_not_upstreams(make: Callable[[], nn.Module], trip: Trip) -> None:
+    model = make()
+    if any(isinstance(part, networks.Stack) for part in model.modules()):
+        with pytest.raises(CannotConvert, match=r"pattern\.\S+: expected modules in lists.*unstacked_state_dict"):
+            trip(model.state_dict(), "PytorchRouting", back=True)
+    assert not trip(networks.unstacked_state_dict(model), "PytorchRouting", back=True).left
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("cut", [0, 10, -40])
 def test_truncated_files(cut: int, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +239,7 @@ def test_truncated_files(cut: int, suffix: str, tmp_path: Path, capsys: pytest.C
     [
         (["no.pt", "out.pt", "--from", "torchmtl"], 1, "no.pt: expected a file, found none"),
         (["in.pt", "no/such/out.pt", "--from", "heinsen_routing"], 1, "out.pt: expected a file in an existing folder"),
-        (["in.pt", "in.pt", "--from", "heinsen_routing"], 1, "in.pt: expected another file than in.pt, of which not"),
+        (["in.pt", "in.pt", "--from", "heinsen_routing"], 1, "in.pt: expected another file than in.pt, which is kept"),
         (["in.pt", "./in.pt", "--from", "heinsen_routing"], 1, "in.pt: expected another file than in.pt"),
         (["in.pt", "", "--from", "heinsen_routing"], 1, ".: cannot be written (a folder)"),
         (["in.pt", "/dev/full", "--from", "heinsen_routing"], 1, "/dev/full: cannot be written"),

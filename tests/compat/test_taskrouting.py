@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,67 @@ def test_checkpoints_and_optimizers_both_ways() -> None:
     assert (
         torch.equal(literal.features[1].get_unit_mapping(), before) and literal.features[1]._unit_mapping.grad is None
     )
+
+
+#: What may have become of masks, and of the router since: they are multiplied by, as upstream's.
+DECAYED: dict[str, Callable[[TaskRouter], TaskRouter]] = {
+    "an optimizer": lambda r: decay(r),
+    "a checkpoint": lambda r: loaded(TaskRouter(8, T, 3), decay(r).state_dict()),
+    "assigned": lambda r: loaded(TaskRouter(8, T, 3), decay(r).state_dict(), assign=True),
+    "a new parameter": lambda r: renewed(r),
+    "a copy": lambda r: copy.deepcopy(decay(r)),
+    "moved": lambda r: decay(r).double().float(),
+    "moved before": lambda r: decay(r.double().float()),
+    "drawn again": lambda r: drawn(decay(r)),
+    "zeros and ones": lambda r: r,
+}
+
+
+def decay(router: TaskRouter) -> TaskRouter:
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, weight_decay=0.5)
+    router._unit_mapping.grad = torch.zeros_like(router._unit_mapping)
+    optimizer.step()
+    assert set(router.get_unit_mapping().unique().tolist()) == {0.0, torch.tensor(0.95).item()}
+    return router
+
+
+def loaded(router: TaskRouter, state: dict[str, Any], **options: bool) -> TaskRouter:
+    router.load_state_dict(state, **options)
+    return router
+
+
+def renewed(router: TaskRouter) -> TaskRouter:
+    router._unit_mapping = nn.Parameter(router._unit_mapping.detach() * 2)
+    return router
+
+
+def drawn(router: TaskRouter) -> TaskRouter:
+    router.reset_parameters()
+    return router
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("what", DECAYED)
+def test_masks_of_other_numbers(what: str, compiled: bool) -> None:
+    """As upstream multiplies by them, whatever they are; a checkpoint that has them is loaded strictly."""
+    router, x = TaskRouter(8, T, 3), torch.randn(4, 8, 2, 2)
+    router(x.clone())
+    router = DECAYED[what](router)
+    run = torch.compile(router, fullgraph=True, backend="eager") if compiled else router
+    mapping = router.get_unit_mapping().detach()
+    for task in (2, torch.tensor(1), torch.tensor([0, 2, 2, 1], dtype=torch.int32)):
+        rows = mapping[torch.as_tensor(task).reshape(-1).long()][:, :, None, None]
+        for given in (x, x.bfloat16()):
+            leaf = given.clone().requires_grad_()
+            y = run(leaf, task)
+            y.sum().backward()
+            assert torch.equal(y.detach(), (given * rows).to(given.dtype)) and bool((leaf.grad == 1).all())  # type: ignore[union-attr]
+
+
+def test_masks_that_are_no_numbers() -> None:
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(RuntimeError, match="_unit_mapping: expected masks of zeros and ones"):
+            TaskRouter(8, T, 3).load_state_dict({"_unit_mapping": torch.full((T, 8), bad)})
 
 
 @pytest.mark.parametrize("file", golden.names("tasks", "tr_vgg11_masks*"))

@@ -15,6 +15,7 @@ from fastroute import multitask
 from fastroute.compat import install, torchmtl
 from fastroute.compat.torchmtl import MTLModel
 from fastroute.compat.torchmtl.wrapping_layers import Concat, SimpleSelect
+from fastroute.multitask.graph import Graph
 from tests.helpers import seeds
 from tests.helpers.multitask import README_TASKS, Tagged, load, readme, triple
 from tests.helpers.subprocesses import check_python
@@ -257,6 +258,38 @@ def test_output_tasks_is_a_list_to_be_changed() -> None:
     ours = multitask.MTLModel(readme(), names := ["Task1"])
     ours.output_tasks.append("Task3")
     assert len(ours(x)[0]) == 2 and names == ["Task1"]
+
+
+def test_losses_weights_and_graph_are_assigned() -> None:
+    """As upstream's plain attributes: a call takes what was given; a learned weight that is given back stays so."""
+    model, x = MTLModel(readme(), ["Task1", "Task3"]), torch.ones(2, 16)
+    first, learned = nn.L1Loss(), model.Task3_loss
+    model.losses = {"Task1": first}
+    assert model(x)[1] == [first, None] and dict(model.losses) == {"Task1": first}
+    model.losses = nn.ModuleDict({"Task3": first})
+    assert model(x)[1] == [None, first] and "losses" not in model._modules
+    model.loss_weights = {"Task3": learned, "Task1": 2.0}
+    assert model(x)[2][0] == 2.0 and model(x)[2][1] is learned is model.Task3_loss
+    model.loss_weights = {}
+    assert model(x)[2] == [None, None] and "Task3_loss" in model.state_dict()
+    for name in ("losses", "loss_weights"):
+        before = dict(getattr(model, name))
+        with pytest.raises(ValueError, match=rf"{name}: expected names of nodes, got \['Task9'\]"):
+            setattr(model, name, {"Task9": 1.0})
+        with pytest.raises(TypeError, match=f"{name}: expected a dict, got 3"):
+            setattr(model, name, 3)
+        assert dict(getattr(model, name)) == before
+    layers = {name: nn.Linear(3, 3) for name in "AB"}
+    chain = MTLModel([{"name": "A", "layers": layers["A"]}, {"name": "B", "layers": layers["B"], "anchor_layer": "A"}],
+                     ["B"])  # fmt: skip
+    chain.g = Graph(["root", "A", "B"], [("root", "B"), ("B", "A")])
+    x = torch.ones(2, 3)
+    assert list(chain.g.predecessors("A")) == ["B"] and torch.equal(chain(x)[0][0], layers["B"](x))
+    assert torch.equal(chain.outputs["A"], layers["A"](layers["B"](x)))
+    for bad in (Graph(["A", "B"], [("A", "B"), ("B", "A")]), Graph(["A"], []), 3):
+        with pytest.raises(ValueError, match=r"g: expected|anchor|cycle"):
+            chain.g = bad
+        assert torch.equal(chain(x)[0][0], layers["B"](x))
 
 
 def test_overrides_that_nobody_would_call() -> None:

@@ -326,6 +326,67 @@ def test_a_tasks_gradient_passes_no_other_task() -> None:
     assert torch.autograd.grad(losses["head0"], others, allow_unused=True) == (None,) * len(others)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("structure", ONE_NODE)
+def test_heads_in_turn(structure: str, frozen: bool) -> None:
+    """Each has its backward pass and its step before the next, as one by one."""
+    kept = structure in ("deep", "leading")  # what comes before the first product is of all heads
+    found = []
+    for fuse in (True, False):
+        heads = heads_of(structure)
+        x = torch.randn(3, 5, dtype=torch.float64, generator=seeds.generator(2)).requires_grad_(not frozen)
+        ys = together(heads, x) if fuse else [h(x) for h in heads]
+        for head, y in zip(heads, ys, strict=True):
+            y.square().sum().backward(retain_graph=fuse and kept)
+            torch.optim.SGD(head.parameters(), 0.1).step()
+        found.append([*(p for h in heads for p in h.parameters()), *([] if frozen else [x.grad])])
+        if not fuse or not kept:
+            with pytest.raises(RuntimeError, match=r"second time|inplace operation"):
+                ys[0].square().sum().backward()
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_only_what_a_gradient_reads_is_held_against_it() -> None:
+    """By layer, weight or bias, and whether x has a gradient: an error where, and only where, one by one has one."""
+    for layer, name, wants in [(k, n, w) for k in (0, 2) for n in ("weight", "bias") for w in (False, True)]:
+        told = []
+        for fuse in (True, False):
+            heads = heads_of("mlp")
+            x = torch.randn(3, 5, dtype=torch.float64).requires_grad_(wants)
+            ys = together(heads, x) if fuse else [h(x) for h in heads]
+            with torch.no_grad():
+                getattr(heads[1][layer], name).add_(1)
+            ys[0].sum().backward()  # which is of another head
+            try:
+                ys[1].sum().backward()
+                told.append("")
+            except RuntimeError as error:
+                told.append("inplace operation" if "inplace operation" in str(error) else str(error))
+        assert told[0] == told[1], (layer, name, wants)
+
+
+def test_a_second_derivative_reads_biases_too() -> None:
+    heads = heads_of("tanh")
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    ys = together(heads, x)
+    with torch.no_grad():
+        heads[1][0].bias.add_(1)
+    torch.autograd.grad(ys[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(ys[1].sum(), x, create_graph=True)
+
+
+def test_what_changes_between_heads_in_turn_is_an_error() -> None:
+    heads = heads_of("linear")
+    x = torch.randn(3, 5, dtype=torch.float64)
+    ys = together(heads, x)
+    ys[0].sum().backward()
+    x.add_(1)
+    with pytest.raises(RuntimeError):
+        ys[1].sum().backward()
+
+
 def test_frozen_heads() -> None:
     model, plain = model_of().double(), model_of(fuse_heads=False).double()
     x = torch.randn(3, 4).double()

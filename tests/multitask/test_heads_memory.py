@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastroute.multitask import MTLModel
 from fastroute.multitask.heads import Siblings
+from tests.helpers import seeds
 from tests.helpers.subprocesses import check_python
 
 from .test_heads import T, model_of
@@ -109,6 +110,53 @@ def test_parameters_that_somebody_has_put_somewhere_stay() -> None:
     tied.head1[0].weight = tied.head0[0].weight
     agrees(tied)
     sum(y.sum() for y in tied(torch.randn(3, 4))[0]).backward()
+
+
+USERS: dict[str, Callable[[MTLModel], Any]] = {
+    "tied by data": lambda m: setattr(m.head1[0].weight, "data", m.head0[0].weight.data),
+    "tied to something else": lambda m: nn.Parameter(m.head3[0].weight.detach()),
+    "state dict": lambda m: m.state_dict(),
+    "detached": lambda m: m.head2[0].weight.detach(),
+    "a row": lambda m: m.head2[0].weight.data[1],
+    "numpy": lambda m: m.head4[2].bias.detach().numpy(),
+    "dlpack": lambda m: torch.from_dlpack(m.head4[2].bias.detach()),
+}  # fmt: skip
+
+
+def everywhere(kept: Any) -> list[torch.Tensor]:
+    parts = list(kept.values()) if isinstance(kept, dict) else [] if kept is None else [kept]
+    return [torch.as_tensor(part).detach().clone() for part in parts]
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("use", USERS)
+def test_memory_that_somebody_else_uses_stays(use: str, first: bool) -> None:
+    """What a parameter has in common with others before it is called, or after, it has in training, as one by one."""
+    found = []
+    for fuse in (True, False):
+        model = model_of(fuse_heads=fuse)
+        if first:
+            agrees(model)
+        kept = USERS[use](model)
+        if first:
+            model.head5[0].weight.data = model.head5[0].weight.data.clone()  # parts it from the others
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        seeds.manual_seed(7)
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum(y.square().sum() for y in model(torch.randn(3, 4))[0]).backward()
+            optimizer.step()
+        found.append([*everywhere(kept), *(p.detach().clone() for p in model.parameters())])
+        agrees(model)
+        if fuse and use != "tied by data":
+            del kept
+            agrees(model)
+            assert lie_side_by_side(model)  # once nobody else uses it
+    skip = {"state dict": "head5.0.weight"}.get(use) if first else None
+    names = list(model.state_dict()) if use == "state dict" else []
+    for k, (a, b) in enumerate(zip(*found, strict=True)):
+        if skip is None or k >= len(names) or names[k] != skip:
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), k
 
 
 def test_functional_call() -> None:

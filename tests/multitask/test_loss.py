@@ -299,6 +299,48 @@ def test_hooks_of_a_loss_run() -> None:
     assert calls == [1]
 
 
+def _own_forward(loss: nn.Module) -> None:
+    loss.forward = lambda a, b: (a - b).abs().pow(3).mean()
+
+
+def _scaled(grads: Any, by: float = 10.0) -> Any:
+    return tuple(None if g is None else by * g for g in grads)
+
+
+CALLED: dict[str, Callable[[nn.Module], Any]] = {
+    "a forward of its own": _own_forward,
+    "hook": lambda loss: loss.register_forward_hook(lambda m, i, o: 2 * o),
+    "pre-hook": lambda loss: loss.register_forward_pre_hook(lambda m, i: (2 * i[0], i[1])),
+    "backward hook": lambda loss: loss.register_full_backward_hook(lambda m, i, o: _scaled(i)),
+    "backward pre-hook": lambda loss: loss.register_full_backward_pre_hook(lambda m, o: _scaled(o)),
+    "global hook": lambda loss: nn.modules.module.register_module_forward_hook(
+        lambda m, i, o: 3 * o if m is loss else None
+    ),
+    "global backward hook": lambda loss: nn.modules.module.register_module_full_backward_hook(
+        lambda m, i, o: _scaled(i) if m is loss else None
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CALLED)
+@pytest.mark.parametrize("make", [nn.MSELoss, nn.SmoothL1Loss, lambda: nn.HuberLoss(delta=0.5)])
+def test_a_loss_that_may_not_be_read_is_called(make: Callable[[], nn.Module], change: str) -> None:
+    loss = make()
+    handle = CALLED[change](loss)
+    try:
+        found = []
+        for run in (lambda p, y: task_losses({"t": p}, {"t": y}, {"t": loss})[0]["t"], loss):
+            p, y = torch.arange(8.0).view(4, 2).requires_grad_(), torch.ones(4, 2)
+            value = run(p, y)
+            value.backward()
+            found.append((value, p.grad))
+    finally:
+        if handle is not None:
+            handle.remove()
+    (value, grad), (expected, wanted) = found
+    assert torch.allclose(value, expected) and torch.allclose(grad, wanted)
+
+
 def test_nothing_is_read_from_the_device() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

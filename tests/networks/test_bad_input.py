@@ -191,7 +191,8 @@ def test_strict() -> None:
 
 SELECTIONS: list[tuple[Any, type[Exception], str]] = [
     (lambda x: linears(3)(x, start(x), None), ValueError, "actions: .*among 3 modules by, got None"),
-    (lambda x: linears(3)(x, start(x), [0] * 5), TypeError, r"actions: expected an integer tensor \[B\], got list"),
+    (lambda x: linears(3)(x, start(x), [0.5] * 5), TypeError, r"actions: expected an integer tensor \[B\], got torch"),
+    (lambda x: linears(3)(x, start(x), "12345"), TypeError, "actions: expected a tensor or a list of numbers, got"),
     (lambda x: linears(3)(x, start(x), torch.zeros(5)), TypeError, "actions: .*got torch.float32"),
     (lambda x: linears(3)(x, start(x), ZEROS.bool()), TypeError, "actions: .*got torch.bool"),
     (lambda x: linears(3)(x, start(x), ZEROS[:4]), ValueError, r"actions: expected one per sample, .*got \[4\]"),

@@ -255,6 +255,35 @@ def test_set_exploration(formula: str) -> None:
 
 
 @each_class
+@each_formula
+def test_exploration_is_what_set_exploration_sets(algo: str, formula: str) -> None:
+    """The attribute, too, which is no other one beside it."""
+    called, assigned = (decision(algo, K, formula=formula, exploration=0.4, set_pg_temp=True) for _ in range(2))
+    called.set_exploration(0.2)
+    assigned.exploration = 0.2
+    assert _explores(assigned) == _explores(called) != _explores(decision(algo, K, formula=formula, set_pg_temp=True))
+    factor = 3 if (algo, formula) == ("EGreedyREINFORCE", "upstream") else 1
+    assert assigned.exploration == pytest.approx(0.2 * factor)
+    with pytest.raises(ValueError, match="exploration: expected a number from 0 to 1"):
+        assigned.exploration = 1.5
+
+
+def _explores(layer: Any) -> tuple[float, float | None]:
+    return layer._exploration, getattr(layer, "_temperature", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gumbel_softmax_gives_the_batch_in_value(dtype: torch.dtype, masked: bool) -> None:
+    seeds.manual_seed(0)
+    x = (torch.randn(500, F) * 1000).to(dtype)
+    layer = decision("GumbelSoftmax", K, policy_storage_type="tabular")
+    mask = torch.arange(500) % 3 > 0 if masked else None
+    y, _, _ = layer(x, start(x), None, mask)
+    assert y.dtype == dtype and torch.equal(y, x) and y.requires_grad == dtype.is_floating_point
+
+
+@each_class
 @pytest.mark.parametrize("e", [-0.1, 1.5, float("nan")])
 def test_exploration_has_a_range(algo: str, e: float) -> None:
     with pytest.raises(ValueError, match="exploration: expected a number from 0 to 1"):

@@ -302,7 +302,7 @@ def test_what_the_trajectory_has_of_it() -> None:
     decide(x, meta)
     assert meta.actions.shape == (2, B) and [m.after for m in meta.mixtures] == [1]
     record = meta.mixtures[0]
-    assert record.actions is actions and record.choices == K and torch.equal(record.active, mask)
+    assert torch.equal(record.actions, actions) and record.choices == K and torch.equal(record.active, mask)
     assert meta[0].mixtures == [] and len(meta[0].steps) == len(meta[1].steps) == 2
     assert torch.equal(meta[1].mixtures[0]["actions"], actions[1])
     assert torch.equal(meta[1].mixtures[0]["weights"], record.weights[1])

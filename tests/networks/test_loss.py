@@ -22,6 +22,7 @@ from fastroute.networks import (
     PassThrough,
     PerActionBaseReward,
     PerTaskAssignment,
+    Trajectory,
 )
 from tests.helpers import seeds
 from tests.helpers.networks import FORMULAS, LEARNING, F, decision, linears, play, start
@@ -84,6 +85,69 @@ def test_the_users_loss_is_left_as_it_is() -> None:
     assert loss.reduction == "mean"
 
 
+class Scaled(nn.Module):
+    """A loss with a state among its attributes: how often it was called, and a running mean that it divides by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction, self.calls, self.mean = "mean", 0, torch.ones(())
+
+    def forward(self, yest: Tensor, ytrue: Tensor) -> Tensor:
+        each = (yest - ytrue).square().mean(1)
+        self.calls, self.mean = self.calls + 1, 0.5 * self.mean + 0.5 * each.detach().mean()
+        each = each / self.mean
+        return each.mean() if self.reduction == "mean" else each
+
+
+class OfTorch(nn.MSELoss):
+    """A class of PyTorch's, with a state."""
+
+    calls = 0
+
+    def forward(self, yest: Tensor, ytrue: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(yest, ytrue)
+
+
+def shadowed() -> nn.Module:
+    """A loss whose instance has a forward of its own, which looks at that instance."""
+    made: Any = nn.L1Loss()
+    plain = made.forward
+    made.forward = lambda *pair: 2 * plain(*pair)
+    return made  # type: ignore[no-any-return]
+
+
+LOSSES: dict[str, Any] = {
+    "PyTorch's": nn.MSELoss, "of a sum": lambda: nn.SmoothL1Loss(reduction="sum"), "with a state": Scaled,
+    "a subclass": OfTorch, "a forward of its own": shadowed,
+    "compiled": lambda: torch.compile(nn.MSELoss(), backend="eager"),
+    "compiled with a state": lambda: torch.compile(Scaled(), backend="eager"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_users_loss_keeps_its_reduction_and_its_state(name: str, fails: bool) -> None:
+    """It gives what it gives on its own, call by call, and is afterwards what it was, after an error too."""
+    (y, meta), t = routed(), targets("values")
+    mine, other = LOSSES[name](), LOSSES[name]()
+    loss, before = Loss(mine, NegLossReward()), mine.reduction
+    if fails:
+        with pytest.raises((TypeError, RuntimeError)):
+            loss(y, meta, t[:, :2])
+        assert mine.reduction == before
+        return
+    for scale in (1.0, 10.0):
+        found, _ = loss(scale * y, meta, t, reduce=False)
+        expected = other(scale * y, t)
+        of_sample = 1 if "state" in name else F
+        torch.testing.assert_close(found.sum(), expected if name == "of a sum" else expected * B * of_sample)
+        assert mine.reduction == before
+    for one, same in zip((mine, other), (other, mine), strict=True):
+        assert getattr(one, "calls", 0) == getattr(same, "calls", 0)
+        torch.testing.assert_close(one(y, t), same(y, t))
+
+
 def huber(yest: Tensor, ytrue: Tensor, reduction: str = "mean") -> Tensor:
     return functional.huber_loss(yest, ytrue, reduction=reduction)
 
@@ -106,6 +170,30 @@ def test_functions_as_losses(loss: Any) -> None:
     except TypeError:
         each = loss(y, targets("values"))
     torch.testing.assert_close(made, each.reshape(B, -1).sum(1))
+
+
+@pytest.mark.parametrize("function", [nn.MSELoss(), nn.L1Loss(), nn.BCEWithLogitsLoss(), lambda a, b: (a - b) ** 2])
+@pytest.mark.parametrize(
+    ("of_y", "of_target"), [((5, 1), (5,)), ((5,), (5, 1)), ((5, 1, 3), (5, 3)), ((5, 3), (5, 1, 3))]
+)
+def test_targets_get_the_predictions_shape(function: Any, of_y: tuple[int, ...], of_target: tuple[int, ...]) -> None:
+    """PyTorch would broadcast [B, 1] against [B] to [B, B], the losses of all pairs."""
+    y, target = torch.rand(of_y, dtype=torch.float64), torch.rand(of_target, dtype=torch.float64)
+    loss = Loss(function, NegLossReward())
+    found, _ = loss(y, Trajectory(5), target, reduce=False)
+    expected, _ = loss(y, Trajectory(5), target.reshape(of_y), reduce=False)
+    assert torch.equal(found, expected)
+
+
+def test_all_pairs_are_no_losses() -> None:
+    """Integers may be classes, so they keep their shape: what would be made of them is refused."""
+    loss = Loss(lambda a, b: (a - b).square(), NegLossReward())
+    with pytest.raises(
+        ValueError, match=r"one loss per sample, 5, got shape \[5, 5\] of ysest \[5, 1\] and ystrue \[5\]"
+    ):
+        loss(torch.rand(5, 1), Trajectory(5), torch.arange(5))
+    losses, _ = Loss(nn.CrossEntropyLoss(), NegLossReward())(torch.rand(5, 1), Trajectory(5), torch.zeros(5).long())
+    assert losses == 0
 
 
 def test_a_reduced_loss_is_refused() -> None:
@@ -165,6 +253,71 @@ def test_final_rewards_of_a_users_own(reward: Any, ystrue: bool) -> None:
     )
     torch.testing.assert_close(meta.final_reward, -2 * losses.detach())
     assert not meta.final_reward.requires_grad and routing.shape == (B,)
+
+
+def _negated(loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
+    loss *= -1
+    return loss
+
+
+def _overwritten(loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
+    found = -loss.clone()
+    for t in (loss, yest, ytrue):
+        t.zero_()
+    return found
+
+
+class _InBulk(BaseReward):
+    """Gives the same tensor in each call."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function, self.given = function, torch.empty(B)
+
+    def rewards(self, loss: Tensor, yest: Tensor, ytrue: Tensor) -> Tensor:
+        return self.given.copy_(self.function(loss, yest, ytrue))
+
+
+class _PerAction(PerActionBaseReward):
+    """Of a loss's own numbers, which it writes into."""
+
+    def register_all(self, dists: Any, actions: Tensor, active: Tensor | None = None) -> None:
+        actions.fill_(-1)
+
+    def rewards(self, dists: Any, actions: Tensor, like: Tensor) -> Tensor:
+        actions += 1
+        return like.fill_(0.25)
+
+
+@pytest.mark.parametrize("reward", [_negated, _overwritten, _InBulk(_negated), _InBulk(_overwritten)])
+@pytest.mark.parametrize("per_action", [None, _PerAction])
+def test_a_users_reward_may_write_into_what_it_is_given(reward: Any, per_action: Any) -> None:
+    expected, got = [], []
+    for made, f in ((expected, NegLossReward()), (got, reward)):
+        y, meta = routed(additional_reward_func=per_action and per_action())
+        t = targets("values")
+        losses, routing = vectors(MSE, y, meta, t, reward=f)
+        first = meta.final_reward.clone()
+        vectors(MSE, 2 * y, routed()[1], t, reward=f)  # a later batch
+        made += [losses, routing, first, meta.final_reward, meta.actions, t]
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a, b)
+
+
+_CALLS = torch.zeros(1)
+
+
+def test_a_function_that_writes_is_called_sample_by_sample() -> None:
+    """Whatever it writes into."""
+
+    def counting(loss: Tensor, yest: Tensor, ytrue: Tensor, calls: Tensor = _CALLS) -> Tensor:
+        calls += 1
+        return loss * 0 + calls
+
+    y, meta = routed()
+    _CALLS.zero_()
+    vectors(MSE, y, meta, targets("values"), reward=counting)
+    assert meta.final_reward.tolist() == list(range(1, B + 1))
 
 
 def test_a_users_own_error_is_seen() -> None:

@@ -389,6 +389,8 @@ def test_one_plan_for_all_decisions_of_the_same_agents() -> None:
     assert meta.plan_of(agents, 3) is not first
     agents[0] = 1
     assert meta.plan_of(agents, 2).order.tolist() == [3, 0, 1, 2]
+    agents.numpy()[1] = 0  # by whom no version is counted
+    assert meta.plan_of(agents, 2).order.tolist() == [1, 3, 0, 2]
     with torch.inference_mode():
         own = torch.tensor([1, 0, 0, 0])
         assert meta.plan_of(own, 2).order.tolist() == [1, 2, 3, 0]

@@ -109,6 +109,32 @@ def test_as_a_decorator() -> None:
     assert asked() == "reference" and requested() == "auto"
 
 
+def test_as_a_call() -> None:
+    """As ``strict``: it acts at once, and looks at the name; what it returns takes it back, and serves again."""
+    switched = use_backend("reference")
+    try:
+        assert requested() == "reference"
+        with pytest.raises(ValueError, match=r"use_backend: expected one of .*, got 'cuda'"):
+            use_backend("cuda")
+        assert requested() == "reference"
+    finally:
+        switched.__exit__(None, None, None)
+    assert requested() == "auto"
+    for _ in range(2):
+        with switched:
+            assert requested() == "reference"
+        assert requested() == "auto"
+
+
+def test_in_a_compiled_function() -> None:
+    def asked(x: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return functional.policy(x).value
+
+    x = torch.randn(4, 3)
+    assert torch.equal(torch.compile(asked, fullgraph=True, backend="eager")(x), asked(x)) and requested() == "auto"
+
+
 def test_a_request_that_cannot_be_met_says_why() -> None:
     half = vector_case(Size(2, 33, 5, 12), dtype=torch.float16).inputs
     why = (
@@ -150,12 +176,13 @@ def test_environment() -> None:
     code = """
 import os
 import torch, torch._dynamo
-for name in ("reference", "", "fast"):
+for name in ("reference", None, "", "fast"):
     if os.fork():
         assert os.wait()[1] == 0
         continue
-    if name:
+    if name is not None:
         os.environ["FASTROUTE_BACKEND"] = name
+    os.environ["FASTROUTE_ISA"] = ""
     import fastroute
     layer, x = fastroute.EfficientVectorRouting(4, 3, 6, 5), torch.zeros(2, 4, 6)
     try:
@@ -165,8 +192,8 @@ for name in ("reference", "", "fast"):
         print(error, flush=True)
     os._exit(0)
 """
-    named, free, unknown = check_python(code, {"FASTROUTE_BACKEND": None}).splitlines()
-    assert named == "reference" and free == ("native" if "native" in HERE else "reference")
+    named, free, empty, unknown = check_python(code, {"FASTROUTE_BACKEND": None}).splitlines()
+    assert named == "reference" and free == empty == ("native" if "native" in HERE else "reference")
     assert unknown == "FASTROUTE_BACKEND: expected one of auto, triton, native, reference, got 'fast'"
 
 

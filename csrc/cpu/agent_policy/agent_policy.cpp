@@ -13,8 +13,8 @@
 #include <type_traits>
 
 #include "common/check.h"
-#include "common/empty.h"
 #include "common/lists.h"
+#include "cpu/empty.h"
 #include "cpu/grouped_linear/grouped_linear.h"
 #include "cpu/policy/policy.h"
 

@@ -17,8 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/empty.h"
-#include "cpu/huge_pages.h"
+#include "cpu/empty.h"
 #include "cpu/task_mask/tasks.h"
 
 namespace fastroute::task_mask {
@@ -358,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
                 {&x, &mapping, if_given(tasks), if_given(weight), if_given(bias)});
   }
   const Live live(mapping, tasks, task, x);
-  Tensor y = empty_like_on_huge_pages(x);
+  Tensor y = empty_like_cpu(x);
   Tensor mean = empty_cpu<1>({training ? C : 0}, sum_type(x)), scale = empty_cpu<1>({training ? C : 0}, sum_type(x));
   auto means = numbers(running_mean, C, 0.0), vars = numbers(running_var, C, 1.0);
   const auto old_means = means, old_vars = vars;
@@ -409,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
     same = torch::stable::empty_like(x);
     torch::stable::copy_(same, g);
   }
-  Tensor dx = want_x ? empty_like_on_huge_pages(x) : empty_cpu<1>({0}, x.scalar_type());
+  Tensor dx = want_x ? empty_like_cpu(x) : empty_cpu<1>({0}, x.scalar_type());
   const auto type_of = [&](const OptionalTensor& t) { return t.has_value() ? t->scalar_type() : sum_type(x); };
   Tensor dw = empty_cpu<1>({C}, type_of(weight)), db = empty_cpu<1>({C}, type_of(bias));
   std::vector<double> dws(C, 0.0), dbs(C, 0.0);

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/empty.h"
 #include "cpu/dispatch/dispatch.h"
+#include "cpu/empty.h"
 
 namespace fastroute {
 

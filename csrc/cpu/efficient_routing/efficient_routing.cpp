@@ -15,9 +15,9 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/empty.h"
 #include "cpu/efficient_routing/backward.h"
 #include "cpu/efficient_routing/forward.h"
+#include "cpu/empty.h"
 
 namespace fastroute::efficient_routing {
 namespace {

@@ -12,9 +12,9 @@
 #include <type_traits>
 
 #include "common/check.h"
-#include "common/empty.h"
 #include "common/isa.h"
 #include "cpu/activation.h"
+#include "cpu/empty.h"
 
 namespace fastroute::expert_ffn {
 

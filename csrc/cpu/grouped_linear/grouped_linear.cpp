@@ -17,10 +17,10 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/empty.h"
 #include "common/gemm.h"
 #include "cpu/activation.h"
 #include "cpu/dispatch/dispatch.h"
+#include "cpu/empty.h"
 #include "cpu/grouped_linear/grouped_linear.h"
 
 namespace fastroute::grouped_linear {

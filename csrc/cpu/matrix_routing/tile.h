@@ -18,7 +18,7 @@
 #endif
 
 #include "common/check.h"
-#include "common/empty.h"
+#include "cpu/empty.h"
 #include "cpu/matrix_routing/matrix_routing.h"
 
 namespace fastroute::matrix_routing {

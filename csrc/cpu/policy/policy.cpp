@@ -16,7 +16,7 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "common/empty.h"
+#include "cpu/empty.h"
 
 namespace fastroute::policy {
 namespace {

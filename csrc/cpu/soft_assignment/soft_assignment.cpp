@@ -18,8 +18,8 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/empty.h"
 #include "common/gemm.h"
+#include "cpu/empty.h"
 #include "cpu/grouped_linear/grouped_linear.h"
 
 namespace fastroute::soft_assignment {

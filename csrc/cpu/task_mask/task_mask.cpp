@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "common/task_mask_walk.h"
-#include "cpu/huge_pages.h"
+#include "cpu/empty.h"
 #include "cpu/task_mask/tasks.h"
 
 namespace fastroute::task_mask {
@@ -227,7 +227,7 @@ void run(const Tensor& out, const Tensor& x, const Tensor* y, const Live& live, 
 Tensor gate_op(const Tensor& g, const OptionalTensor& y, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
   check_operands(Check("task_mask"), g, if_given(y));
   const Live live(mapping, tasks, task, g);
-  Tensor out = empty_like_on_huge_pages(g);
+  Tensor out = empty_like_cpu(g);
   run(out, g, if_given(y), live, false);
   return out;
 }
@@ -235,7 +235,7 @@ Tensor gate_op(const Tensor& g, const OptionalTensor& y, const Tensor& mapping, 
 Tensor rectify_op(const Tensor& x, const Tensor& mapping, const OptionalTensor& tasks, int64_t task) {
   check_operands(Check("task_mask"), x, nullptr);
   const Live live(mapping, tasks, task, x);
-  Tensor out = empty_like_on_huge_pages(x);
+  Tensor out = empty_like_cpu(x);
   run(out, x, nullptr, live, true);
   return out;
 }

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/empty.h"
 #include "common/lists.h"
+#include "cpu/empty.h"
 
 namespace fastroute::trajectory_loss {
 namespace {

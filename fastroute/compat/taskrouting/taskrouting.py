@@ -11,6 +11,7 @@ from fastroute import tasks
 from fastroute.functional import task_mask
 from fastroute.ops import checks
 from fastroute.ops.arguments import renamed
+from fastroute.ops.host import has_numbers
 from fastroute.tasks.active_task import Task, let_go, on_device
 
 __all__ = ["TaskRouter"]
@@ -28,10 +29,14 @@ class TaskRouter(tasks.TaskRouter):
     * ``sigma`` is an int, the number of units off; a negative one counts from the other end: -2 leaves two on.
     * ``_unit_mapping`` is a Parameter, so that a list of parameters, and an optimizer's state dict, are upstream's. It
       never has a gradient. (DistributedDataParallel objects to that: use ``fastroute.tasks`` there.)
+    * Masks are what ``_unit_mapping`` holds: units are multiplied by it where weight decay has shrunk it, or a
+      checkpoint has such numbers. (Writing into ``_unit_mapping.data``, behind autograd's back, goes unnoticed.)
     * ``forward`` writes into the caller's tensor behind autograd's back and returns it. The gradient is that of the
       identity: right if a ReLU follows, wrong for units that are off if anything else does.
     * ``set_active_task`` takes anything; a fraction is cut off. Only ``forward`` says IndexError.
     """
+
+    _binary: tuple[int, int] | None = None  #: version and address of masks that are zeros and ones
 
     def __init__(self, unit_count: int, task_count: int, sigma: int, name: str = "TaskRouter", **options: Any) -> None:
         if options.get("axis", 1) != 1:
@@ -47,10 +52,47 @@ class TaskRouter(tasks.TaskRouter):
     def _register(self, mapping: Tensor, persistent: bool) -> None:
         if persistent:
             self._unit_mapping = nn.Parameter(mapping)
+            self._is_binary(looks=True)
         else:
             super()._register(mapping, persistent)
 
+    def _is_binary(self, looks: bool = False) -> bool:
+        """Whether masks are known to be zeros and ones. Looked at where they have changed, on a GPU only if told to."""
+        if (mapping := self._parameters.get("_unit_mapping")) is None:
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        try:
+            written = mapping._version, mapping.data_ptr()
+        except RuntimeError:  # an inference tensor has no version, a fake one no address
+            return False
+        if written != self._binary:
+            masks = mapping.detach()
+            looks = (looks or masks.is_cpu) and has_numbers(masks)
+            self._binary = written if looks and bool(((masks == 0) | (masks == 1)).all()) else None
+        return written == self._binary
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TaskRouter:
+        is_binary = self._is_binary()
+        super()._apply(fn, recurse)
+        if is_binary:  # so they are elsewhere
+            self._is_binary(looks=True)
+        return self
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._is_binary(looks=True)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._is_binary(looks=True)
+
+    def _refuses(self, given: Tensor) -> str | None:
+        decayed = given.shape == self._unit_mapping.shape and has_numbers(given.detach())
+        return None if decayed and bool(given.isfinite().all()) else super()._refuses(given)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {name: value for name, value in state.items() if name != "_binary"}
         if "_active" in state:
             super().__setstate__(state)
             return
@@ -71,7 +113,7 @@ class TaskRouter(tasks.TaskRouter):
 
     @renamed(x="input")
     def forward(self, input: Tensor, task: Task | None = None) -> Tensor:
-        """``input`` itself, with zeros where units are off.
+        """``input`` itself, times the masks: with zeros where units are off.
 
         Args:
             input: [B, C, ...]; its memory is written to.
@@ -90,4 +132,9 @@ class TaskRouter(tasks.TaskRouter):
             if not torch.compiler.is_compiling() and not isinstance(self._active, Tensor):
                 task = int(self._active)
         task_mask(input.data, self._unit_mapping, task, inplace=True)
+        if not self._is_binary():
+            known = task if isinstance(task, Tensor) else torch.full((), task, device=input.device)
+            index = known.reshape(-1).long().clamp(0, self.task_count - 1)
+            rows = self._unit_mapping.detach().index_select(0, index)
+            input.data.mul_(rows[(...,) + (None,) * (input.dim() - 2)])
         return input

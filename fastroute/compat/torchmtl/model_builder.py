@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastroute import multitask
-from fastroute.multitask.graph import AUTO, KEYS
+from fastroute.multitask.graph import AUTO, KEYS, read
+from fastroute.multitask.model_losses import Losses, LossWeights
+from fastroute.multitask.schedule import breadth_first, in_list_order
+from fastroute.ops import checks
 
 from ..overrides import Overrides
 
@@ -43,6 +46,7 @@ class MTLModel(Overrides, multitask.MTLModel):
 
     * Nodes run in upstream's order, so dropout draws the same numbers; all of them run; ``outputs`` has what they gave.
     * ``output_tasks`` is the list that was given: what is done to it counts from the next call on.
+    * ``losses``, ``loss_weights`` and ``g`` can be assigned; what is in them is then what a call takes.
     * Unknown keys are ignored. A node that is twice among another's anchors is one argument of it.
     * ``loss_weight`` may be any string; "auto" is a Parameter [1], as upstream's.
     * A loss with parameters of its own is no child: the model's optimizer does not train it.
@@ -79,7 +83,58 @@ class MTLModel(Overrides, multitask.MTLModel):
             setattr(self, name, nn.Parameter(weight.data, weight.requires_grad))
         self.training = state["training"]
 
+    @property
+    def losses(self) -> Losses:
+        """By the name of the node."""
+        return super().losses
+
+    @losses.setter
+    def losses(self, losses: Mapping[str, Any]) -> None:
+        self._replace("losses", super().losses, losses)
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """By the name of the node."""
+        return super().loss_weights
+
+    @loss_weights.setter
+    def loss_weights(self, weights: Mapping[str, Any]) -> None:
+        self._replace("loss_weights", super().loss_weights, weights)
+
+    @property
+    def g(self) -> Any:
+        """The graph."""
+        return super().g
+
+    @g.setter
+    def g(self, graph: Any) -> None:
+        try:
+            before = {name: list(graph.predecessors(name)) for name in self.layer_names}
+        except Exception as error:
+            raise ValueError(f"g: expected a graph of all nodes, got {checks.given(graph)}: {error}") from error
+        nodes = read([{**node, ANCHOR_KEY: before[node[NAME_KEY]]} for node in self.task_layers], (), self._strict)
+        anchors = {node.name: node.anchors for node in nodes}
+        self._order = breadth_first(anchors, in_list_order(anchors))
+        self._anchors = anchors
+        self._schedule()
+
+    def _replace(self, name: str, held: MutableMapping[str, Any], given: Mapping[str, Any]) -> None:
+        if not isinstance(given, (Mapping, nn.ModuleDict)):
+            raise TypeError(f"{name}: expected a dict, got {checks.given(given)}")
+        wanted = dict(given.items())
+        if unknown := wanted.keys() - set(self.layer_names):
+            raise ValueError(f"{name}: expected names of nodes, got {sorted(map(str, unknown))}")
+        for node in list(held):
+            if node not in wanted:
+                del held[node]
+        for node, value in wanted.items():
+            if node not in held or held[node] is not value:  # so a learned weight stays the parameter
+                held[node] = value
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("losses", "loss_weights", "g"):  # also a ModuleDict, which is no child
+            object.__setattr__(self, name, value)
+            return
         if type(value) is nn.Parameter and type(self._parameters.get(name)) is LearnedWeight:
             value = LearnedWeight(value.data, value.requires_grad)  # load_state_dict(assign=True)
         super().__setattr__(name, value)

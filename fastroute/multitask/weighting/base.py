@@ -16,9 +16,9 @@ from torch import Tensor
 from ...modules import watching
 from ...ops.accumulating import Accumulating
 from ...ops.arguments import Tasks, checked
-from ...ops.checks import MOST, floating, no_more, together
+from ...ops.checks import MOST, floating, integer, no_more, together
 from ...ops.processes import Processes
-from ..named_tasks import Axis, NamedTasks
+from ..named_tasks import Axis, NamedTasks, wholes
 
 Losses = Mapping[str, Tensor | None] | Sequence[Tensor | None] | Tensor
 Present = Mapping[str, Tensor | bool | None] | Sequence[Tensor | bool | None] | Tensor
@@ -26,9 +26,14 @@ Present = Mapping[str, Tensor | bool | None] | Sequence[Tensor | bool | None] | 
 
 def names_of(tasks: Tasks) -> tuple[str, ...]:
     """The tasks' names: those given, or "0", "1", ..."""
-    if isinstance(tasks, bool) or not isinstance(tasks, (int, Sequence)) or isinstance(tasks, str):
-        raise TypeError(f"tasks: expected a list of names or how many there are, got {tasks!r}")
-    names = tuple(map(str, range(no_more("tasks", tasks, MOST)))) if isinstance(tasks, int) else tuple(tasks)
+    if isinstance(tasks, Sequence) and not isinstance(tasks, str):
+        names = tuple(tasks)
+    else:
+        try:
+            count = integer("tasks", tasks)
+        except TypeError:
+            raise TypeError(f"tasks: expected a list of names or how many there are, got {tasks!r}") from None
+        names = tuple(map(str, range(no_more("tasks", count, MOST))))
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"tasks: expected names, got {name!r}")
@@ -132,7 +137,7 @@ class Weighting(NamedTasks, Accumulating):
     ) -> None:
         super().__init__()
         self.tasks = names_of(tasks)
-        if not (self.stateless or isinstance(tasks, int)):
+        if isinstance(tasks, Sequence) and not self.stateless:
             self._keep_names(device)
 
     def reset_parameters(self) -> None:
@@ -140,8 +145,8 @@ class Weighting(NamedTasks, Accumulating):
         super().reset_parameters()
 
     def _task_axes(self) -> dict[str, tuple[Axis, ...]]:
-        owned = (*self._parameters.items(), *self._buffers.items())
-        return {name: (Axis(-1),) for name, t in owned if t is not None and t.shape[-1:] == (len(self.tasks),)}
+        own = (t for t in wholes(self) if "." not in t.name)
+        return {t.name: (Axis(-1),) for t in own if t.value().shape[-1:] == (len(self.tasks),)}
 
     def extra_repr(self) -> str:
         return f"tasks={len(self.tasks)}"

@@ -183,6 +183,15 @@ class Decision(Options, nn.Module):
     def _check_exploration(value: float) -> float:
         return float(share("exploration", value))
 
+    @property
+    def exploration(self) -> float:
+        """What :meth:`set_exploration`, or the constructor, has set; to set it is to call that."""
+        return self._exploration
+
+    @exploration.setter
+    def exploration(self, value: float) -> None:
+        self.set_exploration(value)
+
     def set_exploration(self, exploration: float) -> None:
         """Explore so often, 0 to 1; classes that have a temperature instead say what they do."""
         self._exploration = self._check_exploration(exploration)
@@ -224,7 +233,7 @@ class Decision(Options, nn.Module):
         meta = Trajectory.of(meta, B)
         active = as_mask(mask, B, batch.device)
         whose = self._agents_of(agents if agents is not None else prior_actions, B, batch.device)
-        plan = self._plan(meta, whose, active, B, batch.device)
+        plan, whose = self._plan(meta, whose, active, B, batch.device)
         forced = None
         if forced_actions is not None:
             forced = self._forced(forced_actions, B, batch.device)
@@ -257,7 +266,7 @@ class Decision(Options, nn.Module):
         notes = (self.training or self.formula == "upstream") and not is_recomputation()
         if notes and not is_silent(self.additional_reward_func):
             register(self.additional_reward_func, record.states, actions, active)
-        return y, meta, actions
+        return y, meta, actions.clone()  # the user may write into what is returned, the record stays
 
     def _agents_of(self, agents: Any, B: int, device: torch.device) -> Tensor | None:
         if self._num_agents == 1:
@@ -272,19 +281,20 @@ class Decision(Options, nn.Module):
 
     def _plan(
         self, meta: Trajectory, agents: Tensor | None, active: Tensor | None, B: int, device: torch.device
-    ) -> Plan | None:
-        if agents is None and active is None:
-            return None
-        if agents is not None and active is None:
-            plan = meta.plan_of(agents, self._num_agents)
-            dispatch.check_all_named(plan, agents, "agents")
-            return plan
-        if agents is None:
-            agents = torch.zeros(B, dtype=torch.int64, device=device)
-        return dispatch.plan(torch.where(active, agents, -1), self._num_agents, "agents")  # type: ignore[arg-type]
+    ) -> tuple[Plan | None, Tensor | None]:
+        """Samples by agent, and a copy of the agents for the record."""
+        if active is None:
+            if agents is None:
+                return None, None
+            plan, own = meta.dispatched(agents, self._num_agents)
+            dispatch.check_all_named(plan, own, "agents")
+            return plan, own
+        whose = torch.zeros(B, dtype=torch.int64, device=device) if agents is None else agents
+        plan = dispatch.plan(torch.where(active, whose, -1), self._num_agents, "agents")
+        return plan, None if agents is None else agents.clone()
 
     def _forced(self, forced: Any, B: int, device: torch.device) -> Tensor:
-        forced = as_indices(forced, B, device, "forced_actions")
+        forced = dispatch.as_actions(forced, B, device, "forced_actions").clone()
         K = self._num_selections
         if may_look(forced) and B:
             lowest, highest = int(forced.min()), int(forced.max())
@@ -424,13 +434,8 @@ def mean(z: Tensor, q: Tensor) -> Tensor:
         return torch.linalg.vecdot(weight, q.to(weight.dtype)).div_(weight.sum(1))
 
 
-def as_indices(indices: Any, B: int, device: torch.device, name: str) -> Tensor:
-    """[B] int64 from a tensor or a list of integers."""
-    return dispatch.as_actions(as_tensor(name, indices, device), B, device, name)
-
-
 def as_mask(mask: Any, B: int, device: torch.device) -> Tensor | None:
-    """[B] bool from what users give as a mask."""
+    """[B] bool from what users give as a mask: a copy, for they go on with theirs."""
     if mask is None:
         return None
     mask = as_tensor("mask", mask, device)
@@ -438,7 +443,7 @@ def as_mask(mask: Any, B: int, device: torch.device) -> Tensor | None:
         raise TypeError(f"mask: expected bool (or 0 and 1), got {mask.dtype}")
     if mask.numel() != B or mask.dim() > 2:
         raise ValueError(f"mask: expected one per sample, shape [{B}], got {shown(mask)}")
-    return moved("mask", mask.reshape(-1), device, torch.bool)
+    return moved("mask", mask.reshape(-1), device, torch.bool).clone()
 
 
 def _storage_type(value: str | int) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops import dispatch
 from ...ops.checks import samples
 from ..sample_view import SampleMetaInformation
 from ..trajectory import Trajectory
-from .base import Triplet, as_indices, as_mask
+from .base import Triplet, as_mask
 
 
 class _Fixed(nn.Module):
@@ -41,7 +42,7 @@ class _Fixed(nn.Module):
         B = samples("batch", batch)
         meta = Trajectory.of(meta, B)
         if forced_actions is not None:
-            actions = as_indices(forced_actions, B, batch.device, "forced_actions")
+            actions = dispatch.as_actions(forced_actions, B, batch.device, "forced_actions").clone()
         else:
             actions = self._actions(batch, meta)
         active = as_mask(mask, B, batch.device)
@@ -59,7 +60,7 @@ class PerTaskAssignment(_Fixed):
     """
 
     def _actions(self, batch: Tensor, meta: Trajectory) -> Tensor:
-        return meta.task_indices(batch.device)
+        return meta.task_indices(batch.device).clone()
 
 
 class PassThrough(_Fixed):

@@ -56,9 +56,9 @@ class REINFORCE(Decision):
 
     def set_exploration(self, exploration: float) -> None:
         """Set the temperature to 0.1 + 9.9 exploration, if the decision was made with ``set_pg_temp``."""
-        self._check_exploration(exploration)
+        self._exploration = self._check_exploration(exploration)
         if self._set_pg_temp:
-            self._temperature = 0.1 + 9.9 * float(exploration)
+            self._temperature = 0.1 + 9.9 * self._exploration
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         made, explored = self._answer(x, plan, forced, temperature=self._temperature)

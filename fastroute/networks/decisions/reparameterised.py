@@ -70,9 +70,11 @@ class GumbelSoftmax(Decision):
         soft = noisy.softmax(1)
         actions = noisy.argmax(1) if forced is None else forced
         taken = soft.gather(1, actions.clamp(min=0)[:, None])[:, 0]
-        pass_through = (1 + taken - taken.detach()).reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
         upstream = self.formula == "upstream"
-        return Decided(actions, [Column(z)], lambda: (actions == best) == upstream, x * pass_through)
+        made = Decided(actions, [Column(z)], lambda: (actions == best) == upstream)
+        if x.is_floating_point() or x.is_complex():  # other inputs have no gradient to give, and leave as they are
+            made.y = x * (1 + (taken - taken.detach())).reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        return made
 
     def loss(self, e: Entries) -> None:
         return None
@@ -128,7 +130,8 @@ class RELAX(_WithValueNet):
 
     def set_exploration(self, exploration: float) -> None:
         """Set the temperature to 0.1 + 9.9 exploration."""
-        self._temperature = 0.1 + 9.9 * self._check_exploration(exploration)
+        self._exploration = self._check_exploration(exploration)
+        self._temperature = 0.1 + 9.9 * self._exploration
 
     def decide(self, x: Tensor, plan: Plan | None, forced: Tensor | None) -> Decided:
         learns = self.training and self.formula == "intended"

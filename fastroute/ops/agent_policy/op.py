@@ -15,12 +15,13 @@ from torch import Tensor
 from ..arguments import explained
 from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
 from ..backends import note, offer
-from ..checks import shown
+from ..checks import flags, floating, shown
 from ..dispatch.contract import Plan
 from ..grouped_linear.op import parameters_of
+from ..grouped_linear.plain import check_plan
 from ..grouped_linear.reference import is_stacked
 from ..policy.contract import KINDS
-from ..policy.op import backend_for, check_draws, triton_refuses
+from ..policy.op import backend_for, check_draws, check_forced, triton_refuses
 from ..precision import autocast_dtype, autocast_off
 from . import plain
 from . import reference as reference
@@ -164,7 +165,15 @@ def _again(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return (dx, *[None] * 6, *rest)
 
 
-@explained
+def _fits(
+    plan: Plan | None, weights: Tensors | Tensor, biases: Tensors | Tensor = (), forced: Tensor | None = None, **_: Any
+) -> None:
+    if plan is not None:
+        check_plan(plan.order, plan.offsets, plan.order.shape[0])
+    check_forced(forced, _Net(*parameters_of(weights, biases)).outputs)
+
+
+@explained(also=_fits)
 def agent_policy(
     x: Tensor | None,
     plan: Plan | None,
@@ -207,7 +216,7 @@ def agent_policy(
         only where it needs one. A second derivative and torch.func go through plain PyTorch.
 
     Raises:
-        ValueError, TypeError: naming the argument that does not fit the others.
+        ValueError, TypeError: naming the argument that does not fit the others; IndexError as :func:`policy`.
 
     Examples:
         >>> x, agents = torch.randn(6, 8), torch.tensor([0, 1, 1, 0, 1, 0])
@@ -217,6 +226,7 @@ def agent_policy(
         >>> choice.actions.shape, choice.value.requires_grad
         (torch.Size([6]), True)
     """
+    flags(expected=expected, keep_empty=keep_empty)
     nets = [_Net(*parameters_of(weights, biases))]
     if len(critic_weights) > 0 or len(critic_biases) > 0:
         nets.append(_Net(*parameters_of(critic_weights, critic_biases)))
@@ -225,7 +235,7 @@ def agent_policy(
     like = parameters[0]
     N = _rows(x, plan, nets)
     K = nets[0].outputs
-    check_draws(uniform, coin, forced, N, K)
+    check_draws(uniform, coin, forced, N, K, temperature, exploration)
     note(OP, like, N=N, K=K)
     options = _Options(
         (len(nets[0].weights), len(nets[0].biases), len(nets[1].weights) if len(nets) > 1 else 0),
@@ -288,6 +298,7 @@ def _inputs(x: Tensor | None, nets: list[_Net]) -> tuple[Tensor | None, list[Ten
             x, parameters = x.to(autocast), [p.to(autocast) for p in parameters]
         x = x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
         dtype = x.dtype
+        floating("weights", next(net.weights[0] for net in nets if net.weights))
     for p in parameters:
         if p.dtype != dtype:
             raise TypeError(f"x: expected the agents' dtype {p.dtype}, got {dtype}")

@@ -42,7 +42,7 @@ def forward(
     bounds = None if offsets is None else on_host(offsets)
     if order is not None and offsets is not None and (bounds is None or bounds[-1] < order.shape[0]):
         kept = torch.arange(order.shape[0], device=order.device) < offsets[-1]
-        has_agent = torch.empty_like(kept).index_copy_(0, order, kept)
+        has_agent = torch.zeros_like(kept).index_copy_(0, order, kept)
         actions = actions if forced is not None else torch.where(has_agent, actions, 0)
         value = torch.where(has_agent, value, 0)
     found = [actions, value, made.greedy, scores]

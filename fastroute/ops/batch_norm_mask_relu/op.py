@@ -6,6 +6,7 @@ tasks.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..arguments import explained
 from ..autograd import asked_again, own, through, transformed
 from ..backends import offer, triton_refuses
-from ..checks import floating, shape, shown, together
+from ..checks import at_least_zero, flags, floating, shape, share, shown, together
 from ..task_mask.op import prepared
 from . import plain, reference
 from . import schema as schema  # defines the compiled ops
@@ -107,8 +108,8 @@ def batch_norm_mask_relu(
         running_mean, running_var: [C], written in training; None: not kept (training only).
         weight, bias: [C], or None.
         training: normalise with the batch's statistics, not the running ones.
-        momentum: share of the batch's statistics in the new running ones.
-        eps: added to the variance.
+        momentum: share of the batch's statistics in the new running ones, from 0 to 1.
+        eps: added to the variance, 0 or more.
         relu: rectify, too.
 
     Returns:
@@ -126,6 +127,11 @@ def batch_norm_mask_relu(
         [False, True, True, False]
     """
     mapping, tasks, number, backend = prepared(OP, x, mapping, task)
+    flags(training=training, relu=relu)
+    if not 0 <= momentum <= 1:
+        share("momentum", momentum)
+    if not 0 <= eps < inf:
+        at_least_zero("eps", eps)
     given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     together(("x", x), given)
     for name, t in given.items():

@@ -86,6 +86,8 @@ def combine(z: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
     for name, t in (("weights", weights), ("valid", valid)):
         if t is not None and t.shape != z.shape[:2]:
             raise ValueError(f"{name}: expected one per entry, {list(z.shape[:2])}, got {shown(t)}")
+    if valid is not None and valid.dtype != torch.bool:
+        raise TypeError(f"valid: expected bool, got {valid.dtype}")
     flat = z[:, :, None] if z.dim() == 2 else z.flatten(2)
     made: Tensor = _plain(flat, weights, valid)[0] if transformed() else apply(_Combine, flat, weights, valid)
     return made.reshape(z.shape[0], *z.shape[2:])

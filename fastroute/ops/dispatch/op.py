@@ -5,13 +5,15 @@ Axes: B samples, k modules that each takes, N = B k entries (entry n is of sampl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..arguments import explained
 from ..autograd import transformed
 from ..backends import Case, decide, is_strict, note, offer, requested, taken
-from ..checks import moved, shown, tensor
+from ..checks import as_tensor, moved, shown, tensor
 from ..host import has_numbers as has_numbers
 from ..host import is_many as is_many
 from ..host import is_wrapped as is_wrapped
@@ -40,8 +42,10 @@ def _native_refuses(case: Case) -> str | None:
 offer("dispatch", "schema", plain="reference", native=_native_refuses, devices=("cpu", "cuda"))
 
 
-def as_actions(actions: Tensor, rows: int, device: torch.device, name: str = "actions") -> Tensor:
-    """[B] int64 on the device from what users give as one index per sample ([B] or [B, 1], any integer dtype)."""
+def as_actions(actions: Any, rows: int, device: torch.device, name: str = "actions") -> Tensor:
+    """[B] int64 on the device from what users give as one index per sample: a tensor, or what can be made one ([B] or
+    [B, 1], any integer dtype)."""
+    actions = as_tensor(name, actions, device)
     _integers(actions, name, "[B]")
     if actions.dim() == 2 and actions.shape[1] == 1:
         actions = actions[:, 0]
@@ -50,8 +54,9 @@ def as_actions(actions: Tensor, rows: int, device: torch.device, name: str = "ac
     return _indices(name, actions, device)
 
 
-def as_entries(actions: Tensor, rows: int, device: torch.device, name: str = "actions") -> Tensor:
+def as_entries(actions: Any, rows: int, device: torch.device, name: str = "actions") -> Tensor:
     """[B, k] int64 on the device from what users give as k indices per sample."""
+    actions = as_tensor(name, actions, device)
     _integers(actions, name, "[B, k]")
     if actions.dim() != 2 or actions.shape[0] != rows or actions.shape[1] < 1:
         raise ValueError(f"{name}: expected k per sample, shape [{rows}, k], k at least 1, got {shown(actions)}")
@@ -59,7 +64,6 @@ def as_entries(actions: Tensor, rows: int, device: torch.device, name: str = "ac
 
 
 def _integers(actions: Tensor, name: str, shape: str) -> None:
-    tensor(name, actions, f"an integer tensor {shape}")
     if actions.dtype.is_floating_point or actions.dtype.is_complex or actions.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor {shape}, got {actions.dtype}")
 

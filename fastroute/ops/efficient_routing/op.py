@@ -25,7 +25,7 @@ from ..vector_routing.op import case_of
 from . import native as native
 from . import passes as passes
 from . import reference as reference
-from .contract import Parameters
+from .contract import Parameters, check_sizes
 from .outputs import LATER, used
 from .passes import PER_OUTPUT, STEP_NAMES, Chunk, Form, Saved, first_form, new_moments, new_rows, prepared
 from .reference import Functions as Functions
@@ -296,15 +296,20 @@ def efficient_routing(
         x = x.contiguous()
     w = used(w, n_iters)
     call = _Call(x, w, mask, lengths, n_iters, normalize, requested(), autocast)
-    # An exported graph has the op that every backend implements; ``explain`` asks that one, which has prior's gradient.
-    own = call.is_one_call and not w.prior.requires_grad
-    if own and not transformed() and not is_exporting() and not is_explaining():
-        given = call.of_native()
-        if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in w)):
-            return apply(_OneCall, *given)
-        made, _ = torch.ops.fastroute._efficient_routing_native(*native.widened(given))
-        return native.narrowed(made, given)
-    if transformed():
+    if transformed() or (w.prior.requires_grad and torch.is_grad_enabled()):  # whose gradient no kernel has
+        check_sizes(w, *x.shape[-2:])
         return _plain(call)
+    # An exported graph has the op that every backend implements; ``explain`` asks that one.
+    if call.is_one_call and not is_exporting() and not is_explaining():
+        given = call.of_native()
+        try:
+            if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in w)):
+                return apply(_OneCall, *given)
+            made, _ = torch.ops.fastroute._efficient_routing_native(*native.widened(given))
+        except RuntimeError:
+            check_sizes(w, *x.shape[-2:])  # which the C++ does, in words of its own
+            raise
+        return native.narrowed(made, given)
+    check_sizes(w, *x.shape[-2:])
     call = call._replace(x=reaching(x, mask))  # the C++ of one call does so itself
     return called("efficient_routing", call.x, *w, *call[2:])[0]

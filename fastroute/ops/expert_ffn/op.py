@@ -15,7 +15,7 @@ from ..activations import ACTIVATIONS, NUMBERS
 from ..arguments import explained
 from ..autograd import asked_again, called, through, transformed
 from ..backends import note, taken
-from ..checks import floating, shown
+from ..checks import flags, floating, shown
 from ..dispatch.contract import Plan
 from ..dtypes import accumulating
 from ..grouped_linear import op as _grouped_linear  # defines the products, and says which backends there are
@@ -294,6 +294,7 @@ def expert_ffn(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    flags(gated=gated)
     _check(x, plan, weights, w_in, w_out, gated)
     device = x.device.type
     autocast = autocast_dtype(device)

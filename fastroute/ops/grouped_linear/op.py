@@ -27,9 +27,10 @@ from ..autograd import (
     without_gradient,
 )
 from ..backends import is_explaining, note, offer, taken
-from ..checks import shown
+from ..checks import flags, floating, shown
 from ..dispatch.contract import Plan
 from ..dispatch.op import finished
+from ..host import on_host
 from ..precision import autocast_dtype, autocast_off
 from . import plain
 from . import reference as reference
@@ -186,7 +187,14 @@ def parameters_of(
     return weights, biases, K, O, F
 
 
-@explained
+def _is_a_plan(x: Tensor | None, plan: Plan, *_: Any, **__: Any) -> None:
+    plain.check_plan(plan.order, plan.offsets, plan.order.shape[0])
+    of = [] if x is None or plan.samples is None else on_host(plan.samples)
+    if x is not None and of and (min(of) < 0 or max(of) >= x.shape[0]):
+        raise ValueError(f"plan: expected samples from 0 to {x.shape[0] - 1}, got {min(of)} to {max(of)}")
+
+
+@explained(also=_is_a_plan)
 def grouped_linear(
     x: Tensor | None,
     plan: Plan,
@@ -220,7 +228,8 @@ def grouped_linear(
         through plain PyTorch.
 
     Raises:
-        ValueError, TypeError: x is not of the plan's rows, or not of the modules' width or dtype.
+        ValueError, TypeError: naming the argument: x is not of the plan's rows, or not of the modules' width or dtype;
+            a plan made by hand is none (on a GPU its rows are zero then).
 
     Examples:
         >>> x, actions = torch.randn(5, 8), torch.tensor([0, 2, 2, -1, 0])  # nobody takes module 1, sample 3 takes none
@@ -230,10 +239,13 @@ def grouped_linear(
         >>> torch.allclose(y[1], weights[2] @ x[1], atol=1e-5), y[3].tolist()
         (True, [0.0, 0.0, 0.0, 0.0])
     """
+    flags(is_sorted=is_sorted, keep_sorted=keep_sorted, keep_empty=keep_empty)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     weights, biases, K, _, F = parameters_of(weights, biases)
     like = (*weights, *biases)[0]
+    if weights:
+        floating("weights", like)
     casts = x is not None and x.dtype != torch.float64 and autocast_dtype(like.device.type) is not None
     for p in () if casts and weights else (*weights, *biases):
         if p.dtype != like.dtype:

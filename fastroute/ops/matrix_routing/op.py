@@ -9,6 +9,7 @@ before routing (d_inp), h its columns after (d_out).
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -333,6 +334,8 @@ def matrix_routing(
         mu_inp, w = mu_inp.to(dtype), Capsules(*(t.to(dtype) for t in w))
     if autocast_dtype(mu_inp.device.type) is not None:
         dtype = torch.promote_types(dtype, torch.float32)
+    if not 0 <= eps < inf:
+        checks.at_least_zero("eps", eps)
     args = a_inp, mu_inp, *w, mask, n_iters, p_model, float(eps), requested()
     a, mu, sig2, *_ = _plain(Call.of(args)) if transformed() else called(OP, *args)
     return Outputs(a.to(dtype), mu.to(dtype), sig2)

@@ -14,7 +14,8 @@ from ..arguments import explained
 from ..autograd import apply, asked_again, own, through, transformed
 from ..backends import BackendName, Case, decide, note, offer, requested, taken
 from ..backends import triton_refuses as of_dtype
-from ..checks import floating, shape
+from ..checks import floating, positive, shape, share
+from ..host import may_look
 from . import plain
 from . import reference as reference
 from . import schema as schema  # defines the compiled ops
@@ -46,8 +47,21 @@ def backend_for(like: Tensor, K: int, op: str = OP) -> BackendName:
 offer("policy", "schema", triton=triton_refuses)
 
 
-def check_draws(uniform: Tensor | None, coin: Tensor | None, forced: Tensor | None, N: int, K: int) -> None:
-    """Shapes and dtypes of what decides; compiled backends read them as they are told."""
+def check_forced(forced: object, K: int) -> None:
+    """Whether actions exist: looked at where a call has failed, or where ``fastroute.strict`` asks for it."""
+    if isinstance(forced, Tensor) and may_look(forced) and forced.numel() and int(most := forced.max()) >= K:
+        raise IndexError(f"forced: expected indices below {K}, got {int(most)}")
+
+
+def check_draws(
+    uniform: Tensor | None, coin: Tensor | None, forced: Tensor | None, N: int, K: int, temperature: float,
+    exploration: float,
+) -> None:  # fmt: skip
+    """Shapes and dtypes of what decides, as compiled backends read them as they are told; and its numbers."""
+    if not temperature > 0:
+        positive("temperature", temperature)
+    if not 0 <= exploration <= 1:
+        share("exploration", exploration)
     for name, t, want, axes in (("uniform", uniform, (N, K), "N, K"), ("coin", coin, (N,), "N")):
         if t is not None:
             shape(name, t, want, axes)
@@ -56,6 +70,8 @@ def check_draws(uniform: Tensor | None, coin: Tensor | None, forced: Tensor | No
         shape("forced", forced, (N,), "N")
         if forced.dtype != torch.int64:
             raise TypeError(f"forced: expected int64, got {forced.dtype}")
+        if not forced.is_cpu:  # there a call fails
+            check_forced(forced, K)
 
 
 class _Policy(torch.autograd.Function):
@@ -100,7 +116,11 @@ class _Policy(torch.autograd.Function):
         return (made, *[None] * 7)
 
 
-@explained
+def _forced_exists(scores: Tensor, forced: Tensor | None = None, **_: Any) -> None:
+    check_forced(forced, scores.shape[1])
+
+
+@explained(also=_forced_exists)
 def policy(
     scores: Tensor,
     *,
@@ -123,12 +143,15 @@ def policy(
             wins. None: the greedy choice.
         coin: [N], uniform in [0, 1): where coin < exploration the draw is taken, elsewhere the greedy choice.
         forced: [N] int64, taken instead of all that. A row where it is negative has value zero and no gradient.
+        temperature: above 0.
+        exploration: from 0 to 1.
 
     Returns:
         ``Choice(actions [N] int64, value [N] float32 or float64, greedy [N] int64)``. ``value`` has a gradient.
 
     Raises:
         ValueError, TypeError: naming the argument.
+        IndexError: ``forced`` has a K or more (on a GPU only ``fastroute.strict`` looks).
 
     Examples:
         >>> scores = torch.tensor([[0.0, 5.0], [5.0, 0.0]], requires_grad=True)
@@ -146,7 +169,7 @@ def policy(
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     N, K = scores.shape
-    check_draws(uniform, coin, forced, N, K)
+    check_draws(uniform, coin, forced, N, K, temperature, exploration)
     if transformed():
         return reference.policy(scores, uniform, coin, forced, kind, float(temperature), float(exploration))
     note(OP, scores, N=N, K=K)

@@ -291,15 +291,18 @@ def soft_assignment(
         lengths = checks.as_lengths(lengths, (B,), n, votes.device)
     if mean and (use is not None or ign is not None):
         raise ValueError("mean: expected no use and no ign, whose weights could be negative")
-    if eps and not mean:
-        raise ValueError(f"eps: expected 0 without mean, got {eps}")
+    if eps:
+        checks.at_least_zero("eps", eps)
+        if not mean:
+            raise ValueError(f"eps: expected 0 without mean, got {eps}")
     use, ign = betas
     pairs = Pairs(scores, gate, use, ign, None if scores is not None else prior, mask, lengths, float(eps))
-    if _is_one_call(votes, pairs):
+    learned = pairs.prior is not None and pairs.prior.requires_grad and torch.is_grad_enabled()  # no kernel has that
+    if not learned and _is_one_call(votes, pairs):
         with autocast_off("cpu"):
             made: Tensor = apply(_OneCall, mean, float(eps), votes, *pairs[:-1])
         return made
-    if transformed() or _is_better_compiled(votes, pairs):
+    if learned or transformed() or _is_better_compiled(votes, pairs):
         M, p = _plain(votes, pairs)
     else:
         M, p = called(OP, votes, *pairs, requested())

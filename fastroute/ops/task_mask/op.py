@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from ..arguments import explained
 from ..autograd import apply, asked_again, own, transformed
 from ..backends import Case, is_strict, native_refuses, note, offer, taken, triton_refuses
-from ..checks import floating, integer, shown, tensor, together
+from ..checks import flags, floating, integer, shown, tensor, together
 from ..host import has_numbers
 from . import plain
 from . import reference as reference
@@ -193,12 +193,13 @@ def task_mask(x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = Fa
                 [0., 1., 1.]])
     """
     mapping, tasks, number, backend = prepared(OP, x, mapping, task)
+    flags(relu=relu, inplace=inplace)
     if inplace:
         _refuse_to_overwrite(x)
     if transformed():
         y = reference.task_mask(x, mapping, number if tasks is None else tasks, relu)
         return x.copy_(y) if inplace else y
-    if inplace and not torch.compiler.is_compiling():
+    if inplace and not torch.compiler.is_compiling() and not x.is_neg():  # its memory holds other numbers
         if x.requires_grad and torch.is_grad_enabled():
             return _InPlace.apply(x, mapping, tasks, number, relu, backend)
         _run(backend, "mask_", x, mapping, tasks, number, relu)

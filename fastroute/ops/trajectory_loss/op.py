@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import explained
 from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed
 from ..backends import Case, note, offer, taken, triton_refuses
-from ..checks import floating, shown
+from ..checks import at_least_one, flags, floating, share, shown
 from . import plain
 from . import reference as reference
 from . import schema as schema  # defines the compiled ops
@@ -148,8 +148,8 @@ def trajectory_loss(
         look: T tensors [B] or None (0): what the sample's preceding decision is to expect of this one.
         active: T tensors [B] bool or None (all): the samples that the decision was made for.
         f: [B], the final rewards.
-        gamma: the discount.
-        choices: K of each decision; REINFORCEBl2 reads it.
+        gamma: the discount, from 0 to 1.
+        choices: K of each decision, 1 or more; REINFORCEBl2 reads it.
 
     Everything is computed in float32, or in float64 where one of the tensors is.
 
@@ -171,11 +171,17 @@ def trajectory_loss(
     floating("f", f)
     if f.dim() != 1:
         raise ValueError(f"f: expected the final rewards [B], got {shown(f)}")
+    flags(normalize=normalize)
+    if not 0 <= gamma <= 1:
+        share("gamma", gamma)
     T = len(kinds)
     lists = (s0, s1, aux, own, look, active, kinds if choices is None else choices)
     for name, made in zip(("s0", "s1", "aux", "own", "look", "active", "choices"), lists, strict=True):
         if len(made) != T:
             raise ValueError(f"{name}: expected one entry per decision, {T}, got {len(made)}")
+    for t, K in enumerate(() if choices is None else choices):
+        if type(K) is not int or K < 1:
+            at_least_one(f"choices[{t}]", K)
     f = f.detach() if f.requires_grad else f
     columns, others, masks, layout = laid_out(kinds, s0, s1, aux, own, look, active, f, choices)
     widest = _promoted(f, *columns, *others)

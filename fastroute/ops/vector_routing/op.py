@@ -220,6 +220,9 @@ def vector_routing(
     for name in ("use_bias", "ign_bias"):
         if (bias := tensors[name]) is not None:
             checks.shape(name, bias, (m,), "m")
+    for name in ("use", "ign", "score_weight", "score_bias", "use_bias", "ign_bias"):
+        if (rows := tensors[name]) is not None:
+            checks.floating(name, rows)
     if pred is None:
         if prior is None:
             raise ValueError("prior: expected [m] when pred is None (a first iteration), got None")

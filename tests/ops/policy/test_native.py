@@ -106,7 +106,7 @@ def test_layouts(kind: str, layout: str) -> None:
 
 
 def test_forced_out_of_range() -> None:
-    with use_backend("native"), pytest.raises(RuntimeError, match="forced: expected indices below 3"):
+    with use_backend("native"), pytest.raises(IndexError, match="forced: expected indices below 3, got 3"):
         policy(torch.randn(4, 3), forced=torch.tensor([0, 1, 3, 2]))
 
 

@@ -343,3 +343,25 @@ S, V = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + message):
         functional.soft_assignment(**{"scores": S, "votes": V, **arguments})
+
+
+@pytest.mark.parametrize("eps", [-1, -1e-8, math.nan, math.inf])
+def test_eps_is_a_number_of_zero_or_more(eps: float) -> None:
+    with pytest.raises(ValueError, match=r"^eps: expected a number of 0 or more, got"):
+        functional.soft_assignment(torch.zeros(2, 4, 3), torch.zeros(2, 4, 1, 5), mean=True, eps=eps)
+
+
+@each_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_learned_prior(backend: str, masked: bool) -> None:
+    """Its gradient is that of the definition; without gradients the kernels are used as before."""
+    seeds.manual_seed(0)
+    gate, votes, prior = torch.rand(2, 7, dtype=F64), torch.randn(2, 7, 3, 5, dtype=F64), torch.rand(3, dtype=F64)
+    mask = torch.rand(2, 7, 3) < 0.3 if masked else None
+
+    def made(prior: Tensor) -> Tensor:
+        with use_backend(backend):
+            return functional.soft_assignment(None, votes, gate, prior=prior, mask=mask)
+
+    assert torch.autograd.gradcheck(made, prior.clone().requires_grad_())
+    assert_same(made(prior.clone().requires_grad_()).detach(), made(prior))

@@ -257,6 +257,26 @@ def test_second_derivative(backend: str, relu: bool) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_in_place_of_a_view_whose_memory_is_negated(learns: bool, relu: bool, backend: str) -> None:
+    """As of any other: what is kept is kept, in the memory of the view, too."""
+    z, mapping = torch.randn(4, 3, dtype=torch.complex64), torch.tensor([[1.0, 1, 0], [0, 1, 1]])
+    leaf = z.clone().requires_grad_(learns)
+    memory = leaf * 1
+    x = memory.conj().imag
+    assert x.is_neg()
+    with use_backend(backend):
+        expected = functional.task_mask(x.clone(), mapping, 1, relu=relu)
+        y = functional.task_mask(x, mapping, 1, relu=relu, inplace=True)
+    assert y is x and torch.equal(x, expected) and torch.equal(memory.imag, -expected)
+    if learns:
+        y.sum().backward()
+        alive = (expected != 0).float()
+        assert torch.equal(leaf.grad.imag, -alive) and not leaf.grad.real.any()  # type: ignore[union-attr]
+
+
+@each_backend
 @each_relu
 def test_in_place_is_known_to_autograd(backend: str, relu: bool) -> None:
     mapping, leaf = random_mapping(4), randn(3, 4, 5).requires_grad_()
