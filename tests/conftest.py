@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 
 from tests.helpers import seeds
+from tests.helpers.backends import HERE
 from tests.helpers.interpreter import let_scalars_be_ints
 from tests.helpers.poison import poisoned_memory
 
@@ -77,7 +78,8 @@ def _apart_from_backend(item: pytest.Item) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``).
 
-    A case runs on one backend after the other: ``tests/helpers/budget.py`` keeps the last yardsticks.
+    A case runs on one backend after the other: ``tests/helpers/budget.py`` keeps the last yardsticks. Graphs and
+    formulas of plain PyTorch are looked at in ``make test-all``: ``make test`` has those of the C++.
     """
     together: dict[Any, list[pytest.Item]] = {}
     for item in items:
@@ -85,5 +87,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = itertools.chain(*together.values())
     for item in items:
         code = getattr(getattr(item, "function", None), "__code__", None)
-        if _is_numeric(item.path) and not (code and _STRUCTURE.intersection(code.co_names)):
+        is_structure = code is not None and not _STRUCTURE.isdisjoint(code.co_names)
+        given: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+        if is_structure and given.get("backend") == "reference" and "native" in HERE:
+            item.add_marker("long")
+        if _is_numeric(item.path) and not is_structure:
             item.add_marker("numeric")

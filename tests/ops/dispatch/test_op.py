@@ -74,18 +74,21 @@ def test_plans_of_strided_actions(backend: str) -> None:
 
 
 def test_actions_as_users_give_them() -> None:
-    for given in (torch.tensor([[1], [0]]), torch.tensor([1, 0], dtype=torch.int32), torch.tensor([1, 0]).byte()):
+    row = torch.tensor([1, 0])
+    for given in (row[:, None], row.int(), row.byte(), [1, 0], row.numpy()):
         made = dispatch.as_actions(given, 2, torch.device("cpu"))
         assert made.dtype == torch.int64 and made.tolist() == [1, 0]
     for given, error in (
         (torch.tensor([1.0, 0.0]), TypeError),
         (torch.tensor([True, False]), TypeError),
-        ([1, 0], TypeError),
+        (["1", "0"], TypeError),
+        ([1.0, 0.0], TypeError),
+        (None, TypeError),
         (torch.tensor([1, 0, 1]), ValueError),
         (torch.tensor([[1, 0], [0, 1]]), ValueError),
     ):
         with pytest.raises(error, match=r"^agents: "):
-            dispatch.as_actions(given, 2, torch.device("cpu"), "agents")  # type: ignore[arg-type]
+            dispatch.as_actions(given, 2, torch.device("cpu"), "agents")
 
 
 @each_backend
