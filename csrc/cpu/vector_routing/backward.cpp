@@ -1,6 +1,5 @@
 // The backward pass of vector_routing on a CPU: everything of size n x m is made again, tile by tile.
 
-#include "cpu/empty.h"
 #include "cpu/vector_routing/vector_routing.h"
 
 namespace fastroute::vector_routing {
@@ -349,9 +348,6 @@ Tensor backward_op(
               {&x, &gate, if_given(gate_weight), if_given(gate_bias), if_given(scale), if_given(pred),
                if_given(score_weight), if_given(score_bias), &use, if_given(ign), if_given(use_bias),
                if_given(ign_bias), if_given(prior), if_given(mask), if_given(lengths), &dM, &dp});
-  if (fresh && dx.has_value()) {
-    advise_huge_pages(*dx);
-  }
   Tensor dpred;
   with_types(x.scalar_type(), parameter_type(in), [&](auto t, auto x_type, auto p_type) {
     using T = decltype(t);
