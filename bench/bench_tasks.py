@@ -200,12 +200,12 @@ FEWER, LEAST = 4, 32
 
 @lru_cache(maxsize=1)
 def truth(case: Case, device: str) -> harness.Gate:
-    few = case._replace(B=TASKS if case.mixed else FEWER, S=LEAST)
-    p, fewer = problem(case, device), problem.__wrapped__(few, device)
-    known = Truth(lambda: _exact(fewer, few), torch.float32)
+    p, few = problem(case, device), case._replace(B=TASKS if case.mixed else FEWER, S=LEAST)
     times = case.B * case.S**2 / (few.B * few.S**2)
     if times <= 1:
         return Truth(lambda: _exact(p, case), torch.float32)
+    fewer = problem.__wrapped__(few, device)
+    known = Truth(lambda: _exact(fewer, few), torch.float32)
     with harness.threads(2):
         found = subject(fewer, few, device).results()
         return harness.ByNorm(known, found, _exact(p, case), times)

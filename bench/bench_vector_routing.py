@@ -269,7 +269,7 @@ def moves(case: Case, device: str, exact: Results) -> dict[str, float]:
     draw, squares = torch.Generator(device).manual_seed(0), dict.fromkeys(exact, 0.0)
     for _ in range(DRAWS):
         for name, t in by_tiles(case, device, draw).items():
-            squares[name] += (harness.norm(t, exact[name]) / max(harness.norm(exact[name]), 1e-300)) ** 2
+            squares[name] += (harness.apart(t, exact[name]) / max(harness.size(exact[name], 2), 1e-300)) ** 2
     return {name: math.sqrt(square / DRAWS) for name, square in squares.items()}
 
 

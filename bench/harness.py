@@ -39,7 +39,7 @@ from torch import Tensor
 
 from bench.instruction_sets import HELD_TO
 from fastroute import use_backend
-from tests.helpers.budget import LOOKS, NORMS, SPREAD, Yardstick
+from tests.helpers.budget import LOOKS, NORMS, SPREAD, Yardstick, pieces, size
 
 Results = dict[str, Tensor]
 #: ``time.monotonic()`` when the run began, of which a suite's process is one part.
@@ -355,12 +355,9 @@ class Truth:
         return max(shares)
 
 
-def norm(t: Tensor, other: Tensor | None = None) -> float:
-    """The Frobenius norm of t, or of t - other, in float64: piece by piece in their order in memory."""
-    order = sorted(range(t.dim()), key=t.stride, reverse=True)
-    pieces = [x.permute(order).reshape(-1).split(1 << 20) for x in (t.detach(), other) if x is not None]
-    apart = (a.double() - b[0] if b else a.double() for a, *b in zip(*pieces, strict=True))
-    return math.sqrt(sum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in apart))
+def apart(t: Tensor, exact: Tensor) -> float:
+    """The Frobenius norm of t - exact; not finite where t is not."""
+    return math.hypot(*(float(torch.linalg.vector_norm(a.double() - b)) for a, b in pieces(t, exact)))
 
 
 class ByNorm:
@@ -393,7 +390,7 @@ class ByNorm:
         self._few, self.exact = known.excess(found), exact
         self._largest = cache(lambda look: known.relative(found, look))
         self._root, self._moves = math.sqrt(times), cache(moves)
-        self._sizes = {name: norm(t) for name, t in exact.items()}
+        self._sizes = {name: size(t, 2) for name, t in exact.items()}
 
     def _grown(self, name: str) -> float:
         """How many times further rounded inputs move a result of all rows."""
@@ -408,9 +405,9 @@ class ByNorm:
         for name, t in found.items():
             exact = self.exact[name]
             with threads(2):
-                apart = norm(t, exact) if t.shape == exact.shape else math.inf
+                off = apart(t, exact) if t.shape == exact.shape else math.inf
             for look in LOOKS[1:3]:
-                share = apart / (self._root * self._largest(look) * self._sizes[name])
+                share = off / (self._root * self._largest(look) * self._sizes[name])
                 by[name] = share if math.isfinite(share) else math.inf
                 if share <= 1:
                     break

@@ -15,6 +15,7 @@ from ..functional import efficient_routing
 from ..ops import checks
 from ..ops.efficient_routing.contract import Parameters, check_sizes
 from ..ops.efficient_routing.op import input_scale, predict
+from ..ops.host import version_of
 from ..ops.masked import only, reaches
 from ..ops.precision import autocast_off
 from ..ops.tiles import tile_rows
@@ -64,7 +65,7 @@ class PhiTiles:
                 self.pred = predict(before.to(dtype), self.w)
 
     def _seen(self) -> list[int]:
-        return [t._version for t in (self.x, self.mask) if t is not None and not t.is_inference()]
+        return [version_of(t) for t in (self.x, self.mask) if t is not None]
 
     def _of_rows(self, rows: slice) -> Parameters:
         names = _BY_ROW if self.w.bias_use is not None else _BY_ROW + _BETAS

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.host import version_of
+
 STATE_COLUMNS = 5  #: upstream pads every state to so many columns
 
 
@@ -68,11 +70,6 @@ class Column:
         """In a batch of ``size``, at ``rows``; zeros elsewhere."""
         at = None if self._at is None else spread(self._at, rows, size)
         return Column(lambda: spread(self.full, rows, size), at)
-
-
-def version_of(t: Tensor) -> int:
-    """Another one after every change in place, where tensors have any."""
-    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 def spread(t: Tensor, rows: Tensor, size: int, fill: float = 0) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..ops.checks import given
 from ..ops.dispatch.contract import Plan
-from ..ops.host import may_look
+from ..ops.host import may_look, version_of
 from ..ops.recomputation import is_recomputation
-from .decision_record import Mixture, Record, version_of
+from .decision_record import Mixture, Record
 
 if TYPE_CHECKING:
     from .sample_view import SampleMetaInformation

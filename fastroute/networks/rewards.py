@@ -147,7 +147,7 @@ _METHODS = {"forward", "rewards", "scaled", "get_reward", "by_action", "register
 def _handed(reward: Any) -> Callable[[Any], Any]:
     """How tensors are handed to a reward, and taken from it: as copies where its code is a user's, who may write into
     them."""
-    if type(reward).__module__ == __name__ and not _METHODS & set(vars(reward)):
+    if type(reward).__module__ == __name__ and _METHODS.isdisjoint(vars(reward)):
         return lambda t: t
     return lambda t: t.detach().clone() if isinstance(t, Tensor) else t
 

@@ -76,6 +76,11 @@ def read(offsets: Tensor) -> list[int]:
     return offsets.tolist()
 
 
+def version_of(t: Tensor) -> int:
+    """Another one after every change in place, where tensors have any."""
+    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
+
+
 def may_look(t: Tensor) -> bool:
     """Whether a check may look at numbers: on a CPU, or where ``fastroute.strict`` asks for it; if there are any."""
     return (t.device.type == "cpu" or is_strict()) and has_numbers(t)

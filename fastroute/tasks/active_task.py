@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from ..ops import checks
+from ..ops.host import version_of
 from ..ops.recomputation import is_recomputation
 
 #: A task for all samples, or [B] one for each.
@@ -195,7 +196,7 @@ class TaskAware(nn.Module):
 
     def _checked(self, y: Tensor, task: Task | None) -> Tensor:
         """y, made for a task that may be the active one; its backward raises if it was made again for another."""
-        if task is not None or traced() or not torch.is_grad_enabled() or not _saved_are_made_again():
+        if not is_made_again(task):
             return y
         active = self.active_task
         active = active if isinstance(active, Tensor) else torch.tensor(active)
@@ -208,8 +209,11 @@ class TaskAware(nn.Module):
         return self
 
 
-def _saved_are_made_again() -> bool:
-    """Whether torch.utils.checkpoint, and not another, keeps what is saved for backward, and makes it again."""
+def is_made_again(task: Task | None) -> bool:
+    """Whether torch.utils.checkpoint, and not another, keeps what is saved for backward, and makes it again, of a pass
+    for the active task."""
+    if task is not None or traced() or not torch.is_grad_enabled():
+        return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
@@ -222,7 +226,7 @@ _CHANGED = (
 
 
 def _version(task: Task) -> int:
-    return 0 if not isinstance(task, Tensor) or task.is_inference() else task._version
+    return version_of(task) if isinstance(task, Tensor) else 0
 
 
 def _is_still(task: Task, version: int, now: Task) -> bool:

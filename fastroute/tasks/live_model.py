@@ -12,7 +12,7 @@ from ..modules import watching
 from ..modules.reading import Memo, Proof
 from ..ops.arguments import checked
 from ..ops.checks import tensor
-from .active_task import Task, hold_in_all, is_mapped
+from .active_task import Task, hold_in_all, is_made_again, is_mapped
 from .layer_chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
 from .live_channels import has_units, sort, units
 from .live_execution import Mixed, Single, Way, called, is_idle, walk
@@ -204,7 +204,7 @@ class LiveSequential(nn.Sequential):
 
     @staticmethod
     def _checked(y: Tensor, task: Task | None, plan: _Plan) -> Tensor:
-        for router in plan.routers:
+        for router in plan.routers if is_made_again(task) else ():
             y = y if is_idle(router) else router._checked(y, task)
         return y
 

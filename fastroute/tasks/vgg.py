@@ -257,14 +257,13 @@ def _routed(module: nn.Module, x: Tensor, task: Task | None) -> Tensor:
         return module(x)
     if hasattr(type(module), "set_active_task"):
         return module(x, task)
+    if type(module) is nn.Sequential and may_be_read(module):
+        for layer in module:
+            x = _routed(layer, x, task)
+        return x
     aware, others = aware_parts(module)
-    if type(module) is nn.Sequential:
-        if may_be_read(module):
-            for layer in module:
-                x = _routed(layer, x, task)
-            return x
-        if all(isinstance(other, LiveSequential) for other in others):
-            return called(module, x, task)
+    if type(module) is nn.Sequential and all(isinstance(other, LiveSequential) for other in others):
+        return called(module, x, task)
     if aware or others:
         raise TypeError(
             f"task: expected routers in nn.Sequentials, to hand it to, got some inside a {type(module).__name__}; "

@@ -42,24 +42,30 @@ LOOKS = ((0, 0.0), (1, 0.0), (4, 3.0), (8, 4.0), (32, SPREAD))
 NORMS = (("largest entry", math.inf), ("Frobenius norm", 2.0))
 
 
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same entries of tensors of one shape, in the order of the first one's memory; no large one is doubled."""
+    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
+    return zip(*(t.detach().permute(order).reshape(-1).split(1 << 20) for t in tensors), strict=True)
+
+
 def size(t: Tensor, p: float) -> float:
-    """The norm, piece by piece so as not to double a large tensor."""
+    """The norm, piece by piece."""
     if not t.numel():
         return 0.0
-    pieces = [float(torch.linalg.vector_norm(part.double(), p)) for part in t.detach().reshape(-1).split(1 << 24)]
-    return max(pieces) if p == math.inf else math.hypot(*pieces)
+    found = [float(torch.linalg.vector_norm(part.double(), p)) for (part,) in pieces(t)]
+    return max(found) if p == math.inf else math.hypot(*found)
 
 
 def distances(t: Tensor, exact: Tensor) -> tuple[float, ...]:
     """|t - exact| in each of ``NORMS``; infinite where t is not finite and exact is."""
-    pieces = []
-    for a, b in zip(t.detach().reshape(-1).split(1 << 24), exact.reshape(-1).split(1 << 24), strict=True):
+    found = []
+    for a, b in pieces(t, exact):
         a = a.double()
         apart = torch.where(a == b, 0.0, a - b)
         if bool(apart.isnan().any()):
             apart.masked_fill_(a.isnan() > b.isnan(), math.inf)
-        pieces.append([size(apart, p) for _, p in NORMS])
-    largest, squared = zip(*pieces, strict=True)
+        found.append([size(apart, p) for _, p in NORMS])
+    largest, squared = zip(*found, strict=True)
     return max(largest), math.hypot(*squared)
 
 

@@ -84,29 +84,24 @@ def test_a_routed_layer_after_a_fused_step() -> None:
 # --------------------------------------------------------------------------------------------------------------- masks
 
 
-def exported(net: nn.Module, x: Tensor, t: Tensor) -> Callable[..., Tensor]:
-    program: Any = torch.export.export(net, (x, t)).module()
-
+def loading(program: Any, x: Tensor, t: Tensor) -> Callable[..., Tensor]:
     def run(state: dict[str, Tensor]) -> Tensor:
         program.load_state_dict(state)
         made: Tensor = program(x, t)
         return made
 
     return run
+
+
+def exported(net: nn.Module, x: Tensor, t: Tensor) -> Callable[..., Tensor]:
+    return loading(torch.export.export(net, (x, t)).module(), x, t)
 
 
 def saved_and_loaded(net: nn.Module, x: Tensor, t: Tensor) -> Callable[..., Tensor]:
     file = io.BytesIO()
     torch.export.save(torch.export.export(net, (x, t)), file)
     file.seek(0)
-    program: Any = torch.export.load(file).module()
-
-    def run(state: dict[str, Tensor]) -> Tensor:
-        program.load_state_dict(state)
-        made: Tensor = program(x, t)
-        return made
-
-    return run
+    return loading(torch.export.load(file).module(), x, t)
 
 
 def compiled_call(net: nn.Module, x: Tensor, t: Tensor) -> Callable[..., Tensor]:

@@ -16,9 +16,8 @@ from ..arguments import explained
 from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
 from ..backends import note, offer
 from ..checks import flags, floating, shown
-from ..dispatch.contract import Plan
+from ..dispatch.contract import Plan, check_plan
 from ..grouped_linear.op import parameters_of
-from ..grouped_linear.plain import check_plan
 from ..grouped_linear.reference import is_stacked
 from ..policy.contract import KINDS
 from ..policy.op import backend_for, check_draws, check_forced, triton_refuses

@@ -28,7 +28,7 @@ from ..autograd import (
 )
 from ..backends import is_explaining, note, offer, taken
 from ..checks import flags, floating, shown
-from ..dispatch.contract import Plan
+from ..dispatch.contract import Plan, check_plan
 from ..dispatch.op import finished
 from ..host import on_host
 from ..precision import autocast_dtype, autocast_off
@@ -188,7 +188,7 @@ def parameters_of(
 
 
 def _is_a_plan(x: Tensor | None, plan: Plan, *_: Any, **__: Any) -> None:
-    plain.check_plan(plan.order, plan.offsets, plan.order.shape[0])
+    check_plan(plan.order, plan.offsets, plan.order.shape[0])
     of = [] if x is None or plan.samples is None else on_host(plan.samples)
     if x is not None and of and (min(of) < 0 or max(of) >= x.shape[0]):
         raise ValueError(f"plan: expected samples from 0 to {x.shape[0] - 1}, got {min(of)} to {max(of)}")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, slope
+from ..dispatch.contract import check_plan
 from ..dispatch.reference import module_of_row
-from ..host import has_numbers, on_host
+from ..host import on_host
 from .reference import _each, _width
 
 #: Where counts stay on the device, weights are gathered row by row, no more than so many bytes at a time.
@@ -24,18 +25,6 @@ GATHERED_BYTES = 1 << 28
 #: One batched product, with zeros where modules have fewer rows than others, may multiply so many times too much. It
 #: spares calls, which counts where no module has more rows than that (``bench/calibrate_thresholds.py``).
 WASTE, BATCHED_ROWS = 4, 32
-
-
-def check_plan(order: Tensor | None, offsets: Tensor, rows: int) -> None:
-    """Whether a plan of rows, made by hand, is one: looked at on a CPU, as the C++ does."""
-    bounds = on_host(offsets)
-    if bounds is not None and (bounds[0] != 0 or bounds[-1] > rows or any(a > b for a, b in pairwise(bounds))):
-        raise ValueError(f"plan: expected offsets from 0, never falling, to at most {rows}, got {bounds}")
-    if order is None or not order.is_cpu or not has_numbers(order) or not rows:
-        return
-    least, most = map(int, order.aminmax())
-    if least < 0 or most >= rows or not bool(order.new_zeros(rows, dtype=torch.bool).index_fill_(0, order, True).all()):
-        raise ValueError(f"plan: expected each of 0 to {rows - 1} once in order, got others, from {least} to {most}")
 
 
 def forward(
