@@ -232,14 +232,17 @@ def _check(x: Tensor, plan: Plan, weights: Tensor | None, w_in: Tensor, w_out: T
     N, k = plan.order.shape[0], plan.per_sample
     if w_in.dim() != 3 or w_out.dim() != 3:
         raise ValueError(
-            f"w_in, w_out: expected [K, {'2H' if gated else 'H'}, D] and [K, P, H], got {shown(w_in)}, {shown(w_out)}"
+            f"w_in, w_out: expected [K, {'2H' if gated else 'H'}, D] and [K, P, H], as gated is {bool(gated)}, "
+            f"got {shown(w_in)}, {shown(w_out)}"
         )
     K, inner, D = w_in.shape
     H, odd = (inner // 2, inner % 2) if gated else (inner, 0)  # jit.trace has tensors for sizes
     if odd:
         raise ValueError(f"w_in: expected [K, 2H, D] for gated experts, got {shown(w_in)}")
     if w_out.shape[0] != K or w_out.shape[2] != H:
-        raise ValueError(f"w_out: expected [{K}, P, {H}], as w_in is {shown(w_in)}, got {shown(w_out)}")
+        raise ValueError(
+            f"w_out: expected [{K}, P, {H}], as w_in is {shown(w_in)} and gated is {bool(gated)}, got {shown(w_out)}"
+        )
     if plan.offsets.shape[0] != K + 1:
         raise ValueError(f"plan: expected one of {K} experts, as w_in has, got one of {plan.offsets.shape[0] - 1}")
     if x.dim() != 2 or x.shape[1] != D:
