@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
                 path.unlink(missing_ok=True)
         finally:
             part.unlink(missing_ok=True)
+    if args.k and not written and not status:
+        print(f"-k {args.k}: no row of these suites has it", file=sys.stderr)
+        status = 2
     for path in written:
         print(f"\n{path}\n\n{report.tables(path)}")
     print(f"{time.monotonic() - float(env['FASTROUTE_BENCH_BEGAN']):.0f} s in all")
