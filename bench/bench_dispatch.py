@@ -233,7 +233,7 @@ def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
 _DENSE, MOST_K, MOST_B = 2e9, 20, 1024
 
 
-def grid_rivals(case: Case, p: Problem, device: str, threads: int, options: harness.Options) -> list[Step]:
+def grid_rivals(case: Case, p: Problem, device: str, threads: int) -> list[Step]:
     ways: list[tuple[str, Callable[..., Tensor]]] = [("module loop", _loop), ("sort + addmm", _sorted)]
     if hasattr(F, "grouped_mm"):
         ways.append(("grouped_mm", grouped_mm))
@@ -305,7 +305,7 @@ def test_dispatch(benchmark: Any, row: Row, options: harness.Options, settings: 
     case, device = settings, options.device
     p, checked = problem(case, device), truth(case._replace(training=True), device)
     subject = fastroute_step(p, "fastroute", "auto", device, case.training)
-    rivals = grid_rivals(case, p, device, row.threads, options) if row.grid else rivals_of(p, device, options.gpu)
+    rivals = grid_rivals(case, p, device, row.threads) if row.grid else rivals_of(p, device, options.gpu)
     made, what = products(case), "training" if case.training else "forward"
     info: dict[str, Any] = {"case": str(case), "pass": what, "threads": row.threads, "targets": row.targets}
     info |= {"GFLOP": harness.flops(made) / 1e9, "GB": moved(case) / 1e9}

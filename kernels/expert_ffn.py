@@ -38,9 +38,9 @@ def is_fused() -> bool:
     return force_fused is not False
 
 
-@triton.jit(do_not_specialize=["N", "K", "row_tiles"])  # not a kernel for every batch size
+@triton.jit(do_not_specialize=["K", "row_tiles"])  # not a kernel for every batch size
 def hidden_kernel(
-    x, x_row, order, weights, w, w_module, w_out, w_in, offsets, h, u, N, K, row_tiles,
+    x, x_row, order, weights, w, w_module, w_out, w_in, offsets, h, u, K, row_tiles,
     D: tl.constexpr, H: tl.constexpr, PER_SAMPLE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     PRECISION: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -138,7 +138,7 @@ def hidden(
         tiles = row_tiles(N, K, tile.rows)
         start.launch(
             hidden_kernel, (tiles * cdiv(OUT, tile.columns),), x, x.stride(0), order,
-            None if weights is None else weights.contiguous(), w_in, *w_in.stride(), offsets, h, u, N, K, tiles,
+            None if weights is None else weights.contiguous(), w_in, *w_in.stride(), offsets, h, u, K, tiles,
             D=D, H=H, PER_SAMPLE=per_sample, ACTIVATION=activation, GATED=gated, PRECISION=precision,
             SEARCH=search(K), GROUP=GROUP, BLOCK_N=tile.rows, BLOCK_OUT=tile.columns, BLOCK_IN=tile.depth,
             warps=tile.warps, stages=tile.stages,

@@ -79,7 +79,7 @@ def forward_kernel(
     scores, gate, use, ign, prior, mask, lengths, use_b, ign_b, mask_b, mask_n, mask_m, eps,
     moments, sums,  # out [pieces, B, M, H] and [pieces, B, M]
     n, piece_rows, batch,
-    M: tl.constexpr, H: tl.constexpr, SAME: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """grid (batch * pieces of the rows * column tiles)."""
@@ -124,7 +124,7 @@ def backward_kernel(
     scores, gate, use, ign, prior, mask, lengths, use_b, ign_b, mask_b, mask_n, mask_m, eps,
     dM, dp, dscores, dgate, duse, dign,
     n, batch, batch_per_program,
-    M: tl.constexpr, H: tl.constexpr, SAME: tl.constexpr, DOT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, H: tl.constexpr, DOT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """grid (groups of samples * row tiles). ADD: betas are one for all samples, and one group's samples are all."""
@@ -279,7 +279,7 @@ class _Call:
         N, M, H = self.blocks
         warps = 4 if self.as_product or N * M * H <= _NUMBERS else 8
         return {
-            "M": self.m, "H": self.h, "SAME": self.same_outputs, "DOT": self.as_product, "PRECISION": self.precision,
+            "M": self.m, "H": self.h, "DOT": self.as_product, "PRECISION": self.precision,
             "BLOCK_N": N, "BLOCK_M": M, "BLOCK_H": H, "warps": warps, "stages": 2, **more,
         }  # fmt: skip
 
@@ -309,7 +309,7 @@ def backward(votes: Tensor, pairs: Pairs, dM: Tensor, dp: Tensor, grads: Grads) 
         samples, columns = grads.votes.shape[0], cdiv(call.h, call.blocks.h)
         launch.launch(
             votes_kernel, (samples * tiles * columns,), *call.pairs, dM, grads.votes, n, B, B // samples,
-            **call.constants(),
+            **call.constants(SAME=call.same_outputs),
         )  # fmt: skip
     if any(t is not None for t in grads[1:]):
         adds = any(t is not None and t.shape[0] == 1 for t in (grads.use, grads.ign))

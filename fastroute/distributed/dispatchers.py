@@ -19,7 +19,6 @@ from .exchange import begin, copied, end, placed, spread, summed, swap
 
 #: A dtype's number in a message.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_FACTS = 4  #: numbers that each rank tells all others with its counts: see ``AllToAll.send``
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from functools import cache
 
-#: By when they are read. Others are those of the build (setup.py) and of PyTorch, Triton and OpenMP.
-VARIABLES = ("FASTROUTE_BACKEND", "FASTROUTE_ISA", "TRITON_INTERPRET")
-
 
 def backend() -> str:
     """The backend to use where ``use_backend`` names none; "" is "auto"."""

@@ -15,11 +15,6 @@ def is_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def saved_are_hooked() -> bool:
-    """Whether somebody else keeps what is saved for backward: checkpoint without ``use_reentrant`` recomputes it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def draws_of(generator: torch.Generator | None) -> dict[str, Any]:
     """What a random function of PyTorch is given: nothing for None, with which it takes no sizes that are symbols.
 

@@ -45,7 +45,7 @@ def assign_backward_kernel(
         b = tl.cast(sample, tl.int64)
         open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
         at = ((b * rows + i - first) * M)[:, None] + j[None, :]
-        R = routing_weights(weight + at, open_, M, SCORED)
+        R = routing_weights(weight + at, open_, SCORED)
         f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)[:, None]
         D = tl.where(open_ & (f != 0.0), f * R, 0.0)
         a = tl.load(da + b * M + j, mask=j < M, other=0.0)[None, :]

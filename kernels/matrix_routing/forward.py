@@ -79,7 +79,7 @@ def pairs_kernel(
     before_a, before, sig2,  # of the previous iteration: a [batch, M], mu and sig2 [batch, M, C, H]
     center, g1, g2, k,  # of this one's gradient: [batch, M, C, H] three times, [batch, M]
     logit, slope,  # out [batch, rows, M]
-    gate_stride, mu_stride, first, last, rows, batch, per_split, splits, batch_tiles,
+    gate_stride, mu_stride, first, last, rows, batch, per_split, splits,
     M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     SHARED: tl.constexpr, SCORED: tl.constexpr, GAUSSIAN: tl.constexpr, SLOPED: tl.constexpr,
     S: tl.constexpr, CP: tl.constexpr, J: tl.constexpr, HP: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
@@ -152,7 +152,7 @@ def open_pairs(mask, b, i, j, live, stride_b, stride_n, stride_m, M: tl.constexp
 
 
 @triton.jit
-def routing_weights(logit, open_, M: tl.constexpr, SCORED: tl.constexpr):
+def routing_weights(logit, open_, SCORED: tl.constexpr):
     """R: softmax over the open outputs of a row, all equal without logits; 0 where closed."""
     if SCORED:
         z = tl.where(open_, tl.load(logit, mask=open_, other=0.0), float("-inf"))
@@ -187,7 +187,7 @@ def assign_kernel(
         live = i < hi
         open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
         at = weight + ((b * rows + i - first) * M)[:, None] + j[None, :]
-        R = routing_weights(at, open_, M, SCORED)
+        R = routing_weights(at, open_, SCORED)
         f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)[:, None]
         D = tl.where(open_ & (f != 0.0), f * R, 0.0)
         tl.store(at, D, mask=live[:, None] & (j < M)[None, :])
@@ -218,7 +218,7 @@ def moments_kernel(
     gate, mu_inp, W, bias,
     weight,  # [batch, rows, M], D
     N_part, mean_part, low_part, M2_part,  # out: [slots, B, M], [slots, B, M, C, H] three times
-    gate_stride, mu_stride, N_stride, slot, first, last, rows, batch, per_split, splits, batch_tiles,
+    gate_stride, mu_stride, N_stride, slot, first, last, rows, batch, per_split, splits,
     M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr,
     S: tl.constexpr, CP: tl.constexpr, J: tl.constexpr, HP: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip

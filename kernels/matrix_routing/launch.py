@@ -116,7 +116,7 @@ class _Call:
         start.launch(
             pairs_kernel, (cdiv(self.m, tile.outputs) * splits * batch_tiles,),
             *self.inputs(samples), *self.before(samples), *given, logit, slope,
-            *self.strides(), first, last, self.plan.rows, batch, per_split, splits, batch_tiles,
+            *self.strides(), first, last, self.plan.rows, batch, per_split, splits,
             SCORED=self.scored, GAUSSIAN=self.gaussian, SLOPED=out is not None, **self.constants(tile),
         )  # fmt: skip
 
@@ -169,7 +169,7 @@ def _moments(call: _Call, made: Moments, out: Outputs | None, eps: float) -> Non
         start.launch(
             moments_kernel, (cdiv(m, tile.outputs) * splits * batch_tiles,),
             *call.inputs(samples), weight, *(t[:, samples] for t in parts),
-            *call.strides(), B * m, slot, first, last, rows, batch, chosen.light_split, splits, batch_tiles,
+            *call.strides(), B * m, slot, first, last, rows, batch, chosen.light_split, splits,
             **call.constants(tile),
         )  # fmt: skip
     ahead = min(128, power_of_2(max(slots, a_slots), 1))

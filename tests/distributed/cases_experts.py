@@ -373,7 +373,7 @@ class Model(nn.Module):
         return loss
 
 
-def trained(model: nn.Module, parts: list[Tensor], gate_loss: bool = True) -> None:
+def trained(model: nn.Module, parts: list[Tensor]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
     for _ in range(3):
         optimizer.zero_grad()

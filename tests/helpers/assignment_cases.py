@@ -5,7 +5,7 @@ Axes: b samples, n inputs, m outputs, h width of a vote; an axis of votes that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,7 +99,3 @@ def truth(form: str) -> Callable[..., dict[str, Tensor]]:
         return {"y": M / torch.where(p > 0, p, 1.0)[..., None] if options.get("mean") else M}
 
     return call
-
-
-def sizes_of(case: Case) -> Sequence[int]:
-    return case.size("b"), case.size("n"), case.size("m"), case.size("h")
