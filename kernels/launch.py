@@ -1,10 +1,10 @@
-"""What every op's kernels share: the matrix product, and the one place that starts a kernel, where tests can listen."""
+"""What every op's kernels share: products, open pairs, and the one place that starts a kernel, where tests can listen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,18 @@ SHARED = 227 << 10
 
 #: Element types that the kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+
+class Tile(NamedTuple):
+    """A product's block: rows and columns of the result, depth of a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
 
 _INTERPRETED = tl.constexpr(interpreting())
 
@@ -86,6 +98,16 @@ def nearest_tf32(a):
         bits = (a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         return tl.where(a == a, bits.to(tl.float32, bitcast=True), a)
     return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def open_pairs(mask, b, rows, columns, live, stride_b, stride_n, stride_m, M: tl.constexpr):
+    """[rows, columns] bool: pairs that take part."""
+    open_ = live[:, None] & (columns < M)[None, :]
+    if mask is not None:
+        at = (mask + b * stride_b + rows * stride_n)[:, None] + (columns.to(tl.int64) * stride_m)[None, :]
+        open_ = open_ & (tl.load(at, mask=open_, other=1) == 0)
+    return open_
 
 
 def power_of_2(value: int, at_least: int = 16) -> int:

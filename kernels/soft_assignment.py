@@ -17,7 +17,7 @@ from torch import Tensor
 from fastroute.ops.soft_assignment.contract import Grads, Pairs, sizes
 
 from . import launch
-from .launch import cdiv, dot, power_of_2
+from .launch import cdiv, dot, open_pairs, power_of_2
 
 OUTPUTS = 512  #: the most that the kernels take: a row's scores lie in registers
 
@@ -43,10 +43,7 @@ def weigh(
     live = i < n
     if lengths is not None:
         live = live & (i < tl.load(lengths + b))
-    open_ = live[:, None] & (j < M)[None, :]
-    if mask is not None:
-        lanes = (mask + b * mask_b + i * mask_n)[:, None] + (j.to(tl.int64) * mask_m)[None, :]
-        open_ = open_ & (tl.load(lanes, mask=open_, other=1) == 0)
+    open_ = open_pairs(mask, b, i, j, live, mask_b, mask_n, mask_m, M)
     at = (i * M)[:, None] + j[None, :]
     if scores is not None:
         S = tl.load(scores + b * n * M + at, mask=open_, other=0.0).to(tl.float32)

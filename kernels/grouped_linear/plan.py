@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..launch import SHARED, SMS, cdiv, power_of_2
+from ..launch import SHARED, SMS, Tile, cdiv, power_of_2
 
 PARTIAL = 64 << 20
 PIECE = 512
@@ -36,16 +36,6 @@ SEARCH = 1024  #: offsets that a tile looks at together to find its module
 
 _TENSOR_CORE_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (32, 32), (16, 32), (16, 16))
 _PLAIN_TILES = ((64, 64), (32, 64), (32, 32), (16, 32), (16, 16))
-
-
-class Tile(NamedTuple):
-    """A kernel's block: rows and columns of the result, depth of a product's step."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 class Device(NamedTuple):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launch import dot
-from .forward import capsule_rows, lanes, open_pairs, routing_weights, settled, votes
+from ..launch import dot, open_pairs
+from .forward import capsule_rows, lanes, routing_weights, settled, votes
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def assign_backward_kernel(
     d_gate, d_use, d_ign,  # out: [batch, n], [n, M] twice
     beta_sums, A0_part,  # out: [programs, 2, M] where one row of betas serves all, [slots, batch, M]
     gate_stride, A0_stride, slot, first, last, rows, batch, batch_per_program, tiles,
-    BETA_ROW: tl.constexpr, M: tl.constexpr, SCORED: tl.constexpr, MASKED: tl.constexpr,
+    BETA_ROW: tl.constexpr, M: tl.constexpr, SCORED: tl.constexpr,
     WANT_ROWS: tl.constexpr, ADD_GATE: tl.constexpr, ADD_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def assign_backward_kernel(
     start = tl.program_id(0) // tiles * batch_per_program
     for sample in range(start, tl.minimum(start + batch_per_program, batch)):
         b = tl.cast(sample, tl.int64)
-        open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
+        open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M)
         at = ((b * rows + i - first) * M)[:, None] + j[None, :]
         R = routing_weights(weight + at, open_, SCORED)
         f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)[:, None]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launch import dot
+from ..launch import dot, open_pairs
 
 
 @triton.jit
@@ -142,16 +142,6 @@ def pairs_kernel(
 
 
 @triton.jit
-def open_pairs(mask, b, i, j, live, stride_b, stride_n, stride_m, M: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, outputs] bool: pairs that no mask closes."""
-    open_ = live[:, None] & (j < M)[None, :]
-    if MASKED:
-        at = (mask + b * stride_b + i * stride_n)[:, None] + (j.to(tl.int64) * stride_m)[None, :]
-        open_ = open_ & (tl.load(at, mask=open_, other=1) == 0)
-    return open_
-
-
-@triton.jit
 def routing_weights(logit, open_, SCORED: tl.constexpr):
     """R: softmax over the open outputs of a row, all equal without logits; 0 where closed."""
     if SCORED:
@@ -172,7 +162,7 @@ def assign_kernel(
     weight,  # [batch, rows, M]: logits come in (if SCORED), D goes out
     a_sums,  # out [slots, batch, M]: sums of beta_use D - beta_ign (f - D)
     gate_stride, a_stride, slot, first, last, rows, per_split, splits,
-    BETA_ROW: tl.constexpr, M: tl.constexpr, SCORED: tl.constexpr, MASKED: tl.constexpr,
+    BETA_ROW: tl.constexpr, M: tl.constexpr, SCORED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """D_ij, and what a_out sums; all outputs of a row together. grid (splits of the inputs x samples)."""
@@ -185,7 +175,7 @@ def assign_kernel(
     for row in range(lo, hi, BLOCK_N):
         i = (row + tl.arange(0, BLOCK_N)).to(tl.int64)
         live = i < hi
-        open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
+        open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M)
         at = weight + ((b * rows + i - first) * M)[:, None] + j[None, :]
         R = routing_weights(at, open_, SCORED)
         f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)[:, None]

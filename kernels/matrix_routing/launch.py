@@ -93,7 +93,7 @@ class _Call:
         row = self.plan.row
         return {
             "BETA_ROW": 0 if self.shared else self.m, "M": self.m, "SCORED": self.scored,
-            "MASKED": self.mask is not None, "BLOCK_N": row.inputs, "BLOCK_M": row.outputs,
+            "BLOCK_N": row.inputs, "BLOCK_M": row.outputs,
             "warps": row.warps, "stages": 1,
         }  # fmt: skip
 

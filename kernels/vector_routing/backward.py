@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launch import dot, nearest_tf32
-from .forward import load_rows, open_lanes, prior_over_open, softmax_over_open
+from ..launch import dot, nearest_tf32, open_pairs
+from .forward import load_rows, terms
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def backward_kernel(
     gate_stride, d_gate_stride, first, last, rows, batch, batch_per_program,
     X_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     SCORE_ROW: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
-    MASKED: tl.constexpr, RAGGED: tl.constexpr, WANT_X: tl.constexpr, WANT_ROWS: tl.constexpr,
+    RAGGED: tl.constexpr, WANT_X: tl.constexpr, WANT_ROWS: tl.constexpr,
     ADD_GATE: tl.constexpr, ADD_ROWS: tl.constexpr, ONE_PASS: tl.constexpr, NEAREST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def backward_kernel(
         live = inside
         if RAGGED:
             live = live & (i < tl.load(lengths + b))
-        open_ = open_lanes(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
+        open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M)
         dphi = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         L = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         benefit = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -112,23 +112,13 @@ def backward_kernel(
         dphi = tl.where(open_, dphi + tl.load(dp + b * M + j, mask=j < M, other=0.0)[None, :], 0.0)
         f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)[:, None]
 
+        z = L
         if SCORED:
             weight = load_rows(score_weight, i, j, open_, SCORE_ROW)
             z = L * weight + load_rows(score_bias, i, j, open_, SCORE_ROW)
-            R = softmax_over_open(z, open_)
-        else:
-            R = prior_over_open(tl.load(prior + j, mask=j < M, other=0.0), open_, MASKED)
-        if LINEAR:
-            benefit += tl.load(use_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
-            if IGN:
-                cost += tl.load(ign_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
-        else:
-            benefit = load_rows(use, i, j, open_, M)
-            if IGN:
-                cost = load_rows(ign, i, j, open_, M)
-        t = benefit * R
-        if IGN:
-            t -= cost * (1.0 - R)
+        R, benefit, cost, t = terms(
+            z, benefit, cost, use, ign, use_bias, ign_bias, prior, mask, i, j, open_, M, SCORED, LINEAR, IGN
+        )  # fmt: skip
 
         dgate = tl.sum(tl.where(open_, dphi * t, 0.0), 1)
         out = d_gate + b * d_gate_stride + i

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launch import dot, nearest_tf32
+from ..launch import dot, nearest_tf32, open_pairs
 
 
 @triton.jit
@@ -31,28 +31,38 @@ def softmax_over_open(z, open_):
 
 
 @triton.jit
-def prior_over_open(prior, open_, MASKED: tl.constexpr):
-    """The first iteration's R: the prior, shared out again among the open lanes where there is a mask."""
-    R = tl.where(open_, prior[None, :], 0.0)
-    if MASKED:
-        R = R / tl.maximum(tl.sum(R, 1)[:, None], 1.1754944e-38)
-    return R
-
-
-@triton.jit
 def load_rows(p, rows, columns, keep, STRIDE: tl.constexpr):
     """float32 tile of a matrix with row stride STRIDE; STRIDE 0 is one row for all."""
     return tl.load((p + rows * STRIDE)[:, None] + columns[None, :], mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def open_lanes(mask, b, rows, columns, live, stride_b, stride_n, stride_m, M: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, columns] bool: pairs that take part."""
-    open_ = live[:, None] & (columns < M)[None, :]
-    if MASKED:
-        lanes = (mask + b * stride_b + rows * stride_n)[:, None] + (columns.to(tl.int64) * stride_m)[None, :]
-        open_ = open_ & (tl.load(lanes, mask=open_, other=1) == 0)
-    return open_
+def terms(
+    z, benefit, cost, use, ign, use_bias, ign_bias, prior, mask, i, j, open_,
+    M: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
+):  # fmt: skip
+    """R, benefit and cost, and phi / f = benefit R - cost (1 - R); z is read if SCORED, benefit and cost if LINEAR.
+
+    The first iteration's R is the prior, shared out again among the open lanes where there is a mask.
+    """
+    if SCORED:
+        R = softmax_over_open(z, open_)
+    else:
+        R = tl.where(open_, tl.load(prior + j, mask=j < M, other=0.0)[None, :], 0.0)
+        if mask is not None:
+            R = R / tl.maximum(tl.sum(R, 1)[:, None], 1.1754944e-38)
+    if LINEAR:
+        benefit += tl.load(use_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
+        if IGN:
+            cost += tl.load(ign_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
+    else:
+        benefit = load_rows(use, i, j, open_, M)
+        if IGN:
+            cost = load_rows(ign, i, j, open_, M)
+    t = benefit * R
+    if IGN:
+        t -= cost * (1.0 - R)
+    return R, benefit, cost, t
 
 
 @triton.jit
@@ -77,7 +87,7 @@ def forward_kernel(
     X_ROW: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     GATE_ROW: tl.constexpr, GATE_BIAS_ROW: tl.constexpr, SCORE_ROW: tl.constexpr,
     MAKE_GATE: tl.constexpr, SCORED: tl.constexpr, LINEAR: tl.constexpr, IGN: tl.constexpr,
-    MASKED: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
+    RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
     NEAREST: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +103,7 @@ def forward_kernel(
         live = inside
         if RAGGED:
             live = live & (i < tl.load(lengths + b))
-        open_ = open_lanes(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M, MASKED)
+        open_ = open_pairs(mask, b, i, j, live, mask_stride_b, mask_stride_n, mask_stride_m, M)
         a = tl.zeros([BLOCK_N], dtype=tl.float32)
         L = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         benefit = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -152,25 +162,14 @@ def forward_kernel(
         else:
             f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)
 
+        z = L
         if SCORED:
             if NARROW == 2:
                 L *= grow[:, None]
             z = L * load_rows(score_weight, i, j, open_, SCORE_ROW) + load_rows(score_bias, i, j, open_, SCORE_ROW)
-            R = softmax_over_open(z, open_)
-        else:
-            R = prior_over_open(tl.load(prior + j, mask=j < M, other=0.0), open_, MASKED)
-
-        if LINEAR:
-            benefit += tl.load(use_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
-            if IGN:
-                cost += tl.load(ign_bias + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
-        else:
-            benefit = load_rows(use, i, j, open_, M)
-            if IGN:
-                cost = load_rows(ign, i, j, open_, M)
-        t = benefit * R
-        if IGN:
-            t -= cost * (1.0 - R)
+        _R, _benefit, _cost, t = terms(
+            z, benefit, cost, use, ign, use_bias, ign_bias, prior, mask, i, j, open_, M, SCORED, LINEAR, IGN
+        )  # fmt: skip
         value = tl.where(open_, f[:, None] * t, 0.0)
         sums = phi_sums + (b * tl.num_programs(0) + tl.program_id(0)) * M + j
         tl.store(sums, tl.sum(value, 0), mask=j < M)

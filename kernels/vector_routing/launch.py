@@ -112,7 +112,7 @@ class _Call:
             **self.common(x),
             "M": self.m, "M_PAD": padded(self.m), "G": self.operands,
             "SCORED": self.scored, "LINEAR": step.linear, "IGN": step.ign is not None,
-            "MASKED": self.mask is not None, "ONE_PASS": self.plan.one_pass, "NEAREST": self.nearest,
+            "ONE_PASS": self.plan.one_pass, "NEAREST": self.nearest,
             "PRECISION": self.precision,
             "SCORE_ROW": _row_stride(self.score_weight),
             "BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth,

@@ -32,21 +32,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..launch import SHARED, SMS, cdiv, power_of_2
+from ..launch import SHARED, SMS, Tile, cdiv, power_of_2
 
 SCRATCH = 64 << 20
 PARTIAL = 24 << 20
 MAX_OUTPUTS = 16384  #: a whole row of outputs is on chip: 16 per thread in the widest program
-
-
-class Tile(NamedTuple):
-    """A kernel's block: rows of the first operand, columns of the result, depth of a product's step."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 class Plan(NamedTuple):
