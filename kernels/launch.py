@@ -1,4 +1,4 @@
-"""What every op's kernels share: products, open pairs, and the one place that starts a kernel, where tests can listen."""
+"""What all ops' kernels share: products, open pairs, and the one place that starts a kernel, where tests can listen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ SHARED = 227 << 10
 
 #: Element types that the kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 
 class Tile(NamedTuple):

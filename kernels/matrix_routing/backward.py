@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..launch import dot, open_pairs
-from .forward import capsule_rows, lanes, routing_weights, settled, votes
+from .forward import lanes, routing_weights, settled, tile_of, votes
 
 
 @triton.jit
@@ -99,17 +99,7 @@ def gradient_kernel(
     Where inputs have parameters of their own, one program sees all samples, so that no other adds to the same rows;
     with SHARED it has sums of its own to add to. grid (output tiles x splits of the inputs x groups of batch tiles).
     """
-    TILES: tl.constexpr = (M + J - 1) // J
-    jt = tl.program_id(0) % TILES
-    rest = tl.program_id(0) // TILES
-    split = rest % splits
-    group = rest // splits
-    lo = first + split * per_split
-    hi = tl.minimum(lo + per_split, last)
-    c = tl.arange(0, S * CP) % CP
-    j = jt * J + tl.arange(0, J * HP) // HP
-    h = tl.arange(0, J * HP) % HP
-    keep_q = (j < M) & (h < H)
+    jt, split, group, lo, hi, c, j, h, keep_q = tile_of(first, last, per_split, splits, M, H, S, CP, J, HP)
     c1 = tl.arange(0, CP)
     keep_c = (c1 < C)[:, None] & keep_q[None, :]
     STEP: tl.constexpr = S if SHARED else 1
@@ -130,13 +120,11 @@ def gradient_kernel(
             A2 = tl.zeros([S * CP, J * HP], dtype=tl.float32)
         for row in range(lo, hi, STEP):
             b, i, live = lanes(bt, row, hi, batch, S, CP, SHARED)
-            own = tl.cast(row, tl.int64) * (1 - SHARED)
-            x_rows, keep_rows = capsule_rows(mu_inp, gate, gate_stride, mu_stride, b, i, c, live, C, D)
             keep = (live & (c < C))[:, None] & keep_q[None, :]
-            w_rows = W + own * (M * D * H) + j * (D * H) + h
-            b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
-            zero = tl.zeros([S * CP, J * HP], dtype=tl.float32)
-            V = votes(x_rows, keep_rows, w_rows, keep_q, b_rows, keep, zero, D, H, BLOCK_D, DOT)
+            V, x_rows, keep_rows, w_rows = votes(
+                gate, mu_inp, W, bias, gate_stride, mu_stride, row, b, i, live, c, j, h, keep_q, keep,
+                M, C, D, H, SHARED, S, CP, J, HP, BLOCK_D, DOT,
+            )  # fmt: skip
 
             pair = ((b * rows + i - first) * M)[:, None] + j[None, :]
             share = tl.load(weight + pair, mask=keep, other=0.0)
@@ -153,7 +141,7 @@ def gradient_kernel(
             # whichever threads hold the sums, from the reading of the next.
             if WANT_ROWS:
                 tl.debug_barrier()
-                own_out = own
+                own_out = tl.cast(row, tl.int64)
                 before_this = bt - start + add_rows
                 if SHARED:
                     own_out = tl.cast(group * splits + split, tl.int64)

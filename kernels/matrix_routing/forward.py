@@ -37,34 +37,52 @@ def pair_lanes(bt, row, last, batch, S: tl.constexpr, SHARED: tl.constexpr):
 
 
 @triton.jit
-def capsule_rows(mu_inp, gate, gate_stride, mu_stride, b, i, c, live, C: tl.constexpr, D: tl.constexpr):
-    """(pointers to mu_inp's rows, which of them to read): a gate of 0 shuts out whatever is there."""
-    open_ = tl.load(gate + b * gate_stride + i, mask=live, other=0.0) != 0.0
-    return mu_inp + b * mu_stride + i * (C * D) + c * D, live & open_ & (c < C)
+def tile_of(
+    first, last, per_split, splits,
+    M: tl.constexpr, H: tl.constexpr, S: tl.constexpr, CP: tl.constexpr, J: tl.constexpr, HP: tl.constexpr,
+):  # fmt: skip
+    """Output tile, split of inputs, tile or group of the batch, first and last input; c [P], j, h and which [Q] are."""
+    jt = tl.program_id(0) % tl.cdiv(M, J)
+    rest = tl.program_id(0) // tl.cdiv(M, J)
+    split = rest % splits
+    bt = rest // splits
+    lo = first + split * per_split
+    hi = tl.minimum(lo + per_split, last)
+    c = tl.arange(0, S * CP) % CP
+    j = jt * J + tl.arange(0, J * HP) // HP
+    h = tl.arange(0, J * HP) % HP
+    return jt, split, bt, lo, hi, c, j, h, (j < M) & (h < H)
 
 
 @triton.jit
 def votes(
-    rows, keep_rows, W, keep_W, bias, keep, zero,
-    D: tl.constexpr, H: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    gate, mu_inp, W, bias, gate_stride, mu_stride, row, b, i, live, c, j, h, keep_q, keep,
+    M: tl.constexpr, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr,
+    S: tl.constexpr, CP: tl.constexpr, J: tl.constexpr, HP: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """rows W + bias, a few columns at a time; a matrix product proper where d is as deep as one needs.
+    """V = mu_inp W + bias; pointers to mu_inp's rows, which of them to read, and to W's.
 
-    The bias comes last: a large one would cost every sum before it the digits that it cannot hold.
+    A few columns at a time; a matrix product proper where d is as deep as one needs. A gate of 0 shuts out whatever is
+    there. The bias comes last: a large one would cost every sum before it the digits that it cannot hold.
     """
-    V = zero
+    own = tl.cast(row, tl.int64) * (1 - SHARED)
+    open_ = tl.load(gate + b * gate_stride + i, mask=live, other=0.0) != 0.0
+    x_rows, keep_rows = mu_inp + b * mu_stride + i * (C * D) + c * D, live & open_ & (c < C)
+    w_rows = W + own * (M * D * H) + j * (D * H) + h
+    b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
+    V = tl.zeros([S * CP, J * HP], dtype=tl.float32)
     if DOT:
         for column in range(0, D, BLOCK_D):
             d = column + tl.arange(0, BLOCK_D)
-            x = tl.load(rows[:, None] + d[None, :], mask=keep_rows[:, None] & (d < D)[None, :], other=0.0)
-            w = tl.load(W[None, :] + (d * H)[:, None], mask=keep_W[None, :] & (d < D)[:, None], other=0.0)
+            x = tl.load(x_rows[:, None] + d[None, :], mask=keep_rows[:, None] & (d < D)[None, :], other=0.0)
+            w = tl.load(w_rows[None, :] + (d * H)[:, None], mask=keep_q[None, :] & (d < D)[:, None], other=0.0)
             V = dot(x, w.to(tl.float32), V, "ieee")
     else:
         for d in tl.static_range(D):
-            x = tl.load(rows + d, mask=keep_rows, other=0.0)
-            w = tl.load(W + d * H, mask=keep_W, other=0.0).to(tl.float32)
+            x = tl.load(x_rows + d, mask=keep_rows, other=0.0)
+            w = tl.load(w_rows + d * H, mask=keep_q, other=0.0).to(tl.float32)
             V += x[:, None] * w[None, :]
-    return V + tl.load(bias, mask=keep, other=0.0).to(tl.float32)
+    return V + tl.load(b_rows, mask=keep, other=0.0).to(tl.float32), x_rows, keep_rows, w_rows
 
 
 @triton.jit
@@ -88,15 +106,7 @@ def pairs_kernel(
 
     grid (output tiles x splits of the inputs x batch tiles).
     """
-    jt = tl.program_id(0) % tl.cdiv(M, J)
-    rest = tl.program_id(0) // tl.cdiv(M, J)
-    bt = rest // splits
-    lo = first + (rest % splits) * per_split
-    hi = tl.minimum(lo + per_split, last)
-    c = tl.arange(0, S * CP) % CP
-    j = jt * J + tl.arange(0, J * HP) // HP
-    h = tl.arange(0, J * HP) % HP
-    keep_q = (j < M) & (h < H)
+    jt, _split, bt, lo, hi, c, j, h, keep_q = tile_of(first, last, per_split, splits, M, H, S, CP, J, HP)
     js = jt * J + tl.arange(0, J)
 
     # a program's samples stay, so what is per output is read once
@@ -124,12 +134,10 @@ def pairs_kernel(
     STEP: tl.constexpr = S if SHARED else 1
     for row in range(lo, hi, STEP):
         b, i, live = lanes(bt, row, hi, batch, S, CP, SHARED)
-        own = tl.cast(row, tl.int64) * (1 - SHARED)
-        x_rows, keep_rows = capsule_rows(mu_inp, gate, gate_stride, mu_stride, b, i, c, live, C, D)
-        w_rows = W + own * (M * D * H) + j * (D * H) + h
-        b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
-        zero = tl.zeros([S * CP, J * HP], dtype=tl.float32)
-        V = votes(x_rows, keep_rows, w_rows, keep_q, b_rows, keep, zero, D, H, BLOCK_D, DOT)
+        V, _x_rows, _keep_rows, _w_rows = votes(
+            gate, mu_inp, W, bias, gate_stride, mu_stride, row, b, i, live, c, j, h, keep_q, keep,
+            M, C, D, H, SHARED, S, CP, J, HP, BLOCK_D, DOT,
+        )  # fmt: skip
         bs, i_s, live_s = pair_lanes(bt, row, hi, batch, S, SHARED)
         out = ((bs * rows + i_s - first) * M)[:, None] + js[None, :]
         keep_out = live_s[:, None] & (js < M)[None, :]
@@ -217,16 +225,7 @@ def moments_kernel(
     Sums are of deviations from a centre, which moves to a vote that outweighs all before it, and to the mean after 4,
     16 and every 32 steps, so that little weight is ever far from it. grid as ``pairs_kernel``.
     """
-    jt = tl.program_id(0) % tl.cdiv(M, J)
-    rest = tl.program_id(0) // tl.cdiv(M, J)
-    split = rest % splits
-    bt = rest // splits
-    lo = first + split * per_split
-    hi = tl.minimum(lo + per_split, last)
-    c = tl.arange(0, S * CP) % CP
-    j = jt * J + tl.arange(0, J * HP) // HP
-    h = tl.arange(0, J * HP) % HP
-    keep_q = (j < M) & (h < H)
+    _jt, split, bt, lo, hi, c, j, h, keep_q = tile_of(first, last, per_split, splits, M, H, S, CP, J, HP)
     STEP: tl.constexpr = S if SHARED else 1
 
     N = tl.zeros([S * CP, J * HP], dtype=tl.float32)
@@ -235,13 +234,11 @@ def moments_kernel(
     second_sum = tl.zeros([S * CP, J * HP], dtype=tl.float32)
     for row in range(lo, hi, STEP):
         b, i, live = lanes(bt, row, hi, batch, S, CP, SHARED)
-        own = tl.cast(row, tl.int64) * (1 - SHARED)
-        x_rows, keep_rows = capsule_rows(mu_inp, gate, gate_stride, mu_stride, b, i, c, live, C, D)
         keep = (live & (c < C))[:, None] & keep_q[None, :]
-        w_rows = W + own * (M * D * H) + j * (D * H) + h
-        b_rows = (bias + own * (M * C * H) + c * H)[:, None] + (j * (C * H) + h)[None, :]
-        zero = tl.zeros([S * CP, J * HP], dtype=tl.float32)
-        V = votes(x_rows, keep_rows, w_rows, keep_q, b_rows, keep, zero, D, H, BLOCK_D, DOT)
+        V, _x_rows, _keep_rows, _w_rows = votes(
+            gate, mu_inp, W, bias, gate_stride, mu_stride, row, b, i, live, c, j, h, keep_q, keep,
+            M, C, D, H, SHARED, S, CP, J, HP, BLOCK_D, DOT,
+        )  # fmt: skip
         share = tl.load(weight + ((b * rows + i - first) * M)[:, None] + j[None, :], mask=keep, other=0.0)
         ahead = share > N
         shift = tl.where(ahead, V - center, 0.0)
