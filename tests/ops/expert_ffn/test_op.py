@@ -29,8 +29,6 @@ from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 WRT = ("x", "weights", "w_in", "w_out")
 

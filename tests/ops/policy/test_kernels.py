@@ -17,24 +17,15 @@ from fastroute import functional, use_backend
 from fastroute.ops import dispatch
 from fastroute.ops.backends import BackendUnavailable
 from fastroute.ops.policy.op import CHOICES, KINDS
-from tests.helpers import seeds
 from tests.helpers.agent_policy_cases import case_of, each_kind, each_net, lists, op, some_agents, truth
 from tests.helpers.budget import assert_within_budget, check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.dispatch_cases import actions_of, each_histogram
-from tests.helpers.poison import poisoned_memory
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 each_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 WAYS = ("greedy", "draw", "coin", "forced")
-
-
-@pytest.fixture(autouse=True)
-def nothing_unwritten() -> Any:
-    seeds.manual_seed(0)
-    with poisoned_memory():
-        yield
 
 
 def some_choices(way: str, N: int, K: int) -> dict[str, Any]:

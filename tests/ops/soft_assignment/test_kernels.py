@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
@@ -12,23 +11,14 @@ from torch import Tensor
 from fastroute import functional, use_backend
 from fastroute.kernels.soft_assignment import OUTPUTS
 from fastroute.ops.backends import BackendUnavailable
-from tests.helpers import seeds
 from tests.helpers.assignment_cases import FORMS, SHARED, case_of, op, truth
 from tests.helpers.budget import check
 from tests.helpers.cases import evaluate
-from tests.helpers.poison import poisoned_memory
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 each_form = pytest.mark.parametrize("form", FORMS)
 each_shared = pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
-
-
-@pytest.fixture(autouse=True)
-def nothing_unwritten() -> Any:
-    seeds.manual_seed(0)
-    with poisoned_memory():
-        yield
 
 
 def check_op(form: str, size: tuple[int, int, int, int], shared: str, dtype: torch.dtype = F32, count: int = 2) -> None:

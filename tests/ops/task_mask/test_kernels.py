@@ -16,8 +16,6 @@ from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 7
 each_relu = pytest.mark.parametrize("relu", [False, True], ids=["mask", "relu"])

