@@ -230,6 +230,7 @@ def rivals_of(p: Problem, device: str, gpu: bool) -> list[Step]:
 
 
 #: Multiply-adds of all modules for all samples beyond which that is no rival; and the most that torch.compile is given.
+#: Chosen, not measured: they bound how long the grid takes.
 _DENSE, MOST_K, MOST_B = 2e9, 20, 1024
 
 

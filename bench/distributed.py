@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 import fastroute
+from bench.distributed_experts import step
 from bench.distributed_model import ROOT, Routing, put, table
 from bench.harness import machine
 from fastroute.distributed import RowShardedCapsules
@@ -67,17 +68,6 @@ def loopback() -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def _step(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    def run() -> torch.Tensor:
-        layer.zero_grad()
-        x.grad = None
-        y: torch.Tensor = layer(x)
-        y.square().sum().backward()
-        return y.detach()
-
-    return run
-
-
 def capsules(case: Routing, ranks: int, rounds: int) -> Callable[[int, bool], Found]:
     """A training step of one process against the same over all ranks. One process has no group, and no DTensors."""
 
@@ -89,8 +79,8 @@ def capsules(case: Routing, ranks: int, rounds: int) -> Callable[[int, bool], Fo
         )
         x = torch.randn(shape.B, shape.n, shape.d)
         sharded = parallelize_module(deepcopy(plain), init_device_mesh("cpu", (ranks,)), RowShardedCapsules())
-        alone = _step(plain, x.clone().requires_grad_())
-        together = _step(sharded, x.chunk(ranks, 1)[rank].clone().requires_grad_())
+        alone = step(plain, x.clone().requires_grad_())
+        together = step(sharded, x.chunk(ranks, 1)[rank].clone().requires_grad_())
         expected = alone()
         torch.testing.assert_close(together(), expected, rtol=1e-3, atol=1e-4)
         with Traffic() as traffic:

@@ -53,7 +53,9 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _step(layer: torch.nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def step(layer: torch.nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """A training step without the optimizer; its result is y."""
+
     def run() -> Tensor:
         layer.zero_grad()
         x.grad = None
@@ -74,7 +76,7 @@ def measure(rank: int, quick: bool, d_model: int, d_hidden: int) -> dict[str, An
     parallelize_module(both, mesh, ExpertParallel())
     x = torch.randn(tokens, d_model)
     own = x[rank * tokens // 2 : (rank + 1) * tokens // 2].clone().requires_grad_()
-    alone, together = _step(one, x.requires_grad_()), _step(both, own)
+    alone, together = step(one, x.requires_grad_()), step(both, own)
     expected, found = alone()[rank * tokens // 2 :][: tokens // 2], together()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(both.w_down.grad.full_tensor(), one.w_down.grad / 2, rtol=1e-3, atol=1e-3)  # type: ignore[union-attr]

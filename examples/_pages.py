@@ -1,7 +1,8 @@
-"""What the examples share: Ctrl-C, a markdown table, the machine it was measured on, and its place in a page."""
+"""What the examples share: options, Ctrl-C, a markdown table, the machine it was measured on, its place in a page."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import platform
 import sys
@@ -33,8 +34,31 @@ def machine() -> str:
     )
 
 
-def write(path: Path, name: str, text: str) -> None:
-    """Into the file: between ``<!-- begin name -->`` and ``<!-- end name -->`` if it has them, else all of it."""
+def arguments(argv: Sequence[str] | None, about: str, epochs: int, part: str) -> argparse.Namespace:
+    """Of an example that learns digits, for a part of a page and a picture; sets the threads."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="an epoch of few images, to see that it runs")
+    parser.add_argument("--out", type=Path, help=f"a markdown file to write, or whose part '{part}' to rewrite")
+    parser.add_argument("--picture", type=Path, help="a file for the picture")
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or args.threads < 1:
+        parser.error("--epochs, --threads: expected at least 1")
+    args.epochs = 1 if args.quick else args.epochs
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def write(path: Path | None, name: str, text: str) -> None:
+    """Into the file: between ``<!-- begin name -->`` and ``<!-- end name -->`` if it has them, else all of it.
+
+    On the screen where there is none.
+    """
+    if path is None:
+        print(text)
+        return
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     page = path.read_text() if path.exists() else ""
     if begin in page and end in page:

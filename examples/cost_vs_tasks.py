@@ -256,10 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = ", ".join(f"{name} {c.cpu_ms:.2f}" for name, c in found[width, tasks].items())
             print(f"width {width}, {tasks} tasks: CPU ms: {line}", file=sys.stderr, flush=True)
     text = f"{report(found)}\n\n{machine()} Batch {args.batch}, median of {args.rounds} steps."
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "cost", text)
+    write(args.out, "cost", text)
     if args.picture is not None:
         draw(found, args.picture)
     return 0

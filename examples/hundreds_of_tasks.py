@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = ["tasks", "epochs", "network", "accuracy", "constant answer", "balanced accuracy", "F1"]
     head += ["s per epoch", "parameters"]
     text = f"{table(head, rows)}\n\n{machine()} Seed {args.seed}."
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "hundreds", text)
+    write(args.out, "hundreds", text)
     return 0
 
 

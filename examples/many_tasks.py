@@ -113,10 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         + (f"{table(['sigma, live channels', *HEAD], [[f'{s:g}', *cells(r)] for s, r in swept.items()])}\n\n")
         + f"{machine()} {len(found.names)} tasks, {args.epochs} epochs, {args.seeds} seed(s)."
     )
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "many", text)
+    write(args.out, "many", text)
     if args.picture is not None and swept:
         draw(swept, args.picture)
     return 0

@@ -214,10 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = ["vectors", "gradients", "passes", "resident growth, MB", "CPU s", "wall s", "vectors/s"]
     text = table([*head, "share of the floor, CPU", "wall"], [cells])
     text += f"\n\n{size / 1e9:.2f} GB of vectors, {machine()}"
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "million", text)
+    write(args.out, "million", text)
     return 0
 
 

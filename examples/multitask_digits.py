@@ -104,10 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(found.test_images)} held out, {args.epochs} epochs, {args.seeds} seed(s): mean ± standard deviation; "
         "a step's time is process CPU time."
     )
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "digits", text)
+    write(args.out, "digits", text)
     if args.picture is not None:
         draw(results, args.picture)
     return 0

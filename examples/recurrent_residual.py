@@ -12,7 +12,6 @@ a routing of its own for every step.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -24,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning wo
 
 import torch
 import torch.nn.functional as F
-from _pages import interruptible, machine, table, write
+from _pages import arguments, interruptible, machine, table, write
 from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, data
@@ -102,18 +101,7 @@ def picture(images: Tensor, labels: Tensor, probability: Tensor, curves: dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="an epoch of few images, to see that it runs")
-    parser.add_argument("--out", type=Path, help="a markdown file to write, or whose part 'recurrent' to rewrite")
-    parser.add_argument("--picture", type=Path, help="a file for the picture")
-    args = parser.parse_args(argv)
-    if args.epochs < 1 or args.threads < 1:
-        parser.error("--epochs, --threads: expected at least 1")
-    torch.set_num_threads(args.threads)
-    epochs = 1 if args.quick else args.epochs
+    args = arguments(argv, __doc__, 25, "recurrent")
     train, labels, test, test_labels = data.digits()
     if args.quick:
         train, labels = train[:320], labels[:320]
@@ -127,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(args.seed)
         model = Recurrent(*train.shape[1:], **options)
         began = time.process_time()
-        fit(model, train, labels, epochs)
+        fit(model, train, labels, args.epochs)
         seconds = time.process_time() - began
         model.eval()
         with torch.no_grad():
@@ -137,11 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = sum(p.numel() for p in model.parameters())
         rows.append([name, f"{count:,}", *(f"{a:.3f}" for a in curves[name].tolist()), f"{seconds:.0f}"])
     head = ["network", "parameters", *(f"step {t + 1}" for t in range(STEPS)), "CPU seconds"]
-    text = table(head, rows) + f"\n\n{epochs} epochs, seed {args.seed}. {machine()}"
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "recurrent", text)
+    text = table(head, rows) + f"\n\n{args.epochs} epochs, seed {args.seed}. {machine()}"
+    write(args.out, "recurrent", text)
     if args.picture is not None:
         found = probabilities["recurrent, residual"]
         right = found[:, torch.arange(len(test)), test_labels]

@@ -238,10 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = ["class", "storage", "final reward", "per action", "accuracy (range)", "upstream", "in its band", "routes"]
     text = table([*head, "seconds", "ms/step"], lines)
     text += f"\n\n{machine()} {args.epochs} epochs, {args.seeds} seed(s), {args.formula} formulas."
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "learning", text)
+    write(args.out, "learning", text)
     return 0
 
 

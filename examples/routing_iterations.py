@@ -10,7 +10,6 @@ has not seen, and the credit of each patch in the true class.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning wo
 
 import torch
 import torch.nn.functional as F
-from _pages import interruptible, machine, table, write
+from _pages import arguments, interruptible, machine, table, write
 from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, data
@@ -108,24 +107,14 @@ def picture(images: Tensor, labels: Tensor, found: list[dict[str, Tensor]], path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="an epoch of few images, to see that it runs")
-    parser.add_argument("--out", type=Path, help="a markdown file to write, or whose part 'iterations' to rewrite")
-    parser.add_argument("--picture", type=Path, help="a file for the picture")
-    args = parser.parse_args(argv)
-    if args.epochs < 1 or args.threads < 1:
-        parser.error("--epochs, --threads: expected at least 1")
-    torch.set_num_threads(args.threads)
+    args = arguments(argv, __doc__, 30, "iterations")
     torch.manual_seed(args.seed)
     train, labels, test, test_labels = data.digits()
     if args.quick:
         train, labels = train[:320], labels[:320]
     model = OneRouting(*train.shape[1:])
     began = time.process_time()
-    fit(model, train, labels, 1 if args.quick else args.epochs)
+    fit(model, train, labels, args.epochs)
     seconds = time.process_time() - began
     with torch.no_grad():
         accuracy = float((model(test).argmax(-1) == test_labels).float().mean())
@@ -141,10 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table(head, rows) + f"\n\nMeans over the patches of {len(test)} held-out digits, {accuracy:.1%} of which are "
     )
     text += f"taken for what they are; learnt in {seconds:.0f} s of CPU time. {machine()}"
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "iterations", text)
+    write(args.out, "iterations", text)
     if args.picture is not None:
         chosen = torch.stack([(test_labels == label).nonzero()[0, 0] for label in (0, 3, 4)])
         chosen_found = [{k: v[chosen] for k, v in step.items()} for step in found]

@@ -10,7 +10,6 @@ the best that any linear code of the same 8 numbers can do, principal components
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning wo
 
 import torch
 import torch.nn.functional as F
-from _pages import interruptible, machine, table, write
+from _pages import arguments, interruptible, machine, table, write
 from torch import Tensor, nn
 
 from fastroute import EfficientVectorRouting, data
@@ -107,23 +106,12 @@ def picture(rows: Sequence[tuple[str, Tensor]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="an epoch of few images, to see that it runs")
-    parser.add_argument("--out", type=Path, help="a markdown file to write, or whose part 'autoencoder' to rewrite")
-    parser.add_argument("--picture", type=Path, help="a file for the pictures")
-    args = parser.parse_args(argv)
-    if args.epochs < 1 or args.threads < 1:
-        parser.error("--epochs, --threads: expected at least 1")
-    torch.set_num_threads(args.threads)
+    args = arguments(argv, __doc__, 150, "autoencoder")
     torch.manual_seed(args.seed)
     train, _, test, labels = data.digits()
     model = Bowtie(*train.shape[1:])
     began = time.process_time()
-    epochs = 1 if args.quick else args.epochs
-    fit(model, train[:320] if args.quick else train, epochs)
+    fit(model, train[:320] if args.quick else train, args.epochs)
     seconds = time.process_time() - began
     model.eval()
     with torch.no_grad():
@@ -138,11 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         lost = unexplained(test, principal(train, test, more), mean)
         rows.append(["principal components", str(more), f"{lost:.3f}", "0"])
     text = table(["code", "numbers per image", "variance lost, held-out", "CPU seconds"], rows)
-    text += f"\n\n{epochs} epochs, seed {args.seed}. {machine()}"
-    if args.out is None:
-        print(text)
-    else:
-        write(args.out, "autoencoder", text)
+    text += f"\n\n{args.epochs} epochs, seed {args.seed}. {machine()}"
+    write(args.out, "autoencoder", text)
     if args.picture is not None:
         chosen = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()])
         pictures = [("held-out", test), ("bowtie", made), ("principal", linear)]

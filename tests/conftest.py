@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from fastroute import compat
 from tests.helpers import seeds
 from tests.helpers.backends import HERE
 from tests.helpers.interpreter import let_scalars_be_ints
@@ -57,6 +59,16 @@ def poisoned() -> Iterator[None]:
     """Unwritten memory is NaN in every test of the module: ``pytestmark = pytest.mark.usefixtures("poisoned")``."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def imports_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After the test nothing is left of ``compat.install``, which puts a finder in front, nor of upstreams' modules."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in compat.UPSTREAMS]:
+        del sys.modules[name]
 
 
 @cache

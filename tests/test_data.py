@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import builtins
 import gzip
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fastroute import data
 from tests.helpers import seeds
+from tests.helpers.extras import without
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
@@ -47,14 +46,7 @@ def test_digits_are_split_the_same_way_every_time() -> None:
 
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    without("sklearn", monkeypatch)
     with pytest.raises(ImportError, match=r"needs scikit-learn: pip install 'fastroute\[demo\]'"):
         data.digits()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from torch import nn
 
 import fastroute
-from fastroute import compat, data
+from fastroute import data
 from tests.helpers import seeds
 
 #: Public modules: every name of their ``__all__``, and what is named here besides.
@@ -47,14 +45,7 @@ def public() -> dict[str, Any]:
 PUBLIC = {"fastroute": fastroute, **public()}
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``compat.install`` puts a finder in front, and its example imports an upstream's name."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] in compat.UPSTREAMS]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("imports_as_before")
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -9,6 +9,7 @@ import inspect
 import io
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -489,6 +490,20 @@ def test_what_prose_names_is_there(folder: str) -> None:
             missing += [(path.name, p) for p in paths if not (any(ROOT.glob(p)) if "/" in p else p in names)]
             missing += [(path.name, m[1]) for m in _NAME.finditer(text) if not _is_there(m[1])]
     assert not missing
+
+
+#: What stands at the margin of a module; tests and hooks are called by pytest.
+_DEFINED = re.compile(r"^(?:def|class) (?!test_|pytest_)(\w+)|^(?!__)([A-Za-z_]\w*)(?:: [^=\n]+)? = ", re.MULTILINE)
+
+
+def test_every_name_is_read() -> None:
+    """One that the library, the kernels, the benchmarks or the tests' helpers define stands somewhere else, too."""
+    texts = {p.relative_to(ROOT).parts: p.read_text() for p in WRITTEN if p.suffix == ".py"}
+    words = Counter(word for text in texts.values() for word in re.findall(r"\w+", text))
+    ours = [t for p, t in texts.items() if p[0] in ("fastroute", "kernels", "bench") or p[:2] == ("tests", "helpers")]
+    defined = Counter(m[1] or m[2] for text in ours for m in _DEFINED.finditer(text))
+    unread = [name for name, times in defined.items() if words[name] == times]
+    assert not unread, f"nobody reads {', '.join(unread)}"
 
 
 #: Words of the longest sentence of the docs.

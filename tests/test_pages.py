@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import fastroute
-from fastroute import compat
 from tests.helpers import seeds
 from tests.test_docstrings import FACES, PUBLIC
 
@@ -29,15 +28,11 @@ def named(page: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _as_it_was(imports_as_before: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Pages install upstreams' names, set seeds, and write pictures where they run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     with torch.random.fork_rng(devices=[]):
         yield
-    for name in [name for name in sys.modules if name.split(".")[0] in compat.UPSTREAMS]:
-        del sys.modules[name]
 
 
 WITH_SNIPPETS = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from fastroute import plots
 from tests.helpers import seeds
+from tests.helpers.extras import without
 from tests.helpers.subprocesses import check_python
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -89,14 +89,7 @@ def test_bad_input(error: type[Exception], kwargs: dict[str, Any], message: str)
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    without("matplotlib", monkeypatch)
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'fastroute\[plots\]'"):
         plots.credit(IMAGES, CREDIT)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from fastroute import plots
 from fastroute.multitask import MTLModel
+from tests.helpers.extras import without
 from tests.helpers.multitask import README_TASKS, readme
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -71,19 +71,9 @@ def test_bad_input(given: Any) -> None:
 
 
 def test_without_matplotlib_and_networkx(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(missing: str) -> Any:
-        def imported(name: str, *args: Any, **kwargs: Any) -> Any:
-            if name.startswith(missing):
-                raise ImportError(name)
-            return real(name, *args, **kwargs)
-
-        return imported
-
     model = MTLModel(readme(), README_TASKS)
-    monkeypatch.setattr(builtins, "__import__", without("networkx"))
+    without("networkx", monkeypatch)
     assert len(places(plots.graph(model))) == 8
-    monkeypatch.setattr(builtins, "__import__", without("matplotlib"))
+    without("matplotlib", monkeypatch)
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'fastroute\[plots\]'"):
         plots.graph(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from fastroute import plots
 from fastroute.networks import REINFORCE, Initialization, Trajectory
+from tests.helpers.extras import without
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
@@ -88,13 +88,6 @@ def test_bad_input(error: type[Exception], given: Any, message: str) -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    without("matplotlib", monkeypatch)
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'fastroute\[plots\]'"):
         plots.routing(TWO)

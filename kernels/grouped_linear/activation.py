@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NONE: tl.constexpr = tl.constexpr(0)
+# ACTIVATION: 0 is none.
 RELU: tl.constexpr = tl.constexpr(1)
 TANH: tl.constexpr = tl.constexpr(2)
 SIGMOID: tl.constexpr = tl.constexpr(3)

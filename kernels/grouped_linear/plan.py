@@ -29,10 +29,11 @@ import torch
 
 from ..launch import SHARED, SMS, Tile, cdiv, power_of_2
 
-PARTIAL = 64 << 20
-PIECE = 512
-SLOPES = 1 << 23
-SEARCH = 1024  #: offsets that a tile looks at together to find its module
+# Chosen without a GPU: "To tune" of bench/GPU.md has SLOPES, bench/gpu_first/tables.py times others for PIECE.
+PARTIAL = 64 << 20  #: bytes
+PIECE = 512  #: rows
+SLOPES = 1 << 23  #: numbers that are made again and again before a pass of their own makes them once
+SEARCH = 1024  #: offsets that a tile looks at together to find its module: in registers
 
 _TENSOR_CORE_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (32, 32), (16, 32), (16, 16))
 _PLAIN_TILES = ((64, 64), (32, 64), (32, 32), (16, 32), (16, 16))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ..launch import SMS, cdiv, power_of_2
 
-SCRATCH = 64 << 20
+SCRATCH = 64 << 20  #: bytes, as vector routing's; chosen without a GPU
 MAX_OUTPUTS = 16384  #: a whole row of outputs is on chip in ``assign``
 MAX_CAPSULE = 4096  #: c and h, padded to powers of two, multiplied
 DEEP = 16  #: columns from which votes are matrix products proper

@@ -34,6 +34,7 @@ import torch
 
 from ..launch import SHARED, SMS, Tile, cdiv, power_of_2
 
+# Bytes, chosen without a GPU: "To tune" of bench/GPU.md has SCRATCH, for which bench/gpu_first/tables.py times others.
 SCRATCH = 64 << 20
 PARTIAL = 24 << 20
 MAX_OUTPUTS = 16384  #: a whole row of outputs is on chip: 16 per thread in the widest program

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from fastroute import GenerativeMatrixRouting, use_backend
 from fastroute.ops.matrix_routing.contract import Capsules
 from fastroute.ops.matrix_routing.reference import matrix_routing
 from tests.helpers import golden, seeds
-from tests.helpers.backends import HERE, each_backend, each_float32_backend
+from tests.helpers.backends import each_backend, each_float32_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Function, evaluate
 from tests.helpers.golden import Golden, assert_same_draws
@@ -194,12 +193,6 @@ def test_attributes() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- behaviour
-
-
-@pytest.fixture(params=HERE)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def compared(module: GenerativeMatrixRouting, a: Tensor, mu: Tensor, **options: Any) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fastroute
-from fastroute import SlotAttention, use_backend
-from fastroute.ops import backends
+from fastroute import SlotAttention
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
@@ -24,14 +22,7 @@ from tests.helpers.opcheck import assert_same, check_compiled, check_exported, g
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 N, K, D, H = 9, 4, 6, 5
 
-_OFFERED = backends.offered()["soft_assignment"]
-BACKENDS = [b for b in ("reference", "native") if b in _OFFERED and backends.missing(b, "cpu") is None]
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def make(seed: int = 0, **options: Any) -> SlotAttention:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastroute import EfficientVectorRouting, use_backend
+from fastroute import EfficientVectorRouting
 from fastroute.capsules import VectorChunks, stream
 from tests.helpers import seeds
 from tests.helpers.backends import FLOAT32, HERE
@@ -35,10 +35,7 @@ SIZES = {"fixed": (N, M, D, H), "gram": (-1, M, D, H), "betas": (-1, 3, D, H)}
 each_size = pytest.mark.parametrize("size", SIZES)
 
 
-@pytest.fixture(params=HERE, autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.fixture(autouse=True)

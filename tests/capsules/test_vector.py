@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from torch.export import Dim
 from fastroute import EfficientVectorRouting, use_backend
 from fastroute.compat import heinsen_routing
 from tests.helpers import seeds
-from tests.helpers.backends import HERE
 from tests.helpers.budget import assert_within_budget, check
 from tests.helpers.cases import Results, evaluate
 from tests.helpers.layouts import LAYOUTS
@@ -27,10 +25,7 @@ F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat1
 N, M, D, H = 11, 5, 8, 6
 
 
-@pytest.fixture(params=HERE, autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def make(n_inp: int = N, *, d_out: int = H, seed: int = 0, **options: Any) -> EfficientVectorRouting:

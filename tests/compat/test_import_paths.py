@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,15 +44,7 @@ UPSTREAMS: dict[str, str] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What ``install`` leaves behind is gone after each test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    before = set(sys.modules)
-    yield
-    for name in [name for name in set(sys.modules) - before if name.split(".")[0] in compat.UPSTREAMS]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("imports_as_before")
 
 
 @pytest.mark.parametrize("module", UPSTREAMS)

@@ -23,14 +23,7 @@ from fastroute.compat.taskrouting import routed_vgg, taskrouting
 from tests.helpers import seeds
 from tests.helpers.multitask import README_TASKS, readme
 
-
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] in compat.UPSTREAMS]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("imports_as_before")
 
 
 def saved(path: Path, where: str, name: str, state: dict[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 from typing import Any
 
@@ -24,3 +25,15 @@ def needed(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         return _Missing(name, error)
+
+
+def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No import of a package that is called so succeeds."""
+    real = builtins.__import__
+
+    def imported(wanted: str, *args: Any, **kwargs: Any) -> Any:
+        if wanted.startswith(name):
+            raise ImportError(wanted)
+        return real(wanted, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", imported)

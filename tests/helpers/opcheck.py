@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastroute.ops.backends import requested
 
-from .cases import Case, Function
+from .cases import Case, Function, Results
 
 
 def gradcheck(fn: Function, case: Case) -> None:
@@ -96,6 +96,31 @@ def assert_same(a: Tensor, b: Tensor, what: str = "") -> None:
         spacing = torch.finfo(torch.float32).eps
         error, scale = float((a - b).abs().max()), float(b.abs().max())
         assert error <= spacing * max(scale, spacing), f"{what}: differ by {error:.3g}, values to {scale:.3g}"
+
+
+def assert_all_same(found: Results, exact: Results) -> None:
+    """:func:`assert_same` of each result."""
+    assert found.keys() == exact.keys()
+    for name, t in exact.items():
+        got = found[name]
+        assert got is not None and t is not None, name
+        assert_same(got, t, name)
+
+
+def kept_by_autograd(op: Callable[..., Any], case: Case) -> list[int]:
+    """How many numbers each tensor has that a call of ``op`` saves, inputs aside."""
+    given = {t.untyped_storage().data_ptr() for t in case.inputs.values() if t is not None}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in given:
+            kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    leaves = {k: t.requires_grad_() for k in case.wrt if (t := case.inputs[k]) is not None}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        op(**{**case.inputs, **leaves})
+    return list(kept.values())
 
 
 def check_exported(module: nn.Module, example: Tensor, others: Sequence[Tensor], dynamic: dict[int, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import sys
 import weakref
@@ -19,6 +18,7 @@ from fastroute.compat import torchmtl
 from fastroute.multitask import Add, MTLModel
 from fastroute.multitask.graph import Graph, draw, read
 from fastroute.multitask.schedule import Call, assign, breadth_first, in_list_order
+from tests.helpers.extras import without
 from tests.helpers.multitask import README_TASKS, Layers, Tagged, listed, naive, polled, readme
 
 Draw = Callable[..., Any]
@@ -257,15 +257,8 @@ def test_the_graph_with_and_without_networkx(monkeypatch: pytest.MonkeyPatch) ->
     layers.append({"name": "after", "layers": nn.Identity(), "anchor_layer": "Embed1"})
     model = MTLModel(layers, README_TASKS)
     assert isinstance(model.g, networkx.DiGraph) and networkx.is_directed_acyclic_graph(model.g)
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("networkx"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
     full = model.g
-    monkeypatch.setattr(builtins, "__import__", without)
+    without("networkx", monkeypatch)
     small = model.g
     assert isinstance(small, Graph)
     assert list(small) == list(full) and len(small) == len(full) and "late" in small and "later" not in small

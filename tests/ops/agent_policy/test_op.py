@@ -37,7 +37,7 @@ from tests.helpers.budget import check
 from tests.helpers.cases import evaluate
 from tests.helpers.dispatch_cases import actions_of, each_histogram
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
+from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, check_exported, gradcheck, opcheck
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
@@ -55,8 +55,7 @@ def test_values(backend: str, net: str, kind: str, dtype: torch.dtype) -> None:
         cases = [case_of(some_agents(N, A, s), A, F, K, net, dtype, s) for s in range(2)]
         if dtype == F64:
             found, exact = (evaluate(fn(**options), cases[0]) for fn in (partial(op, backend), truth))
-            for name, t in exact.items():
-                assert_same(found[name], t, name)  # type: ignore[arg-type]
+            assert_all_same(found, exact)
         else:
             found = check(op(backend, **options), truth(**options), cases, dtype=dtype, stored=dtype)
         assert found["value"].dtype == torch.promote_types(dtype, F32)  # type: ignore[union-attr]
@@ -76,8 +75,7 @@ def test_histograms(backend: str, histogram: list[int], stacked: bool) -> None:
             continue
         case = case_of(actions_of(histogram), A, 6, 4, net, F64)
         found, exact = evaluate(op(backend, stacked=stacked), case), evaluate(truth(), case)
-        for name, t in exact.items():
-            assert_same(found[name], t, name)  # type: ignore[arg-type]
+        assert_all_same(found, exact)
 
 
 @each_backend
@@ -86,8 +84,7 @@ def test_one_agent_needs_no_plan(backend: str, net: str) -> None:
     case = case_of(torch.zeros(37, dtype=torch.int64), 1, 7, 5, net, F64)
     for stacked in (False, True):
         found, exact = evaluate(op(backend, no_plan=True, stacked=stacked), case), evaluate(truth(), case)
-        for name, t in exact.items():
-            assert_same(found[name], t, name)  # type: ignore[arg-type]
+        assert_all_same(found, exact)
 
 
 @each_backend
@@ -184,8 +181,7 @@ def test_layouts(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
     case = case_of(some_agents(23, 3), 3, 6, 5, "critic", F64)
     moved = case.with_inputs(**{k: layout(t) for k, t in case.inputs.items() if k != "agents" and t is not None})
     found, expected = evaluate(op(backend), moved), evaluate(op(backend), case)
-    for name, t in expected.items():
-        assert_same(found[name], t, name)  # type: ignore[arg-type]
+    assert_all_same(found, expected)
 
 
 @each_backend

@@ -28,7 +28,7 @@ from tests.helpers.backends import each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.opcheck import assert_same, check_compiled, gradcheck, opcheck
+from tests.helpers.opcheck import assert_same, check_compiled, gradcheck, kept_by_autograd, opcheck
 from tests.helpers.routing_cases import Size, efficient_case, efficient_op, efficient_truth, some_mask
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -269,21 +269,11 @@ def test_nothing_of_size_n_by_m_is_saved() -> None:
     for linear in (False, True):
         size = Size(2, 500, 60, 30, 8)
         case = efficient_case(size, linear=linear)
-        given = {t.untyped_storage().data_ptr() for t in case.inputs.values() if t is not None}
-        kept: dict[int, int] = {}
-
-        def pack(t: Tensor, given: set[int] = given, kept: dict[int, int] = kept) -> Tensor:
-            if t.untyped_storage().data_ptr() not in given:
-                kept[t.untyped_storage().data_ptr()] = t.numel()
-            return t
-
-        leaves = {k: t.requires_grad_() for k in case.wrt if (t := case.inputs[k]) is not None}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            efficient_op(2)(**{**case.inputs, **leaves})
+        kept = kept_by_autograd(efficient_op(2), case)
         b, n, m, d, h = size
         gates, moments, outputs, gram = b * n, 2 * b * m * (d + 1), 2 * b * m * h, b * (d * d + d + 1)
-        assert sum(kept.values()) <= gates + moments + outputs + (gram if linear else 0)
-        assert max(kept.values()) < b * n * m
+        assert sum(kept) <= gates + moments + outputs + (gram if linear else 0)
+        assert max(kept) < b * n * m
 
 
 # ---------------------------------------------------------------------------------------------------------- laws

@@ -27,7 +27,7 @@ from tests.helpers.backends import HERE, each_backend
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
+from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, check_exported, gradcheck, opcheck
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 WRT = ("x", "weights", "w_in", "w_out")
@@ -97,8 +97,7 @@ def loop(actions: Tensor, x: Tensor, weights: Tensor, w_in: Tensor, w_out: Tenso
 def test_the_reference_is_the_loop() -> None:
     case = ffn_case(ACTIONS["mixed"], dtype=F64)
     expected = evaluate(lambda **given: {"y": loop(**given)}, case)
-    for name, t in evaluate(truth(), case).items():
-        assert_same(t, expected[name], name)  # type: ignore[arg-type]
+    assert_all_same(evaluate(truth(), case), expected)
 
 
 @each_backend
@@ -119,8 +118,7 @@ def test_activations(backend: str, activation: str, gated: bool) -> None:
     options = {"activation": activation, "gated": gated}
     case = ffn_case(ACTIONS["mixed"], gated=gated, dtype=F64)
     expected = evaluate(truth(activation, gated), case)
-    for name, t in evaluate(op(backend, **options), case).items():
-        assert_same(t, expected[name], name)  # type: ignore[arg-type]
+    assert_all_same(evaluate(op(backend, **options), case), expected)
     gradcheck(op(backend, **options), ffn_case(ACTIONS["mixed"][:4], 3, 2, 2, gated=gated))
 
 
@@ -128,8 +126,7 @@ def test_activations(backend: str, activation: str, gated: bool) -> None:
 def test_without_weights(backend: str) -> None:
     case = ffn_case(ACTIONS["four"], weights=False, dtype=F64)
     expected = evaluate(truth(), case)
-    for name, t in evaluate(op(backend), case).items():
-        assert_same(t, expected[name], name)  # type: ignore[arg-type]
+    assert_all_same(evaluate(op(backend), case), expected)
 
 
 @each_backend
@@ -145,8 +142,7 @@ def test_any_histogram(backend: str, data: st.DataObject) -> None:
         data.draw(strategies.widths), K=K, gated=gated, dtype=F64,
     )  # fmt: skip
     expected = evaluate(truth(activation, gated), case)
-    for name, t in evaluate(op(backend, activation=activation, gated=gated), case).items():
-        assert_same(t, expected[name], name)  # type: ignore[arg-type]
+    assert_all_same(evaluate(op(backend, activation=activation, gated=gated), case), expected)
 
 
 @each_backend
@@ -176,8 +172,7 @@ def test_layouts(backend: str, layout: Callable[[Tensor], Tensor], of: str) -> N
         moved = Case(case.inputs, {"y": layout(case.cotangents["y"])}, case.axes, case.wrt)
     else:
         moved = case.with_inputs(**{of: layout(case.inputs[of])})  # type: ignore[arg-type]
-    for name, t in evaluate(op(backend), moved).items():
-        assert_same(t, expected[name], name)  # type: ignore[arg-type]
+    assert_all_same(evaluate(op(backend), moved), expected)
 
 
 # ----------------------------------------------------------------------------------------------------- what it keeps

@@ -20,6 +20,7 @@ from fastroute.ops.matrix_routing.reference import matrix_routing as reference
 from tests.helpers import seeds
 from tests.helpers.budget import check, yardstick_of
 from tests.helpers.cases import Case, evaluate
+from tests.helpers.graphs import check_captured
 
 from .oracle import AXES, Size, backend_step, literal, matrix_case
 
@@ -119,26 +120,7 @@ def test_all_iterations(kind: str) -> None:
 def test_captures_in_a_graph_without_synchronising(kind: str) -> None:
     """Forward and backward replay on new values to the bits of a plain call."""
     case, other = (layer_case(Size(3, 700, 20, 4, 4, 4), kind, seed) for seed in range(2))
-    op = layer("triton")
-    expected = evaluate(op, other)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        evaluate(op, case)  # compiles, which synchronises
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = evaluate(op, case)
-    torch.cuda.set_sync_debug_mode("default")
-    for old, new in ((case.inputs, other.inputs), (case.cotangents, other.cotangents)):
-        for name, t in old.items():
-            if t is not None:
-                t.copy_(new[name])  # type: ignore[arg-type]
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(t, expected[name]) for name, t in found.items())  # type: ignore[arg-type]
+    check_captured(layer("triton"), case, other)
 
 
 @each_kind

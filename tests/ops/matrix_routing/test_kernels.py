@@ -22,6 +22,7 @@ from fastroute.ops.matrix_routing.reference import matrix_routing as reference
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
+from tests.helpers.routing_cases import some_mask
 
 from .oracle import AXES, Size, backend_step, literal, matrix_case
 
@@ -41,13 +42,6 @@ def cases(size: Size = SMALL, count: int = 2, **options: Any) -> list[Case]:
 def agree(some: list[Case], p_model: str = "gaussian", *, start: float | None = None) -> None:
     op, truth = backend_step(matrix_routing, p_model, start=start), literal(p_model)
     check(op, truth, some, dtype=torch.float32)
-
-
-def random_mask(*shape: int) -> Tensor:
-    """40 % closed, and the whole of input 3 of the first sample."""
-    mask = torch.rand(shape, generator=seeds.generator(5)) < 0.4
-    mask[(0,) * (len(shape) - 2) + (3,)] = True
-    return mask
 
 
 @each_kind
@@ -76,9 +70,9 @@ def test_sizes(size: Size, parameters: str) -> None:
 
 
 MASKS = {
-    "own": random_mask(2, 7, 5),
-    "shared": random_mask(7, 5).expand(2, 7, 5),
-    "transposed": random_mask(2, 5, 7).mT,
+    "own": some_mask(2, 7, 5),
+    "shared": some_mask(7, 5).expand(2, 7, 5),
+    "transposed": some_mask(2, 5, 7).mT,
     "all": torch.ones(2, 7, 5, dtype=torch.bool),
 }
 
@@ -241,7 +235,7 @@ def test_both_designs(name: str, force: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(matrix_routing, "force_folded", force)
     n_iters, (B, n, m, c, d, h), options = FOLDED[name]
     n1, p_model = 1 if options.get("shared") else n, options.get("p_model", "gaussian")
-    mask = random_mask(B, n, m).to(DEVICE) if options.get("masked") else None
+    mask = some_mask(B, n, m).to(DEVICE) if options.get("masked") else None
     given = {"a_inp": (B, n), "mu_inp": (B, n, c, d), "W": (n1, m, d, h), "B": (n1, m, c, h)}
     given |= {"use": (n1, m), "ign": (n1, m)}
     ends = {"a_out": (B, m), "mu_out": (B, m, c, h), "sig2_out": (B, m, c, h)}

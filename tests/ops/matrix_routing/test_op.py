@@ -28,7 +28,7 @@ from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.matrix_cases import Size, matrix_case, matrix_op, matrix_truth
-from tests.helpers.opcheck import assert_same, check_compiled, gradcheck, opcheck
+from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, gradcheck, kept_by_autograd, opcheck
 from tests.helpers.routing_cases import some_mask
 
 F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
@@ -55,14 +55,6 @@ def checked(
     return check(call, truth, cases, dtype=plain)
 
 
-def same(found: Results, exact: Results) -> None:
-    assert found.keys() == exact.keys()
-    for name, expected in exact.items():
-        got = found[name]
-        assert got is not None and expected is not None, name
-        assert_same(got, expected, name)
-
-
 # ------------------------------------------------------------------------------------------------------- numbers
 
 
@@ -75,7 +67,7 @@ def test_iterations(backend: str, shared: bool, p_model: str, n_iters: int, dtyp
     if dtype == F64:
         case = matrix_case(SMALL, dtype=dtype, shared=shared)
         found = evaluate(op(backend, n_iters, p_model=p_model), case)
-        same(found, evaluate(matrix_truth(n_iters, p_model=p_model), case))
+        assert_all_same(found, evaluate(matrix_truth(n_iters, p_model=p_model), case))
     else:
         found = checked(backend, SMALL, dtype, shared=shared, n_iters=n_iters, p_model=p_model)
     wide = torch.promote_types(dtype, F32)
@@ -108,7 +100,7 @@ def test_a_large_size_in_float64(backend: str, shared: bool) -> None:
     """Pieces and tiles, where a wrong boundary cannot hide behind float32's rounding."""
     size = Size(9, 700, 18, 2, 3, 4)
     case = matrix_case(size, shared=shared, dtype=F64, mask=some_mask(size.b, size.n, size.m))
-    same(evaluate(op(backend), case), evaluate(matrix_truth(), case))
+    assert_all_same(evaluate(op(backend), case), evaluate(matrix_truth(), case))
 
 
 @each_backend
@@ -196,7 +188,7 @@ def test_any_call(backend: str, data: st.DataObject) -> None:
         "p_model": data.draw(st.sampled_from(["gaussian", "skm"])),
         "eps": data.draw(st.sampled_from([1e-5, 1e-2])),
     }
-    same(evaluate(op(backend, **options), laid), evaluate(matrix_truth(**options), case))
+    assert_all_same(evaluate(op(backend, **options), laid), evaluate(matrix_truth(**options), case))
 
 
 # ------------------------------------------------------------------------------------------------------ gradients
@@ -233,18 +225,8 @@ def test_no_votes_are_saved() -> None:
     for shared, n in itertools.product((False, True), (50, 400)):
         size = Size(2, n, 20, 3, 4, 2)
         case = matrix_case(size, shared=shared)
-        given = {t.untyped_storage().data_ptr() for t in case.inputs.values() if t is not None}
-        kept: dict[int, int] = {}
-
-        def pack(t: Tensor, given: set[int] = given, kept: dict[int, int] = kept) -> Tensor:
-            if t.untyped_storage().data_ptr() not in given:
-                kept[t.untyped_storage().data_ptr()] = t.numel()
-            return t
-
-        leaves = {k: t.requires_grad_() for k in case.wrt if (t := case.inputs[k]) is not None}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            matrix_op(3)(**{**case.inputs, **leaves})
-        assert 0 < sum(kept.values()) <= 3 * size.b * size.m * (3 * size.c * size.h + 2)
+        kept = kept_by_autograd(matrix_op(3), case)
+        assert 0 < sum(kept) <= 3 * size.b * size.m * (3 * size.c * size.h + 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- laws

@@ -26,7 +26,7 @@ from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
+from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, check_exported, gradcheck, opcheck
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
@@ -72,8 +72,7 @@ def test_values(backend: str, kind: str, dtype: torch.dtype, N: int, K: int) -> 
         acc = torch.promote_types(dtype, F32)
         if dtype == F64:
             found, exact = (evaluate(fn(**options), cases[0]) for fn in (partial(op, backend), truth))
-            for name, t in exact.items():
-                assert_same(found[name], t, name)  # type: ignore[arg-type]
+            assert_all_same(found, exact)
         else:
             found = check(op(backend, **options), truth(**options), cases, dtype=dtype)
         value = found["value"]

@@ -15,6 +15,7 @@ from fastroute.ops.backends import missing
 from fastroute.ops.batch_norm_mask_relu import reference as batch_norm_mask_relu_reference
 from fastroute.ops.task_mask import reference as reference
 from tests.helpers import seeds
+from tests.helpers.graphs import captured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -102,12 +103,8 @@ def test_captures_in_a_graph_without_synchronising(backend: str, relu: bool) -> 
         return [y.detach(), *torch.autograd.grad(y, leaf, g)]
 
     with use_backend(backend):
-        step()
-        torch.cuda.synchronize()
+        graph, found = captured(step)
         torch.cuda.set_sync_debug_mode("error")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = step()
         tasks.copy_(tasks.roll(1))
         graph.replay()
         expected = step()
@@ -127,13 +124,8 @@ def test_batch_norm_captures_and_repeats() -> None:
 
     with use_backend("triton"):
         first = step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = step()
+        graph, found = captured(step)
         graph.replay()
-        torch.cuda.set_sync_debug_mode("default")
     assert all(map(torch.equal, found, first))
 
 

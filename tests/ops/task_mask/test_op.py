@@ -25,7 +25,7 @@ from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import Fenced
-from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck
+from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, check_exported, gradcheck
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=lambda d: str(d).removeprefix("torch."))
@@ -365,8 +365,7 @@ def test_batch_norm(backend: str, dtype: torch.dtype, training: bool, shape: tup
         cases = [bn_case(shape, dtype, seed) for seed in range(2)]
         if dtype == F64:
             found, exact = evaluate(fn(backend), cases[0]), evaluate(truth(), cases[0])
-            for name, t in exact.items():
-                assert_same(found[name], t, name)  # type: ignore[arg-type]
+            assert_all_same(found, exact)
         else:
             stored = dtype if backend == "reference" else None  # which makes y before it masks
             found = check(fn(backend), truth(), cases, dtype=dtype, stored=stored)
@@ -395,8 +394,7 @@ def test_batch_norm_layouts(backend: str, layout: Callable[[Tensor], Tensor]) ->
         exact = evaluate(bn_truth(mapping, task, True), case)
         call = bn_op(backend, mapping, task, True)
         found = evaluate(lambda x, call=call, **rest: call(layout(x), **rest), case)
-        for name, t in exact.items():
-            assert_same(found[name], t, name)  # type: ignore[arg-type]
+        assert_all_same(found, exact)
 
 
 @each_backend

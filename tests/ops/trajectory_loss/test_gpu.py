@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastroute import functional, networks, use_backend
 from tests.helpers import seeds
 from tests.helpers.cases import Case, evaluate
+from tests.helpers.graphs import captured, check_captured
 from tests.helpers.trajectory_losses import arguments, loss_case, loss_op
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -40,26 +41,7 @@ def test_auto_takes_triton() -> None:
 def test_captures_in_a_graph_without_synchronising() -> None:
     """Forward and backward replay on new values to the bits of a plain call."""
     case, other = (on_gpu(loss_case(KINDS, 300, masked=True, seed=seed)) for seed in range(2))
-    op = loss_op("triton", KINDS, gamma=0.7)
-    expected = evaluate(op, other)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        evaluate(op, case)  # compiles, which synchronises
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = evaluate(op, case)
-    torch.cuda.set_sync_debug_mode("default")
-    for old, new in ((case.inputs, other.inputs), (case.cotangents, other.cotangents)):
-        for name, t in old.items():
-            if t is not None:
-                t.copy_(new[name])  # type: ignore[arg-type]
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(t, expected[name]) for name, t in found.items())  # type: ignore[arg-type]
+    check_captured(loss_op("triton", KINDS, gamma=0.7), case, other)
 
 
 def test_a_large_batch_in_parts() -> None:
@@ -133,13 +115,7 @@ def test_rewards_in_the_kernel(final: networks.BaseReward, monkeypatch: pytest.M
     loss = networks.Loss(nn.CrossEntropyLoss(), final, 0.9)
     expected, rewards = loss(x, meta, truth, reduce=False)[1], meta.final_reward
     monkeypatch.setattr(kernels, "force_rewards", True)
-    loss(x, meta, truth)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = loss(x, meta, truth, reduce=False)[1]
-    torch.cuda.set_sync_debug_mode("default")
+    graph, made = captured(lambda: loss(x, meta, truth, reduce=False)[1])
     graph.replay()
     torch.testing.assert_close(made, expected)
     assert torch.equal(meta.final_reward, rewards)

@@ -27,23 +27,15 @@ from fastroute.ops.trajectory_loss.op import laid_out
 from tests.helpers import seeds, strategies
 from tests.helpers.backends import HERE, each_backend, needs_native
 from tests.helpers.budget import check, yardstick_of
-from tests.helpers.cases import Case, Results, evaluate
+from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.opcheck import assert_same, check_compiled, check_exported, gradcheck, opcheck
+from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, check_exported, gradcheck, opcheck
 from tests.helpers.trajectory_losses import LOG_P, arguments, loss_case, loss_op, loss_truth
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 LEARNING = tuple(kind for kind in ALGORITHMS if kind != SILENT)
 each_kind = pytest.mark.parametrize("kind", LEARNING)
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=["fp32", "fp64", "bf16", "fp16"])
-
-
-def same(found: Results, exact: Results) -> None:
-    assert found.keys() == exact.keys()
-    for name, t in exact.items():
-        got = found[name]
-        assert got is not None and t is not None, name
-        assert_same(got, t, name)
 
 
 @each_backend
@@ -56,7 +48,7 @@ def test_losses(backend: str, kind: str, dtype: torch.dtype) -> None:
         cases = [loss_case(kinds, 67, dtype, masked=masked, seed=seed) for seed in range(3)]
         op, truth = loss_op(backend, kinds, **options), loss_truth(kinds, **options)
         if dtype == F64:
-            same(evaluate(op, cases[0]), evaluate(truth, cases[0]))
+            assert_all_same(evaluate(op, cases[0]), evaluate(truth, cases[0]))
             continue
         found = check(op, truth, cases, dtype=dtype)
         assert all(t is not None and t.dtype == dtype for t in found.values())
@@ -76,7 +68,7 @@ def test_mixtures(backend: str, data: st.DataObject) -> None:
         made = loss_op(backend, kinds, **options)(**case.inputs)["loss"]
         assert made is not None and torch.equal(made, torch.zeros(B, dtype=F64)) and not made.requires_grad
         return
-    same(evaluate(loss_op(backend, kinds, **options), case), evaluate(loss_truth(kinds, **options), case))
+    assert_all_same(evaluate(loss_op(backend, kinds, **options), case), evaluate(loss_truth(kinds, **options), case))
 
 
 @each_backend

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tests.helpers.graphs import captured
+
 from .oracle import Problem, Size, answer, assert_within_budget, empty_grads, forward_passes, passes_of, problem, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -90,13 +92,7 @@ def test_captures_in_a_graph_without_synchronising(kind: str) -> None:
     case = problem(Size(2, 3000, 50, 200), device="cuda", lengths=[3000, 1111], **KINDS[kind])
     other = problem(Size(2, 3000, 50, 200), device="cuda", lengths=[7, 2999], seed=1, **KINDS[kind])
     expected = run(vector_routing, other)
-    run(vector_routing, case)  # compiles, which synchronises
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(vector_routing, case)
-    torch.cuda.set_sync_debug_mode("default")
+    graph, found = captured(lambda: run(vector_routing, case))
     for t, new in zip((*case.step, case.dM, case.dp), (*other.step, other.dM, other.dp), strict=True):
         if isinstance(t, torch.Tensor):
             t.copy_(new)

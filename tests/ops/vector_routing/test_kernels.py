@@ -20,8 +20,8 @@ from fastroute.kernels.vector_routing.plan import leaves
 from fastroute.ops.vector_routing import plain as tiles
 from fastroute.ops.vector_routing.contract import Passes
 from fastroute.ops.vector_routing.reference import gates, row_is_live
-from tests.helpers import seeds
 from tests.helpers.budget import Yardstick
+from tests.helpers.routing_cases import some_mask
 
 from .oracle import (
     PARAMETERS,
@@ -48,13 +48,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def make(size: Size = SMALL, **options: Any) -> Problem:
     return problem(size, device=DEVICE, **options)
-
-
-def random_mask(*shape: int) -> Tensor:
-    """40 % closed, and the whole of row 3 of the first sample."""
-    mask = torch.rand(shape, generator=seeds.generator(5)) < 0.4
-    mask[(0,) * (len(shape) - 2) + (3,)] = True
-    return mask
 
 
 KINDS = {
@@ -110,11 +103,11 @@ def test_sizes(size: Size, kind: str, path: bool) -> None:
 
 
 MASKS = {
-    "shared": random_mask(33, 5).expand(2, 33, 5),
-    "own": random_mask(2, 33, 5),
+    "shared": some_mask(33, 5).expand(2, 33, 5),
+    "own": some_mask(2, 33, 5),
     "causal": torch.ones(33, 5, dtype=torch.bool).triu(1).expand(2, 33, 5),
     "columns": (torch.arange(5) == 2).expand(2, 33, 5),
-    "transposed": random_mask(2, 5, 33).mT,
+    "transposed": some_mask(2, 5, 33).mT,
     "all": torch.ones(2, 33, 5, dtype=torch.bool),
     "none": torch.zeros((), dtype=torch.bool).expand(2, 33, 5),
 }
@@ -259,7 +252,7 @@ def narrowed(cases: list[Problem], monkeypatch: pytest.MonkeyPatch, force: bool 
 NARROW = {
     "plain": {},
     "lengths": {"lengths": [33, 0, 17]},
-    "mask": {"mask": random_mask(3, 33, 5)},
+    "mask": {"mask": some_mask(3, 33, 5)},
     "without-ign": {"ign": False},
     "bf16-parameters": {"parameter_dtype": torch.bfloat16},
 }
