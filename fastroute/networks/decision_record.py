@@ -88,6 +88,7 @@ class Record:
         exploratory: [B] bool, or a function that makes it.
         columns: the layer's state, see its class; entries of inactive samples mean nothing.
         reward: its per-action reward function.
+        law: who says what the layer learns, the layer itself; another one for classes made from fastroute.compat's.
 
     Examples:
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
@@ -108,7 +109,9 @@ class Record:
         active: Tensor | None = None,
         exploratory: Tensor | Callable[[], Tensor] | None = None,
         reward: Any = None,
+        law: Any = None,
     ) -> None:
+        self.law = decision if law is None else law
         self.decision, self.actions, self.choices, self.columns = decision, actions, choices, tuple(columns)
         self.agents, self.active, self.reward = agents, active, reward
         self._exploratory = exploratory
@@ -144,6 +147,7 @@ class Record:
             active=None if self.active is None else self.active[rows],
             exploratory=lambda: self.exploratory[rows],
             reward=self.reward,
+            law=self.law,
         )
 
     def spread(self, rows: Tensor, size: int) -> Record:
@@ -158,6 +162,7 @@ class Record:
             active=spread(active, rows, size),
             exploratory=lambda: spread(self.exploratory, rows, size),
             reward=self.reward,
+            law=self.law,
         )
 
 

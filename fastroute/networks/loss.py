@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..functional import trajectory_loss
 from ..modules.reading import may_be_read
 from ..ops.arguments import Options, Share, checked
-from ..ops.checks import are_alike, flag, samples, tensor
+from ..ops.checks import are_alike, flag, floating, samples, tensor
 from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import SILENT, makes_rewards, rewarded_loss
 from .decision_record import Record
@@ -131,6 +131,7 @@ class Loss(Options, nn.Module):
     def _losses(self, ysest: Tensor, ystrue: Tensor | None, external: Tensor | None, B: int) -> Tensor:
         if external is not None:
             tensor("external_losses", external, "a tensor [B, ...]")
+            floating("external_losses", external)
             if external.shape[:1] != (B,):
                 raise ValueError(f"external_losses: expected one row per sample, {B}, got {list(external.shape)}")
             return external.flatten(1).sum(1) if external.dim() > 1 else external
@@ -234,12 +235,13 @@ class Loss(Options, nn.Module):
         total: Tensor | None = None
         steps = self._steps(meta, records, f)
         gamma = self._gamma
-        layers: dict[int, list[int]] = {}
+        layers: dict[Any, list[int]] = {}
         for t, record in enumerate(records):
-            layers.setdefault(id(record.decision), []).append(t)
+            shared = getattr(type(record.law), "_fastroute_shares", None)
+            layers.setdefault(id(record.decision) if shared is None else shared(record), []).append(t)
         for of_layer in layers.values():
             entries = Entries([records[t] for t in of_layer], [steps[t] for t in of_layer], gamma)
-            made = records[of_layer[0]].decision.loss(entries)
+            made = records[of_layer[0]].law.loss(entries)
             if made is None:
                 continue
             active = entries.active
@@ -261,7 +263,7 @@ class Loss(Options, nn.Module):
             counts: Tensor | int = meta.active.sum(0).clamp(min=1) if masked else len(records)
             scale = (f.abs() if self.normalize_per_action_rewards else torch.ones_like(f)) / counts
             rewards = [None if reward is None else reward * scale for reward in rewards]
-        needs = set().union(*(r.decision.lookahead for r in records))
+        needs = set().union(*(r.law.lookahead for r in records))
         return self._masked(records, rewards, f, needs) if masked else self._full(records, rewards, f, needs)
 
     @staticmethod

@@ -66,25 +66,25 @@ def known_losses(records: Sequence[Record]) -> list[str] | None:
     several earlier decisions look at the same one, they have to look at the same of it.
     """
     for record in records:
-        decision = record.decision
+        decision = record.law
         if getattr(decision, "algorithm", None) is None or decision.formula != "intended":
             return None
         if not _LOSSES.isdisjoint(vars(decision)):
             return None
     masked = any([record.active is not None for record in records])
-    if masked and len({need for record in records for need in record.decision.needs}) > 1:
+    if masked and len({need for record in records for need in record.law.needs}) > 1:
         return None
-    return [record.decision.algorithm for record in records]
+    return [record.law.algorithm for record in records]
 
 
 def rows_of(records: Sequence[Record], dtype: torch.dtype) -> Rows:
     """The columns and other numbers, all [B], that the classes' losses are made of."""
     masked = any(record.active is not None for record in records)
-    shared = next((record.decision.needs for record in records if record.decision.needs), ())
+    shared = next((record.law.needs for record in records if record.law.needs), ())
     rows = Rows([], [], [], [])
     needs: tuple[Need, ...] = ()  # of the decision before
     for record in records:
-        decision, columns, actions = record.decision, record.columns, record.actions
+        decision, columns, actions = record.law, record.columns, record.actions
         silent = decision.algorithm == SILENT
         rows.s0.append(None if silent else columns[0].at(actions))
         rows.s1.append(None if decision.critic is None else columns[decision.critic].at(actions))

@@ -152,8 +152,14 @@ def _handed(reward: Any) -> Callable[[Any], Any]:
     return lambda t: t.detach().clone() if isinstance(t, Tensor) else t
 
 
+def _number(name: str, reward: Any) -> Tensor:
+    if reward is None:
+        raise TypeError(f"{name}: expected a number or a tensor as a sample's reward, got None; does it return?")
+    return torch.as_tensor(reward)
+
+
 def _one(reward: Any) -> Tensor:
-    made = torch.as_tensor(reward)
+    made = _number("routing_reward_func", reward)
     if made.numel() != 1:
         raise ValueError(f"routing_reward_func: expected one reward for a sample, got shape {list(made.shape)}")
     return made.reshape(())
@@ -176,7 +182,7 @@ def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
     mine, yest, ytrue = handed(losses), handed(yest), handed(ytrue)
     with torch.no_grad():
         if _in_bulk(function, "rewards", "forward"):
-            made: Tensor = handed(function.rewards(mine, yest, ytrue))
+            made: Tensor = handed(_call(function, "rewards", mine, yest, ytrue))
         else:
             truth = torch.zeros_like(losses) if ytrue is None else ytrue.detach()
             args = mine[:, None], yest.detach()[:, None], truth[:, None]
@@ -498,12 +504,19 @@ def _in_bulk(reward: Any, bulk: str, single: str) -> bool:
     """Whether to call its method for batches, not the one for a sample: unless a subclass overrides only the latter."""
     if single in getattr(reward, "__dict__", {}):
         return False
+    hooked = getattr(type(reward), "_fastroute_house", type(reward))  # in compat a user's ``bulk`` is something else
     for cls in type(reward).__mro__:
-        if bulk in cls.__dict__:
+        if bulk in cls.__dict__ and issubclass(hooked, cls):
             return True
         if single in cls.__dict__:
             return False
     return False
+
+
+def _call(reward: Any, name: str, *args: Any) -> Any:
+    """A method for batches; of classes made from fastroute.compat's on what stands in for the object."""
+    call = getattr(type(reward), "_fastroute_call", None)
+    return getattr(reward, name)(*args) if call is None else call(reward, name, *args)
 
 
 def is_silent(reward: Any) -> bool:
@@ -524,7 +537,7 @@ def check_reward(reward: Any, choices: int) -> Any:
                 f"additional_reward_func: expected register, clear and get_reward, {reward!r} lacks {lacking}"
             )
     else:
-        reward.check(choices)
+        _call(reward, "check", choices)
     return reward
 
 
@@ -536,7 +549,7 @@ def register(reward: Any, dists: Callable[[], Tensor], actions: Tensor, active: 
     handed = _handed(reward)
     actions, active = handed(actions), handed(active)
     if _in_bulk(reward, "register_all", "register"):
-        reward.register_all(dists, actions, active)
+        _call(reward, "register_all", dists, actions, active)
         return
     states = dists().detach()
     for b in range(len(actions)):
@@ -554,11 +567,11 @@ def per_action_rewards(
     actions = handed(actions)
     with torch.no_grad():
         if _in_bulk(reward, "rewards", "get_reward"):
-            return handed(reward.rewards(dists, actions, handed(like)))
+            return handed(_call(reward, "rewards", dists, actions, handed(like)))
         states, total = dists().detach(), torch.zeros_like(like)
         for b in range(len(actions)):
             if active is None or active[b]:
-                total[b] = torch.as_tensor(reward.get_reward(states[b : b + 1], actions[b])).sum()
+                total[b] = _number("additional_reward_func", reward.get_reward(states[b : b + 1], actions[b])).sum()
         return total
 
 

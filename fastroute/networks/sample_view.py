@@ -5,11 +5,79 @@ Axes: K choices of a decision.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 
+from ..ops.checks import given
 from .recorded_batch import RecordedBatch
+
+#: What decisions record in a step, and how to have something else there.
+_RECORDED = {
+    "actions": "give the decision forced_actions=",
+    "is_exploratory": "make a decision of your own",
+    "states": "make a decision of your own",
+    "loss_funcs": "make a decision with a loss of its own",
+    "reward_func": "set the decision's additional_reward_func, or write add_rewards",
+}
+
+
+def _reward(value: Any) -> Any:
+    """What may be added to a step's reward: as it was when it was given."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    try:
+        torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"add_rewards: expected a number or a tensor, got {given(value)}") from error
+    return value
+
+
+class _Step(dict[str, Any]):
+    """What is in a sample's step; what is written into it goes where :meth:`SampleMetaInformation.append` writes."""
+
+    def __init__(self, sample: SampleMetaInformation, record: int, found: dict[str, Any]) -> None:
+        super().__init__(found)
+        self._sample, self._record = sample, record
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, self._sample._write(self._record, name, value))
+
+    def __delitem__(self, name: str) -> None:
+        self._sample._check_own(name)
+        batch, b = self._sample._batch, self._sample._index
+        super().__delitem__(name)
+        batch.extras.get((self._record, b), {}).pop(name, None)
+        if name == "add_rewards" and self._record in batch.added:
+            batch.extras.setdefault((self._record, b), {})[name] = 0.0  # in the place of the whole batch's
+
+    def __ior__(self, other: Any) -> _Step:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault  # type: ignore[assignment]
+    pop, popitem, clear = MutableMapping.pop, MutableMapping.popitem, MutableMapping.clear  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def _refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise TypeError(
+        "steps: expected no change to this list, which is made anew each time; begin a step by "
+        "append(name, value, new_step=True)"
+    )
+
+
+class _Steps(list[dict[str, Any]]):
+    """The steps of a sample; a change to the list would be lost, so there is none."""
+
+    append = extend = insert = pop = remove = clear = sort = reverse = _refused
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
 
 
 class SampleMetaInformation:
@@ -28,6 +96,15 @@ class SampleMetaInformation:
         >>> sample.task, sample.steps
         (3, [{'add_rewards': -0.1}])
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("append", "finalize", "steps"):
+            if name in cls.__dict__:
+                raise TypeError(
+                    f"{cls.__name__}.{name}: expected no override of what decisions and Loss do not call, for they "
+                    "write whole batches; read the samples' steps afterwards"
+                )
 
     def __init__(self, task: Any = None) -> None:
         batch = RecordedBatch(1, [task])
@@ -57,8 +134,16 @@ class SampleMetaInformation:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """A dict per decision, first one first. To add to them use :meth:`append`."""
-        return [step for _, step in self._steps()]
+        """A dict per decision, first one first. What is written into one is as if by :meth:`append`.
+
+        Raises:
+            TypeError: the list itself is changed, or what a decision recorded.
+        """
+        return _Steps(step for _, step in self._steps())
+
+    @steps.setter
+    def steps(self, value: Any) -> None:
+        _refused(self)
 
     def _steps(self) -> list[tuple[int, dict[str, Any]]]:
         batch, b = self._batch, self._index
@@ -73,7 +158,7 @@ class SampleMetaInformation:
                 "actions": record.actions[b],
                 "is_exploratory": record.exploratory[b].to(torch.uint8),
                 "states": record.take(torch.tensor([b], device=record.actions.device)).states(),
-                "loss_funcs": record.decision.loss_func,
+                "loss_funcs": record.law.loss_func,
                 "reward_func": record.reward,
             }
             if t in batch.pointers:
@@ -81,7 +166,7 @@ class SampleMetaInformation:
             if t in batch.added:
                 step["add_rewards"] = batch.added[t][b]
             step.update(batch.extras.get((t, b), {}))
-            made.append((t, step))
+            made.append((t, _Step(self, t, step)))
         return made + [(-1, step) for _, step in foreign]
 
     @property
@@ -98,10 +183,11 @@ class SampleMetaInformation:
 
         Raises:
             ValueError: there is no step to write into.
+            TypeError: a name that a decision recorded itself, such as ``actions``; an ``add_rewards`` without numbers.
         """
         batch, b = self._batch, self._index
-        if attr_name == "add_rewards" and isinstance(obj, torch.Tensor):
-            obj = obj.detach().clone()
+        if attr_name == "add_rewards":
+            obj = _reward(obj)
         foreign = batch.foreign.setdefault(b, [])
         if new_step:
             foreign.append((len(batch.records), {attr_name: obj}))
@@ -112,7 +198,21 @@ class SampleMetaInformation:
         elif last < 0:
             raise ValueError(f"append({attr_name!r}): no decision was made for this sample yet; pass new_step=True")
         else:
-            batch.extras.setdefault((last, b), {})[attr_name] = obj
+            self._write(last, attr_name, obj)
+
+    @staticmethod
+    def _check_own(name: str) -> None:
+        if name in _RECORDED:
+            raise TypeError(
+                f"{name}: expected no change to what a decision recorded, which would have no effect; {_RECORDED[name]}"
+            )
+
+    def _write(self, record: int, name: str, value: Any) -> Any:
+        """Into the step of a record: the value as it is kept."""
+        self._check_own(name)
+        value = _reward(value) if name == "add_rewards" else value
+        self._batch.extras.setdefault((record, self._index), {})[name] = value
+        return value
 
     def finalize(self) -> None:
         """Make every name of the steps an attribute: a list with one entry per step, None where a step lacks it."""

@@ -244,8 +244,8 @@ class Trajectory(Sequence[SampleMetaInformation]):
         k = actions.shape[1]  # [B, 1] may be a decision's
         if any(k > 1 or mixture.actions.shape[1] == 1 for mixture in self._batch.mixtures):
             raise ValueError(
-                "weights: expected those of these actions, which are not a gating's own; pass weights= (ones for a "
-                "plain sum)"
+                "weights: expected those of these actions, which are not a gating's own, or were changed since; pass "
+                "weights= (ones for a plain sum)"
             )
         return None
 
@@ -264,10 +264,15 @@ class Trajectory(Sequence[SampleMetaInformation]):
         self._batch.plans.append((own, count, plan))
         return plan, own.copy
 
-    def add_rewards(self, rewards: Tensor) -> None:
-        """Add to the last decision's reward, for all samples: [B]; ``append("add_rewards", ...)`` in bulk."""
+    def add_rewards(self, rewards: Tensor | Sequence[float]) -> None:
+        """Add to the last decision's reward, for all samples: [B]; ``append("add_rewards", ...)`` in bulk.
+
+        Raises:
+            ValueError, TypeError: no decision was made yet; another shape; no numbers.
+        """
         if not self._batch.records:
             raise ValueError("add_rewards: no decision was made yet")
+        rewards = as_tensor("rewards", rewards, self._batch.records[-1].actions.device)
         if tuple(rewards.shape) != (len(self),):
             raise ValueError(f"rewards: expected shape [{len(self)}], got {shown(rewards)}")
         t = len(self._batch.records) - 1
@@ -308,7 +313,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         if self._rows is not None:
             final_reward = spread(final_reward, self._index(final_reward.device), self._batch.size)
         self._batch.final_reward = final_reward
-        self._batch.is_read |= any(getattr(r.decision, "algorithm", None) != SILENT for r in self._batch.records)
+        self._batch.is_read |= any(getattr(r.law, "algorithm", None) != SILENT for r in self._batch.records)
 
     def point_to(self, modules: Any) -> None:
         """Have the last step of every sample name the module that its action chose (``selected_modules``)."""

@@ -24,10 +24,10 @@ class Literal:
 class Named:
     """First base of a class that passes the triplet on: its first two are called ``xs`` and ``mxs``."""
 
-    _marks: ClassVar[str | None] = None  #: an attribute that every object of fastroute's has
+    _fastroute_marks: ClassVar[str | None] = None  #: an attribute that every object of fastroute's has
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if self._marks is not None and self._marks not in state:
+        if self._fastroute_marks is not None and self._fastroute_marks not in state:
             raise RuntimeError(
                 f"{type(self).__name__}: expected an object that fastroute pickled, got one of PytorchRouting's own. "
                 "Where that is installed, save torch.save(model.state_dict(), 'state.pt'); it loads as it is, and "
@@ -40,8 +40,13 @@ class Named:
         self, xs: Tensor, mxs: Trajectory | Sequence[SampleMetaInformation], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Trajectory, Tensor]:
         """xs [B, ...] and its trajectory -> (ys, mxs, actions [B])."""
-        made: tuple[Tensor, Trajectory, Tensor] = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
-        return made
+        ys, mxs, actions = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
+        return own_copy(ys, xs), mxs, actions
+
+
+def own_copy(ys: Tensor, xs: Tensor) -> Tensor:
+    """What is passed on is the caller's to write into, and not the tensor that was given."""
+    return ys.clone() if ys is xs else ys
 
 
 class _Callable(ModuleType):

@@ -18,7 +18,7 @@ from ...functional import agent_policy, policy
 from ...ops import dispatch
 from ...ops.agent_policy.op import AgentChoice
 from ...ops.arguments import Count, Options, Several, Share, checked
-from ...ops.checks import as_tensor, moved, samples, shape, share, shown, tensor
+from ...ops.checks import as_parameters, as_tensor, moved, samples, shape, share, shown, tensor
 from ...ops.checks import given as shown_value
 from ...ops.dispatch.contract import Plan
 from ...ops.dtypes import accumulating
@@ -32,7 +32,16 @@ from ..loss_entries import Entries, Need, from_raw
 from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
 from ..sample_view import SampleMetaInformation
 from ..trajectory import Trajectory
-from .storage import AnyStorages, ApproxPolicyStorage, StackedStorages, Storages, TabularPolicyStorage, ask, heads
+from .storage import (
+    AnyStorages,
+    ApproxPolicyStorage,
+    StackedStorages,
+    Storages,
+    TabularPolicyStorage,
+    as_storages,
+    ask,
+    heads,
+)
 
 Triplet = tuple[Tensor, Trajectory, Tensor]
 
@@ -42,6 +51,9 @@ _MAKES_A_LOSS = ("loss", "loss_of", "entry", "target", "needs", "lookahead", "lo
 
 #: What a subclass would override in vain, and what instead: upstream's methods, and a way to call ``loss``.
 _NOT_CALLED = {"_forward": "decide", "_decide": "decide", "_loss": "loss_of", "loss_func": "loss_of"}
+
+#: What keeps what a decision knows, and the arguments that networks for it are given as.
+_STORAGES = {"_policy": "policy_net", "_value_mem": "value_net", "_qvalue_mem": "qvalue_net"}
 
 
 @dataclass
@@ -104,13 +116,14 @@ class Decision(Options, nn.Module):
     algorithm: str | None = None
     critic: int | None = None  #: the state column, besides the first, that the loss moves
     _options = ("formula", "generator", "additional_reward_func")
+    _fixed = ("_storage_type", "_hidden_dims", "_stacked", "_factory")
     _formula_of = ""  # the ``algorithm`` of the class that this one's loss is inherited from
+    _fastroute_of: Any = None  # whose stand-in it is, see fastroute.compat
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, instead in _NOT_CALLED.items():
-            upstreams = hasattr(cls, "_user_hooks") and name in ("_forward", "_loss")
-            if name in cls.__dict__ and not upstreams:
+            if name in cls.__dict__ and not hasattr(cls, "_fastroute_hooks"):
                 raise TypeError(
                     f"{cls.__name__}.{name}: expected no override of a method that nobody calls here; override "
                     f"{instead}, or make the class from fastroute.compat.PytorchRouting's"
@@ -161,6 +174,11 @@ class Decision(Options, nn.Module):
         return f"num_selections={self._num_selections}, num_agents={self._num_agents}, formula={self.formula!r}"
 
     # -------------------------------------------------------------------------------------------------- construction
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STORAGES and isinstance(have := self.__dict__.get("_modules", {}).get(name), AnyStorages):
+            value = as_storages(name, value, have.outputs, self._num_agents)
+        super().__setattr__(name, value)
 
     def _storages(self, outputs: int, net: nn.Module | None) -> AnyStorages:
         """A storage per agent: the user's network, or what ``policy_storage_type`` says."""
@@ -237,7 +255,11 @@ class Decision(Options, nn.Module):
         forced = None
         if forced_actions is not None:
             forced = self._forced(forced_actions, B, batch.device)
-        made = self.decide(only(batch, active), plan, forced)
+        seen = only(batch, active)
+        if torch.compiler.is_compiling() or not batch.is_floating_point():
+            made = self.decide(seen, plan, forced)
+        else:
+            made = as_parameters("batch", batch, self._policy, self.decide, seen, plan, forced)
         y = batch if made.y is None else made.y
         actions = made.actions
         for column in made.columns:
@@ -253,7 +275,7 @@ class Decision(Options, nn.Module):
             elif made.y is not None:
                 y = torch.where(rows, y, batch)
         record = Record(
-            self,
+            self if self._fastroute_of is None else self._fastroute_of,
             actions,
             self._num_selections,
             made.columns,
@@ -261,6 +283,7 @@ class Decision(Options, nn.Module):
             active=active,
             exploratory=made.exploratory,
             reward=self.additional_reward_func,
+            law=self,
         )
         meta.record(record)
         notes = (self.training or self.formula == "upstream") and not is_recomputation()
@@ -421,8 +444,7 @@ class Decision(Options, nn.Module):
     ) -> Tensor:
         made = ask(storages, x, plan, differentiable_twice=differentiable_twice)
         if made.dim() != 2 or made.shape[1] != storages.outputs:
-            names = {"_policy": "policy_net", "_value_mem": "value_net", "_qvalue_mem": "qvalue_net"}
-            name = next(names[n] for n in names if getattr(self, n, None) is storages)
+            name = next(net for n, net in _STORAGES.items() if getattr(self, n, None) is storages)
             raise ValueError(f"{name}: expected outputs [{x.shape[0]}, {storages.outputs}], got {shown(made)}")
         return made
 

@@ -13,6 +13,7 @@ from ...functional import grouped_linear
 from ...modules.reading import Memo, Proof, may_be_read
 from ...ops import dispatch
 from ...ops.autograd import transformed
+from ...ops.checks import given as shown
 from ...ops.checks import together
 from ...ops.dispatch.contract import Plan
 from ...ops.host import is_exporting
@@ -147,6 +148,16 @@ class StackedStorages(Stack):
 
 
 AnyStorages = Storages | StackedStorages
+
+
+def as_storages(name: str, given: Any, outputs: int, agents: int) -> AnyStorages:
+    """What a user puts in the place of a decision's storages: a module per agent, [B, ...] -> [B, outputs]."""
+    if isinstance(given, AnyStorages):
+        return given
+    if not isinstance(given, nn.ModuleList) or len(given) != agents:
+        what = f"one of {len(given)}" if isinstance(given, nn.ModuleList) else shown(given)
+        raise TypeError(f"{name}: expected an nn.ModuleList of {agents}, a storage per agent, got {what}")
+    return Storages(given, outputs)
 
 
 def _tables(storages: AnyStorages, agents: Sequence[Any]) -> list[Tensor] | None:

@@ -24,3 +24,8 @@ class Loss(Overrides, Literal, networks.Loss):
     def __init__(self, pytorch_loss_func: Any, routing_reward_func: Any, *args: Any, **kwargs: Any) -> None:
         loss = _no_loss if pytorch_loss_func is None else pytorch_loss_func
         super().__init__(loss, routing_reward_func, *args, **kwargs)
+
+    def _losses(self, ysest: Tensor, ystrue: Tensor | None, external: Tensor | None, B: int) -> Tensor:
+        if isinstance(external, Tensor) and B and external.numel() % B == 0:
+            external = external.reshape(B, -1)  # upstream takes them in any shape, those of a sample side by side
+        return super()._losses(ysest, ystrue, external, B)

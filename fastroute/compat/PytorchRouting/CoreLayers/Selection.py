@@ -8,4 +8,4 @@ from .._upstream import Named
 class Selection(Named, networks.Selection):  # type: ignore[misc]
     """``fastroute.networks.Selection`` of (xs, mxs, actions, mask=None)."""
 
-    _marks = "_recipe"
+    _fastroute_marks = "_recipe"

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABCMeta
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastroute import networks
 from fastroute.networks import SampleMetaInformation, Trajectory
-from fastroute.networks.decision_record import STATE_COLUMNS, Column
-from fastroute.networks.decisions.base import Decided
+from fastroute.networks.decision_record import STATE_COLUMNS, Column, Record
+from fastroute.networks.decisions.base import Decided, as_mask
 from fastroute.networks.decisions.storage import Storages
 from fastroute.networks.loss_entries import Entries, Need, from_raw
 from fastroute.ops import dispatch
 from fastroute.ops.arguments import renamed
+from fastroute.ops.checks import samples
 from fastroute.ops.dispatch.contract import Plan
+from fastroute.ops.host import may_look
 
-from .._upstream import Literal, Named
+from .._names import ModulesOwnNames
+from .._names import definer as _definer
+from .._upstream import Literal, Named, own_copy
 
 #: Upstream's methods, and what ``fastroute.networks`` calls in their place.
 _HOOKS = {"_forward": "decide", "_loss": "loss"}
@@ -33,41 +37,34 @@ _CALLS = {"_forward": ("xs", "agent"), "_loss": ("is_terminal", "state", "next_s
           "reward", "cum_return", "final_reward")}  # fmt: skip
 
 
-class Decision(Literal, Named, networks.Decision):
+class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABCMeta):
     """``fastroute.networks.Decision`` with upstream's formulas and its two methods to override.
 
     ``_forward(xs, agent)`` decides for one agent's samples, ``_loss(is_terminal, state, next_state, action,
     next_action, reward, cum_return, final_reward)`` is the loss of each entry. A class that overrides one, or an
     object that is given one, has it called as upstream calls it: agent by agent, and once for all of a layer's entries
-    in a batch, those of a sample side by side. An empty ``prior_actions`` means agent 0 for all.
+    in a batch, those of a sample side by side; a function that several layers share, once for all of theirs. An empty
+    ``prior_actions`` means agent 0 for all. ys is a copy. The methods that ``fastroute.networks`` calls, such as
+    ``decide``, are no hooks here: a class has such names for itself.
     """
 
-    _marks = "_storage_type"
-    _user_hooks: frozenset[str] = frozenset()  #: of upstream's methods, those that are a user's
-    _decides = False  #: whether there is something that decides
-    _natives: ClassVar[Mapping[str, Any]] = {}  #: what ``fastroute.networks`` has in their places
+    _fastroute_marks = "_storage_type"
+    _fastroute_taken = (*ModulesOwnNames._fastroute_taken, "_storages", "_check_exploration")
+    _fastroute_hooks: frozenset[str] = frozenset()  #: of upstream's methods, those that are a user's
+    _fastroute_decides = False  #: whether there is something that decides
+    _fastroute_idles = False  #: whether a mask may leave out every sample
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        natives = [base for base in cls.__mro__ if base.__module__.startswith(f"{networks.__name__}.")]
-        wanted = (*_HOOKS.values(), "needs", "upstream_needs")
-        cls._natives = {ours: next(b.__dict__[ours] for b in natives if ours in b.__dict__) for ours in wanted}
-        cls._user_hooks = frozenset(hook for hook in _HOOKS if _definer(cls, hook) is not Decision)
-        for hook in cls._user_hooks:
-            ours, through = _HOOKS[hook], _THROUGH[hook]
+        cls._fastroute_hooks = frozenset(hook for hook in _HOOKS if _definer(cls, hook) is not Decision)
+        native = cls._fastroute_house.decide
+        cls._fastroute_decides = native is not networks.Decision.decide or "_forward" in cls._fastroute_hooks
+        for hook in cls._fastroute_hooks:
             _check_call(cls, hook)
-            owner, other = _definer(cls, hook), _definer(cls, ours)
-            if other.__dict__[ours] is through:
-                continue
-            if owner is other:
-                raise TypeError(f"{cls.__name__}: expected {hook} or {ours}, got both, of which one is not called")
-            if other in natives or cls.__mro__.index(owner) < cls.__mro__.index(other):
-                setattr(cls, ours, through)
-        cls._decides = cls.decide is not networks.Decision.decide
-        if "_loss" in cls._user_hooks:
-            cls.needs = cls.upstream_needs = _WHOLE
-            cls.algorithm = None  # the loss that fastroute knows under its name
-        if _definer(cls, "_eval_stochastic_are_exp") is not Decision and "_forward" not in cls._user_hooks:
+            if not cls._fastroute_clashes:
+                for name, value in _instead(hook).items():
+                    setattr(cls, name, value)
+        if _definer(cls, "_eval_stochastic_are_exp") is not Decision and "_forward" not in cls._fastroute_hooks:
             raise TypeError(
                 f"{cls.__name__}._eval_stochastic_are_exp: expected no override where _forward is not overridden: "
                 "nobody else calls it"
@@ -79,12 +76,7 @@ class Decision(Literal, Named, networks.Decision):
         if name not in _HOOKS:
             super().__setattr__(name, value)
             return
-        own = {name: value, _HOOKS[name]: MethodType(_THROUGH[name], self)}
-        if name == "_forward":
-            own["_decides"] = True
-        else:
-            own |= {"needs": _WHOLE, "upstream_needs": _WHOLE, "algorithm": None}
-        for attribute, given in own.items():
+        for attribute, given in {name: value, **_instead(name, self)}.items():
             object.__setattr__(self, attribute, given)
 
     @renamed(agents="prior_actions")
@@ -101,11 +93,34 @@ class Decision(Literal, Named, networks.Decision):
 
         See ``fastroute.networks.Decision.forward``, which calls the first three batch, meta and agents.
         """
-        if not self._decides:
-            self._native("_forward")  # says what is missing
+        stands = self._fastroute_stands()
+        if stands is not self:
+            return stands.forward(xs, mxs, prior_actions, mask, update_target, **kwargs)  # type: ignore[no-any-return]
+        if not self._fastroute_decides:
+            self._fastroute_native("_forward")  # says what is missing
+        if mask is not None and not self._fastroute_idles:
+            _check_mask(mask, samples("xs", xs), xs.device)
         if isinstance(prior_actions, (Tensor, Sequence)) and len(prior_actions) == 0:
             prior_actions = torch.zeros(len(xs), dtype=torch.int64, device=xs.device)
-        return super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
+        ys, mxs, actions = super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
+        return ys if update_target is None else own_copy(ys, update_target), mxs, actions
+
+    def _fastroute_stands(self) -> Any:
+        """The object that fastroute's own methods may be called on, with the user's hooks in their places."""
+        made = super()._fastroute_stands()
+        if made is not self:
+            for hook in _HOOKS:
+                if hook in self._fastroute_hooks or hook in self.__dict__:
+                    made.__dict__ |= _instead(hook, self)
+        return made
+
+    @staticmethod
+    def _fastroute_shares(record: Record) -> Any:
+        """What is the same of decisions whose entries are one call's: upstream goes by the loss function."""
+        decision = record.decision
+        if "_loss" in decision._fastroute_hooks or "_loss" in decision.__dict__:
+            return decision._loss, record.choices, len(record.columns)
+        return id(decision)
 
     # ------------------------------------------------------------------------------------- what upstream's classes have
 
@@ -115,7 +130,8 @@ class Decision(Literal, Named, networks.Decision):
         if self._num_agents > 1:
             whose = torch.full((len(xs),), int(agent), dtype=torch.int64, device=xs.device)
             plan = dispatch.plan(whose, self._num_agents, "agents")
-        made: Decided = self._native("_forward")(self, xs, plan, None)
+        native, stands = self._fastroute_native("_forward"), self._fastroute_stands()
+        made: Decided = native(self if stands is self else self._fastroute_stand_in(), xs, plan, None)
         columns = [c.full.expand(len(xs), self._num_selections) for c in made.columns]
         explored = made.exploratory() if callable(made.exploratory) else made.exploratory
         explored = torch.zeros_like(made.actions) if explored is None else explored
@@ -126,18 +142,15 @@ class Decision(Literal, Named, networks.Decision):
         reward: Tensor, cum_return: Tensor, final_reward: Tensor,
     ) -> Tensor:  # fmt: skip
         """States [N, K, 5], the others [N] -> the loss of each entry [N]."""
-        needs: Sequence[Need] = self._natives["upstream_needs" if self.formula == "upstream" else "needs"]
-        entries = from_raw(needs, is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward)
-        plain = copy.copy(self)  # which reads of the next state what its formula does, not all of it
-        plain.needs = plain.upstream_needs = tuple(needs)
-        made: Tensor | None = self._native("_loss")(plain, entries)
+        native, stands = self._fastroute_native("_loss"), self._fastroute_stand_in()
+        raw = is_terminal, state, next_state, action, next_action, reward, cum_return, final_reward
+        made: Tensor | None = native(stands, from_raw(stands.lookahead, *raw))
         return torch.zeros_like(cum_return) if made is None else made
 
-    def _native(self, hook: str) -> Callable[..., Any]:
-        ours = _HOOKS[hook]
-        method: Callable[..., Any] = self._natives.get(ours, networks.Decision.__dict__[ours])
-        has_formula = hook == "_loss" and bool(self._formula_of or "loss_of" in self._natives)
-        if method is networks.Decision.__dict__[ours] and not has_formula:
+    def _fastroute_native(self, hook: str) -> Callable[..., Any]:
+        cls, ours = self._fastroute_house, _HOOKS[hook]
+        method: Callable[..., Any] = getattr(cls, ours)
+        if method is getattr(networks.Decision, ours) and not (hook == "_loss" and cls._formula_of):  # type: ignore[attr-defined]
             wanted = f"{hook}(self, {', '.join(_CALLS[hook])})"
             raise NotImplementedError(f"{type(self).__name__}: expected it to define {wanted}")
         return method
@@ -176,8 +189,12 @@ class Decision(Literal, Named, networks.Decision):
         self._temperature = value
 
 
-def _definer(cls: type, name: str) -> type:
-    return next(base for base in cls.__mro__ if name in base.__dict__)
+def _check_mask(mask: Any, B: int, device: torch.device) -> None:
+    if torch.compiler.is_compiling():
+        return
+    active = as_mask(mask, B, device)
+    if active is not None and B and may_look(active) and not active.any():
+        raise ValueError(f"mask: expected a sample that is decided for, got none of {B}")
 
 
 def _check_call(cls: type, hook: str) -> None:
@@ -272,3 +289,12 @@ def _entry_losses(self: Decision, e: Entries) -> Tensor:
 
 #: What a class has in place of ``fastroute.networks``' method where upstream's is a user's.
 _THROUGH: dict[str, Callable[..., Any]] = {"_forward": _decide, "_loss": _entry_losses}
+
+
+def _instead(hook: str, of: Decision | None = None) -> dict[str, Any]:
+    """What fastroute calls, and reads, in place of a method of a user's: of a class, or of an object."""
+    through = _THROUGH[hook] if of is None else MethodType(_THROUGH[hook], of)
+    if hook == "_forward":
+        return {_HOOKS[hook]: through, "_fastroute_decides": True}
+    # no ``algorithm``: fastroute knows another loss under that name
+    return {_HOOKS[hook]: through, "needs": _WHOLE, "upstream_needs": _WHOLE, "algorithm": None}

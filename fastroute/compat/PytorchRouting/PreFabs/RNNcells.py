@@ -12,10 +12,17 @@ from fastroute.networks import SampleMetaInformation, Trajectory
 from fastroute.ops.arguments import renamed
 
 from .._upstream import Literal
+from ..DecisionLayers.Decision import Decision
 
 
 class RoutingRNNCellBase(Literal, networks.RoutingRNNCellBase):
     """``fastroute.networks.RoutingRNNCellBase`` with upstream's names in ``forward``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for m in self.modules():
+            if isinstance(m, Decision):
+                m._fastroute_idles = True  # where all samples have stopped there is nothing to decide
 
     @renamed(meta="metas", agents="task_actions")
     def forward(  # type: ignore[override]

@@ -2,10 +2,13 @@
 
 from fastroute import networks
 
-from ..._upstream import Named, callable_as_its_class
+from ..._upstream import callable_as_its_class
+from ..Decision import Decision
+from ._fixed import Fixed
 
 
-class PassThrough(Named, networks.PassThrough):  # type: ignore[misc]
+@Decision.register
+class PassThrough(Fixed, networks.PassThrough):  # type: ignore[misc]
     """``fastroute.networks.PassThrough`` of (xs, mxs, and whatever else decisions are given)."""
 
 

@@ -2,10 +2,13 @@
 
 from fastroute import networks
 
-from ..._upstream import Named, callable_as_its_class
+from ..._upstream import callable_as_its_class
+from ..Decision import Decision
+from ._fixed import Fixed
 
 
-class PerTaskAssignment(Named, networks.PerTaskAssignment):  # type: ignore[misc]
+@Decision.register
+class PerTaskAssignment(Fixed, networks.PerTaskAssignment):  # type: ignore[misc]
     """``fastroute.networks.PerTaskAssignment`` of (xs, mxs, and whatever else decisions are given)."""
 
 

@@ -2,8 +2,9 @@
 
 from fastroute import networks
 
+from ..._names import ModulesOwnNames
 from ..._upstream import Literal
 
 
-class BaseReward(Literal, networks.BaseReward):
+class BaseReward(ModulesOwnNames, Literal, networks.BaseReward):
     """``fastroute.networks.BaseReward`` that takes no notice of ``scale``."""

@@ -6,12 +6,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastroute import networks
 
+from ..._names import OwnNames
 
-class PerActionBaseReward(networks.PerActionBaseReward):
+
+class PerActionBaseReward(OwnNames, networks.PerActionBaseReward):
     """``fastroute.networks.PerActionBaseReward`` with upstream's histories for classes that are made from it.
 
     ``_dists`` and ``_actions`` have the last ``history_window`` states [1, K, 5] and actions [], the latest last.
@@ -31,10 +34,21 @@ class PerActionBaseReward(networks.PerActionBaseReward):
     def _hist_len(self) -> int:
         return self.history_window
 
+    def register(self, dist: Tensor, action: Tensor) -> None:
+        """Note one sample's state [1, K, 5] and action []."""
+        self._fastroute_call("register_all", lambda: dist, torch.as_tensor(action).reshape(1))
+
+    def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
+        """[1]: the reward of one action."""
+        stands = self._fastroute_stands()
+        if stands is not self:
+            return stands.get_reward(dist, action)  # type: ignore[no-any-return]
+        return super().get_reward(dist, action)
+
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]; ``dists()`` are their states [B, K, 5]."""
         super().register_all(dists, actions, active)
-        if type(self).__module__.startswith(__package__):
+        if type(self) is self._fastroute_house and "_fastroute_of" not in self.__dict__:
             return
         states = dists().detach()
         rows: Sequence[int] = range(len(actions)) if active is None else active.nonzero()[:, 0].tolist()
