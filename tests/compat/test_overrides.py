@@ -191,14 +191,6 @@ def test_a_change_of_k_ends_it() -> None:
     assert [args[2].shape[1] for args in seen] == [2, 3, 3]
 
 
-def test_our_own_name_wins_where_it_comes_last() -> None:
-    """A class that overrides what fastroute calls, of one that overrides upstream's."""
-    decides = "decide" if hasattr(networks.Decision, "decide") else "_decide"
-    through = getattr(networks.QLearning, decides)
-    made = type("Last", (Own,), {decides: lambda self, x, plan, forced: through(self, x, plan, torch.ones(B).long())})
-    assert net(made)[2].actions.eq(1).all()
-
-
 def test_other_batches_than_the_given_one() -> None:
     """``_forward`` may change what passes on, and states may have any number of columns."""
 
@@ -300,10 +292,10 @@ def of(self: Any, *args: Any) -> None: ...
             r"Mine\._loss: .*nobody calls here; override loss_of, or make the class from f",
         ),
         (networks.Decision, {"_forward": of}, r"Mine\._forward: expected no override of a method that nobody calls"),
-        (WPL, {"loss_func": of}, r"Mine\.loss_func: expected no override of a method that nobody calls"),
         (networks.WPL, {"loss_func": of}, r"Mine\.loss_func: expected no override of a method that nobody calls"),
         (Loss, {"_get_rl_loss_tuple_map": of}, r"Mine\._get_rl_loss_tuple_map: .*would change nothing"),
-        (REINFORCE, {"_loss": of, "loss": of}, "Mine: expected _loss or loss, got both"),
+        (REINFORCE, {"_storages": of}, r"Mine\._storages: expected another name, fastroute needs this one itself"),
+        (NegLossReward, {"_options": of}, r"Mine\._options: expected another name, .*; so it does _option"),
         (REINFORCE, {"_loss": lambda self, sample: 0}, r"Mine\._loss: expected to be called with \(self, is_terminal"),
         (REINFORCE, {"_loss": staticmethod(lambda sample: 0)}, r"Mine\._loss: expected to be called with \(is_term"),
         (WPL, {"_forward": lambda self, xs, mxs, agent: 0}, r"Mine\._forward: expected to be called with \(self, xs"),

@@ -71,8 +71,8 @@ class OwnNames:
             if name in theirs:
                 raise TypeError(f"{cls.__name__}.{name}: {_refusal(cls)}")
         cls._fastroute_clashes = bool(theirs)
-        for name, value in theirs.items():  # those of a mixin behind this package's class
-            if _is_ours(definer(cls, name)):
+        for name, value in theirs.items():  # those of a mixin behind a class that has fastroute's
+            if vars(definer(cls, name))[name] is not value:
                 setattr(cls, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -49,7 +49,7 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
     """
 
     _fastroute_marks = "_storage_type"
-    _fastroute_taken = (*ModulesOwnNames._fastroute_taken, "_storages", "_check_exploration")
+    _fastroute_taken = (*ModulesOwnNames._fastroute_taken, "_storages", "_check_exploration", "_value_outputs")
     _fastroute_hooks: frozenset[str] = frozenset()  #: of upstream's methods, those that are a user's
     _fastroute_decides = False  #: whether there is something that decides
     _fastroute_idles = False  #: whether a mask may leave out every sample
@@ -119,7 +119,7 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
         """What is the same of decisions whose entries are one call's: upstream goes by the loss function."""
         decision = record.decision
         if "_loss" in decision._fastroute_hooks or "_loss" in decision.__dict__:
-            return decision._loss, record.choices, len(record.columns)
+            return decision._loss, record.choices, max(len(record.columns), STATE_COLUMNS)
         return id(decision)
 
     # ------------------------------------------------------------------------------------- what upstream's classes have
