@@ -5,8 +5,7 @@ Every op of a training step is run again on two and three threads, on the same i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import fastroute
 from fastroute import networks, tasks
 from tests.helpers import seeds
 from tests.helpers.layers import Routed, Scores, Selected
+from tests.helpers.thread_count import threads
 
 F, B, K = 64, 700, 8
 
@@ -28,16 +28,6 @@ PRODUCTS |= {"mkldnn::_linear_pointwise"}
 CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
 NORMS = {"aten::native_layer_norm_backward", "aten::native_batch_norm", "aten::native_batch_norm_backward"}
 NORMS |= {"aten::_native_batch_norm_legit", "aten::native_group_norm_backward"}
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def own(args: Any) -> Any:

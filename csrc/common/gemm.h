@@ -57,10 +57,25 @@ struct Matrix {
   }
 };
 
-// out = a b, sample by sample where they are batches. aten::mm.out takes no accumulator: callers that add do it themselves.
+// While one is there, libraries use one thread of the calling one's, and choose their kernels as they do for one: MKL
+// looks at how many there might be, even within a parallel region.
+class OneThread {
+ public:
+  OneThread();
+  ~OneThread();
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int of_openmp_ = 0, of_mkl_ = 0;
+};
+
+// out = a b on one thread, sample by sample where they are batches. aten::mm.out takes no accumulator: callers that add do
+// it themselves.
 template <class T, class A, class B>
 void mm(const Matrix<T>& out, const Matrix<A>& a, const Matrix<B>& b) {
   using torch::stable::detail::from;
+  const OneThread alone;
   std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
   const char* name = out.batch == 1 ? "aten::mm" : "aten::bmm";
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
@@ -74,6 +89,8 @@ bool prefers_onednn();
 inline bool is_large(int64_t multiply_adds) {
   return 2 * multiply_adds > int64_t{1} << 22;
 }
+// A part of a product that is worth a thread.
+constexpr int64_t kWorthAPart = int64_t{1} << 20;
 // a b^T + bias by oneDNN, in memory of its own; undefined where torch has no oneDNN.
 Tensor onednn_linear(const Tensor& a, const Tensor& b, const Tensor* bias = nullptr);
 // Of bfloat16, which oneDNN multiplies in float32 and rounds once: whether `multiply_adds` for each of `rows` are worth a
@@ -81,11 +98,13 @@ Tensor onednn_linear(const Tensor& a, const Tensor& b, const Tensor* bias = null
 bool onednn_multiplies_bfloat16(int64_t rows, int64_t multiply_adds);
 
 // Dense products into memory that is kept from one call to the next. Long sums are made in runs, added up afterwards: so
-// they do not depend on how a library divides them, which MKL decides by the number of threads it might have, and what
-// oneDNN adds term by term is as accurate as MKL's.
+// they do not depend on how a library divides them, and what oneDNN adds term by term is as accurate as MKL's.
 template <class T>
 class Product {
  public:
+  // is_alone: nothing else runs meanwhile, so that a large product is divided among threads, by its shape alone
+  explicit Product(bool is_alone = false) : is_alone_(is_alone) {}
+
   template <class A, class B>
   T* operator()(const Matrix<A>& a, const Matrix<B>& b) {
     if constexpr (std::is_same_v<T, float>) {
@@ -106,7 +125,7 @@ class Product {
     T* out = own_.at_least(a.batch * size);
     in_runs(kMklRun, a, b, [&](const auto& a_part, const auto& b_part, bool is_first) {
       T* to = is_first ? out : more_.at_least(a.batch * size);
-      mm(Matrix<T>(to, a.rows, b.cols, b.cols).batched(a.batch, size), a_part, b_part);
+      multiply(Matrix<T>(to, a.rows, b.cols, b.cols).batched(a.batch, size), a_part, b_part);
       if (!is_first) {
         add(out, to, a.batch * size);
       }
@@ -116,6 +135,31 @@ class Product {
 
  private:
   static constexpr int64_t kMklRun = 512;
+  static constexpr int64_t kMostParts = 8;
+
+  // out = a b, of a large one parts of columns or of rows on several threads
+  template <class A, class B>
+  void multiply(const Matrix<T>& out, const Matrix<A>& a, const Matrix<B>& b) const {
+    const bool by_columns = out.cols >= out.rows;
+    const int64_t size = by_columns ? out.cols : out.rows, whole = (size + 15) / 16;
+    const int64_t parts = std::min({a.rows * a.cols * b.cols / kWorthAPart, kMostParts, whole});
+    if (!is_alone_ || out.batch > 1 || parts < 2) {
+      mm(out, a, b);
+      return;
+    }
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t from = whole * s / parts * 16, count = std::min(whole * (s + 1) / parts * 16, size) - from;
+        if (by_columns) {
+          mm(Matrix<T>(out.data + from * out.col_stride, out.rows, count, out.row_stride, out.col_stride), a,
+             Matrix<B>(b.data + from * b.col_stride, b.rows, count, b.row_stride, b.col_stride));
+        } else {
+          mm(Matrix<T>(out.data + from * out.row_stride, count, out.cols, out.row_stride, out.col_stride),
+             Matrix<A>(a.data + from * a.row_stride, count, a.cols, a.row_stride, a.col_stride), b);
+        }
+      }
+    });
+  }
 
   // f(columns of a, as many rows of b, whether they are the first)
   template <class A, class B, class F>
@@ -151,6 +195,7 @@ class Product {
     int64_t capacity_ = 0;
   };
 
+  bool is_alone_;
   Tensor made_;
   Growing own_, more_;
 };

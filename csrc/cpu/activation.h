@@ -5,15 +5,15 @@
 
 namespace fastroute::activation {
 
-// The first of fastroute.ops.grouped_linear.reference.ACTIVATIONS.
-enum Kind : int64_t { kNone, kRelu, kTanh, kSigmoid, kSilu, kKinds };
+// As in fastroute.ops.activations.ACTIVATIONS. The slope of those from kSilu on is told from what they were applied to.
+enum Kind : int64_t { kNone, kRelu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh, kKinds };
 
 // S is the type in memory, uint16_t for bfloat16, which is computed in float.
 template <class S>
 struct Functions {
   // v becomes act(v)
   void (*apply[kKinds])(S* v, int64_t count);
-  // out = grad times the slope, told from the value or, of kSilu, from what it was applied to
+  // out = grad times the slope, told from the value or, from kSilu on, from what it was applied to
   void (*slope[kKinds])(S* out, const S* grad, const S* kept, int64_t count);
 };
 

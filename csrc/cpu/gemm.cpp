@@ -12,7 +12,33 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
     AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
     int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
 
+// Of the libraries that torch's products may use: weak, as each is there or not.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int count);
+extern "C" __attribute__((weak)) void omp_set_num_threads(int count);
+extern "C" __attribute__((weak)) int omp_get_max_threads();
+
 namespace fastroute {
+
+OneThread::OneThread() {
+  if (&omp_set_num_threads != nullptr && &omp_get_max_threads != nullptr) {
+    of_openmp_ = omp_get_max_threads();
+    if (of_openmp_ > 1) {
+      omp_set_num_threads(1);
+    }
+  }
+  if (&MKL_Set_Num_Threads_Local != nullptr) {
+    of_mkl_ = MKL_Set_Num_Threads_Local(1);
+  }
+}
+
+OneThread::~OneThread() {
+  if (&MKL_Set_Num_Threads_Local != nullptr) {
+    MKL_Set_Num_Threads_Local(of_mkl_);
+  }
+  if (of_openmp_ > 1) {
+    omp_set_num_threads(of_openmp_);
+  }
+}
 
 bool prefers_onednn() {
   static const bool chosen = [] {

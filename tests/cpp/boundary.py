@@ -30,7 +30,7 @@ from fastroute.ops.efficient_routing import op as efficient
 from fastroute.ops.efficient_routing.contract import Parameters
 from fastroute.ops.expert_ffn import plain as expert_ffn_plain
 from fastroute.ops.grouped_linear import plain as grouped_linear_plain
-from fastroute.ops.grouped_linear.op import NATIVE_ACTIVATIONS, planned
+from fastroute.ops.grouped_linear.op import planned
 from fastroute.ops.masked import reaching
 from fastroute.ops.policy import plain as policy_plain
 from fastroute.ops.policy.contract import KINDS
@@ -133,7 +133,7 @@ def _networks() -> None:
     plan = dispatch.plan(actions, 3)
     x = torch.randn(7, 4, dtype=F64, requires_grad=True)
     W, b = torch.randn(3, 5, 4, dtype=F64, requires_grad=True), torch.randn(3, 5, dtype=F64, requires_grad=True)
-    for activation in ("none", "relu", "silu"):
+    for activation in ("none", "relu", "silu", "gelu", "gelu_tanh"):
         for weights, biases in ((list(W), list(b)), (W, b), (list(W), ())):
             functional.grouped_linear(x, plan, weights, biases, activation=activation).sum().backward()
         assert planned(x, actions, list(W), list(b), 3, activation, False) is not None
@@ -141,7 +141,7 @@ def _networks() -> None:
     functional.grouped_linear(x, pairs, list(W), keep_sorted=True).sum().backward()
     functional.grouped_linear(None, plan, (), [t[None] for t in b]).sum().backward()
     out, shares = torch.randn(3, 6, 5, dtype=F64), torch.rand(7, 1, dtype=F64, requires_grad=True)
-    for activation, weights, gated in product(NATIVE_ACTIVATIONS, (None, shares), (False, True)):
+    for activation, weights, gated in product(activations.ACTIVATIONS, (None, shares), (False, True)):
         made = functional.expert_ffn(
             x, plan, weights, torch.cat([W, W], 1) if gated else W, out, activation=activation, gated=gated
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,25 +60,25 @@ def vector_case(
     first: bool = False,
     linear: bool = False,
     ign: bool = True,
-    shared_scores: bool = False,
+    shared_scores: bool | Literal["weight", "bias"] = False,
     mask: Tensor | None = None,
     lengths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Case:
-    """Inputs of ``functional.vector_routing`` with scores of order 1."""
+    """Inputs of ``functional.vector_routing`` with scores of order 1; ``shared_scores``: of one row, or which of both is."""
     b, n, m, d, _ = size
     acc = torch.promote_types(dtype, torch.float32)
     normal = _normal(seeds.generator(seed), parameter_dtype or dtype)
-    rows = 1 if shared_scores else n
+    rows = {name: 1 if shared_scores in (True, name) else n for name in ("weight", "bias")}
     betas, spread = ((m, d), d**-0.5) if linear else ((n, m), 1.0)
     inputs = {
         "x": normal(b, n, d, dtype=dtype),
         "gate": normal(b, n, dtype=acc).sigmoid(),
         "pred": None if first else normal(b, m, d, scale=d**-0.5, dtype=acc),
-        "score_weight": None if first else normal(rows, m),
-        "score_bias": None if first else normal(rows, m),
+        "score_weight": None if first else normal(rows["weight"], m),
+        "score_bias": None if first else normal(rows["bias"], m),
         "use": normal(*betas, scale=spread),
         "ign": normal(*betas, scale=spread) if ign else None,
         "use_bias": normal(m, scale=0.3) if linear else None,

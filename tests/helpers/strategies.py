@@ -57,5 +57,5 @@ def kinds(draw: st.DrawFn) -> dict[str, Any]:
         "first": draw(st.booleans()),
         "linear": linear,
         "ign": draw(st.booleans()),
-        "shared_scores": draw(st.booleans()),
+        "shared_scores": draw(st.sampled_from([False, True, "weight", "bias"])),
     }

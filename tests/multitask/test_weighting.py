@@ -98,12 +98,20 @@ def test_geometric_mean() -> None:
     assert abs(float(w.GeometricMean(400)(many)) - 1) < 1e-4  # neither overflows nor vanishes
 
 
-def test_geometric_mean_of_a_loss_that_is_zero() -> None:
-    given = losses([0.0, 2.0])
-    total = w.GeometricMean(2)(given)
+@pytest.mark.parametrize("others", [1, 2, 99, 399])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("absent", [0, 1])
+def test_geometric_mean_of_a_loss_that_is_zero(others: int, dtype: torch.dtype, absent: int) -> None:
+    """It is 0 however many others there are, and these stop."""
+    given = losses([0.0] + [2.0] * others, dtype)
+    total = w.GeometricMean(1 + others + absent)(given + [None] * absent)
+    assert float(total) == 0
     total.backward()
-    assert total.isfinite()
-    assert all(t.grad is not None and t.grad.isfinite() for t in given)
+    assert all(t.grad is not None and float(t.grad) == 0 for t in given)
+    seen = losses([0.5] + [2.0] * others)  # an absent task's loss stops nobody
+    present = [True] * (1 + others) + [False] * absent
+    beside = w.GeometricMean(1 + others + absent)(seen + losses([0.0] * absent), present=present)
+    close(beside, 0.5 ** (1 / (1 + others)) * 2 ** (others / (1 + others)))
 
 
 def test_rlw() -> None:

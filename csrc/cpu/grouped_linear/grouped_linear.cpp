@@ -358,7 +358,7 @@ std::unique_ptr<S[]> sloped(
   Units units;
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int64_t end = std::min(i + kTileRows, rows);
-    units.add(Kind::kRows, 0, i, end, (end - i) * row_cost(O, kind == activation::kSilu ? 32 : 8));
+    units.add(Kind::kRows, 0, i, end, (end - i) * row_cost(O, kind >= activation::kSilu ? 32 : 8));
   }
   units.run([&](const Unit& u) {
     for (int64_t i = u.begin; i < u.end; ++i) {

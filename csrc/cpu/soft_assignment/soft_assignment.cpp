@@ -209,7 +209,8 @@ class Workspace {
 template <class T>
 class SharedProducts {
  public:
-  SharedProducts(int64_t rows, int64_t m, int64_t h) : m_(m), h_(h), is_thin_(m <= kThin) {
+  SharedProducts(int64_t rows, int64_t m, int64_t h, bool is_alone)
+      : m_(m), h_(h), is_thin_(m <= kThin), product_(is_alone) {
     if (is_thin_) {
       left_.resize(rows);
       right_.resize(rows);
@@ -293,7 +294,7 @@ void forward(const Problem<T, X>& q, bool mean, T* M, T* p) {
   const std::unique_ptr<double[]> all(new double[pieces * B * size]);
   torch::stable::parallel_for(0, groups * pieces, 1, [&](int64_t begin, int64_t end) {
     Workspace<T, X> space(q);
-    SharedProducts<T> products(q.same_outputs ? tile : 0, m, h);
+    SharedProducts<T> products(q.same_outputs ? tile : 0, m, h, groups * pieces == 1);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / pieces * samples, piece = item % pieces;
       double* sums = all.get() + piece * B * size;
@@ -369,7 +370,7 @@ void backward(const Problem<T, X>& q, const T* dM, const T* dp, const Targets<T,
   const int64_t tiles = (n + tile - 1) / tile;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     Workspace<T, X> space(q);
-    SharedProducts<T> products(q.same_outputs ? tile : 0, m, h);
+    SharedProducts<T> products(q.same_outputs ? tile : 0, m, h, tiles == 1);
     // a tile of the votes' gradient, where it is in another dtype or its product in other memory
     std::vector<T> own(to.votes != nullptr && !std::is_same_v<T, X> ? tile * outputs * h : 0);
     for (int64_t k = begin; k < end; ++k) {

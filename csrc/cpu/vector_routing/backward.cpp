@@ -126,7 +126,8 @@ void backward(const Problem<T, X, P>& q, const T* gate, const T* dM, const T* dp
         });
       }
     }
-    Product<T> make_block, make_sums, make_dx;
+    const bool is_alone = div.pieces() == 1;
+    Product<T> make_block(is_alone), make_sums(is_alone), make_dx(is_alone);
     Buffer<T> dump(2 * m, T(0));
     Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.group * div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d);

@@ -21,7 +21,8 @@ void forward(const Problem<T, X, P>& q, T* M, T* p, T* gate) {
     const int64_t r = s % div.row_pieces, first_sample = s / div.row_pieces * div.samples;
     const int64_t last_sample = std::min(first_sample + div.samples, B);
     const int64_t ld = products * m, piece_stop = std::min((r + 1) * div.rows, n);
-    Product<T> make_block, make_M;
+    const bool is_alone = div.pieces() == 1;
+    Product<T> make_block(is_alone), make_M(is_alone);
     Buffer<T> own_phi(q.first ? div.group * div.tile * m : 0), group_p(m, T(0));
     Buffer<T> x_copy = std::is_same_v<T, X> ? Buffer<T>() : Buffer<T>(div.group * div.tile * d);
     const Loaded<T, P> gate_weight(q.gate_weight, div.tile, d), gate_bias(q.gate_bias, div.tile, 1);

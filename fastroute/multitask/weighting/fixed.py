@@ -113,7 +113,7 @@ class GeometricMean(Weighting):
     """Geometric loss strategy (GLS, Chennupati et al. 2019, "MultiNet++"): (prod_i L_i)^(1/n).
 
     No scale of a loss matters to the others. Made of logarithms, so that it neither overflows nor vanishes with
-    hundreds of tasks. Losses are to be positive: a negative one gives NaN, one of exactly 0 has no gradient.
+    hundreds of tasks. Losses are to be positive: a negative one gives NaN. One of exactly 0 makes it 0, without a gradient.
 
     Examples:
         >>> float(fastroute.GeometricMean(["price", "kind"])(torch.tensor([4.0, 1.0])))
@@ -123,12 +123,12 @@ class GeometricMean(Weighting):
     stateless: ClassVar[bool] = True
 
     def combine(self, losses: Tensor, present: Tensor | None) -> Tensor:
-        logs = log(losses)
+        logs, stops = log(losses), losses == 0
         if present is None:
-            return logs.mean().exp()
+            return logs.mean().exp() * ~stops.any()
         count = present.sum()
         mean = total(logs, present) / count.clamp_min(1)
-        return torch.where(count > 0, mean.exp(), 0)
+        return torch.where(count > 0, mean.exp() * ~(stops & present).any(), 0)
 
 
 __all__ = ["RLW", "EqualWeights", "FixedWeights", "GeometricMean"]

@@ -105,7 +105,7 @@ def batch_norm_mask_relu(
     Args:
         x: [B, C, ...], at least two axes, floating.
         mapping, task: as in :func:`task_mask`.
-        running_mean, running_var: [C], written in training; None: not kept (training only).
+        running_mean, running_var: [C], written in training; None: not kept (training only). They have no gradient.
         weight, bias: [C], or None.
         training: normalise with the batch's statistics, not the running ones.
         momentum: share of the batch's statistics in the new running ones, from 0 to 1.

@@ -98,9 +98,8 @@ class _Call(NamedTuple):
 
 
 def _hidden(c: _Call, u: Tensor) -> plain.Hidden | native.Hidden:
-    """The hidden layer of the sorted entries: by C++, but of an activation that is PyTorch's own."""
-    is_native = c.backend == "native" and c.activation in _grouped_linear.NATIVE_ACTIVATIONS
-    return (native.Hidden if is_native else plain.Hidden)(u, c.activation, c.gated)
+    """The hidden layer of the sorted entries."""
+    return (native.Hidden if c.backend == "native" else plain.Hidden)(u, c.activation, c.gated)
 
 
 def _forward(*args: Any) -> Tensor:

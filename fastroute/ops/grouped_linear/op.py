@@ -38,8 +38,6 @@ from . import schema as schema  # defines the compiled ops
 from . import triton as triton  # implements them
 
 OP = "grouped_linear"
-#: What the C++ does after the product; the rest is a pass of PyTorch's own, whose erf is vectorised.
-NATIVE_ACTIVATIONS = ("none", "relu", "tanh", "sigmoid", "silu")
 
 _OPS = torch.ops.fastroute
 
@@ -279,7 +277,6 @@ def planned(
         and x.shape == (actions.shape[0], like.shape[-1])
         and (x.shape[1] < 2 or x.stride(1) == 1)
         and len(parameters) <= MOST_PLANNED
-        and activation in NATIVE_ACTIVATIONS
         and not is_observed(x)
         and not is_explaining()
         and autocast_dtype("cpu") is None
@@ -353,7 +350,6 @@ def of_alike(
     backend = taken(OP, like.device.type, like.dtype)
     if not keep_empty and len(parameters) >= K:  # each its own
         parameters = without_gradient(parameters, plan.bounds)
-    after = activation if backend == "native" and activation not in NATIVE_ACTIVATIONS else "none"
     made: Tensor = apply(
         _GroupedLinear,
         x,
@@ -364,10 +360,10 @@ def of_alike(
         not keep_sorted,
         K,
         len(weights),
-        activation if after == "none" else "none",
+        activation,
         backend,
         None if keep_empty else plan.bounds,
         torch.is_grad_enabled(),
         *parameters,
     )
-    return made if after == "none" else ACTIVATIONS[after](made)
+    return made

@@ -147,7 +147,8 @@ def policy(
         exploration: from 0 to 1.
 
     Returns:
-        ``Choice(actions [N] int64, value [N] float32 or float64, greedy [N] int64)``. ``value`` has a gradient.
+        ``Choice(actions [N] int64, value [N] float32 or float64, greedy [N] int64)``. ``value`` has a gradient, to
+        ``scores``; ``uniform`` and ``coin`` have no gradient.
 
     Raises:
         ValueError, TypeError: naming the argument.

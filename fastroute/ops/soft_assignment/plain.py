@@ -65,7 +65,7 @@ def _tiles(votes: Tensor, pairs: Pairs) -> Iterator[_Tile]:
         f = f if f is None or live is None else f.masked_fill(~live, 0.0)
         w = t if f is None else f * t
         if pairs.eps:
-            w = w + (pairs.eps if open is None else pairs.eps * open)
+            w = w + pairs.eps if open is None else torch.where(open, w + pairs.eps, w)
         yield _Tile(rows, R, f, use, ign, t, w, open, live)
 
 

@@ -151,6 +151,7 @@ def trajectory_loss(
         gamma: the discount, from 0 to 1.
         choices: K of each decision, 1 or more; REINFORCEBl2 reads it.
 
+    What is not said to be differentiable is a constant to the loss: aux, own, look and f have no gradient.
     Everything is computed in float32, or in float64 where one of the tensors is.
 
     Returns:

@@ -180,10 +180,10 @@ def vector_routing(
         x: input vectors [B, n, d]; float16, bfloat16, float32 or float64.
         gate: f [B, n], how much of each input is used at all; float32, or float64 with float64 inputs.
         pred: P [B, m, d], each output's prediction of an input, dtype of gate. None: first iteration, R is ``prior``.
-        score_weight, score_bias: W, B [n, m], or [1, m] for every row. None without ``pred``.
+        score_weight, score_bias: W, B, each [n, m], or [1, m] for every row. None without ``pred``.
         use, ign: betas [n, m]; with ``use_bias`` and ``ign_bias`` [m], weights [m, d] of betas linear in x.
             ign may be None: nothing is subtracted.
-        prior: [m], dtype of gate, the first iteration's R.
+        prior: [m], dtype of gate, the first iteration's R. Where it is learned, plain PyTorch makes this iteration.
         mask: bool [B, n, m] or what broadcasts to it; True closes the pair.
         lengths: int64 [B]; rows from there on are not read and get zero gradient.
 
@@ -233,7 +233,10 @@ def vector_routing(
         for name in ("score_weight", "score_bias"):
             if (score := tensors[name]) is None:
                 raise ValueError(f"{name}: expected [n, m] with pred, got None")
-            checks.shape(name, score, (1 if score.shape[0] == 1 else n, m), "n or 1, m")
+            checks.shape(name, score, (1 if score.shape[:1] == (1,) else n, m), "n or 1, m")
+        prior = None
+        if score_weight.shape[0] != score_bias.shape[0]:  # type: ignore[union-attr]
+            score_weight, score_bias = score_weight.expand(n, m), score_bias.expand(n, m)  # type: ignore[union-attr]
     for name in ("gate", "pred", "prior"):
         if (t := tensors[name]) is not None and t.dtype != acc:
             raise TypeError(f"{name}: expected {acc} with x {x.dtype}, got {t.dtype}")
@@ -241,7 +244,7 @@ def vector_routing(
         mask = checks.as_mask(mask, (B,), n, m)
     if lengths is not None:
         lengths = checks.as_lengths(lengths, (B,), n, x.device)
-    if transformed():
+    if transformed() or (prior is not None and prior.requires_grad and torch.is_grad_enabled()):  # no kernel has that
         rest = pred, score_weight, score_bias, use, ign, use_bias, ign_bias, prior, mask, lengths
         with autocast_off(x.device.type):
             return _plain(x, gate, *rest)

@@ -179,10 +179,9 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
             if dx is not None:
                 dx.baddbmm_(dL, step.pred)
             if wants:
-                one = step.score_weight.shape[0] == 1
-                axes = (0, 1) if one else 0
-                _add(grads.score_weight, None if one else rows, (dz * row.L).sum(axes), grads.fresh)
-                _add(grads.score_bias, None if one else rows, dz.sum(axes), grads.fresh)
+                for dscore, value in ((grads.score_weight, dz * row.L), (grads.score_bias, dz)):
+                    one = dscore is not None and dscore.shape[0] == 1
+                    _add(dscore, None if one else rows, value.sum((0, 1) if one else 0), grads.fresh)
         if makes_gates:
             assert step.gate_weight is not None and step.scale is not None
             da = dgate * gate[:, rows] * (1 - gate[:, rows])
