@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.names import TakenNames
 from ..ops.arguments import Several, checked
 from ..ops.checks import function, shown, tensor
 from ..ops.host import may_look
 from ..ops.masked import only
 
 
-class Unpack(nn.Module):
+class Unpack(TakenNames, nn.Module):
     """A node whose layer takes several arguments from anchors that give tuples: ``layer(*a, *b, c)``.
 
     Layers of a routing network hand on (batch, meta, actions); with ``Unpack(decision)`` and ``Unpack(selection)`` each

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modules import watching
+from ..modules.names import TakenNames
 from ..modules.reading import may_be_read
 from ..ops.activations import ACTIVATIONS
 from ..ops.arguments import Count, checked
@@ -22,7 +23,7 @@ from ..ops.dtypes import accumulating
 from ..ops.precision import autocast_dtype, autocast_off
 
 
-class Experts(nn.Module):
+class Experts(TakenNames, nn.Module):
     """E feed-forward networks of one shape, run as one batched product: y_e = W_out,e act(W_in,e x + b_in,e) + b_out,e.
 
     Without ``hidden_features`` an expert is one layer, y_e = act(W_in,e x + b_in,e).
@@ -125,7 +126,7 @@ class Experts(nn.Module):
         return torch.baddbmm(self.b_out.unsqueeze(1), h, self.w_out.mT)
 
 
-class Gates(nn.Module):
+class Gates(TakenNames, nn.Module):
     """g_t = softmax(V_t x + c_t) over E experts for each of T tasks, in float32 (or float64), under autocast too.
 
     Parameters: ``weight`` [T, E, D]; with ``bias``, ``bias`` [T, E].

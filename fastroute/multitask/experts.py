@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..modules.names import TakenNames
 from ..modules.reading import reset
 from ..ops.arguments import Count, Several, Tasks, checked
 from ..ops.checks import LARGEST, at_least_one, floating, integer, no_more, tensor
@@ -21,7 +22,7 @@ from .named_tasks import Axis, NamedTasks
 from .task_names import ByTask, by_task, task_names
 
 
-class _Level(nn.Module):
+class _Level(TakenNames, nn.Module):
     """T tasks' own experts and shared ones, with a gate per task over its own (first) and the shared ones."""
 
     def __init__(

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.checks import given as shown
+
 ROOT = "root"  #: the node that stands for the model's input
 AUTO = "auto"  #: a loss weight that is learned
 KEYS = ("name", "layers", "anchor_layer", "loss", "loss_weight", "loss_init_val")
@@ -196,9 +198,9 @@ class Graph:
 
     def __init__(self, nodes: Sequence[str], edges: Sequence[tuple[str, str]]) -> None:
         self._successors: dict[str, dict[str, None]] = {name: {} for name in nodes}
-        self._predecessors: dict[str, dict[str, None]] = {name: {} for name in nodes}
+        self._pred: dict[str, dict[str, None]] = {name: {} for name in nodes}
         for a, b in edges:
-            self._successors[a][b] = self._predecessors[b][a] = None
+            self._successors[a][b] = self._pred[b][a] = None
 
     @property
     def nodes(self) -> Names:
@@ -212,7 +214,7 @@ class Graph:
 
     def predecessors(self, name: str) -> Iterator[str]:
         """The anchors of a node, in order."""
-        return iter(self._predecessors[name])
+        return iter(self._pred[name])
 
     def successors(self, name: str) -> Iterator[str]:
         """Whom a node is an anchor of."""
@@ -245,3 +247,39 @@ def draw(anchors: Mapping[str, Sequence[str]]) -> Any:
     graph.add_nodes_from(mentioned)
     graph.add_edges_from(edges)
     return graph
+
+
+#: The names of each node's anchors, in the order of the list.
+Edges = dict[str, tuple[str, ...]]
+
+
+def edges(graph: Any) -> Edges:
+    """What is in a graph: of every node, those before it.
+
+    Raises:
+        ValueError: it is no graph.
+    """
+    try:
+        return dict(zip(graph, map(tuple, map(graph.predecessors, graph)), strict=True))
+    except Exception as error:
+        raise ValueError(f"g: expected a graph, got {shown(graph)}: {error}") from error
+
+
+def rearranged(anchors: Edges, seen: Edges, now: Edges) -> Edges:
+    """The anchors after a graph has changed, from what was ``seen`` in it before.
+
+    A node whose edges are what they were keeps its anchors: it may have one twice, which a graph cannot say.
+
+    Raises:
+        ValueError: a node is missing, or has no edge to it; an edge is between what is no node of the model.
+    """
+    for name in anchors:
+        if not now.get(name):
+            raise ValueError(f"g: expected all nodes, each with an edge to it, found {name!r} without one")
+    for name, before in now.items():
+        for end in (name, *before) if before else ():
+            if end not in anchors and (end != ROOT or end == name):
+                raise ValueError(
+                    f"g: expected edges between nodes, got {before[0]!r} -> {name!r}{nearest(end, anchors)}"
+                )
+    return {name: own if now[name] == seen.get(name) else now[name] for name, own in anchors.items()}

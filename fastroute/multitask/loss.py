@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modules.reading import may_be_read
-from ..ops.checks import are_alike, flag
+from ..ops.checks import are_alike, flag, given
 from ..ops.host import is_exporting
 from .labels import classes, known, like, shown, spread
 from .weighting.base import wide
@@ -145,6 +145,9 @@ def _task(name: str, loss: Any, x: Tensor, y: Any, mask: Tensor | None) -> _Task
     tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
     task = _Task(name, loss, x, y, mask)
     kind: Any = type(loss) if isinstance(loss, nn.Module) else loss
+    if not tensors and (_is_in(kind, _ELEMENTS.keys() | _CLASSES.keys() | _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS)):
+        what, wrong = ("y", y) if isinstance(x, Tensor) else ("y_hat", x)
+        raise TypeError(f"{what}{of}: expected a tensor, got {given(wrong)}")
     if tensors and isinstance(kind, type):
         if (found := _ELEMENTS.get(kind) or _CLASSES.get(kind)) and may_be_read(loss):
             task.call, names = found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.names import TakenNames
 from ..ops.accumulating import Accumulating
 from ..ops.arguments import Count, checked
 from ..ops.checks import are_alike, given
@@ -22,7 +23,7 @@ from .weighting.base import in_order, unknown
 _NONE = -1
 
 
-class Metric(Accumulating):
+class Metric(TakenNames, Accumulating):
     """A number made of sums over batches. ``update`` reads nothing from the device; ``compute`` gives a tensor."""
 
     higher_is_better = True
@@ -259,7 +260,7 @@ def _key(task: str) -> str:
     return f"[{task}]".replace("%", "%25").replace(".", "%2E")
 
 
-class TaskMetrics(nn.Module):
+class TaskMetrics(TakenNames, nn.Module):
     """A metric per task, with NaN and masked labels left out.
 
     Args:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..modules.names import TakenNames
 from ..ops.arguments import checked
-from .graph import ROOT, draw, read, read_outputs
+from .graph import ROOT, Edges, draw, edges, read, read_outputs, rearranged
 from .heads import join
 from .model_losses import Losses, LossWeights, hold
 from .objective import Objective
@@ -23,11 +24,12 @@ _Flat = tuple[str, int, int, tuple[int, ...] | None, tuple[int, ...], tuple[Any,
 
 #: Instance attributes that no node may be called like, besides those of a new Module.
 _OWN = (
-    *("layer_names", "loss_modules", "outputs", "plan", "task_layers", "_results"),
+    *("layer_names", "loss_modules", "outputs", "task_layers", "weighting", "_results"),
     *(
         "_anchors",
         "_empty",
         "_flat",
+        "_graph",
         "_initial",
         "_keep",
         "_kept",
@@ -37,8 +39,10 @@ _OWN = (
         "_losses",
         "_order",
         "_output_tasks",
+        "_planned",
+        "_upstreams_order",
     ),
-    *("_fuse", "_run_all", "_task_learned", "_task_losses", "_task_weights", "weighting"),
+    *("_fuse", "_run_all", "_task_learned", "_task_losses", "_task_weights"),
 )
 
 
@@ -69,7 +73,7 @@ class MTLModel(Objective):
         unused: of the nodes that do not run.
         plan: the schedule.
         g: the graph, a ``networkx.DiGraph`` where networkx is installed (else with the same ``nodes``, ``edges``,
-            ``predecessors`` and ``successors``).
+            ``predecessors`` and ``successors``). Edges that are added or removed count from the next call on.
         losses, loss_weights: by the name of the node, where the dict has the key.
         loss_modules: the losses that have tensors of their own: a child, see ``LossModules``.
         outputs: with ``keep_outputs``, the last call's, by the name of the node, 'root' included.
@@ -83,7 +87,7 @@ class MTLModel(Objective):
         keep_outputs: keep every output until the next call.
         fuse_heads: run nodes that are alike on the same single anchor as one, see ``Siblings``. Their parameters then
             lie side by side in memory, unless another tensor has that of one of them (a tie, a state dict that is
-            kept): to save one head alone, save a deep copy of it.
+            kept): to save one head alone, save a deep copy of it. A parameter made of a NumPy array leaves its memory.
         weighting: of the losses in ``loss``: a name, numbers or a ``Weighting``, see ``as_weighting``; a child
             ``weighting``, the last one. By default each dict's ``loss_weight``.
         device, dtype: of learned weights; the layers come as they are.
@@ -109,8 +113,12 @@ class MTLModel(Objective):
 
     #: Whether unknown keys and the like are errors.
     _strict: ClassVar[bool] = True
-    #: Whether parameters of losses are the model's.
-    _trains_losses: ClassVar[bool] = True
+    #: Whether losses that have tensors are children.
+    _holds_losses: ClassVar[bool] = True
+    #: Names of the class that nodes may have all the same.
+    _free: ClassVar[frozenset[str]] = frozenset()
+    #: The graph that was handed out, and what was in it when it was last looked at.
+    _graph: tuple[Any, Edges] | None = None
 
     @checked
     def __init__(
@@ -129,13 +137,12 @@ class MTLModel(Objective):
         super().__init__()
         if order not in ("list", "bfs"):
             raise ValueError(f"order: expected 'list' or 'bfs', got {order!r}")
-        nodes = read(task_layers, {*dir(self), *_OWN}, self._strict)
+        nodes = read(task_layers, {*dir(self), *_OWN} - self._free, self._strict)
         self.task_layers = task_layers
         self.layer_names = [node.name for node in nodes]
         self._keep, self._run_all, self._fuse = keep_outputs, run_all, fuse_heads
-        self._anchors = {node.name: node.anchors for node in nodes}
-        ordered = in_list_order(self._anchors)
-        self._order = breadth_first(self._anchors, ordered) if order == "bfs" else ordered
+        self._upstreams_order = order == "bfs"
+        self._arrange({node.name: node.anchors for node in nodes})
         for node in nodes:
             setattr(self, node.name, node.layers)
             if node.init is not None:
@@ -158,6 +165,11 @@ class MTLModel(Objective):
         return nn.Parameter(torch.full((1,), value, device=device, dtype=dtype))
 
     # ------------------------------------------------------------------------------------------------------- schedule
+
+    def _arrange(self, anchors: Edges, of: str = "task_layers") -> None:
+        ordered = in_list_order(anchors, of)
+        self._order = breadth_first(anchors, ordered) if self._upstreams_order else ordered
+        self._anchors = anchors
 
     @property
     def output_tasks(self) -> list[str]:
@@ -189,7 +201,8 @@ class MTLModel(Objective):
         DistributedDataParallel wants a gradient of every parameter: ``requires_grad_(False)`` theirs, and their learned
         weights'. (Its ``find_unused_parameters`` takes all learned weights for unused: they leave forward as they are.)
         """
-        run = {name for step in self.plan.steps for name in step.names}
+        self._refresh()
+        run = {name for step in self._planned.steps for name in step.names}
         return [name for name in self.layer_names if name not in run]
 
     def _calls(self) -> list[Call]:
@@ -199,7 +212,7 @@ class MTLModel(Objective):
         return join(calls, self._modules) if self._fuse else calls
 
     def _schedule(self) -> None:
-        self.plan: Plan = assign(self._calls(), self._output_tasks, self._keep)
+        self._planned = assign(self._calls(), self._output_tasks, self._keep)
         self._flat: tuple[_Flat, ...] = tuple(
             (
                 step.names[0],
@@ -209,13 +222,13 @@ class MTLModel(Objective):
                 step.free,
                 None if step.group is None else (step.group, step.outputs),
             )
-            for step in self.plan.steps
+            for step in self._planned.steps
         )
         self._kept = (
             (ROOT, 0),
-            *((n, s) for step in self.plan.steps for n, s in zip(step.names, step.outputs, strict=True)),
+            *((n, s) for step in self._planned.steps for n, s in zip(step.names, step.outputs, strict=True)),
         )
-        self._results, self._empty = self.plan.results, self.plan.slots - 1
+        self._results, self._empty = self._planned.results, self._planned.slots - 1
         self._terms()
 
     def _terms(self) -> None:
@@ -226,9 +239,46 @@ class MTLModel(Objective):
         self._task_learned = tuple((k, self._learned[name]) for k, name in enumerate(tasks) if name in self._learned)
 
     @property
+    def plan(self) -> Plan:
+        """The schedule."""
+        self._refresh()
+        return self._planned
+
+    @property
     def g(self) -> Any:
-        """The graph."""
-        return draw(self._anchors)
+        """The graph. Edges that are added or removed count from the next call on."""
+        if self._graph is None:
+            graph = draw(self._anchors)
+            self._graph = graph, edges(graph)
+        return self._graph[0]
+
+    def _refresh(self) -> None:
+        """What was done since to what the model has handed out: to its graph, to the list of outputs."""
+        if self._graph is not None:
+            if torch.compiler.is_compiling():
+                for before in getattr(self._graph[0], "_pred", {}).values():
+                    tuple(before)  # so that it is compiled again when they change
+                self._look_now()
+            else:
+                self._look()
+        if tuple(self._listed) != self._output_tasks:
+            self.output_tasks = self._listed
+
+    def _look(self) -> None:
+        """Make another schedule if the graph has other edges; raises, and keeps the schedule, if they are wrong."""
+        assert self._graph is not None
+        graph, seen = self._graph
+        if (now := edges(graph)) != seen:
+            self._take(graph, seen, now)
+
+    @torch.compiler.assume_constant_result
+    def _look_now(self) -> None:
+        self._look()
+
+    def _take(self, graph: Any, seen: Edges, now: Edges) -> None:
+        self._arrange(rearranged(self._anchors, seen, now), "g")
+        self._graph = graph, now
+        self._schedule()
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -241,15 +291,18 @@ class MTLModel(Objective):
         Returns:
             Three lists: outputs; losses, None where there is none; weights, likewise, learned ones as Parameters [1].
         """
-        outputs, weights = self.forward_outputs(input), list(self._task_weights)
+        outputs, weights = self._outputs_of(input), list(self._task_weights)
         for task, name in self._task_learned:
             weights[task] = getattr(self, name)
         return outputs, list(self._task_losses), weights
 
     def forward_outputs(self, input: Any) -> list[Any]:
         """The outputs alone, as ``forward`` computes them."""
-        if tuple(self._listed) != self._output_tasks:
-            self.output_tasks = self._listed
+        return self._outputs_of(input)
+
+    def _outputs_of(self, input: Any) -> list[Any]:
+        if self._graph is not None or tuple(self._listed) != self._output_tasks:
+            self._refresh()
         values: list[Any] = [input] + [None] * self._empty
         modules = self._modules
         name, first = ROOT, 0
@@ -309,7 +362,7 @@ def _shown(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-class OutputsOnly(nn.Module):
+class OutputsOnly(TakenNames, nn.Module):
     """A model's outputs without its losses and weights; its child ``model`` is the model itself."""
 
     def __init__(self, model: MTLModel) -> None:
@@ -318,4 +371,4 @@ class OutputsOnly(nn.Module):
 
     def forward(self, input: Any) -> list[Tensor]:
         """The outputs of ``output_tasks``, in their order."""
-        return self.model.forward_outputs(input)
+        return self.model._outputs_of(input)

@@ -53,7 +53,7 @@ class Losses(_View):
         self._model._terms()
 
     def _release(self, name: str) -> None:
-        held = self._model._modules.get("loss_modules")
+        held = self._model._modules.get("loss_modules") if self._model._holds_losses else None
         if held is not None:
             held._modules.pop(name, None)
 
@@ -105,11 +105,11 @@ class LossModules(nn.Module):
 
 def hold(model: MTLModel, losses: dict[str, Any]) -> None:
     """Make children of the losses that have tensors or children and are none yet."""
+    if not model._holds_losses:
+        return
     known = set(map(id, model.modules()))
     for name, loss in losses.items():
         if not isinstance(loss, nn.Module) or id(loss) in known:
-            continue
-        if not model._trains_losses and next(loss.parameters(), None) is not None:
             continue
         if any(True for part in (loss.parameters(), loss.buffers(), loss.children()) for _ in part):
             held = model._modules.setdefault("loss_modules", LossModules())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..functional import grouped_linear
 from ..ops import dispatch
 from ..ops.arguments import Count, Tasks, checked
-from ..ops.checks import shown, tensor, together
+from ..ops.checks import as_parameters, shown, tensor, together
 from .head_chains import Layer, chain, split
 from .named_tasks import Axis, NamedTasks
 from .weighting.base import names_of
@@ -152,7 +152,8 @@ class MultiHead(NamedTasks):
         biases = [b.flatten() for b in self.biases] or [None] * len(self.weights)
         stacked = list(zip((w.flatten(0, 1) for w in self.weights), biases, strict=True))
         T = len(self.tasks)
-        y, shape = chain(rows, self._layers, stacked, T), (*x.shape[:-1], self._layers[-1].O)
+        y = as_parameters("x", x, self, chain, rows, self._layers, stacked, T)
+        shape = (*x.shape[:-1], self._layers[-1].O)
         if self.returns == "tensor":
             return y.view(T, *shape)
         made = list(split(y)) if x.dim() == 2 else [t.view(shape) for t in split(y)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..modules.names import TakenNames
 from ..modules.wrapped import unwrapped
 
 _KEY = "task_names"
@@ -42,7 +43,7 @@ class Axis(NamedTuple):
     rest: int = 0  #: entries at its end that are no task's
 
 
-class NamedTasks(nn.Module):
+class NamedTasks(TakenNames, nn.Module):
     """A module with parts for tasks. If those have names, a state dict gives each task what has its name.
 
     The names are in the state dict, as the entry ``task_names``. Another order of the same tasks is put right when a

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..modules import watching
-from ..ops.checks import given
+from ..modules.names import TakenNames
+from ..ops.arguments import renamed
+from ..ops.checks import given as shown
 from ..ops.masked import only
 from .loss import task_losses
 from .schedule import Anchors
@@ -20,10 +23,12 @@ from .sharing import feature_names, shared_parameters, task_parameters
 from .weighting import UNBOUNDED, WEIGHTINGS, Weighting, as_weighting
 from .weighting.base import in_order, unknown
 
+_as_weighting = renamed(kind="weighting")(as_weighting)
+
 
 def by_task(argument: str, given: Any, tasks: Sequence[str]) -> dict[str, Any]:
     """What users give per task, a dict or a list in the order of ``tasks``, by name. A name twice counts once."""
-    if given is None:
+    if given is None and argument != "y_hat":
         return {}
     if isinstance(given, Tensor):
         if len(tasks) != 1:
@@ -32,6 +37,8 @@ def by_task(argument: str, given: Any, tasks: Sequence[str]) -> dict[str, Any]:
     if isinstance(given, Mapping):
         in_order(argument, given, list(dict.fromkeys(tasks)))
         return dict(given)
+    if isinstance(given, (str, bytes, np.ndarray, Set)) or not isinstance(given, Iterable):
+        raise TypeError(f"{argument}: expected a dict by task or a list, got {shown(given)}")
     made: dict[str, Any] = {}
     for name, value in zip(tasks, in_order(argument, list(given), tasks), strict=True):
         made.setdefault(name, value)
@@ -107,7 +114,7 @@ def _weight(name: str, weight: Any) -> Any:
         return weight.reshape(())
     if not isinstance(weight, Real):
         expected = "expected a number, a tensor of one element or None"
-        raise TypeError(f"loss_weight of {name!r}: {expected}, got {given(weight)}")
+        raise TypeError(f"loss_weight of {name!r}: {expected}, got {shown(weight)}")
     return weight
 
 
@@ -120,7 +127,7 @@ def _weighted(found: Mapping[str, Tensor], numbers: Sequence[Any]) -> Tensor:
     return torch.stack([v * w for v, w in zip(values, numbers, strict=True)]).sum()
 
 
-class Objective(nn.Module):
+class Objective(TakenNames, nn.Module):
     """The half of a multi-task model that knows what its tasks are for: their loss, and which parameters serve them."""
 
     output_tasks: list[str]
@@ -137,12 +144,13 @@ class Objective(nn.Module):
     ) -> None:
         """Make the weighting of the outputs that have a loss; a child of that name if there is one."""
         if kind is None:
-            self.weighting = None
+            if not hasattr(self, "weighting"):  # the name of a node, where that is allowed
+                self.weighting = None
             return
         tasks = [name for name in dict.fromkeys(self.output_tasks) if losses.get(name) is not None]
         if not tasks:
             raise ValueError("weighting: expected an output with a loss, got none")
-        self.weighting = as_weighting(kind, tasks, device=device, dtype=dtype)
+        self.weighting = _as_weighting(kind, tasks, device=device, dtype=dtype)
 
     def loss(
         self,
@@ -186,7 +194,7 @@ class Objective(nn.Module):
         losses, weights = self._held_losses()
         used = self._weighting_of(weighting, losses)
         total, found = objective(tasks, losses, weights, y_hat, y, mask, used, apart)
-        if used is None or used is not self.weighting:  # which tells by itself
+        if used is None or used is not self._own_weighting():  # which tells by itself
             watching.tell(self, "task losses", found, weights if used is None else None)
         return total, found
 
@@ -194,20 +202,28 @@ class Objective(nn.Module):
         """(losses, their weights) by the name of the node."""
         raise NotImplementedError
 
+    def _refresh(self) -> None:
+        """Before the outputs or the anchors are read: what users may have changed since."""
+
+    def _own_weighting(self) -> Weighting | None:
+        own = getattr(self, "weighting", None)
+        return own if isinstance(own, Weighting) else None
+
     def _weighting_of(self, kind: Any, losses: Mapping[str, Any]) -> Weighting | None:
         if kind is None or isinstance(kind, Weighting):
-            return self.weighting if kind is None else kind
+            return self._own_weighting() if kind is None else kind
         if isinstance(kind, str) and kind in WEIGHTINGS and not WEIGHTINGS[kind].stateless:
             raise ValueError(
                 f"weighting: {kind!r} learns or remembers; make it once, MTLModel(..., weighting={kind!r}), or give a "
                 "Weighting"
             )
-        return as_weighting(kind, [n for n in dict.fromkeys(self.output_tasks) if losses.get(n) is not None])
+        return _as_weighting(kind, [n for n in dict.fromkeys(self.output_tasks) if losses.get(n) is not None])
 
     # ------------------------------------------------------------------------------- gradients of several tasks apart
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters of layers that several outputs depend on."""
+        self._refresh()
         return shared_parameters(self._anchors, self.output_tasks, self._modules)
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
@@ -218,11 +234,16 @@ class Objective(nn.Module):
         """
         if task not in self.output_tasks:
             raise unknown("task", task, list(dict.fromkeys(self.output_tasks)))
+        self._refresh()
         return task_parameters(self._anchors, self.output_tasks, self._modules, task)
 
     @property
     def feature_names(self) -> list[str]:
         """The nodes at which tasks part: several outputs depend on them, and each task's own layers take theirs."""
+        return self._features()
+
+    def _features(self) -> list[str]:
+        self._refresh()
         return feature_names(self._anchors, self.output_tasks)
 
     def with_features(self, input: Any) -> tuple[list[Any], Any]:
@@ -237,7 +258,7 @@ class Objective(nn.Module):
         Returns:
             (outputs of the nodes ``feature_names``, what ``forward`` returns).
         """
-        names, outputs = self.feature_names, self.output_tasks
+        names, outputs = self._features(), self.output_tasks
         other = copy.copy(self)  # the same layers with another schedule
         other.output_tasks = [*outputs, *names]
         made = other(input)

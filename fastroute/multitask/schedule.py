@@ -42,8 +42,11 @@ class Plan(NamedTuple):
     results: tuple[int, ...]  #: the slots of ``output_tasks``
 
 
-def in_list_order(anchors: Anchors) -> list[str]:
+def in_list_order(anchors: Anchors, of: str = "task_layers") -> list[str]:
     """Names in the order of the list, but for what is declared after its first use, which comes just before that.
+
+    Args:
+        of: the argument that they come from.
 
     Raises:
         ValueError: the nodes are no acyclic graph; the message has the cycle.
@@ -59,7 +62,7 @@ def in_list_order(anchors: Anchors) -> list[str]:
                 if anchor in path:
                     names = list(path)
                     cycle = [anchor, *reversed(names[names.index(anchor) :])]
-                    raise ValueError(f"task_layers: expected no cycle of anchors, got {' -> '.join(cycle)}")
+                    raise ValueError(f"{of}: expected no cycle of anchors, got {' -> '.join(cycle)}")
                 if anchor not in order:
                     path[anchor] = iter(anchors[anchor])
                     break

@@ -46,7 +46,8 @@ def _users_of_one() -> int | None:
 def _is_own(p: Tensor) -> bool:
     """A parameter that nobody else has arranged: the only tensor in its memory, which no other process shares.
 
-    Others are one that is tied to it by its ``data``, an entry of a state dict, and a NumPy array.
+    Others are one that is tied to it by its ``data``, an entry of a state dict, and a NumPy array made of it. (An array
+    that it was made of cannot be told from what torch.load gives.)
     """
     if type(p) is not nn.Parameter or p.device.type not in ("cpu", "cuda") or not p.is_leaf:
         return False

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from ..modules.names import TakenNames
 from ..ops import checks
 from ..ops.host import version_of
 from ..ops.recomputation import is_recomputation
 
-#: A task for all samples, or [B] one for each.
+#: A task for all samples, also as a tensor 0-d or [1], or [B] one for each.
 Task = int | Tensor
+
+
+def of_all(task: Task) -> Task:
+    """A tensor of one task without its axis: it is the task of all samples."""
+    return task.reshape(()) if isinstance(task, Tensor) and task.dim() == 1 and task.shape[0] == 1 else task
 
 
 def task_index(task: object, task_count: int, name: str = "task") -> Task:
@@ -102,7 +108,7 @@ def given(tasks: dict[TaskAware, Task]) -> Iterator[None]:
         _given.tasks = before
 
 
-class TaskAware(nn.Module):
+class TaskAware(TakenNames, nn.Module):
     """A module that works on one of ``task_count`` tasks, told in ``forward`` or beforehand by ``set_active_task``.
 
     The active task is kept twice: as users gave it, which is what eager code reads, and as a tensor, which is what
@@ -146,7 +152,10 @@ class TaskAware(nn.Module):
         self.set_active_task(task)
 
     def set_active_task(self, active_task: Task) -> Task:
-        """Work on a task (an int, or an integer tensor, 0-d or [B]: one per sample) from now on; returns it.
+        """Work on a task from now on; returns it.
+
+        Args:
+            active_task: an int, or an integer tensor: 0-d or [1], or [B]: one per sample.
 
         Raises:
             IndexError, TypeError, ValueError: no task of this module.
@@ -161,11 +170,11 @@ class TaskAware(nn.Module):
         return None if torch.compiler.is_compiling() else _given.tasks.get(self)
 
     def _task(self, task: Task | None) -> Task:
-        """The task to work on: the given one, checked, or the active one."""
+        """The task to work on: the given one, checked, or the active one; a tensor is 0-d or has one per sample."""
         if task is not None:
-            return task_index(task, self.task_count)
+            return of_all(task_index(task, self.task_count))
         if torch.compiler.is_compiling():
-            return self._active_id
+            return of_all(self._active_id)
         tasks = _given.tasks
         active = tasks.get(self) if tasks else None
         if active is None:
@@ -174,7 +183,7 @@ class TaskAware(nn.Module):
             self._compare(active)
         if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():  # in a Function's forward
             self._note(active)
-        return active
+        return of_all(active)
 
     def _note(self, active: Task) -> None:
         """Tell the autograd Functions that this is called within, one of which may call it again in its backward."""
@@ -271,7 +280,7 @@ def set_task(model: nn.Module, task: Task) -> None:
 
     Args:
         model: any module with a :class:`TaskRouter` or a :class:`VGG` in it (or that is one).
-        task: an int; or an integer tensor, 0-d or [B]: one per sample of the batches to come.
+        task: an int; or an integer tensor: 0-d or [1], or [B]: one per sample of the batches to come.
 
     Raises:
         IndexError, TypeError, ValueError: not a task of some part; all parts then keep the task they had; nothing in

@@ -74,6 +74,8 @@ def task_count_of(model: nn.Module) -> int:
         why = why_called(router)
         if why is None and not type(router).forward.__module__.startswith("fastroute."):
             why = "a forward of its own"
+        if why is None and router._scales():
+            why = "masks of other numbers than 0 and 1"
         if why is not None and router.use_routing:
             raise ValueError(
                 f"{name}: expected a router that masks and does nothing else, got a {type(router).__name__}: {why}"
@@ -83,7 +85,7 @@ def task_count_of(model: nn.Module) -> int:
 
 @checked
 def mask_overlap(model: nn.Module, measure: str = "jaccard") -> Overlap:
-    """What share of their units tasks have in common, pair by pair.
+    """What share of their units tasks have in common, pair by pair. A unit is a task's where its mask is not 0.
 
     Args:
         model: with TaskRouters, or one.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import watching
+from ..modules.names import TakenNames
 from ..modules.reading import Memo, Proof
 from ..ops.arguments import Count, checked
-from ..ops.checks import tensor
+from ..ops.checks import as_parameters, tensor
 from .active_task import Task, is_mapped
 from .layer_chain import MIX, ROUTER, Step, kind, rank
 from .live_channels import has_units, sort, units
@@ -22,7 +23,7 @@ def _shape(layer: Any) -> tuple[int, ...]:
     return tuple(layer.weight.shape)
 
 
-class _Routed(nn.Module):
+class _Routed(TakenNames, nn.Module):
     """What the two have in common; comes before the torch class they are."""
 
     def _set_routers(self, inp: TaskRouter | None, out: TaskRouter | None, compact: tuple[bool, bool]) -> None:
@@ -220,7 +221,7 @@ class RoutedConv2d(_Routed, nn.Conv2d):
         Several tasks run grouped or densely by ``products.grouped_is_cheaper``; on a GPU and under torch.compile
         densely.
         """
-        return self._run(x, task)
+        return as_parameters("x", x, self, self._run, x, task)  # type: ignore[no-any-return]
 
 
 class RoutedLinear(_Routed, nn.Linear):
@@ -257,4 +258,4 @@ class RoutedLinear(_Routed, nn.Linear):
 
         Between routers over the last axis x may be [B, ..., I].
         """
-        return self._run(x, task)
+        return as_parameters("x", x, self, self._run, x, task)  # type: ignore[no-any-return]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import watching
+from ..modules.names import TakenNames
 from ..modules.reading import Memo, Proof
 from ..ops.arguments import checked
-from ..ops.checks import tensor
+from ..ops.checks import as_parameters, tensor
 from .active_task import Task, hold_in_all, is_made_again, is_mapped
 from .layer_chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
 from .live_channels import has_units, sort, units
@@ -99,7 +100,7 @@ class _Plan(NamedTuple):
         return _Plan(chain, steps(found), routers, (read, others))
 
 
-class LiveSequential(nn.Sequential):
+class LiveSequential(TakenNames, nn.Sequential):
     """A Sequential with TaskRouters that computes live channels only; see :func:`live`.
 
     Its layers, their parameters and their names are those of the Sequential it is made of, and can be indexed,
@@ -177,7 +178,8 @@ class LiveSequential(nn.Sequential):
 
         Args:
             x: [B, C, ...].
-            task: an int or a 0-d integer tensor for all samples, or [B] integers; by default each router's active task.
+            task: an int or an integer tensor, 0-d or [1], for all samples, or [B] integers; by default each router's
+                active task.
 
         Returns:
             What the Sequential returns for x, at its full width.
@@ -187,6 +189,9 @@ class LiveSequential(nn.Sequential):
             ValueError, TypeError: as the layers'.
         """
         tensor("x", x, "a tensor [B, C, ...]")
+        return as_parameters("x", x, self, self._run, x, task)  # type: ignore[no-any-return]
+
+    def _run(self, x: Tensor, task: Task | None) -> Tensor:
         plan = self._plan()
         tasks = [router._task(task) for router in plan.routers]
         way = self._way(x, task, tasks, plan)

@@ -118,6 +118,10 @@ class TaskRouter(TaskAware):
     def _device(self) -> torch.device:
         return self._unit_mapping.device
 
+    def _scales(self) -> bool:
+        """Whether masks do more to a unit than let it through or zero it."""
+        return False
+
     def extra_repr(self) -> str:
         return (
             f"unit_count={self.unit_count}, task_count={self.task_count}, sigma={self.sigma}, "
@@ -133,8 +137,8 @@ class TaskRouter(TaskAware):
 
         Args:
             x: [B, C, ...] (with ``axis=-1`` [B, ..., C]), any floating dtype and memory format.
-            task: an int or a 0-d integer tensor: the task of all samples; or [B] integers: each sample's own. By
-                default the active task. (Under torch.compile give a tensor: a graph is made again for other ints.)
+            task: an int or an integer tensor, 0-d or [1]: the task of all samples; or [B] integers: each sample's own.
+                By default the active task. (Under torch.compile give a tensor: a graph is made again for other ints.)
 
         Returns:
             x's shape, in x's dtype and memory format: x with zeros in place of the units that are off, whatever they

@@ -16,7 +16,7 @@ from ..modules import watching
 from ..modules.reading import may_be_read, reset, signature
 from ..ops import checks, dispatch
 from ..ops.arguments import Several, checked
-from .active_task import Task, TaskAware, aware_parts, on_device, traced
+from .active_task import Task, TaskAware, aware_parts, of_all, on_device, traced
 from .live_execution import called
 from .live_model import LiveSequential
 from .masks import Sigma as Sigma
@@ -177,8 +177,8 @@ class VGG(TaskAware):
 
         Args:
             x: [B, 3, H, W], H and W at least 32 for the features of ``vgg11``.
-            task: an int or a 0-d integer tensor: the task of all images; or [B] integers: each image's own. By default
-                the active task, in every router and for the heads.
+            task: an int or an integer tensor, 0-d or [1]: the task of all images; or [B] integers: each image's own.
+                By default the active task, in every router and for the heads.
 
         Returns:
             [B, 2]. In training, a batch norm's statistics are those of the whole batch, whatever its tasks.
@@ -187,6 +187,7 @@ class VGG(TaskAware):
             IndexError, TypeError, ValueError: as :class:`TaskRouter`.
         """
         checks.tensor("x", x, "a tensor [B, 3, H, W]")
+        task = task if task is None else of_all(task)
         if isinstance(task, Tensor) and task.dim() == 1 and (x.dim() < 1 or task.shape[0] != x.shape[0]):
             raise ValueError(
                 f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {checks.shown(task)}"

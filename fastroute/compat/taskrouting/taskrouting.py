@@ -33,6 +33,7 @@ class TaskRouter(tasks.TaskRouter):
       checkpoint has such numbers. (Writing into ``_unit_mapping.data``, behind autograd's back, goes unnoticed.)
     * ``forward`` writes into the caller's tensor behind autograd's back and returns it. The gradient is that of the
       identity: right if a ReLU follows, wrong for units that are off if anything else does.
+    * ``fold`` and ``extract_task``, which can only zero units, refuse masks of such numbers.
     * ``set_active_task`` takes anything; a fraction is cut off. Only ``forward`` says IndexError.
     """
 
@@ -52,16 +53,15 @@ class TaskRouter(tasks.TaskRouter):
     def _register(self, mapping: Tensor, persistent: bool) -> None:
         if persistent:
             self._unit_mapping = nn.Parameter(mapping)
-            self._is_binary(looks=True)
         else:
             super()._register(mapping, persistent)
+        self._is_binary(looks=True)
 
     def _is_binary(self, looks: bool = False) -> bool:
         """Whether masks are known to be zeros and ones. Looked at where they have changed, on a GPU only if told to."""
-        if (mapping := self._parameters.get("_unit_mapping")) is None:
-            return True
         if torch.compiler.is_compiling():
             return False
+        mapping = self._unit_mapping
         try:
             written = mapping._version, mapping.data_ptr()
         except RuntimeError:  # an inference tensor has no version, a fake one no address
@@ -71,6 +71,10 @@ class TaskRouter(tasks.TaskRouter):
             looks = (looks or masks.is_cpu) and has_numbers(masks)
             self._binary = written if looks and bool(((masks == 0) | (masks == 1)).all()) else None
         return written == self._binary
+
+    def _scales(self) -> bool:
+        masks = self._unit_mapping.detach()
+        return has_numbers(masks) and not bool(((masks == 0) | (masks == 1)).all())
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskRouter:
         is_binary = self._is_binary()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastroute import multitask
-from fastroute.multitask.graph import AUTO, KEYS, read
+from fastroute.modules.names import added, yields
+from fastroute.multitask.graph import AUTO, KEYS, edges
 from fastroute.multitask.model_losses import Losses, LossWeights
-from fastroute.multitask.schedule import breadth_first, in_list_order
 from fastroute.ops import checks
 
 from ..overrides import Overrides
@@ -41,15 +41,23 @@ class LearnedWeight(nn.Parameter):
         return LearnedWeight, (self.data, self.requires_grad)
 
 
+#: Upstream's public attributes.
+_UPSTREAM = ("g", "layer_names", "loss_weights", "losses", "output_tasks", "outputs", "task_layers")
+
+
+@yields(*_UPSTREAM)
 class MTLModel(Overrides, multitask.MTLModel):
     """``fastroute.multitask.MTLModel`` with upstream's ways.
 
     * Nodes run in upstream's order, so dropout draws the same numbers; all of them run; ``outputs`` has what they gave.
     * ``output_tasks`` is the list that was given: what is done to it counts from the next call on.
     * ``losses``, ``loss_weights`` and ``g`` can be assigned; what is in them is then what a call takes.
+    * A node, or an attribute of a subclass, may have a name that only fastroute has, ``loss`` say: ``model.loss`` is
+      then it, and ``MTLModel.loss(model, ...)`` is fastroute's.
     * Unknown keys are ignored. A node that is twice among another's anchors is one argument of it.
     * ``loss_weight`` may be any string; "auto" is a Parameter [1], as upstream's.
-    * A loss with parameters of its own is no child: the model's optimizer does not train it.
+    * Losses are no children: the model's optimizer does not train them. Those without parameters of their own follow
+      ``.to()``.
 
     Args:
         task_layers: a list of dicts with ``name``, ``layers``, and as needed ``anchor_layer``, ``loss``,
@@ -62,7 +70,8 @@ class MTLModel(Overrides, multitask.MTLModel):
     """
 
     _strict = False
-    _trains_losses = False
+    _holds_losses = False
+    _free = added(multitask.MTLModel, _UPSTREAM) | {"loss_modules", "weighting"}
     _never_called = dict.fromkeys(
         ("_get_losses", "_bfs_forward", "_build_graph", "_add_to_graph", "_add_node", "_add_layer", "_set_loss_weight",
          "_initialize_graph", "_initialize_losses", "_initialize_loss_weights"),
@@ -73,7 +82,7 @@ class MTLModel(Overrides, multitask.MTLModel):
         super().__init__(task_layers, output_tasks, order="bfs", run_all=True, keep_outputs=True, fuse_heads=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "plan" in state:
+        if "_anchors" in state:
             super().__setstate__(state)
             return
         # a whole model that torchMTL's own class pickled
@@ -108,15 +117,7 @@ class MTLModel(Overrides, multitask.MTLModel):
 
     @g.setter
     def g(self, graph: Any) -> None:
-        try:
-            before = {name: list(graph.predecessors(name)) for name in self.layer_names}
-        except Exception as error:
-            raise ValueError(f"g: expected a graph of all nodes, got {checks.given(graph)}: {error}") from error
-        nodes = read([{**node, ANCHOR_KEY: before[node[NAME_KEY]]} for node in self.task_layers], (), self._strict)
-        anchors = {node.name: node.anchors for node in nodes}
-        self._order = breadth_first(anchors, in_list_order(anchors))
-        self._anchors = anchors
-        self._schedule()
+        self._take(graph, {}, edges(graph))
 
     def _replace(self, name: str, held: MutableMapping[str, Any], given: Mapping[str, Any]) -> None:
         if not isinstance(given, (Mapping, nn.ModuleDict)):
@@ -138,6 +139,13 @@ class MTLModel(Overrides, multitask.MTLModel):
         if type(value) is nn.Parameter and type(self._parameters.get(name)) is LearnedWeight:
             value = LearnedWeight(value.data, value.requires_grad)  # load_state_dict(assign=True)
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MTLModel:
+        super()._apply(fn, recurse)
+        for loss in self._losses.values() if recurse else ():
+            if isinstance(loss, nn.Module) and next(loss.parameters(), None) is None:
+                loss._apply(fn)
+        return self
 
     @staticmethod
     def _learned_weight(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:

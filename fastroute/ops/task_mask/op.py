@@ -114,6 +114,8 @@ def _as_task(task: int | Tensor, x: Tensor, T: int) -> tuple[Tensor | None, int]
         raise TypeError(f"task: expected an int or an integer tensor, got {task.dtype}")
     if task.device != x.device:
         raise ValueError(f"task: expected a tensor on {x.device} like x, got one on {task.device}")
+    if task.dim() == 1 and task.shape[0] == 1:  # one for all
+        task = task.reshape(())
     if task.dim() > 1 or (task.dim() == 1 and task.shape[0] != x.shape[0]):
         raise ValueError(f"task: expected a scalar or one task per sample, shape [{x.shape[0]}], got {shown(task)}")
     if task.dtype != torch.int64:
@@ -172,7 +174,7 @@ def task_mask(x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = Fa
     Args:
         x: [B, C, ...], at least two axes, any floating dtype and any strides.
         mapping: [T, C] of 0 and 1, the channels of each task. It has no gradient.
-        task: the task, an int or a 0-d integer tensor; or one for each sample, an integer tensor [B].
+        task: the task, an int or an integer tensor, 0-d or [1]; or one for each sample, an integer tensor [B].
         relu: y = max(x, 0) in live channels instead.
         inplace: write into x, which is returned, so that autograd knows. Without ``relu`` live channels keep what they
             hold. torch.compile and vmap make a new tensor and copy it.
