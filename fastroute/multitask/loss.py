@@ -38,6 +38,7 @@ _CLASSES: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] =
 }
 _ELEMENT_FUNCTIONS = frozenset(fn for fn, _ in _ELEMENTS.values())
 _CLASS_FUNCTIONS = frozenset(fn for fn, _ in _CLASSES.values())
+_OURS: frozenset[Any] = frozenset((*_ELEMENTS, *_CLASSES)) | _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS
 
 
 @dataclass
@@ -145,7 +146,7 @@ def _task(name: str, loss: Any, x: Tensor, y: Any, mask: Tensor | None) -> _Task
     tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
     task = _Task(name, loss, x, y, mask)
     kind: Any = type(loss) if isinstance(loss, nn.Module) else loss
-    if not tensors and (_is_in(kind, _ELEMENTS.keys() | _CLASSES.keys() | _ELEMENT_FUNCTIONS | _CLASS_FUNCTIONS)):
+    if not tensors and _is_in(kind, _OURS):
         what, wrong = ("y", y) if isinstance(x, Tensor) else ("y_hat", x)
         raise TypeError(f"{what}{of}: expected a tensor, got {given(wrong)}")
     if tensors and isinstance(kind, type):

@@ -97,6 +97,11 @@ def test_tasks_are_looked_at_in_forward() -> None:
         with pytest.raises(IndexError, match=f"task: expected a task from 0 to {T - 1}, got {task}"):
             router(x)
     mapping = router.get_unit_mapping().detach()
+    for one in (torch.tensor([1]), torch.tensor([1.7]), torch.tensor([1], dtype=torch.uint8)):  # times ones(B)
+        assert router.set_active_task(one) is one
+        for B in (1, 2, 5):
+            several = torch.randn(B, 8, 1, 1)
+            assert torch.equal(router(several.clone()), masked(several, mapping, 1))
     for task in (1.7, torch.tensor(1), torch.tensor(1.7), np.int64(1), np.float64(1.2)):
         assert router.set_active_task(task) is task and router.active_task is task
         assert torch.equal(router(x.clone()), masked(x, mapping, 1))
@@ -194,6 +199,51 @@ def test_masks_of_other_numbers(what: str, compiled: bool) -> None:
             y = run(leaf, task)
             y.sum().backward()
             assert torch.equal(y.detach(), (given * rows).to(given.dtype)) and bool((leaf.grad == 1).all())  # type: ignore[union-attr]
+
+
+#: What users make of the masks of a router of sigma 0, and what they are then.
+OF_SIGMA_0: dict[str, Callable[[TaskRouter, Tensor], Any]] = {
+    "written to": lambda router, masks: router._unit_mapping.copy_(masks),
+    "multiplied": lambda router, masks: router._unit_mapping.mul_(masks),
+    "replaced": lambda router, masks: setattr(router, "_unit_mapping", masks),
+    "a parameter": lambda router, masks: (delattr(router, "_unit_mapping"), setattr(router, "_unit_mapping", masks)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("what", OF_SIGMA_0)
+def test_masks_of_a_router_of_sigma_zero(what: str, compiled: bool) -> None:
+    """Multiply, as any router's, zeros and ones as well as others."""
+    for masks in (torch.rand(T, 8), (torch.rand(T, 8) > 0.5).float(), torch.full((T, 8), 0.5)):
+        router, x = TaskRouter(8, T, 0), torch.randn(4, 8, 2, 2)
+        router(x.clone())
+        OF_SIGMA_0[what](router, masks.clone())
+        assert torch.equal(router.get_unit_mapping(), masks)
+        torch._dynamo.reset()
+        run = torch.compile(router, fullgraph=True, backend="eager") if compiled else router
+        for task in (2, torch.tensor([0, 2, 2, 1])):
+            rows = masks[torch.as_tensor(task).reshape(-1)][:, :, None, None]
+            torch.testing.assert_close(run(x.clone(), task), x * rows, rtol=0, atol=0)
+            torch.testing.assert_close(copy.deepcopy(router)(x.clone(), task), x * rows, rtol=0, atol=0)
+        assert not router.state_dict()
+
+
+@pytest.mark.parametrize("what", DECAYED)
+@pytest.mark.parametrize("alone", [fold, extract_task])
+def test_other_masks_are_not_folded(what: str, alone: Callable[..., nn.Module]) -> None:
+    """What can only zero units says so; zeros and ones are folded as ever."""
+    router = TaskRouter(8, T, 3)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), router, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(alone(net, 0)(x), net(x))
+    net[1] = router = DECAYED[what](router)
+    masks = router.get_unit_mapping()
+    if bool(((masks == 0) | (masks == 1)).all()):
+        torch.testing.assert_close(alone(net, 0)(x), net(x))
+        return
+    message = "1: expected a router that masks and does nothing else, got a TaskRouter: masks of other numbers than 0 "
+    with pytest.raises(ValueError, match=message):
+        alone(net, 0)
 
 
 def test_masks_that_are_no_numbers() -> None:

@@ -231,8 +231,23 @@ def test_a_loss_with_parameters_is_not_the_models() -> None:
     torch.testing.assert_close(trained[0], trained[1])
     model.losses["A"] = Scaled()
     assert len(list(model.parameters())) == 2
+    assert model.double().losses["A"].scale.dtype == torch.float32
     ours = multitask.MTLModel([{"name": "A", "layers": nn.Linear(3, 1), "loss": Scaled()}], ["A"])
     assert len(list(ours.parameters())) == 3
+
+
+@pytest.mark.parametrize("loss", [
+    lambda: nn.CrossEntropyLoss(torch.ones(3)), lambda: nn.Sequential(nn.MSELoss()), Scaled, nn.MSELoss,
+])  # fmt: skip
+def test_losses_are_no_children(loss: Any) -> None:
+    """They are in a dict, as upstream's: the last child is the last head; class weights follow the model."""
+    model = MTLModel([{"name": n, "layers": nn.Linear(2, 3), "loss": loss()} for n in "AB"], ["A", "B"])
+    model.losses["A"] = again = loss()
+    assert list(model.children()) == [model.A, model.B] and list(model.modules()) == [model, model.A, model.B]
+    assert [n for n, _ in model.named_buffers()] == [] and len(list(model.state_dict())) == 4
+    assert copy.deepcopy(model).double() is not None and model.losses["A"] is again
+    assert all(t.dtype == torch.float32 for t in again.buffers())
+    assert model.double().losses["A"] is again and all(t.dtype == torch.float64 for t in again.buffers())
 
 
 def test_output_tasks_is_a_list_to_be_changed() -> None:

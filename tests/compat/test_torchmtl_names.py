@@ -1,4 +1,4 @@
-"""Names that fastroute has added to torchMTL's model, and to others: nothing put under one goes elsewhere in silence."""
+"""Names that fastroute has added: what is put under one is found there, or refused."""
 
 from __future__ import annotations
 

@@ -223,3 +223,15 @@ def test_strict_is_for_devices_that_wait() -> None:
     """On a CPU values are looked at in any case."""
     with fastroute.strict(False), pytest.raises(IndexError, match="out of range"):
         router()(torch.randn(2, 8), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("task", [1, torch.tensor([0, 2])])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_inputs_of_another_dtype_than_the_parameters(task: Any, dtype: torch.dtype) -> None:
+    conv = fastroute.RoutedConv2d(3, 8, 3, output_router=TaskRouter(8, 4, 3))
+    linear = fastroute.RoutedLinear(3, 8, output_router=TaskRouter(8, 4, 3))
+    model = fastroute.live(fastroute.route(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 4, 0.5))
+    for layer, x in ((conv, torch.ones(2, 3, 4, 4)), (model, torch.ones(2, 3, 4, 4)), (linear, torch.ones(2, 3))):
+        assert layer(x, task).dtype == torch.float32
+        with pytest.raises(TypeError, match=rf"x: expected torch.float32 on cpu like the parameters, .* of {dtype}"):
+            layer(x.to(dtype), task)

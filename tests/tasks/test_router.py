@@ -190,6 +190,32 @@ def test_a_batch_of_tasks_is_its_tasks_one_by_one() -> None:
         assert torch.equal(y[b : b + 1], layer(x[b : b + 1], task))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("make", [
+    lambda: TaskRouter(8, 5, 3), lambda: TaskRouter(8, 5, 3, inplace=True), lambda: TaskRouter(8, 5, 3, axis=-1),
+    lambda: fastroute.RoutedLinear(8, 8, output_router=TaskRouter(8, 5, 3)),
+    lambda: fastroute.live(nn.Sequential(nn.Linear(8, 8), TaskRouter(8, 5, 3), nn.ReLU(), nn.Linear(8, 3))),
+    lambda: fastroute.VGG(nn.Sequential(nn.Conv2d(8, 8, 1), TaskRouter(8, 5, 3), nn.ReLU()), 5, True, 0, (1, 1)),
+])  # fmt: skip
+def test_one_task_with_an_axis_is_that_of_all(make: Any, compiled: bool) -> None:
+    """[1] is what ones(B) times it is, wherever a task is given; any other number of tasks has to be B."""
+    layer = make()
+    torch._dynamo.reset()
+    run = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+    for B in (1, 4):
+        x = torch.randn(B, 8, 1, 1) if isinstance(layer, fastroute.VGG) else torch.randn(B, 8)
+        for task in (3, 1):
+            expected = layer(x.clone(), task)
+            given = torch.tensor([task])
+            torch.testing.assert_close(run(x.clone(), given), expected)
+            if not isinstance(layer, fastroute.RoutedLinear):
+                set_task(layer, given)
+                assert torch.equal(layer.active_task, given)
+                torch.testing.assert_close(run(x.clone()), expected)
+        with pytest.raises(ValueError, match="task: expected"):
+            layer(x.clone(), torch.tensor([0, 1, 2]))
+
+
 def test_masking_is_deleting() -> None:
     """What follows sees the units of the task alone: as if the others were not there."""
     layer, head, x = router(), nn.Linear(8, 3).double(), torch.randn(4, 8, dtype=torch.float64)
