@@ -125,18 +125,20 @@ class Stack(nn.Module):
         """The modules, to be called: the pattern with the parameters of one of them for its own.
 
         Raises:
-            RuntimeError: the pattern has other tensors than it was made with.
+            RuntimeError: the pattern has other tensors than it was made with, or one that is not stacked.
         """
         pattern = self.pattern
-        if any(map(parametrize.is_parametrized, pattern.modules())):
-            pattern = _opened(pattern)
+        if any(map(parametrize.is_parametrized, pattern.modules())) or any(map(self._is_plain, self._stacked)):
+            pattern = _opened(pattern, self._stacked)
         tensors = dict([*pattern.named_parameters(), *pattern.named_buffers()])
-        for name in tensors:
+        for name, t in tensors.items():
             if name_before(name) not in self._stacked:
                 raise RuntimeError(
                     f"stacked: expected the parameters that the modules had, parametrized or pruned, got {name} too, "
                     "which cannot be told apart by module; make the layer with stacked=False"
                 )
+            if t.shape[:1] != (self.count,):
+                raise RuntimeError(f"stacked: expected {name} of all modules, [{self.count}, ...], got {list(t.shape)}")
 
         def call(k: int, x: Tensor) -> Tensor:
             own = {name: t[k] for name, t in tensors.items()}
@@ -144,21 +146,36 @@ class Stack(nn.Module):
 
         return [partial(call, k) for k in range(self.count)]
 
+    def _is_plain(self, name: str) -> bool:
+        """Whether a plain tensor stands in a parameter's place, as in DataParallel's replicas and of hypernetworks."""
+        path, _, last = name.rpartition(".")
+        return isinstance(vars(self.pattern.get_submodule(path)).get(last), Tensor)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not defined: which module a sample takes is said by a plan, see ``grouped_modules.run``."""
         raise TypeError("Stack: a stack of modules is run by Selection or a decision, not called")
 
 
-def _opened(m: nn.Module) -> nn.Module:
-    """A shallow copy in which what parametrizations make of all modules' tensors stands in their place."""
+def _opened(m: nn.Module, names: set[str]) -> nn.Module:
+    """A shallow copy in which what parametrizations make of all modules' tensors stands in their place, as a buffer.
+
+    So do plain tensors that have one of the names.
+    """
     made: nn.Module = type(m).__new__(type(m))
     made.__dict__ = m.__dict__.copy()
-    children = m._modules.items()
-    made._modules = {name: None if child is None else _opened(child) for name, child in children}
+    made._modules = {
+        key: None
+        if child is None
+        else _opened(child, {n.removeprefix(f"{key}.") for n in names if n.startswith(f"{key}.")})
+        for key, child in m._modules.items()
+    }
+    if plain := {name for name in names & m.__dict__.keys() if isinstance(m.__dict__[name], Tensor)}:
+        made._parameters = {name: p for name, p in m._parameters.items() if name not in plain}
+        made._buffers = {**m._buffers, **{name: made.__dict__.pop(name) for name in plain}}
     if parametrize.is_parametrized(m):
         made.__class__ = type(m).__bases__[0]
         own: Any = made._modules.pop("parametrizations")
-        made._buffers = {**m._buffers, **{name: getattr(m, name) for name in own}}
+        made._buffers = {**made._buffers, **{name: getattr(m, name) for name in own}}
     return made
 
 
