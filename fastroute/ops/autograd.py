@@ -64,10 +64,15 @@ def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
     return ctx.again
 
 
+def is_hooked(p: Tensor) -> bool:
+    """Whether somebody is to be told of its gradient, or of its being added to ``grad``; told from Python."""
+    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
+
+
 def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, ...]:
     """Parameters, some for each module, with those of modules that have no row taken out of the graph.
 
-    They get None as gradient either way. But autograd would hand that None to hooks, which expect a tensor.
+    They get None as gradient either way. But autograd would call hooks all the same, which expect a gradient.
     """
     if bounds is None or not torch.is_grad_enabled():
         return tuple(parameters)
@@ -75,7 +80,7 @@ def without_gradient(parameters: Sequence[Tensor], bounds: Sequence[int] | None)
     if True not in idle:
         return tuple(parameters)
     at_rest = list(compress(range(len(parameters)), cycle(idle)))
-    hooked = [i for i in at_rest if parameters[i]._backward_hooks]
+    hooked = [i for i in at_rest if is_hooked(parameters[i])]
     if not hooked:
         return tuple(parameters)
     made = list(parameters)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..autograd import is_hooked
 from ..gemm import product
 from .contract import Parameters
 from .reference import norm
@@ -44,7 +45,7 @@ def used(w: Parameters, n_iters: int) -> Parameters:
     """What a single iteration does not use is taken out of the graph if it has hooks: autograd would give them None."""
     if n_iters > 1 or torch.compiler.is_compiling():
         return w
-    hooked = [name for name in LATER if getattr(w, name)._backward_hooks]
+    hooked = [name for name in LATER if is_hooked(getattr(w, name))]
     return w._replace(**{name: getattr(w, name).detach() for name in hooked})
 
 

@@ -18,6 +18,7 @@ from ..arguments import explained
 from ..autograd import (
     apply,
     asked_again,
+    is_hooked,
     is_observed,
     keep_for_again,
     kept_for_again,
@@ -284,7 +285,7 @@ def planned(
     if not simple or taken(OP, "cpu", x.dtype) != "native":
         return None
     learns = torch.is_grad_enabled()
-    if learns and any(p._backward_hooks for p in parameters):
+    if learns and any(map(is_hooked, parameters)):
         return None
     plan: list[Plan] = []
     options = K, len(weights), activation, name, keep_empty, learns
