@@ -98,7 +98,7 @@ def mnist(directory: str | Path) -> Digits:
 
 def _split(images: Tensor, labels: Tensor) -> Digits:
     """Every fifth image of each class to test on."""
-    test = torch.zeros(len(labels), dtype=torch.bool)
+    test = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     for label in labels.unique():
         test[(labels == label).nonzero()[4::5, 0]] = True
     return Digits(images[~test], labels[~test], images[test], labels[test])

@@ -310,7 +310,7 @@ class RoutingMonitor:
             @ torch.stack([g[i].flatten().double() for g in rows]).mT
             for i in range(len(chosen))
         )
-        made = _conflicts(list(losses), torch.as_tensor(gram).cpu())
+        made = _conflicts(list(losses), torch.as_tensor(gram, device="cpu"))
         with self._lock:
             self._conflict = made
         return dict(made)

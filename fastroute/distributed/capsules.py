@@ -311,7 +311,7 @@ class RowShardedVectorRouting(RowSharded, EfficientVectorRouting):
             ranks = None if self._rows.ranks == 1 else Ranks(place, partial(total, group=group))
             n_inp = -1 if own is None else own
             if empty:  # as in forward
-                nothing = torch.zeros((*getattr(chunks, "shape", ())[:-2], 1, self.d_inp), dtype=w.W_A.dtype)
+                nothing = w.W_A.new_zeros((*getattr(chunks, "shape", ())[:-2], 1, self.d_inp))
                 chunks = nothing.to(getattr(chunks, "dtype", None)) if isinstance(chunks, Tensor) else nothing
                 n, rows, mask, w, n_inp = None, None, None, _with_a_row(w), -1
             if ranks is not None:

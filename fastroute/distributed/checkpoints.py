@@ -101,7 +101,7 @@ class Checkpoints:
     def _state(self, step: int) -> dict[str, Any]:
         model, optimizers = get_state_dict(self._root, self._optimizers)
         more = {name: each.state_dict() for name, each in self._more.items()}
-        return {"modules": model, "optimizers": optimizers, "more": more, "step": torch.tensor(step)}
+        return {"modules": model, "optimizers": optimizers, "more": more, "step": torch.tensor(step, device="cpu")}
 
     def save(self, step: int, *, asynchronous: bool = False) -> None:
         """Save the state after so many steps; called by all ranks.
@@ -166,7 +166,7 @@ class Checkpoints:
         """
         self.wait()
         there = self.steps()
-        found = torch.tensor((there or [-1])[-1] if step is None else step if step in there else -1)
+        found = torch.tensor((there or [-1])[-1] if step is None else step if step in there else -1, device="cpu")
         if self._group is not None:
             dist.broadcast(found, 0, group=self._group)
         which = int(found)

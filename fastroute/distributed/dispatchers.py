@@ -91,7 +91,7 @@ class _Exchange:
     def __init__(self, plan: Plan, place: Place, counts: Counts) -> None:
         self.plan, self.place, self.counts = plan, place, counts
         self.moving: Any = None
-        self.tie = torch.empty(0)
+        self.tie = torch.empty(0, device="cpu")  # until there is one
 
 
 class AllToAll:

@@ -367,7 +367,9 @@ def relative_improvement(
                 raise ValueError(f"{name}: expected one for {missing[0]!r}, got none")
     changes = []
     for task in tasks:
-        base, got = (torch.as_tensor(v[task], dtype=torch.float64).reshape(-1) for v in (baselines, metrics))
+        base, got = (
+            torch.as_tensor(v[task], dtype=torch.float64, device="cpu").reshape(-1) for v in (baselines, metrics)
+        )
         better = higher_is_better[task] if isinstance(higher_is_better, Mapping) else higher_is_better
         signs = [better] * len(base) if isinstance(better, bool) else list(better)
         if len(base) != len(got):

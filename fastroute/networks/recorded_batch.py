@@ -87,7 +87,9 @@ class RecordedBatch:
         if self._task_tensor is None or self._task_tensor.device != device:
             tasks = self.tasks
             try:
-                made = tasks if isinstance(tasks, Tensor) else torch.as_tensor([_whole(t) for t in tasks])
+                made = (
+                    tasks if isinstance(tasks, Tensor) else torch.as_tensor([_whole(t) for t in tasks], device=device)
+                )
                 if made.is_complex() or (made.is_floating_point() and may_look(made) and bool((made % 1 != 0).any())):
                     raise ValueError("fractions")
             except (TypeError, ValueError) as error:

@@ -152,14 +152,15 @@ def _handed(reward: Any) -> Callable[[Any], Any]:
     return lambda t: t.detach().clone() if isinstance(t, Tensor) else t
 
 
-def _number(name: str, reward: Any) -> Tensor:
+def _number(name: str, reward: Any, like: Tensor) -> Tensor:
+    """A user's number as a tensor of the dtype, and on the device, that it is for, whatever the defaults are."""
     if reward is None:
         raise TypeError(f"{name}: expected a number or a tensor as a sample's reward, got None; does it return?")
-    return torch.as_tensor(reward)
+    return reward if isinstance(reward, Tensor) else torch.as_tensor(reward, dtype=like.dtype, device=like.device)
 
 
-def _one(reward: Any) -> Tensor:
-    made = _number("routing_reward_func", reward)
+def _one(reward: Any, like: Tensor) -> Tensor:
+    made = _number("routing_reward_func", reward, like)
     if made.numel() != 1:
         raise ValueError(f"routing_reward_func: expected one reward for a sample, got shape {list(made.shape)}")
     return made.reshape(())
@@ -167,7 +168,7 @@ def _one(reward: Any) -> Tensor:
 
 def _by_vmap(function: Any, args: tuple[Tensor, ...]) -> Tensor | None:
     try:
-        return torch.vmap(lambda *sample: _one(function(*sample)))(*args)
+        return torch.vmap(lambda *sample: _one(function(*sample), sample[0]))(*args)
     except Exception:  # whatever vmap cannot do with a user's function; its own error comes again sample by sample
         return None
 
@@ -189,7 +190,7 @@ def final_rewards(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | N
             at_once = torch.compiler.is_compiling() or _keeps_nothing(function)
             found = _by_vmap(function, args) if at_once else None
             if found is None:
-                each = [_one(function(*sample)) for sample in zip(*args, strict=True)]
+                each = [_one(function(*sample), losses) for sample in zip(*args, strict=True)]
                 found = torch.stack(each) if each else losses
             made = found
     if made.numel() != losses.shape[0]:
@@ -323,7 +324,12 @@ class PerActionBaseReward(Options):
 
     def register(self, dist: Tensor, action: Tensor) -> None:
         """Note one sample's action."""
-        self.register_all(lambda: dist, torch.as_tensor(action).reshape(1))
+        self.register_all(lambda: dist, self._action(dist, action))
+
+    @staticmethod
+    def _action(dist: Tensor, action: Any) -> Tensor:
+        """[1], where it is, or where ``dist`` is for a number."""
+        return torch.as_tensor(action, device=None if isinstance(action, Tensor) else dist.device).reshape(1)
 
     def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
         """[B] rewards of actions [B] in the dtype of ``like``, or None for zeros."""
@@ -336,7 +342,7 @@ class PerActionBaseReward(Options):
 
     def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
         """[1]: the reward of one action."""
-        action = torch.as_tensor(action).reshape(1)
+        action = self._action(dist, action)
         like = torch.zeros(1, device=action.device)
         made = self.rewards(lambda: dist, action, like)
         return like if made is None else made
@@ -413,7 +419,8 @@ class CollaborationReward(_PerActionCounting):
         if made.bounds is None:
             return ByAction(actions, made.offsets, ratio)
         each = ratio / max(made.bounds[-1], 1)
-        return ByAction(actions, torch.tensor([each * (b - a) for a, b in pairwise(made.bounds)], dtype=like.dtype))
+        shares = [each * (b - a) for a, b in pairwise(made.bounds)]
+        return ByAction(actions, torch.tensor(shares, dtype=like.dtype, device=actions.device))
 
 
 class RunningAverageCollaborationReward(_PerActionCounting):
@@ -571,7 +578,8 @@ def per_action_rewards(
         states, total = dists().detach(), torch.zeros_like(like)
         for b in range(len(actions)):
             if active is None or active[b]:
-                total[b] = _number("additional_reward_func", reward.get_reward(states[b : b + 1], actions[b])).sum()
+                made = reward.get_reward(states[b : b + 1], actions[b])
+                total[b] = _number("additional_reward_func", made, total).sum()
         return total
 
 

@@ -89,13 +89,17 @@ def summarize(trajectory: Trajectory) -> Summary:
         tasks = sorted(set(keys))  # type: ignore[type-var]
     except TypeError:
         tasks = list(dict.fromkeys(keys))
-    row = torch.tensor([tasks.index(k) for k in keys], dtype=torch.int64)
+    row = torch.tensor([tasks.index(k) for k in keys], dtype=torch.int64, device="cpu")
     layers = []
     routes: list[Tensor] = []
     for record in _in_order(trajectory):
         actions = record.actions.detach().to("cpu")
         actions = actions[:, None] if actions.dim() == 1 else actions  # a mixture's are [B, k]
-        active = torch.ones(len(actions), dtype=torch.bool) if record.active is None else record.active.to("cpu")
+        active = (
+            torch.ones(len(actions), dtype=torch.bool, device="cpu")
+            if record.active is None
+            else record.active.to("cpu")
+        )
         routes.append(torch.where(active[:, None], actions, -1).sort(1).values)
         valid = active[:, None] & (actions >= 0)
         A, K = max(len(tasks), 1), record.choices

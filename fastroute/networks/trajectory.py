@@ -112,7 +112,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         else:
             index = as_tensor("meta", key, torch.device("cpu"))
             if index.dtype == torch.bool and tuple(index.shape) == (len(self),):
-                index = torch.arange(len(index))[index.to("cpu")]
+                index = torch.arange(len(index), device="cpu")[index.to("cpu")]
             elif index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
                 raise IndexError(f"meta: expected indices, or a bool for each of {len(self)} samples, got {given(key)}")
             picked = index_list(index)
@@ -168,14 +168,14 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def aux_loss(self) -> Tensor:
         """The gatings' balance and z-losses, to be added to the loss where no ``Loss`` does it; 0 without."""
         losses = self.aux_losses()
-        return torch.zeros(()) if losses is None else losses.mean() if self.size else losses.sum()
+        return torch.zeros((), device="cpu") if losses is None else losses.mean() if self.size else losses.sum()
 
     def _stacked(self, of: Callable[[Record], Tensor], fill: float | None = None) -> Tensor:
         made = []
         for r in self.records:
             t = of(r)
             made.append(t if fill is None or r.active is None else torch.where(r.active, t, fill))
-        return torch.stack(made) if made else torch.empty(0, len(self), dtype=torch.int64)
+        return torch.stack(made) if made else torch.empty(0, len(self), dtype=torch.int64, device="cpu")
 
     @property
     def actions(self) -> Tensor:

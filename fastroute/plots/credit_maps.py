@@ -83,10 +83,10 @@ def credit(
             maps[i].numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, extent=extent, interpolation="nearest"
         )
         cost = (maps[i] < -_NOTABLE * bound).nonzero()
-        y, x = ((cost + 0.5) * torch.tensor([H / h, W / w])).T.numpy()
+        y, x = ((cost + 0.5) * torch.tensor([H / h, W / w], device="cpu")).T.numpy()
         below.scatter(x, y, marker="_", s=min(30.0, (40.0 / max(h, w)) ** 2), c=INK, linewidths=0.6)
         if H > 1 and W > 1 and high > low:
-            across, down = torch.arange(W) + 0.5, torch.arange(H) + 0.5  # centres of pixels
+            across, down = (torch.arange(n, device="cpu") + 0.5 for n in (W, H))  # centres of pixels
             below.contour(
                 across.numpy(), down.numpy(), picture, levels=[(low + high) / 2], colors=INK, linewidths=0.9, alpha=0.8
             )

@@ -76,7 +76,7 @@ def lined(ax: Any, **legend: Any) -> None:
 
 def places(steps: Sequence[float] | Tensor | None, count: int, what: str) -> Tensor:
     """What stands on the axis of steps: [count], by default 0 to count - 1."""
-    at = torch.arange(count) if steps is None else numbers("steps", steps)
+    at = torch.arange(count, device="cpu") if steps is None else numbers("steps", steps)
     if len(at) != count:
         raise ValueError(f"steps: expected {count} numbers, one per {what}, got {len(at)}")
     return at
@@ -113,7 +113,7 @@ def names_of(name: str, values: Sequence[object] | Tensor | None, count: int, wh
 def numbers(name: str, values: Any, dims: int = 1) -> Tensor:
     """As float32 on the CPU, of so many axes, none of them empty."""
     try:
-        t = torch.as_tensor(values).detach()
+        t = torch.as_tensor(values, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(values).__name__} ({error})") from error
     if t.is_complex():

@@ -211,7 +211,7 @@ def actions(
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    shades = ListedColormap(colormaps["viridis_r"](torch.linspace(0.05, 0.95, K).numpy()))
+    shades = ListedColormap(colormaps["viridis_r"](torch.linspace(0.05, 0.95, K, device="cpu").numpy()))
     ax = figure.subplots()
     shown = np.ma.masked_less(cells.numpy(), 0)
     norm = BoundaryNorm([k - 0.5 for k in range(K + 1)], K) if K > 1 else None
