@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..ops.host import others_write
+
 #: By address: the memory in which parameters lie side by side, as long as anybody uses it so.
 _whole_at: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -52,7 +54,7 @@ def _is_own(p: Tensor) -> bool:
     if type(p) is not nn.Parameter or p.device.type not in ("cpu", "cuda") or not p.is_leaf:
         return False
     alone = p.untyped_storage().nbytes() == p.numel() * p.element_size() and _users(p) == _users_of_one()
-    return alone and not (p.device.type == "cpu" and p.is_shared())
+    return alone and not others_write(p)
 
 
 def _part(whole: Tensor, t: int, like: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ class SideBySide:
 
     def _moved(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """All of them put side by side, if nobody else has put them where they are."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if any(map(others_write, parameters)):
             self._ours, self._known = [], ([], [])  # FSDP lends parameters memory of its own, which looks like theirs
             return None
         if len(set(map(id, parameters))) < len(parameters):  # tied

@@ -76,6 +76,17 @@ def read(offsets: Tensor) -> list[int]:
     return offsets.tolist()
 
 
+#: Within, no mode of the dispatcher is told of what runs: a check of ours is nobody's computation. Not for subclasses.
+unseen = torch._C._DisableTorchDispatch
+
+
+def others_write(t: Tensor) -> bool:
+    """Whether a process that shares it, or a collective, may write to it, which changes no version of it here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return True
+    return t.is_cpu and t.untyped_storage().is_shared()
+
+
 def version_of(t: Tensor) -> int:
     """Another one after every change in place, where tensors have any."""
     return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version

@@ -14,7 +14,7 @@ from ..ops.arguments import Count, checked
 from ..ops.checks import as_parameters, tensor
 from .active_task import Task, is_mapped
 from .layer_chain import MIX, ROUTER, Step, kind, rank
-from .live_channels import has_units, sort, units
+from .live_channels import has_units, look_again, prove, sort, tasks_of, units
 from .live_execution import Held, Mixed, Single, is_idle
 from .router import TaskRouter
 
@@ -63,8 +63,10 @@ class _Routed(TakenNames, nn.Module):
     OWN = ("_ends", "_kept", "_memo", "compact_input", "compact_output")
 
     def train(self, mode: bool = True) -> Any:
-        """As any module's; kept weights are forgotten."""
+        """As any module's; kept weights are forgotten, and masks looked at again."""
         self._kept.clear()
+        for router in self.__dict__["_ends"]:
+            look_again(router)
         return super().train(mode)
 
     def _run(self, x: Tensor, task: Task | None) -> Tensor:
@@ -77,8 +79,12 @@ class _Routed(TakenNames, nn.Module):
                     "masks vmap does not map over"
                 )
             return self._dense(x, task, *ends)
+        tasks = {id(r): r._task(task) for r in ends if r is not None and r.use_routing}
+        for r in ends:
+            if r is not None and id(r) in tasks:
+                prove(r, tasks_of(tasks[id(r)]))
         inp, out = (None if r is None or is_idle(r) else r for r in ends)
-        tasks = {id(r): r._task(task) for r in (inp, out) if r is not None}
+        tasks = {id(r): tasks[id(r)] for r in (inp, out) if r is not None}
         if not tasks:
             return super().forward(x)
         router = out or inp

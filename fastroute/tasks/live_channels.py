@@ -5,6 +5,8 @@ Axes: B samples, C channels, T tasks, G tasks present in a batch, L live channel
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..modules.reading import Memo
-from ..ops.host import on_host
+from ..ops.host import has_numbers, on_host, others_write, unseen, version_of
 from .active_task import Task, is_mapped, traced
 from .router import TaskRouter
 
@@ -29,21 +31,105 @@ class Units(NamedTuple):
     padded: bool  #: whether some rows have dead channels in ``live``
 
 
+class _Seen(NamedTuple):
+    """The masks that a router's channels were read from."""
+
+    mapping: Tensor  #: kept, so that no other tensor is taken for it
+    version: int
+    at: int  #: its address
+    table: Any  #: [T, C], its memory on a CPU; None where there are no numbers to compare
+    copy: Any  #: [T, C]: what it held
+
+    @staticmethod
+    def of(mapping: Tensor) -> _Seen:
+        table = _memory(mapping) if has_numbers(mapping) else None
+        at, table = (0, None) if table is None else (mapping.data_ptr(), table if mapping.is_cpu else ())
+        return _Seen(mapping, version_of(mapping), at, table, None if table is None else _memory(mapping).copy())
+
+    def holds(self, tasks: Collection[int] | None) -> bool:
+        """Whether the masks of these tasks (None: of all) are what they were."""
+        if self.mapping.data_ptr() != self.at:
+            return False
+        now = self.table if self.mapping.is_cpu else _memory(self.mapping)
+        if tasks is None:
+            return bool(now.tobytes() == self.copy.tobytes())
+        return all(now[t].tobytes() == self.copy[t].tobytes() for t in tasks if 0 <= t < len(now))
+
+
+def _memory(mapping: Tensor) -> Any:
+    """Masks as an array that no operator, and nobody who watches operators, is asked for; waits for other devices."""
+    with unseen():
+        return mapping.detach().cpu().view(_BITS[mapping.element_size()]).numpy()
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def prove(router: TaskRouter, tasks: Collection[int] | None) -> None:
+    """Have a router's masks read again if those of the tasks at hand (None: of all) are others than were read.
+
+    Not every change has a version: those by ``data``, NumPy, collectives, other processes, and of inference tensors.
+    So a CPU compares numbers. Elsewhere that would wait: only where somebody else may write to the masks.
+    """
+    if torch.compiler.is_compiling():
+        return
+    seen = _seen(router)
+    if seen is None or seen.mapping is not router._buffers.get("_unit_mapping"):
+        units(router)
+    elif seen.table is not None and (seen.mapping.is_cpu or _is_open(seen.mapping)) and not seen.holds(tasks):
+        renew(router)
+
+
+def _is_open(mapping: Tensor) -> bool:
+    """Whether masks on another device may change unseen, and looking at them is possible."""
+    if not (mapping.is_inference() or others_write(mapping)):
+        return False
+    return not (mapping.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def look_again(router: TaskRouter | None) -> None:
+    """As ``prove`` on any device, for all tasks, where the masks have been read."""
+    seen = None if router is None or torch.compiler.is_compiling() else _seen(router)
+    if router is not None and seen is not None and seen.table is not None and not seen.holds(None):
+        renew(router)
+
+
+def _seen(router: TaskRouter) -> _Seen | None:
+    memo: Memo | None = getattr(router, "_live_memo", None)
+    return None if memo is None else memo.known
+
+
+def tasks_of(task: Task) -> Collection[int] | None:
+    """The tasks that a task names, each once; None where that would wait."""
+    if not isinstance(task, Tensor):
+        return (task,)
+    known: Any = on_host(task)
+    return known if known is None else set(known) if task.dim() else (known,)
+
+
 def units(router: TaskRouter) -> Units:
-    """The channels of a router, which keeps them: read again where its masks have changed since.
+    """The channels of a router, which keeps them: read again where its masks have another version, see ``prove``.
 
     They are buffers of the router that are not saved. Under torch.compile they are taken as they are, for how many
     there are: which, ``live_of`` and ``dead_of`` read from the masks. Loading a checkpoint renews them.
     """
-    mapping = router._unit_mapping
-    if not torch.compiler.is_compiling() and not (mapping.is_meta and "_live" in router._buffers):
-        version = -1 if mapping.is_inference() else mapping._version
-        memo: Memo = getattr(router, "_live_memo", None) or Memo()
-        if memo.known is None or memo.known[0] is not mapping or memo.known[1] != version:
-            _renew(router, mapping)
-            memo.known = mapping, version  # kept, so that no other tensor is taken for it
-            object.__setattr__(router, "_live_memo", memo)
+    if not torch.compiler.is_compiling():
+        mapping, seen = router._buffers.get("_unit_mapping"), _seen(router)  # found faster
+        mapping = router._unit_mapping if mapping is None else mapping
+        if seen is None or seen.mapping is not mapping or seen.version != version_of(mapping):
+            _read(router, mapping)
     return Units._make((router._buffers["_live"], router._buffers["_dead"], router._live_padded))
+
+
+def _read(router: TaskRouter, mapping: Any) -> None:
+    if mapping.is_meta and "_live" in router._buffers:
+        return
+    seen = _Seen.of(mapping)  # before they are read: what changes meanwhile is not in it
+    with unseen() if seen.table is not None else nullcontext():
+        _renew(router, mapping)
+    memo: Memo = getattr(router, "_live_memo", None) or Memo()
+    memo.known = seen
+    object.__setattr__(router, "_live_memo", memo)
 
 
 def _renew(router: TaskRouter, mapping: Tensor) -> None:

@@ -12,8 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..modules.reading import Memo
+from ..ops.host import others_write
 from . import live_products
-from .active_task import Task, aware_parts, given
+from .active_task import Task, aware_parts, given, held
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
 from .live_batch_norm import dense_scale, live_batch_norm, uses_batch
 from .live_channels import (
@@ -73,15 +74,10 @@ def called(layer: nn.Module, x: Tensor, task: Task | None) -> Tensor:
     if not torch.compiler.is_compiling():
         with given(moved):
             return layer(x)  # type: ignore[no-any-return]
-    before = [(part, part._active, part._active_id) for part in inside]
-    try:
+    with held(inside):
         for part, t in moved.items():
             part._hold(t, t if isinstance(t, Tensor) else None)
-        made: Tensor = layer(x)
-    finally:
-        for part, active, on in before:
-            part._hold(active, on)
-    return made
+        return layer(x)  # type: ignore[no-any-return]
 
 
 def is_idle(router: TaskRouter) -> bool:
@@ -190,7 +186,7 @@ def _steps() -> type[_Steps]:
 
 def _has_stamp(t: Tensor) -> bool:
     """Whether it is a parameter that tells when it changes."""
-    return type(t) is nn.Parameter and not t.is_inference()
+    return type(t) is nn.Parameter and not t.is_inference() and not others_write(t)
 
 
 class Single:

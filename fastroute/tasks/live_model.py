@@ -15,7 +15,7 @@ from ..ops.arguments import checked
 from ..ops.checks import as_parameters, tensor
 from .active_task import Task, hold_in_all, is_made_again, is_mapped
 from .layer_chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
-from .live_channels import has_units, sort, units
+from .live_channels import has_units, look_again, prove, sort, tasks_of, units
 from .live_execution import Mixed, Single, Way, called, is_idle, walk
 from .router import TaskRouter
 
@@ -108,8 +108,8 @@ class LiveSequential(TakenNames, nn.Sequential):
     parametrizations, adapters, subclasses: see ``ops._modules``) are called, with inputs of the full width.
 
     In eval mode and without gradients the gathered weights of the last task are kept until a parameter or the task
-    changes, or an optimizer makes a step. Writing through ``parameter.data`` is a change nobody can see: call
-    ``eval()`` or ``train()`` after it.
+    changes, or an optimizer makes a step. Writing through ``parameter.data``, or a NumPy array, is a change nobody can
+    see: call ``eval()`` or ``train()`` after it.
 
     Args:
         sequence: what to run.
@@ -125,6 +125,8 @@ class LiveSequential(TakenNames, nn.Sequential):
 
     #: What it has among its attributes beside those of a Sequential.
     OWN = ("batch_norm", "_memo", "_kept")
+    #: A task that is set is its routers', and none of its own.
+    tells_its_parts = True
 
     @checked
     def __init__(self, sequence: nn.Sequential, *, batch_norm: str = "exact") -> None:
@@ -153,8 +155,10 @@ class LiveSequential(TakenNames, nn.Sequential):
         return f"batch_norm={self.batch_norm!r}"
 
     def train(self, mode: bool = True) -> LiveSequential:
-        """As any module's; kept weights are forgotten."""
+        """As any module's; kept weights are forgotten, and masks looked at again."""
         self._kept.clear()
+        for router in self.modules():
+            look_again(router if isinstance(router, TaskRouter) else None)
         super().train(mode)
         return self
 
@@ -221,6 +225,8 @@ class LiveSequential(TakenNames, nn.Sequential):
             return None
         first = tasks[0]
         if not any(isinstance(t, Tensor) and t.dim() for t in tasks):
+            for router, t in zip(plan.routers, tasks, strict=True):
+                prove(router, tasks_of(t))
             each = dict(zip(map(id, plan.routers), tasks, strict=True))
             return Single(each, self.batch_norm == "exact", self._kept, task)
         if not isinstance(first, Tensor) or not first.dim() or first.shape[0] != x.shape[0] or not x.shape[0]:
@@ -230,6 +236,8 @@ class LiveSequential(TakenNames, nn.Sequential):
         if not all(t is first or (isinstance(t, Tensor) and torch.equal(t, first)) for t in tasks[1:]):
             return None
         order = sort(first, min(router.task_count for router in plan.routers))
+        for router in plan.routers if order is not None else ():
+            prove(router, tasks_of(first))
         return None if order is None else Mixed(order, first)
 
     def __getitem__(self, index: Any) -> Any:
