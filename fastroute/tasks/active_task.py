@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..modules.names import TakenNames
 from ..ops import checks
-from ..ops.host import version_of
+from ..ops.host import has_numbers, unseen, version_of
 from ..ops.recomputation import is_recomputation
 
 #: A task for all samples, also as a tensor 0-d or [1], or [B] one for each.
@@ -81,31 +82,77 @@ def is_mapped(task: Task) -> bool:
     return False
 
 
-class _Given(threading.local):
-    """Of a thread: the tasks that modules work on in the call that is being made, whatever is their active task."""
+class _Block:
+    """The tasks that modules work on in a call, or a ``with on_task``, whatever is their active task."""
 
-    def __init__(self) -> None:
-        self.tasks: dict[TaskAware, Task] = {}
-
-
-_given = _Given()
+    def __init__(self, tasks: dict[TaskAware, Task], keeps: bool) -> None:
+        self.tasks, self.keeps = tasks, keeps  #: ``keeps``: a task that is set within is the block's own
 
 
-def let_go(parts: Iterable[TaskAware]) -> None:
-    """Modules work on their active tasks again, for the rest of the call."""
-    if not torch.compiler.is_compiling() and _given.tasks:
-        _given.tasks = {part: task for part, task in _given.tasks.items() if part not in parts}
+#: Of a thread, or a task of asyncio: the blocks that it is in, the innermost last.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("fastroute.tasks", default=())
+#: Of all of them, in the order in which they were entered: what compiled code reads is the last one's.
+_open: list[_Block] = []
 
 
 @contextmanager
-def given(tasks: dict[TaskAware, Task]) -> Iterator[None]:
-    """Within, modules work on these tasks where they are called without one, in this thread alone."""
-    before = _given.tasks
-    _given.tasks = {**before, **tasks}
+def _within(block: _Block) -> Iterator[None]:
+    """Others may enter and leave theirs meanwhile, in any order."""
+    _blocks.set((*_blocks.get(), block))
     try:
         yield
     finally:
-        _given.tasks = before
+        _blocks.set(tuple(b for b in _blocks.get() if b is not block))
+
+
+def given(tasks: dict[TaskAware, Task]) -> AbstractContextManager[None]:
+    """Within, modules work on these tasks where they are called without one, in this thread alone."""
+    return _within(_Block(tasks, keeps=False))
+
+
+def _is_kept(part: TaskAware, task: Task, on: Tensor | None) -> bool:
+    """Whether a task that is set is the innermost block's; a call's own task counts no more, for the rest of it."""
+    for block in reversed(() if torch.compiler.is_compiling() else _blocks.get()):
+        if part in block.tasks:
+            if block.keeps:
+                on = on_device(task, part._device()) if on is None else on
+                block.tasks[part] = task if type(task) is int else on
+                _show(part)
+                return True
+            block.tasks = {p: t for p, t in block.tasks.items() if p is not part}
+    return False
+
+
+@contextmanager
+def _lent(parts: Sequence[TaskAware]) -> Iterator[None]:
+    """Within, tasks that are set are those of this block, and of nobody else who works on the parts meanwhile."""
+    block = _Block({part: part.active_task for part in parts}, keeps=True)
+    with _within(block):
+        _open.append(block)
+        try:
+            yield
+        finally:
+            _open.remove(block)
+            for part in parts:
+                _show(part)
+
+
+@contextmanager
+def held(parts: Sequence[TaskAware]) -> Iterator[None]:
+    """The same of a trace, in which tasks are attributes."""
+    before = [(part, part._active, part._active_id, part._shown_id) for part in parts]
+    try:
+        yield
+    finally:
+        for part, active, on, shown in before:
+            part._hold(active, on)
+            object.__setattr__(part, "_shown_id", shown)
+
+
+def _show(part: TaskAware) -> None:
+    """Have compiled code see the task of the block that was entered last, or the active one."""
+    tasks = [block.tasks[part] for block in list(_open) if part in block.tasks]
+    part.__dict__["_shown_id"] = on_device(tasks[-1], part._device()) if tasks else part._active_id
 
 
 class TaskAware(TakenNames, nn.Module):
@@ -125,6 +172,7 @@ class TaskAware(TakenNames, nn.Module):
     task_count: int
     _active: Task
     _active_id: Tensor
+    _shown_id: Tensor  #: what traced code reads: that of ``on_task``, too
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,6 +188,32 @@ class TaskAware(TakenNames, nn.Module):
             on = on_device(task, self._device())
         object.__setattr__(self, "_active", task)  # nn.Module's own looks for parameters of the name first
         object.__setattr__(self, "_active_id", on)
+        object.__setattr__(self, "_shown_id", on)
+        if not torch.compiler.is_compiling() and _open:
+            _show(self)
+
+    def _set(self, task: Task, on: Tensor | None = None) -> None:
+        """As ``_hold``, from now on: within ``on_task`` until its end."""
+        if not _is_kept(self, task, on):
+            self._hold(task, on)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, whose active task is that of ``on_task`` where it is made within."""
+        state, task = self.__dict__.copy(), self.active_task
+        if "_active" in state and (task is not self._active or self._shown_id is not self._active_id):
+            state["_active"] = task
+            state["_active_id"] = state["_shown_id"] = on_device(task, self._device())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_active_id" in self.__dict__:  # of a copy that another version has saved
+            self.__dict__.setdefault("_shown_id", self._active_id)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        made: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        made.__dict__.update({k: v for k, v in self.__getstate__().items() if k.startswith(("_active", "_shown"))})
+        return made
 
     @property
     def active_task(self) -> Task:
@@ -161,22 +235,24 @@ class TaskAware(TakenNames, nn.Module):
             IndexError, TypeError, ValueError: no task of this module.
         """
         task = task_index(active_task, self.task_count, "active_task")
-        let_go([self])
-        self._hold(task)
+        self._set(task)
         return task
 
     def _given(self) -> Task | None:
         """The task of the call that this one is a part of, if it has one of its own."""
-        return None if torch.compiler.is_compiling() else _given.tasks.get(self)
+        if not torch.compiler.is_compiling():
+            for block in reversed(_blocks.get()):
+                if self in block.tasks:
+                    return block.tasks[self]
+        return None
 
     def _task(self, task: Task | None) -> Task:
         """The task to work on: the given one, checked, or the active one; a tensor is 0-d or has one per sample."""
         if task is not None:
             return of_all(task_index(task, self.task_count))
         if torch.compiler.is_compiling():
-            return of_all(self._active_id)
-        tasks = _given.tasks
-        active = tasks.get(self) if tasks else None
+            return of_all(self._shown_id)
+        active = self._given() if _blocks.get() else None
         if active is None:
             active = self._active_id if isinstance(self._active, Tensor) else self._active
         if is_recomputation():
@@ -208,9 +284,12 @@ class TaskAware(TakenNames, nn.Module):
         if not is_made_again(task):
             return y
         active = self.active_task
-        active = active if isinstance(active, Tensor) else torch.tensor(active)
-        anchor = None if y.requires_grad else torch.empty(0, requires_grad=True)  # what follows depends on the task
-        return _Checked.apply(y, active, anchor)
+        active = active if isinstance(active, Tensor) else torch.tensor(active, device="cpu")
+        anchor = (
+            None if y.requires_grad else torch.empty(0, device="cpu", requires_grad=True)
+        )  # what follows depends on the task
+        with _unsafe_preserve_version_counter(y):  # whoever keeps y sees that its numbers are the same
+            return _Checked.apply(y, active, anchor)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -242,9 +321,11 @@ def _is_still(task: Task, version: int, now: Task) -> bool:
     """Whether a task that was kept is what it was, and the same as now."""
     if version != _version(task):
         return False
-    if isinstance(now, Tensor) and isinstance(task, Tensor):
-        return now is task or torch.equal(now, task)
-    return bool(torch.as_tensor(now == task).all())
+    tensors = [t for t in (now, task) if isinstance(t, Tensor)]
+    with unseen() if all(map(has_numbers, tensors)) else nullcontext():
+        if len(tensors) == 2:
+            return now is task or torch.equal(*tensors)
+        return bool(torch.as_tensor(now == task, device="cpu").all())
 
 
 class _Checked(torch.autograd.Function):
@@ -304,21 +385,23 @@ def set_task(model: nn.Module, task: Task) -> None:
 def hold_in_all(parts: Sequence[TaskAware], task: Task, name: str = "task") -> None:
     """Make a task the active one of several modules, or of none if it is no task of one."""
     checked = task_index(task, min([module.task_count for module in parts], default=1), name)
-    let_go(parts)
     where: dict[torch.device, Tensor] = {}
     for module in parts:
         device = module._active_id.device  # the module's, found faster
         if device not in where:
             where[device] = on_device(checked, device)
-        module._hold(checked, where[device])
+        module._set(checked, where[device])
 
 
 @contextmanager
 def on_task(model: nn.Module, task: Task) -> Iterator[None]:
     """Within, ``task`` is the active one in every part of a model that works on tasks; afterwards what was before.
 
-    So a task is given to one call of a model that does not take it as an argument. Where the call may be made again
-    for backward, as torch.utils.checkpoint does, this belongs into the function that is checkpointed::
+    So a task is given to one call of a model that does not take it as an argument, whatever other threads, or other
+    tasks of asyncio, do with the model meanwhile. (A compiled model reads the task that was set last, by anybody.)
+
+    Where the call may be made again for backward, as torch.utils.checkpoint does, this belongs into the function that
+    is checkpointed::
 
         def trunk(x, task):
             with on_task(model, task):
@@ -340,19 +423,14 @@ def on_task(model: nn.Module, task: Task) -> Iterator[None]:
         0
     """
     aware, others = aware_parts(model)
-    before = [(module, module._active, module._active_id) for module in aware]
-    theirs = [(other, other.active_task) for other in others if hasattr(other, "active_task")]
-    of_call = None if torch.compiler.is_compiling() else _given.tasks
-    set_task(model, task)
-    try:
-        yield
-    finally:
-        for module, active, on in before:
-            module._hold(active, on)
-        for other, active in theirs:
-            other.set_active_task(active)
-        if of_call is not None:
-            _given.tasks = of_call
+    theirs = [(o, o.active_task) for o in others if not hasattr(o, "tells_its_parts") and hasattr(o, "active_task")]
+    with held(aware) if torch.compiler.is_compiling() else _lent(aware):
+        try:
+            set_task(model, task)
+            yield
+        finally:
+            for other, active in theirs:
+                other.set_active_task(active)
 
 
 #: By class: whether modules are TaskAware, have a ``set_active_task`` without being it, or neither.

@@ -59,7 +59,12 @@ COLUMNS = (
     Column("vmap", "ensembles by `vmap`, and `vmap(grad)` for each sample", DERIVATIVES),
     Column("jvp", "forward mode", DERIVATIVES),
     Column("2nd", "second derivatives (`create_graph=True`, Jacobians, Hessians)", DERIVATIVES),
-    Column("checkpoint", "`torch.utils.checkpoint`, both kinds, to the bit", DERIVATIVES),
+    Column(
+        "checkpoint",
+        "`torch.utils.checkpoint`, both kinds, to the bit. A policy that saves operators may not save what a layer "
+        "writes to afterwards, as gatings' counts and BatchNorm's statistics are: PyTorch then says so.",
+        DERIVATIVES,
+    ),
     Column("hooks", "forward and backward hooks of all kinds on every module, own and global", ADAPTED),
     Column("tensor hooks", "hooks on parameters: of their gradients, and after they are accumulated", ADAPTED),
     Column(

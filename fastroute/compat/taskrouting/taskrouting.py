@@ -12,7 +12,7 @@ from fastroute.functional import task_mask
 from fastroute.ops import checks
 from fastroute.ops.arguments import renamed
 from fastroute.ops.host import has_numbers
-from fastroute.tasks.active_task import Task, let_go, on_device
+from fastroute.tasks.active_task import Task, on_device
 
 __all__ = ["TaskRouter"]
 
@@ -111,8 +111,7 @@ class TaskRouter(tasks.TaskRouter):
     def set_active_task(self, active_task: Any) -> Any:
         """Stores the task and returns it."""
         whole = active_task.long() if isinstance(active_task, Tensor) else int(active_task)
-        let_go([self])
-        self._hold(active_task, on_device(whole, self._device()))
+        self._set(active_task, on_device(whole, self._device()))
         return active_task
 
     @renamed(x="input")
@@ -132,7 +131,9 @@ class TaskRouter(tasks.TaskRouter):
         self._check_units(input)
         checks.together(("the masks", self._unit_mapping), {"input": input})
         if task is None and (task := self._given()) is None:
-            task = self._active_id  # read in a graph: it then depends on no number
+            task = (
+                self._shown_id if torch.compiler.is_compiling() else self._active_id
+            )  # read in a graph: it then depends on no number
             if not torch.compiler.is_compiling() and not isinstance(self._active, Tensor):
                 task = int(self._active)
         task_mask(input.data, self._unit_mapping, task, inplace=True)
