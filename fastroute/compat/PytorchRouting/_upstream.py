@@ -40,8 +40,8 @@ class Named:
         self, xs: Tensor, mxs: Trajectory | Sequence[SampleMetaInformation], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Trajectory, Tensor]:
         """xs [B, ...] and its trajectory -> (ys, mxs, actions [B])."""
-        ys, mxs, actions = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
-        return own_copy(ys, xs), mxs, actions
+        ys, meta, actions = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
+        return own_copy(ys, xs), meta, actions
 
 
 def own_copy(ys: Tensor, xs: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._fastroute_hooks = frozenset(hook for hook in _HOOKS if _definer(cls, hook) is not Decision)
-        native = cls._fastroute_house.decide
+        native = cls._fastroute_house.decide  # type: ignore[attr-defined]
         cls._fastroute_decides = native is not networks.Decision.decide or "_forward" in cls._fastroute_hooks
         for hook in cls._fastroute_hooks:
             _check_call(cls, hook)
