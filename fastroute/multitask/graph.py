@@ -265,7 +265,7 @@ def edges(graph: Any) -> Edges:
         raise ValueError(f"g: expected a graph, got {shown(graph)}: {error}") from error
 
 
-def rearranged(anchors: Edges, seen: Edges, now: Edges) -> Edges:
+def rearranged(anchors: Mapping[str, Sequence[str]], seen: Edges, now: Edges) -> Edges:
     """The anchors after a graph has changed, from what was ``seen`` in it before.
 
     A node whose edges are what they were keeps its anchors: it may have one twice, which a graph cannot say.
@@ -282,4 +282,4 @@ def rearranged(anchors: Edges, seen: Edges, now: Edges) -> Edges:
                 raise ValueError(
                     f"g: expected edges between nodes, got {before[0]!r} -> {name!r}{nearest(end, anchors)}"
                 )
-    return {name: own if now[name] == seen.get(name) else now[name] for name, own in anchors.items()}
+    return {name: tuple(own) if now[name] == seen.get(name) else now[name] for name, own in anchors.items()}
