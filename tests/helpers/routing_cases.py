@@ -67,7 +67,7 @@ def vector_case(
     parameter_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Case:
-    """Inputs of ``functional.vector_routing`` with scores of order 1; ``shared_scores``: of one row, or which of both is."""
+    """Inputs of ``functional.vector_routing`` of order 1. ``shared_scores``: of one row, or which of both is."""
     b, n, m, d, _ = size
     acc = torch.promote_types(dtype, torch.float32)
     normal = _normal(seeds.generator(seed), parameter_dtype or dtype)

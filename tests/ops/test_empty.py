@@ -27,7 +27,6 @@ def strided(t: Tensor) -> Tensor:
     return t.new_empty(6, *t.shape[1:-1], 2 * t.shape[-1])[:0, ..., ::2]
 
 
-
 def _agents(x: Tensor) -> Any:
     plan = dispatch.plan(torch.zeros(0, dtype=torch.int64), K)
     made = functional.agent_policy(x, plan, torch.randn(K, 4, D), critic_weights=torch.randn(K, 4, D))
@@ -82,7 +81,13 @@ def test_no_rows(backend: str, name: str) -> None:
 
 
 #: Ops that take batches of more axes.
-_BATCHES = ("vector_routing", "efficient_routing", "matrix_routing", "soft_assignment, routing", "soft_assignment, mean")
+_BATCHES = (
+    "vector_routing",
+    "efficient_routing",
+    "matrix_routing",
+    "soft_assignment, routing",
+    "soft_assignment, mean",
+)
 
 
 @each_backend

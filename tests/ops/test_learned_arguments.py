@@ -28,7 +28,9 @@ def test_every_gradient_is_right(backend: str, name: str) -> None:
     learned = tuple(k for k in case.wrt if case.inputs[k] is not None and k not in call.constants)
     fn = use_backend(backend)(call.fn)
     if call.truth is None:
-        gradcheck(lambda **given: {k: t for k, t in fn(**given).items() if k in case.cotangents}, replace(case, wrt=learned))
+        gradcheck(
+            lambda **given: {k: t for k, t in fn(**given).items() if k in case.cotangents}, replace(case, wrt=learned)
+        )
     expected = evaluate(call.truth or fn, replace(case, wrt=learned))
     for argument in learned:
         found, right = evaluate(fn, replace(case, wrt=(argument,)))[f"d{argument}"], expected[f"d{argument}"]

@@ -113,7 +113,8 @@ class GeometricMean(Weighting):
     """Geometric loss strategy (GLS, Chennupati et al. 2019, "MultiNet++"): (prod_i L_i)^(1/n).
 
     No scale of a loss matters to the others. Made of logarithms, so that it neither overflows nor vanishes with
-    hundreds of tasks. Losses are to be positive: a negative one gives NaN. One of exactly 0 makes it 0, without a gradient.
+    hundreds of tasks. Losses are to be positive: a negative one gives NaN, one of exactly 0 makes it 0 without a
+    gradient.
 
     Examples:
         >>> float(fastroute.GeometricMean(["price", "kind"])(torch.tensor([4.0, 1.0])))

@@ -18,8 +18,8 @@ from ..backends import note, taken
 from ..checks import flags, floating, shown
 from ..dispatch.contract import Plan
 from ..dtypes import accumulating
-from ..grouped_linear import op as _grouped_linear  # defines the products, and says which backends there are
 from ..grouped_linear import plain as linear
+from ..grouped_linear.op import OP as PRODUCT  # defines the products, and says which backends there are
 from ..grouped_linear.reference import of_sorted
 from ..host import on_host
 from ..precision import autocast_dtype, autocast_off, precision_of
@@ -312,6 +312,6 @@ def expert_ffn(
         return _plain(_Call(*given, "reference"))
     N = plan.order.shape[0]
     for w in (w_in, w_out):
-        note("grouped_linear", x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])
-    backend = taken("grouped_linear", device, x.dtype)
+        note(PRODUCT, x, N=N, K=w.shape[0], F=w.shape[2], O=w.shape[1])
+    backend = taken(PRODUCT, device, x.dtype)
     return called(OP, *given, backend)

@@ -48,7 +48,7 @@ class Step(NamedTuple):
     scale: Tensor | None  # [B] acc
     pred: Tensor | None  # [B, m, d] acc, or None: first iteration
     score_weight: Tensor | None  # [n, m], or [1, m] for every row; None in a first iteration
-    score_bias: Tensor | None  # likewise
+    score_bias: Tensor | None  # of as many rows
     use: Tensor  # [n, m]; with use_bias: [m, d]
     ign: Tensor | None  # likewise
     use_bias: Tensor | None  # [m]

@@ -145,8 +145,10 @@ def test_activations_of_any_number(backend: str, activation: str) -> None:
         budget += torch.finfo(F32).eps * wanted.abs()[whole]
         if got is dx:  # told from a rounded value, which another rounding may serve better at one number
             assert error.max() <= budget.max()
-        else:  # what is beyond the smallest number may be zero
-            assert (error <= budget + torch.finfo(F32).tiny * exact.detach().abs().clamp(min=1)[whole]).all()
+        else:  # what is beyond the smallest number may be zero; what 1 + erf(x) loses in float64, another formula may not
+            size = exact.detach().abs()[whole]
+            budget += torch.finfo(F32).tiny * size.clamp(min=1) + torch.finfo(F64).eps * size
+            assert (error <= budget).all()
 
 
 @each_backend
