@@ -5,6 +5,7 @@ Axes: B samples, k modules that each takes, N = B k (n) entries, K modules, F (f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -122,6 +123,13 @@ def test_activations(backend: str, activation: str, dtype: torch.dtype) -> None:
     gradcheck(op(backend, activation=activation), linear_case([2, 0, 3, 1], 3, 2))
 
 
+#: 1 + erf and 1 + tanh lose in float64, too, what is left of them far below 0.
+WITHOUT_CANCELLATION = {
+    "gelu": lambda x: x * torch.special.erfc(-x / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+}
+
+
 @each_backend
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 def test_activations_of_any_number(backend: str, activation: str) -> None:
@@ -133,7 +141,7 @@ def test_activations_of_any_number(backend: str, activation: str) -> None:
         y = grouped_linear(x, plan, [torch.ones(1, 1)], activation=activation)
         (dx,) = torch.autograd.grad(y.sum(), x)
     exact = x.detach().double().requires_grad_()
-    expected = activations.ACTIVATIONS[activation](exact)
+    expected = WITHOUT_CANCELLATION.get(activation, activations.ACTIVATIONS[activation])(exact)
     (slope,) = torch.autograd.grad(expected.sum(), exact)
     plain = x.detach().requires_grad_()
     (plain_slope,) = torch.autograd.grad((plain_y := activations.ACTIVATIONS[activation](plain)).sum(), plain)
@@ -145,10 +153,8 @@ def test_activations_of_any_number(backend: str, activation: str) -> None:
         budget += torch.finfo(F32).eps * wanted.abs()[whole]
         if got is dx:  # told from a rounded value, which another rounding may serve better at one number
             assert error.max() <= budget.max()
-        else:  # what is beyond the smallest number may be zero; what 1 + erf(x) loses in float64, another formula may not
-            size = exact.detach().abs()[whole]
-            budget += torch.finfo(F32).tiny * size.clamp(min=1) + torch.finfo(F64).eps * size
-            assert (error <= budget).all()
+        else:  # what is beyond the smallest number may be zero
+            assert (error <= budget + torch.finfo(F32).tiny * exact.detach().abs().clamp(min=1)[whole]).all()
 
 
 @each_backend
