@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,15 @@ def read(offsets: Tensor) -> list[int]:
 
 #: Within, no mode of the dispatcher is told of what runs: a check of ours is nobody's computation. Not for subclasses.
 unseen = torch._C._DisableTorchDispatch
+
+
+def memory(t: Tensor) -> Any:
+    """The bits as an array, which on a CPU is t's own memory; waits for another device."""
+    with unseen():
+        return t.detach().cpu().view(_BITS[t.element_size()]).numpy()
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def others_write(t: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..modules.reading import Memo
-from ..ops.host import has_numbers, on_host, others_write, unseen, version_of
+from ..ops.host import has_numbers, memory, on_host, others_write, unseen, version_of
 from .active_task import Task, is_mapped, traced
 from .router import TaskRouter
 
@@ -42,27 +42,18 @@ class _Seen(NamedTuple):
 
     @staticmethod
     def of(mapping: Tensor) -> _Seen:
-        table = _memory(mapping) if has_numbers(mapping) else None
+        table = memory(mapping) if has_numbers(mapping) else None
         at, table = (0, None) if table is None else (mapping.data_ptr(), table if mapping.is_cpu else ())
-        return _Seen(mapping, version_of(mapping), at, table, None if table is None else _memory(mapping).copy())
+        return _Seen(mapping, version_of(mapping), at, table, None if table is None else memory(mapping).copy())
 
     def holds(self, tasks: Collection[int] | None) -> bool:
         """Whether the masks of these tasks (None: of all) are what they were."""
         if self.mapping.data_ptr() != self.at:
             return False
-        now = self.table if self.mapping.is_cpu else _memory(self.mapping)
+        now = self.table if self.mapping.is_cpu else memory(self.mapping)
         if tasks is None:
             return bool(now.tobytes() == self.copy.tobytes())
         return all(now[t].tobytes() == self.copy[t].tobytes() for t in tasks if 0 <= t < len(now))
-
-
-def _memory(mapping: Tensor) -> Any:
-    """Masks as an array that no operator, and nobody who watches operators, is asked for; waits for other devices."""
-    with unseen():
-        return mapping.detach().cpu().view(_BITS[mapping.element_size()]).numpy()
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def prove(router: TaskRouter, tasks: Collection[int] | None) -> None:
