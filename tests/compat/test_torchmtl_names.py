@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import multitask, tasks
+from fastroute import multitask, plots, tasks
 from fastroute.compat.taskrouting import routed_vgg, taskrouting
 from fastroute.compat.torchmtl import MTLModel
 
@@ -45,6 +45,7 @@ def test_nodes_by_any_name(name: str, is_module: bool) -> None:
     x, y = torch.randn(5, 4), torch.zeros(5, 3)
     expected = layer(model.first(x))
     assert torch.equal(model(x)[0][0], expected) and getattr(model, name) is layer
+    plots.graph(model)
     own = [f"{name}.weight", f"{name}.bias"] if is_module else []
     assert list(model.state_dict()) == ["first.weight", "first.bias", *own]
     assert [n for n, _ in model.named_children()] == ["first", name][: 1 + is_module]
