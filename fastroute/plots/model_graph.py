@@ -47,7 +47,7 @@ def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None 
     ax = figure.add_subplot()
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-rows / 2 - 0.1, rows / 2 + 0.1))
     ax.axis("off")
-    unused, outputs = set(MTLModel.unused.__get__(model)), set(model.output_tasks)  # compat's may have a node of that name
+    unused, outputs = set(MTLModel.unused.__get__(model)), set(model.output_tasks)  # or compat's node
     boxes = {}
     for name, at in places.items():
         ink = INK if name not in unused else "#aaaaaa"
