@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -46,6 +48,20 @@ PUBLIC = {"fastroute": fastroute, **public()}
 
 
 pytestmark = pytest.mark.usefixtures("imports_as_before")
+
+
+def _takes_arguments(thing: Any) -> bool:
+    """Of its own: what torch.nn.Module or a tuple takes is known."""
+    if inspect.isclass(thing) and (thing.__init__ is nn.Module.__init__ or issubclass(thing, (tuple, BaseException))):
+        return False
+    return callable(thing) and not dataclasses.is_dataclass(thing) and bool(inspect.signature(thing).parameters)
+
+
+@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if _takes_arguments(thing)])
+def test_its_arguments_are_explained(name: str) -> None:
+    """There, or where it says that they are."""
+    said = inspect.getdoc(PUBLIC[name]) or ""
+    assert re.search(r"^(Args|Attributes):$|\barguments\b", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -23,6 +23,9 @@ def _of(name: str, module: nn.Module, x: Tensor) -> Tensor:
 class Residual(nn.Module):
     """``x + module(x)``: as many vectors out as in. Its credit is 1 + that of the module.
 
+    Args:
+        module: its output has the input's shape.
+
     Examples:
         >>> block = fastroute.capsules.Residual(fastroute.EfficientVectorRouting(6, 6, 8, 8))
         >>> block(torch.randn(4, 6, 8)).shape
@@ -54,6 +57,9 @@ class _Branches(nn.Module):
 class Concatenate(_Branches):
     """``cat([a(x), b(x), ...], -2)``: every branch's vectors, in order. Its credit has the branches' columns.
 
+    Args:
+        modules: the branches a, b, ..., each of the same input, with outputs of one width.
+
     Examples:
         >>> route = lambda m: fastroute.EfficientVectorRouting(6, m, 8, 8)
         >>> side_by_side = fastroute.capsules.Concatenate(route(3), route(2))
@@ -68,6 +74,9 @@ class Concatenate(_Branches):
 
 class Add(_Branches):
     """``a(x) + b(x) + ...``: parallel paths. Its credit is the sum of the branches'.
+
+    Args:
+        modules: the branches a, b, ..., each of the same input, with outputs of one shape.
 
     Examples:
         >>> route = lambda: fastroute.EfficientVectorRouting(6, 3, 8, 8)

@@ -388,6 +388,10 @@ def rebalance(model: nn.Module, group: Any = None) -> None:
 
     ``optimizer.register_step_post_hook(lambda *_: rebalance(model))`` does it.
 
+    Args:
+        model: whatever has gatings in it; those without ``bias_balancing`` stay as they are.
+        group: of torch.distributed processes whose counts are summed; None: the default group, if there is one.
+
     Examples:
         >>> layer = fastroute.MoE(8, 16, num_experts=4, balance_loss=0.0, bias_balancing=1e-3)
         >>> y = layer(torch.randn(32, 8))

@@ -71,6 +71,10 @@ class BaseReward(Options, nn.Module):
 class NegLossReward(BaseReward):
     """Minus the loss.
 
+    Args:
+        scale: multiplies the reward.
+        formula: "intended", or "upstream", where ``scale`` is not used.
+
     Examples:
         >>> fastroute.NegLossReward(scale=2.0)(torch.tensor([0.5, 1.0]), torch.randn(2, 3))
         tensor([-1., -2.])
@@ -95,6 +99,10 @@ class CorrectClassifiedReward(BaseReward):
 
     The prediction is the argmax of [B, C] scores, or the class index itself where there is one number per sample;
     the truth is a class index, or one-hot.
+
+    Args:
+        scale: the reward of a right prediction; a wrong one has -scale.
+        formula: "intended", or "upstream", where ``scale`` is not used.
 
     Examples:
         >>> scores, truth = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
@@ -429,6 +437,10 @@ class RunningAverageCollaborationReward(_PerActionCounting):
     k = 10^(-1 / history_len); e sums to one from the first sample on. The samples of a batch count in their order. A
     batch of n is taken in at once: e <- k^n e + sum_i (1 - k) k^(n - i) onehot(a_i), and the very first sample ever has
     weight k^(n - 1).
+
+    Args:
+        reward_ratio, num_actions, formula, sync_rewards: as in :class:`CollaborationReward`.
+        history_len: after so many samples a share has faded to a tenth.
 
     Examples:
         >>> reward = fastroute.RunningAverageCollaborationReward(0.5, num_actions=3)

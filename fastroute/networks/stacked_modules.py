@@ -235,6 +235,9 @@ def unstacked_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
     It is what the same network without ``stacked=True`` loads, and what upstream loads. Entries of stacks are copies.
 
+    Args:
+        module: anything, with stacks in it or without.
+
     Examples:
         >>> select = fastroute.Selection(nn.Linear(8, 2), nn.Linear(8, 2), stacked=True)
         >>> list(fastroute.unstacked_state_dict(select))

@@ -304,6 +304,9 @@ class use_backend:
     its forward pass. An op that the named backend cannot run raises :class:`BackendUnavailable` and says why. The
     environment's ``FASTROUTE_BACKEND`` sets the same.
 
+    Args:
+        name: the backend's.
+
     Examples:
         >>> route = fastroute.EfficientVectorRouting(6, 3, 8, 8)
         >>> with fastroute.use_backend("reference"):
@@ -337,6 +340,9 @@ class strict:
     """Check on a GPU what only the device knows (lengths, actions) and raise with the counts, at a host sync's price.
 
     ``fastroute.strict(True)`` switches it for the process, ``with fastroute.strict(True):`` for a block. Default: off.
+
+    Args:
+        enabled: whether to check.
 
     Examples:
         >>> with fastroute.strict(True):

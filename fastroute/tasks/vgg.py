@@ -343,6 +343,8 @@ def vgg11_bn(
 ) -> VGG:
     """VGG-11 with task routing and a batch norm after every convolution; as :func:`vgg11`.
 
+    The arguments are :func:`vgg11`'s.
+
     Examples:
         >>> net = fastroute.vgg11_bn(task_count=3, sigma=0.5, device="meta")
         >>> len([m for m in net.modules() if isinstance(m, nn.BatchNorm2d)])

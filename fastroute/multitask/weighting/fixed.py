@@ -19,6 +19,8 @@ from .base import Weighting, fill, log, memory_dtype, numbers, softmax, total
 class EqualWeights(Weighting):
     """sum_i L_i. The baseline that is hard to beat (Kurin et al. 2022, "In Defense of the Unitary Scalarization").
 
+    The arguments are :class:`Weighting`'s.
+
     Examples:
         >>> float(fastroute.EqualWeights(["price", "kind"])(torch.tensor([4.0, 1.0])))
         5.0
@@ -115,6 +117,8 @@ class GeometricMean(Weighting):
     No scale of a loss matters to the others. Made of logarithms, so that it neither overflows nor vanishes with
     hundreds of tasks. Losses are to be positive: a negative one gives NaN, one of exactly 0 makes it 0 without a
     gradient.
+
+    The arguments are :class:`Weighting`'s.
 
     Examples:
         >>> float(fastroute.GeometricMean(["price", "kind"])(torch.tensor([4.0, 1.0])))

@@ -69,6 +69,8 @@ class WPL(ActorCritic):
     Upstream: (log p_a - sg(log p_a m))^2, d = R - Q_a, m = 1 + d if d < 0 else 2 - d: on the logarithm, a negative
     number, which turns some steps around, and against a critic that, once right, leaves nothing but noise of d.
 
+    The arguments are :class:`ActorCritic`'s.
+
     Examples:
         >>> decide = fastroute.WPL(3, num_agents=2, policy_storage_type="tabular")  # 3 numbers per task
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8), tasks=torch.tensor([0, 1, 1, 0]))
@@ -139,6 +141,8 @@ class BootstrapAAC(AAC):
 
     Upstream's own code raises for any number of entries but 1 and 5; of ``formula="upstream"`` there is left
     :class:`AAC`'s mean of D^2.
+
+    The arguments are :class:`AAC`'s.
 
     Examples:
         >>> decide = fastroute.BootstrapAAC(3, 8)

@@ -52,6 +52,8 @@ class _Fixed(nn.Module):
 class PerTaskAssignment(_Fixed):
     """The task label as the action: a module per task, or the agents for a dispatched decision.
 
+    Takes the arguments of any decision, and looks at none of them.
+
     Examples:
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8), tasks=torch.tensor([0, 1, 1, 0]))
         >>> h, meta, agents = fastroute.PerTaskAssignment()(h, meta, agents)
@@ -65,6 +67,8 @@ class PerTaskAssignment(_Fixed):
 
 class PassThrough(_Fixed):
     """Action 0 for every sample.
+
+    Takes the arguments of any decision, and looks at none of them.
 
     Examples:
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))

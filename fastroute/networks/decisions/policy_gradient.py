@@ -40,6 +40,8 @@ class REINFORCE(Decision):
 
     ``set_exploration(e)`` sets temperature = 0.1 + 9.9 e if ``set_pg_temp``, and else does nothing.
 
+    The arguments are :class:`Decision`'s.
+
     Examples:
         >>> decide = fastroute.REINFORCE(3, 8, approx_hidden_dims=(16,))  # one of 3 modules, by a network 8-16-3
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
@@ -117,6 +119,8 @@ class REINFORCEBl1(_WithValueNet):
 class REINFORCEBl2(REINFORCEBl1):
     """:class:`REINFORCEBl1` with the return weighted by how unlikely the action was, R / (K p_a), in the advantage.
 
+    The arguments are :class:`REINFORCEBl1`'s.
+
     Examples:
         >>> decide = fastroute.REINFORCEBl2(3, 8)
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
@@ -164,6 +168,8 @@ class EGreedyREINFORCE(REINFORCE):
     Upstream: mu_k = p_k / (1 - log p_max) exploration / (K - 1) for others than the greedy action, whose mu is
     1 - exploration; and w_i multiplies the sum of all entries' -log p_a R, not entry i's. Its ``set_exploration(e)``
     takes min(1, 3 e), the intended one e.
+
+    The arguments are :class:`Decision`'s.
 
     Examples:
         >>> decide = fastroute.EGreedyREINFORCE(3, 8, exploration=0.2)  # draws for a fifth of the samples

@@ -40,6 +40,8 @@ class GumbelSoftmax(Decision):
 
     ``exploration`` e, in the constructor and in ``set_exploration``, sets temperature = 0.1 + 9.9 e.
 
+    The arguments are :class:`Decision`'s.
+
     Examples:
         >>> decide = fastroute.GumbelSoftmax(3, 8, exploration=0.1)  # temperature 1.09
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))

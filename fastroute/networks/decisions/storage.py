@@ -77,6 +77,10 @@ grouped_modules.CHAINS[ApproxPolicyStorage] = lambda storage: [storage._approx]
 class TabularPolicyStorage(nn.Module):
     """A row of a table, ``_approx`` [1, num_selections], for whatever input; 1 / num_selections at first.
 
+    Args:
+        num_selections: how many numbers there are.
+        device, dtype: of the table.
+
     Examples:
         >>> fastroute.networks.decisions.TabularPolicyStorage(4)(torch.randn(2, 8)).tolist()
         [[0.25, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, 0.25]]

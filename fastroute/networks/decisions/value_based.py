@@ -22,6 +22,8 @@ class QLearning(Decision):
     Intended: y = r + gamma max_k q'_k, at the last step y = r (which there includes the final reward).
     Upstream: y = max_k q'_k - r, and the final reward alone at the last step, or where K changes after it.
 
+    The arguments are :class:`Decision`'s.
+
     Examples:
         >>> decide = fastroute.QLearning(3, 8, exploration=0.1)
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
@@ -42,6 +44,8 @@ class SARSA(QLearning):
     """SARSA: :class:`QLearning` with the value of the action taken next.
 
     Intended: y = r + gamma q'_{a'}. Upstream: y = q_{a'}, of the current state, without r.
+
+    The arguments are :class:`Decision`'s.
 
     Examples:
         >>> decide = fastroute.SARSA(3, 8, exploration=0.1)
@@ -89,6 +93,8 @@ class BootstrapAdvantageLearning(AdvantageLearning):
 
     Intended: y = r + gamma V', at the last step y = r. Upstream: y = V' + r, at the last step the final reward.
 
+    The arguments are :class:`AdvantageLearning`'s.
+
     Examples:
         >>> decide = fastroute.BootstrapAdvantageLearning(3, 8)
         >>> h, meta, agents = fastroute.Initialization()(torch.randn(4, 8))
@@ -110,6 +116,8 @@ class SurpriseLearning(AdvantageLearning):
     """:class:`AdvantageLearning` with R replaced by y = gamma V' - r, at the last step the final reward.
 
     The sign of r is what tells it from :class:`BootstrapAdvantageLearning`, so it is kept in both formulas.
+
+    The arguments are :class:`AdvantageLearning`'s.
 
     Examples:
         >>> decide = fastroute.SurpriseLearning(3, 8)
