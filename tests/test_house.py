@@ -176,7 +176,7 @@ def is_hot(module: str) -> bool:
 
 
 #: Functions that read numbers: on a CPU only, or where their callers say in their documentation that they wait.
-READERS = {"fastroute.ops.host": ("on_host", "read"), "fastroute.multitask.named_tasks": ("decoded",)}
+READERS = {"fastroute.ops.host": ("on_host", "read", "memory"), "fastroute.multitask.named_tasks": ("decoded",)}
 
 
 @rule(is_hot)
