@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..modules.reading import Memo
-from ..ops.host import has_numbers, memory, on_host, others_write, unseen, version_of
+from ..ops.host import has_numbers, memory, on_host, unseen, version_of
 from .active_task import Task, is_mapped, traced
 from .router import TaskRouter
 
@@ -60,22 +60,15 @@ def prove(router: TaskRouter, tasks: Collection[int] | None) -> None:
     """Have a router's masks read again if those of the tasks at hand (None: of all) are others than were read.
 
     Not every change has a version: those by ``data``, NumPy, collectives, other processes, and of inference tensors.
-    So a CPU compares numbers. Elsewhere that would wait: only where somebody else may write to the masks.
+    So a CPU compares numbers. Elsewhere that would wait: there ``look_again`` does, when modes are set.
     """
     if torch.compiler.is_compiling():
         return
     seen = _seen(router)
     if seen is None or seen.mapping is not router._buffers.get("_unit_mapping"):
         units(router)
-    elif seen.table is not None and (seen.mapping.is_cpu or _is_open(seen.mapping)) and not seen.holds(tasks):
+    elif seen.table is not None and seen.mapping.is_cpu and not seen.holds(tasks):
         renew(router)
-
-
-def _is_open(mapping: Tensor) -> bool:
-    """Whether masks on another device may change unseen, and looking at them is possible."""
-    if not (mapping.is_inference() or others_write(mapping)):
-        return False
-    return not (mapping.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def look_again(router: TaskRouter | None) -> None:
