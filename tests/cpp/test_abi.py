@@ -15,8 +15,10 @@ from fastroute.ops import backends
 from tests.helpers.subprocesses import ROOT
 
 ARM64 = "aarch64-linux-gnu-"
-#: torch's C interface, and Python's, of which the limited API is all that the headers show; what linkers leave weak.
-ALLOWED = re.compile(r"U (aoti_torch_|torch_|_?Py)\w+|w (aoti_torch_\w+|__gmon_start__|_ITM_\w+)")
+#: torch's C interface, and Python's, of which the limited API is all that the headers show; what linkers leave weak;
+#: and, weak as well, what tells the libraries of torch's products how many threads to use.
+_THREADS = r"MKL_Set_Num_Threads_Local|omp_(set_num|get_max)_threads"
+ALLOWED = re.compile(rf"U (aoti_torch_|torch_|_?Py)\w+|w (aoti_torch_\w+|__gmon_start__|_ITM_\w+|{_THREADS})")
 
 
 def output(*command: str, **environment: str) -> str:
