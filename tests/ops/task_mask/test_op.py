@@ -654,7 +654,7 @@ X, MAP = torch.zeros(2, 3, 4), torch.ones(5, 3)
         ({"task": True}, TypeError, "task: expected an int, got True"),
         ({"task": torch.tensor(1.0)}, TypeError, "task: .*integer tensor, got torch.float32"),
         ({"task": torch.tensor([True, False])}, TypeError, "task: .*integer tensor, got torch.bool"),
-        ({"task": torch.tensor([1])}, ValueError, r"task: .*shape \[2\], got \[1\]"),
+        ({"task": torch.tensor([1, 1, 1])}, ValueError, r"task: .*shape \[2\], got \[3\]"),
         ({"task": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"task: .*shape \[2\], got \[2, 1\]"),
         ({"task": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "task: expected a tensor on cpu"),
     ],
