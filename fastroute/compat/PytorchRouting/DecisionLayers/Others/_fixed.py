@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,12 +15,12 @@ class Fixed(Named):
 
     def __init__(
         self,
-        num_selections: int | None = None,
-        in_features: int | Sequence[int] | None = None,
-        num_agents: int = 1,
-        exploration: float = 0.1,
-        policy_storage_type: str | int = "approx",
-        detach: bool = True,
+        num_selections: Any = None,
+        in_features: Any = None,
+        num_agents: Any = 1,
+        exploration: Any = 0.1,
+        policy_storage_type: Any = "approx",
+        detach: Any = True,
         *args: Any,
         **kwargs: Any,
     ) -> None:
