@@ -30,6 +30,7 @@ _ARE_NATIVE = [name for name, call in CALLS.items() if call.op != "combine"]
 
 @needs_native
 @pytest.mark.parametrize("name", _ARE_NATIVE)
+@hypothesis.settings(max_examples=12)  # of each of 44 calls
 @hypothesis.given(size=_SIZES, dtype=st.sampled_from([F32, F64, BF16]))
 @hypothesis.example(Size(1, 7, 7, 17), F32)
 @hypothesis.example(Size(1, 9, 65, 65), F32)
