@@ -84,7 +84,7 @@ unseen = torch._C._DisableTorchDispatch
 
 def memory(t: Tensor) -> Any:
     """The bits as an array, which on a CPU is t's own memory; waits for another device."""
-    with unseen():
+    with unseen(), torch._C._DisableFuncTorch():
         return t.detach().cpu().view(_BITS[t.element_size()]).numpy()
 
 

@@ -36,6 +36,7 @@ _ARE_NATIVE = [name for name, call in CALLS.items() if call.op != "combine"]
 @hypothesis.example(Size(1, 9, 65, 65), F32)
 @hypothesis.example(Size(1, 257, 16, 33), F32)
 @hypothesis.example(Size(2, 257, 100, 17), F64)
+@hypothesis.example(Size(1, 7, 127, 127, 127), F64)  # rows of an odd width, divided among threads
 @hypothesis.example(Size(1, 400, 255, 257), F32)  # a product that is divided among threads
 @hypothesis.example(Size(3, 301, 65, 65, 33), F32)
 def test_bits_do_not_depend_on_the_number_of_threads(name: str, size: Size, dtype: torch.dtype) -> None:
