@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..importing import constant_result
 from ..modules.names import TakenNames
 from ..ops.arguments import checked
 from .graph import ROOT, Edges, draw, edges, read, read_outputs, rearranged
@@ -271,7 +272,7 @@ class MTLModel(Objective):
         if (now := edges(graph)) != seen:
             self._take(graph, seen, now)
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _look_now(self) -> None:
         self._look()
 
