@@ -28,7 +28,7 @@ def _reward(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     try:
-        torch.as_tensor(value, dtype=torch.float64)
+        torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"add_rewards: expected a number or a tensor, got {given(value)}") from error
     return value
