@@ -241,7 +241,9 @@ class TaskAware(TakenNames, nn.Module):
     def _given(self) -> Task | None:
         """The task of the call that this one is a part of, if it has one of its own."""
         if not torch.compiler.is_compiling():
-            for block in reversed(_blocks.get()):
+            mine = _blocks.get()
+            # a GPU's backward pass, in which checkpointing calls this again, is in a thread of autograd's own
+            for block in reversed([*_open, *mine] if _open and is_recomputation() else mine):
                 if self in block.tasks:
                     return block.tasks[self]
         return None
@@ -252,7 +254,7 @@ class TaskAware(TakenNames, nn.Module):
             return of_all(task_index(task, self.task_count))
         if torch.compiler.is_compiling():
             return of_all(self._shown_id)
-        active = self._given() if _blocks.get() else None
+        active = self._given() if _blocks.get() or _open else None
         if active is None:
             active = self._active_id if isinstance(self._active, Tensor) else self._active
         if is_recomputation():

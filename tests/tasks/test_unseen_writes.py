@@ -213,6 +213,30 @@ def test_interleaved_in_generators_and_threads(net: nn.Module) -> None:
     assert found == [True] and active(net) == [0, 0]
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_whose_backward_has_a_thread_of_its_own(net: nn.Module, use_reentrant: bool) -> None:
+    """As that of a GPU has: it is the block's task, or an error."""
+    x, raised = rand(5, 6).requires_grad_(), []
+
+    def backward(y: Tensor) -> None:
+        try:
+            y.sum().backward()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    for around in (2, 1):
+        with on_task(net, 2):
+            (expected,) = torch.autograd.grad(net(x).sum(), x)
+            y, x.grad = checkpoint(net, x, use_reentrant=use_reentrant), None
+        with on_task(net, around):
+            thread = threading.Thread(target=backward, args=(y,))
+            thread.start()
+            thread.join()
+        assert len(raised) == (around != 2)
+        assert raised or (x.grad is not None and torch.equal(x.grad, expected))
+    assert "task" in raised[0] and active(net) == [0, 0]
+
+
 def test_what_is_set_and_copied_within(net: nn.Module) -> None:
     x = rand(5, 6)
     expected = each(net, x)
