@@ -18,7 +18,7 @@ import fastroute
 from fastroute import networks, tasks
 from tests.helpers import seeds
 from tests.helpers.layers import Routed, Scores, Selected
-from tests.helpers.thread_count import threads
+from tests.helpers.process_wide import threads
 
 F, B, K = 64, 700, 8
 

@@ -18,14 +18,10 @@ from ..modules.names import TakenNames
 from ..ops import checks
 from ..ops.host import has_numbers, unseen, version_of
 from ..ops.recomputation import is_recomputation
+from ..ops.task_mask.op import of_all
 
 #: A task for all samples, also as a tensor 0-d or [1], or [B] one for each.
 Task = int | Tensor
-
-
-def of_all(task: Task) -> Task:
-    """A tensor of one task without its axis: it is the task of all samples."""
-    return task.reshape(()) if isinstance(task, Tensor) and task.dim() == 1 and task.shape[0] == 1 else task
 
 
 def task_index(task: object, task_count: int, name: str = "task") -> Task:
@@ -287,9 +283,8 @@ class TaskAware(TakenNames, nn.Module):
             return y
         active = self.active_task
         active = active if isinstance(active, Tensor) else torch.tensor(active, device="cpu")
-        anchor = (
-            None if y.requires_grad else torch.empty(0, device="cpu", requires_grad=True)
-        )  # what follows depends on the task
+        # what follows depends on the task
+        anchor = None if y.requires_grad else torch.empty(0, device="cpu", requires_grad=True)
         with _unsafe_preserve_version_counter(y):  # whoever keeps y sees that its numbers are the same
             return _Checked.apply(y, active, anchor)
 

@@ -65,7 +65,7 @@ class _Routed(TakenNames, nn.Module):
     def train(self, mode: bool = True) -> Any:
         """As any module's; kept weights are forgotten, and masks looked at again."""
         self._kept.clear()
-        for router in self.__dict__["_ends"]:
+        for router in filter(None, self.__dict__["_ends"]):
             look_again(router)
         return super().train(mode)
 

@@ -71,10 +71,10 @@ def prove(router: TaskRouter, tasks: Collection[int] | None) -> None:
         renew(router)
 
 
-def look_again(router: TaskRouter | None) -> None:
+def look_again(router: TaskRouter) -> None:
     """As ``prove`` on any device, for all tasks, where the masks have been read."""
-    seen = None if router is None or torch.compiler.is_compiling() else _seen(router)
-    if router is not None and seen is not None and seen.table is not None and not seen.holds(None):
+    seen = None if torch.compiler.is_compiling() else _seen(router)
+    if seen is not None and seen.table is not None and not seen.holds(None):
         renew(router)
 
 

@@ -157,8 +157,9 @@ class LiveSequential(TakenNames, nn.Sequential):
     def train(self, mode: bool = True) -> LiveSequential:
         """As any module's; kept weights are forgotten, and masks looked at again."""
         self._kept.clear()
-        for router in self.modules():
-            look_again(router if isinstance(router, TaskRouter) else None)
+        for m in self.modules():
+            if isinstance(m, TaskRouter):
+                look_again(m)
         super().train(mode)
         return self
 

@@ -16,7 +16,8 @@ from ..modules import watching
 from ..modules.reading import may_be_read, reset, signature
 from ..ops import checks, dispatch
 from ..ops.arguments import Several, checked
-from .active_task import Task, TaskAware, aware_parts, of_all, on_device, traced
+from ..ops.task_mask.op import of_all
+from .active_task import Task, TaskAware, aware_parts, on_device, traced
 from .live_execution import called
 from .live_model import LiveSequential
 from .masks import Sigma as Sigma
@@ -187,7 +188,7 @@ class VGG(TaskAware):
             IndexError, TypeError, ValueError: as :class:`TaskRouter`.
         """
         checks.tensor("x", x, "a tensor [B, 3, H, W]")
-        task = task if task is None else of_all(task)
+        task = of_all(task)
         if isinstance(task, Tensor) and task.dim() == 1 and (x.dim() < 1 or task.shape[0] != x.shape[0]):
             raise ValueError(
                 f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {checks.shown(task)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import fastroute
 from fastroute.networks import Initialization, Selection
 from tests.helpers import seeds
 from tests.helpers.layers import LAYERS, LayerCase, rand
+from tests.helpers.process_wide import default_dtype
 
 F64 = torch.float64
 ROWS = [pytest.param(name, marks=pytest.mark.long) if case.long else name for name, case in LAYERS.items()]
@@ -66,17 +68,8 @@ def meta() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(F64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("default", [meta, float64])
+@pytest.mark.parametrize("default", [meta, partial(default_dtype, F64)], ids=["meta", "float64"])
 def test_a_call_under_other_defaults(default: Callable[[], Any], name: str) -> None:
     """No tensor of it is of the default device or dtype: the bits are the same."""
     case = LAYERS[name]

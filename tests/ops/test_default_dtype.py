@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from fastroute import use_backend
 from tests.helpers.backends import each_backend
 from tests.helpers.cases import evaluate
+from tests.helpers.process_wide import default_dtype
 from tests.helpers.routing_cases import Size
 
 from .calls import CALLS
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-
-
-@contextmanager
-def default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @each_backend
@@ -36,7 +24,7 @@ def test_the_default_dtype_changes_no_bit(backend: str, name: str, dtype: torch.
     case = call.case(Size(2, 9, 4, 5, 3), dtype)
     found = []
     for other in (F32, F64, BF16):
-        with default(other), use_backend(backend):
+        with default_dtype(other), use_backend(backend):
             found.append(evaluate(call.fn, case))
     for results in found[1:]:
         for key, expected in found[0].items():

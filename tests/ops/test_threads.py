@@ -13,8 +13,8 @@ from fastroute import use_backend
 from fastroute.ops.efficient_routing.native import WIDEST_LINEAR
 from tests.helpers.backends import needs_native
 from tests.helpers.cases import evaluate
+from tests.helpers.process_wide import on_threads
 from tests.helpers.routing_cases import Size
-from tests.helpers.thread_count import threads
 
 from .calls import CALLS
 
@@ -44,11 +44,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, size: Size, dtyp
     hypothesis.assume(call.op != "efficient_routing" or size.m * size.d <= WIDEST_LINEAR)  # beyond, PyTorch's products
     case = call.case(size, dtype)
     case = replace(case, wrt=tuple(k for k in case.wrt if k != "prior"))  # whose gradient is PyTorch's own
-    found = []
-    for count in (1, 2, 3):
-        with threads(count), use_backend("native"):
-            found.append(evaluate(call.fn, case))
-    one, *others = found
+    with use_backend("native"):
+        one, *others = on_threads((1, 2, 3), lambda: evaluate(call.fn, case))
     for other in others:
         differ = [k for k, t in one.items() if t is not None and not torch.equal(t.nan_to_num(), other[k].nan_to_num())]  # type: ignore[union-attr]
         assert not differ

@@ -17,6 +17,10 @@ from fastroute.tasks.active_task import Task, on_device
 __all__ = ["TaskRouter"]
 
 
+def _are_binary(masks: Tensor) -> bool:
+    return bool(((masks == 0) | (masks == 1)).all())
+
+
 def __getattr__(name: str) -> Any:
     if name == "device":  # to which upstream moves its masks; here they are where the module is
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -69,12 +73,12 @@ class TaskRouter(tasks.TaskRouter):
         if written != self._binary:
             masks = mapping.detach()
             looks = (looks or masks.is_cpu) and has_numbers(masks)
-            self._binary = written if looks and bool(((masks == 0) | (masks == 1)).all()) else None
+            self._binary = written if looks and _are_binary(masks) else None
         return written == self._binary
 
     def _scales(self) -> bool:
         masks = self._unit_mapping.detach()
-        return has_numbers(masks) and not bool(((masks == 0) | (masks == 1)).all())
+        return has_numbers(masks) and not _are_binary(masks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskRouter:
         is_binary = self._is_binary()
@@ -131,11 +135,10 @@ class TaskRouter(tasks.TaskRouter):
         self._check_units(input)
         checks.together(("the masks", self._unit_mapping), {"input": input})
         if task is None and (task := self._given()) is None:
-            task = (
-                self._shown_id if torch.compiler.is_compiling() else self._active_id
-            )  # read in a graph: it then depends on no number
-            if not torch.compiler.is_compiling() and not isinstance(self._active, Tensor):
-                task = int(self._active)
+            if torch.compiler.is_compiling():  # a tensor, so that the graph depends on no number
+                task = self._shown_id
+            else:
+                task = self._active_id if isinstance(self._active, Tensor) else int(self._active)
         task_mask(input.data, self._unit_mapping, task, inplace=True)
         if not self._is_binary():
             known = task if isinstance(task, Tensor) else torch.full((), task, device=input.device)

@@ -6,7 +6,7 @@ tasks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from . import reference as reference
 from . import schema as schema  # defines the compiled ops
 from . import triton as triton  # implements some of them
 
+_Task = TypeVar("_Task")
 OP = "task_mask"
 
 
@@ -101,6 +102,13 @@ def _check_range(count: int, total: int, T: int, detail: str = "") -> None:
         raise IndexError(f"task: expected tasks from 0 to {T - 1}, got {count} of {total} out of range{detail}")
 
 
+def of_all(task: _Task) -> _Task:
+    """A tensor of one task without its axis, as it is the task of all samples; anything else as it is."""
+    if isinstance(task, Tensor) and task.dim() == 1 and task.shape[0] == 1:
+        return task.reshape(())  # type: ignore[return-value]
+    return task
+
+
 def _as_task(task: int | Tensor, x: Tensor, T: int) -> tuple[Tensor | None, int]:
     """(tasks, task) as the reference takes them, in range where looking waits for nothing."""
     if not isinstance(task, Tensor):
@@ -114,8 +122,7 @@ def _as_task(task: int | Tensor, x: Tensor, T: int) -> tuple[Tensor | None, int]
         raise TypeError(f"task: expected an int or an integer tensor, got {task.dtype}")
     if task.device != x.device:
         raise ValueError(f"task: expected a tensor on {x.device} like x, got one on {task.device}")
-    if task.dim() == 1 and task.shape[0] == 1:  # one for all
-        task = task.reshape(())
+    task = of_all(task)
     if task.dim() > 1 or (task.dim() == 1 and task.shape[0] != x.shape[0]):
         raise ValueError(f"task: expected a scalar or one task per sample, shape [{x.shape[0]}], got {shown(task)}")
     if task.dtype != torch.int64:

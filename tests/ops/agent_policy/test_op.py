@@ -38,6 +38,7 @@ from tests.helpers.cases import evaluate
 from tests.helpers.dispatch_cases import actions_of, each_histogram
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, check_exported, gradcheck, opcheck
+from tests.helpers.process_wide import on_threads
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["fp32", "fp64", "bf16"])
@@ -296,13 +297,7 @@ def test_no_operator_runs_inside() -> None:
 @needs_native
 def test_same_bits_on_any_number_of_threads() -> None:
     case = case_of(some_agents(3000, 7), 7, 40, 20, "critic", F32)
-    before, made = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            made.append(evaluate(op("native"), case))
-    finally:
-        torch.set_num_threads(before)
+    made = on_threads((1, 2, 7), lambda: evaluate(op("native"), case))
     for other in made[1:]:
         assert all(torch.equal(made[0][k], t) for k, t in other.items())  # type: ignore[arg-type]
 

@@ -29,6 +29,7 @@ from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same, check_compiled, gradcheck, kept_by_autograd, opcheck
+from tests.helpers.process_wide import on_threads
 from tests.helpers.routing_cases import Size, efficient_case, efficient_op, efficient_truth, some_mask
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -412,13 +413,7 @@ def test_same_bits_on_any_number_of_threads(linear: bool, size: Size, form: str)
     masked = {"mask": some_mask(size.b, size.n, size.m), "lengths": [size.n - 7] * size.b}
     options: dict[str, Any] = {"plain": {}, "masked": masked, "bf16": {"dtype": BF16}}[form]
     case = efficient_case(size, linear=linear, **options)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(evaluate(op("native"), case))
-    finally:
-        torch.set_num_threads(before)
+    found = on_threads((1, 2, 3), lambda: evaluate(op("native"), case))
     for other, (name, a) in itertools.product(found[1:], found[0].items()):
         b = other[name]
         assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b)), name

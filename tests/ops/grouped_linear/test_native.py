@@ -16,6 +16,7 @@ from tests.helpers.backends import needs_native
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same
+from tests.helpers.process_wide import on_threads
 
 pytestmark = needs_native
 
@@ -124,16 +125,10 @@ def test_tables(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [(2000, 3, 64, 48), (500, 40, 128, 48)], ids=str)
 def test_same_bits_on_any_number_of_threads(size: tuple[int, int, int, int]) -> None:
     N, K, F, O = size
-    actions, before = some_actions(N, K), torch.get_num_threads()
+    actions = some_actions(N, K)
     given = torch.randn(N, F), [torch.randn(O, F) for _ in range(K)], [torch.randn(O) for _ in range(K)]
     grad = torch.randn(N, O)
-    try:
-        made = []
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            made.append(run("native", actions, *given, grad))
-    finally:
-        torch.set_num_threads(before)
+    made = on_threads((1, 2, 3, 7), lambda: run("native", actions, *given, grad))
     for other in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
 

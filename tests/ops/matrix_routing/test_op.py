@@ -29,6 +29,7 @@ from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.matrix_cases import Size, matrix_case, matrix_op, matrix_truth
 from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, gradcheck, kept_by_autograd, opcheck
+from tests.helpers.process_wide import on_threads
 from tests.helpers.routing_cases import some_mask
 
 F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
@@ -336,13 +337,7 @@ def test_non_finite_values_stay_in_their_sample(backend: str, shared: bool, bad:
 @pytest.mark.parametrize("size", [Size(1, 600, 20, 2, 3, 4), Size(20, 70, 20, 2, 3, 4)], ids=str)
 def test_same_bits_on_any_number_of_threads(shared: bool, size: Size) -> None:
     case = matrix_case(size, shared=shared)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            found.append(evaluate(op("native"), case))
-    finally:
-        torch.set_num_threads(before)
+    found = on_threads((1, 2, 2), lambda: evaluate(op("native"), case))
     for name, a in found[0].items():
         assert all(torch.equal(a, other[name]) for other in found[1:]), name  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ from tests.helpers.backends import needs_native
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_same
+from tests.helpers.process_wide import on_threads
 
 pytestmark = needs_native
 
@@ -111,14 +112,8 @@ def test_forced_out_of_range() -> None:
 
 
 def test_same_bits_on_any_number_of_threads() -> None:
-    scores, grad, before = torch.randn(5000, 20), torch.randn(5000), torch.get_num_threads()
+    scores, grad = torch.randn(5000, 20), torch.randn(5000)
     uniform = torch.rand(5000, 20)
-    try:
-        made = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            made.append(run("native", scores, "softmax", grad, uniform=uniform))
-    finally:
-        torch.set_num_threads(before)
+    made = on_threads((1, 2, 7), lambda: run("native", scores, "softmax", grad, uniform=uniform))
     for other in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))

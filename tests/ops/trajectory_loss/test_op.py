@@ -30,6 +30,7 @@ from tests.helpers.budget import check, yardstick_of
 from tests.helpers.cases import Case, evaluate
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import assert_all_same, assert_same, check_compiled, check_exported, gradcheck, opcheck
+from tests.helpers.process_wide import on_threads
 from tests.helpers.trajectory_losses import LOG_P, arguments, loss_case, loss_op, loss_truth
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -256,15 +257,9 @@ def test_what_backends_take() -> None:
 
 @needs_native
 def test_same_bits_on_any_number_of_threads() -> None:
-    kinds, before = ("ActorCritic", "WPL", "AAC"), torch.get_num_threads()
+    kinds = "ActorCritic", "WPL", "AAC"
     case = loss_case(kinds, 40_001, masked=True)
-    try:
-        made = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            made.append(evaluate(loss_op("native", kinds), case))
-    finally:
-        torch.set_num_threads(before)
+    made = on_threads((1, 2, 7), lambda: evaluate(loss_op("native", kinds), case))
     for other in made[1:]:
         assert all(torch.equal(t, other[name]) for name, t in made[0].items())  # type: ignore[arg-type]
 

@@ -27,6 +27,7 @@ from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
 from tests.helpers.layouts import LAYOUTS, Fenced
 from tests.helpers.opcheck import assert_same, check_compiled, gradcheck, opcheck
+from tests.helpers.process_wide import on_threads
 from tests.helpers.routing_cases import Size, some_mask, vector_case, vector_op, vector_truth
 from tests.helpers.subprocesses import check_python
 
@@ -512,13 +513,7 @@ def test_same_input_same_bits(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["next", "next-linear", "first"])
 def test_same_bits_on_any_number_of_threads(size: Size, kind: str) -> None:
     case = vector_case(size, **KINDS[kind])
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(evaluate(on("native"), case))
-    finally:
-        torch.set_num_threads(before)
+    found = on_threads((1, 2), lambda: evaluate(on("native"), case))
     for name, a in found[0].items():
         b = found[1][name]
         assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b)), name

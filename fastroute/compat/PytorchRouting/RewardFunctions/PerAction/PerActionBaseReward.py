@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastroute import networks
@@ -36,7 +35,7 @@ class PerActionBaseReward(OwnNames, networks.PerActionBaseReward):
 
     def register(self, dist: Tensor, action: Tensor) -> None:
         """Note one sample's state [1, K, 5] and action []."""
-        self._fastroute_call("register_all", lambda: dist, torch.as_tensor(action, device=dist.device).reshape(1))
+        self._fastroute_call("register_all", lambda: dist, networks.PerActionBaseReward._action(dist, action))
 
     def get_reward(self, dist: Tensor, action: Tensor) -> Tensor:
         """[1]: the reward of one action."""
