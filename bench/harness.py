@@ -406,7 +406,7 @@ class ByNorm:
             exact = self.exact[name]
             with threads(2):
                 off = apart(t, exact) if t.shape == exact.shape else math.inf
-            for look in LOOKS[1:3]:
+            for look in LOOKS[1:5]:
                 share = off / (self._root * self._largest(look) * self._sizes[name])
                 by[name] = share if math.isfinite(share) else math.inf
                 if share <= 1:

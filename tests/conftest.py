@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     let_scalars_be_ints()
 
 # The same examples on every machine and in every run; --hypothesis-profile=search looks for new ones.
-hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=40, deadline=None, database=None)
+hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=25, deadline=None, database=None)
 hypothesis.settings.register_profile("search", max_examples=500, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -94,7 +95,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     formulas of plain PyTorch are looked at in ``make test-all``: ``make test`` has those of the C++.
     """
     together: dict[Any, list[pytest.Item]] = {}
+    seen: Counter[Any] = Counter()
     for item in items:
+        few = item.get_closest_marker("long_after")
+        if few is not None:
+            case = item.nodeid.split("[")[0], getattr(item, "callspec", None) and item.callspec.params.get("backend")
+            seen[case] += 1
+            if seen[case] > few.args[0]:
+                item.add_marker("long")
         together.setdefault(_apart_from_backend(item), []).append(item)
     items[:] = itertools.chain(*together.values())
     for item in items:

@@ -147,7 +147,7 @@ CASES: dict[str, LayerCase] = {
     "MultiHead, by task": LayerCase(lambda: MultiHead(F, 4, 2, T), rand(B, F), rest=(TASK,)),
 }
 #: What make test tries; the rest is long.
-FIRST = ("EfficientVectorRouting, any length", "MoE", "TaskRouter", "MTLModel")
+FIRST = ("EfficientVectorRouting, any length", "TaskRouter", "MTLModel")
 #: What the checks compile by AOTInductor: it calls ops of ours, some with lists that are empty.
 PACKED = "QLearning, tabular"
 TRIED = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in CASES]

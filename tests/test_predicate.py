@@ -425,7 +425,7 @@ def test_a_changed_module_is_called(name: str, change: str) -> None:
 
 
 #: What make test compiles; the rest is long.
-COMPILED = ("Selection of Linear", "heads", "live")
+COMPILED = ("Selection of Linear",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in COMPILED else [pytest.mark.long]) for n in CASES])

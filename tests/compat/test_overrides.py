@@ -432,6 +432,7 @@ def test_the_readmes_mlp() -> None:
 
 
 @pytest.mark.parametrize("formula", ["upstream", "intended"])
+@pytest.mark.long_after(1)
 def test_a_step_without_overrides_is_one_graph(formula: Any) -> None:
     """The hooks cost a compiled step nothing."""
     seeds.manual_seed(0)

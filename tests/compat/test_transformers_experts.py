@@ -155,6 +155,7 @@ def test_other_processes_experts_add_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+@pytest.mark.long_after(1)
 def test_compile(name: str) -> None:
     module, x, index, w = made(name)
     module.config._experts_implementation = "fastroute"

@@ -279,7 +279,7 @@ def fuzz(calls: int, trace: Path, library: str = "", environment: dict[str, str 
 
 
 def test_random_calls_raise_or_are_right(tmp_path: Path) -> None:
-    fuzz(500, tmp_path / "trace")
+    fuzz(300, tmp_path / "trace")
 
 
 @pytest.mark.long

@@ -38,7 +38,7 @@ FACTOR = 1.5
 SPREAD = 10.0
 #: Draws after which to look, and how many sd to allow then. What an earlier look allows, the last one does, too. Many
 #: results are within a unit in the last place, which needs no draw; most are within 1.5 times the first draw's error.
-LOOKS = ((0, 0.0), (1, 0.0), (4, 3.0), (8, 4.0), (32, SPREAD))
+LOOKS = ((0, 0.0), (1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0), (8, 4.0), (32, SPREAD))
 NORMS = (("largest entry", math.inf), ("Frobenius norm", 2.0))
 
 

@@ -168,6 +168,7 @@ def test_dtypes(channels: int | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("channels", [None, C])
+@pytest.mark.long_after(1)
 def test_compile(channels: int | None) -> None:
     module = stitch(channels)
     calls = [[x.requires_grad_() for x in columns(B, C, 7)] for B in (8, 9, 13)]

@@ -153,6 +153,7 @@ def test_gates_may_look_at_something_else() -> None:
 
 
 @each_layer
+@pytest.mark.long_after(2)
 def test_gradcheck(name: str) -> None:
     few = {"out_features": 2} if name == "MMoE, one layer" else {"hidden_features": 3, "out_features": 2}
     module, x = layer(name, activation="tanh", **few), samples(2)
@@ -363,6 +364,7 @@ def test_compile(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["MMoE", "PLE"])
+@pytest.mark.long_after(1)
 def test_export(name: str) -> None:
     module = layer(name, dtype=F32).eval()
     example, *others = [samples(N, dtype=F32, seed=N) for N in (9, 2, 33)]

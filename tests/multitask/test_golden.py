@@ -148,6 +148,7 @@ def test_sixty_steps_of_the_readme() -> None:
         yardstick.check(found, type(model).__module__)
 
 
+@pytest.mark.long
 def test_three_regressions() -> None:
     """Upstream's first notebook: 500 steps."""
     g = load("mtl_triple_regression.pt")
@@ -171,6 +172,7 @@ def test_three_regressions() -> None:
         assert bool(((ours - target).abs() < 1).all()) == near
 
 
+@pytest.mark.long
 def test_learned_uncertainties() -> None:
     """Upstream's second notebook, 200 of its epochs: a node returns a tuple of a parameter and predictions."""
     g = load("mtl_uncertainty.pt")

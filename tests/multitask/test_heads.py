@@ -97,6 +97,7 @@ def test_any_batch(structure: str, count: int, shape: list[int]) -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.long_after(4)
 def test_derivatives_of_both_orders(structure: str) -> None:
     heads = heads_of(structure, 6)
     names = [f"{i}.{n}" for i, h in enumerate(heads) for n, _ in h.named_parameters()]
@@ -406,6 +407,7 @@ def test_frozen_heads() -> None:
 
 
 @pytest.mark.parametrize("structure", ["linear", "mlp", "gelu"])
+@pytest.mark.long_after(1)
 def test_compiles_to_one_graph(structure: str) -> None:
     torch._dynamo.reset()
     model = model_of(structure)

@@ -479,6 +479,7 @@ def test_functional_call_uses_the_given_weight() -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "uncertainty", "geometric"])
+@pytest.mark.long_after(1)
 def test_compiles_to_one_graph(kind: str | None) -> None:
     torch._dynamo.reset()
     model, (x, y) = two_tasks(weighting=kind), batch()

@@ -33,6 +33,7 @@ def as_heads(multi: MultiHead, activation: type[nn.Module] = nn.ReLU) -> list[nn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [None, 4, [4, 6]])
 @pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("gelu", nn.GELU)])
+@pytest.mark.long_after(6)
 def test_multihead(hidden: Any, bias: bool, activation: str, kind: type[nn.Module]) -> None:
     seeds.manual_seed(0)
     multi = MultiHead(5, hidden, 2, 3, activation=activation, bias=bias, dtype=torch.float64)

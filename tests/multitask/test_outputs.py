@@ -92,6 +92,7 @@ def test_outputs_may_be_written_to(name: str, rows: int, write: str) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param("PLE", marks=pytest.mark.long), "MMoE", "CrossStitch", "MultiHead", "heads, tanh"]
 )
+@pytest.mark.long_after(1)
 def test_compiled_ones_too(name: str) -> None:
     torch._dynamo.reset()
     seeds.manual_seed(0)

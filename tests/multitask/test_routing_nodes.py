@@ -328,6 +328,7 @@ LONG = ("routing network", "MoE", "MMoE", "PLE")  # to compile
     pytest.param(name, marks=pytest.mark.long if name in LONG else ())
     for name in MODELS if name not in ("CGC", "MMoE, named", "TaskRouter, each task")
 ])  # fmt: skip
+@pytest.mark.long_after(1)
 def test_compiles_as_one_graph_for_all_batch_sizes(name: str) -> None:
     model = model_of(name)
     leaves = list(model.parameters())

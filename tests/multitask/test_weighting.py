@@ -309,6 +309,7 @@ def test_dtypes_and_shapes(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.long_after(3)
 def test_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()
     weighting = make(name, dtype=torch.float32)

@@ -24,6 +24,8 @@ from tests.helpers.routing_cases import Size
 from tests.helpers.trajectory_losses import arguments, loss_case, loss_truth
 
 MODULES = 3
+#: Numbers that every piece and every thread has some of, however wide they are.
+MANY = 1 << 19
 
 
 class Call(NamedTuple):
@@ -38,6 +40,11 @@ def numbers(dtype: torch.dtype) -> Callable[..., Tensor]:
     """Normal ones."""
     generator = seeds.generator(0)
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def _fewer(size: Size) -> Size:
+    """For tensors of b * m * n * d numbers: so few n that these are not many more than :data:`MANY`."""
+    return size._replace(n=min(size.n, 1 + MANY // (size.b * size.m * size.d)))
 
 
 def _plan(rows: int, per_sample: int = 1) -> dispatch.Plan:
@@ -69,7 +76,7 @@ def _matrix(size: Size, dtype: torch.dtype) -> Case:
 
 def _assignment(form: str, shared: str = "") -> Callable[[Size, torch.dtype], Case]:
     def case(size: Size, dtype: torch.dtype) -> Case:
-        made: Case = assignment_cases.case_of(form, size[:4], shared, dtype=dtype)
+        made: Case = assignment_cases.case_of(form, _fewer(size)[:4], shared, dtype=dtype)
         return replace(made, wrt=(*made.wrt, "prior")) if form == "first" else made
 
     return case
@@ -162,7 +169,7 @@ def _mask(x: Tensor, mapping: Tensor, relu: bool = False) -> dict[str, Tensor]:
 
 
 def _mask_case(size: Size, dtype: torch.dtype) -> Case:
-    b, n, m, d, _ = size
+    b, n, m, d, _ = _fewer(size)
     normal = numbers(dtype)
     inputs = {"x": normal(b, m, n, d), "mapping": (normal(4, m) > 0).to(dtype)}
     return _with_cotangent(_mask, inputs, *inputs)
@@ -179,7 +186,7 @@ def _norm(training: bool) -> Function:
 
 
 def _norm_case(size: Size, dtype: torch.dtype) -> Case:
-    b, n, m, d, _ = size
+    b, n, m, d, _ = _fewer(size)
     normal = numbers(dtype)
     inputs = {"x": normal(b + 1, m, n, d), "mapping": (normal(4, m) > 0).to(dtype), "mean": normal(m)}
     inputs |= {"var": normal(m).abs() + 0.1, "weight": normal(m), "bias": normal(m)}

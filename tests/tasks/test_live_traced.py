@@ -24,6 +24,7 @@ def live_vgg(batch_norm: bool, tasks: int = T, **options: Any) -> nn.Module:
 
 
 @each_norm
+@pytest.mark.long_after(1)
 def test_twenty_tasks_train_as_one_graph(batch_norm: bool) -> None:
     """Logits and gradients are the eager ones."""
     model, x = live_vgg(batch_norm, MANY, unused_grad="zeros"), images().double()
@@ -44,6 +45,7 @@ def test_twenty_tasks_train_as_one_graph(batch_norm: bool) -> None:
 
 
 @each_norm
+@pytest.mark.long_after(1)
 def test_export(batch_norm: bool) -> None:
     """With the task as an input, one for all or one for each, saved and loaded; or the active task of the moment."""
     model, x = live_vgg(batch_norm).eval(), images().double()

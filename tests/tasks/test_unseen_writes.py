@@ -251,6 +251,7 @@ def test_what_is_set_and_copied_within(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["around", "within"])
+@pytest.mark.long_after(2)
 def test_compiled_models_see_it(net: nn.Module, own: bool) -> None:
     torch._dynamo.reset()
     x, expected = rand(5, 6), each(net, rand(5, 6))

@@ -51,6 +51,7 @@ PASSES: dict[str, Callable[[Net, nn.Module, Tensor], Tensor]] = {
 @pytest.mark.parametrize("optimizer", FUSED)
 @pytest.mark.parametrize("through", PASSES)
 @pytest.mark.parametrize("compiling", [False, True], ids=["", "compiled"])
+@pytest.mark.long_after(14)
 def test_weights_after_a_fused_step(compiling: bool, through: str, optimizer: str) -> None:
     plain, x = masked(), inputs()
     net = live(plain)
@@ -132,7 +133,8 @@ GRAPHS: dict[str, Callable[..., Callable[..., Tensor]]] = {
 
 
 #: PyTorch loads no program that has a part without gradients in it, as one of training has.
-MODES = [(graph, training) for graph in GRAPHS for training in (False, True) if (graph, training) != ("saved", True)]
+MODES = [(graph, False) for graph in GRAPHS]
+MODES += [pytest.param(graph, True, marks=pytest.mark.long) for graph in GRAPHS if graph != "saved"]
 
 
 @pytest.mark.parametrize(("graph", "training"), MODES)
@@ -147,6 +149,7 @@ def test_a_graph_reads_the_masks_that_it_is_given(graph: str, training: bool) ->
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.long_after(2)
 def test_a_graph_refuses_masks_with_another_number_of_live_channels(graph: str) -> None:
     x, t = inputs(), torch.tensor(1)
     run = GRAPHS[graph](live(masked(0)), x, t)

@@ -544,6 +544,7 @@ CHECKED = {
     [(name, "contiguous", True) for name in CHECKED]
     + [(name, *how) for name in ("next", "masked") for how in (("contiguous", False), ("transposed_batch", True))],
 )
+@pytest.mark.long_after(4)
 def test_opcheck(name: str, layout: str, grad: bool) -> None:
     opcheck(torch.ops.fastroute.vector_routing.default, op_args(CHECKED[name]), layout=LAYOUTS[layout], grad=grad)
 
