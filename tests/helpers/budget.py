@@ -25,6 +25,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -48,23 +49,35 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.detach().permute(order).reshape(-1).split(1 << 20) for t in tensors), strict=True)
 
 
+def _norms(numbers: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    """In each of ``NORMS``."""
+    if not numbers.size:
+        return 0.0, 0.0
+    largest = float(np.abs(numbers).max())
+    scale = largest if 0 < largest < math.inf else 1.0  # whose squares neither overflow nor vanish
+    return largest, scale * math.sqrt(float(np.square(numbers / scale).sum()))
+
+
+def sizes(t: Tensor) -> tuple[float, ...]:
+    """The norms, piece by piece."""
+    largest, squared = zip(*(_norms(part.double().numpy(force=True)) for (part,) in pieces(t)), strict=True)
+    return max(largest), math.hypot(*squared)
+
+
 def size(t: Tensor, p: float) -> float:
-    """The norm, piece by piece."""
-    if not t.numel():
-        return 0.0
-    found = [float(torch.linalg.vector_norm(part.double(), p)) for (part,) in pieces(t)]
-    return max(found) if p == math.inf else math.hypot(*found)
+    return sizes(t)[[q for _, q in NORMS].index(p)]
 
 
 def distances(t: Tensor, exact: Tensor) -> tuple[float, ...]:
     """|t - exact| in each of ``NORMS``; infinite where t is not finite and exact is."""
     found = []
-    for a, b in pieces(t, exact):
-        a = a.double()
-        apart = torch.where(a == b, 0.0, a - b)
-        if bool(apart.isnan().any()):
-            apart.masked_fill_(a.isnan() > b.isnan(), math.inf)
-        found.append([size(apart, p) for _, p in NORMS])
+    for parts in pieces(t, exact):
+        a, b = (part.double().numpy(force=True) for part in parts)
+        with np.errstate(invalid="ignore"):
+            apart = np.where(a == b, 0.0, a - b)
+        if np.isnan(apart).any():
+            apart[np.isnan(a) > np.isnan(b)] = math.inf
+        found.append(_norms(apart))
     largest, squared = zip(*found, strict=True)
     return max(largest), math.hypot(*squared)
 
@@ -138,6 +151,7 @@ class Yardstick:
         self.exact: Results = {k: None if t is None else t.detach() for k, t in self._run().items()}
         self._dtypes: set[torch.dtype] = set()
         self._errors: dict[tuple[str, torch.dtype], list[tuple[float, ...]]] = {}
+        self._sizes: dict[str, tuple[float, ...]] = {}
 
     def _made(self, seed: int) -> Mapping[str, Tensor | None]:
         with Rounded(self._dtype, seed, self._operands):
@@ -171,24 +185,25 @@ class Yardstick:
         errors = self.errors(name, dtype, p, count)
         mean = sum(errors) / max(count, 1)
         sd = math.sqrt(sum((e - mean) ** 2 for e in errors) / max(count - 1, 1))
-        exact = self.exact[name]
-        assert exact is not None
-        return max(
-            FACTOR * (mean + spread * sd), torch.finfo(dtype).eps * size(exact.masked_fill(exact.isinf(), 0.0), p)
-        )
+        if name not in self._sizes:
+            exact = self.exact[name]
+            assert exact is not None
+            self._sizes[name] = sizes(exact.masked_fill(exact.isinf(), 0.0))
+        own = self._sizes[name][[q for _, q in NORMS].index(p)]
+        return max(FACTOR * (mean + spread * sd), torch.finfo(dtype).eps * own)
 
     def excess(self, name: str, actual: Tensor, looks: Sequence[tuple[int, float]] = LOOKS) -> Iterator[Excess]:
         """Both norms of a result."""
         exact = self.exact[name]
         assert exact is not None, f"{name}: something, where the reference has nothing"
         assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
-        for (norm, p), error in zip(NORMS, distances(actual, exact), strict=True):
+        for (norm, p), scale, error in zip(NORMS, sizes(exact), distances(actual, exact), strict=True):
             allowed = 0.0
             for count, spread in looks:
                 allowed = self.allowed(name, actual.dtype, p, count, spread)
                 if error <= allowed:
                     break
-            yield Excess(name, norm, error, allowed, size(exact, p), actual.dtype)
+            yield Excess(name, norm, error, allowed, scale, actual.dtype)
 
     def expects(self, found: Mapping[str, Tensor | None]) -> None:
         """In which dtypes results will come: then each draw is made once."""
