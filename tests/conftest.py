@@ -82,34 +82,45 @@ def _is_numeric(path: Path) -> bool:
 _STRUCTURE = {"check_compiled", "check_exported", "compile", "export", "gradcheck", "opcheck"}
 
 
+def _given(item: pytest.Item) -> dict[str, Any]:
+    """The arguments of a case, by name."""
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 def _apart_from_backend(item: pytest.Item) -> Any:
     """Equal for tests of a case on several backends."""
-    given: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-    return item.nodeid.split("[")[0], *sorted((name, id(value)) for name, value in given.items() if name != "backend")
+    given = _given(item).items()
+    return item.nodeid.split("[")[0], *sorted((name, id(value)) for name, value in given if name != "backend")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``).
 
     A case runs on one backend after the other: ``tests/helpers/budget.py`` keeps the last yardsticks. Graphs and
-    formulas of plain PyTorch are looked at in ``make test-all``: ``make test`` has those of the C++.
+    formulas of plain PyTorch are looked at in ``make test-all``: ``make test`` has those of the C++. Of the cases of a
+    test with three arguments or more it has those in which two values meet for the first time.
     """
     together: dict[Any, list[pytest.Item]] = {}
     seen: Counter[Any] = Counter()
+    met: set[Any] = set()
     for item in items:
-        few = item.get_closest_marker("long_after")
-        if few is not None:
-            case = item.nodeid.split("[")[0], getattr(item, "callspec", None) and item.callspec.params.get("backend")
-            seen[case] += 1
-            if seen[case] > few.args[0]:
-                item.add_marker("long")
-        together.setdefault(_apart_from_backend(item), []).append(item)
-    items[:] = itertools.chain(*together.values())
-    for item in items:
+        test, given = item.nodeid.split("[")[0], _given(item)
         code = getattr(getattr(item, "function", None), "__code__", None)
         is_structure = code is not None and not _STRUCTURE.isdisjoint(code.co_names)
-        given: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
         if is_structure and given.get("backend") == "reference" and "native" in HERE:
             item.add_marker("long")
         if _is_numeric(item.path) and not is_structure:
             item.add_marker("numeric")
+        few = item.get_closest_marker("long_after")
+        if few is not None:
+            seen[test, given.get("backend")] += 1
+            if seen[test, given.get("backend")] > few.args[0]:
+                item.add_marker("long")
+        if len(given) > 2 and "long" not in item.keywords:
+            values = sorted((name, id(value)) for name, value in given.items())
+            pairs = {(test, *pair) for pair in itertools.combinations(values, 2)}
+            if pairs <= met:
+                item.add_marker("long")
+            met |= pairs
+        together.setdefault(_apart_from_backend(item), []).append(item)
+    items[:] = itertools.chain(*together.values())
