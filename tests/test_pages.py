@@ -18,7 +18,7 @@ from tests.test_docstrings import FACES, PUBLIC
 
 ROOT = Path(fastroute.__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "bench" / "GPU.md"])
-#: Pages whose snippets take seconds: exports, Inductor, the import of transformers. Other tests of make test try the same.
+#: Pages whose snippets take seconds: exports, Inductor, the import of transformers. Other tests try the same.
 LONG = {"docs/export.md", "docs/mixtures.md", "docs/monitor.md"}
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

@@ -190,7 +190,7 @@ def test_a_batch_of_tasks_is_its_tasks_one_by_one() -> None:
         assert torch.equal(y[b : b + 1], layer(x[b : b + 1], task))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("make", [
     lambda: TaskRouter(8, 5, 3), lambda: TaskRouter(8, 5, 3, inplace=True), lambda: TaskRouter(8, 5, 3, axis=-1),
     lambda: fastroute.RoutedLinear(8, 8, output_router=TaskRouter(8, 5, 3)),
