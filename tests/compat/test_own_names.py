@@ -75,7 +75,9 @@ def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("of", ["class", "object", *(pytest.param(k, marks=pytest.mark.long) for k in ("mixin", "last"))])
+@pytest.mark.parametrize(
+    "of", ["class", "object", *(pytest.param(way, marks=pytest.mark.long) for way in ("mixin", "last"))]
+)
 @pytest.mark.parametrize("cls", [*DECISIONS, *PER_ACTION, *FINAL], ids=lambda cls: cls.__name__)
 def test_every_name(cls: Any, of: str) -> None:
     """With any of fastroute's names for something else, a class learns as it does without."""
