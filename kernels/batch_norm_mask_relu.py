@@ -35,7 +35,8 @@ def sums_kernel(
     EACH: tl.constexpr, BACKWARD: tl.constexpr, RELU: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of channels, splits): partial [splits, 3, C] of the moments of x about ``shift_of``.
+    """grid (tiles of channels, splits): partial [splits, 3, C] of the split's sum of x about ``shift_of``, its sum of
+    squares about its own mean, and its count.
 
     BACKWARD: of dz and dz (x - mean), and whether any sample keeps the channel.
     """
@@ -51,6 +52,7 @@ def sums_kernel(
     first = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     second = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     alive = tl.zeros([BLOCK_C], tl.float32)
+    n = tl.zeros([1, BLOCK_S], tl.float32)
     begin = split * units
     for unit in range(begin, tl.minimum(begin + units, B * tiles)):
         b = unit // tiles
@@ -66,15 +68,25 @@ def sums_kernel(
         if BACKWARD:
             dz = kept(g, b, c, s, g_b, g_c, g_s, inside, keep, DENSE, WIDE).to(tl.float32)
             if RELU:
-                dz = tl.where(v * factor + term <= 0.0, 0.0, dz)
+                dz = tl.where((v - about) * factor + term <= 0.0, 0.0, dz)
             first += dz
             second += dz * d
-        else:
+        else:  # about the mean so far, by Youngs and Cramer (1971): the shift may be unlike the others
+            counted = (s < S)[None, :]
+            d_mean = d - first / tl.maximum(n, 1.0)
+            second += d_mean * tl.where(counted, n / (n + 1.0), 0.0) * d_mean
             first += d
-            second += d * d
+            n += tl.where(counted, 1.0, 0.0)
     to = partial + split.to(tl.int64) * 3 * C + c
-    tl.store(to, tl.sum(first.to(tl.float64), 1), mask=c < C)
-    tl.store(row(to, 1, C), tl.sum(second.to(tl.float64), 1), mask=c < C)
+    sum_ = tl.sum(first.to(tl.float64), 1)
+    squares = tl.sum(second.to(tl.float64), 1)
+    if not BACKWARD:
+        count = tl.sum(n.to(tl.float64), 1)
+        d_mean = first.to(tl.float64) / tl.maximum(n, 1.0).to(tl.float64) - (sum_ / count)[:, None]
+        squares += tl.sum(n.to(tl.float64) * d_mean * d_mean, 1)
+        alive += tl.sum(n, 1)
+    tl.store(to, sum_, mask=c < C)
+    tl.store(row(to, 1, C), squares, mask=c < C)
     tl.store(row(to, 2, C), alive, mask=c < C)
 
 
@@ -97,12 +109,24 @@ def total(partial, c, C, number: tl.constexpr, splits, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def squares_about(mean, partial, c, C, splits, BLOCK_C: tl.constexpr):
+    """The sum of squares about the mean of all, from those of the splits about their own."""
+    sum_ = total(partial, c, C, 1, splits, BLOCK_C)
+    for k in range(splits):
+        split = partial + tl.cast(k, tl.int64) * 3 * C
+        n = tl.load(row(split, 2, C) + c, mask=c < C, other=1.0)
+        d = tl.load(split + c, mask=c < C, other=0.0) / n - mean
+        sum_ += n * d * d
+    return sum_
+
+
+@triton.jit
 def statistics_kernel(
     affine, mean, scale, partial, x, running_mean, running_var, weight, bias, C, count, splits, x_c,
     TRAINING: tl.constexpr, RUNNING: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr,
     EPS: tl.constexpr, KNOWN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of channels,): affine [3, C] of z = x affine[0] + affine[1], and the mean.
+    """grid (tiles of channels,): affine [3, C] of z = (x - affine[2]) affine[0] + affine[1]: the mean is affine[2].
 
     TRAINING: of the batch, which updates the running statistics; if KNOWN, ``mean`` and ``scale`` are given.
     """
@@ -113,8 +137,7 @@ def statistics_kernel(
         r = tl.load(scale + c, mask=inside, other=0.0)
     elif TRAINING:
         about = total(partial, c, C, 0, splits, BLOCK_C) / count
-        var = total(partial, c, C, 1, splits, BLOCK_C) / count - about * about
-        var = tl.where(var < 0.0, 0.0, var)
+        var = squares_about(about, partial, c, C, splits, BLOCK_C) / count
         m = (shift_of(x, c, x_c, C, WIDE).to(tl.float64) + about).to(tl.float32)
         r = (1.0 / tl.sqrt(var + EPS)).to(tl.float32)
         tl.store(mean + c, m, mask=inside)
@@ -131,7 +154,7 @@ def statistics_kernel(
         r = (1.0 / tl.sqrt(var32.to(tl.float64) + EPS)).to(tl.float32)
     a = r * parameter(weight, c, C, WEIGHT, 1.0)
     tl.store(affine + c, a, mask=inside)
-    tl.store(row(affine, 1, C) + c, parameter(bias, c, C, BIAS, 0.0) - m * a, mask=inside)
+    tl.store(row(affine, 1, C) + c, parameter(bias, c, C, BIAS, 0.0), mask=inside)
     tl.store(row(affine, 2, C) + c, m, mask=inside)
 
 
@@ -174,13 +197,13 @@ def normalise_kernel(
     if BACKWARD and TRAINING:  # a sample that drops a channel moves its statistics still
         touched = inside & (tl.load(row(affine, 5, C) + c, mask=c < C, other=0.0) > 0.0)[:, None]
     v = kept(x, b, c, s, x_b, x_c, x_s, inside, touched, DENSE, WIDE).to(tl.float32)
-    z = v * factor + term
+    mean = tl.load(row(affine, 2, C) + c, mask=c < C, other=0.0)[:, None]
+    z = (v - mean) * factor + term
     if BACKWARD:
         dz = kept(g, b, c, s, g_b, g_c, g_s, inside, inside & live, DENSE, WIDE).to(tl.float32)
         if RELU:
             dz = tl.where(z <= 0.0, 0.0, dz)
         if TRAINING:
-            mean = tl.load(row(affine, 2, C) + c, mask=c < C, other=0.0)[:, None]
             k = tl.load(row(affine, 3, C) + c, mask=c < C, other=0.0)[:, None]
             q = tl.load(row(affine, 4, C) + c, mask=c < C, other=0.0)[:, None]
             dz = dz - k - (v - mean) * q

@@ -120,9 +120,7 @@ class Norm {
     const int64_t C = shape_.C;
     const auto settle = [&](int64_t c) {
       scale[c] = 1.0 / std::sqrt(var[c] + eps);
-      const double rounded = static_cast<T>(scale[c]);
-      a_[c] = static_cast<T>(rounded * weight[c]);
-      b_[c] = static_cast<T>(bias[c] - static_cast<double>(static_cast<T>(mean[c])) * rounded * weight[c]);
+      settle_affine(c, mean[c], scale[c], weight[c], bias[c]);
     };
     if (shape_.by_rows) {
       if (training_) {
@@ -161,9 +159,7 @@ class Norm {
     const int64_t C = shape_.C;
     const double N = static_cast<double>(shape_.count());
     for (int64_t c = 0; c < C; ++c) {
-      a_[c] = static_cast<T>(scale[c] * weight[c]);
-      b_[c] = static_cast<T>(bias[c] - mean[c] * scale[c] * weight[c]);
-      mean_[c] = static_cast<T>(mean[c]);
+      settle_affine(c, mean[c], scale[c], weight[c], bias[c]);
     }
     const auto settle = [&](int64_t c, double sum, double by) {
       db[c] = sum;
@@ -199,6 +195,12 @@ class Norm {
   }
 
  private:
+  // Of mean and scale as T, which are what the backward pass gets: both passes rectify the same numbers.
+  void settle_affine(int64_t c, double mean, double scale, double weight, double bias) {
+    a_[c] = static_cast<T>(static_cast<double>(static_cast<T>(scale)) * weight);
+    b_[c] = static_cast<T>(bias);
+    mean_[c] = static_cast<T>(mean);
+  }
   Affine<T> affine(int64_t c) const { return {a_[c], b_[c], mean_[c], k_[c], q_[c]}; }
   Affine<const T*> affine() const { return {a_.data(), b_.data(), mean_.data(), k_.data(), q_.data()}; }
   template <class P>
@@ -210,7 +212,8 @@ class Norm {
     return row != nullptr && row[c] != 0.0f;
   }
 
-  // One pass of sums about a number of the channel's own, which keeps digits where the mean is large.
+  // Sums about a number of the channel's own, which keeps digits where the mean is large. Where that number is not like
+  // the others (10 deviations from their mean: a border, an outlier), they are made again, about the mean.
   static T shift_of(S first) {
     double wide = 0;
     if constexpr (std::is_same_v<S, uint16_t>) {
@@ -223,7 +226,8 @@ class Norm {
     }
     return std::isfinite(wide) ? static_cast<T>(wide) : T(0);
   }
-  void moments_of(const double first, const double second, T shift, int64_t c, std::vector<double>& mean,
+  // Whether they are finite and the shift was far from the mean.
+  bool moments_of(const double first, const double second, T shift, int64_t c, std::vector<double>& mean,
                   std::vector<double>& var) const {
     const double N = static_cast<double>(shape_.count()), about = first / N;
     mean[c] = shift + about;
@@ -231,15 +235,20 @@ class Norm {
     if (second != second) {
       var[c] = second;
     }
+    return std::isfinite(second) && std::isfinite(static_cast<T>(mean[c])) && about * about > 100.0 * var[c];
   }
 
   void plane_moments(const S* x, int64_t c, std::vector<double>& mean, std::vector<double>& var) const {
-    const T shift = shift_of(*plane(x, 0, c));
-    double sums[2] = {0.0, 0.0};
-    for (int64_t b = 0; b < shape_.B; ++b) {
-      with_.moments(sums, plane(x, b, c), shift, shape_.S);
+    T shift = shift_of(*plane(x, 0, c));
+    for (int times = 0; times < 2; ++times, shift = static_cast<T>(mean[c])) {
+      double sums[2] = {0.0, 0.0};
+      for (int64_t b = 0; b < shape_.B; ++b) {
+        with_.moments(sums, plane(x, b, c), shift, shape_.S);
+      }
+      if (!moments_of(sums[0], sums[1], shift, c, mean, var)) {
+        return;
+      }
     }
-    moments_of(sums[0], sums[1], shift, c, mean, var);
   }
 
   // [2, C] sums of f(sums, first row, rows) over all rows, in chunks.
@@ -265,11 +274,20 @@ class Norm {
     const int64_t C = shape_.C;
     std::vector<T> shift(C);
     std::transform(x, x + C, shift.begin(), shift_of);
-    const auto sums = row_sums([&](double* to, int64_t row, int64_t rows) {
-      with_.row_moments(to, x + row * C, shift.data(), rows, C);
-    });
-    for (int64_t c = 0; c < C; ++c) {
-      moments_of(sums[c], sums[C + c], shift[c], c, mean, var);
+    for (int times = 0; times < 2; ++times) {
+      const auto sums = row_sums([&](double* to, int64_t row, int64_t rows) {
+        with_.row_moments(to, x + row * C, shift.data(), rows, C);
+      });
+      bool again = false;
+      for (int64_t c = 0; c < C; ++c) {
+        if (moments_of(sums[c], sums[C + c], shift[c], c, mean, var)) {
+          shift[c] = static_cast<T>(mean[c]);
+          again = true;
+        }
+      }
+      if (!again) {
+        return;
+      }
     }
   }
 

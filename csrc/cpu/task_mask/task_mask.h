@@ -15,7 +15,8 @@ template <class S>
 using BitsOf = std::conditional_t<sizeof(S) == 2, uint16_t, std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>>;
 
 // A channel's (or, as arrays, every channel's) normalisation and its gradient:
-// z = a x + b;  dx = a (dz - k - (x - mean) q), with dz = g where z > 0.
+// z = a (x - mean) + b;  dx = a (dz - k - (x - mean) q), with dz = g where z > 0.
+// The mean is subtracted first: in a x + c with c = b - a mean, the rounding of c alone is that of a mean.
 template <class P>
 struct Affine {
   P a, b, mean, k, q;

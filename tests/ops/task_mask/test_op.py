@@ -448,6 +448,42 @@ def test_statistics_of_dead_channels(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("first", ["alike", "far"])
+@pytest.mark.parametrize("mean", [0, 100, -1000, 2**14])
+@pytest.mark.parametrize("shape", [(4, 3, 64), (64, 3), (300, 3, 4)], ids=str)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
+def test_batch_norm_of_large_means(
+    backend: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], shape: tuple[int, ...], mean: int, first: str
+) -> None:
+    """Statistics keep their digits, and y is as near as that of PyTorch's two passes over contiguous channels."""
+    if backend == "reference" and layout is channels_last:
+        pytest.skip("PyTorch's own sums over rows are one chain")
+    spacing = torch.finfo(dtype).eps
+    apart = (randn(*shape) * 2**6).round() / 2**6  # so that all differences are exact
+    if first == "far":
+        apart[0, :, ...] = torch.where(
+            torch.arange(apart[0].numel()).view(apart[0].shape) % apart[0, 0].numel() == 0, -float(mean), apart[0]
+        )
+    apart, dims = apart.double(), [d for d in range(len(shape)) if d != 1]
+    x = layout((apart + mean).to(dtype))
+    gain, bias = randn(3, dtype=dtype, seed=1), randn(3, dtype=dtype, seed=2)
+    running = torch.zeros(3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    with use_backend(backend):
+        y = functional.batch_norm_mask_relu(x, torch.ones(1, 3), 0, *running, gain, bias, True, 1.0, 1e-5, relu=False)
+    var, center = torch.var_mean(apart, dims, keepdim=True)
+    count = apart.numel() / 3  # roundings of a sum are as a random walk
+    assert ((running[1] - var.flatten()) / var.flatten()).abs().max() <= 4 * spacing * count**0.5
+    assert (running[0] - mean - center.flatten()).abs().max() <= 2 * spacing * max(1, abs(mean))
+    if dtype == F32:
+        over = [1, 3] + [1] * (len(shape) - 2)
+        biased = torch.var(apart, dims, correction=0, keepdim=True)
+        exact = (apart - center) / (biased + 1e-5).sqrt() * gain.double().view(over) + bias.double().view(over)
+        plain = torch.nn.functional.batch_norm(x.contiguous(), None, None, gain, bias, True)
+        assert (y - exact).norm() <= 1.05 * (plain - exact).norm() + spacing * exact.norm() / 4
+
+
+@each_backend
 def test_batch_norm_of_nothing(backend: str) -> None:
     """As ``batch_norm``: running statistics stay."""
     for shape in ((0, 3, 4), (2, 3, 0)):
