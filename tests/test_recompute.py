@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import fastroute
 from fastroute import networks
 from fastroute.networks import Loss, MoE, TopKGating, Trajectory
 from fastroute.tasks import RoutedLinear, TaskRouter, live, on_task, route, set_task, vgg11_bn
@@ -170,6 +173,170 @@ def test_draws_that_cannot_be_made_again_are_refused(layer: str, reentrant: bool
 
     with pytest.raises(RuntimeError, match="generator"):
         checkpoint(step, x, use_reentrant=reentrant).sum().backward()
+
+
+# ------------------------------------------------------------------------------- first passes in a backward pass
+
+Hook = Callable[[Callable[[], object], Tensor, nn.Module], object]
+HOOKS: dict[str, Hook] = {
+    "tensor": lambda f, y, _: y.register_hook(lambda g: f()),
+    "method": lambda f, y, _: y.register_hook(Once(f).hook),
+    "arguments": lambda f, y, _: y.register_hook(lambda *gradients, more=1: f()),
+    "partial": lambda f, y, _: y.register_hook(functools.partial(lambda f, g: f(), f)),
+    "pre": lambda f, y, _: y.grad_fn.register_prehook(lambda g: f()),
+    "post": lambda f, y, _: y.grad_fn.register_hook(lambda g_inp, g_out: f()),
+    "accumulated": lambda f, _, m: m.weight.register_post_accumulate_grad_hook(lambda p: f()),
+    "module": lambda f, _, m: m.register_full_backward_hook(lambda m, g_inp, g_out: f()),
+    "callback": lambda f, y, _: y.register_hook(
+        lambda g: torch.autograd.Variable._execution_engine.queue_callback(lambda: f())
+    ),
+}
+
+
+class Once:
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.run = run
+
+    def hook(self, g: Tensor) -> None:
+        self.run()
+
+
+def another() -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
+    """A training step of another model, itself checkpointed, and all that its layers have noted since."""
+    reward = networks.CollaborationReward(0.3, K, 100)
+    gate = TopKGating(K, F, 2, bias_balancing=0.1)
+    net = networks.Sequential(gate, linears(K), networks.REINFORCE(K, F, additional_reward_func=reward), linears(K))
+    tasks = live(
+        nn.Sequential(
+            nn.Linear(F, 6), TaskRouter(6, 2, 0.5, generator=seeds.generator(0)), nn.BatchNorm1d(6), nn.ReLU()
+        )
+    )
+    mixture, x, seen, totals = MoE(F, 8, 4, bias_balancing=0.1), batch(), [], []
+    monitor = fastroute.RoutingMonitor(net)
+
+    def step() -> None:
+        with torch.enable_grad(), monitor:
+            y, meta = net(x)
+            loss, routing = Loss(nn.MSELoss(), networks.NegLossReward())(y, meta, torch.ones(B, F))
+            seen.extend([meta.actions, meta.aux_loss.detach()])
+            z = checkpoint(mixture, tasks(x, 1), use_reentrant=False)
+            (loss + routing + z.sum()).backward()
+        totals.append(torch.tensor([len(meta.records), len(meta.mixtures)]))
+
+    def notes() -> list[Tensor]:
+        counted = [torch.as_tensor(v) for v in monitor.numbers(reset=False).values()]
+        return [
+            *seen,
+            *totals,
+            *counted,
+            reward.history,
+            gate.counts,
+            mixture.gate.counts,
+            *tasks.state_dict().values(),
+        ]
+
+    return step, notes
+
+
+@KINDS
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("where", ["after", "within"])
+def test_a_model_that_a_hook_trains_is_trained_for_the_first_time(where: str, hook: str, reentrant: bool) -> None:
+    seeds.fixed_seed(0)
+    step, expected = another()
+    torch.manual_seed(1)
+    step()
+    seeds.fixed_seed(0)
+    step, found = another()
+    layer, x = nn.Linear(F, F), batch()
+
+    def trained() -> None:
+        torch.manual_seed(1)
+        step()
+
+    hooked: list[object] = []
+
+    def block(x: Tensor) -> Tensor:
+        y = layer(x)
+        if where == "within" and hook != "module" and y.requires_grad and not hooked:
+            hooked.append(HOOKS[hook](trained, y, layer))
+        return y.tanh()
+
+    if hook == "module":
+        HOOKS[hook](trained, x, layer)
+    y = checkpoint(block, x, use_reentrant=reentrant)
+    if where == "after" and hook != "module":
+        HOOKS[hook](trained, y, layer)
+    y.sum().backward()
+    same(found(), expected())
+
+
+class Kept:
+    """What checkpointing of one's own may keep instead of a tensor."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+def again_by_a_function(layer: nn.Module, x: Tensor) -> None:
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return layer(x)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                return torch.autograd.grad(layer(x), x, g)[0]
+
+    Again.apply(x).sum().backward()
+
+
+def again_by_hooks(layer: nn.Module, x: Tensor) -> None:
+    layer(x)
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: (layer(x), kept.y)[1]):
+        y = x.exp()
+    y.sum().backward()
+
+
+def again_by_a_look(layer: nn.Module, x: Tensor) -> None:
+    y = checkpoint(lambda x: layer(x).exp(), x, use_reentrant=False)
+    y.grad_fn._saved_result  # noqa: B018
+
+
+def again_in_a_thread(layer: nn.Module, x: Tensor) -> None:
+    thread = threading.Thread(target=lambda: checkpoint(layer, x, use_reentrant=True).sum().backward())
+    thread.start()
+    thread.join()
+
+
+def again_in_nested_ones(layer: nn.Module, x: Tensor) -> None:
+    def inner(x: Tensor) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    checkpoint(inner, x, use_reentrant=True).sum().backward()
+
+
+def again_in_a_hook(layer: nn.Module, x: Tensor) -> None:
+    def hook(_: Tensor) -> None:
+        with torch.enable_grad():
+            checkpoint(layer, x, use_reentrant=False).sum().backward()
+
+    y = x * 1
+    y.register_hook(hook)
+    y.sum().backward()
+
+
+AGAIN = [again_by_a_function, again_by_hooks, again_by_a_look, again_in_a_thread, again_in_nested_ones, again_in_a_hook]
+
+
+@pytest.mark.parametrize("run", AGAIN, ids=lambda run: run.__name__)
+def test_a_pass_that_is_made_again_counts_once(run: Callable[[nn.Module, Tensor], None]) -> None:
+    moe = MoE(F, 8, 4, bias_balancing=0.1)
+    run(moe, batch())
+    assert int(moe.gate.counts.sum()) == B * moe.gate.k
 
 
 # ---------------------------------------------------------------------------------------------------------- tasks

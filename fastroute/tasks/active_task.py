@@ -17,7 +17,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from ..modules.names import TakenNames
 from ..ops import checks
 from ..ops.host import has_numbers, unseen, version_of
-from ..ops.recomputation import is_recomputation
+from ..ops.recomputation import is_in_backward, is_recomputation
 from ..ops.task_mask.op import of_all
 
 #: A task for all samples, also as a tensor 0-d or [1], or [B] one for each.
@@ -238,8 +238,8 @@ class TaskAware(TakenNames, nn.Module):
         """The task of the call that this one is a part of, if it has one of its own."""
         if not torch.compiler.is_compiling():
             mine = _blocks.get()
-            # a GPU's backward pass, in which checkpointing calls this again, is in a thread of autograd's own
-            for block in reversed([*_open, *mine] if _open and is_recomputation() else mine):
+            # a GPU's backward pass, in which checkpointing and hooks call this, is in a thread of autograd's own
+            for block in reversed([*_open, *mine] if _open and is_in_backward() else mine):
                 if self in block.tasks:
                     return block.tasks[self]
         return None
