@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..multitask.weighting import WEIGHTINGS
 from ..ops import files
 from ..ops.arguments import checked
 
@@ -26,8 +27,6 @@ UPSTREAMS = ("heinsen_routing", "heinsen_routing_2019", "PytorchRouting", "taskr
 _NESTS = ("state_dict", "model_state_dict", "model", "state")
 #: What DataParallel and torch.compile put in front of every key.
 _WRAPPERS = ("module.", "_orig_mod.")
-#: What fastroute.multitask adds to torchMTL's keys.
-_OURS = ("loss_modules.", "weighting.")
 
 _EFFICIENT = ("CONST_ones_over_n_out", "W_A", "B_A", "W_F1", "W_F2", "B_F2", "W_G1", "W_G2", "B_G2", "W_S", "B_S")
 _BETAS = ("beta_use", "beta_ign")
@@ -78,7 +77,7 @@ def convert(source: str | Path, target: str | Path, upstream: str, *, back: bool
     report = Report()
     state = _state_dict(_read(source), report, source)
     if back and upstream == "torchmtl":
-        for key in [key for key in state if key.startswith(_OURS)]:
+        for key in _only_ours(state):
             del state[key]
             report.left[key] = "torchMTL has no such parameter"
     stacked = next((key for key in state if re.search(r"(^|\.)_\w+\.pattern\.", key)), None)
@@ -290,6 +289,25 @@ def _routed(state: State) -> dict[str, str]:
 
 def _masks(state: State) -> dict[str, str]:
     return {prefix: _router(state, prefix) for prefix in _owners(state, "_unit_mapping")}
+
+
+def _only_ours(state: State) -> list[str]:
+    """What fastroute.multitask adds to torchMTL's keys: a weighting, and parameters of losses, by their nodes.
+
+    Nodes of torchMTL's may have these names, too. A weighting of fastroute's says whose its numbers are, or has just
+    the tensors of one; a loss is under the name of a node, which has keys of its own, or is in the list of modules
+    that state dicts carry.
+    """
+    weighting = [key for key in state if key.startswith("weighting.")]
+    losses = [key for key in state if key.startswith("loss_modules.")]
+    nodes = {key.partition(".")[0] for key in state} | {key.removesuffix("_loss") for key in state}
+    nodes |= {name for name in getattr(state, "_metadata", ()) if "." not in name}
+    names = {key.removeprefix("weighting.") for key in weighting}
+    kept = [{"weight"}, *(set(kind(2).state_dict()) for name, kind in WEIGHTINGS.items() if name != "auto")]
+    is_a_layer = any(state[key].dim() > 1 for key in weighting if key == "weighting.weight")
+    is_weighting = "task_names" in names or (names in kept and not is_a_layer)
+    are_losses = all(key.count(".") > 1 and key.split(".")[1] in nodes for key in losses)
+    return (weighting if is_weighting else []) + (losses if are_losses else [])
 
 
 def _learned(state: State) -> dict[str, str]:

@@ -19,6 +19,7 @@ from fastroute.compat.checkpoints import UPSTREAMS, CannotConvert, Report, conve
 from fastroute.compat.heinsen_routing import EfficientVectorRouting
 from fastroute.compat.heinsen_routing_2019 import Routing
 from fastroute.compat.torchmtl import MTLModel
+from fastroute.multitask import Uncertainty
 from tests.helpers import golden
 
 GOLDEN = golden.GOLDEN
@@ -107,6 +108,40 @@ def test_what_only_fastroute_has_stays_here(trip: Trip, tmp_path: Path) -> None:
     report = trip(model.state_dict(), "torchmtl", back=True)
     assert all(key.startswith("weighting.") for key in report.left) and report.left
     MTLModel(nodes, ["A"]).load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True), strict=True)
+
+
+@pytest.mark.parametrize("name", ["loss_modules", "weighting"])
+@pytest.mark.parametrize("layers", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Tanh())], ids=["one", "several"])
+def test_nodes_by_the_names_of_what_only_fastroute_has(
+    name: str, layers: nn.Module, trip: Trip, tmp_path: Path
+) -> None:
+    nodes = [
+        {"name": name, "layers": layers},
+        {"name": "A", "layers": nn.Linear(2, 1), "anchor_layer": name, "loss": nn.MSELoss(), "loss_weight": "auto",
+         "loss_init_val": 1.0},
+    ]  # fmt: skip
+    state = MTLModel(nodes, ["A"]).state_dict()
+    assert not trip(state, "torchmtl", back=True).left
+    made = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(made) == list(state)
+    MTLModel(nodes, ["A"]).load_state_dict(made, strict=True)
+
+
+def test_parameters_of_losses_stay_here(trip: Trip, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.scale * (a - b).square().mean()
+
+    for layers in (nn.Linear(2, 1), nn.Identity()):
+        nodes = [{"name": "A", "layers": layers, "loss": Scaled()}, {"name": "B", "layers": nn.Linear(2, 1)}]
+        weighting = Uncertainty(2) if isinstance(layers, nn.Identity) else "uncertainty"
+        report = trip(multitask.MTLModel(nodes, ["A", "B"], weighting=weighting).state_dict(), "torchmtl", back=True)
+        assert "loss_modules.A.scale" in report.left and "weighting.log_variance" in report.left
+        MTLModel(nodes, ["A", "B"]).load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True), strict=True)
 
 
 def test_batch_norms_keep_their_version(trip: Trip, tmp_path: Path) -> None:
