@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import inspect
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -342,6 +344,73 @@ def test_masks_of_bytes(algo: str) -> None:
     assert not actions[mask == 0].any() and torch.equal(ys[mask == 0], (x + 1)[mask == 0])
     z, _, _ = linears(K)(ys, mxs, actions, mask)
     assert not z[mask == 0].any()
+
+
+def decided(tasks: list[int]) -> tuple[Tensor, Any]:
+    xs, mxs, actions = Initialization()(torch.randn(len(tasks), F, generator=seeds.generator(0)), tasks)
+    ys, mxs, _ = REINFORCE(K, F)(xs, mxs, actions)
+    return ys, mxs
+
+
+def test_mxs_is_a_list() -> None:
+    """What upstream's users do to it, against a list of the same samples."""
+    _, mxs = decided([0, 1, 2, 3])
+    assert isinstance(mxs, list)
+    _, other = decided([4, 5])
+
+    def label(samples: Any) -> list[Any]:
+        return [s.task for s in samples]
+
+    changes: list[Callable[[Any], Any]] = [
+        lambda m: m.append(other[0]),
+        lambda m: m.extend(other),
+        lambda m: m.__iadd__(other),
+        lambda m: m.insert(1, other[1]),
+        lambda m: m.pop(),
+        lambda m: m.pop(0),
+        lambda m: m.remove(m[2]),
+        lambda m: m.reverse(),
+        lambda m: m.sort(key=lambda s: -s.task),
+        lambda m: m.__setitem__(0, other[1]),
+        lambda m: m.__setitem__(slice(1, 3), list(other)),
+        lambda m: m.__delitem__(slice(0, 2)),
+        lambda m: m.__imul__(2),
+        lambda m: m.clear(),
+    ]
+    for change in changes:
+        _, mxs = decided([0, 1, 2, 3])
+        _, other = decided([4, 5])
+        samples, expected = list(mxs), label(mxs)
+        assert mxs == samples and mxs.copy() == mxs and mxs.copy() is not mxs
+        mirror = list(samples)
+        change(mirror)
+        expected = label(mirror)
+        change(mxs)
+        assert label(mxs) == expected and len(mxs) == len(expected)
+        if expected:
+            assert mxs.actions.shape == (mxs.records and (len(mxs.records), len(expected)))
+            assert all(len(s.steps) == 1 for s in mxs)
+    _, mxs = decided([0, 1, 2, 3])
+    for made, tasks in ((mxs[1:3], [1, 2]), (mxs + mxs[:1], [0, 1, 2, 3, 0]), (list(mxs)[2:] + mxs, [2, 3, 0, 1, 2, 3]),
+                        (mxs * 2, [0, 1, 2, 3] * 2), (2 * mxs[:1], [0, 0])):  # fmt: skip
+        assert isinstance(made, list) and label(made) == tasks
+    begun = Initialization()(torch.zeros(2, 1), [3, 1])[1]
+    assert label(pickle.loads(pickle.dumps(begun))) == label(copy.deepcopy(begun)) == [3, 1]
+    assert mxs.index(mxs[2]) == 2 and mxs[2] in mxs and mxs.count(mxs[1]) == 1 and label(reversed(mxs)) == [3, 2, 1, 0]
+
+
+def test_a_batch_that_grows_between_decisions() -> None:
+    """Samples that are held follow the batch that they were added to; the loss is that of two batches."""
+    (x, mxs), (z, other), select = decided([0, 1, 2]), decided([3, 4]), linears(K)
+    held = mxs[0], other[1]
+    mxs.extend(other)
+    ys, mxs, actions = QLearning(K, F)(torch.cat([x, z]), mxs)
+    ys, mxs, _ = select(ys, mxs, actions)
+    assert [len(s.steps) for s in held] == [2, 2] and held[1] is mxs[4]
+    assert [len(s.steps) for s in mxs] == [2] * 5
+    loss, routing = Loss(nn.CrossEntropyLoss(), NegLossReward())(ys, mxs, torch.arange(5) % F)
+    (loss + routing).backward()
+    assert any(p.grad is not None for p in select.parameters()) and routing.isfinite()
 
 
 def routed(gamma: float, reward: Any = None, final: Any = None) -> tuple[float, float]:

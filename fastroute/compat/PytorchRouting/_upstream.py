@@ -12,6 +12,8 @@ from torch import Tensor
 from fastroute.networks import SampleMetaInformation, Trajectory
 from fastroute.ops.arguments import renamed
 
+from ._samples import Samples
+
 
 class Literal:
     """First base of a class with ``formula``: upstream's formulas, faults included, unless told otherwise."""
@@ -38,10 +40,10 @@ class Named:
     @renamed(batch="xs", x="xs", meta="mxs")
     def forward(
         self, xs: Tensor, mxs: Trajectory | Sequence[SampleMetaInformation], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Trajectory, Tensor]:
+    ) -> tuple[Tensor, Samples, Tensor]:
         """xs [B, ...] and its trajectory -> (ys, mxs, actions [B])."""
         ys, meta, actions = super().forward(xs, mxs, *args, **kwargs)  # type: ignore[misc]
-        return own_copy(ys, xs), meta, actions
+        return own_copy(ys, xs), Samples.of(meta), actions
 
 
 def own_copy(ys: Tensor, xs: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from fastroute.ops.host import may_look
 
 from .._names import ModulesOwnNames
 from .._names import definer as _definer
+from .._samples import Samples
 from .._upstream import Literal, Named, own_copy
 
 #: Upstream's methods, and what ``fastroute.networks`` calls in their place.
@@ -88,7 +89,7 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
         mask: Tensor | None = None,
         update_target: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Trajectory, Tensor]:
+    ) -> tuple[Tensor, Samples, Tensor]:
         """xs [B, ...], its trajectory, each sample's agent [B] and who is decided for [B] -> (ys, mxs, actions [B]).
 
         See ``fastroute.networks.Decision.forward``, which calls the first three batch, meta and agents.
@@ -103,7 +104,7 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
         if isinstance(prior_actions, (Tensor, Sequence)) and len(prior_actions) == 0:
             prior_actions = torch.zeros(len(xs), dtype=torch.int64, device=xs.device)
         ys, mxs, actions = super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
-        return ys if update_target is None else own_copy(ys, update_target), mxs, actions
+        return ys if update_target is None else own_copy(ys, update_target), Samples.of(mxs), actions
 
     def _fastroute_stands(self) -> Any:
         """The object that fastroute's own methods may be called on, with the user's hooks in their places."""

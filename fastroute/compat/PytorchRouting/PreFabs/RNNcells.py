@@ -11,6 +11,7 @@ from fastroute import networks
 from fastroute.networks import SampleMetaInformation, Trajectory
 from fastroute.ops.arguments import renamed
 
+from .._samples import Samples
 from .._upstream import Literal
 from ..DecisionLayers.Decision import Decision
 
@@ -33,9 +34,10 @@ class RoutingRNNCellBase(Literal, networks.RoutingRNNCellBase):
         task_actions: Tensor | Sequence[int] | None = None,
         mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Any, Trajectory]:
+    ) -> tuple[Any, Samples]:
         """x [B, in_features] and the state -> (the new state, metas)."""
-        return super().forward(x, hidden, metas, task_actions, mask, **kwargs)
+        state, metas = super().forward(x, hidden, metas, task_actions, mask, **kwargs)
+        return state, Samples.of(metas)
 
 
 class RoutingLSTMCell(RoutingRNNCellBase, networks.RoutingLSTMCell):  # type: ignore[misc]
