@@ -80,6 +80,10 @@ def convert(source: str | Path, target: str | Path, upstream: str, *, back: bool
         for key in _only_ours(state):
             del state[key]
             report.left[key] = "torchMTL has no such parameter"
+    if back and upstream == "PytorchRouting":
+        for key in [key for key in state if re.search(r"(^|\.)additional_reward_func\.", key)]:
+            del state[key]
+            report.left[key] = "PytorchRouting saves nothing of rewards"
     stacked = next((key for key in state if re.search(r"(^|\.)_\w+\.pattern\.", key)), None)
     if back and upstream == "PytorchRouting" and stacked is not None:
         raise CannotConvert(

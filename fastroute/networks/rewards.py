@@ -309,6 +309,17 @@ class PerActionBaseReward(Options):
             return torch.full((self.history_window,), -1, device=device)
         return self._ring.to(device)
 
+    def saved(self) -> dict[str, Tensor]:
+        """What decisions have of this in their state dicts, by the names of attributes; sizes never change."""
+        return {"history": self.history} if self.keeps_history else {}
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Go on from what another one's :meth:`saved` gave; what is missing there, or unknown here, stays as it is."""
+        if self.keeps_history and (history := saved.get("history")) is not None and not history.is_meta:
+            history = history.detach().to(torch.int64).flatten()[-self.history_window :]
+            missing = self.history_window - len(history)
+            self._ring = torch.cat([history.new_full((missing,), -1), history])
+
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]; ``dists()`` are their states [B, K, 5]."""
         if not self.keeps_history:
@@ -454,6 +465,25 @@ class RunningAverageCollaborationReward(_PerActionCounting):
         super().clear()
         self._average: Tensor | None = None
 
+    @property
+    def average(self) -> Tensor:
+        """[num_actions] float64: each action's faded share; zeros before the first sample."""
+        if self._average is None:
+            return torch.zeros(self._known_actions(), dtype=torch.float64, device="cpu")
+        return self._average
+
+    def saved(self) -> dict[str, Tensor]:
+        """The shares."""
+        return {} if self.num_actions is None else {"average": self.average}
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Go on from other shares; ValueError where they are of other actions."""
+        if (average := saved.get("average")) is None or average.is_meta:
+            return
+        if tuple(average.shape) != (self._known_actions(),):
+            raise ValueError(f"average: expected shares of {self._known_actions()} actions, got {shown(average)}")
+        self._average = average.detach().to(torch.float64, copy=True)
+
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]."""
         C, k = self._known_actions(), 10 ** (-1 / self.history_len)
@@ -536,6 +566,22 @@ def _call(reward: Any, name: str, *args: Any) -> Any:
     """A method for batches; of classes made from fastroute.compat's on what stands in for the object."""
     call = getattr(type(reward), "_fastroute_call", None)
     return getattr(reward, name)(*args) if call is None else call(reward, name, *args)
+
+
+def save(reward: Any, state: dict[str, Any], prefix: str) -> None:
+    """Add copies of what a reward has learned to a state dict: several decisions may share it."""
+    if isinstance(reward, PerActionBaseReward):
+        state |= {prefix + name: t.detach().clone() for name, t in reward.saved().items()}
+
+
+def restore(reward: Any, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+    """Take out of a state dict what :func:`save` put there. State dicts without it change nothing."""
+    found = {key.removeprefix(prefix): state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
+    if isinstance(reward, PerActionBaseReward) and found:
+        try:
+            reward.restore(found)
+        except ValueError as error:
+            errors.append(f"{prefix}{error}")
 
 
 def is_silent(reward: Any) -> bool:

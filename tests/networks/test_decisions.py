@@ -6,6 +6,7 @@ Axes: B samples, K choices, A agents.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fastroute import networks, use_backend
 from fastroute.networks import MLP, Loss, NegLossReward, PassThrough, PerTaskAssignment
 from tests.helpers import seeds
 from tests.helpers.backends import each_backend
-from tests.helpers.networks import FORMULAS, LEARNING, F, columns, decision, gradients, scatter_tables, start
+from tests.helpers.networks import FORMULAS, LEARNING, F, columns, decision, gradients, linears, scatter_tables, start
 from tests.helpers.opcheck import assert_same
 
 F64 = torch.float64
@@ -410,3 +411,60 @@ def test_per_task_assignment_and_pass_through() -> None:
         PerTaskAssignment()(x, start(x))
     with pytest.raises(TypeError, match="tasks: expected integers to choose agents or modules by"):
         PerTaskAssignment()(x, start(x, list("abca")))
+
+
+# ------------------------------------------------------------------------------------- what rewards have counted
+
+REWARDS: dict[str, Callable[[], Any]] = {
+    "history": lambda: networks.CollaborationReward(0.3, history_len=16),
+    "average": lambda: networks.RunningAverageCollaborationReward(0.3),
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_reward_goes_on_where_a_checkpoint_ended(name: str) -> None:
+    def net() -> Any:
+        seeds.fixed_seed(0)
+        reward = REWARDS[name]()  # one for both
+        first, second = (networks.WPL(K, F, additional_reward_func=reward) for _ in range(2))
+        return networks.Sequential(first, linears(K), second, linears(K)), reward
+
+    def train(net: Any, seed: int) -> Any:
+        seeds.fixed_seed(seed)
+        y, meta = net(torch.randn(B, F))
+        return networks.Loss(nn.MSELoss(), networks.NegLossReward())(y, meta, torch.zeros(B, F))[1].detach()
+
+    (whole, reward), (resumed, other), (old, none) = net(), net(), net()
+    train(whole, 1)
+    state = copy.deepcopy(whole.state_dict())
+    keys = [key for key in state if "additional_reward_func" in key]
+    assert keys == [f"{i}.additional_reward_func.{name}" for i in (1, 3)]
+    resumed.load_state_dict(state, strict=True)
+    assert torch.equal(getattr(other, name), getattr(reward, name))
+    assert torch.equal(train(resumed, 2), train(whole, 2))
+    assert torch.equal(getattr(other, name), getattr(reward, name))
+    assert not torch.equal(state[keys[0]], getattr(reward, name))  # a copy
+    assert state.keys() == net()[0].state_dict().keys()  # also before the first sample
+
+    older = {key: t for key, t in state.items() if key not in keys}
+    before = getattr(none, name).clone()
+    old.load_state_dict(older, strict=True)
+    assert torch.equal(getattr(none, name), before)
+
+
+def test_a_reward_of_another_kind_leaves_it() -> None:
+    saved = networks.WPL(K, F, additional_reward_func=REWARDS["history"]()).state_dict()
+    networks.WPL(K, F).load_state_dict(saved, strict=True)
+    networks.WPL(K, F, additional_reward_func=REWARDS["average"]()).load_state_dict(saved, strict=True)
+    shorter = networks.CollaborationReward(0.3, history_len=4)
+    saved["additional_reward_func.history"] = torch.arange(16)
+    networks.WPL(K, F, additional_reward_func=shorter).load_state_dict(saved, strict=True)
+    assert shorter.history.tolist() == [12, 13, 14, 15]
+    longer = networks.CollaborationReward(0.3, history_len=18)
+    networks.WPL(K, F, additional_reward_func=longer).load_state_dict(saved, strict=True)
+    assert longer.history.tolist() == [-1, -1, *range(16)]
+    wrong = networks.WPL(K + 1, F, additional_reward_func=REWARDS["average"]()).state_dict()
+    own = networks.WPL(K, F, additional_reward_func=REWARDS["average"]())
+    mine = {**own.state_dict(), "additional_reward_func.average": wrong["additional_reward_func.average"]}
+    with pytest.raises(RuntimeError, match=r"additional_reward_func.average: expected shares of \d actions"):
+        own.load_state_dict(mine)

@@ -29,7 +29,7 @@ from ...ops.recomputation import draws_of, is_recomputation
 from ...ops.trajectory_loss.op import Entry, loss_of
 from ..decision_record import Column, Record
 from ..loss_entries import Entries, Need, from_raw
-from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register
+from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register, restore, save
 from ..sample_view import SampleMetaInformation
 from ..trajectory import Trajectory
 from .storage import (
@@ -117,6 +117,7 @@ class Decision(Options, nn.Module):
     critic: int | None = None  #: the state column, besides the first, that the loss moves
     _options = ("formula", "generator", "additional_reward_func")
     _fixed = ("_storage_type", "_hidden_dims", "_stacked", "_factory")
+    _fastroute_saves_reward = True  #: whether a state dict has what ``additional_reward_func`` has counted
     _formula_of = ""  # the ``algorithm`` of the class that this one's loss is inherited from
     _fastroute_of: Any = None  # whose stand-in it is, see fastroute.compat
 
@@ -191,6 +192,17 @@ class Decision(Options, nn.Module):
                 for _ in range(self._num_agents)
             )
         return (StackedStorages if self._stacked and self._num_agents > 1 else Storages)(made, outputs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._fastroute_saves_reward:
+            save(self.additional_reward_func, destination, f"{prefix}additional_reward_func.")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        *_, errors = args
+        reward = self.additional_reward_func if self._fastroute_saves_reward else None
+        restore(reward, state_dict, f"{prefix}additional_reward_func.", errors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _option(self, name: str, value: Any) -> Any:
         if name != "additional_reward_func":
