@@ -16,6 +16,7 @@ from .heads import join
 from .model_losses import Losses, LossWeights, hold
 from .objective import Objective
 from .schedule import Call, Plan, assign, breadth_first, in_list_order, needed
+from .side_by_side import note_allocated
 from .weighting import Weighting
 
 #: A step, flat: the layer's name, the first input's slot, the first output's, then what most steps do without: all
@@ -155,6 +156,13 @@ class MTLModel(Objective):
         hold(self, self._losses)
         self.output_tasks = output_tasks
         self._weigh(weighting, self._losses, device, dtype)
+        if fuse_heads and not torch.compiler.is_compiling():
+            note_allocated(self.parameters())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._fuse:
+            note_allocated(self.parameters(), unpickled=True)
 
     def reset_parameters(self) -> None:
         """Set learned weights of losses to where they begin. Layers and the weighting have their own method."""

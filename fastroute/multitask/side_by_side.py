@@ -7,16 +7,42 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..ops.host import others_write
+from ..ops.host import is_lent, others_write
 
 #: By address: the memory in which parameters lie side by side, as long as anybody uses it so.
 _whole_at: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+#: By address: memory that PyTorch allocated, which it may have lent to a NumPy array since.
+_allocated: dict[int, StorageWeakRef] = {}
+
+
+def note_allocated(parameters: Iterable[Tensor], *, unpickled: bool = False) -> None:
+    """Remember whose memory PyTorch has allocated, before anybody borrows it: afterwards that cannot be told.
+
+    What is unpickled is nobody else's, though ``torch.load`` gives it memory as if it were.
+    """
+    for at in [at for at, ref in _allocated.items() if ref.expired()]:
+        _allocated.pop(at, None)
+    for p in parameters:
+        if type(p) is nn.Parameter and p.is_cpu and (unpickled or not is_lent(p)):
+            storage = p.untyped_storage()
+            _allocated[storage._cdata] = StorageWeakRef(storage)
+
+
+def _is_foreign(p: Tensor) -> bool:
+    """Whether it lies in memory of somebody else's: a NumPy array's, a file's."""
+    if not is_lent(p):
+        return False
+    ref = _allocated.get(p.untyped_storage()._cdata)
+    return ref is None or ref.expired()
 
 
 def _home(p: Tensor) -> Tensor | None:
@@ -48,8 +74,7 @@ def _users_of_one() -> int | None:
 def _is_own(p: Tensor) -> bool:
     """A parameter that nobody else has arranged: the only tensor in its memory, which no other process shares.
 
-    Others are one that is tied to it by its ``data``, an entry of a state dict, and a NumPy array made of it. (An array
-    that it was made of cannot be told from what torch.load gives.)
+    Others are one that is tied to it by its ``data``, an entry of a state dict, and a NumPy array made of it.
     """
     if type(p) is not nn.Parameter or p.device.type not in ("cpu", "cuda") or not p.is_leaf:
         return False
@@ -77,7 +102,8 @@ class SideBySide:
     They are moved there when they are first asked for, and again when ``.to()``, a deep copy or a loaded checkpoint has
     parted them: where they are is looked up at every call. They stay the modules' own Parameters. Parameters that
     somebody else may have put somewhere (a flat optimizer, shared memory, anybody in a process group), and those whose
-    memory another tensor has at the time (a state dict, a NumPy array), stay there.
+    memory another tensor has at the time (a state dict, an array made of it), stay there. So do those in memory that
+    PyTorch did not allocate (a NumPy array's, and what was loaded with ``assign=True``).
 
     Args:
         T: how many lie side by side.
@@ -132,7 +158,7 @@ class SideBySide:
         if not p.numel() or not _is_own(p):
             return False
         home = _home(p)
-        return home is None or any(home is t for t in ours)
+        return not _is_foreign(p) if home is None else any(home is t for t in ours)
 
     def _moved(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """All of them put side by side, if nobody else has put them where they are."""

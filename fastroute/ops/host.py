@@ -98,6 +98,14 @@ def others_write(t: Tensor) -> bool:
     return t.is_cpu and t.untyped_storage().is_shared()
 
 
+def is_lent(t: Tensor) -> bool:
+    """Whether PyTorch did not allocate its memory, or has lent it to a NumPy array: who else has it may write to it.
+
+    So is what ``torch.load`` gives, which cannot be told from it; what ``load_state_dict`` copies is not.
+    """
+    return t.is_cpu and not t.untyped_storage().resizable()
+
+
 def version_of(t: Tensor) -> int:
     """Another one after every change in place, where tensors have any."""
     return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version

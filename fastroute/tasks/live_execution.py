@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..modules.reading import Memo
-from ..ops.host import others_write
+from ..ops.host import is_lent, others_write
 from . import live_products
 from .active_task import Task, aware_parts, given, held
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
@@ -186,7 +186,7 @@ def _steps() -> type[_Steps]:
 
 def _has_stamp(t: Tensor) -> bool:
     """Whether it is a parameter that tells when it changes."""
-    return type(t) is nn.Parameter and not t.is_inference() and not others_write(t)
+    return type(t) is nn.Parameter and not t.is_inference() and not others_write(t) and not is_lent(t)
 
 
 class Single:

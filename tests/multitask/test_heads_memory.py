@@ -159,6 +159,35 @@ def test_memory_that_somebody_else_uses_stays(use: str, first: bool) -> None:
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), k
 
 
+@pytest.mark.parametrize("how", ["made of", "assigned", "loaded"])
+def test_memory_of_somebody_elses_stays(how: str) -> None:
+    """Parameters in a NumPy array's memory, or a file's, follow what is written there."""
+    model = model_of()
+    arrays = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    held = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if how == "loaded":
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        held = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    if how == "made of":
+        for name, p in model.named_parameters():
+            p.data = held[name]
+    else:
+        model.load_state_dict(held, assign=True)
+    places = [p.data_ptr() for p in model.parameters()]
+    del held
+    agrees(model)
+    assert places == [p.data_ptr() for p in model.parameters()]
+    if how != "loaded":
+        for array in arrays.values():
+            array[...] = 1.0
+        assert all((p == 1).all() for p in model.parameters())
+    agrees(model)
+    other = copy.deepcopy(model)  # in memory of PyTorch's
+    agrees(other)
+    assert lie_side_by_side(other)
+
+
 def test_functional_call() -> None:
     model = model_of()
     agrees(model)
