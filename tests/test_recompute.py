@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastroute
 from fastroute import networks
@@ -337,6 +337,56 @@ def test_a_pass_that_is_made_again_counts_once(run: Callable[[nn.Module, Tensor]
     moe = MoE(F, 8, 4, bias_balancing=0.1)
     run(moe, batch())
     assert int(moe.gate.counts.sum()) == B * moe.gate.k
+
+
+# ---------------------------------------------------------------------------------- a policy that saves all results
+
+
+def of_triplet(first: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
+    net = nn.ModuleList([first, linears(K)])
+    return net, lambda x: net[1](*net[0](x, Trajectory(len(x))))[0]
+
+
+def with_itself(layer: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
+    return layer, layer
+
+
+def of_tasks(task: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
+    router = TaskRouter(10, K, 0.5, generator=seeds.generator(0))
+    model = live(nn.Sequential(nn.Linear(F, 10), router, nn.ReLU(), nn.Linear(10, F)))
+    return model, lambda x: model(x, task)
+
+
+def weighed(name: str) -> tuple[nn.Module, Callable[..., Tensor]]:
+    nodes: list[dict[str, Any]] = [{"name": n, "layers": nn.Linear(F, 1), "loss": nn.MSELoss()} for n in "AB"]
+    model = fastroute.MTLModel(nodes, ["A", "B"], weighting=name)
+    return model, lambda x: model.loss(model(x)[0], [torch.ones(B, 1)] * 2)[0]
+
+
+SAVED: dict[str, Callable[[], tuple[nn.Module, Callable[..., Tensor]]]] = {
+    "gating": lambda: of_triplet(TopKGating(K, F, 2, bias_balancing=0.1)),
+    "capacity": lambda: of_triplet(TopKGating(K, F, 2, capacity=1.0)),
+    "moe": lambda: with_itself(MoE(F, 8, 4)),
+    **{algo: lambda algo=algo: of_triplet(getattr(networks, algo)(K, F)) for algo in LEARNING if algo != "RELAX"},  # type: ignore[misc]
+    "task": lambda: of_tasks(1),
+    "tasks": lambda: of_tasks(torch.arange(B) % K),
+    "capsules": lambda: with_itself(fastroute.EfficientVectorRouting(B, 3, F, 5)),
+    **{name: lambda name=name: weighed(name) for name in ("dwa", "stch", "famo", "uncertainty")},  # type: ignore[misc]
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_policy_that_saves_all_results(name: str) -> None:
+    """No layer writes into what an operator gave: a checkpoint may have kept it."""
+    policy = functools.partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+
+    def train(run: Callable[..., Any], **options: Any) -> list[Tensor | None]:
+        seeds.fixed_seed(0)
+        (net, call), x = SAVED[name](), batch()
+        run(call, x, use_reentrant=False, **options).square().sum().backward()
+        return gradients(net, x)
+
+    same(train(checkpoint, context_fn=policy), train(lambda f, x, **_: f(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------- tasks

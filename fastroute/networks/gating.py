@@ -307,12 +307,12 @@ class TopKGating(Options, Accumulating):
             place = place + ahead.reshape(-1).index_select(0, plan.order // max(B, 1) * (K + 1) + modules)
             limit = (entries * share.numerator + share.denominator * K - 1) // (share.denominator * K)
         fits = (modules < K) & (place < limit)
-        return taken, torch.empty_like(fits).index_copy_(0, plan.order, fits).view(k, B).mT
+        return taken, torch.empty_like(fits).index_copy(0, plan.order, fits).view(k, B).mT
 
     def _entries(self, taken: Tensor) -> Tensor:
         """[K]: how many of [B, k] each module has."""
         ones = torch.ones_like(taken).reshape(-1)
-        return ones.new_zeros(self._num_selections + 1).index_add_(0, taken.reshape(-1), ones)[:-1]
+        return ones.new_zeros(self._num_selections + 1).index_add(0, taken.reshape(-1), ones)[:-1]
 
     def _ahead(self, taken: Tensor, group: Processes) -> tuple[Tensor, Tensor]:
         """Of the group's entries that come before this process's j-th choices of a module, those of others.
@@ -321,7 +321,7 @@ class TopKGating(Options, Accumulating):
         """
         k, K1 = taken.shape[1], self._num_selections + 1
         slots = (taken + K1 * torch.arange(k, device=taken.device)).reshape(-1)
-        own = slots.new_zeros(k * K1).index_add_(0, slots, torch.ones_like(slots))
+        own = slots.new_zeros(k * K1).index_add(0, slots, torch.ones_like(slots))
         each = group.gather(torch.cat([own, own.sum()[None]]))
         here, all_of = group.rank, each[:, :-1].view(-1, k, K1)
         mine, total = all_of[here], all_of.sum(0)

@@ -41,7 +41,7 @@ class SortedRows:
     def _back(self) -> Tensor:
         if self._inverse is None:
             order = self.plan.order
-            self._inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+            self._inverse = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
         return self._inverse
 
     def sort(self, x: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ def _are_gradients(value: object) -> bool:
     return all(v is None or isinstance(v, Tensor) or _are_gradients(v) for v in value)
 
 
+def keeps_results() -> bool:
+    """Whether somebody may keep what operators give, as selective checkpointing does: it may then not be written to."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def draws_of(generator: torch.Generator | None) -> dict[str, Any]:
     """What a random function of PyTorch is given: nothing for None, with which it takes no sizes that are symbols.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..modules.reading import Memo
 from ..ops.host import has_numbers, memory, on_host, unseen, version_of
+from ..ops.recomputation import keeps_results
 from .active_task import Task, is_mapped, traced
 from .router import TaskRouter
 
@@ -202,6 +203,10 @@ def spread(index: Tensor, times: int) -> Tensor:
 
 def expand(x: Tensor, index: Tensor, width: int, axis: int = 1) -> Tensor:
     """Compact [B, L, ...] -> [B, width, ...] with zeros elsewhere, in x's memory format."""
+    if keeps_results():
+        made = x.new_zeros((*x.shape[:axis], width, *x.shape[axis + 1 :])).index_copy(axis, index, x)
+        turned = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return made.contiguous(memory_format=torch.channels_last) if turned else made
     full = x.new_empty((*x.shape[:axis], width, *x.shape[axis + 1 :]))
     if axis != 1 or (traced() and not torch.compiler.is_compiling()):  # vmap knows no memory formats
         return full.zero_().index_copy(axis, index, x)
@@ -258,6 +263,11 @@ class ExpandGroups(torch.autograd.Function):
         """[B, width, ...] with zeros elsewhere."""
         ctx.save_for_backward(rows)
         ctx.bounds = bounds
+        if keeps_results():
+            each = [(row, x[a:b]) for row, (a, b) in zip(rows, pairwise(bounds), strict=True)]
+            return torch.cat(
+                [part.new_zeros((len(part), width, *x.shape[2:])).index_copy(1, row, part) for row, part in each]
+            )
         full = x.new_zeros((x.shape[0], width, *x.shape[2:]))
         for g, (a, b) in enumerate(pairwise(bounds)):
             full[a:b].index_copy_(1, rows[g], x[a:b])

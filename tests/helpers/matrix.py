@@ -61,8 +61,9 @@ COLUMNS = (
     Column("2nd", "second derivatives (`create_graph=True`, Jacobians, Hessians)", DERIVATIVES),
     Column(
         "checkpoint",
-        "`torch.utils.checkpoint`, both kinds, to the bit. A policy that saves operators may not save what a layer "
-        "writes to afterwards, as gatings' counts and BatchNorm's statistics are: PyTorch then says so.",
+        "`torch.utils.checkpoint`, both kinds, to the bit. A policy may save all operators, but for `RELAX`, which takes a "
+        "gradient in its forward pass, and where PyTorch's own modules write to results: GRUCell (`SlotAttention`), "
+        "BatchNorm, `inplace=True`. PyTorch then says so.",
         DERIVATIVES,
     ),
     Column("hooks", "forward and backward hooks of all kinds on every module, own and global", ADAPTED),

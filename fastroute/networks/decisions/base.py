@@ -465,7 +465,7 @@ def mean(z: Tensor, q: Tensor) -> Tensor:
     """[B], without gradient: sum_k p_k q_k, p = (z - min z + 1e-6) / sum."""
     with torch.no_grad():
         weight = shifted(z)
-        return torch.linalg.vecdot(weight, q.to(weight.dtype)).div_(weight.sum(1))
+        return torch.linalg.vecdot(weight, q.to(weight.dtype)).div(weight.sum(1))
 
 
 def as_mask(mask: Any, B: int, device: torch.device) -> Tensor | None:

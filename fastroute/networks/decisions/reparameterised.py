@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...ops.autograd import transformed
 from ...ops.dispatch.contract import Plan
@@ -30,6 +29,11 @@ _OF_A_GRADIENT = "its loss is made of a gradient"
 
 def _none_in_inference_mode() -> Tensor:
     raise RuntimeError(f"RELAX: expected torch.no_grad instead of torch.inference_mode; {_OF_A_GRADIENT}")
+
+
+def _one_hot(index: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, K] in the dtype of ``like`` [B, K]. (PyTorch's writes into zeros, which checkpoints may have kept.)"""
+    return (index[:, None] == torch.arange(like.shape[1], device=index.device)).to(like.dtype)
 
 
 class GumbelSoftmax(Decision):
@@ -155,7 +159,7 @@ class RELAX(_WithValueNet):
         log_p = root.log_softmax(1)
         h = log_p - (_EPS - (u1 + _EPS).log()).log()
         actions = h.argmax(1) if forced is None else forced
-        H = F.one_hot(actions.clamp(min=0), z.shape[1]).to(z.dtype)
+        H = _one_hot(actions.clamp(min=0), z)
         conditional = self._conditional(log_p, u2, H, upstream)
         soft = [t.div(self._temperature).softmax(1) for t in (h, conditional)]
         c, c2 = (self._critic(x, s, plan, upstream) for s in soft)
@@ -194,7 +198,7 @@ class RELAX(_WithValueNet):
     def loss(self, e: Entries) -> Tensor | None:
         if not self.training:
             return None
-        z, H = e.full(0), F.one_hot(e.actions, e.choices).to(e.full(0).dtype)
+        z, H = e.full(0), _one_hot(e.actions, e.full(0))
         p, log_p = z.softmax(1), z.log_softmax(1)
         if self.formula == "upstream":
             return self._upstream_loss(e, p, log_p, H)
