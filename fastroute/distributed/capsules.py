@@ -168,10 +168,12 @@ class RowShardedVectorRouting(RowSharded, EfficientVectorRouting):
     @classmethod
     def refuses(cls, module: Any) -> Exception | None:
         """Also parametrizations, and submodules that have to be called."""
+        if (error := super().refuses(module)) is not None:
+            return error
         names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
         if "parametrizations" in module._modules or names - {*Parameters._fields, "weight", "bias"}:
             return ValueError("module: expected no parametrizations; remove them, or shard first")
-        return super().refuses(module) or (None if module._is_plain() else ValueError(_NOT_PLAIN))
+        return None if module._is_plain() else ValueError(_NOT_PLAIN)
 
     def _own(self, name: str, t: Any, axis: int) -> tuple[Tensor, int | None]:
         x, n = super()._own(name, t, axis)

@@ -36,6 +36,17 @@ _MOMENTS = "the moments of the outputs"
 _GRADIENT = "the outputs' gradient"
 
 
+def _learned_prior(module: Any) -> ValueError | None:
+    """Why a prior is not learned here: each rank would have the part of its gradient that comes from its own inputs."""
+    prior = getattr(module, "CONST_ones_over_n_out", None)
+    if not isinstance(prior, Tensor) or not prior.requires_grad:
+        return None
+    return ValueError(
+        "CONST_ones_over_n_out: expected shares of outputs that are not learned where inputs are on several ranks, got "
+        "some that require a gradient; learn them in one process, or call requires_grad_(False)"
+    )
+
+
 class RowSharded(nn.Module):
     """What the layers have in common. A subclass says which of its tensors have a row per input."""
 
@@ -61,7 +72,7 @@ class RowSharded(nn.Module):
                 f"module: expected parameters used by inputs and parameters used by outputs to be different ones, got "
                 f"{', '.join(both)}, which both use: its gradient would be partly a sum over ranks"
             )
-        return None
+        return _learned_prior(module)
 
     @classmethod
     def by_inputs(cls, module: Any) -> dict[str, nn.Parameter]:
@@ -125,6 +136,8 @@ class RowSharded(nn.Module):
             raise NotImplementedError(
                 "RowShardedCapsules: expected no torch.func transform and no forward mode, which know no collectives"
             )
+        if self._rows.ranks > 1 and torch.is_grad_enabled() and (error := _learned_prior(self)) is not None:
+            raise error
 
     def _compared(
         self, given: Mapping[str, tuple[Any, int]], mask: Any, lengths: Any, facts: Mapping[str, object], m: int,

@@ -338,6 +338,10 @@ def bad_input(world: World) -> None:
     says(r"TypeError: module: .*Bilinear.* on rank 2", ValueError, lambda: shard(other))
     says(r"EfficientVectorRouting, .*, got Linear", TypeError, lambda: shard(torch.nn.Linear(2, 2)))
     says("return_dict: expected False, got True", ValueError, lambda: shard(layer(return_dict=True)))
+    made = layer()
+    shares = made._buffers.pop("CONST_ones_over_n_out")
+    made.CONST_ones_over_n_out = torch.nn.Parameter(shares.clone())
+    says("CONST_ones_over_n_out: expected shares of outputs that are not learned", ValueError, lambda: shard(made))
     says(r"module: .*n_inp=10.* on ranks 0, 1 and 3, .*n_inp=9.* on rank 2", ValueError,
          lambda: shard(layer(9 if odd else N)))  # fmt: skip
     says(r"W_A: .*float32.* on rank 2", ValueError, lambda: shard(layer().float() if odd else layer()))

@@ -61,8 +61,8 @@ COLUMNS = (
     Column("2nd", "second derivatives (`create_graph=True`, Jacobians, Hessians)", DERIVATIVES),
     Column(
         "checkpoint",
-        "`torch.utils.checkpoint`, both kinds, to the bit. A policy may save all operators, but for `RELAX`, which takes a "
-        "gradient in its forward pass, and where PyTorch's own modules write to results: GRUCell (`SlotAttention`), "
+        "`torch.utils.checkpoint`, both kinds, to the bit. A policy may save all operators, but for `RELAX`, which "
+        "takes a gradient in its forward pass, and where PyTorch's own modules write to results: GRUCell (`SlotAttention`), "
         "BatchNorm, `inplace=True`. PyTorch then says so.",
         DERIVATIVES,
     ),
