@@ -456,6 +456,7 @@ class _GatePart:
             return
         if self.total is not None:
             _put(grads.gate_weight, self.total, True)
-        da = grads.gate * self.gate * (1.0 - self.gate)
+        slope = self.gate * (1.0 - self.gate)
+        da = torch.where(slope == 0, 0, grads.gate * slope)  # behind a gate that is shut: 0, not 0 inf
         if grads.gate_bias is not None:
             _put(grads.gate_bias, da.sum() if grads.gate_bias.shape[0] == 1 else da.sum(0), True)

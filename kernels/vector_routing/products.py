@@ -195,7 +195,8 @@ def spread_kernel(
         if MADE_GATE:
             f = tl.load(gate + b * gate_stride + i, mask=live, other=0.0)
             df = tl.load(gate_grad + b * gate_grad_stride + i, mask=live, other=0.0)
-            da = df * f * (1.0 - f) * tl.load(scale + b)
+            slope = f * (1.0 - f)
+            da = tl.where(slope == 0, 0.0, df * slope) * tl.load(scale + b)
         if WANT_X:
             out = (dx + b * dx_stride_b + i * DX_ROW)[:, None] + c[None, :]
             acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)

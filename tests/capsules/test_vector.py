@@ -15,6 +15,7 @@ from torch.export import Dim
 from fastroute import EfficientVectorRouting, use_backend
 from fastroute.compat import heinsen_routing
 from tests.helpers import seeds
+from tests.helpers.backends import each_backend
 from tests.helpers.budget import assert_within_budget, check
 from tests.helpers.cases import Results, evaluate
 from tests.helpers.layouts import LAYOUTS
@@ -621,3 +622,42 @@ def test_exports(n_inp: int) -> None:
     batch = Dim("batch", min=1, max=64)
     sizes = {0: batch} if n_inp != -1 else {0: batch, 1: Dim("n", min=2, max=512)}
     check_exported(make(n_inp), inputs(3), [inputs(5), *([inputs(4, n=30)] if n_inp == -1 else [])], sizes)
+
+
+# ------------------------------------------------------------------------------------------------- very large inputs
+
+
+@each_backend
+@pytest.mark.parametrize("n_iters", [1, 3])
+@pytest.mark.parametrize("which", ["all", "a row"])
+@pytest.mark.parametrize("size", [1e20, 1e30])
+def test_inputs_whose_squares_overflow(size: float, which: str, n_iters: int, backend: str) -> None:
+    """Layer norm's squares do, in float32, and made zeros or NaN of what is finite."""
+    seeds.fixed_seed(0)
+    layer = EfficientVectorRouting(6, 3, 4, 5, n_iters=n_iters)
+    x = torch.randn(2, 6, 4)
+    x[:, : 1 if which == "a row" else 6] *= size
+    results = []
+    for dtype, how in ((torch.float64, "reference"), (torch.float32, backend)):
+        made, leaf = copy.deepcopy(layer).to(dtype), x.to(dtype).requires_grad_()
+        with use_backend(how):
+            y = made(leaf)
+            y.square().sum().backward()
+        assert all(t.grad.isfinite().all() for t in (leaf, *made.parameters()) if t.grad is not None)
+        results.append(y.detach().double())
+    assert (results[1] - results[0]).norm() <= 2e-5 * results[0].norm()
+
+
+@each_backend
+@pytest.mark.parametrize("size", [1e18, 1e30])
+def test_a_shut_gate_in_front_of_a_very_large_row(size: float, backend: str) -> None:
+    """A row whose gate is 0 counts for nothing, in layers with linear betas, too, which multiply it with itself."""
+    seeds.fixed_seed(0)
+    layer, x = EfficientVectorRouting(-1, 3, 4, 5), torch.randn(1, 6, 4)
+    x[0, 0] = -size * layer.W_A.detach().flatten().sign()
+    with use_backend(backend):
+        y = layer(x.requires_grad_())
+        y.square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()) if t.grad is not None)
+    rest = layer.double()(x.detach().double())
+    assert (y.detach() - rest).norm() <= 2e-5 * rest.norm()

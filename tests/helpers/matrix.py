@@ -62,8 +62,8 @@ COLUMNS = (
     Column(
         "checkpoint",
         "`torch.utils.checkpoint`, both kinds, to the bit. A policy may save all operators, but for `RELAX`, which "
-        "takes a gradient in its forward pass, and where PyTorch's own modules write to results: GRUCell (`SlotAttention`), "
-        "BatchNorm, `inplace=True`. PyTorch then says so.",
+        "takes a gradient in its forward pass, and where PyTorch's own modules write to results: GRUCell "
+        "(`SlotAttention`), BatchNorm, `inplace=True`. PyTorch then says so.",
         DERIVATIVES,
     ),
     Column("hooks", "forward and backward hooks of all kinds on every module, own and global", ADAPTED),

@@ -84,7 +84,8 @@ def backward(
         if live is not None:
             df = df.masked_fill(~live, 0.0)
         grads.gate[at] = df
-        da = df * f * (1 - f)
+        slope = f * (1 - f)
+        da = torch.where(slope == 0, 0, df * slope)  # behind a gate that is shut: 0, not 0 inf
         sda = da * scale[at[0], None]
         dweight += (sda[..., None] * tile).sum((0, 1))  # cascaded: a product would sum the rows one by one
         dbias += da.sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..autograd import is_hooked
 from ..gemm import product
 from .contract import Parameters
-from .reference import norm
+from .reference import in_range, norm
 
 
 class Predictions(NamedTuple):
@@ -53,8 +53,10 @@ def norm_backward(dz: Tensor, y: Tensor) -> Tensor:
     h = y.shape[-1:]
     if h[0] == 1:
         return dz
-    _, mean, rstd = torch.ops.aten.native_layer_norm(y, h, None, None, 1e-5)
-    return torch.ops.aten.native_layer_norm_backward(dz, y, h, mean, rstd, None, None, [True, False, False])[0]
+    wide = in_range(y)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(wide, h, None, None, 1e-5)
+    args = dz.to(wide.dtype), wide, h, mean, rstd, None, None, [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(*args)[0].to(y.dtype)
 
 
 def first_betas(w: Parameters, acc: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,14 @@ def input_scale(x: Tensor, lengths: Tensor | None) -> Tensor:
     return lengths.clamp(min=1).to(dtype).rsqrt()
 
 
+def in_range(y: Tensor) -> Tensor:
+    """y in a dtype in which squares do not overflow: those of 1e20 do in float32."""
+    return y.double() if y.dtype == torch.float32 and y.device.type != "mps" else y  # MPS has no float64
+
+
 def norm(y: Tensor) -> Tensor:
     """Layer norm over the last axis without affine; the identity when that axis has one element."""
-    return F.layer_norm(y, y.shape[-1:]) if y.shape[-1] > 1 else y
+    return F.layer_norm(in_range(y), y.shape[-1:]).to(y.dtype) if y.shape[-1] > 1 else y
 
 
 def predict(x_out: Tensor, w: Parameters, N: Callable[[Tensor], Tensor] = norm) -> Tensor:

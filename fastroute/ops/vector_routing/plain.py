@@ -184,7 +184,8 @@ def backward(step: Step, dM: Tensor, dp: Tensor, grads: Grads) -> Tensor | None:
                     _add(dscore, None if one else rows, value.sum((0, 1) if one else 0), grads.fresh)
         if makes_gates:
             assert step.gate_weight is not None and step.scale is not None
-            da = dgate * gate[:, rows] * (1 - gate[:, rows])
+            slope = gate[:, rows] * (1 - gate[:, rows])
+            da = torch.where(slope == 0, 0, dgate * slope)  # behind a gate that is shut: 0, not 0 inf
             sda = da * step.scale[:, None]
             if dx is not None:
                 dx += sda[..., None] * _per_row(step.gate_weight, rows, step.acc)
