@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from fastroute.networks import SampleMetaInformation, Trajectory
 
+if TYPE_CHECKING:  # which would have two kinds of metaclass
 
-class Samples(Trajectory, MutableSequence[SampleMetaInformation], list[SampleMetaInformation]):  # type: ignore[misc]
+    class _List: ...
+
+else:
+    _List = list
+
+
+class Samples(Trajectory, MutableSequence[SampleMetaInformation], _List):  # type: ignore[misc]
     """A trajectory that is a list, and may be changed as one: it is then that of the samples which are in it.
 
     What Python keeps of a list is empty: all that a list does is done on the trajectory.

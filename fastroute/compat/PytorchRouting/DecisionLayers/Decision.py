@@ -105,8 +105,8 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
             _check_mask(mask, samples("xs", xs), xs.device)
         if isinstance(prior_actions, (Tensor, Sequence)) and len(prior_actions) == 0:
             prior_actions = torch.zeros(len(xs), dtype=torch.int64, device=xs.device)
-        ys, mxs, actions = super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
-        return ys if update_target is None else own_copy(ys, update_target), Samples.of(mxs), actions
+        ys, made, actions = super().forward(xs, mxs, prior_actions, mask, update_target, **kwargs)
+        return ys if update_target is None else own_copy(ys, update_target), Samples.of(made), actions
 
     def _fastroute_stands(self) -> Any:
         """The object that fastroute's own methods may be called on, with the user's hooks in their places."""
