@@ -117,7 +117,6 @@ class Decision(Options, nn.Module):
     critic: int | None = None  #: the state column, besides the first, that the loss moves
     _options = ("formula", "generator", "additional_reward_func")
     _fixed = ("_storage_type", "_hidden_dims", "_stacked", "_factory")
-    _fastroute_saves_reward = True  #: whether a state dict has what ``additional_reward_func`` has counted
     _formula_of = ""  # the ``algorithm`` of the class that this one's loss is inherited from
     _fastroute_of: Any = None  # whose stand-in it is, see fastroute.compat
 
@@ -195,12 +194,12 @@ class Decision(Options, nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._fastroute_saves_reward:
+        if not hasattr(type(self), "_fastroute_hooks"):  # upstream's state dicts have nothing of rewards
             save(self.additional_reward_func, destination, f"{prefix}additional_reward_func.")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         *_, errors = args
-        reward = self.additional_reward_func if self._fastroute_saves_reward else None
+        reward = None if hasattr(type(self), "_fastroute_hooks") else self.additional_reward_func
         restore(reward, state_dict, f"{prefix}additional_reward_func.", errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

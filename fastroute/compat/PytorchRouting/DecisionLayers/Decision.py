@@ -73,8 +73,6 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
         if _definer(cls, "_construct_policy_storage") is not Decision:
             cls._storages = _own_storages  # type: ignore[method-assign,assignment]
 
-    _fastroute_saves_reward = False  # upstream's state dicts have nothing of it
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _HOOKS:
             super().__setattr__(name, value)
