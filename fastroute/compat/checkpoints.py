@@ -81,7 +81,7 @@ def convert(source: str | Path, target: str | Path, upstream: str, *, back: bool
             del state[key]
             report.left[key] = "torchMTL has no such parameter"
     if back and upstream == "PytorchRouting":
-        for key in [key for key in state if re.search(r"(^|\.)additional_reward_func\.", key)]:
+        for key in [key for key in state if re.search(r"(^|\.)_extra_state$", key)]:
             del state[key]
             report.left[key] = "PytorchRouting saves nothing of rewards"
     stacked = next((key for key in state if re.search(r"(^|\.)_\w+\.pattern\.", key)), None)

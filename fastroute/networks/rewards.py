@@ -309,16 +309,15 @@ class PerActionBaseReward(Options):
             return torch.full((self.history_window,), -1, device=device)
         return self._ring.to(device)
 
-    def saved(self) -> dict[str, Tensor]:
-        """What decisions have of this in their state dicts, by the names of attributes; sizes never change."""
-        return {"history": self.history} if self.keeps_history else {}
+    def saved(self) -> Tensor | None:
+        """What decisions have of this in their state dicts, always of one size: ``history``, if one is kept."""
+        return self.history if self.keeps_history else None
 
-    def restore(self, saved: dict[str, Tensor]) -> None:
-        """Go on from what another one's :meth:`saved` gave; what is missing there, or unknown here, stays as it is."""
-        if self.keeps_history and (history := saved.get("history")) is not None and not history.is_meta:
-            history = history.detach().to(torch.int64).flatten()[-self.history_window :]
-            missing = self.history_window - len(history)
-            self._ring = torch.cat([history.new_full((missing,), -1), history])
+    def restore(self, saved: Tensor) -> None:
+        """Go on from what another one's :meth:`saved` gave. That of a reward of another kind changes nothing."""
+        if self.keeps_history and not saved.is_meta and not saved.is_floating_point():
+            history = saved.detach().to(torch.int64).flatten()[-self.history_window :]
+            self._ring = torch.cat([history.new_full((self.history_window - len(history),), -1), history])
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]; ``dists()`` are their states [B, K, 5]."""
@@ -472,17 +471,17 @@ class RunningAverageCollaborationReward(_PerActionCounting):
             return torch.zeros(self._known_actions(), dtype=torch.float64, device="cpu")
         return self._average
 
-    def saved(self) -> dict[str, Tensor]:
-        """The shares."""
-        return {} if self.num_actions is None else {"average": self.average}
+    def saved(self) -> Tensor | None:
+        """``average``, once it is known of how many actions."""
+        return None if self.num_actions is None else self.average
 
-    def restore(self, saved: dict[str, Tensor]) -> None:
+    def restore(self, saved: Tensor) -> None:
         """Go on from other shares; ValueError where they are of other actions."""
-        if (average := saved.get("average")) is None or average.is_meta:
+        if saved.is_meta or not saved.is_floating_point():
             return
-        if tuple(average.shape) != (self._known_actions(),):
-            raise ValueError(f"average: expected shares of {self._known_actions()} actions, got {shown(average)}")
-        self._average = average.detach().to(torch.float64, copy=True)
+        if tuple(saved.shape) != (self._known_actions(),):
+            raise ValueError(f"average: expected shares of {self._known_actions()} actions, got {shown(saved)}")
+        self._average = saved.detach().to(torch.float64, copy=True)
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]."""
@@ -568,20 +567,19 @@ def _call(reward: Any, name: str, *args: Any) -> Any:
     return getattr(reward, name)(*args) if call is None else call(reward, name, *args)
 
 
-def save(reward: Any, state: dict[str, Any], prefix: str) -> None:
-    """Add copies of what a reward has learned to a state dict: several decisions may share it."""
-    if isinstance(reward, PerActionBaseReward):
-        state |= {prefix + name: t.detach().clone() for name, t in reward.saved().items()}
+def saved(reward: Any) -> Tensor | None:
+    """A copy of what a reward has counted: several decisions may share it."""
+    made = reward.saved() if isinstance(reward, PerActionBaseReward) else None
+    return None if made is None else made.detach().clone()
 
 
-def restore(reward: Any, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-    """Take out of a state dict what :func:`save` put there. State dicts without it change nothing."""
-    found = {key.removeprefix(prefix): state.pop(key) for key in [key for key in state if key.startswith(prefix)]}
-    if isinstance(reward, PerActionBaseReward) and found:
+def restore(reward: Any, numbers: Any, name: str, errors: list[str]) -> None:
+    """Give a reward what :func:`saved` gave."""
+    if isinstance(reward, PerActionBaseReward) and isinstance(numbers, Tensor):
         try:
-            reward.restore(found)
+            reward.restore(numbers)
         except ValueError as error:
-            errors.append(f"{prefix}{error}")
+            errors.append(f"{name}: {error}")
 
 
 def is_silent(reward: Any) -> bool:

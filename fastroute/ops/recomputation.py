@@ -8,6 +8,7 @@ first pass. The two are told by who called: the frames of this thread, from the 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import FrameType
 from typing import Any
@@ -42,7 +43,7 @@ def _has_recomputing_frame(called_by_engine: bool = False) -> bool:
         name = frame.f_code.co_name
         if module == "torch.utils.checkpoint" and name == "unpack_hook":
             return True
-        if module == "torch.autograd.function" and name.startswith("apply") and frame.f_code.co_varnames[0] == "self":
+        if module == "torch.autograd.function" and name.startswith("apply") and "self" in frame.f_locals:
             return True  # a node's, which calls the backward of its Function
         if module == "torch.autograd.graph" and name == "_engine_run_backward":
             break
@@ -53,10 +54,9 @@ def _has_recomputing_frame(called_by_engine: bool = False) -> bool:
 
 def _gets_gradients(frame: FrameType) -> bool:
     """Whether a function that the engine has called was given gradients, or nothing, as callbacks are."""
-    code = frame.f_code
-    count = code.co_argcount + code.co_kwonlyargcount + (1 if code.co_flags & 0x04 else 0)  # *args
-    given = [frame.f_locals.get(name) for name in code.co_varnames[:count]]
-    return not count or any(isinstance(v, Tensor) or _are_gradients(v) for v in given)
+    names, rest, _, values = inspect.getargvalues(frame)
+    given = [values.get(name) for name in (*names, *([rest] if rest else ()))]
+    return not given or any(isinstance(v, Tensor) or _are_gradients(v) for v in given)
 
 
 def _are_gradients(value: object) -> bool:

@@ -437,14 +437,15 @@ def test_a_reward_goes_on_where_a_checkpoint_ended(name: str) -> None:
     (whole, reward), (resumed, other), (old, none) = net(), net(), net()
     train(whole, 1)
     state = copy.deepcopy(whole.state_dict())
-    keys = [key for key in state if "additional_reward_func" in key]
-    assert keys == [f"{i}.additional_reward_func.{name}" for i in (1, 3)]
+    keys = [key for key in state if "_extra_state" in key]
+    assert keys == [f"{i}._extra_state" for i in (1, 3)]
     resumed.load_state_dict(state, strict=True)
     assert torch.equal(getattr(other, name), getattr(reward, name))
     assert torch.equal(train(resumed, 2), train(whole, 2))
     assert torch.equal(getattr(other, name), getattr(reward, name))
     assert not torch.equal(state[keys[0]], getattr(reward, name))  # a copy
     assert state.keys() == net()[0].state_dict().keys()  # also before the first sample
+    torch.func.functional_call(whole, dict(state), (torch.randn(B, F),))  # takes extra states, and no other names
 
     older = {key: t for key, t in state.items() if key not in keys}
     before = getattr(none, name).clone()
@@ -457,7 +458,7 @@ def test_a_reward_of_another_kind_leaves_it() -> None:
     networks.WPL(K, F).load_state_dict(saved, strict=True)
     networks.WPL(K, F, additional_reward_func=REWARDS["average"]()).load_state_dict(saved, strict=True)
     shorter = networks.CollaborationReward(0.3, history_len=4)
-    saved["additional_reward_func.history"] = torch.arange(16)
+    saved["_extra_state"] = torch.arange(16)
     networks.WPL(K, F, additional_reward_func=shorter).load_state_dict(saved, strict=True)
     assert shorter.history.tolist() == [12, 13, 14, 15]
     longer = networks.CollaborationReward(0.3, history_len=18)
@@ -465,6 +466,6 @@ def test_a_reward_of_another_kind_leaves_it() -> None:
     assert longer.history.tolist() == [-1, -1, *range(16)]
     wrong = networks.WPL(K + 1, F, additional_reward_func=REWARDS["average"]()).state_dict()
     own = networks.WPL(K, F, additional_reward_func=REWARDS["average"]())
-    mine = {**own.state_dict(), "additional_reward_func.average": wrong["additional_reward_func.average"]}
-    with pytest.raises(RuntimeError, match=r"additional_reward_func.average: expected shares of \d actions"):
+    mine = {**own.state_dict(), "_extra_state": wrong["_extra_state"]}
+    with pytest.raises(RuntimeError, match=r"_extra_state: average: expected shares of \d actions"):
         own.load_state_dict(mine)

@@ -29,7 +29,7 @@ from ...ops.recomputation import draws_of, is_recomputation
 from ...ops.trajectory_loss.op import Entry, loss_of
 from ..decision_record import Column, Record
 from ..loss_entries import Entries, Need, from_raw
-from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register, restore, save
+from ..rewards import Formula, PerActionBaseReward, check_formula, check_reward, is_silent, register, restore, saved
 from ..sample_view import SampleMetaInformation
 from ..trajectory import Trajectory
 from .storage import (
@@ -192,15 +192,20 @@ class Decision(Options, nn.Module):
             )
         return (StackedStorages if self._stacked and self._num_agents > 1 else Storages)(made, outputs)
 
+    def _saves_reward(self) -> bool:
+        """Whether what the reward has counted is the module's extra state; not where the class has one of its own."""
+        is_upstreams = hasattr(type(self), "_fastroute_hooks")  # whose state dicts have nothing of rewards
+        return not is_upstreams and type(self).get_extra_state is nn.Module.get_extra_state
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not hasattr(type(self), "_fastroute_hooks"):  # upstream's state dicts have nothing of rewards
-            save(self.additional_reward_func, destination, f"{prefix}additional_reward_func.")
+        if self._saves_reward() and (numbers := saved(self.additional_reward_func)) is not None:
+            destination[f"{prefix}_extra_state"] = numbers
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        *_, errors = args
-        reward = None if hasattr(type(self), "_fastroute_hooks") else self.additional_reward_func
-        restore(reward, state_dict, f"{prefix}additional_reward_func.", errors)
+        name, (*_, errors) = f"{prefix}_extra_state", args
+        if self._saves_reward() and name in state_dict:  # state dicts without it change nothing
+            restore(self.additional_reward_func, state_dict.pop(name), name, errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _option(self, name: str, value: Any) -> Any:
