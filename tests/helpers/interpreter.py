@@ -1,7 +1,8 @@
-"""Triton's interpreter, with the NumPy that is there."""
+"""Triton's interpreter: with the NumPy that is there, and without work that it repeats."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 
@@ -23,3 +24,46 @@ def let_scalars_be_ints() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
+
+
+def patch_once_a_launch() -> None:
+    """Replace the language's functions by interpreted ones once a launch; Triton does at every call of a function.
+
+    A call within a launch finds all replaced that its module can see, so that going through it again changes nothing.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, replaced = interpreter._patch_lang, set()
+
+    @cache
+    def seen_by(fn: Any) -> frozenset[str]:
+        return frozenset(v.__name__ for v in fn.__globals__.values() if v is tl or v is tl.core)
+
+    class Nothing:
+        def restore(self) -> None: ...
+
+    def patched(fn: Any) -> Any:
+        if seen_by(fn) and seen_by(fn) <= replaced:
+            return Nothing()
+        scope = patch(fn)
+        restore = scope.restore
+
+        def restored() -> None:
+            replaced.clear()
+            restore()
+
+        replaced.update(seen_by(fn))
+        scope.restore = restored
+        return scope
+
+    interpreter._patch_lang = patched
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def looked_up(dtype: Any) -> Any:
+        name = str(dtype.scalar)
+        if name not in known:
+            known[name] = look_up(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = looked_up
