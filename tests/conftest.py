@@ -19,12 +19,12 @@ import pytest
 from fastroute import compat
 from tests.helpers import seeds
 from tests.helpers.backends import HERE
-from tests.helpers.interpreter import let_scalars_be_ints, patch_once_a_launch
+from tests.helpers.interpreter import let_scalars_be_ints, make_it_faster
 from tests.helpers.poison import poisoned_memory
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     let_scalars_be_ints()
-    patch_once_a_launch()
+    make_it_faster()
 
 # The same examples on every machine and in every run; --hypothesis-profile=search looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=25, deadline=None, database=None)

@@ -1,7 +1,8 @@
-"""Triton's interpreter: with the NumPy that is there, and without work that it repeats."""
+"""Triton's interpreter: with the NumPy that is there, and without work that it repeats or throws away."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -26,7 +27,7 @@ def let_scalars_be_ints() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-def patch_once_a_launch() -> None:
+def make_it_faster() -> None:
     """Replace the language's functions by interpreted ones once a launch; Triton does at every call of a function.
 
     A call within a launch finds all replaced that its module can see, so that going through it again changes nothing.
@@ -58,6 +59,9 @@ def patch_once_a_launch() -> None:
         return scope
 
     interpreter._patch_lang = patched
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:  # what says whether an integer left its type is then computed and not looked at
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     look_up, known = interpreter._get_np_dtype, {}
 
     def looked_up(dtype: Any) -> Any:
