@@ -73,10 +73,14 @@ def imports_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
+#: Files about graphs, what other programs make of them, and what a benchmark does with its time and results.
+_NOT_NUMERIC = {"test_compile.py", "test_export.py", "test_onnx.py", "test_gpu_first.py"}
+
+
 @cache
 def _is_numeric(path: Path) -> bool:
     helpers = r"^from tests\.(helpers\.(budget|opcheck)|tasks\.nets) import"
-    return path.name != "test_compile.py" and re.search(helpers, path.read_text(), re.MULTILINE) is not None
+    return path.name not in _NOT_NUMERIC and re.search(helpers, path.read_text(), re.MULTILINE) is not None
 
 
 #: What a test calls that is about graphs and formulas: slow, and the same on every instruction set.
@@ -94,7 +98,21 @@ def _apart_from_backend(item: pytest.Item) -> Any:
     return item.nodeid.split("[")[0], *sorted((name, id(value)) for name, value in given if name != "backend")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", default="0/1", help="k/n: the k-th of n parts of the tests (tests/isa.py)")
+
+
+def _dealt(items: list[pytest.Item], mine: int, of: int) -> Iterator[pytest.Item]:
+    """The cases of every test in turn, a case on all backends together, so that each part has some of every test."""
+    tests: dict[str, tuple[int, dict[Any, int]]] = {}
+    for item in items:
+        test, *case = _apart_from_backend(item)
+        first, cases = tests.setdefault(test, (len(tests), {}))
+        if (first + cases.setdefault(tuple(case), len(cases))) % of == mine:
+            yield item
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``).
 
     A case runs on one backend after the other: ``tests/helpers/budget.py`` keeps the last yardsticks. Graphs and
@@ -124,4 +142,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("long")
             met |= pairs
         together.setdefault(_apart_from_backend(item), []).append(item)
-    items[:] = itertools.chain(*together.values())
+    every = [*itertools.chain(*together.values())]
+    items[:] = _dealt(every, *map(int, config.getoption("share").split("/")))
+    mine = set(items)
+    config.hook.pytest_deselected(items=[item for item in every if item not in mine])

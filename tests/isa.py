@@ -1,7 +1,8 @@
 """``make test-isa``: the numeric part of the suite under every instruction set this processor has, on 1 to 3 threads.
 
 By default a covering set: every instruction set and every number of threads in some run. FULL=1: all pairs.
-AFTER_TEST=1: without what ``make test`` has, the best instruction set and one thread. Arguments go to pytest.
+AFTER_TEST=1: without what ``make test`` has, the best instruction set and one thread; where an instruction set is run on
+2 threads and on 3, the cases of every test are dealt out to the two. Arguments go to pytest.
 Ends on a line like pytest's that counts the combinations.
 """
 
@@ -63,6 +64,15 @@ def combinations(isas: Sequence[str], full: bool = False, after_test: bool = Fal
     return [(isas[min(i, len(isas) - 1)], threads[min(i, len(threads) - 1)]) for i in range(last)]
 
 
+def shares(runs: Sequence[tuple[str, int]]) -> list[list[str]]:
+    """What pytest is told in each run: every case once under each instruction set."""
+    found = []
+    for at, (isa, _) in enumerate(runs):
+        alike = [k for k, (other, _) in enumerate(runs) if other == isa]
+        found.append([f"--share={alike.index(at)}/{len(alike)}"] if len(alike) > 1 else [])
+    return found
+
+
 def run(isa: str, threads: int, arguments: Sequence[str]) -> bool:
     """Whether one combination passed; what failed is printed whole."""
     env = environment(isa, threads)
@@ -88,8 +98,10 @@ def main(arguments: Sequence[str]) -> int:
     clean = {k: v for k, v in os.environ.items() if k not in CHOSEN}
     best = probe(clean)[1]
     isas = list(SETTINGS)[: list(SETTINGS).index(best) + 1] if best in SETTINGS else ["default"]
-    asked = (os.environ.get(name, "0") == "1" for name in ("FULL", "AFTER_TEST"))
-    passed = [run(*each, arguments) for each in combinations(isas, *asked)]
+    full, after_test = (os.environ.get(name, "0") == "1" for name in ("FULL", "AFTER_TEST"))
+    runs = combinations(isas, full, after_test)
+    dealt = shares(runs) if after_test and not full else [[] for _ in runs]
+    passed = [run(*each, [*arguments, *share]) for each, share in zip(runs, dealt, strict=True)]
     print(f"{passed.count(True)} passed, {passed.count(False)} failed")
     return int(not all(passed))
 

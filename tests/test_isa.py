@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests import isa
+from tests.conftest import _dealt
 
 
 def test_the_covering_set_has_every_instruction_set_and_every_number_of_threads() -> None:
@@ -23,6 +27,21 @@ def test_with_what_make_test_has_all_are_covered(best: int) -> None:
     assert len(runs) == 2 and (isas[-1], 1) not in runs
     assert {name for name, _ in runs} | {isas[-1]} == set(isas)
     assert {n for _, n in runs} | {1} == set(isa.THREADS)
+    given = [(name, *(share or ["whole"])) for (name, _), share in zip(runs, isa.shares(runs), strict=True)]
+    every = [(name, "whole") for name in isas[:-1]] if best > 1 else [(isas[0], f"--share={k}/2") for k in range(2)]
+    assert given == every
+
+
+def test_every_case_is_dealt_to_one_share_and_some_of_every_test_to_each() -> None:
+    def item(**given: object) -> Any:
+        return SimpleNamespace(nodeid=f"test_sizes{list(given.values())}", callspec=SimpleNamespace(params=given))
+
+    alone = SimpleNamespace(nodeid="test_alone")
+    cases = [[item(size=size, backend=backend) for backend in ("native", "reference")] for size in (3, 4, 5)]
+    items = [*itertools.chain(*cases), alone]
+    assert list(_dealt(items, 0, 2)) == [*cases[0], *cases[2]]
+    assert list(_dealt(items, 1, 2)) == [*cases[1], alone]
+    assert list(_dealt(items, 0, 1)) == items
 
 
 def test_nothing_is_left_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
