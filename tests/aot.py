@@ -9,15 +9,12 @@
 * ``compile_for(launch, arch)`` reads shared memory, registers, spills and instructions from the machine code.
 * ``facts_of(launch)`` finds 32-bit integers that could overflow, and memory that is read and written.
 
-TRITON_INTERPRET must be off when triton is first imported, so a test file compiles in a process of its own:
-``report_of(__file__, name)`` runs the file as a program, which calls ``print_reports``, and returns what it printed.
-``python -m tests.aot table`` prints all test files' cases as a table.
+TRITON_INTERPRET must be off when triton is first imported. ``python -m tests.aot table`` prints all test files' cases.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -25,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +37,7 @@ from tests import ranges
 #: capability: tables "Technical Specifications per Compute Capability" of the CUDA programming guide.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 FIRST_LEVEL = {80: 192 << 10, 86: 128 << 10, 89: 128 << 10, 90: 256 << 10, 100: 256 << 10, 120: 128 << 10}
-ARCHS = (80, 90, 100)  #: one of each kind: those that tests compile for unless they say otherwise
+OTHERS = (80, 100)  #: one of each other kind than sm_90, which tests compile for, too
 #: Bytes of stack on sm_90 where Triton 3.9 needs none: older ones keep up to four registers of some kernels in memory.
 SPARE = 16 if tuple(map(int, version("triton").split(".")[:2])) < (3, 9) else 0
 _TENSOR_OPS = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
@@ -61,8 +59,9 @@ class Launch(NamedTuple):
         return str(self.kernel.fn.__name__)
 
 
-class Report(NamedTuple):
-    """What a kernel takes on one architecture."""
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a kernel takes on one architecture. Machine code is read, in half a second, when it is asked for."""
 
     kernel: str
     case: str
@@ -74,10 +73,33 @@ class Report(NamedTuple):
     stack: int  #: bytes per thread: spilled registers, 0 is none
     threads: int  #: per block
     tensor_ops: dict[str, int]  #: matrix instructions by kind, as they stand in the code
-    math: dict[str, int]  #: matrix instructions and scalar multiply-adds of the machine code
-    loads: dict[str, int]  #: loads from global memory, by bytes of a thread's access
-    copies: dict[str, int]  #: asynchronous copies from global to shared memory, likewise
-    stores: dict[str, int]  #: stores to global memory, likewise
+    cubin: bytes = dataclasses.field(repr=False)
+
+    @cached_property
+    def opcodes(self) -> list[str]:
+        pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)"
+        return re.findall(pattern, _dumped(self.cubin, "--dump-sass"), re.MULTILINE)
+
+    @property
+    def math(self) -> dict[str, int]:
+        """Matrix instructions and scalar multiply-adds of the machine code."""
+        found = Counter(op.split(".")[0] for op in self.opcodes)
+        return {op: found[op] for op in ("HGMMA", "UTCHMMA", "HMMA", "DFMA", "FFMA") if found[op]}
+
+    @property
+    def loads(self) -> dict[str, int]:
+        """Loads from global memory, by bytes of a thread's access."""
+        return _by_bytes(self.opcodes, "LDG")
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """Asynchronous copies from global to shared memory, likewise."""
+        return _by_bytes(self.opcodes, "LDGSTS")
+
+    @property
+    def stores(self) -> dict[str, int]:
+        """Stores to global memory, likewise."""
+        return _by_bytes(self.opcodes, "STG")
 
 
 def spills_stay_near(r: Report) -> bool:
@@ -249,29 +271,23 @@ def move_cache(folder: Path) -> int:
 def compile_for(launch: Launch, arch: int, case: str = "") -> Report:
     """Compile a recorded launch for compute capability ``arch``."""
     compiled = warm(launch, arch)
-    ptx = compiled.asm["ptx"]
-    code = _disassembled(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", code)
-    assert found is not None, code
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", code, re.MULTILINE)
-    math = Counter(op.split(".")[0] for op in opcodes)
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    usage = _dumped(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
     tensor_ops = {op: len(re.findall(rf"\s{pattern}", ptx)) for op, pattern in _TENSOR_OPS.items()}
-    blocks = " ".join(f"{k}{v}" for k, v in launch.constants.items() if _IS_BLOCK.match(k))
     return Report(
         kernel=launch.name,
         case=case,
         arch=arch,
         grid=launch.grid,
-        tile=f"{blocks} w{launch.warps} s{launch.stages}",
+        tile=_tile(launch),
         shared=compiled.metadata.shared,
         registers=int(found[1]),
         stack=int(found[2]),
         threads=32 * launch.warps,
         tensor_ops={op: count for op, count in tensor_ops.items() if count},
-        math={op: math[op] for op in ("HGMMA", "UTCHMMA", "HMMA", "DFMA", "FFMA") if math[op]},
-        loads=_by_bytes(opcodes, "LDG"),
-        copies=_by_bytes(opcodes, "LDGSTS"),
-        stores=_by_bytes(opcodes, "STG"),
+        cubin=cubin,
     )
 
 
@@ -289,34 +305,60 @@ def _by_bytes(opcodes: Iterable[str], kind: str) -> dict[str, int]:
     return {str(width): found[width] for width in sorted(found, reverse=True)}
 
 
-def _disassembled(cubin: bytes) -> str:
-    """Resource usage and machine code."""
+def _dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of machine code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def print_reports(cases: Iterable[tuple[str, Callable[[], Iterable[Launch]]]], archs: Iterable[int] = ARCHS) -> None:
-    """Compile every launch as each architecture plans it, the same kernel once, and print one report a line."""
-    for (name, launches), arch in itertools.product(cases, archs):
-        with mock.patch("tests.aot._planned_for", arch):
-            seen: dict[str, Launch] = {}
-            for launch in launches():
-                seen.setdefault(warm(launch, arch).hash, launch)
-        for launch in seen.values():
-            print(json.dumps(compile_for(launch, arch, name)._asdict()), flush=True)
+def planned(launches: Callable[[], Iterable[Launch]], arch: int) -> list[Launch]:
+    """Launches as they are planned for an architecture."""
+    with mock.patch("tests.aot._planned_for", arch):
+        return list(launches())
 
 
-def main(cases: Mapping[str, Any] | Iterable[str], launches: Callable[[Any], Iterable[Launch]]) -> None:
-    """A test file as a program: ``name,name [architecture ...]``; launches gets what a mapping has for a name."""
-    archs = [int(a) for a in sys.argv[2:]] or list(ARCHS)
-    found = {name: cases[name] if isinstance(cases, Mapping) else name for name in sys.argv[1].split(",")}
-    print_reports([(name, partial(launches, case)) for name, case in found.items()], archs)
+def reports(name: str, launches: Callable[[], Iterable[Launch]], arch: int = 90) -> list[Report]:
+    """Every launch of a case compiled for an architecture, the same kernel once."""
+    _may_compile()
+    seen: dict[str, Launch] = {}
+    for launch in planned(launches, arch):
+        seen.setdefault(warm(launch, arch).hash, launch)
+    return [compile_for(launch, arch, name) for launch in seen.values()]
+
+
+def reports_of_largest(cases: Mapping[str, Callable[[], Iterable[Launch]]], arch: int) -> list[Report]:
+    """Every kernel in every tile and narrowest dtype of all cases, for an architecture, in its largest form.
+
+    Tile and dtype decide how much shared memory is taken and most of the registers. Among forms of one tile, which
+    differ in activations, masks and what is wanted, the largest is that with most operations in Triton's own IR.
+    """
+    _may_compile()
+    largest: dict[Any, tuple[int, str, Launch]] = {}
+    for name, launches in cases.items():
+        for launch in planned(launches, arch):
+            dtypes = {a.dtype for a in launch.args if hasattr(a, "dtype") and a.dtype.is_floating_point}
+            kind = launch.name, _tile(launch), min(dtypes, key=lambda dtype: dtype.itemsize, default=None)
+            operations = first_ir(launch).count(" = ")
+            if kind not in largest or operations > largest[kind][0]:
+                largest[kind] = operations, name, launch
+    return [compile_for(launch, arch, name) for _, name, launch in largest.values()]
+
+
+def _may_compile() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import pytest
+
+        pytest.skip("the interpreter makes no code")
+
+
+def _tile(launch: Launch) -> str:
+    blocks = " ".join(f"{k}{v}" for k, v in launch.constants.items() if _IS_BLOCK.match(k))
+    return f"{blocks} w{launch.warps} s{launch.stages}"
 
 
 def _printed(*arguments: str) -> str:
@@ -329,40 +371,18 @@ def _printed(*arguments: str) -> str:
     return ran.stdout
 
 
-def _read(text: str) -> list[Report]:
-    return [Report(**json.loads(line)) for line in text.splitlines()]
-
-
-def report_of(file: str, name: str, archs: Sequence[int] = ARCHS) -> list[Report]:
-    """A test file's case on some architectures."""
-    found = _read(_printed(file, name, *map(str, archs)))
-    assert {r.arch for r in found} == set(archs)
-    return found
-
-
-def reports_of(cases: Sequence[tuple[str, str]], arch: int) -> list[list[Report]]:
-    """Of each (test file, case) on one architecture, compiled in one process."""
-    programs = [[file, name, str(arch)] for file, name in cases]
-    run = "runpy.run_path(sys.argv[0], run_name='__main__'); print('--', flush=True)"
-    parts = _printed("-c", f"import runpy, sys\nfor sys.argv in {programs}: {run}").split("--\n")
-    found = [_read(part) for part in parts]
-    assert not found.pop() and all({r.arch for r in of} == {arch} for of in found)
-    return found
-
-
 def table(arch: int = 90) -> str:
     """Markdown: every case of the test files, each kernel and tile once, on one architecture."""
-    from tests.kernels import test_aot_quick
-
     rows = [
         "| op | case | kernel | tile | registers | spilled | shared | mathematics | loads | stores |",
         "|---" * 10 + "|",
     ]
-    for module in test_aot_quick.CASES:
+    for path in sorted(_ROOT.glob("tests/ops/*/test_aot.py")):
+        module = import_module(f"tests.ops.{path.parent.name}.test_aot")
         op = ", ".join(re.findall(r"``(\w+)``", module.__doc__ or ""))
-        names = list(getattr(module, "CASES", None) or module.cases())
-        for reports in reports_of([(str(module.__file__), name) for name in names], arch):
-            for r in {(r.case, r.kernel, r.tile): r for r in reversed(reports)}.values():
+        for name, case in module.CASES.items():
+            found = reports(name, partial(module.launches, case), arch)
+            for r in {(r.kernel, r.tile): r for r in reversed(found)}.values():
                 counts = [" ".join(f"{op} {n}" for op, n in r.math.items())]
                 loads = [f"{n} x {width} B" for width, n in r.loads.items()]
                 loads += [f"{n} x {width} B async" for width, n in r.copies.items()]

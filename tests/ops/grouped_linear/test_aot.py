@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,6 +32,10 @@ CASES = {
     "experts-tf32": Case(32768, 8, 1024, 1024, "float32", "tf32", stacked=True),
     "odd-fp16": Case(5000, 7, 77, 129, "float16", activation=6),
 }
+
+
+KERNELS = {"rows_kernel", "sums_kernel", "gradients_kernel", "slope_kernel", "reduce_kernel"}
+KERNELS |= {"count_kernel", "place_kernel", "rank_kernel"}
 
 
 def launches(case: Case) -> Iterator[Any]:
@@ -64,33 +69,42 @@ def launches(case: Case) -> Iterator[Any]:
 
 
 def check(name: str, found: list[aot.Report]) -> None:
+    backward = {"sums_kernel"} if name.startswith("experts") else {"gradients_kernel"}
+    assert {r.kernel for r in found} >= {"rows_kernel"} | backward
+    for r in found:
+        fits(r)
+
+
+def fits(r: aot.Report) -> None:
     """Shared memory is within every architecture's limit, and products are on tensor cores where they can be.
 
     Nothing spills on sm_90 but after the widest tiles' product, in SiLU of 128 numbers a thread. What that and others
     elsewhere spill stays in first-level cache.
     """
-    case = CASES[name]
-    backward = {"sums_kernel"} if name.startswith("experts") else {"gradients_kernel"}
-    assert {r.kernel for r in found} >= {"rows_kernel"} | backward
-    for r in found:
-        assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        wide = r.kernel == "rows_kernel" and case.activation == 4
-        assert r.stack <= aot.SPARE if r.arch == 90 and not wide else aot.spills_stay_near(r), r
-        if r.kernel in ("rows_kernel", "sums_kernel", "gradients_kernel"):
-            assert bool(r.tensor_ops) == (case.dtype != "float32" or case.precision == "tf32"), r
+    case = CASES[r.case]
+    assert r.shared <= aot.SHARED_LIMIT[r.arch], r
+    wide = r.kernel == "rows_kernel" and case.activation == 4
+    assert r.stack <= aot.SPARE if r.arch == 90 and not wide else aot.spills_stay_near(r), r
+    if r.kernel in ("rows_kernel", "sums_kernel", "gradients_kernel"):
+        assert bool(r.tensor_ops) == (case.dtype != "float32" or case.precision == "tf32"), r
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_fits(name: str) -> None:
-    check(name, aot.report_of(__file__, name))
+    check(name, aot.reports(name, partial(launches, CASES[name])))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", aot.OTHERS)
+def test_fits_elsewhere(arch: int) -> None:
+    found = aot.reports_of_largest({name: partial(launches, case) for name, case in CASES.items()}, arch)
+    assert {r.kernel for r in found} == KERNELS
+    for r in found:
+        fits(r)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["experts-up", "experts-tf32"])
 def test_fits_where_shared_memory_is_small(name: str) -> None:
-    check(name, aot.report_of(__file__, name, (86,)))
-
-
-if __name__ == "__main__":
-    aot.main(CASES, launches)
+    check(name, aot.reports(name, partial(launches, CASES[name]), 86))

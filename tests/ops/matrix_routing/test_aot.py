@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,6 +36,8 @@ CASES = {
 
 
 FOLDED = {"output_grads_kernel", "shared_sums_kernel"}
+KERNELS = {"pairs_kernel", "assign_kernel", "moments_kernel", "merge_kernel"}
+KERNELS |= {"assign_backward_kernel", "gradient_kernel"} | FOLDED
 
 
 def launches(case: Case) -> Iterator[Any]:
@@ -70,25 +73,30 @@ def launches(case: Case) -> Iterator[Any]:
 
 
 def check(name: str, found: list[aot.Report]) -> None:
+    assert {r.kernel for r in found} == KERNELS - (set() if CASES[name].shared else {"shared_sums_kernel"})
+    for r in found:
+        fits(r)
+
+
+def fits(r: aot.Report) -> None:
     """Shared memory is within every architecture's limit, and tiles stay in registers.
 
     A word or two of a thread may wait in memory while a loop runs: 16 bytes, where a tile's number takes 4 in each.
     """
-    forward = {"pairs_kernel", "assign_kernel", "moments_kernel", "merge_kernel"}
-    folded = FOLDED if CASES[name].shared else {"output_grads_kernel"}
-    assert {r.kernel for r in found} == forward | {"assign_backward_kernel", "gradient_kernel"} | folded
-    for r in found:
-        assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack <= (0 if r.arch == 90 and r.kernel in FOLDED | {"merge_kernel"} else 16), r
+    assert r.shared <= aot.SHARED_LIMIT[r.arch], r
+    assert r.stack <= (0 if r.arch == 90 and r.kernel in FOLDED | {"merge_kernel"} else 16), r
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_fits(name: str) -> None:
-    check(name, aot.report_of(__file__, name))
+    check(name, aot.reports(name, partial(launches, CASES[name])))
 
 
-pytest.importorskip("triton")
-
-if __name__ == "__main__":
-    aot.main(CASES, launches)
+@pytest.mark.long
+@pytest.mark.parametrize("arch", aot.OTHERS)
+def test_fits_elsewhere(arch: int) -> None:
+    found = aot.reports_of_largest({name: partial(launches, case) for name, case in CASES.items()}, arch)
+    assert {r.kernel for r in found} == KERNELS
+    for r in found:
+        fits(r)

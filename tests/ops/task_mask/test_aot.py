@@ -11,17 +11,16 @@ import pytest
 
 from tests import aot
 
-CASES = ("first-fp32", "last-bf16")
+CASES = {"first-fp32": ("first", "float32"), "last-bf16": ("last", "bfloat16")}
 FORMS = tuple(itertools.product((False, True), (True, False)))  #: many tasks, in training
 KERNELS = {"mask_kernel", "sums_kernel", "statistics_kernel", "gradients_kernel", "normalise_kernel"}
 
 
-def launches(case: str) -> Iterator[Any]:
+def launches(case: tuple[str, str]) -> Iterator[Any]:
     import torch
 
-    place, name = case.split("-")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    x = torch.empty(64, 256, 32, 32, dtype=dtype, device="meta")
+    place, dtype = case
+    x = torch.empty(64, 256, 32, 32, dtype=getattr(torch, dtype), device="meta")
     if place == "last":
         x = x.to(memory_format=torch.channels_last)
     yield from launches_of(x)
@@ -55,23 +54,30 @@ def launches_of(x: Any, forms: Collection[tuple[bool, bool]] = FORMS) -> Iterato
             yield from aot.record(partial(backward, **given, statistics=(mean, scale)))
 
 
-def check(name: str, found: list[aot.Report]) -> None:
-    """Shared memory is what a reduction takes. Nothing spills on sm_80 and sm_90, nor beyond the cache on sm_100."""
+def check(found: list[aot.Report]) -> None:
     assert {r.kernel for r in found} == KERNELS
     for r in found:
-        assert aot.spills_stay_near(r) if r.arch == 100 else r.stack <= aot.SPARE, r
-        assert r.shared <= 48 << 10, r
-        if r.kernel in ("mask_kernel", "sums_kernel", "normalise_kernel"):
-            assert r.loads.get("2", 0) <= (r.kernel == "sums_kernel") and "2" not in r.stores, (
-                r
-            )  # a shift of each channel
+        fits(r)
+
+
+def fits(r: aot.Report) -> None:
+    """Shared memory is what a reduction takes. Nothing spills on sm_80 and sm_90, nor beyond the cache on sm_100."""
+    assert aot.spills_stay_near(r) if r.arch == 100 else r.stack <= aot.SPARE, r
+    assert r.shared <= 48 << 10, r
+    if r.kernel in ("mask_kernel", "sums_kernel", "normalise_kernel"):  # sums read a shift of each channel
+        assert r.loads.get("2", 0) <= (r.kernel == "sums_kernel") and "2" not in r.stores, r
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_fits(name: str) -> None:
-    check(name, aot.report_of(__file__, name))
+    check(aot.reports(name, partial(launches, CASES[name])))
 
 
-if __name__ == "__main__":
-    aot.main(CASES, launches)
+@pytest.mark.long
+@pytest.mark.parametrize("arch", aot.OTHERS)
+def test_fits_elsewhere(arch: int) -> None:
+    found = aot.reports_of_largest({name: partial(launches, case) for name, case in CASES.items()}, arch)
+    assert {r.kernel for r in found} == KERNELS
+    for r in found:
+        fits(r)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 
+from fastroute.ops.trajectory_loss.contract import ALGORITHMS
 from tests import aot
 
 
@@ -20,17 +22,14 @@ class Case(NamedTuple):
     rewards: str = ""  #: made here: of "classes" and a table, or of the loss and what was "counted"
 
 
-def cases() -> dict[str, Case]:
-    from fastroute.ops.trajectory_loss.contract import ALGORITHMS
-
-    return {
-        "one": Case(("REINFORCE",)),
-        "wpl": Case(("WPL",) * 3, own=True),
-        "all": Case(ALGORITHMS, masked=True, own=True),
-        "rewards": Case(("REINFORCE",) * 3, masked=True, own=True, rewards="classes"),
-        "shares": Case(("WPL",) * 3, rewards="counted"),
-        "without slopes": Case(("REINFORCEBl2", "GumbelSoftmax", "EGreedyAAC"), want_slopes=False),
-    }
+CASES = {
+    "one": Case(("REINFORCE",)),
+    "wpl": Case(("WPL",) * 3, own=True),
+    "all": Case(ALGORITHMS, masked=True, own=True),
+    "rewards": Case(("REINFORCE",) * 3, masked=True, own=True, rewards="classes"),
+    "shares": Case(("WPL",) * 3, rewards="counted"),
+    "without slopes": Case(("REINFORCEBl2", "GumbelSoftmax", "EGreedyAAC"), want_slopes=False),
+}
 
 
 def launches(case: Case, B: int = 1000) -> Iterator[Any]:
@@ -58,22 +57,25 @@ def launches(case: Case, B: int = 1000) -> Iterator[Any]:
     yield from aot.record(lambda: trajectory_loss.forward(x, *args, 0.9, True, case.want_slopes, rewards))
 
 
-def check(name: str, found: list[aot.Report]) -> None:
+def fits(r: aot.Report) -> None:
     """Numbers stay in registers, whatever there is to compute."""
-    archs = {r.arch for r in found}
-    assert {(r.case, r.arch) for r in found} == {(case, arch) for case in name.split(",") for arch in archs}
-    for r in found:
-        assert r.kernel == "forward_kernel" and tuple(r.grid) == (8,), r
-        assert r.stack == 0 and r.shared <= (2048 if r.case == "rewards" else 0), r  # scores change lanes
+    assert r.kernel == "forward_kernel" and tuple(r.grid) == (8,), r
+    assert r.stack == 0 and r.shared <= (2048 if r.case == "rewards" else 0), r  # scores change lanes
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [",".join(cases())])
-def test_fits(name: str) -> None:
-    check(name, aot.report_of(__file__, name))
+def test_fits() -> None:
+    for name, case in CASES.items():
+        found = aot.reports(name, partial(launches, case))
+        assert found
+        for r in found:
+            fits(r)
 
 
-pytest.importorskip("triton")
-
-if __name__ == "__main__":
-    aot.main(cases(), launches)
+@pytest.mark.long
+@pytest.mark.parametrize("arch", aot.OTHERS)
+def test_fits_elsewhere(arch: int) -> None:
+    found = aot.reports_of_largest({name: partial(launches, case) for name, case in CASES.items()}, arch)
+    assert found
+    for r in found:
+        fits(r)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,6 +34,8 @@ CASES = {
     "one-pass-bf16": Case(1, 500, 250, 256, "bfloat16", linear=True),
     "small-ieee": Case(4, 100, 10, 256, "float32", masked=True),
 }
+
+KERNELS = {"forward_kernel", "aggregate_kernel", "score_kernel", "backward_kernel", "spread_kernel"}
 
 
 def launches(case: Case) -> Iterator[Any]:
@@ -78,36 +81,45 @@ def launches(case: Case) -> Iterator[Any]:
 
 
 def check(name: str, found: list[aot.Report]) -> None:
+    backward = {"backward_kernel", "spread_kernel"} if "narrow" not in name else {"score_kernel"}
+    assert {r.kernel for r in found} >= {"forward_kernel", "aggregate_kernel", *backward}
+    for r in found:
+        fits(r)
+    if ("tf32" in name or "narrow" in name) and any(r.arch == 90 for r in found):
+        assert any(r.kernel == "aggregate_kernel" and set(r.copies) == {"16"} for r in found if r.arch == 90)
+
+
+def fits(r: aot.Report) -> None:
     """Shared memory is within every architecture's limit, registers suffice, and products are on tensor cores.
 
     Nothing spills on sm_90. On sm_80 and sm_100 what the widest tiles spill stays in first-level cache.
     """
-    backward = {"backward_kernel", "spread_kernel"} if "narrow" not in name else {"score_kernel"}
-    assert {r.kernel for r in found} >= {"forward_kernel", "aggregate_kernel", *backward}
-    for r in found:
-        assert r.shared <= aot.SHARED_LIMIT[r.arch], r
-        assert r.stack == 0 if r.arch == 90 else aot.spills_stay_near(r), r
-        if r.kernel in ("aggregate_kernel", "spread_kernel", "score_kernel") and "ieee" not in name:
-            assert r.tensor_ops, r
-            # in the backward pass coefficients lie as they do; float16 that becomes TF32 on its way is copied by 8
-            other = "tf32" in name and r.kernel == "aggregate_kernel"
-            by_8 = "narrow" in name and r.kernel == "score_kernel" and set(r.copies) == {"16", "8"}
-            assert r.copies and (set(r.copies) == {"16"} or other or by_8), r
-    if ("tf32" in name or "narrow" in name) and any(r.arch == 90 for r in found):
-        assert any(r.kernel == "aggregate_kernel" and set(r.copies) == {"16"} for r in found if r.arch == 90)
+    assert r.shared <= aot.SHARED_LIMIT[r.arch], r
+    assert r.stack == 0 if r.arch == 90 else aot.spills_stay_near(r), r
+    if r.kernel in ("aggregate_kernel", "spread_kernel", "score_kernel") and "ieee" not in r.case:
+        assert r.tensor_ops, r
+        # in the backward pass coefficients lie as they do; float16 that becomes TF32 on its way is copied by 8
+        other = "tf32" in r.case and r.kernel == "aggregate_kernel"
+        by_8 = "narrow" in r.case and r.kernel == "score_kernel" and set(r.copies) == {"16", "8"}
+        assert r.copies and (set(r.copies) == {"16"} or other or by_8), r
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_fits(name: str) -> None:
-    check(name, aot.report_of(__file__, name))
+    check(name, aot.reports(name, partial(launches, CASES[name])))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", aot.OTHERS)
+def test_fits_elsewhere(arch: int) -> None:
+    found = aot.reports_of_largest({name: partial(launches, case) for name, case in CASES.items()}, arch)
+    assert {r.kernel for r in found} == KERNELS
+    for r in found:
+        fits(r)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["million-tf32", "million-narrow", "wide-bf16", "one-pass-bf16"])
 def test_fits_where_shared_memory_is_small(name: str) -> None:
-    check(name, aot.report_of(__file__, name, (86,)))
-
-
-if __name__ == "__main__":
-    aot.main(CASES, launches)
+    check(name, aot.reports(name, partial(launches, CASES[name]), 86))
