@@ -92,8 +92,8 @@ def verdict(
     }
 
 
-def power_of(op: str, seed: int = 0) -> dict[str, Any]:
-    truth, case, letters = problem(op, seed, rows_of(op))
+def power_of(op: str, seed: int = 0, rows: int | None = None) -> dict[str, Any]:
+    truth, case, letters = problem(op, seed, rows or rows_of(op))
     yardstick = yardstick_of(truth, case, F32)
     with Planted(FAULTS[0], place=-1):  # none, but taken apart alike
         plain = evaluate(truth, case)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from tests.numerics.__main__ import power_of
-from tests.numerics.faults import FAULTS
+from tests.numerics.__main__ import POWER, power_of
+from tests.numerics.faults import FAULTS, SUMS
 from tests.numerics.problems import PROBLEMS
 
 QUICK = ("trajectory_loss",)
@@ -17,10 +18,21 @@ QUICK = ("trajectory_loss",)
 SURE = 14.5
 
 
+#: Rows of problems in which one long run is lost among other errors however many there are: it is planted in as many.
+SHORT = SUMS["one long run"][1]
+
+
+def sure(places: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [place for place in places if place["effect"] > SURE]
+
+
 def assert_power(op: str) -> dict[str, Any]:
-    faults: dict[str, Any] = power_of(op)["faults"]
+    """A problem is as long as in the table only where that makes a fault sure; what is sure there is sure here."""
+    recorded = json.loads(POWER.read_text())["ops"][op]["faults"]
+    faults: dict[str, Any] = power_of(op, rows=None if sure(recorded["one long run"]) else SHORT)["faults"]
+    assert [fault for fault in recorded if sure(recorded[fault])] == [fault for fault in faults if sure(faults[fault])]
     for fault, places in faults.items():
-        missed = [place for place in places if place["effect"] > SURE and not place["new"] > 1]
+        missed = [place for place in sure(places) if not place["new"] > 1]
         assert not missed, f"{fault}: not seen in {len(missed)} of {len(places)} places: {missed}"
     return faults
 
