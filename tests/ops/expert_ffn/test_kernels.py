@@ -22,6 +22,7 @@ from fastroute.ops.activations import ACTIVATIONS
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, Results, evaluate
+from tests.helpers.covering import in_pairs
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.opcheck import check_compiled, opcheck
 from tests.ops.expert_ffn.test_op import ACTIONS, Layer, each_histogram, ffn_case, op, truth
@@ -79,9 +80,7 @@ def test_budget(actions: list[list[int]], dtype: torch.dtype) -> None:
     assert not found["dweights"][dropped].any()  # type: ignore[index]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@in_pairs(dtype={"bf16": BF16, "fp32": F32}, gated={"gated": True, "plain": False}, activation=reversed(ACTIVATIONS))
 def test_both_designs(activation: str, gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"activation": activation, "gated": gated}
     case = ffn_case(MIXED, 20, 17, 8, gated=gated, dtype=dtype)
@@ -91,9 +90,7 @@ def test_both_designs(activation: str, gated: bool, dtype: torch.dtype, monkeypa
     same(found, fused)  # which is what is chosen
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1), (5, 1, 3), (37, 33, 20), (64, 16, 48)], ids=str)
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@in_pairs(size=[(1, 1, 1), (5, 1, 3), (37, 33, 20), (64, 16, 48)], k=[1, 3], gated={"gated": True, "plain": False})
 def test_sizes(size: tuple[int, int, int], k: int, gated: bool) -> None:
     case = ffn_case(many(5, k=k), *size, gated=gated)
     check(there(gated=gated), truth(gated=gated), case, dtype=F32, stored=F32)

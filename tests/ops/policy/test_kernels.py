@@ -20,6 +20,7 @@ from fastroute.ops.policy.op import CHOICES, KINDS
 from tests.helpers.agent_policy_cases import case_of, each_kind, each_net, lists, op, some_agents, truth
 from tests.helpers.budget import assert_within_budget, check
 from tests.helpers.cases import Case, evaluate
+from tests.helpers.covering import in_pairs
 from tests.helpers.dispatch_cases import actions_of, each_histogram
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -109,9 +110,7 @@ def test_agent_policy(net: str, kind: str) -> None:
     check_op(net, kind, F32, [some_agents(40, 3, s) for s in range(2)], 3, 21, 7)
 
 
-@pytest.mark.parametrize("net", ["critic", "table-and-state-value"])
-@each_kind
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+@in_pairs(net=["critic", "table-and-state-value"], kind=KINDS, dtype={"bf16": BF16, "fp16": F16})
 def test_half_precision(net: str, kind: str, dtype: torch.dtype) -> None:
     check_op(net, kind, dtype, [some_agents(40, 3, s) for s in range(2)], 3, 21, 7)
 

@@ -15,6 +15,7 @@ from fastroute.ops.task_mask import reference as reference
 from tests.helpers import seeds
 from tests.helpers.budget import check
 from tests.helpers.cases import Case, evaluate
+from tests.helpers.covering import in_pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 7
@@ -67,7 +68,6 @@ def cropped(t: Tensor) -> Tensor:
 
 
 LAYOUTS = {f.__name__: f for f in (torch.Tensor.contiguous, channels_last, gappy, cropped)}
-each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 SHAPES = ((3, 5), (2, 4, 2100), (3, 17, 5, 4), (2, 300, 3, 3), (2, 3, 2, 3, 4), (0, 3, 2))
 
 
@@ -93,9 +93,7 @@ def test_values(shape: tuple[int, ...], kind: str, relu: bool, width: None) -> N
         assert torch.equal(dx, exact_dx)
 
 
-@each_layout
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@each_relu
+@in_pairs(layout=LAYOUTS, dtype=[torch.float32, torch.bfloat16, torch.float16], relu={"mask": False, "relu": True})
 def test_layouts(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, relu: bool) -> None:
     mapping, task = mapping_of(6), tasks_of("each", 3)
     x = layout(randn(3, 6, 5, 4, dtype=dtype))
@@ -137,10 +135,10 @@ def norm(fn: Any, mapping: Tensor, task: int | Tensor, training: bool, relu: boo
     return call
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (3, 7, 5, 3), (2, 3, 700)], ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["int", "each"])
+@in_pairs(
+    shape={"6x5": (6, 5), "3x7x5x3": (3, 7, 5, 3), "2x3x700": (2, 3, 700)}, training={"train": True, "eval": False},
+    dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}, kind=["int", "each"],
+)  # fmt: skip
 def test_batch_norm(shape: tuple[int, ...], training: bool, dtype: torch.dtype, kind: str) -> None:
     mapping, task = mapping_of(shape[1]), tasks_of(kind, shape[0])
     for layout, relu in ((torch.Tensor.contiguous, True), (channels_last, False)):

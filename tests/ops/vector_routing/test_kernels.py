@@ -21,6 +21,7 @@ from fastroute.ops.vector_routing import plain as tiles
 from fastroute.ops.vector_routing.contract import Passes
 from fastroute.ops.vector_routing.reference import gates, row_is_live
 from tests.helpers.budget import Yardstick
+from tests.helpers.covering import in_pairs
 from tests.helpers.routing_cases import some_mask
 
 from .oracle import (
@@ -40,7 +41,10 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SMALL = Size(2, 33, 5, 24)
 
 
-@pytest.fixture(params=[True, False], ids=["one-pass", "two-phase"])
+PATHS = {"one-pass": True, "two-phase": False}
+
+
+@pytest.fixture(params=PATHS.values(), ids=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     monkeypatch.setattr(vector_routing, "force_one_pass", request.param)
     yield request.param
@@ -71,9 +75,13 @@ def test_kinds(kind: str, path: bool) -> None:
     assert_within_budget(run(vector_routing, case), case)
 
 
-@pytest.mark.parametrize("kind", ["next", "next-linear", "first-made", "first-linear-made"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("parameters", ["same", "float32"])
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@in_pairs(
+    indirect=["path"], kind=["next", "next-linear", "first-made", "first-linear-made"], dtype=HALF,
+    parameters=["same", "float32"], path=PATHS,
+)  # fmt: skip
 def test_half_precision(kind: str, dtype: torch.dtype, parameters: str, path: bool) -> None:
     case = make(
         Size(2, 40, 9, 24), dtype=dtype, parameter_dtype=None if parameters == "same" else torch.float32, **KINDS[kind]
@@ -81,22 +89,21 @@ def test_half_precision(kind: str, dtype: torch.dtype, parameters: str, path: bo
     assert_within_budget(run(vector_routing, case), case)
 
 
-@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@in_pairs(indirect=["path"], kind=["next", "first-made", "next-linear"], precision=HALF.keys(), path=PATHS)
 def test_float32_with_half_products(kind: str, precision: str, path: bool) -> None:
     """As under autocast: operands of the products are rounded, nothing else is."""
     case = make(Size(2, 40, 9, 24), precision=precision, **KINDS[kind])
     found = run(vector_routing, case)
     assert all(t.dtype == torch.float32 for t in found.values())
-    assert_within_budget(found, case, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    assert_within_budget(found, case, dtype=HALF[precision])
 
 
-@pytest.mark.parametrize(
-    "size",
-    [Size(16, 1, 2, 1), Size(16, 1, 17, 8), Size(2, 65, 17, 8), Size(1, 33, 100, 130), Size(1, 20, 300, 24)],
-    ids=str,
+@in_pairs(
+    indirect=["path"],
+    size=[Size(16, 1, 2, 1), Size(16, 1, 17, 8), Size(2, 65, 17, 8), Size(1, 33, 100, 130), Size(1, 20, 300, 24)],
+    kind=["next", "first-made", "next-linear"],
+    path=PATHS,
 )
-@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
 def test_sizes(size: Size, kind: str, path: bool) -> None:
     case = make(size, **KINDS[kind])
     assert_within_budget(run(vector_routing, case), case)
@@ -113,8 +120,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kind", ["next", "first-made", "next-linear"])
+@in_pairs(indirect=["path"], mask=MASKS.keys(), kind=["next", "first-made", "next-linear"], path=PATHS)
 def test_masks(mask: str, kind: str, path: bool) -> None:
     case = make(mask=MASKS[mask], **KINDS[kind])
     found = run(vector_routing, case)
@@ -142,11 +148,14 @@ def test_adds_to_what_is_there(kind: str, path: bool) -> None:
     assert_within_budget(run(vector_routing, case, start=2.0), case, start=2.0)
 
 
-@pytest.mark.parametrize("kind", ["next", "next-linear", "first-made", "first-linear-made"])
-@pytest.mark.parametrize(
-    ("want_x", "want_rows"), [(False, True), (True, False), (False, False)], ids=["no-x", "no-rows", "neither"]
+@in_pairs(
+    indirect=["path"],
+    kind=["next", "next-linear", "first-made", "first-linear-made"],
+    wanted={"no-x": (False, True), "no-rows": (True, False), "neither": (False, False)},
+    path=PATHS,
 )
-def test_gradients_not_wanted(kind: str, want_x: bool, want_rows: bool, path: bool) -> None:
+def test_gradients_not_wanted(kind: str, wanted: tuple[bool, bool], path: bool) -> None:
+    want_x, want_rows = wanted
     case = make(**KINDS[kind])
     absent = (() if want_x else ("dx",)) + (() if want_rows else tuple(f"d{name}" for name in PARAMETERS))
     found = run(vector_routing, case, want_x=want_x, want_rows=want_rows)
@@ -218,8 +227,7 @@ def test_chunks(kind: str, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_within_budget(run(vector_routing, case, start=2.0), case, start=2.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@in_pairs(indirect=["path"], kind=KINDS.keys(), precision=["ieee", "tf32"], path=PATHS)
 def test_turned(kind: str, precision: str, path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands of products as TF32's tensor cores take them, over chunks that do not fill their blocks."""
     real = vector_routing.plan
@@ -370,9 +378,7 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("chunked", [False, True])
+@in_pairs(passes=PASSES.keys(), fresh=[True, False], chunked=[False, True])
 def test_dx_is_left_to_the_last_pass(passes: str, fresh: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Iterations of one backward, last first, in the same buffers: dx is the sum of their parts, written once."""
     kinds, options = PASSES[passes]
