@@ -1,8 +1,8 @@
 """``make test-isa``: the numeric part of the suite under every instruction set this processor has, on 1 to 3 threads.
 
 By default a covering set: every instruction set and every number of threads in some run. FULL=1: all pairs.
-AFTER_TEST=1: without what ``make test`` has, the best instruction set and one thread; where an instruction set is run on
-2 threads and on 3, the cases of every test are dealt out to the two. Arguments go to pytest.
+AFTER_TEST=1: without what ``make test`` has, the best instruction set and one thread; where an instruction set is run
+on 2 threads and on 3, the cases of every test are dealt out to the two. Arguments go to pytest.
 Ends on a line like pytest's that counts the combinations.
 """
 

@@ -166,17 +166,14 @@ def test_wheel_and_source(tmp_path: Path, backend: ModuleType) -> None:
     assert said.split() == [fastroute.__version__, "native" if built else "reference"]
 
     program = tmp_path / "program.py"
-    program.write_text((ROOT / "tests" / "helpers" / "typed_program.py").read_text())
-    mypy = (sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--python-executable", python)
-    run(*mypy, "--cache-dir", tmp_path / "mypy", program, cwd=tmp_path)
-    program.write_text(program.read_text() + "\nwrong: int = fastroute.EfficientVectorRouting(4, 2, 8, 8)\n")
-    wrong = subprocess.run(
-        [*map(str, mypy), "--cache-dir", str(tmp_path / "mypy"), str(program)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert wrong.stdout.count("error:") == 1 and '"EfficientVectorRouting"' in wrong.stdout
+    text = (ROOT / "tests" / "helpers" / "typed_program.py").read_text()
+    program.write_text(f"{text}\nwrong: int = fastroute.EfficientVectorRouting(4, 2, 8, 8)\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--python-executable", str(python)]
+    command += ["--cache-dir", str(tmp_path / "mypy"), str(program)]
+    wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    last = len(program.read_text().splitlines())
+    assert wrong.count("error:") == 1 and f"program.py:{last}: error:" in wrong, wrong  # and none in the program before
+    assert '"EfficientVectorRouting"' in wrong
 
     name = backend.build_sdist(str(tmp_path)) if Path.cwd() == ROOT else None
     if name:
