@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -332,20 +333,21 @@ def reports(name: str, launches: Callable[[], Iterable[Launch]], arch: int = 90)
 
 
 def reports_of_largest(cases: Mapping[str, Callable[[], Iterable[Launch]]], arch: int) -> list[Report]:
-    """Every kernel in every tile and narrowest dtype of all cases, for an architecture, in its largest form.
+    """Every kernel in every narrowest dtype, number of warps and of stages that cases give it, in its largest tile.
 
-    Tile and dtype decide how much shared memory is taken and most of the registers. Among forms of one tile, which
-    differ in activations, masks and what is wanted, the largest is that with most operations in Triton's own IR.
+    These decide how much shared memory is taken and most of the registers. Among forms of one tile, which differ in
+    activations, masks and what is wanted, the largest is that with most operations in Triton's own IR.
     """
     _may_compile()
-    largest: dict[Any, tuple[int, str, Launch]] = {}
+    largest: dict[Any, tuple[tuple[int, int], str, Launch]] = {}
     for name, launches in cases.items():
         for launch in planned(launches, arch):
             dtypes = {a.dtype for a in launch.args if hasattr(a, "dtype") and a.dtype.is_floating_point}
-            kind = launch.name, _tile(launch), min(dtypes, key=lambda dtype: dtype.itemsize, default=None)
-            operations = first_ir(launch).count(" = ")
-            if kind not in largest or operations > largest[kind][0]:
-                largest[kind] = operations, name, launch
+            narrowest = min(dtypes, key=lambda dtype: dtype.itemsize, default=None)
+            kind = launch.name, narrowest, launch.warps, launch.stages
+            size = _numbers_in_a_tile(launch), _operations(launch)
+            if kind not in largest or size > largest[kind][0]:
+                largest[kind] = size, name, launch
     return [compile_for(launch, arch, name) for _, name, launch in largest.values()]
 
 
@@ -354,6 +356,16 @@ def _may_compile() -> None:
         import pytest
 
         pytest.skip("the interpreter makes no code")
+
+
+def _numbers_in_a_tile(launch: Launch) -> int:
+    return math.prod(max(v, 1) for k, v in launch.constants.items() if _IS_BLOCK.match(k))
+
+
+def _operations(launch: Launch) -> int:
+    """Functions as erf and tanh, which are some twenty instructions each, counted as such."""
+    ir = first_ir(launch)
+    return ir.count(" = ") + 20 * len(re.findall(r" = (?:math|tt\.extern)", ir))
 
 
 def _tile(launch: Launch) -> str:

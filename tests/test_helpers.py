@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from tests.helpers.backends import each_backend
 from tests.helpers.budget import Yardstick, yardstick_of
 from tests.helpers.cases import Case
+from tests.helpers.covering import pairs
 from tests.helpers.layouts import LAYOUTS, Fenced
 from tests.helpers.rounding import Rounded
 
@@ -194,3 +196,11 @@ def test_rounding_of_sums_by_index(op: str) -> None:
     drawn = torch.stack([rounded(lambda: sums(x.double()), seed) - exact for seed in range(20)]).square().mean().sqrt()
     plain = (sums(x).double() - exact).square().mean().sqrt()
     assert plain / 2 < drawn < 4 * plain
+
+
+@pytest.mark.parametrize("sizes", [(11, 2, 2), (3, 2, 2, 2), (5, 3)], ids=str)
+def test_all_pairs_are_met(sizes: tuple[int, ...]) -> None:
+    found = pairs(*map(range, sizes))
+    for i, j in itertools.combinations(range(len(sizes)), 2):
+        assert {(case[i], case[j]) for case in found} == set(itertools.product(range(sizes[i]), range(sizes[j])))
+    assert len(found) == len(set(found)) <= math.prod(sizes) and found == pairs(*map(range, sizes))
