@@ -5,12 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,6 +18,7 @@ from tests.helpers import seeds
 from tests.helpers.backends import HERE
 from tests.helpers.interpreter import let_scalars_be_ints, make_it_faster
 from tests.helpers.poison import poisoned_memory
+from tests.isa import is_numeric
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     let_scalars_be_ints()
@@ -73,16 +71,6 @@ def imports_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
-#: Files about graphs, what other programs make of them, and what a benchmark does with its time and results.
-_NOT_NUMERIC = {"test_compile.py", "test_export.py", "test_onnx.py", "test_gpu_first.py"}
-
-
-@cache
-def _is_numeric(path: Path) -> bool:
-    helpers = r"^from tests\.(helpers\.(budget|opcheck)|tasks\.nets) import"
-    return path.name not in _NOT_NUMERIC and re.search(helpers, path.read_text(), re.MULTILINE) is not None
-
-
 #: What a test calls that is about graphs and formulas: slow, and the same on every instruction set.
 _STRUCTURE = {"check_compiled", "check_exported", "compile", "export", "gradcheck", "opcheck"}
 
@@ -128,7 +116,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_structure = code is not None and not _STRUCTURE.isdisjoint(code.co_names)
         if is_structure and given.get("backend") == "reference" and "native" in HERE:
             item.add_marker("long")
-        if _is_numeric(item.path) and not is_structure:
+        if is_numeric(item.path) and not is_structure:
             item.add_marker("numeric")
         few = item.get_closest_marker("long_after")
         if few is not None:

@@ -9,10 +9,13 @@ Ends on a line like pytest's that counts the combinations.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 from tests.helpers.subprocesses import ROOT
 
@@ -37,6 +40,23 @@ from fastroute.ops.backends import extension
 ours = torch.ops.fastroute._isa() if extension()[0] else "none"
 print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability().lower(), ours)
 """
+
+
+#: Files about graphs, what other programs make of them, and what a benchmark does with its time and results.
+_NOT_NUMERIC = {"test_compile.py", "test_export.py", "test_onnx.py", "test_gpu_first.py"}
+
+
+@cache
+def is_numeric(path: Path) -> bool:
+    """Whether a test file compares numbers, by the helpers that it imports."""
+    helpers = r"^from tests\.(helpers\.(budget|opcheck)|tasks\.nets) import"
+    return path.name not in _NOT_NUMERIC and re.search(helpers, path.read_text(), re.MULTILINE) is not None
+
+
+def numeric_files() -> list[Path]:
+    """Without what goes through our variants itself, and what is run in Triton's interpreter."""
+    files = sorted(ROOT.glob("tests/**/test_*.py"))
+    return [path for path in files if is_numeric(path) and path.name not in ("test_isa.py", "test_kernels.py")]
 
 
 def probe(environment: dict[str, str]) -> list[str]:
@@ -83,6 +103,8 @@ def run(isa: str, threads: int, arguments: Sequence[str]) -> bool:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short", "-n", "auto"]
     command += ["--maxprocesses", "4", "--dist", "worksteal", "-m", "numeric and not gpu and not long"]
     command += ["--ignore", "tests/ops/test_isa.py", *arguments]  # which goes through our variants itself
+    if not any((ROOT / each.split("::")[0]).exists() for each in arguments):  # no others are imported
+        command += [str(path.relative_to(ROOT)) for path in numeric_files()]
     began = time.monotonic()
     ran = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = ran.stdout.rstrip().splitlines() or [f"exit status {ran.returncode}"]

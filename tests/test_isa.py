@@ -44,6 +44,12 @@ def test_every_case_is_dealt_to_one_share_and_some_of_every_test_to_each() -> No
     assert list(_dealt(items, 0, 1)) == items
 
 
+def test_files_that_compare_numbers_are_named_and_no_others() -> None:
+    names = {str(path.relative_to(isa.ROOT / "tests")) for path in isa.numeric_files()}
+    assert {"ops/policy/test_op.py", "capsules/test_vector.py", "networks/test_golden_trajectories.py"} <= names
+    assert not names & {"ops/test_isa.py", "ops/policy/test_kernels.py", "test_isa.py", "test_onnx.py", "test_house.py"}
+
+
 def test_nothing_is_left_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in isa.CHOSEN:
         monkeypatch.setenv(name, "outside")
