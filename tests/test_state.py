@@ -33,6 +33,7 @@ from fastroute.compat.PytorchRouting.PreFabs import RNNcells as cells
 from fastroute.compat.PytorchRouting.RewardFunctions import Final as final
 from fastroute.multitask import weighting
 from fastroute.networks import unstacked_state_dict
+from fastroute.networks.rewards import saved
 from tests.helpers import seeds
 from tests.helpers.extras import needed
 from tests.helpers.layers import LAYERS, Scores, rand
@@ -251,6 +252,7 @@ CASES: dict[str, Case] = {
                 networks.PassThrough(),
                 networks.PerTaskAssignment(),
                 upstreams("PassThrough")(),
+                upstreams("Sequential")(upstreams("Initialization")()),
                 upstreams("PerTaskAssignment")(),
                 PytorchRouting.Helpers.TorchHelpers.FakeFlatModuleList(PytorchRouting.CoreLayers.Selection(nn.ReLU())),
                 GumbelSoftmaxSampling(),
@@ -379,10 +381,14 @@ def test_every_module_with_a_state_is_in_the_table() -> None:
 
 @each_case
 def test_a_state_dict_is_made_of_parameters_and_buffers(name: str) -> None:
-    """Before the first call and after it: the same tensors, under the same names."""
+    """Before the first call and after it: the same tensors, under the same names. What rewards count is extra state."""
     m = made(name)
     for again in range(2):
         state, own = m.state_dict(), owned(m)
+        for path, part in m.named_modules(remove_duplicate=False):
+            if isinstance(part, networks.Decision) and "PytorchRouting" not in type(part).__module__:
+                counted = saved(part.additional_reward_func)
+                assert counted is None or torch.equal(state.pop(f"{path}._extra_state".lstrip(".")), counted)
         if name != "a loss with tensors":  # whose buffers come from whoever makes the model
             assert set(state) == set(own)
         assert all(t.data_ptr() == own[key].data_ptr() for key, t in state.items())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ops import dispatch
 from ..ops.arguments import Count, Options, checked
-from ..ops.checks import samples, shown, tensor, together
+from ..ops.checks import given, samples, shown, tensor, together
 from ..ops.processes import Processes
 from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import ByAction, Final
@@ -314,9 +314,11 @@ class PerActionBaseReward(Options):
         return self.history if self.keeps_history else None
 
     def restore(self, saved: Tensor) -> None:
-        """Go on from what another one's :meth:`saved` gave. That of a reward of another kind changes nothing."""
-        if self.keeps_history and not saved.is_meta and not saved.is_floating_point():
-            history = saved.detach().to(torch.int64).flatten()[-self.history_window :]
+        """Go on from what another one's :meth:`saved` gave; ValueError where that is no history."""
+        if saved.dim() != 1 or saved.is_floating_point() or saved.is_complex():
+            raise ValueError(f"history: expected the last actions, [n] int64, got {given(saved)}")
+        if not saved.is_meta:
+            history = saved.detach().to(torch.int64)[-self.history_window :]
             self._ring = torch.cat([history.new_full((self.history_window - len(history),), -1), history])
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
@@ -477,11 +479,10 @@ class RunningAverageCollaborationReward(_PerActionCounting):
 
     def restore(self, saved: Tensor) -> None:
         """Go on from other shares; ValueError where they are of other actions."""
-        if saved.is_meta or not saved.is_floating_point():
-            return
-        if tuple(saved.shape) != (self._known_actions(),):
-            raise ValueError(f"average: expected shares of {self._known_actions()} actions, got {shown(saved)}")
-        self._average = saved.detach().to(torch.float64, copy=True)
+        if tuple(saved.shape) != (self._known_actions(),) or not saved.is_floating_point():
+            raise ValueError(f"average: expected shares of {self._known_actions()} actions, got {given(saved)}")
+        if not saved.is_meta:
+            self._average = saved.detach().to(torch.float64, copy=True)
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]."""
@@ -573,13 +574,13 @@ def saved(reward: Any) -> Tensor | None:
     return None if made is None else made.detach().clone()
 
 
-def restore(reward: Any, numbers: Any, name: str, errors: list[str]) -> None:
-    """Give a reward what :func:`saved` gave."""
-    if isinstance(reward, PerActionBaseReward) and isinstance(numbers, Tensor):
-        try:
-            reward.restore(numbers)
-        except ValueError as error:
-            errors.append(f"{name}: {error}")
+def restore(reward: Any, numbers: Any) -> None:
+    """Give a reward what :func:`saved` gave; one that counts nothing needs none."""
+    if saved(reward) is None:
+        return
+    if not isinstance(numbers, Tensor):
+        raise ValueError(f"expected what a reward has counted, got {given(numbers)}")
+    reward.restore(numbers)
 
 
 def is_silent(reward: Any) -> bool:

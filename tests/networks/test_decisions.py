@@ -453,10 +453,14 @@ def test_a_reward_goes_on_where_a_checkpoint_ended(name: str) -> None:
     assert torch.equal(getattr(none, name), before)
 
 
-def test_a_reward_of_another_kind_leaves_it() -> None:
+def test_states_of_other_rewards() -> None:
     saved = networks.WPL(K, F, additional_reward_func=REWARDS["history"]()).state_dict()
     networks.WPL(K, F).load_state_dict(saved, strict=True)
-    networks.WPL(K, F, additional_reward_func=REWARDS["average"]()).load_state_dict(saved, strict=True)
+    other = networks.WPL(K, F, additional_reward_func=REWARDS["average"]())
+    with pytest.raises(
+        RuntimeError, match=r"_extra_state: average: expected shares of \d actions, got a tensor \[\d+\]"
+    ):
+        other.load_state_dict(saved)
     shorter = networks.CollaborationReward(0.3, history_len=4)
     saved["_extra_state"] = torch.arange(16)
     networks.WPL(K, F, additional_reward_func=shorter).load_state_dict(saved, strict=True)

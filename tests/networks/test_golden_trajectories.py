@@ -21,7 +21,19 @@ from tests.helpers.budget import Yardstick
 from tests.helpers.networks import COLUMNS, players, replay
 
 FILES = golden.names("networks", "traj_*.pt")
-each_file = pytest.mark.parametrize("file", FILES, ids=[f.removeprefix("traj_").removesuffix(".pt") for f in FILES])
+
+
+def _cases() -> Iterator[Any]:
+    """Long but where an algorithm or a variant of one comes for the first time."""
+    met: set[str] = set()
+    for file in FILES:
+        name = file.removeprefix("traj_").removesuffix(".pt")
+        parts = set(name.split("_"))
+        yield pytest.param(file, id=name, marks=[pytest.mark.long] if parts <= met else [])
+        met |= parts
+
+
+each_file = pytest.mark.parametrize("file", list(_cases()))
 
 
 def recorded(g: dict[str, Any]) -> dict[str, Tensor | None]:

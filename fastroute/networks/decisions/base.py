@@ -192,20 +192,18 @@ class Decision(Options, nn.Module):
             )
         return (StackedStorages if self._stacked and self._num_agents > 1 else Storages)(made, outputs)
 
-    def _saves_reward(self) -> bool:
-        """Whether what the reward has counted is the module's extra state; not where the class has one of its own."""
-        is_upstreams = hasattr(type(self), "_fastroute_hooks")  # whose state dicts have nothing of rewards
-        return not is_upstreams and type(self).get_extra_state is nn.Module.get_extra_state
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._saves_reward() and (numbers := saved(self.additional_reward_func)) is not None:
+        if _saves_reward(self) and (numbers := saved(self.additional_reward_func)) is not None:
             destination[f"{prefix}_extra_state"] = numbers
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         name, (*_, errors) = f"{prefix}_extra_state", args
-        if self._saves_reward() and name in state_dict:  # state dicts without it change nothing
-            restore(self.additional_reward_func, state_dict.pop(name), name, errors)
+        if _saves_reward(self) and name in state_dict:  # state dicts without it change nothing
+            try:
+                restore(self.additional_reward_func, state_dict.pop(name))
+            except ValueError as error:
+                errors.append(f"{name}: {error}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _option(self, name: str, value: Any) -> Any:
@@ -463,6 +461,12 @@ class Decision(Options, nn.Module):
             name = next(net for n, net in _STORAGES.items() if getattr(self, n, None) is storages)
             raise ValueError(f"{name}: expected outputs [{x.shape[0]}, {storages.outputs}], got {shown(made)}")
         return made
+
+
+def _saves_reward(decide: Decision) -> bool:
+    """Whether what the reward has counted is the module's extra state; not where the class has one of its own."""
+    is_upstreams = hasattr(type(decide), "_fastroute_hooks")  # whose state dicts have nothing of rewards
+    return not is_upstreams and type(decide).get_extra_state is nn.Module.get_extra_state
 
 
 def mean(z: Tensor, q: Tensor) -> Tensor:
