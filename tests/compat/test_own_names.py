@@ -90,6 +90,23 @@ def test_every_name(cls: Any, of: str) -> None:
         assert getattr(one, name) == "mine", name
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["by_action", "loss"])
+def test_a_compiled_step(name: str) -> None:
+    """It is right, with breaks in the graph."""
+    torch._dynamo.reset()
+    decide, select = made(REINFORCE, name, "object", "mine").eval(), Selection(*[nn.Linear(W, W) for _ in range(K)])
+    loss = Loss(nn.CrossEntropyLoss(), NegLossReward())
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        xs, mxs, _ = select(*decide(*Initialization()(x)[:2]))
+        return sum(loss(xs, mxs, y))  # type: ignore[return-value]
+
+    x, y = torch.randn(B, W), torch.arange(B) % W
+    torch.testing.assert_close(torch.compile(step, backend="eager")(x, y), step(x, y))
+    assert getattr(decide, name) == "mine"
+
+
 @pytest.mark.parametrize("name", sorted(Own._fastroute_names - set(Own._fastroute_taken)))
 def test_modules_parameters_and_buffers(name: str) -> None:
     expected = run(made(Own))
