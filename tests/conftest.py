@@ -123,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             seen[test, given.get("backend")] += 1
             if seen[test, given.get("backend")] > few.args[0]:
                 item.add_marker("long")
-        if len(given) > 2 and "long" not in item.keywords:
+        if len(given) > 2 and item.keywords.keys().isdisjoint(("long", "gpu")):
             values = sorted((name, id(value)) for name, value in given.items())
             pairs = {(test, *pair) for pair in itertools.combinations(values, 2)}
             if pairs <= met:
