@@ -383,17 +383,30 @@ def _printed(*arguments: str) -> str:
     return ran.stdout
 
 
+def files() -> list[str]:
+    """The folders of ``tests/ops`` that have a ``test_aot.py``.
+
+    It has ``CASES``, their ``launches``, the ``KERNELS`` of these, and ``fits``, which asserts what is true of a report
+    of any architecture.
+    """
+    return sorted(path.parent.name for path in _ROOT.glob("tests/ops/*/test_aot.py"))
+
+
+def file_of(name: str) -> Any:
+    return import_module(f"tests.ops.{name}.test_aot")
+
+
 def table(arch: int = 90) -> str:
     """Markdown: every case of the test files, each kernel and tile once, on one architecture."""
     rows = [
         "| op | case | kernel | tile | registers | spilled | shared | mathematics | loads | stores |",
         "|---" * 10 + "|",
     ]
-    for path in sorted(_ROOT.glob("tests/ops/*/test_aot.py")):
-        module = import_module(f"tests.ops.{path.parent.name}.test_aot")
+    for name in files():
+        module = file_of(name)
         op = ", ".join(re.findall(r"``(\w+)``", module.__doc__ or ""))
-        for name, case in module.CASES.items():
-            found = reports(name, partial(module.launches, case), arch)
+        for case in module.CASES:
+            found = reports(case, partial(module.launches, module.CASES[case]), arch)
             for r in {(r.kernel, r.tile): r for r in reversed(found)}.values():
                 counts = [" ".join(f"{op} {n}" for op, n in r.math.items())]
                 loads = [f"{n} x {width} B" for width, n in r.loads.items()]

@@ -43,6 +43,11 @@ LOOKS = ((0, 0.0), (1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0), (8, 4.0), (32, SPREAD
 NORMS = (("largest entry", math.inf), ("Frobenius norm", 2.0))
 
 
+def _at(p: float) -> int:
+    """Which of ``NORMS``."""
+    return [q for _, q in NORMS].index(p)
+
+
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same entries of tensors of one shape, in the order of the first one's memory; no large one is doubled."""
     order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
@@ -65,7 +70,7 @@ def sizes(t: Tensor) -> tuple[float, ...]:
 
 
 def size(t: Tensor, p: float) -> float:
-    return sizes(t)[[q for _, q in NORMS].index(p)]
+    return sizes(t)[_at(p)]
 
 
 def distances(t: Tensor, exact: Tensor) -> tuple[float, ...]:
@@ -83,7 +88,7 @@ def distances(t: Tensor, exact: Tensor) -> tuple[float, ...]:
 
 
 def distance(t: Tensor, exact: Tensor, p: float) -> float:
-    return distances(t, exact)[[q for _, q in NORMS].index(p)]
+    return distances(t, exact)[_at(p)]
 
 
 def beyond(t: Tensor, exact: Tensor, bound: float) -> str:
@@ -175,11 +180,10 @@ class Yardstick:
     def errors(self, name: str, dtype: torch.dtype, p: float, count: int) -> list[float]:
         """Of that many draws of a result that is given in ``dtype``."""
         self._dtypes.add(dtype)
-        norm = [q for _, q in NORMS].index(p)
         known = self._errors.setdefault((name, dtype), [])
         while len(known) < count:
             self._draw(len(known))
-        return [errors[norm] for errors in known[:count]]
+        return [errors[_at(p)] for errors in known[:count]]
 
     def allowed(self, name: str, dtype: torch.dtype, p: float, count: int, spread: float) -> float:
         errors = self.errors(name, dtype, p, count)
@@ -189,8 +193,7 @@ class Yardstick:
             exact = self.exact[name]
             assert exact is not None
             self._sizes[name] = sizes(exact.masked_fill(exact.isinf(), 0.0))
-        own = self._sizes[name][[q for _, q in NORMS].index(p)]
-        return max(FACTOR * (mean + spread * sd), torch.finfo(dtype).eps * own)
+        return max(FACTOR * (mean + spread * sd), torch.finfo(dtype).eps * self._sizes[name][_at(p)])
 
     def excess(self, name: str, actual: Tensor, looks: Sequence[tuple[int, float]] = LOOKS) -> Iterator[Excess]:
         """Both norms of a result."""

@@ -367,8 +367,6 @@ class Rounded(TorchDispatchMode):
     def _with_noise(self, total: Tensor, variance: Tensor, runs: float) -> Tensor:
         """In some orders partial sums stay small, in others not: the variance of a run is gamma distributed."""
         made, sd = _numbers(total), _numbers(variance)
-        if not made.size:
-            return total
         noise = np.maximum(sd, 0.0, out=np.empty_like(sd))
         noise *= self.draws.standard_gamma(_SHAPE * runs, made.shape)
         np.sqrt(noise, out=noise)

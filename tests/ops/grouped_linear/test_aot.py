@@ -96,15 +96,6 @@ def test_fits(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arch", aot.OTHERS)
-def test_fits_elsewhere(arch: int) -> None:
-    found = aot.reports_of_largest({name: partial(launches, case) for name, case in CASES.items()}, arch)
-    assert {r.kernel for r in found} == KERNELS
-    for r in found:
-        fits(r)
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["experts-up", "experts-tf32"])
 def test_fits_where_shared_memory_is_small(name: str) -> None:
     check(name, aot.reports(name, partial(launches, CASES[name]), 86))

@@ -91,12 +91,3 @@ def fits(r: aot.Report) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_fits(name: str) -> None:
     check(name, aot.reports(name, partial(launches, CASES[name])))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("arch", aot.OTHERS)
-def test_fits_elsewhere(arch: int) -> None:
-    found = aot.reports_of_largest({name: partial(launches, case) for name, case in CASES.items()}, arch)
-    assert {r.kernel for r in found} == KERNELS
-    for r in found:
-        fits(r)
