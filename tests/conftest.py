@@ -20,6 +20,8 @@ from tests.helpers.interpreter import let_scalars_be_ints, make_it_faster
 from tests.helpers.poison import poisoned_memory
 from tests.isa import is_numeric
 
+gc.disable()  # until all is collected: nothing of it is garbage
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     let_scalars_be_ints()
     make_it_faster()
@@ -40,6 +42,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_finish() -> None:
     """The garbage collector looks at what tests make, and not again and again at all that is imported and collected."""
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 10, 20)
 
 
