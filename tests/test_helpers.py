@@ -105,6 +105,19 @@ def test_rounding_is_to_a_neighbour_and_repeats() -> None:
     assert errors.mean(0).std() < 1.1 * errors.std() / len(draws) ** 0.5
 
 
+def test_in_float64_one_number_of_twelve_is_moved_by_a_unit() -> None:
+    """Which is the variance of a rounding; exact numbers stay."""
+    x, factor = torch.randn(12_000, dtype=torch.float64), torch.tensor(1.1, dtype=torch.float64)
+    exact = x * factor
+    y = rounded(lambda: x * factor, 1, torch.float64)
+    moved = y != exact
+    assert ((y == exact) | (y == torch.nextafter(exact, y))).all()
+    assert abs(int(moved.sum()) - 1000) < 5 * 1000**0.5
+    assert abs(int((y > exact).sum()) - 500) < 5 * 500**0.5
+    halves = torch.arange(1.0, 1000.0, dtype=torch.float64)
+    assert torch.equal(rounded(lambda: halves / 2, 1, torch.float64), halves / 2)
+
+
 def test_numbers_from_python_are_rounded_to_the_nearest() -> None:
     """As PyTorch's kernels take them: the same in every draw."""
     ones = torch.ones(5, dtype=torch.float64)

@@ -449,12 +449,13 @@ def test_statistics_of_dead_channels(backend: str) -> None:
 
 @pytest.mark.parametrize("first", ["alike", "far"])
 @pytest.mark.parametrize("mean", [0, 100, -1000, 2**14])
-@pytest.mark.parametrize("shape", [(4, 3, 64), (64, 3), (300, 3, 4)], ids=str)
-@pytest.mark.parametrize(("backend", "layout"), [
-    pytest.param(backend, layout, id=f"{backend}-{name}")
+@pytest.mark.parametrize(("backend", "layout", "shape"), [
+    pytest.param(backend, layout, shape, id=f"{backend}-{name}-{shape}")
     for backend in HERE
     for name, layout in (("planes", torch.Tensor.contiguous), ("rows", channels_last))
-    if (backend, name) != ("reference", "rows")  # PyTorch's own sums over rows are one chain
+    for shape in ((4, 3, 64), (64, 3), (300, 3, 4))
+    # PyTorch's own sums over rows are one chain
+    if backend != "reference" or (name == "planes" and len(shape) > 2)
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
 def test_batch_norm_of_large_means(
