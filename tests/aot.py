@@ -158,6 +158,7 @@ def record_ops(call: Callable[[], Any], arch: int = 90) -> list[Launch]:
     def cast(device: str, **options: Any) -> Any:
         return autocast("cpu" if device == "meta" else device, **options)
 
+    backends._taken.cache_clear()  # what ran on "meta" before
     try:
         with (
             mock.patch.object(backends, "decide", chosen),

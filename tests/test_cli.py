@@ -171,7 +171,7 @@ def test_doctor_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_doctor_under_a_request(
     request_: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(backends._State, "requested", request_)
+    monkeypatch.setattr(backends._state, "requested", request_)
     assert message in doctor(capsys)
 
 

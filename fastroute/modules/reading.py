@@ -24,6 +24,7 @@ from ..importing import constant_result
 from ..ops.arguments import is_as_written
 from ..ops.backends import extension
 from ..ops.host import is_traced
+from .names import has_own
 
 _AFFINE = ("weight", "bias")
 #: The parameters and buffers that the classes which are read have, under their names.
@@ -127,13 +128,11 @@ def why_called(m: nn.Module, kinds: tuple[type, ...] = ()) -> str | None:
     That its class is one which the reader knows is the reader's to see; tensors of ``kinds`` are, too.
     """
     cls = type(m)
-    own = m.__dict__
     if not is_pristine(cls):
         return f"a method of {cls.__name__} is replaced"
-    compiling = torch.compiler.is_compiling()  # Dynamo goes through no __dict__
-    if any(name in own for name in _SHADOWED) if compiling else not _SHADOWED.isdisjoint(own):
+    if has_own(m, _SHADOWED):
         return "a forward or a tensor of its own in place of the class's"
-    if compiling:  # and guards no __dict__: a forward that is set later is seen where the class's is looked up
+    if torch.compiler.is_compiling():  # no __dict__ is guarded: a later forward is seen where the class's is looked up
         for name in _METHODS:
             getattr(m, name, None)
     if is_hooked(m):

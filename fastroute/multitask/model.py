@@ -187,6 +187,9 @@ class MTLModel(Objective):
 
     @output_tasks.setter
     def output_tasks(self, names: Sequence[str] | str) -> None:
+        self._set_outputs(names)
+
+    def _set_outputs(self, names: Sequence[str] | str) -> None:  # Dynamo of torch 2.11 goes through no setter
         self._output_tasks = read_outputs(names, self._anchors)
         self._listed: list[str] = list(self._output_tasks)
         if isinstance(names, list) and not self._strict:
@@ -271,7 +274,7 @@ class MTLModel(Objective):
             else:
                 self._look()
         if tuple(self._listed) != self._output_tasks:
-            self.output_tasks = self._listed
+            self._set_outputs(self._listed)
 
     def _look(self) -> None:
         """Make another schedule if the graph has other edges; raises, and keeps the schedule, if they are wrong."""
@@ -364,7 +367,7 @@ class MTLModel(Objective):
     def extra_repr(self) -> str:
         """The nodes that are functions, which are no children."""
         functions = [name for name in self.layer_names if name not in self._modules]
-        return "\n".join(f"({name}): {self.__dict__[name]!r}" for name in functions)
+        return "\n".join(f"({name}): {getattr(self, name)!r}" for name in functions)
 
 
 def _shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..modules.names import has_own
 from ..ops.trajectory_loss.op import SILENT
 from .decision_record import Column, Record
 
@@ -69,7 +70,7 @@ def known_losses(records: Sequence[Record]) -> list[str] | None:
         decision = record.law
         if getattr(decision, "algorithm", None) is None or decision.formula != "intended":
             return None
-        if not _LOSSES.isdisjoint(vars(decision)):
+        if has_own(decision, _LOSSES):
             return None
     masked = any([record.active is not None for record in records])
     if masked and len({need for record in records for need in record.law.needs}) > 1:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..modules.names import has_own
 from ..ops import dispatch
 from ..ops.arguments import Count, Options, checked
 from ..ops.checks import given, samples, shown, tensor, together
@@ -149,13 +150,14 @@ _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 #: What an instance may have in place of its class's.
-_METHODS = {"forward", "rewards", "scaled", "get_reward", "by_action", "register", "register_all"}
+_METHODS = frozenset({"forward", "rewards", "scaled", "get_reward", "by_action", "register", "register_all"})
+_FINAL, _BY_ACTION = frozenset({"rewards", "scaled"}), frozenset({"rewards", "by_action"})
 
 
 def _handed(reward: Any) -> Callable[[Any], Any]:
     """How tensors are handed to a reward, and taken from it: as copies where its code is a user's, who may write into
     them."""
-    if type(reward).__module__ == __name__ and _METHODS.isdisjoint(vars(reward)):
+    if type(reward).__module__ == __name__ and not has_own(reward, _METHODS):
         return lambda t: t
     return lambda t: t.detach().clone() if isinstance(t, Tensor) else t
 
@@ -247,7 +249,7 @@ def _keeps_nothing(function: Any) -> bool:
 
 def final_formula(function: Any, losses: Tensor, yest: Tensor, ytrue: Tensor | None) -> Final | None:
     """What ``final_rewards`` is made of, where the op knows that formula: of this module's own classes, as they are."""
-    if type(function) not in (NegLossReward, CorrectClassifiedReward) or {"rewards", "scaled"} & set(vars(function)):
+    if type(function) not in (NegLossReward, CorrectClassifiedReward) or has_own(function, _FINAL):
         return None
     if not isinstance(function.scale, int | float):
         return None
@@ -646,7 +648,7 @@ def action_formulas(rewards: Sequence[Any], actions: Sequence[Tensor], like: Ten
     once: dict[int, ByAction | None] = {}  # a table does not depend on whose reward it is
     found: list[ByAction | None] = []
     for reward, own in zip(rewards, actions, strict=True):
-        if type(reward) not in known or {"rewards", "by_action"} & set(vars(reward)):
+        if type(reward) not in known or has_own(reward, _BY_ACTION):
             found.append(None)
             continue
         if id(reward) not in once:

@@ -69,9 +69,13 @@ _offers: dict[str, dict[BackendName, Offer]] = {}
 class _State:
     """Process-wide, like torch.backends flags: a backward pass runs on autograd's threads and must see them too."""
 
-    requested: str = environment.backend()
-    strict: bool = False
-    recorder: list[Decision] | None = None
+    def __init__(self) -> None:
+        self.requested: str = environment.backend()
+        self.strict = False
+        self.recorder: list[Decision] | None = None
+
+
+_state = _State()  # an instance: Dynamo of torch 2.11 sets no attributes of classes
 
 
 def offer(
@@ -207,7 +211,7 @@ class Decision:
 
 def requested() -> str:
     """The backend asked for by use_backend or FASTROUTE_BACKEND: a name, or "auto"."""
-    return _State.requested
+    return _state.requested
 
 
 def _check_name(name: str, what: str) -> None:
@@ -267,8 +271,8 @@ def choose(case: Case, request: str) -> ModuleType:
 
 def record(case: Case) -> None:
     """Called where an op is described but not run (its fake): what ``explain`` collects."""
-    if _State.recorder is not None:
-        _State.recorder.append(decide(case, requested()))
+    if _state.recorder is not None:
+        _state.recorder.append(decide(case, requested()))
 
 
 @cache
@@ -279,17 +283,17 @@ def _taken(op: str, device: str, dtype: torch.dtype, request: str, interpreted: 
 @constant_result
 def taken(op: str, device: str, dtype: torch.dtype) -> BackendName:
     """The backend that ``op`` takes now, for ops whose backends take any sizes."""
-    return _taken(op, device, dtype, _State.requested, "triton" in _offers[op] and interpreting())
+    return _taken(op, device, dtype, _state.requested, "triton" in _offers[op] and interpreting())
 
 
 def is_explaining() -> bool:
     """Whether ``explain`` listens."""
-    return _State.recorder is not None
+    return _state.recorder is not None
 
 
 def note(op: str, t: Tensor, **sizes: int) -> None:
     """``record``, for ops that are not described by a fake of their own; only while ``explain`` listens."""
-    if _State.recorder is not None:
+    if _state.recorder is not None:
         record(Case(op, t.device.type, t.dtype, tuple(sizes.items())))
 
 
@@ -316,13 +320,13 @@ class use_backend:
     def __init__(self, name: str) -> None:
         _check_name(name, "use_backend")
         self._name = name
-        self._before, _State.requested = _State.requested, name
+        self._before, _state.requested = _state.requested, name
 
     def __enter__(self) -> None:
-        _State.requested = self._name
+        _state.requested = self._name
 
     def __exit__(self, *exc: object) -> None:
-        _State.requested = self._before
+        _state.requested = self._before
 
     def __call__(self, function: _Function) -> _Function:
         self.__exit__()  # a function's is for its calls alone
@@ -352,17 +356,17 @@ class strict:
     def __init__(self, enabled: bool = True) -> None:
         if enabled not in (True, False):
             raise TypeError(f"enabled: expected True or False, got {enabled!r}")
-        self._before, _State.strict = _State.strict, bool(enabled)
+        self._before, _state.strict = _state.strict, bool(enabled)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exc: object) -> None:
-        _State.strict = self._before
+        _state.strict = self._before
 
 
 def is_strict() -> bool:
-    return _State.strict
+    return _state.strict
 
 
 class Explanation(list[Decision]):
@@ -390,12 +394,12 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
         raise TypeError(f"fn: expected a module or a function, got {fn!r}")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (inputs, kwargs))
-        before, _State.recorder = _State.recorder, []
+        before, _state.recorder = _state.recorder, []
         try:
             fn(*fake[0], **fake[1])
-            return Explanation(_State.recorder)
+            return Explanation(_state.recorder)
         finally:
-            _State.recorder = before
+            _state.recorder = before
 
 
 def describe_machine() -> dict[str, str]:

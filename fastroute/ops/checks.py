@@ -251,6 +251,12 @@ def together(reference: tuple[str, Tensor], others: Mapping[str, Tensor | None])
             raise ValueError(f"{other}: expected a tensor on {x.device} like {name}, got one on {t.device}")
 
 
+def on_one_device(x: Tensor, y: Tensor) -> None:
+    """Whoever called knows their names. torch 2.11 multiplies what lies on a CPU and on meta, and gives meta."""
+    if x.device != y.device:
+        raise RuntimeError(f"expected all tensors on one device, got {x.device} and {y.device}")
+
+
 def shape(name: str, t: Tensor, expected: Sequence[int], axes: str) -> None:
     if tuple(t.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {list(expected)} ({axes}), got {shown(t)}")

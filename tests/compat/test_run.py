@@ -25,6 +25,7 @@ def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     for name in ("argv", "path", "meta_path"):
         monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed leaves its own
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     before = set(sys.modules)
     yield
@@ -117,8 +118,7 @@ def test_a_notebook(capsys: Capture) -> None:
          "    raise KeyboardInterrupt\nKeyboardInterrupt\n"),
     ],
 )  # fmt: skip
-def test_how_it_ends(code: str, status: int, said: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+def test_how_it_ends(code: str, status: int, said: str, capsys: Capture) -> None:
     assert main(["run", script(code)]) == status
     assert capsys.readouterr().err == said
 

@@ -89,6 +89,31 @@ def test_a_subclass_has_its_own(name: str) -> None:
     assert getattr(model, name, None) is not model.e
 
 
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_under_a_name_goes_for_good(name: str) -> None:
+    """A child takes the place of a value, and what a copy is given is not the model's."""
+    model: Any = MTLModel([{"name": "e", "layers": nn.Linear(4, 4)}], ["e"])
+    houses = type(getattr(model, name, None))
+    setattr(model, name, 3)
+    other = copy.copy(model)
+    setattr(other, name, 4)
+    assert (getattr(model, name), getattr(other, name)) == (3, 4)
+    delattr(other, name)
+    assert getattr(model, name) == 3 and type(getattr(other, name, None)) is houses
+    setattr(model, name, nn.Identity())
+    assert isinstance(getattr(model, name), nn.Identity)
+    delattr(model, name)
+    assert type(getattr(model, name, None)) is houses
+    model.__dict__[name] = 5  # as an older version has saved it
+    assert getattr(model, name) == 5
+    setattr(model, name, 6)
+    assert getattr(model, name) == 6 and getattr(copy.deepcopy(model), name) == 6
+    delattr(model, name)
+    assert type(getattr(model, name, None)) is houses
+    with pytest.raises(AttributeError, match=name):
+        delattr(model, name)
+
+
 def classes() -> list[Any]:
     rooms = (multitask, tasks, taskrouting, routed_vgg)
     found = {value for room in rooms for value in vars(room).values() if inspect.isclass(value)}

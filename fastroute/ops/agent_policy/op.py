@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import explained
 from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
 from ..backends import note, offer
-from ..checks import flags, floating, shown
+from ..checks import flags, floating, on_one_device, shown
 from ..dispatch.contract import Plan, check_plan
 from ..grouped_linear.op import parameters_of
 from ..grouped_linear.reference import is_stacked
@@ -297,7 +297,9 @@ def _inputs(x: Tensor | None, nets: list[_Net]) -> tuple[Tensor | None, list[Ten
             x, parameters = x.to(autocast), [p.to(autocast) for p in parameters]
         x = x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
         dtype = x.dtype
-        floating("weights", next(net.weights[0] for net in nets if net.weights))
+        first = next(net.weights[0] for net in nets if net.weights)
+        floating("weights", first)
+        on_one_device(x, first)
     for p in parameters:
         if p.dtype != dtype:
             raise TypeError(f"x: expected the agents' dtype {p.dtype}, got {dtype}")

@@ -28,7 +28,7 @@ from ..autograd import (
     without_gradient,
 )
 from ..backends import is_explaining, note, offer, taken
-from ..checks import flags, floating, shown
+from ..checks import flags, floating, on_one_device, shown
 from ..dispatch.contract import Plan, check_plan
 from ..dispatch.op import finished
 from ..host import on_host
@@ -342,6 +342,7 @@ def of_alike(
         for p in (like, parameters[-1]):
             if p.dtype != x.dtype:
                 raise TypeError(f"x: expected the modules' dtype {p.dtype}, got {x.dtype}")
+            on_one_device(x, p)
     if transformed():
         w, b = parameters[: len(weights)], parameters[len(weights) :]
         rest = activation, not is_sorted, not keep_sorted
