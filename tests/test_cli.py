@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.benchmark  # which logs that there is nvcc and no GPU, the first time
 
 import fastroute
 from fastroute.cli import TYPICAL, main, typical
