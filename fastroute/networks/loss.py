@@ -238,7 +238,8 @@ class Loss(Options, nn.Module):
         layers: dict[Any, list[int]] = {}
         for t, record in enumerate(records):
             shared = getattr(type(record.law), "_fastroute_shares", None)
-            layers.setdefault(id(record.decision) if shared is None else shared(record), []).append(t)
+            whose = (id(record.decision), len(record.columns)) if shared is None else shared(record)
+            layers.setdefault(whose, []).append(t)  # RELAX has fewer columns in eval
         for of_layer in layers.values():
             entries = Entries([records[t] for t in of_layer], [steps[t] for t in of_layer], gamma)
             made = records[of_layer[0]].law.loss(entries)

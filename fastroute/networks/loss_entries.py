@@ -110,6 +110,11 @@ class Entries:
     # ------------------------------------------------------------------------------------------------ this state
 
     @property
+    def columns(self) -> int:
+        """How many the state has."""
+        return len(self._records[0].columns)
+
+    @property
     def actions(self) -> Tensor:
         """[N] int64."""
         return self._all(lambda r, s: r.actions)

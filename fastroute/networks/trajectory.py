@@ -146,6 +146,14 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def _index(self, device: torch.device) -> Tensor:
         return torch.tensor(self._rows, device=device, dtype=torch.int64)
 
+    def _written(self, device: torch.device) -> Tensor:
+        """The same, where something of each sample is to be kept."""
+        rows: list[int] = self._rows or []
+        if len(set(rows)) < len(rows):
+            twice = next(row for n, row in enumerate(rows) if row in rows[:n])
+            raise ValueError(f"meta: expected each sample once in what is decided for, got sample {twice} twice")
+        return self._index(device)
+
     @property
     def records(self) -> list[Record]:
         if self._rows is None:
@@ -208,7 +216,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         if record.actions.shape != (self.size,):
             raise ValueError(f"record: expected actions of shape [{self.size}], got {shown(record.actions)}")
         if self._rows is not None:
-            record = record.spread(self._index(record.actions.device), self._batch.size)
+            record = record.spread(self._written(record.actions.device), self._batch.size)
         if not self._batch.is_again():
             self._batch.records.append(record)
             watching.tell(record.decision, "decision", self._batch, record)
@@ -227,7 +235,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         self._batch.mixed.append(entry)
         mixture.after = len(self._batch.records)
         if self._rows is not None:
-            mixture = mixture.spread(self._index(mixture.actions.device), self._batch.size)
+            mixture = mixture.spread(self._written(mixture.actions.device), self._batch.size)
         self._batch.mixtures.append(mixture)
         watching.tell(mixture.decision, "mixture", self._batch, mixture)
 
@@ -278,7 +286,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
         t = len(self._batch.records) - 1
         rewards = rewards.detach().clone()
         if self._rows is not None:
-            rewards = spread(rewards, self._index(rewards.device), self._batch.size)
+            rewards = spread(rewards, self._written(rewards.device), self._batch.size)
         have = self._batch.added.get(t)
         self._batch.added[t] = rewards if have is None else have + rewards
 

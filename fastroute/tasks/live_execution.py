@@ -103,15 +103,16 @@ def walk(steps: list[Step], x: Tensor, way: Way) -> Tensor:
     for n, step in enumerate(steps):
         kind, layer = step.kind, step.layer
         if kind == ROUTER and step.router is not None:
+            before = x
             if is_idle(step.router):
-                if step.router.use_routing and not step.router.inplace and _is_overwritten(steps, n):
-                    x = x.clone()  # as the router would
-                continue
-            if held.pending and held.router is step.router:
+                pass
+            elif held.pending and held.router is step.router:
                 x, held = way.mask(x, step.router, way.index(step.router)), held._replace(pending=False)
             else:
                 x = full()
                 x, held = way.route(x, step.router)
+            if x is before and step.router.use_routing and not step.router.inplace and _is_overwritten(steps, n):
+                x = x.clone()  # as the router would
         elif kind == MIX and x.dim() >= (rank(layer) or 0):
             axis = x.dim() - 1 if rank(layer) == 2 else 1  # which it mixes
             if step.router is not None and (is_idle(step.router) or axis_of(step.router, x) != axis):

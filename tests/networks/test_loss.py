@@ -5,6 +5,7 @@ Axes: B samples.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -472,6 +473,23 @@ def test_samples_without_a_decision() -> None:
         y, meta = routed(algo, masks=(~mask & mask,) * 2)  # nobody decided for
         routing = vectors(MSE, y, meta, targets("values"))[1]
         assert routing.shape == (B,) and not routing.any(), algo
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_the_mode_is_that_of_the_decision(formula: Any) -> None:
+    """Not that of the loss: also where a layer decides once in each."""
+    for algo, (modes, after) in itertools.product(LEARNING, (([True], False), ([False], True), ([True, False], True))):
+        made = []
+        for last in (modes[-1], after):
+            seeds.manual_seed(0)
+            layer, x = decision(algo, 3, formula=formula, exploration=0.5), torch.randn(B, F)
+            meta = start(x)
+            for mode in modes:
+                layer.train(mode)(x, meta)
+            layer.train(last)
+            made.append(vectors(MSE, x, meta, targets("values"))[1])
+        assert torch.equal(*made), algo
+        assert made[0].requires_grad or algo == "GumbelSoftmax" or (algo == "RELAX" and not modes[0])
 
 
 def test_an_empty_batch() -> None:

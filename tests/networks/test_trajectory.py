@@ -34,6 +34,24 @@ def routed(
 # ------------------------------------------------------------------------------------------------------------ a list
 
 
+@pytest.mark.parametrize("twice", [lambda meta: meta[[0, 1, 0]], lambda meta: [meta[0], meta[1], meta[0]]])
+def test_a_sample_that_a_view_has_twice(twice: Any) -> None:
+    """It is read twice; of two decisions for it one would be lost."""
+    y, meta, layers, _ = routed(6)
+    view, rows, loss = twice(meta), torch.tensor([0, 1, 0]), Loss(nn.MSELoss(), NegLossReward())
+    for found, whole in zip(
+        *(loss(a, b, a.detach() + 1, reduce=False) for a, b in ((y[rows], view), (y, meta))), strict=True
+    ):
+        assert torch.equal(found, whole[rows])
+    writes: list[Any] = [
+        lambda: layers[0](torch.randn(3, F), view), lambda: networks.TopKGating(3, F)(torch.randn(3, F), view),
+        lambda: Trajectory.of(view).add_rewards([1.0, 2.0, 3.0]),
+    ]  # fmt: skip
+    for write in writes:
+        with pytest.raises(ValueError, match=r"meta: expected each sample once .* got sample 0 twice"):
+            write()
+
+
 def test_a_list_of_samples() -> None:
     _, meta, _, _ = routed(6, tasks=[3, 1, 3, 0, 1, 1])
     assert len(meta) == 6 and isinstance(meta, Trajectory)

@@ -341,6 +341,22 @@ def test_what_an_idle_router_is_given_stays(before: list[nn.Module], inplace: bo
     assert torch.equal(kept[0], inputs()) == (not inplace)
 
 
+@pytest.mark.parametrize("before", [nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True)], ids=str)
+@pytest.mark.parametrize("task", [1, torch.tensor([0, 3, 3, 1, 0])], ids=["one", "several"])
+def test_what_a_layer_before_the_router_keeps_is_not_overwritten(task: Task, before: nn.Module) -> None:
+    """By one behind it: the router's result is another tensor than what it was given."""
+    masks = TaskRouter(8, T, 0.5, generator=seeds.generator(0))
+    plain = Net(nn.Linear(6, 8), before, masks, nn.LeakyReLU(0.1, inplace=True), nn.Linear(8, 2)).double()
+    found = []
+    for net in (plain, live(copy.deepcopy(plain))):
+        x = inputs().requires_grad_()
+        set_task(net, task)
+        net(x).sum().backward()
+        found.append([x.grad, net[0].weight.grad])
+    for dense, compact in zip(*found, strict=True):
+        assert_same(dense, compact)
+
+
 @pytest.mark.parametrize("norms", ["autocast", "float32 norms"])
 @pytest.mark.parametrize("B", [6, 4000])
 def test_dtypes_of_several_tasks_are_those_of_one(norms: str, B: int) -> None:

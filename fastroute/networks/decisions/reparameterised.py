@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...ops.autograd import transformed
 from ...ops.dispatch.contract import Plan
-from ..decision_record import Column
+from ..decision_record import STATE_COLUMNS, Column
 from ..loss_entries import Entries
 from .base import Decided, Decision
 from .policy_gradient import _WithValueNet
@@ -90,7 +90,8 @@ class RELAX(_WithValueNet):
     """RELAX: a score-function gradient with a learned control variate c(x, soft choice).
 
     u1, u2 uniform, l = log p, h = l + gumbel(u1), a = argmax h, H = onehot(a), h~ the relaxed choice given a, from u2;
-    c = V(x, softmax(h / temperature)), c~ the same of h~. State: [z, c, c~]. In eval a = argmax z, without loss.
+    c = V(x, softmax(h / temperature)), c~ the same of h~. State: [z, c, c~]. In eval a = argmax z, without
+    loss, also where that is made in training; the state is [z].
 
     Intended, per entry, with g = (R - c~)(H - p) + d(c - c~)/dz the estimate of dE[R]/dz:
     -<sg(g), z> - 0.01 entropy(p), and sum_k g_k^2 for V alone: its gradient makes g vary less. The first term is 0.
@@ -150,8 +151,7 @@ class RELAX(_WithValueNet):
         z = self._ask(self._policy, x, plan, differentiable_twice=True)
         best = z.argmax(1)
         if not self.training:
-            zeros = torch.zeros_like(z[:, :1])
-            return Decided(best if forced is None else forced, [Column(z), Column(zeros), Column(zeros)])
+            return Decided(best if forced is None else forced, [Column(z)])  # of which it learns nothing
         u1, u2 = self._uniform(2, *z.shape, like=z)
         upstream = self.formula == "upstream"
         # the estimate's gradient stops at z, so that V's part of the loss moves V alone
@@ -196,7 +196,8 @@ class RELAX(_WithValueNet):
         return torch.zeros_like(root) if made is None else made
 
     def loss(self, e: Entries) -> Tensor | None:
-        if not self.training:
+        decided_in_eval = e.columns == 1 or (e.columns == STATE_COLUMNS and not self.training)  # padded: upstream's own
+        if decided_in_eval:
             return None
         z, H = e.full(0), _one_hot(e.actions, e.full(0))
         p, log_p = z.softmax(1), z.log_softmax(1)

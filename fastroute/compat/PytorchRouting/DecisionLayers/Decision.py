@@ -121,7 +121,7 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
         decision = record.decision
         if "_loss" in decision._fastroute_hooks or "_loss" in decision.__dict__:
             return decision._loss, record.choices, max(len(record.columns), STATE_COLUMNS)
-        return id(decision)
+        return id(decision), len(record.columns)
 
     # ------------------------------------------------------------------------------------- what upstream's classes have
 
