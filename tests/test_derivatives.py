@@ -158,6 +158,17 @@ def test_jacobians(name: str) -> None:
     close(many, each)
 
 
+@pytest.mark.parametrize("name", ["QLearning, tabular", "AAC, WPL that collaborate"])
+def test_vmap_within_vmap(name: str) -> None:
+    """Decisions and their losses: within several, PyTorch's ``mse_loss`` takes one's axis for another's."""
+    f, parameters, inputs = given(name)
+    several = [torch.stack([t, t / 2]) for t in inputs]
+    each = vmap(lambda *x: f(parameters, *x), randomness="same")
+    found = vmap(lambda *x: each(*(torch.stack([t, 3 * t]) for t in x)), randomness="same")(*several)
+    for i, j in ((0, 1), (1, 0)):
+        close(found[i, j], f(parameters, *(t[i] * (1 + 2 * j) for t in several)))
+
+
 @each_layer("vmap")
 def test_an_ensemble(name: str) -> None:
     """vmap over stacked parameters: as one after the other."""

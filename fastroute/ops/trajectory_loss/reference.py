@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..dtypes import sums
 from .contract import CRITICS, SILENT, Decisions, Entry, Rows
@@ -128,11 +127,8 @@ def critics_target(e: Entry) -> Tensor:
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
-    """(a - b)^2, in the fewest operators that PyTorch has for it."""
-    if a.dtype != b.dtype:  # torch 2.11 has no gradient for this
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        a, b = a.to(dtype), b.to(dtype)
-    return F.mse_loss(a, b, reduction="none")
+    """(a - b)^2. (``F.mse_loss`` within several ``vmap`` takes one's axis for another's.)"""
+    return (a - b).square()
 
 
 def loss_of(e: Entry) -> Tensor:
