@@ -90,7 +90,8 @@ def _trace(model: nn.Module, x: Tensor, name: str) -> tuple[Tensor, Credit]:
     if isinstance(model, ROUTINGS) and routes(model):
         made, credit = routed(model, x)
         return made["x_out"] if isinstance(made, dict) else made, credit
-    if any(isinstance(model, known) and cls.forward is known.forward for known in _PER_VECTOR):
+    alone = any(isinstance(model, known) and cls.forward is known.forward for known in _PER_VECTOR)
+    if alone and "forward" not in vars(model) and len(getattr(model, "normalized_shape", (1,))) == 1:
         y = model(x)
         return y, Credit.identity(x.shape[-2], y)
     why = why_called(model) if cls in _CONTAINERS else ""

@@ -76,7 +76,8 @@ class RecordedBatch:
         self.foreign: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         #: rewards added to a whole step: record -> [size]
         self.added: dict[int, Tensor] = {}
-        self.pointers: dict[int, Any] = {}  # record -> the Selection whose modules its actions chose
+        #: how many records came before, for which samples (None: all), and the modules that their last actions chose
+        self.pointers: list[tuple[int, list[int] | None, Any]] = []
         self.plans: list[tuple[Given, int, Plan]] = []  # agents, and how many there are
         self.final_reward: Tensor | None = None
         self._task_tensor: Tensor | None = None
@@ -119,3 +120,13 @@ class RecordedBatch:
     def is_active(self, record: int, sample: int) -> bool:
         active = self.records[record].active
         return active is None or bool(active[sample])
+
+    def pointed(self, sample: int) -> dict[int, Any]:
+        """By record, the modules that a sample's action chose among. What it was left out of chose nothing again."""
+        found: dict[int, Any] = {}
+        for count, rows, modules in self.pointers:
+            if rows is None or sample in rows:
+                last = next((t for t in reversed(range(count)) if self.is_active(t, sample)), -1)
+                if last == count - 1 or last not in found:
+                    found[last] = modules
+        return found

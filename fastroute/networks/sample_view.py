@@ -147,7 +147,7 @@ class SampleMetaInformation:
 
     def _steps(self) -> list[tuple[int, dict[str, Any]]]:
         batch, b = self._batch, self._index
-        foreign = list(batch.foreign.get(b, ()))
+        foreign, pointed = list(batch.foreign.get(b, ())), batch.pointed(b)
         made: list[tuple[int, dict[str, Any]]] = []
         for t, record in enumerate(batch.records):
             while foreign and foreign[0][0] <= t:
@@ -161,8 +161,8 @@ class SampleMetaInformation:
                 "loss_funcs": record.law.loss_func,
                 "reward_func": record.reward,
             }
-            if t in batch.pointers:
-                step["selected_modules"] = batch.pointers[t][int(record.actions[b])]
+            if t in pointed:
+                step["selected_modules"] = pointed[t][int(record.actions[b])]
             if t in batch.added:
                 step["add_rewards"] = batch.added[t][b]
             step.update(batch.extras.get((t, b), {}))

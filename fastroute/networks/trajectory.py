@@ -326,7 +326,7 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def point_to(self, modules: Any) -> None:
         """Have the last step of every sample name the module that its action chose (``selected_modules``)."""
         if self._batch.records and not self._batch.is_again():
-            self._batch.pointers[len(self._batch.records) - 1] = modules
+            self._batch.pointers.append((len(self._batch.records), self._rows, modules))
 
     def summary(self) -> Summary:
         """Per layer: how often each task took each module, entropy, distinct routes, and a warning of collapse."""
@@ -356,15 +356,16 @@ def _joined(parts: Sequence[Trajectory]) -> Trajectory:
     for part in parts:
         own_rows = range(start, start + len(part))
         offset = len(batch.records)
-        for t, record in enumerate(part.records):
+        for record in part.records:
             device = record.actions.device
             batch.records.append(record.spread(torch.arange(own_rows.start, own_rows.stop, device=device), size))
-            if t in part._batch.pointers:
-                batch.pointers[offset + t] = part._batch.pointers[t]
         for mixture in part.mixtures:
             device = mixture.actions.device
             batch.mixtures.append(mixture.spread(torch.arange(own_rows.start, own_rows.stop, device=device), size))
             batch.mixtures[-1].after += offset
+        for count, of, modules in part._batch.pointers:
+            there = [new for new, s in zip(own_rows, part, strict=True) if of is None or s._index in of]
+            batch.pointers.append((offset + count, there, modules))
         for new, sample in zip(own_rows, part, strict=True):
             old = sample._index
             for (t, b), extra in part._batch.extras.items():

@@ -397,6 +397,19 @@ def test_credit_is_of_what_the_routing_was_given(
         assert torch.equal(y, module(x).detach())
 
 
+def set_forward() -> nn.Module:
+    module = nn.Linear(5, 5)
+    module.forward = lambda x: x.cumsum(-2)  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm((4, 5)), nn.RMSNorm((4, 5)), set_forward()], ids=lambda m: f"{m}")
+def test_modules_that_look_at_several_vectors(module: nn.Module) -> None:
+    """A norm over vectors is not one of each vector."""
+    with pytest.raises(TypeError, match=r"^model\.1: expected routings, modules that treat every vector alone"):
+        trace(nn.Sequential(make(6, 4), module, make(4, 3)).double(), torch.randn(2, 6, 5, dtype=F64))
+
+
 HOOKED = nn.Sequential(make(6, 6))
 HOOKED.register_forward_hook(lambda _, __, y: 2 * y)
 

@@ -432,6 +432,24 @@ def test_pointers() -> None:
         assert meta[b].steps[0]["selected_modules"] is select._submodules[int(actions[b])]
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_pointers_of_parts_of_a_batch(joined: bool) -> None:
+    """Each decided for on its own, and given to a selection of its own, in whatever order."""
+    from tests.helpers.networks import decision
+
+    x, parts = torch.randn(5, F), (slice(0, 2), slice(2, 5))
+    meta = start(x)
+    views = [start(x[part]) if joined else meta[part] for part in parts]
+    decided = [decision("REINFORCE", 3)(x[part], view) for part, view in zip(parts, views, strict=True)]
+    selects = [linears(3, store_module_pointers=True) for _ in parts]
+    for select, of_part in zip(selects, decided, strict=True):
+        select(*of_part)
+    if joined:
+        meta = views[0] + views[1]
+    for b, step in enumerate(sample.steps[0] for sample in meta):
+        assert step["selected_modules"] is selects[b >= 2]._submodules[int(step["actions"])]
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("K", [2, 4, 40, 100])
 def test_one_call_gives_the_bits_of_a_plan_and_a_product(K: int, stacked: bool) -> None:
