@@ -383,12 +383,26 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
         fn: a module or any function that calls fastroute ops.
         inputs: its inputs; only devices, dtypes and shapes matter.
 
+    Raises:
+        TypeError: ``fn`` cannot be called. RuntimeError: it reads numbers, as modules that cannot run together make a
+            ``Selection`` do.
+
     Examples:
         >>> route = fastroute.EfficientVectorRouting(6, 3, 8, 8)
         >>> print(fastroute.explain(route, torch.randn(2, 6, 8)))
         vector_routing on cpu, float32, B=2, n=6, m=3, d=8: ...
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Untouched(TorchDispatchMode):
+        """A buffer is not written to: of numbers that are there alone, the mode below would compute others."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.is_mutable:
+                shape_of = lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t)  # noqa: E731
+                args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, shape_of, (args, kwargs))
+            return func(*args, **(kwargs or {}))
 
     if not callable(fn) or (isinstance(fn, type) and issubclass(fn, torch.nn.Module)):
         raise TypeError(f"fn: expected a module or a function, got {fn!r}")
@@ -396,8 +410,14 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
         fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (inputs, kwargs))
         before, _state.recorder = _state.recorder, []
         try:
-            fn(*fake[0], **fake[1])
+            with Untouched():
+                fn(*fake[0], **fake[1])
             return Explanation(_state.recorder)
+        except DataDependentOutputException as error:
+            name = getattr(fn, "__name__", type(fn).__name__)
+            raise RuntimeError(
+                f"fn: expected a function that reads no numbers, as those of actions, got {name}; explain its parts"
+            ) from error
         finally:
             _state.recorder = before
 

@@ -308,6 +308,36 @@ def test_explain_a_function_and_nothing() -> None:
     assert str(explain(torch.relu, torch.zeros(3))) == "no fastroute op was called"
 
 
+class Counting(torch.nn.Module):
+    """A running mean, a count and a clamped parameter, as norms and users have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.factor = torch.nn.Buffer(torch.ones(6)), torch.nn.Parameter(torch.ones(1))
+        self.norm = torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.mul_(0.9).add_(x.mean((0, 1)))
+        self.mean[0] = 2.0
+        self.factor.clamp_(0, 0.5)
+        made: torch.Tensor = self.norm(x)
+        return made
+
+
+def test_explain_changes_nothing() -> None:
+    net = torch.nn.Sequential(Counting(), EfficientVectorRouting(4, 3, 6, 5))
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    assert "routing" in str(explain(net, torch.zeros(2, 4, 6)))
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_explain_of_what_reads_numbers() -> None:
+    select = fastroute.Selection(torch.nn.Linear(6, 6), torch.nn.Identity())
+    run = lambda x: select(x, fastroute.Initialization()(x)[1], (x[:, 0] > 0).long())  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"^fn: expected a function that reads no numbers.* got <lambda>; explain"):
+        explain(run, torch.zeros(4, 6))
+
+
 def test_explain_under_a_request() -> None:
     with use_backend("reference"):
         assert explain(EfficientVectorRouting(4, 3, 6, 5), torch.zeros(2, 4, 6))[0].backend == "reference"
