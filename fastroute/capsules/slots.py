@@ -223,7 +223,7 @@ class SlotAttention(Options, OverInputs, nn.Module):
             raise ValueError("generator: expected None with slots, which are not drawn then")
         checks.floating("slots", slots)
         lead = slots.shape[:-2]
-        fits = slots.dim() >= 2 and slots.shape[-1] == self.d_slot and len(lead) <= len(batch)
+        fits = slots.dim() >= 2 and slots.shape[-2] > 0 and slots.shape[-1] == self.d_slot and len(lead) <= len(batch)
         if not fits or any(a != 1 and a != b for a, b in zip(reversed(lead), reversed(batch), strict=False)):
             expected = ", ".join(map(str, [*batch, "n_slots", self.d_slot]))
             raise ValueError(f"slots: expected a shape that broadcasts to [{expected}], got {checks.shown(slots)}")

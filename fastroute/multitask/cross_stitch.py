@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.arguments import Count, Tasks, checked
-from ..ops.checks import floating, shown, tensor
+from ..ops.checks import floating, shown, tensor, together
 from ..ops.precision import autocast_off
 from .named_tasks import Axis, NamedTasks
 from .task_names import ByTask, by_task, task_names
@@ -114,6 +114,7 @@ class CrossStitch(NamedTasks):
         for k, x in enumerate(inputs):
             tensor(f"inputs[{k}]", x, "a tensor")
             floating(f"inputs[{k}]", x)
+            together(("the parameters", self.alpha), {f"inputs[{k}]": x})
             if x.shape != inputs[0].shape:
                 raise ValueError(f"inputs[{k}]: expected the shape {shown(inputs[0])} of inputs[0], got {shown(x)}")
             if x.dtype != inputs[0].dtype:

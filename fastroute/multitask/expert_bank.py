@@ -18,7 +18,7 @@ from ..modules.names import TakenNames
 from ..modules.reading import may_be_read
 from ..ops.activations import ACTIVATIONS
 from ..ops.arguments import Count, checked
-from ..ops.checks import floating, shown, tensor
+from ..ops.checks import floating, shown, tensor, together
 from ..ops.dtypes import accumulating
 from ..ops.precision import autocast_dtype, autocast_off
 
@@ -168,7 +168,7 @@ class Gates(TakenNames, nn.Module):
         Raises:
             ValueError, TypeError: x is no such tensor.
         """
-        features("x", x, self.in_features)
+        features("x", x, self.in_features, self.weight, any_dtype=True)
         weights = self.run(x.reshape(-1, self.in_features))
         return weights.reshape(*x.shape[:-1], self.num_tasks, self.num_experts)
 
@@ -223,13 +223,14 @@ class ModuleBank(nn.ModuleList):
         return torch.stack(made, len(lead)).reshape(lead.numel(), len(made), tail.numel()), tail
 
 
-def features(name: str, x: Tensor, D: int, like: Tensor | None = None) -> None:
-    """Raises unless x is [..., D], floating, and of the dtype of the parameter ``like``, or autocast is on."""
+def features(name: str, x: Tensor, D: int, like: Tensor | None = None, *, any_dtype: bool = False) -> None:
+    """Raises unless x is [..., D], floating, and as the parameter ``like``; its dtype may differ under autocast."""
     tensor(name, x, "a tensor [..., in_features]")
     floating(name, x)
     if x.dim() < 1 or x.shape[-1] != D:
         raise ValueError(f"{name}: expected [..., {D}], got {shown(x)}")
-    if like is not None and x.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device} like the parameters, got one on {x.device}")
-    if like is not None and x.dtype != like.dtype and autocast_dtype(x.device.type) is None:
+    if like is None:
+        return
+    together(("the parameters", like), {name: x})
+    if not any_dtype and x.dtype != like.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"{name}: expected the experts' dtype {like.dtype}, got {x.dtype}")

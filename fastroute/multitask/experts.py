@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..modules.names import TakenNames
 from ..modules.reading import reset
 from ..ops.arguments import Count, Several, Tasks, checked
-from ..ops.checks import LARGEST, at_least_one, floating, integer, no_more, tensor
+from ..ops.checks import LARGEST, at_least_one, floating, integer, no_more, tensor, together
 from ..ops.precision import autocast_off
 from .expert_bank import Experts, Gates, ModuleBank, features
 from .named_tasks import Axis, NamedTasks
@@ -81,6 +81,7 @@ class _Level(TakenNames, nn.Module):
         lead, D = gate_input[0].shape[:-1], self.gate.in_features
         for g in gate_input:
             features("gate_input" if g is not x[0] else "x", g, D)
+            together(("x", x[0]), {"gate_input": g})
         flat = [g.reshape(-1, D) for g in gate_input]
         alone = len(flat) == 1
         g = self.gate.ask(flat[:1] if alone else flat[:T])

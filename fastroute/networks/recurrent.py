@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..modules.reading import reset
 from ..ops.arguments import Count, Options, Several, Share, checked
-from ..ops.checks import as_tensor, floating, shown, tensor, together
+from ..ops.checks import as_parameters, as_tensor, floating, shown, tensor, together
 from ..ops.masked import only
 from .decisions.base import as_mask
 from .rewards import Formula, check_formula
@@ -197,6 +197,7 @@ class RoutingRNNCellBase(Options, nn.Module):
         tensor(name, state, f"a tensor [B, {self.hidden_size}]")
         if tuple(state.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {shown(state)}")
+        together(("x", x), {name: state})
         return state
 
     def _project(
@@ -206,7 +207,7 @@ class RoutingRNNCellBase(Options, nn.Module):
         """[B, in] -> [B, G H]."""
         linear = getattr(self, f"linear_{name}", None)
         if linear is not None:
-            y = linear(y)
+            y = as_parameters("x" if name == "i2h" else "h", y, linear, linear, y)
         routers, selections = getattr(self, f"router_{name}", None), getattr(self, f"selection_{name}", None)
         if routers is None or selections is None:
             return y

@@ -234,6 +234,7 @@ def test_face() -> None:
         (lambda: make()(randn(N, D).long()), TypeError, "x_inp: expected a floating-point tensor"),
         (lambda: make()(randn(2, N, D), randn(3, K, H)), ValueError, r"slots: .* broadcasts to \[2, n_slots, 5\]"),
         (lambda: make()(randn(N, D), randn(K, H + 1)), ValueError, r"slots: .* got \[4, 6\]"),
+        (lambda: make()(randn(N, D), randn(0, H)), ValueError, r"slots: .* got \[0, 5\]"),
         (lambda: make()(randn(N, D), mask=torch.zeros(N, 3, dtype=torch.bool)), ValueError, "mask: expected a shape"),
         (lambda: make()(randn(2, N, D), lengths=[1]), ValueError, "lengths: expected one length per sample"),
         (lambda: make()(randn(N, D), randn(K, H), generator=torch.Generator()), ValueError, "generator: expected None"),

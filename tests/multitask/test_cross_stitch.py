@@ -216,6 +216,8 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             stitch()(*args)
+    with pytest.raises(ValueError, match=r"inputs\[1\]: expected a tensor on cpu like the parameters, got one on meta"):
+        CrossStitch(2)(torch.ones(2), torch.ones(2, device="meta"))
     with pytest.raises(ValueError, match=r"inputs\[0\]: expected \[B, 4, ...\], got \[2, 3\]"):
         stitch(C)(*columns(2, 3))
     with pytest.raises(ValueError, match=r"inputs: expected keys \['a', 'b'\], got a dict with keys \['a', 'c'\]"):

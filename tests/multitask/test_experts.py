@@ -464,6 +464,7 @@ def test_bad_input(name: str) -> None:
         (TypeError, "x: expected the experts' dtype torch.float32, got torch.float64", (x.double(),)),
         (ValueError, r"gate_input: expected \[..., 7\], got \[3, 4, 2\]", (x, x[..., :2])),
         (ValueError, r"gate_input: expected the axes of x, \[3, 4\] and one more, got \[3\]", (x, x[:, 0])),
+        (ValueError, "gate_input: expected a tensor on cpu like x, got one on meta", (x, x.to("meta"))),
     ):
         with pytest.raises(error, match=message):
             module(*args)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -236,6 +237,8 @@ def test_masking_equals_deleting(name: str) -> None:
         forms.append((losses([0.7, bad, 0.02]), [True, torch.tensor(False), True]))
         forms.append((losses([0.7, bad, 0.02]), {"a": True, "b": False, "c": torch.tensor(True)}))
         forms.append((losses([0.7, bad, 0.02]), torch.tensor([True, False, True])))
+        forms.append((losses([0.7, bad, 0.02]), [1, 0, True]))
+        forms.append((losses([0.7, bad, 0.02]), [np.True_, np.False_, None]))
     forms.append(([losses()[0], None, losses()[2]], None))
     forms.append(({"c": losses()[2], "a": losses()[0]}, None))
     expected = run(
@@ -456,6 +459,21 @@ def test_names() -> None:
         (lambda: w.EqualWeights(NAMES)(losses()[:2]), ValueError, "one for each of the 3 tasks, got 2"),
         (lambda: w.EqualWeights(NAMES)({"d": losses()[0]}), ValueError, "there is no task 'd'"),
         (lambda: w.EqualWeights(NAMES)([None, None, None]), ValueError, "expected one at least"),
+        (
+            lambda: w.EqualWeights(NAMES)(losses(), ["x", 0, 1]),
+            TypeError,
+            r"present\['a'\]: expected True or False, got 'x'",
+        ),
+        (
+            lambda: w.EqualWeights(NAMES)(losses(), [torch.ones(2), 0, 1]),
+            ValueError,
+            "present: expected a tensor of one element for 'a', got one of shape",
+        ),
+        (
+            lambda: w.EqualWeights(NAMES)([*losses()[:2], torch.ones((), device="meta")]),
+            ValueError,
+            r"losses\['c'\]: expected a tensor on cpu like the others, got one on meta",
+        ),
         (lambda: w.EqualWeights(1)([torch.ones(2)]), ValueError, r"one element for '0', got one of shape \[2\]"),
         (lambda: w.EqualWeights(1)([1.0]), ValueError, "got float"),
         (lambda: w.EqualWeights(2)(torch.ones(3)), ValueError, r"expected a tensor \[2\], got \[3\]"),

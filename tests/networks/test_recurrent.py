@@ -574,5 +574,12 @@ def test_wrong_states() -> None:
         gru(x, (h, h))
     with pytest.raises(ValueError, match=r"hidden: expected shape \[7, 4\], got \[3, 4\]"):
         gru(x, h[:3])
+    with pytest.raises(ValueError, match="c: expected a tensor on cpu like x, got one on meta"):
+        lstm(x, (h, h.to("meta")))
+    for routed, name, given in (((False, True), "x", (x.double(), h)), ((True, False), "h", (x, h.double()))):
+        with pytest.raises(
+            TypeError, match=f"^{name}: expected torch.float32 on cpu like the parameters, got a tensor"
+        ):
+            build(RoutingGRUCell, routed, 2, False, dtype=torch.float32)(*given)
     with pytest.raises(ValueError, match="agents: expected the agent of each sample"):
         build(RoutingGRUCell, (True, True), 2, False, num_agents=2, dtype=torch.float32)(x, h)

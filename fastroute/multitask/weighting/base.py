@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...modules import watching
+from ...ops import checks
 from ...ops.accumulating import Accumulating
 from ...ops.arguments import Tasks, checked
 from ...ops.checks import MOST, floating, integer, no_more, together
@@ -191,7 +192,15 @@ class Weighting(NamedTasks, Accumulating):
         for name, t in zip(self.tasks, given, strict=True):
             if t is not None and not (isinstance(t, Tensor) and t.numel() == 1):
                 raise ValueError(f"losses: expected a tensor of one element for {name!r}, got {_shown(t)}")
+            if t is not None and t.device != first.device:
+                together(("the others", first), {f"losses[{name!r}]": t})
         flags = [None] * len(given) if present is None else in_order("present", present, self.tasks)
+        for n, (name, f) in enumerate(zip(self.tasks, flags, strict=True)):
+            if isinstance(f, Tensor) and f.numel() != 1:
+                raise ValueError(f"present: expected a tensor of one element for {name!r}, got {_shown(f)}")
+            if f is not None and f is not True and not isinstance(f, Tensor):
+                checks.flag(f"present[{name!r}]", f)
+                flags[n] = bool(f)
         values = wide(torch.stack([first.new_zeros(()) if t is None else t.reshape(()) for t in given]))
         floating("losses", values)
         own = next(chain(self._parameters.values(), self._buffers.values()), None)
