@@ -400,9 +400,12 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func._schema.is_mutable:
-                shape_of = lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t)  # noqa: E731
-                args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, shape_of, (args, kwargs))
+                args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, self.shape_of, (args, kwargs))
             return func(*args, **(kwargs or {}))
+
+        @staticmethod
+        def shape_of(t: torch.Tensor) -> torch.Tensor:
+            return t if isinstance(t, FakeTensor) else mode.from_tensor(t)
 
     if not callable(fn) or (isinstance(fn, type) and issubclass(fn, torch.nn.Module)):
         raise TypeError(f"fn: expected a module or a function, got {fn!r}")
