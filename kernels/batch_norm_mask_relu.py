@@ -121,12 +121,20 @@ def squares_about(mean, partial, c, C, splits, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def rest(m):
+    """What float32 rounds away of a mean."""
+    rounded = m.to(tl.float32)
+    return tl.where(tl.abs(rounded) < float("inf"), m - rounded.to(tl.float64), 0.0)
+
+
+@triton.jit
 def statistics_kernel(
     affine, mean, scale, partial, x, running_mean, running_var, weight, bias, C, count, splits, x_c,
     TRAINING: tl.constexpr, RUNNING: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MOMENTUM: tl.constexpr,
     EPS: tl.constexpr, KNOWN: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of channels,): affine [3, C] of z = (x - affine[2]) affine[0] + affine[1]: the mean is affine[2].
+    """grid (tiles of channels,): affine [3, C] of z = (x - affine[2]) affine[0] + affine[1]: the mean is affine[2], and
+    what that rounds away is in affine[1].
 
     TRAINING: of the batch, which updates the running statistics; if KNOWN, ``mean`` and ``scale`` are given.
     """
@@ -138,29 +146,29 @@ def statistics_kernel(
     elif TRAINING:
         about = total(partial, c, C, 0, splits, BLOCK_C) / count
         var = squares_about(about, partial, c, C, splits, BLOCK_C) / count
-        m = (shift_of(x, c, x_c, C, WIDE).to(tl.float64) + about).to(tl.float32)
-        r = (1.0 / tl.sqrt(var + EPS)).to(tl.float32)
+        m = shift_of(x, c, x_c, C, WIDE).to(tl.float64) + about
+        r = 1.0 / tl.sqrt(var + EPS)
         tl.store(mean + c, m, mask=inside)
         tl.store(scale + c, r, mask=inside)
         if RUNNING:
             old_mean = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32)
             old_var = tl.load(running_var + c, mask=inside, other=0.0).to(tl.float32)
             unbiased = (var * (count / (count - 1.0))).to(tl.float32)
-            tl.store(running_mean + c, MOMENTUM * m + (1.0 - MOMENTUM) * old_mean, mask=inside)
+            tl.store(running_mean + c, MOMENTUM * m.to(tl.float32) + (1.0 - MOMENTUM) * old_mean, mask=inside)
             tl.store(running_var + c, MOMENTUM * unbiased + (1.0 - MOMENTUM) * old_var, mask=inside)
     else:
-        m = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32)
-        var32 = tl.load(running_var + c, mask=inside, other=1.0).to(tl.float32)
-        r = (1.0 / tl.sqrt(var32.to(tl.float64) + EPS)).to(tl.float32)
-    a = r * parameter(weight, c, C, WEIGHT, 1.0)
-    tl.store(affine + c, a, mask=inside)
-    tl.store(row(affine, 1, C) + c, parameter(bias, c, C, BIAS, 0.0), mask=inside)
-    tl.store(row(affine, 2, C) + c, m, mask=inside)
+        m = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float64)
+        r = 1.0 / tl.sqrt(tl.load(running_var + c, mask=inside, other=1.0).to(tl.float64) + EPS)
+    a = r * parameter(weight, c, C, WEIGHT, 1.0).to(tl.float64)
+    term = parameter(bias, c, C, BIAS, 0.0).to(tl.float64) - rest(m) * a
+    tl.store(affine + c, a.to(tl.float32), mask=inside)
+    tl.store(row(affine, 1, C) + c, term.to(tl.float32), mask=inside)
+    tl.store(row(affine, 2, C) + c, m.to(tl.float32), mask=inside)
 
 
 @triton.jit
 def gradients_kernel(
-    affine, dweight, dbias, partial, scale, running_var, C, count, splits,
+    affine, dweight, dbias, partial, mean, scale, running_mean, running_var, C, count, splits,
     TRAINING: tl.constexpr, EPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grid (tiles of channels,): gradients of weight and bias, and affine [3:6, C], what dx takes: k, q, any sample."""
@@ -170,13 +178,17 @@ def gradients_kernel(
     by = total(partial, c, C, 1, splits, BLOCK_C)
     alive = total(partial, c, C, 2, splits, BLOCK_C)
     if TRAINING:
-        r = tl.load(scale + c, mask=inside, other=0.0).to(tl.float64)
+        m = tl.load(mean + c, mask=inside, other=0.0)
+        r = tl.load(scale + c, mask=inside, other=0.0)
     else:
+        m = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float64)
         r = 1.0 / tl.sqrt(tl.load(running_var + c, mask=inside, other=1.0).to(tl.float64) + EPS)
+    by -= rest(m) * sum_
+    q = by * r * r / count
     tl.store(dbias + c, sum_.to(tl.float32), mask=inside)
     tl.store(dweight + c, (by * r).to(tl.float32), mask=inside)
-    tl.store(row(affine, 3, C) + c, (sum_ / count).to(tl.float32), mask=inside)
-    tl.store(row(affine, 4, C) + c, (by * r * r / count).to(tl.float32), mask=inside)
+    tl.store(row(affine, 3, C) + c, (sum_ / count - rest(m) * q).to(tl.float32), mask=inside)
+    tl.store(row(affine, 4, C) + c, q.to(tl.float32), mask=inside)
     tl.store(row(affine, 5, C) + c, tl.where(alive > 0.0, 1.0, 0.0), mask=inside)
 
 
@@ -259,7 +271,7 @@ def forward(
         raise ValueError("x: expected contiguous or channels last, of fewer than 2^31 tiles")
     C = way.C
     affine = x.new_empty(3, C, dtype=torch.float32)
-    mean = x.new_empty(C if training else 0, dtype=torch.float32)
+    mean = x.new_empty(C if training else 0, dtype=torch.float64)
     scale = torch.empty_like(mean)
     which, (T, task_stride), each = _task(mapping, tasks, task)
     split = _split(x, way) if training else None
@@ -303,8 +315,8 @@ def backward(
         **tile,
     )  # fmt: skip
     launch.launch(
-        gradients_kernel, (cdiv(C, _SMALL),), affine, dw, db, split.partial, scale, running_var, C, way.B * way.S,
-        split.splits, warps=4, stages=1, TRAINING=training, EPS=eps, BLOCK_C=_SMALL,
+        gradients_kernel, (cdiv(C, _SMALL),), affine, dw, db, split.partial, mean, scale, running_mean, running_var,
+        C, way.B * way.S, split.splits, warps=4, stages=1, TRAINING=training, EPS=eps, BLOCK_C=_SMALL,
     )  # fmt: skip
     if not want_x:
         return x.new_empty(0), dw, db

@@ -29,6 +29,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChunkRows = 256;  // sums of rows are made in chunks that do not depend on the number of threads
 constexpr int64_t kMaxChunks = 64;
+constexpr ScalarType kStatistics = ScalarType::Double;  // for the backward pass
 
 struct Shape {
   int64_t B, C, S = 1;
@@ -112,7 +113,7 @@ class Norm {
 
   Norm(const Shape& shape, const Live& live, bool training, bool relu)
       : shape_(shape), live_(live), training_(training), relu_(relu), with_(functions<S>()), a_(shape.C), b_(shape.C),
-        mean_(shape.C), k_(shape.C), q_(shape.C) {}
+        mean_(shape.C), k_(shape.C), q_(shape.C), rest_(shape.C) {}
 
   // mean and scale (1 / deviation) of each channel: made here if training, else given.
   void forward(S* y, const S* x, std::vector<double>& mean, std::vector<double>& var, std::vector<double>& scale,
@@ -162,10 +163,12 @@ class Norm {
       settle_affine(c, mean[c], scale[c], weight[c], bias[c]);
     }
     const auto settle = [&](int64_t c, double sum, double by) {
+      by -= rest_[c] * sum;
       db[c] = sum;
       dw[c] = by * scale[c];
-      k_[c] = static_cast<T>(training_ ? sum / N : 0.0);
-      q_[c] = static_cast<T>(training_ ? by * scale[c] * scale[c] / N : 0.0);
+      const double q = by * scale[c] * scale[c] / N;
+      k_[c] = static_cast<T>(training_ ? sum / N - rest_[c] * q : 0.0);
+      q_[c] = static_cast<T>(training_ ? q : 0.0);
     };
     if (shape_.by_rows) {
       row_gradients(dx, g, x, settle);
@@ -195,11 +198,12 @@ class Norm {
   }
 
  private:
-  // Of mean and scale as T, which are what the backward pass gets: both passes rectify the same numbers.
+  // The kernels take off the mean as T; what it rounds away, the bias does: of a large mean that is more than y's digits.
   void settle_affine(int64_t c, double mean, double scale, double weight, double bias) {
-    a_[c] = static_cast<T>(static_cast<double>(static_cast<T>(scale)) * weight);
-    b_[c] = static_cast<T>(bias);
     mean_[c] = static_cast<T>(mean);
+    rest_[c] = std::isfinite(mean_[c]) ? mean - static_cast<double>(mean_[c]) : 0.0;
+    a_[c] = static_cast<T>(scale * weight);
+    b_[c] = static_cast<T>(bias - rest_[c] * scale * weight);
   }
   Affine<T> affine(int64_t c) const { return {a_[c], b_[c], mean_[c], k_[c], q_[c]}; }
   Affine<const T*> affine() const { return {a_.data(), b_.data(), mean_.data(), k_.data(), q_.data()}; }
@@ -345,6 +349,7 @@ class Norm {
   bool training_, relu_;
   const Functions<S>& with_;
   std::vector<T> a_, b_, mean_, k_, q_;
+  std::vector<double> rest_;  // of the mean
 };
 
 void check_channels(const Check& check, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -376,7 +381,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
   }
   const Live live(mapping, tasks, task, x);
   Tensor y = empty_like_cpu(x);
-  Tensor mean = empty_cpu<1>({training ? C : 0}, sum_type(x)), scale = empty_cpu<1>({training ? C : 0}, sum_type(x));
+  Tensor mean = empty_cpu<1>({training ? C : 0}, kStatistics), scale = empty_cpu<1>({training ? C : 0}, kStatistics);
   auto means = numbers(running_mean, C, 0.0), vars = numbers(running_var, C, 1.0);
   const auto old_means = means, old_vars = vars;
   std::vector<double> scales(C, 0.0);
@@ -414,8 +419,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
   const Shape shape(x);
   const int64_t C = shape.C;
   check_channels(check, running_mean, running_var, weight, bias, training, C);
-  check.tensor("mean", mean, sum_type(x), {training ? C : kAny}, Layout::kStrided);
-  check.tensor("scale", scale, sum_type(x), {training ? C : kAny}, Layout::kStrided);
+  check.tensor("mean", mean, kStatistics, {training ? C : kAny}, Layout::kStrided);
+  check.tensor("scale", scale, kStatistics, {training ? C : kAny}, Layout::kStrided);
   const Live live(mapping, tasks, task, x);
   Tensor same = g;  // in the layout of x
   bool as_x = true;
@@ -435,10 +440,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
     auto scales = numbers(training ? OptionalTensor(scale) : running_var, C, 1.0);
     with_type(x.scalar_type(), [&](auto number) {
       using S = decltype(number);
-      using T = SumOf<S>;
-      for (int64_t c = 0; c < C; ++c) {  // as the forward pass had them
-        means[c] = static_cast<T>(means[c]);
-        scales[c] = training ? scales[c] : static_cast<T>(1.0 / std::sqrt(scales[c] + eps));
+      for (int64_t c = 0; c < C && !training; ++c) {  // as the forward pass had them
+        scales[c] = 1.0 / std::sqrt(scales[c] + eps);
       }
       Norm<S>(shape, live, training, relu)
           .backward(want_x ? static_cast<S*>(dx.data_ptr()) : nullptr, static_cast<const S*>(same.data_ptr()),

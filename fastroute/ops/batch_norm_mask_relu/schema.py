@@ -18,7 +18,7 @@ from ..task_mask.schema import TASK
 
 def _batch_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     training = rest[7]
-    mean = x.new_empty(x.shape[1] if training else 0, dtype=accumulating(x.dtype))
+    mean = x.new_empty(x.shape[1] if training else 0, dtype=torch.float64)
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
