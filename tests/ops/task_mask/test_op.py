@@ -486,7 +486,9 @@ def test_batch_norm_of_large_means(
     if dtype == F32:
         over = [1, 3] + [1] * (len(shape) - 2)
         biased = (var * (count - 1) / count).view(over)
-        exact = (apart - center.view(over)) / (biased + 1e-5).sqrt() * gain.double().view(over) + bias.double().view(over)
+        exact = (apart - center.view(over)) / (biased + 1e-5).sqrt() * gain.double().view(over) + bias.double().view(
+            over
+        )
         plain = torch.nn.functional.batch_norm(x.contiguous(), None, None, gain, bias, True)
         assert (y - exact).norm() <= 1.05 * (plain - exact).norm() + spacing * exact.norm() / 4
         # what is rounded off the mean is not lost: of 2^14 it would be 2^-10
