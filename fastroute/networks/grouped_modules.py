@@ -5,8 +5,11 @@ Axes: B samples, K modules.
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import grouped_linear
+from ..importing import not_compiled
 from ..modules.reading import Memo, Proof, may_be_read, signature
 from ..ops import dispatch, host
 from ..ops.autograd import is_observed, transformed
@@ -518,8 +522,8 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
             if not isinstance(made[k], Tensor) or made[k].dim() == 0 or len(made[k]) != bounds[k + 1] - bounds[k]:
                 raise ValueError(f"module {k}: expected an output with a row per sample, got {_shown(made[k])}")
     if not made:  # nothing but the shape is asked for
-        like = modules[0](x[:0])
-        return like.new_zeros(N, *like.shape[1:])
+        like = _like(modules[0], x)
+        return torch.zeros(N, *like.shape[1:], dtype=like.dtype, device=like.device)
     first = next(iter(made))
     for k, y in made.items():
         if y.shape[1:] != made[first].shape[1:]:
@@ -531,6 +535,31 @@ def one_by_one(modules: Sequence[Callable[[Tensor], Tensor]], x: Tensor, plan: P
     if bounds[-1] < N:
         parts.append(parts[0].new_zeros(N - bounds[-1], *parts[0].shape[1:]))
     return parts[0] if is_one else rows.unsort(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+@not_compiled
+def _like(m: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a module gives for samples like x, in shape, dtype and device.
+
+    A copy without hooks is called, of tensors without numbers: the module itself counts no batch that it did not see.
+    It is called without samples where that is not possible.
+    """
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    try:
+        with eager, FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            with FakeCopyMode(mode):
+                m_like = copy.deepcopy(m)
+            for part in m_like.modules() if isinstance(m_like, nn.Module) else ():
+                part._forward_hooks.clear()
+                part._forward_pre_hooks.clear()
+            y = m_like(torch.empty(2, *x.shape[1:], dtype=x.dtype, device=x.device))
+    except Exception:  # of modules that cannot be copied, or read numbers
+        y = m(x[:0])
+    if not isinstance(y, Tensor) or y.dim() == 0:
+        raise ValueError(f"module 0: expected an output with a row per sample, got {_shown(y)}")
+    return y
 
 
 def _slices(x: Tensor, bounds: list[int]) -> Sequence[Tensor]:

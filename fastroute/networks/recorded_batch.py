@@ -5,7 +5,7 @@ Axes: B samples, K choices of a decision.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,9 +26,12 @@ def labels(tasks: Any) -> int:
     if isinstance(tasks, Tensor) and tasks.dim():
         return tasks.shape[0]
     try:
-        return len(tasks)
+        count = len(tasks)
     except TypeError:
-        raise TypeError(f"tasks: expected a list or a tensor of labels, one per sample, got {given(tasks)}") from None
+        count = None
+    if count is None or isinstance(tasks, Mapping | Set):  # which have no order by sample
+        raise TypeError(f"tasks: expected a list or a tensor of labels, one per sample, got {given(tasks)}")
+    return count
 
 
 def _whole(label: Any) -> int:

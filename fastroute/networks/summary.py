@@ -6,12 +6,14 @@ Axes: T decisions, A tasks (or agents, or none: one row), K modules.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.checks import given
 from .decision_record import Mixture, Record
 from .trajectory import Trajectory
 
@@ -81,14 +83,24 @@ def _entropy(counts: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1) / math.log(2)
 
 
+def _key(label: Any) -> Any:
+    """What tells a task label from others: of a tensor its number."""
+    if isinstance(label, Tensor) and label.numel() == 1 and not label.is_complex():
+        return float(label) if label.is_floating_point() and bool(label % 1 != 0) else int(label)
+    if isinstance(label, Tensor) or not isinstance(label, Hashable):
+        raise TypeError(f"tasks: expected labels that can be told apart by their hash, got {given(label)}")
+    return label
+
+
 def summarize(trajectory: Trajectory) -> Summary:
     """See :meth:`Trajectory.summary`."""
     labels = trajectory.tasks
-    keys = [int(x) if isinstance(x, Tensor) else x for x in labels] if labels is not None else [None] * len(trajectory)
+    keys = [_key(x) for x in labels] if labels is not None else [None] * len(trajectory)
     try:
         tasks = sorted(set(keys))  # type: ignore[type-var]
     except TypeError:
         tasks = list(dict.fromkeys(keys))
+    tasks = tasks or [None]  # the one row of no samples
     row = torch.tensor([tasks.index(k) for k in keys], dtype=torch.int64, device="cpu")
     layers = []
     routes: list[Tensor] = []
@@ -102,7 +114,7 @@ def summarize(trajectory: Trajectory) -> Summary:
         )
         routes.append(torch.where(active[:, None], actions, -1).sort(1).values)
         valid = active[:, None] & (actions >= 0)
-        A, K = max(len(tasks), 1), record.choices
+        A, K = len(tasks), record.choices
         counts = torch.bincount((row[:, None] * K + actions)[valid], minlength=A * K).reshape(A, K)
         total, within = counts.sum(0), counts.sum(1)
         used = int((total > 0).sum())

@@ -346,6 +346,29 @@ def test_batchnorm_in_training() -> None:
     assert int(selection._submodules[1][1].num_batches_tracked) == 0  # type: ignore[index,arg-type]
 
 
+class _Reads(nn.Linear):
+    """Reads a number."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (2 if input.sum() > 0 else 1)
+
+
+@pytest.mark.parametrize("count", [3, 0])
+def test_no_sample_at_all_leaves_no_trace_in_the_first_of_unlike_modules(count: int) -> None:
+    for first, counted in (
+        (nn.Sequential(nn.Flatten(), nn.Linear(F, 3), nn.BatchNorm1d(3)), 0),
+        (nn.Sequential(nn.Unflatten(1, (-1, F)), nn.Flatten(-2, -1), nn.BatchNorm1d(F), nn.Linear(F, 3)), 0),
+        (nn.Sequential(_Reads(F, 3), nn.BatchNorm1d(3)), 1),
+    ):
+        selection, seen = Selection(first, nn.Linear(F, 3)), list[object]()
+        first.register_forward_hook(lambda *hooked, seen=seen: seen.append(hooked))
+        x = torch.randn(count, F)
+        y, _, _ = selection(x, start(x), torch.full((count,), -1))
+        assert y.shape == (count, 3) and y.dtype == torch.float32 and not y.any() and len(seen) == counted
+        assert dict(first.named_buffers())[f"{'1' if counted else '2'}.num_batches_tracked"] == counted
+        assert [p.shape for p in first.parameters()] == [p.shape for p in copy.deepcopy(first).parameters()]
+
+
 def test_a_single_module() -> None:
     selection = Selection(nn.Linear(F, 3))
     x = torch.randn(4, F)

@@ -376,6 +376,31 @@ def test_summary() -> None:
     assert "6 samples, 2 tasks, 4 distinct routes" in str(made)
 
 
+def test_summary_of_any_labels() -> None:
+    taken = [[0, 1, 1, 3]]
+    for tasks, expected in (
+        (torch.tensor([0.5, 0.25, 1.0, 0.5]), [0.25, 0.5, 1]),
+        ([torch.tensor(2), 1, torch.tensor(2.0), 1], [1, 2]),
+        (["b", "a", "b", None], ["b", "a", None]),
+        (torch.tensor([float("inf"), 0, 0, 0]), [0, float("inf")]),
+    ):
+        made = forced(taken, tasks=tasks).summary()
+        assert made.tasks == expected and [type(t) for t in made.tasks] == [type(t) for t in expected]
+        labels = [float(t) if isinstance(t, torch.Tensor) else t for t in tasks]
+        counts = [[sum(t == task and k == own for t, own in zip(labels, taken[0], strict=True)) for k in range(4)]
+                  for task in expected]  # fmt: skip
+        assert made.layers[0].counts.tolist() == counts and str(made)
+    for wrong in ([["a"], ["b"], ["a"], ["b"]], [torch.tensor([1, 2])] * 4, [1, {}, 2, 3]):
+        with pytest.raises(TypeError, match=r"^tasks: expected labels"):
+            forced(taken, tasks=wrong).summary()
+    for unordered in ({"a": 1, "b": 2, "c": 3, "d": 4}, {1, 2, 3, 4}):
+        with pytest.raises(TypeError, match=r"^tasks: expected a list or a tensor of labels, one per sample, got \{"):
+            start(torch.randn(4, F), unordered)
+    empty = start(torch.randn(0, F))
+    decision("REINFORCE")(torch.randn(0, F), empty)
+    assert str(empty.summary()).startswith("0 samples") and not empty.summary().layers[0].counts.any()
+
+
 def test_summary_warns_of_collapse() -> None:
     meta = forced([[1] * 40, [0, 1, 2, 3] * 10, [2] * 39 + [1]], tasks=[0, 1] * 20)
     made = meta.summary()
