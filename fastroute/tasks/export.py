@@ -27,6 +27,7 @@ from .layer_chain import (
     is_flat,
     is_spatial,
     rank,
+    written_into,
 )
 from .router import TaskRouter
 from .traced_chain import flow
@@ -156,8 +157,11 @@ def extract_task(model: nn.Module, task: int) -> nn.Sequential:
     layers = flow(model, task)
     made: list[tuple[str, nn.Module]] = []
     held: _Kept | None = None  # the channels that are left of the model's
+    writes = [written_into(layers, n) for n, leaf in enumerate(layers) if isinstance(leaf.module, TaskRouter)]
     for n, leaf in enumerate(layers):
         slim, held = _slim(leaf, layers[:n], layers[n + 1 :], held, task)
+        if any(leaf is found for found in writes):
+            slim[-1].inplace = False  # type: ignore[assignment]
         made += [(leaf.name if layer is slim[-1] else f"{leaf.name}_flat", layer) for layer in slim]
     if held is not None:
         raise ValueError(

@@ -29,6 +29,7 @@ from .layer_chain import (
     leaves,
     rank,
     sequences,
+    written_into,
 )
 from .layers import RoutedConv2d, RoutedLinear
 from .live_model import LiveSequential
@@ -94,8 +95,10 @@ def fold(model: nn.Module, task: int) -> nn.Module:
                     _make_finite(chain[: chain.index(at) + 1], leaf.module, off, uses)
                     flat = _axis(layer) == leaf.module.axis or is_flat(chain[:n])
                 instead.append(nn.Identity() if flat else nn.Flatten(1).train(leaf.module.training))
-        for leaf in chain:
+        for n, leaf in enumerate(chain):
             if isinstance(leaf.module, TaskRouter):
+                if (writes := written_into(chain, n)) is not None:
+                    writes.module.inplace = False
                 leaf.parent._modules[leaf.key] = instead.pop(0)
     for name, router in routers_of(model).items() if _has_routers(model) else ():
         raise ValueError(f"{name}: expected routers in Sequentials, got one in another module ({router.name})")

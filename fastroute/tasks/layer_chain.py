@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
@@ -121,6 +121,21 @@ def kind(module: nn.Module) -> str:
     if exact is nn.Flatten:
         return FLAT if module.start_dim == 1 and module.end_dim == -1 else OPAQUE
     return OPAQUE
+
+
+def written_into(chain: Sequence[Leaf], n: int) -> Leaf | None:
+    """The layer that writes into the output of router n, and into an activation's, which has a gradient by its output,
+    where the router is left out."""
+
+    def passes(leaf: Leaf) -> bool:
+        return leaf.kind in (ROUTER, FLAT, DROP) or type(leaf.module) is nn.Identity
+
+    before = next((leaf for leaf in reversed(chain[:n]) if not passes(leaf)), None)
+    if before is None or before.kind not in (KEEP, ALONE):
+        return None
+    behind = (leaf for leaf in chain[n + 1 :] if getattr(leaf.module, "inplace", False) or not passes(leaf))
+    found = next(behind, None)
+    return found if found is not None and getattr(found.module, "inplace", False) else None
 
 
 def is_known(module: nn.Module) -> bool:

@@ -197,3 +197,32 @@ def test_a_layer_that_is_told_no_more_is_taken() -> None:
     net, x = Up().double().eval(), normal(1, 3, 16, 16)
     set_task(net, 1)
     assert_same(extract_task(net, 1)(x).detach(), net(x).detach())
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Tanh(), nn.ELU(), nn.PReLU()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("writes", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], ids=["relu", "dropout"])
+@pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
+def test_what_writes_into_the_masked_output_does_not_write_into_an_activations(
+    act: nn.Module, writes: nn.Module, nested: bool
+) -> None:
+    """Which has a gradient by its output."""
+    seeds.manual_seed(0)
+    layers = [nn.Linear(8, 16), act, TaskRouter(16, 3, 0.5), nn.Identity(), writes, nn.Linear(16, 2)]
+    net = nn.Sequential(nn.Sequential(*layers[:3]), nn.Sequential(*layers[3:])) if nested else nn.Sequential(*layers)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    set_task(net.double(), 1)
+    weight, bias = layers[0].parameters()
+    for made in (net, fold(net, 1), extract_task(net, 1)):
+        made.zero_grad()
+        torch.manual_seed(0)
+        y = made(x)
+        y.square().sum().backward()
+        first: Any = next(m for m in made.modules() if isinstance(m, nn.Linear))
+        if made is net:
+            expected, live = y.detach(), layers[2]._unit_mapping[1] != 0
+        elif isinstance(writes, nn.ReLU) or len(first.weight) == 16:
+            assert_same(y.detach(), expected)
+            own = slice(None) if len(first.weight) < 16 else live
+            assert_same(first.weight.grad[own], weight.grad[live])
+            assert_same(first.bias.grad[own], bias.grad[live])
+    assert writes.inplace
