@@ -7,6 +7,7 @@ modules that each takes, N = B k entries, K modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.nn.utils import stateless
 
 from ..functional import combine, expert_ffn
+from ..modules.reading import at_every_place
 from ..networks import MoE, Selection, Stack, grouped_modules
 from ..networks.gating import Routed
 from ..ops import dispatch
@@ -517,15 +519,15 @@ class _ParallelSelection(Selection):
     def _by_own(self, rows: Tensor, plan: Plan) -> Tensor:
         modules, shards = self._submodules, self._shards
         stack = modules if isinstance(modules, Stack) else None
-        owner = nn.ModuleList([modules[k] for k in shards.place.own]) if stack is None else stack.pattern
-        each: list[Any] = list(owner.children()) if stack is None else [owner]
-        called = None if stack is None else (lambda: stack.each()[: len(shards.place.own)])
+        each: list[Any] = [modules[k] for k in shards.place.own] if stack is None else [stack.pattern]
+        owner = nn.ModuleList(each)
+        called = None if stack is None else partial(stack.each, len(shards.place.own))
         options: dict[str, Any] = {"keep_empty": self.unused_grad == "zeros", "called": called}
         named = dict(owner.named_parameters())
         own = {name: shards.local(p) for name, p in named.items()}
         if all(own[name] is p for name, p in named.items()):
             return grouped_modules.run(each, rows, plan, self._recipe, **options)
-        with stateless._reparametrize_module(owner, own, tie_weights=True):
+        with stateless._reparametrize_module(owner, at_every_place(owner, own)):
             return grouped_modules.run(each, rows, plan, self._recipe, **options)
 
 

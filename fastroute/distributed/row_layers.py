@@ -19,6 +19,7 @@ from torch.nn.utils import stateless
 
 from ..compat import heinsen_routing
 from ..compat.heinsen_routing_2019 import broadcast
+from ..modules.reading import at_every_place
 from ..ops import checks
 from ..ops.autograd import asked_again, through, transformed
 from ..ops.backends import is_strict, requested
@@ -236,7 +237,7 @@ class RowSharded(nn.Module):
 
     @contextmanager
     def _with(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        with stateless._reparametrize_module(self, tensors, tie_weights=True):
+        with stateless._reparametrize_module(self, at_every_place(self, tensors)):
             yield
 
     def _returned(self, *made: Tensor) -> Any:

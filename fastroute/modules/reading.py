@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from operator import attrgetter
@@ -158,6 +158,22 @@ def may_be_read(m: nn.Module, kinds: tuple[type, ...] = ()) -> bool:
     return why_called(m, kinds) is None
 
 
+def at_every_place(m: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Other tensors in place of a module's, by name, for ``functional_call(..., tie_weights=False)``.
+
+    A parameter has every name under which another module has it, too. A module in several places has one name: of two,
+    torch would put the other tensors back as its own.
+    """
+    every = (m.named_parameters(remove_duplicate=False), m.named_buffers(remove_duplicate=False))
+    other = {t: tensors[name] for named in every for name, t in named if name in tensors}
+    return {
+        f"{path}.{name}" if path else name: other[t]
+        for path, part in m.named_modules()
+        for name, t in (*part._parameters.items(), *part._buffers.items())
+        if t is not None and t in other
+    }
+
+
 def call(m: nn.Module, x: Tensor) -> Tensor:
     """What a module gives for x, its floating-point parameters taken in x's dtype."""
     other = {
@@ -165,7 +181,9 @@ def call(m: nn.Module, x: Tensor) -> Tensor:
         for name, p in m.named_parameters()
         if type(p) is nn.Parameter and p.is_floating_point() and p.dtype != x.dtype
     }
-    return torch.func.functional_call(m, other, (x,)) if other else m(x)
+    if not other:
+        return m(x)  # type: ignore[no-any-return]
+    return torch.func.functional_call(m, at_every_place(m, other), (x,), tie_weights=False)
 
 
 def name_before(name: str) -> str:

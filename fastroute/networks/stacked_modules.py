@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..modules.reading import name_before
+from ..modules.reading import at_every_place, name_before
 from ..ops.arguments import checked
 from . import grouped_modules
 
@@ -121,13 +121,16 @@ class Stack(nn.Module):
         found = (*_own(pattern).items(), *pattern.named_buffers(remove_duplicate=False))
         return {name: t for name, t in found if name_before(name) in self._stacked}
 
-    def each(self) -> list[Callable[[Tensor], Tensor]]:
+    def each(self, count: int | None = None) -> list[Callable[[Tensor], Tensor]]:
         """The modules, to be called: the pattern with the parameters of one of them for its own.
+
+        Args:
+            count: how many the parameters are of, where the pattern has others for the time of a call; all.
 
         Raises:
             RuntimeError: the pattern has other tensors than it was made with, or one that is not stacked.
         """
-        pattern = self.pattern
+        pattern, count = self.pattern, self.count if count is None else count
         if any(map(parametrize.is_parametrized, pattern.modules())) or any(map(self._is_plain, self._stacked)):
             pattern = _opened(pattern, self._stacked)
         tensors = dict([*pattern.named_parameters(), *pattern.named_buffers()])
@@ -137,14 +140,14 @@ class Stack(nn.Module):
                     f"stacked: expected the parameters that the modules had, parametrized or pruned, got {name} too, "
                     "which cannot be told apart by module; make the layer with stacked=False"
                 )
-            if t.shape[:1] != (self.count,):
-                raise RuntimeError(f"stacked: expected {name} of all modules, [{self.count}, ...], got {list(t.shape)}")
+            if t.shape[:1] != (count,):
+                raise RuntimeError(f"stacked: expected {name} of all modules, [{count}, ...], got {list(t.shape)}")
 
         def call(k: int, x: Tensor) -> Tensor:
             own = {name: t[k] for name, t in tensors.items()}
-            return torch.func.functional_call(pattern, own, (x,))
+            return torch.func.functional_call(pattern, at_every_place(pattern, own), (x,), tie_weights=False)
 
-        return [partial(call, k) for k in range(self.count)]
+        return [partial(call, k) for k in range(count)]
 
     def _is_plain(self, name: str) -> bool:
         """Whether a plain tensor stands in a parameter's place, as in DataParallel's replicas and of hypernetworks."""

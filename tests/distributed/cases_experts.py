@@ -172,6 +172,33 @@ def selections(world: World) -> None:
 
 
 @case
+def modules_in_two_places_and_ranks_with_one_row(world: World) -> None:
+    """Each keeps its parameters: a layer in two of a rank's modules, and those of a stack whose modules are called."""
+    torch.manual_seed(3)
+    layers = [nn.Linear(D, D) for _ in range(4)]
+    twice = [m for layer in layers for m in (nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(D, P)), layer)]
+    tied = [nn.Linear(D, D) for _ in range(8)]
+    for first, second in zip(tied[::2], tied[1::2], strict=True):
+        second.weight = first.weight
+    for W in WORLDS:
+        for said, layer in {
+            "a layer": Selection(*twice[::2]),
+            "a module": Selection(*(m for m in twice[1::2] for _ in range(2))),
+            "parameters": Selection(*tied),
+            "a stack": experts(5, stacked=True),
+        }.items():
+            K, rows = len(layer._submodules), torch.arange(sum(SIZES[:W]))
+            for actions in (rows % K, torch.where(rows == 1, K - 1, 0)):
+
+                def call(m: nn.Module, x: Tensor, cut: Callable[[Tensor], Tensor], actions: Tensor = actions) -> Any:
+                    return m(x, Trajectory(len(x)), cut(actions))[0], 0.0
+
+                layer.double().zero_grad()
+                spread = compare(world.rows(W), layer, call, f"{said}, {W} ranks")
+                assert all(isinstance(p, nn.Parameter) for p in spread.parameters())
+
+
+@case
 def samples_that_all_ranks_have(world: World) -> None:
     """Beside tensor-parallel neighbours: replicated inputs, DTensors in and out, both dispatchers."""
     for W in WORLDS:

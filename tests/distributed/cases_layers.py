@@ -70,6 +70,9 @@ LAYERS: dict[str, Layer] = {
     "2019, any outputs": lambda n: heinsen_routing.Routing(d_cov=C, d_inp=D, d_out=H, n_inp=n, n_out=-1),
     "slots": lambda _: fastroute.SlotAttention(M, D, H),
     "definable": definable,
+    "a layer twice": lambda n: definable(
+        n, G=nn.Sequential(layer := nn.Linear(H, H), nn.Tanh(), layer, nn.Linear(H, D))
+    ),
 }
 
 
@@ -92,7 +95,7 @@ def inputs(name: str, n: int = N, batch: tuple[int, ...] = (B,)) -> tuple[Given,
     x = vectors(n, batch)
     if name == "slots":
         return {"x_inp": x}, {"slots": torch.linspace(-1, 1, M * H, dtype=x.dtype).view(M, H)}
-    if name == "definable":
+    if name in ("definable", "a layer twice"):
         return {"x_inp": x}, {}
     given = {"a_inp": x[..., 0], "mu_inp": vectors(n * C, batch, 3).unflatten(-2, (n, C))}
     return given, {"n_out": 4} if name == "2019, any outputs" else {}

@@ -248,3 +248,22 @@ def test_optimizers_compile_and_copies() -> None:
             optimizer.step()
     for name, t in net.state_dict().items():
         assert_same(t, twin.state_dict()[name], name)
+
+
+def test_a_layer_in_two_places_stays_the_stacks_own() -> None:
+    """Called, as for its hook, a module has a stack's parameters for the time of the call."""
+    seeds.manual_seed(0)
+    layers = [nn.Linear(F, F, dtype=torch.float64) for _ in range(3)]
+    modules = [nn.Sequential(layer, nn.Tanh(), layer) for layer in layers]
+    selection = Selection(*copy.deepcopy(modules), stacked=True)
+    own = list(selection.parameters())
+    selection._submodules.pattern[1].register_forward_hook(lambda m, given, y: 2 * y)  # type: ignore[union-attr]
+    x, actions = torch.randn(5, F, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
+    for _ in range(2):
+        y, _, _ = selection(x, start(x), actions)
+        expected = torch.stack([layers[a](2 * layers[a](row).tanh()) for a, row in zip(actions, x, strict=True)])
+        assert_same(y, expected)
+        assert all(p is q for p, q in zip(selection.parameters(), own, strict=True))
+    for p, name in zip(own, ("weight", "bias"), strict=True):
+        made = torch.autograd.grad(expected.sum(), [getattr(m, name) for m in layers], retain_graph=True)
+        assert_same(torch.autograd.grad(y.sum(), p, retain_graph=True)[0], torch.stack(made))

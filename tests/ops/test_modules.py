@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fastroute.modules.reading import options
+from fastroute.modules.reading import call, options
 from fastroute.multitask import MTLModel, heads
 from fastroute.networks import Initialization, Selection, grouped_modules
 from tests.helpers.opcheck import assert_same
@@ -63,3 +64,19 @@ def test_a_forward_of_its_own_is_called() -> None:
     y = selection(routed, meta, actions)[0]
     expected = torch.stack([torch.tanh(layers[int(a)](row)) for row, a in zip(x, actions, strict=True)])
     assert_same(y.detach(), expected.detach())
+
+
+def test_a_layer_in_two_places_keeps_its_parameters() -> None:
+    """Of two tied layers either is called with the other dtype, and of one that is called twice both times."""
+    layer, tied = nn.Linear(3, 3), nn.Linear(3, 3)
+    tied.weight = layer.weight
+    net = nn.Sequential(layer, nn.Tanh(), layer, tied)
+    own, x = list(net.parameters()), torch.randn(4, 3, dtype=torch.float64)
+    wide = copy.deepcopy(net).double()
+    for _ in range(2):
+        made = call(net, x)
+        assert made.dtype == torch.float64 and torch.equal(made, wide(x))
+        assert all(p is q for p, q in zip(net.parameters(), own, strict=True))
+    made.sum().backward()
+    wide(x).sum().backward()
+    assert all(torch.allclose(p.grad, q.grad.float()) for p, q in zip(own, wide.parameters(), strict=True))  # type: ignore[arg-type, union-attr]
