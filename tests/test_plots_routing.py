@@ -91,3 +91,16 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     without("matplotlib", monkeypatch)
     with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'fastroute\[plots\]'"):
         plots.routing(TWO)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("", OSError, "cannot be written .a folder"),
+        ("/", OSError, "cannot be written .a folder"),
+        ("x.unknown", ValueError, r"^path: expected a file's name that ends in one of .*png.*, got 'x.unknown'"),
+    ],
+)
+def test_a_path_that_is_no_files_name_is_refused_by_name(name: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        plots.actions(torch.tensor([[0, 1]]), path=name)

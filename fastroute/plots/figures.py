@@ -59,8 +59,11 @@ def saved(figure: Figure, path: str | Path | None) -> Figure:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path: expected a file's name or None, got {given(path)}")
         path = Path(path)
-        if not path.suffix:  # as savefig does
+        if path.name and not path.suffix:  # as savefig does
             path = path.with_name(f"{path.name}.{figure.canvas.get_default_filetype()}")
+        known = figure.canvas.get_supported_filetypes()
+        if path.name and path.suffix[1:].lower() not in known:
+            raise ValueError(f"path: expected a file's name that ends in one of {', '.join(known)}, got {path.name!r}")
         with files.whole(path) as part:
             figure.savefig(part, format=path.suffix[1:])
     return figure
