@@ -206,12 +206,13 @@ def flags(**given: object) -> None:
 
 
 def as_tensor(name: str, value: Any, device: torch.device) -> Tensor:
-    """A tensor from a tensor or a list."""
+    """A tensor from a tensor or a list. Of an empty list, which torch takes for float32, int64 as of whole numbers."""
     if isinstance(value, Tensor):
         tensor(name, value, "a tensor")
         return value
     try:
-        return torch.as_tensor(value, device=device)
+        made = torch.as_tensor(value, device=device)
+        return made.long() if isinstance(value, (list, tuple)) and not made.numel() else made
     except Exception as error:
         raise TypeError(f"{name}: expected a tensor or a list of numbers, got {given(value)}") from error
 

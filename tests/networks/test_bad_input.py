@@ -364,3 +364,18 @@ def test_a_policy_net_of_the_wrong_width() -> None:
             layer = getattr(networks, algo)(4, F, A, **{name: nn.Linear(F, 2 * outputs)})
             wanted = rf"{name}: expected outputs \[5, {outputs}\], got \[5, {2 * outputs}\]"
             raises(ValueError, wanted, lambda layer=layer: layer(x, start(x), ZEROS))
+
+
+def test_an_empty_list_is_one_of_whole_numbers() -> None:
+    """Torch takes it for float32."""
+    x, made = torch.randn(0, F), [torch.zeros(0, dtype=torch.int64), []]
+    meta = start(x)
+    for one in made:
+        select = linears(3)
+        assert select(x, meta, one)[0].shape == select(x, meta, one, [])[0].shape == select(x, meta, made[0])[0].shape
+        assert networks.REINFORCE(3, F, num_agents=2)(x, meta, one)[2].shape == (0,)
+        assert decision("REINFORCE")(x, meta, forced_actions=one)[2].shape == (0,)
+        meta.add_rewards(one)
+        assert fastroute.EfficientVectorRouting(-1, 3, 8, 4)(torch.randn(0, 5, 8), lengths=one).shape == (0, 3, 4)
+    with pytest.raises((TypeError, ValueError), match=r"^actions: "):
+        linears(3)(torch.randn(2, F), start(torch.randn(2, F)), [])
