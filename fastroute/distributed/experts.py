@@ -50,7 +50,7 @@ class ExpertParallel(ParallelStyle):
     *Parameters.* [K, ...] ones (an MoE's, a stacked Selection's) become DTensors, ``Shard(0)``. Modules with parameters
     of their own stay plain on their rank, under their names; the others' names are not in that rank's state dict. So
     ``torch.distributed.checkpoint`` saves and loads either on any number of ranks. :func:`whole_state_dict` has what
-    one process would save, and its state dict is loaded as it is.
+    one process would save, and :func:`load_full_state_dict` loads that.
 
     *Overlap.* The shared experts' two products are computed while samples travel there and back, in backward as well.
 
