@@ -124,8 +124,10 @@ def kind(module: nn.Module) -> str:
 
 
 def written_into(chain: Sequence[Leaf], n: int) -> Leaf | None:
-    """The layer that writes into the output of router n, and into an activation's, which has a gradient by its output,
-    where the router is left out."""
+    """The layer behind router n that writes in place into what an activation before it gave, once the router is gone.
+
+    The activation's gradient reads its output. None: there is no such layer.
+    """
 
     def passes(leaf: Leaf) -> bool:
         return leaf.kind in (ROUTER, FLAT, DROP) or type(leaf.module) is nn.Identity
