@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulating
 from ..task_mask.plain import gate, mask_
 
 
@@ -27,7 +26,6 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (empty, where it is not wanted), weight and bias (of no use, where there is none)."""
     g = gate(g, y if relu else None, mapping, tasks, task)
-    mean, scale = (t.to(accumulating(x.dtype)) for t in (mean, scale))  # of the compiled backends float64
     wants = [want_x, weight is not None, bias is not None]
     if x.numel():
         dx, dw, db = torch.ops.aten.native_batch_norm_backward(
