@@ -25,6 +25,7 @@ from fastroute.ops import activations, dispatch
 from fastroute.ops.agent_policy import plain as agent_policy_plain
 from fastroute.ops.batch_norm_mask_relu import plain as batch_norm_mask_relu_plain
 from fastroute.ops.dispatch import reference as reference_dispatch
+from fastroute.ops.dtypes import accumulating
 from fastroute.ops.efficient_routing import native
 from fastroute.ops.efficient_routing import op as efficient
 from fastroute.ops.efficient_routing.contract import Parameters
@@ -296,9 +297,10 @@ def _normed(*args: Any) -> Any:
 
 
 def _normed_backward(*args: Any) -> Any:
-    """With y found again where the op finds it out from x."""
+    """With y found again where the op finds it out from x, and the batch's statistics as PyTorch has them."""
     g, x, _, mapping, tasks, task, *given, training, eps, relu, want_x = args
     mean, var, weight, bias, of_batch, scale = _dense(*given)
+    of_batch, scale = (t.to(accumulating(x.dtype)) for t in (of_batch, scale))
     about, by = (of_batch, scale) if training else (mean, (var + eps).rsqrt())
     shape = (-1, *[1] * (x.dim() - 2))
     y = (x - about.view(shape)) * (by * (1 if weight is None else weight)).view(shape)

@@ -69,12 +69,13 @@ def masked_batch_norms() -> None:
             task = mapping.tensor, tasks, 1
             copies = [t.clone() for t in running]
             made = OPS._batch_norm_mask_relu_native(x, *task, *running, *parameters, training, 0.1, 1e-5, relu)
-            given = *task, *running, *parameters, *made[1:], training, 1e-5, relu, True
-            grads = OPS._batch_norm_mask_relu_native_backward(g, x, None, *given)
+            given, options = (*task, *running, *parameters), (training, 1e-5, relu, True)
+            grads = OPS._batch_norm_mask_relu_native_backward(g, x, None, *given, *made[1:], *options)
             if x.numel() == 0:
                 continue
             expected = batch_norm_mask_relu_plain.batch_norm(x, *task, *copies, *parameters, training, 0.1, 1e-5, relu)
-            wanted = batch_norm_mask_relu_plain.batch_norm_backward(g, x, expected[0], *given)
+            y, *statistics = expected
+            wanted = batch_norm_mask_relu_plain.batch_norm_backward(g, x, y, *given, *statistics, *options)
             for found, want in zip((*made, *grads, *running), (*expected, *wanted, *copies), strict=True):
                 if dtype == F64:
                     assert_same(found, want, f"{shape} {layout}")
