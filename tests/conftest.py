@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import hypothesis
@@ -19,8 +19,6 @@ from tests.helpers.backends import HERE
 from tests.helpers.interpreter import let_scalars_be_ints, make_it_faster
 from tests.helpers.poison import poisoned_memory
 from tests.isa import is_numeric
-
-gc.disable()  # until all is collected: nothing of it is garbage
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     let_scalars_be_ints()
@@ -39,11 +37,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         hypothesis.seed(seeds.BASE)(test)
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """The garbage collector looks at what tests make, and not again and again at all that is imported and collected."""
-    gc.freeze()
-    gc.enable()
-    gc.set_threshold(20_000, 10, 20)
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+        gc.set_threshold(20_000, 10, 20)
 
 
 def pytest_unconfigure() -> None:

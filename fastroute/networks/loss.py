@@ -237,9 +237,10 @@ class Loss(Options, nn.Module):
         gamma = self._gamma
         layers: dict[Any, list[int]] = {}
         for t, record in enumerate(records):
-            shared = getattr(type(record.law), "_fastroute_shares", None)
-            whose = (id(record.decision), len(record.columns)) if shared is None else shared(record)
-            layers.setdefault(whose, []).append(t)  # RELAX has fewer columns in eval
+            shares = getattr(type(record.law), "_fastroute_shares", None)
+            shared = None if shares is None else shares(record)
+            own = id(record.decision), len(record.columns)  # RELAX has fewer in eval
+            layers.setdefault(own if shared is None else shared, []).append(t)
         for of_layer in layers.values():
             entries = Entries([records[t] for t in of_layer], [steps[t] for t in of_layer], gamma)
             made = records[of_layer[0]].law.loss(entries)

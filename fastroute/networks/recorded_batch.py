@@ -80,7 +80,7 @@ class RecordedBatch:
         #: rewards added to a whole step: record -> [size]
         self.added: dict[int, Tensor] = {}
         #: how many records came before, for which samples (None: all), and the modules that their last actions chose
-        self.pointers: list[tuple[int, list[int] | None, Any]] = []
+        self.pointers: list[tuple[int, frozenset[int] | None, Any]] = []
         self.plans: list[tuple[Given, int, Plan]] = []  # agents, and how many there are
         self.final_reward: Tensor | None = None
         self._task_tensor: Tensor | None = None

@@ -326,7 +326,8 @@ class Trajectory(Sequence[SampleMetaInformation]):
     def point_to(self, modules: Any) -> None:
         """Have the last step of every sample name the module that its action chose (``selected_modules``)."""
         if self._batch.records and not self._batch.is_again():
-            self._batch.pointers.append((len(self._batch.records), self._rows, modules))
+            rows = None if self._rows is None else frozenset(self._rows)
+            self._batch.pointers.append((len(self._batch.records), rows, modules))
 
     def summary(self) -> Summary:
         """Per layer: how often each task took each module, entropy, distinct routes, and a warning of collapse."""
@@ -364,8 +365,8 @@ def _joined(parts: Sequence[Trajectory]) -> Trajectory:
             batch.mixtures.append(mixture.spread(torch.arange(own_rows.start, own_rows.stop, device=device), size))
             batch.mixtures[-1].after += offset
         for count, of, modules in part._batch.pointers:
-            there = [new for new, s in zip(own_rows, part, strict=True) if of is None or s._index in of]
-            batch.pointers.append((offset + count, there, modules))
+            there = (new for new, s in zip(own_rows, part, strict=True) if of is None or s._index in of)
+            batch.pointers.append((offset + count, frozenset(there), modules))
         for new, sample in zip(own_rows, part, strict=True):
             old = sample._index
             for (t, b), extra in part._batch.extras.items():

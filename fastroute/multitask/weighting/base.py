@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ...modules import watching
-from ...ops import checks
 from ...ops.accumulating import Accumulating
 from ...ops.arguments import Tasks, checked
-from ...ops.checks import MOST, floating, integer, no_more, together
+from ...ops.checks import MOST, flag, floating, integer, no_more, together
 from ...ops.processes import Processes
 from ..named_tasks import Axis, NamedTasks, wholes
 
@@ -199,7 +198,7 @@ class Weighting(NamedTasks, Accumulating):
             if isinstance(f, Tensor) and f.numel() != 1:
                 raise ValueError(f"present: expected a tensor of one element for {name!r}, got {_shown(f)}")
             if f is not None and f is not True and not isinstance(f, Tensor):
-                checks.flag(f"present[{name!r}]", f)
+                flag(f"present[{name!r}]", f)
                 flags[n] = bool(f)
         values = wide(torch.stack([first.new_zeros(()) if t is None else t.reshape(()) for t in given]))
         floating("losses", values)

@@ -117,11 +117,11 @@ class Decision(ModulesOwnNames, Literal, Named, networks.Decision, metaclass=ABC
 
     @staticmethod
     def _fastroute_shares(record: Record) -> Any:
-        """What is the same of decisions whose entries are one call's: upstream goes by the loss function."""
+        """What decisions have in common whose entries are one call's: as upstream, the loss function. None: nothing."""
         decision = record.decision
         if "_loss" in decision._fastroute_hooks or "_loss" in decision.__dict__:
             return decision._loss, record.choices, max(len(record.columns), STATE_COLUMNS)
-        return id(decision), len(record.columns)
+        return None
 
     # ------------------------------------------------------------------------------------- what upstream's classes have
 
