@@ -29,6 +29,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kTileRows = 96;
+constexpr int64_t kMostRows = 144;     // of a tile, to the nearest
 constexpr int64_t kLibraryRows = 512;  // of a tile that a library multiplies
 constexpr int64_t kLongest = 4096;     // of its sums
 constexpr int64_t kCopiedRows = 12;    // the fewest for which a weight is turned or packed
@@ -170,12 +171,13 @@ class Units {
   int64_t total_ = 0;
 };
 
-// Tiles of the rows of every module that has some.
+// Tiles of the rows of every module that has some; of few rows in all a module may have more tiles, for the threads.
 void add_row_tiles(
     Units& units, const Index& offsets, int64_t K, int64_t most, int64_t cost_of_module, int64_t cost_of_row) {
+  const int64_t added = most == kTileRows && offsets[K] >= 8 * kTileRows ? most / 2 : most - 1;
   for (int64_t k = 0; k < K; ++k) {
     const int64_t start = offsets[k], stop = offsets[k + 1], rows = stop - start;
-    const int64_t tiles = (rows + most - 1) / most;
+    const int64_t tiles = rows == 0 ? 0 : std::max<int64_t>(1, (rows + added) / most);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = start + rows * t / tiles, end = start + rows * (t + 1) / tiles;
       units.add(Kind::kRows, k, begin, end, cost_of_module + (end - begin) * cost_of_row);
@@ -195,7 +197,7 @@ template <class S>
 class RowPointers {
  public:
   RowPointers(S* data, int64_t stride, const Index& at, int64_t begin, int64_t end) {
-    if (end - begin > kTileRows) {
+    if (end - begin > kMostRows) {
       many_.reset(new S*[end - begin]);
     }
     S** to = many_ ? many_.get() : few_.data();
@@ -206,7 +208,7 @@ class RowPointers {
   S* const* get() const { return many_ ? many_.get() : few_.data(); }
 
  private:
-  std::array<S*, kTileRows> few_;
+  std::array<S*, kMostRows> few_;
   std::unique_ptr<S*[]> many_;
 };
 
@@ -393,7 +395,8 @@ void backward(
       if ((to.dw.empty() || to.dw[k] == nullptr) && (to.db.empty() || to.db[k] == nullptr)) {
         continue;
       }
-      const int64_t least = is_by_library<S>(rows, O, width) ? 256 : 48;  // columns of a part
+      // Columns of a part, each of which packs all of x: wide ones where modules are many.
+      const int64_t least = is_by_library<S>(rows, O, width) ? 256 : std::clamp<int64_t>(O * K / 4, 48, 192);
       const int64_t parts = std::max<int64_t>(1, std::min(rows * O * width >> 20, (O + least - 1) / least));
       const int64_t step = (O + parts * kPanel - 1) / (parts * kPanel) * kPanel;
       for (int64_t o = 0; o < O; o += step) {
@@ -426,7 +429,7 @@ void backward(
         return;
       }
       const std::unique_ptr<typename Sum<S>::type[]> scratch(
-          new typename Sum<S>::type[outer_scratch(stop - start, u.end - u.begin, F)]);
+          new typename Sum<S>::type[outer_scratch<S>(stop - start, u.end - u.begin, F)]);
       kernels<S>().outer(
           to.dw[u.module], F, grads.get(), rows.get(), stop - start, u.begin, u.end, F, scratch.get());
     }
