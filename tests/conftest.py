@@ -109,19 +109,22 @@ def _dealt(items: list[pytest.Item], mine: int, of: int) -> Iterator[pytest.Item
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What compares numbers depends on the instruction set, and is run under each (``tests/isa.py``).
 
-    A case runs on one backend after the other: ``tests/helpers/budget.py`` keeps the last yardsticks. Graphs and
-    formulas of plain PyTorch are looked at in ``make test-all``: ``make test`` has those of the C++. Of the cases of a
-    test with three arguments or more it has those in which two values meet for the first time.
+    A case runs on one backend after the other: ``tests/helpers/budget.py`` keeps the last yardsticks. Of graphs and
+    formulas ``make test`` has each test's first case, of the C++ where there is a choice. Of the cases of a test with
+    three arguments or more it has those in which two values meet for the first time.
     """
     together: dict[Any, list[pytest.Item]] = {}
     seen: Counter[Any] = Counter()
     met: set[Any] = set()
+    first: set[str] = set()
     for item in items:
         test, given = item.nodeid.split("[")[0], _given(item)
         code = getattr(getattr(item, "function", None), "__code__", None)
         is_structure = code is not None and not _STRUCTURE.isdisjoint(code.co_names)
-        if is_structure and given.get("backend") == "reference" and "native" in HERE:
+        if is_structure and (test in first or (given.get("backend") == "reference" and "native" in HERE)):
             item.add_marker("long")
+        elif is_structure:
+            first.add(test)
         if is_numeric(item.path) and not is_structure:
             item.add_marker("numeric")
         few = item.get_closest_marker("long_after")

@@ -12,6 +12,7 @@ from bench import instruction_sets, report
 from bench.__main__ import RESULTS, runs
 
 
+@pytest.mark.long
 def test_pages_are_rewritten_from_the_results_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {which: tmp_path / page.name for which, page in report.PAGES.items()}
     for which, page in pages.items():

@@ -15,6 +15,7 @@ def test_every_model_has_a_recipe() -> None:
     assert published.RECIPES.keys() == MODELS.keys()
 
 
+@pytest.mark.long
 def test_it_learns_logs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A recipe of one seed, in half of its epochs."""
     assert main(["train", "routed-cnn", "--seeds", "1", "--epochs", "10", "--out", str(tmp_path)]) == 0

@@ -28,6 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, float, str
     return run_demo(capsys, "tasks", *argv)
 
 
+@pytest.mark.long
 def test_it_learns_compares_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

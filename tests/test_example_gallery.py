@@ -12,6 +12,7 @@ from tests.helpers.examples import example, leave_no_trace, little_data
 __all__ = ["leave_no_trace", "little_data"]  # fixtures of every test here
 
 
+@pytest.mark.long
 def test_every_picture(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     matplotlib_image = pytest.importorskip("matplotlib.image")

@@ -246,6 +246,7 @@ def test_suites_run_in_order_of_worth() -> None:
     assert {p.stem for p in bench.suites()} == {f"bench_{name}" for name in bench.ORDER}
 
 
+@pytest.mark.long
 def test_a_suite_sees_the_runs_clock() -> None:
     """In a process of its own: without a clock given, harness counts from its import."""
     env = os.environ | {harness.BEGAN: str(time.monotonic() - 400)}
@@ -297,6 +298,7 @@ def test_compiled_kernels_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert cache.pack(tmp_path / "work") == 1
 
 
+@pytest.mark.long
 def test_many_rows_have_a_gate_that_fits_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """By norm, against tiles in float64: what is right passes, what is a little wrong does not."""
     monkeypatch.setattr(bench_vector_routing, "MANY", 5000)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fastroute.cli import main
 from tests.helpers.subprocesses import ROOT
 
@@ -67,6 +69,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.long
 def test_one_process_with_all_of_it(tmp_path: Path) -> None:
     """-O, -W error, no UTF-8, a dead proxy, 2 GB, one thread, a path with a space; see the page's rows."""
     folder = tmp_path / "a path"

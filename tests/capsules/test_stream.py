@@ -477,6 +477,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("backend", HERE[-1:], indirect=True)
+@pytest.mark.long
 def test_a_file_never_becomes_resident(tmp_path: Path, backend: str) -> None:
     """102 MB of vectors, in two buffers of 17 MB and what a pass has of its own."""
     path = tmp_path / "x"

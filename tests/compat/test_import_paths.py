@@ -185,6 +185,7 @@ def test_what_else_the_package_holds(clone: Path) -> None:
             importlib.import_module(name)
 
 
+@pytest.mark.long
 def test_a_process_that_starts_with_the_folder_on_its_path(clone: Path) -> None:
     """As those that a program starts do; a sitecustomize of the user's is read as well."""
     (clone / "sitecustomize.py").write_text("import sys; sys.customized = True\n")

@@ -81,6 +81,7 @@ def test_import_paths() -> None:
     assert doctest.testmod(torchmtl).failed == 0
 
 
+@pytest.mark.long
 def test_install() -> None:
     code = """
 import sys, types

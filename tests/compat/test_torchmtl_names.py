@@ -34,6 +34,7 @@ def test_which_names_were_added() -> None:
 
 @pytest.mark.parametrize("name", ADDED)
 @pytest.mark.parametrize("is_module", [True, False])
+@pytest.mark.long_after(4)
 def test_nodes_by_any_name(name: str, is_module: bool) -> None:
     """A node is the attribute of its name, runs, has upstream's keys, and is replaced as any other."""
     layer: Any = nn.Linear(3, 3) if is_module else torch.sin

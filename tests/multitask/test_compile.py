@@ -197,6 +197,7 @@ else:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.long
 def test_two_processes() -> None:
     """DistributedDataParallel: gradients are averages, the learned weight's too."""
     assert "both done" in check_python(RANKS, timeout=120)

@@ -31,6 +31,7 @@ def lines(doctor: str) -> dict[str, str]:
 
 
 @needs_native
+@pytest.mark.long
 def test_the_best_one_runs_unless_asked() -> None:
     said = lines(check_python(DOCTOR, {"FASTROUTE_ISA": None}))
     assert said["C++ kernels"] == f"{AVAILABLE[-1]} (available: {', '.join(AVAILABLE)})"

@@ -132,6 +132,7 @@ def test_budget(task: int | Tensor, dtype: torch.dtype) -> None:
     ],
     ids=["SGD", "Adam"],
 )
+@pytest.mark.long_after(1)
 def test_twenty_steps(optimizer: partial[torch.optim.Optimizer], batch_norm: bool) -> None:
     """Task after task, so that what is dead now was live before."""
     masked = conv_net(batch_norm)
