@@ -89,20 +89,26 @@ def compile_(command, target):
 
 
 def build_library(jobs, linker, libraries, torch_version):
-    """Compile each (source, command) whose source or any header changed, link if that made anything new."""
+    """Compile each (source, command) of which any file that was read has changed, link if that made anything new."""
     folder = ROOT / "build" / "ext"
     folder.mkdir(parents=True, exist_ok=True)
-    headers = [p for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".inc", ".cuh"}]
-    newest_header = max((p.stat().st_mtime for p in headers), default=0)
 
     def key(*parts):  # other flags or another torch make other files
         return hashlib.sha256(repr([torch_version, *parts]).encode()).hexdigest()[:12]
 
+    def is_current(target, read):
+        if not (target.exists() and read.exists()):
+            return False
+        _, _, names = read.read_text().replace("\\\n", " ").partition(": ")
+        files = [Path(name) for name in shlex.split(names)]
+        return all(f.exists() and f.stat().st_mtime < target.stat().st_mtime for f in files)
+
     def build_object(job):
         source, command = job
         target = folder / f"{source.parent.name}-{source.name}-{key(command)}.o"
-        if not target.exists() or target.stat().st_mtime <= max(newest_header, source.stat().st_mtime):
-            compile_([*command, str(source)], target)
+        read = target.with_suffix(".d")  # the compiler's list of the files that it read
+        if not is_current(target, read):
+            compile_([*command, str(source), "-MMD", "-MF", str(read)], target)
         return target
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
