@@ -26,15 +26,16 @@ class RoutingCallback(Callback):
     """Logs a :class:`~fastroute.RoutingMonitor`'s numbers to the trainer's loggers.
 
     In training every ``log_every_n_steps`` of the trainer (or ``every_n_steps``), under ``routing/...``; of validation
-    once per epoch, under ``val_routing/...``. Each process counts its own samples; what is logged is the first one's.
+    once each time, under ``val_routing/...``. Each process counts its own samples; what is logged is the first one's.
 
     Args:
         run_dir: also write ``RUN_DIR/routing.jsonl``, for ``fastroute report``, with the trainer's metrics beside.
-        every_n_steps: None: the trainer's ``log_every_n_steps``.
+        every_n_steps: of the optimizers; None: the trainer's ``log_every_n_steps``. What is left at the end is logged then.
         counts: give how often each module was taken, too.
 
     Attributes:
-        monitor: while the trainer runs; ``monitor.gradient_conflict`` may be called from ``training_step``.
+        monitor: of training, and of validation while that runs; ``monitor.gradient_conflict`` may be called from
+            ``training_step``.
     """
 
     @checked
@@ -44,37 +45,44 @@ class RoutingCallback(Callback):
         super().__init__()
         self.run_dir, self.every_n_steps, self.counts = run_dir, every_n_steps, counts
         self.monitor: RoutingMonitor | None = None
+        self._monitors: dict[str, RoutingMonitor] = {}  # of training and of validation, which counts for itself
         self._log: RunLog | None = None
         self._step = 0  # the last one whose training was logged
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Watch the module."""
-        if self.monitor is None or self.monitor.model is not pl_module:
-            self.monitor = RoutingMonitor(pl_module, counts=self.counts)
-        self.monitor.attach()
+        """Begin anew: what another run, or another stage, has counted is not this one's."""
+        self._stop()
+        self._monitors = {}
         if self.run_dir is not None and trainer.is_global_zero:
             self._log = RunLog(self.run_dir)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Watch no more."""
-        if self.monitor is not None:
-            self.monitor.remove()
+        self._stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Watch no more: Lightning calls no ``teardown`` then."""
+        self._stop()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """What was trained before, in a run that goes on, is not logged again."""
         self._step = trainer.global_step
+        self._watch("routing", pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, if it is time: once for each optimizer step, with all batches that it came from."""
         every = self.every_n_steps or trainer.log_every_n_steps
-        if trainer.global_step % every == 0:
+        if every and trainer.global_step // every > self._step // every:  # a batch may make several steps
+            self._write_training(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the steps since the last line."""
+        if trainer.global_step > self._step:
             self._write_training(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """What was counted in training is not validation's."""
-        if not trainer.sanity_checking and self.monitor is not None and trainer.global_step:
-            self._write_training(trainer)
-            self.monitor.reset()
+        """Count for validation; training goes on counting where it was."""
+        self._watch("val_routing", pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Log validation's numbers, which are not training's."""
@@ -82,11 +90,23 @@ class RoutingCallback(Callback):
             self.monitor.reset()
         else:
             self._write(trainer, "val_routing")
+        if "routing" in self._monitors:  # validation within training
+            self._watch("routing", pl_module)
+
+    def _watch(self, prefix: str, pl_module: Any) -> None:
+        """What is counted from now on is logged under the prefix."""
+        self._stop()
+        if prefix not in self._monitors:
+            self._monitors[prefix] = RoutingMonitor(pl_module, counts=self.counts)
+        self.monitor = self._monitors[prefix].attach()
+
+    def _stop(self) -> None:
+        if self.monitor is not None:
+            self.monitor.remove()
 
     def _write_training(self, trainer: Any) -> None:
-        if trainer.global_step != self._step:
-            self._step = trainer.global_step
-            self._write(trainer, "routing")
+        self._step = trainer.global_step
+        self._write(trainer, "routing")
 
     def _write(self, trainer: Any, prefix: Literal["routing", "val_routing"]) -> None:
         if self.monitor is None:

@@ -190,20 +190,21 @@ class RoutingMonitor:
             name = self._names.get(layer)
             if name is None:
                 return
-            if kind not in ("decision", "mixture"):  # which are one trajectory's, whole or not at all
+            counted = True
+            if kind != "mixture":  # the gate's, which tells its entries as well
                 calls = self._calls[layer] = self._calls.get(layer, -1) + 1
-                if calls % self.every:
-                    return
-            with torch.inference_mode(False), torch.no_grad():
-                self._take(layer, name, kind, seen)
+                counted = calls % self.every == 0
+            if counted or kind == "decision":
+                with torch.inference_mode(False), torch.no_grad():
+                    self._take(layer, name, kind, seen, counted)
 
-    def _take(self, layer: Any, name: str, kind: str, seen: tuple[Any, ...]) -> None:
+    def _take(self, layer: Any, name: str, kind: str, seen: tuple[Any, ...], counted: bool = True) -> None:
         if any(type(t) is not Tensor or t.is_meta for t in seen if isinstance(t, Tensor)):
             return  # a stand-in without numbers, or sharded
         if kind in ("decision", "mixture"):
             batch, record = seen
             self._follow(batch, record)  # a trajectory's, whole or not at all
-            if kind == "decision":
+            if kind == "decision" and counted:
                 agents, A = record.agents, int(getattr(layer, "_num_agents", 1))
                 self._tally(name, _Entries).add(record.actions, record.choices, record.active, agents, A)
         elif kind == "entries":

@@ -34,7 +34,8 @@ from fastroute import monitor as monitor_module
 from fastroute.cli import main
 from fastroute.loggers import RunLog, TensorBoard
 from fastroute.models import CapsuleHead, SmallNORB
-from fastroute.report import charts, write_report
+from fastroute.modules import watching
+from fastroute.report import charts, read_run, write_report
 from fastroute.tasks import live_products
 from tests.helpers import seeds
 
@@ -119,6 +120,18 @@ def test_a_weighting_that_is_not_the_models() -> None:
             model.loss(model(torch.randn(5, 3)), y)[0].backward()
             numbers = monitor.numbers()
         assert numbers["MTLModel/weight/a" if own is None else "weighting/weight/a"] == (4 if own is None else 0.5)
+
+
+def test_one_call_in_so_many_of_each_layer() -> None:
+    """Of decisions, too; the routes are those of the last batch, whichever calls are counted."""
+    net = fastroute.Sequential(fastroute.WPL(K, 3), selection(), fastroute.MoE(3, 3, K, 1))
+    monitor = RoutingMonitor(net, every=3)
+    for samples in (1, 10, 100, 1000, 20):
+        net(torch.randn(samples, 3))
+    numbers = monitor.numbers()
+    entries = {name: n for name, n in numbers.items() if name.endswith("/entries")}
+    assert len(entries) == 3 and set(entries.values()) == {1001.0}
+    assert numbers["routes/samples"] == 20
 
 
 def test_collapse_dead_and_dropped() -> None:
@@ -496,6 +509,7 @@ STRANGE = {
         "numbers", [{name: 1.0} for name in ("", "/", "//", "/entropy", "g/count/", "g/share/x", "g/by_agent/0",
                                              "total", "conflict/|", "conflict/a|b|c", "\ud800", "<b>", "a" * 5000)],
     ],
+    "small": ["numbers", [{"a": 5e-324}, {"a": 0.0}]],
 }  # fmt: skip
 
 
@@ -509,6 +523,19 @@ def test_strange_lines_make_a_page_or_are_left_out(what: str, tmp_path: Path) ->
         (tmp_path / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*good, *lines]))
         path, run = write_report(tmp_path)
         assert run.steps[-1] >= 2 and "</html>" in path.read_text()
+
+
+def test_a_step_in_several_lines(tmp_path: Path) -> None:
+    """As training and validation write it; the same number under one name again is remarked."""
+    log = RunLog(tmp_path)
+    for numbers in ({"loss": 1.0}, {"val/loss": 2.0}):
+        log.write(numbers, 1)
+    assert read_run(tmp_path).remarks == []
+    for _ in range(2):
+        log.write({"loss": 3.0}, 1)
+    run = read_run(tmp_path)
+    assert run.remarks == ["1 step was logged more than once: the last value counts."]
+    assert run.numbers == {"loss": [3.0], "val/loss": [2.0]}
 
 
 def test_a_failed_report_leaves_the_old_page_and_the_log(
@@ -593,7 +620,6 @@ def test_the_page_in_chromium(tmp_path: Path) -> None:
 def test_lightning(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
     from fastroute.lightning import RoutingCallback
-    from fastroute.report import read_run
 
     class Net(lightning.LightningModule):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -619,12 +645,13 @@ def test_lightning(tmp_path: Path) -> None:
     assert run.last("val/moe.gate/entries") == 16.0
 
     class Heard(lightning.loggers.logger.DummyLogger):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
+        def __init__(self, prefix: str = "routing") -> None:
             super().__init__()
+            self.name_of_entries = f"{prefix}/moe.gate/entries"
             self.lines: list[tuple[int, float]] = []
 
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-            self.lines += [(step, value) for key, value in metrics.items() if key == "routing/moe.gate/entries"]
+            self.lines += [(step, value) for key, value in metrics.items() if key == self.name_of_entries]
 
     many = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(64, 8)), batch_size=4)
     # batches to an optimizer step, steps to a line, batches to a validation -> each step once, with all its entries
@@ -633,7 +660,9 @@ def test_lightning(tmp_path: Path) -> None:
         (4, 1, 16, [(1, 32.0), (2, 32.0), (3, 32.0), (4, 32.0)]),
         (4, 2, 16, [(2, 64.0), (4, 64.0)]),
         (4, 3, 16, [(3, 96.0), (4, 32.0)]),
-        (4, 1, 6, [(1, 32.0), (2, 16.0), (3, 32.0), (4, 32.0)]),  # validated within a step, and after one
+        (4, 1, 6, [(1, 32.0), (2, 32.0), (3, 32.0), (4, 32.0)]),  # validated within a step, and after one
+        (1, 2, 3, [(step, 16.0) for step in range(2, 17, 2)]),
+        (1, 5, 3, [(5, 40.0), (10, 40.0), (15, 40.0), (16, 8.0)]),  # and what is left at the end
     ):
         heard = Heard()
         trainer = lightning.Trainer(
@@ -642,6 +671,55 @@ def test_lightning(tmp_path: Path) -> None:
         )  # fmt: skip
         trainer.fit(Net(), many, data)
         assert heard.lines == lines, (accumulated, every, validated)
+
+    class Odd(Net):  # a first batch of one step, then of two; made where Lightning shards models
+        automatic_optimization = False
+
+        def __init__(self, error: int | None = None) -> None:
+            lightning.LightningModule.__init__(self)
+            self.error = error
+
+        def configure_model(self) -> None:
+            self.moe = getattr(self, "moe", None) or moe()
+
+        def training_step(self, batch: list[Tensor], number: int) -> None:
+            if number == self.error:
+                raise ZeroDivisionError
+            optimizer = self.optimizers()
+            self.manual_backward(super().training_step(batch, number))
+            for _ in range(2 if number else 1):
+                optimizer.step()
+
+        test_step = predict_step = Net.validation_step
+
+    def ran(prefix: str, *functions: Callable[[Any, nn.Module], Any], **more: Any) -> list[tuple[int, float]]:
+        """What the last of them logged."""
+        heard, callback, net = Heard(prefix), RoutingCallback(**more), Odd(error=3)
+        for function in functions:
+            heard.lines = []
+            trainer = lightning.Trainer(
+                max_epochs=1, callbacks=[callback], enable_model_summary=False, **{**options, "logger": heard}
+            )
+            function(trainer, net)
+            net.error = None
+            assert not any(watching.is_watched(m) for m in net.modules())
+        return heard.lines
+
+    def failed(trainer: Any, net: nn.Module) -> None:
+        with pytest.raises(ZeroDivisionError):
+            trainer.fit(net, many)
+
+    def fitted(trainer: Any, net: nn.Module) -> None:
+        net.error = None
+        trainer.fit(net, many)
+
+    # steps 1, 3, ... 31: a line for every tenth that was passed, whatever the run before had counted
+    once = [(11, 48.0), (21, 40.0), (31, 40.0)]
+    for before in ((), (failed,), (fitted,), (lambda t, net: t.test(net, data, verbose=False),)):
+        assert ran("routing", *before, fitted, every_n_steps=10) == once
+    validated = lambda t, net: t.validate(net, data, verbose=False)  # noqa: E731
+    for before in ((), (fitted,), (lambda t, net: t.predict(net, data),)):
+        assert ran("val_routing", *before, validated, every_n_steps=10) == [(0, 16.0)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from ..loggers import FILE
 from ..ops.arguments import checked
 
-_LARGE = 1e301  #: sums and differences of what is smaller are finite
+_LARGE, _SMALL = 1e301, 1e-301  #: sums and differences of what is smaller are finite, quotients of what is larger
 
 
 class CannotReport(Exception):
@@ -58,7 +58,7 @@ def read_run(folder: str | Path) -> Run:
         raise CannotReport(f"{path}: expected lines of JSON, got an empty file: nothing was logged yet")
     by_step: dict[int, tuple[dict[str, float], float]] = {}
     bad: list[int] = []
-    again = odd = 0
+    again, odd = set[int](), 0
     lines = text.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -69,8 +69,10 @@ def read_run(folder: str | Path) -> Run:
             continue
         step, numbers, when, strange = found
         odd += strange
-        again += step in by_step
-        by_step[step] = ({**by_step.get(step, ({}, 0.0))[0], **numbers}, when)
+        before = by_step.get(step, ({}, 0.0))[0]
+        if before.keys() & numbers.keys():
+            again.add(step)
+        by_step[step] = ({**before, **numbers}, when)
     if not by_step:
         raise CannotReport(
             f'{path}: expected lines {{"step": ..., "numbers": {{...}}}}, as fastroute.loggers.RunLog writes, '
@@ -80,7 +82,7 @@ def read_run(folder: str | Path) -> Run:
     names = dict.fromkeys(name for step in steps for name in by_step[step][0])
     table = {name: [by_step[step][0].get(name, math.nan) for step in steps] for name in names}
     run = Run(path, steps, table, [by_step[step][1] for step in steps])
-    run.remarks = _remarks(bad, len(lines), not text.endswith(b"\n"), again, odd, by_step)
+    run.remarks = _remarks(bad, len(lines), not text.endswith(b"\n"), len(again), odd, by_step)
     return run
 
 
@@ -113,6 +115,8 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except OverflowError:
         return math.inf
+    if abs(number) < _SMALL:
+        return 0.0
     return math.copysign(math.inf, number) if abs(number) >= _LARGE else number
 
 
