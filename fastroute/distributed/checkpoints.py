@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from ..modules.wrapped import unwrapped
+from ..ops.arguments import Count, Natural, checked
+from ..ops.checks import given
 from .agreement import agree
 from .experts import own_names, spread_modules
 
@@ -48,11 +54,13 @@ class Checkpoints:
             parameters and persistent buffers are saved: loss weightings and routers keep what they know there. What is
             no DTensor has to be the same on all ranks; one rank's is saved.
         optimizers: of their parameters.
-        more: other things with ``state_dict`` and ``load_state_dict``, by name: schedulers, data loaders.
+        more: other things with ``state_dict`` and ``load_state_dict``, by name: schedulers, data loaders. What the first
+            gave is what the second gets, whatever keys it has by then.
         keep: how many complete steps stay; the oldest are deleted.
 
     Raises:
-        ValueError: the ranks have other steps or other parameters: on every rank, before anything is written.
+        TypeError, ValueError: naming the argument. The ranks have other steps or other parameters: on every rank,
+            before anything is written.
 
     Example::
 
@@ -66,21 +74,25 @@ class Checkpoints:
     A folder is to be trusted as a program is: PyTorch's format keeps its table of contents as a pickle.
     """
 
+    @checked
     def __init__(
         self,
         folder: str | os.PathLike[str],
         modules: nn.Module | Mapping[str, nn.Module],
-        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+        optimizers: Optimizer | Sequence[Optimizer] = (),
         *,
         more: Mapping[str, Stateful] | None = None,
-        keep: int = 2,
+        keep: Count = 2,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep: expected at least 1, got {keep}")
         self.folder = Path(folder)
+        if not isinstance(modules, nn.Module):
+            _by_name("modules", modules, nn.Module, "a module")
         self._root = modules if isinstance(modules, nn.Module) else nn.ModuleDict(dict(modules))
-        self._optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-        self._more = dict(more or {})
+        self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        own = {id(p) for p in self._root.parameters()}
+        if any(id(p) not in own for p in self._parameters()):
+            raise ValueError("optimizers: expected optimizers of the modules' parameters, got others'")
+        self._more = dict(_by_name("more", more or {}, Stateful, "what has state_dict and load_state_dict"))
         self._keep = keep
         self._saving: Any = None
         # of its own: an asynchronous save has collectives in a thread, which must not mix with those of training
@@ -98,25 +110,72 @@ class Checkpoints:
         found = (path.parent.name.removeprefix("step-") for path in self.folder.glob(f"step-*/{_COMPLETE}"))
         return sorted(int(name) for name in found if name.isdigit())
 
+    def _parameters(self) -> Iterator[Tensor]:
+        """The optimizers'."""
+        return (p for each in self._optimizers for group in each.param_groups for p in group["params"])
+
     def _state(self, step: int) -> dict[str, Any]:
         model, optimizers = get_state_dict(self._root, self._optimizers)
-        more = {name: each.state_dict() for name, each in self._more.items()}
+        more = {name: _packed(each.state_dict()) for name, each in self._more.items()}
         return {"modules": model, "optimizers": optimizers, "more": more, "step": torch.tensor(step, device="cpu")}
 
-    def save(self, step: int, *, asynchronous: bool = False) -> None:
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """PyTorch makes a step of zeros for the state that an optimizer lacks, unless a parameter has a gradient."""
+        empty = [each.param_groups for each in self._optimizers if not each.state]
+        lent = [p for groups in empty for p in [p for group in groups for p in group["params"]][:1] if p.grad is None]
+        for p in lent:
+            p.grad = torch.zeros_like(p)
+        try:
+            yield
+        finally:
+            for p in lent:
+                p.grad = None
+
+    @contextmanager
+    def _made_anew(self) -> Iterator[None]:
+        """Optimizers whose state is made for all parameters, so that all can be loaded; as before if that fails."""
+        before = [(each, dict(each.state)) for each in self._optimizers]
+        frozen = [p for p in self._parameters() if not p.requires_grad and p.is_floating_point()]
+        for each, _ in before:
+            each.zero_grad()
+            each.state.clear()
+        try:
+            for p in frozen:
+                p.requires_grad_()
+            yield
+        except BaseException:
+            for each, state in before:
+                each.state.clear()
+                each.state.update(state)
+            raise
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    @checked
+    def save(self, step: Natural, *, asynchronous: bool = False) -> None:
         """Save the state after so many steps; called by all ranks.
 
         Args:
             step: steps that have been done.
             asynchronous: return once the state is copied to memory, and write it in the background. An error is raised
                 by the next call of ``save``, ``load`` or ``wait``.
+
+        Raises:
+            TypeError, ValueError: naming the argument; ValueError, OSError: on all ranks, the folder cannot be made.
         """
         self.wait()
         path = self._path(step)
-        state = self._state(step)
+        with self._untouched():
+            state = self._state(step)
+        problem: object = None
         if self._leads:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(path, ignore_errors=True)  # of a run that ended while it saved
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(path, ignore_errors=True)  # of a run that ended while it saved
+            except OSError as error:
+                problem = error
         # nobody writes before the first rank is here, too
         own = own_names(self._root)
         names = [
@@ -124,7 +183,8 @@ class Checkpoints:
             for key, t in sorted(state["modules"].items())
             if key not in own
         ]
-        agree({"step": step, "names": names, "more": sorted(state["more"])}, self._group, layer=type(self).__name__)
+        what = {"step": step, "names": names, "more": sorted(state["more"]), "folder": problem}
+        agree(what, self._group, layer=type(self).__name__)
         if asynchronous:
             self._saving = async_save(state, checkpoint_id=path, process_group=self._group, no_dist=self._alone)
         else:
@@ -155,7 +215,8 @@ class Checkpoints:
                 (self._path(step) / _COMPLETE).unlink()  # first: a step is whole or does not count
                 shutil.rmtree(self._path(step), ignore_errors=True)
 
-    def load(self, step: int | None = None) -> int | None:
+    @checked
+    def load(self, step: Natural | None = None) -> int | None:
         """Load a step, the last complete one by default, into modules, optimizers and the rest; called by all ranks.
 
         Returns:
@@ -174,15 +235,25 @@ class Checkpoints:
             if step is not None:
                 raise FileNotFoundError(f"step: expected one of {there} in {self.folder}, got {step}")
             return None
-        state = self._state(which)
-        self._leave_out(state["optimizers"], FileSystemReader(self._path(which)).read_metadata().state_dict_metadata)
-        load(state, checkpoint_id=self._path(which), process_group=self._group, no_dist=self._alone)
-        set_model_state_dict(self._root, state["modules"])
-        if self._optimizers:
-            options = StateDictOptions(strict=False)  # what has no state is known to have had none
-            set_optimizer_state_dict(self._root, self._optimizers, state["optimizers"], options=options)
+        there = FileSystemReader(self._path(which)).read_metadata().state_dict_metadata
+        with self._made_anew():
+            state = self._state(which)
+            self._leave_out(state["optimizers"], there)
+            for name, each in self._more.items():
+                if f"more.{name}.rest" not in there:  # fastroute 0.2.0 saved it key by key
+                    state["more"][name] = each.state_dict()
+                    continue
+                found, like = f"more.{name}.tensors.", state["more"][name]["tensors"]
+                of = {key.removeprefix(found): t for key, t in there.items() if key.startswith(found)}
+                state["more"][name]["tensors"] = {key: _room(t, like.get(key)) for key, t in of.items()}
+            load(state, checkpoint_id=self._path(which), process_group=self._group, no_dist=self._alone)
+            set_model_state_dict(self._root, state["modules"])
+            if self._optimizers:
+                options = StateDictOptions(strict=False)  # what has no state is known to have had none
+                set_optimizer_state_dict(self._root, self._optimizers, state["optimizers"], options=options)
         for name, each in self._more.items():
-            each.load_state_dict(state["more"][name])
+            found = state["more"][name]
+            each.load_state_dict(_unpacked(found) if f"more.{name}.rest" in there else found)
         return int(state["step"])
 
     @staticmethod
@@ -192,6 +263,44 @@ class Checkpoints:
         of_parameters = optimizers.get("state", {})
         for name in [name for name in of_parameters if f"optimizers.state.{name}" not in known]:
             del of_parameters[name]
+
+
+def _by_name(name: str, values: Mapping[str, Any], kind: type, what: str) -> Mapping[str, Any]:
+    for key, value in values.items():
+        if not isinstance(key, str) or (kind is nn.Module and (not key or "." in key)):
+            raise ValueError(f"{name}: expected names, without dots, got {given(key)}")
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {what} under {key!r}, got {given(value)}")
+    return values
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What PyTorch saves in one piece: all of a state but its tensors, or, within that, the key of one."""
+
+    what: Any
+
+
+def _packed(state: Any) -> dict[str, Any]:
+    """A state's tensors, which may be sharded, and the rest: PyTorch saves key by key, and loads those that it knows."""
+    tensors: dict[str, Tensor] = {}
+
+    def moved(t: Tensor) -> _Piece:
+        tensors[key := str(len(tensors))] = t
+        return _Piece(key)
+
+    return {"rest": _Piece(tree_map_only(Tensor, moved, state)), "tensors": tensors}
+
+
+def _unpacked(state: Mapping[str, Any]) -> Any:
+    return tree_map_only(_Piece, lambda piece: state["tensors"][piece.what], state["rest"].what)
+
+
+def _room(saved: Any, like: Tensor | None) -> Tensor:
+    """Where a tensor is loaded to: as it is now, if that has the shape."""
+    if like is not None and like.shape == saved.size and like.dtype == saved.properties.dtype:
+        return torch.empty_like(like)
+    return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:

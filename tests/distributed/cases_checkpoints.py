@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import save
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 import fastroute
@@ -135,3 +140,90 @@ def weightings_and_routers(world: World) -> None:
             assert Checkpoints(path, fresh).load() == 3
             for name, module in fresh.items():
                 same(dict(module.state_dict()), expected[name], rtol=0, atol=0)
+
+
+def training() -> tuple[nn.Module, torch.optim.Adam]:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2, dtype=torch.float64)
+    return module, torch.optim.Adam(module.parameters(), lr=0.1)
+
+
+def trained(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> Tensor:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(torch.ones(2, 3, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    return module.weight.detach().clone()  # type: ignore[union-attr, operator]
+
+
+@case
+def optimizers_are_saved_as_they_are_and_loaded_whole(world: World) -> None:
+    """A save makes no step, also before the first one; gradients, a state in part and frozen ones lose no moments."""
+    straight = trained(*training(), steps=2)
+    with folder(world) as path:
+        module, optimizer = training()
+        before = Checkpoints(path, module, optimizer)
+        before.save(0)
+        assert not optimizer.state and module.weight.grad is None
+        same(trained(module, optimizer), trained(*training()), rtol=0, atol=0)
+        before.save(1)
+
+        def unused(module: nn.Linear, optimizer: torch.optim.Optimizer) -> None: ...
+
+        def with_gradients(module: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+            module(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+
+        def in_part(module: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+            with_gradients(module, optimizer)
+            module.weight.grad = None
+            optimizer.step()
+
+        def frozen(module: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+            module.weight.requires_grad_(False)
+
+        for what in (unused, with_gradients, in_part, frozen):
+            for step in (0, 1):
+                module, optimizer = training()
+                what(module, optimizer)
+                assert Checkpoints(path, module, optimizer).load(step) == step
+                assert module.weight.requires_grad == (what is not frozen)
+                module.requires_grad_()
+                same(trained(module, optimizer, 2 - step), straight, rtol=0, atol=0)
+
+
+class Known:
+    """Something with a state."""
+
+    def __init__(self, state: dict[Any, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[Any, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[Any, Any]) -> None:
+        self.state = state
+
+
+@case
+def more_comes_back_as_it_was(world: World) -> None:
+    """Whatever keys and sizes it had before the load; tensors in whatever sharding; of fastroute 0.2.0, too."""
+    module, _ = training()
+    told = {3: Counter({1: 2}), "3": [1, {"a": None}], "seen": {"x": 0.5}, "t": [torch.ones(2), torch.zeros(0, 3)]}
+    sharded = {"w": distribute_tensor(torch.arange(6.0).view(6, 1), world.rows(4), [Shard(0)])}
+    with folder(world) as path:
+        for step, asynchronous in enumerate((False, True)):
+            checkpoints = Checkpoints(path, module, more={"told": Known(told), "none": Known({}), "w": Known(sharded)})
+            checkpoints.save(step, asynchronous=asynchronous)
+            checkpoints.wait()
+            again = {"told": Known({}), "none": Known({"a": 1}), "w": Known({"w": torch.zeros(6, 1)})}
+            if asynchronous:
+                again |= {"told": Known({"t": [torch.ones(5)], "seen": {}, 3: 1}), "w": Known(dict(sharded))}
+            assert Checkpoints(path, module, more=again).load() == step
+            found, expected = again["told"].state, told
+            assert str(found) == str(expected) and type(found[3]) is Counter and again["none"].state == {}
+            same([*found["t"], full(again["w"].state["w"])], [*told["t"], torch.arange(6.0).view(6, 1)])
+        old = {"modules": dict(module.state_dict()), "optimizers": {}, "step": torch.tensor(7)}
+        save({**old, "more": {"told": {"a": 5, "t": torch.ones(2)}}}, checkpoint_id=path / "step-000000007")
+        known = Known({"a": 0, "t": torch.zeros(2)})
+        assert Checkpoints(path, module, more={"told": known}).load() == 7
+        assert known.state["a"] == 5 and known.state["t"].tolist() == [1, 1]
