@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..ops.arguments import checked
+
 __all__ = ["agree", "collective_device", "group_of"]
 
 Group = dist.ProcessGroup | DeviceMesh | None
@@ -20,6 +22,7 @@ _RAISED = "raised "  #: a description of an exception begins with it
 _LONGEST = 200  #: characters of a value that a message shows whole
 
 
+@checked
 def agree(what: Mapping[str, object], group: Group = None, *, layer: str) -> None:
     """Raise on **every** rank of a group unless all ranks have the same of ``what``.
 
@@ -36,6 +39,7 @@ def agree(what: Mapping[str, object], group: Group = None, *, layer: str) -> Non
 
     Raises:
         ValueError: the ranks differ. The message names every value that differs, with its ranks; it is the same on all.
+            TypeError, ValueError: naming the argument; a mesh of several dimensions.
         Exception: every rank gave the same exception: each raises its own.
 
     Example::
@@ -63,6 +67,8 @@ def agree(what: Mapping[str, object], group: Group = None, *, layer: str) -> Non
 
 def group_of(group: Group) -> dist.ProcessGroup | None:
     """A mesh's process group."""
+    if isinstance(group, DeviceMesh) and group.ndim != 1:
+        raise ValueError(f"group: expected a process group or a mesh of one dimension, got {group}")
     return group.get_group() if isinstance(group, DeviceMesh) else group
 
 
@@ -81,11 +87,13 @@ def _described(value: Any) -> str:
     if isinstance(value, Exception):
         return f"{_RAISED}{type(value).__name__}: {value}"
     if isinstance(value, Tensor):
+        kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if value.is_meta:
+            return f"{kind} without numbers"
         with torch.no_grad():
             found = value.full_tensor() if hasattr(value, "full_tensor") else value
             raw = found.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        kind = str(value.dtype).removeprefix("torch.")
-        return f"{kind} {list(value.shape)} with bits {hashlib.sha256(raw).hexdigest()[:16]}"
+        return f"{kind} with bits {hashlib.sha256(raw).hexdigest()[:16]}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {_described(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (torch.Size, list, tuple)):

@@ -26,6 +26,7 @@ from ..capsules.stream import Chunks, Ranks, stream
 from ..compat import heinsen_routing
 from ..functional import efficient_routing, vector_routing
 from ..ops import checks
+from ..ops.arguments import checked
 from ..ops.autograd import asked_again, through
 from ..ops.backends import choose, requested
 from ..ops.efficient_routing import passes
@@ -380,6 +381,7 @@ class RowShardedCapsules(ParallelStyle):
         fully_shard(model, mesh=mesh["data"])
     """
 
+    @checked
     def __init__(
         self,
         *,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -54,8 +54,8 @@ class Checkpoints:
             parameters and persistent buffers are saved: loss weightings and routers keep what they know there. What is
             no DTensor has to be the same on all ranks; one rank's is saved.
         optimizers: of their parameters.
-        more: other things with ``state_dict`` and ``load_state_dict``, by name: schedulers, data loaders. What the first
-            gave is what the second gets, whatever keys it has by then.
+        more: other things with ``state_dict`` and ``load_state_dict``, by name: schedulers, data loaders. They get back
+            what they gave, with its keys and types.
         keep: how many complete steps stay; the oldest are deleted.
 
     Raises:
@@ -235,25 +235,25 @@ class Checkpoints:
             if step is not None:
                 raise FileNotFoundError(f"step: expected one of {there} in {self.folder}, got {step}")
             return None
-        there = FileSystemReader(self._path(which)).read_metadata().state_dict_metadata
+        saved = FileSystemReader(self._path(which)).read_metadata().state_dict_metadata
+        packed = {name for name in self._more if f"more.{name}.rest" in saved}  # fastroute 0.2.0: key by key
         with self._made_anew():
             state = self._state(which)
-            self._leave_out(state["optimizers"], there)
+            self._leave_out(state["optimizers"], saved)
             for name, each in self._more.items():
-                if f"more.{name}.rest" not in there:  # fastroute 0.2.0 saved it key by key
+                if name not in packed:
                     state["more"][name] = each.state_dict()
                     continue
-                found, like = f"more.{name}.tensors.", state["more"][name]["tensors"]
-                of = {key.removeprefix(found): t for key, t in there.items() if key.startswith(found)}
-                state["more"][name]["tensors"] = {key: _room(t, like.get(key)) for key, t in of.items()}
+                prefix, like = f"more.{name}.tensors.", state["more"][name]["tensors"]
+                tensors = {key.removeprefix(prefix): t for key, t in saved.items() if key.startswith(prefix)}
+                state["more"][name]["tensors"] = {key: _room(t, like.get(key)) for key, t in tensors.items()}
             load(state, checkpoint_id=self._path(which), process_group=self._group, no_dist=self._alone)
             set_model_state_dict(self._root, state["modules"])
             if self._optimizers:
                 options = StateDictOptions(strict=False)  # what has no state is known to have had none
                 set_optimizer_state_dict(self._root, self._optimizers, state["optimizers"], options=options)
         for name, each in self._more.items():
-            found = state["more"][name]
-            each.load_state_dict(_unpacked(found) if f"more.{name}.rest" in there else found)
+            each.load_state_dict(_unpacked(state["more"][name]) if name in packed else state["more"][name])
         return int(state["step"])
 
     @staticmethod
@@ -282,7 +282,7 @@ class _Piece:
 
 
 def _packed(state: Any) -> dict[str, Any]:
-    """A state's tensors, which may be sharded, and the rest: PyTorch saves key by key, and loads those that it knows."""
+    """A state's tensors, which may be sharded, and the rest: PyTorch would load only the keys that are there."""
     tensors: dict[str, Tensor] = {}
 
     def moved(t: Tensor) -> _Piece:
@@ -303,6 +303,7 @@ def _room(saved: Any, like: Tensor | None) -> Tensor:
     return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
 
+@checked
 def full_state_dict(module: nn.Module) -> dict[str, Any]:
     """The state dict that the module has in one process, on the CPU of rank 0; empty on the other ranks.
 
@@ -316,14 +317,24 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     return made | others if not dist.is_initialized() or dist.get_rank() == 0 else {}
 
 
-def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+@checked
+def load_full_state_dict(module: nn.Module, state: Annotated[Mapping[str, Tensor], None]) -> None:
     """Load the state dict of one process, which rank 0 has, into a module in whatever sharding it has.
 
     Called by all ranks; what others than rank 0 give is not read.
 
     Raises:
-        RuntimeError: missing or unexpected keys, or other shapes.
+        RuntimeError, on several ranks ValueError: missing or unexpected keys, or other shapes; TypeError, on several
+            ranks ValueError: no dict of tensors, and nothing is loaded. On all ranks.
     """
-    leads = not dist.is_initialized() or dist.get_rank() == 0
+    leads, layer = not dist.is_initialized() or dist.get_rank() == 0, "load_full_state_dict"
+    problem: Exception | None = None
+    if leads and not isinstance(state, Mapping):
+        problem = TypeError(f"state: expected a dict, got {given(state)}")
+    agree({"state": problem}, layer=layer)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-    set_model_state_dict(module, dict(state) if leads else {}, options=options)
+    try:
+        set_model_state_dict(module, dict(state) if leads else {}, options=options)
+    except RuntimeError as error:
+        problem = error
+    agree({"state": problem}, layer=layer)

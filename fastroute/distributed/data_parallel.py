@@ -20,13 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..multitask import Weighting
 from ..networks import Decision, TopKGating
 from ..networks.rewards import PerActionBaseReward, is_silent
+from ..ops.arguments import checked
 from ..ops.processes import Processes
-from .agreement import agree
+from .agreement import agree, group_of
 from .experts import expert_parameters, is_elsewhere
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@checked
 def prepare(
     model: Model,
     group: dist.ProcessGroup | DeviceMesh | None = None,
@@ -56,6 +58,7 @@ def prepare(
     Raises:
         ValueError: the ranks differ in modules, in parameters' shapes or dtypes, or in the masks of tasks, bit by bit;
             on all ranks. TypeError: a reward of one's own remembers actions in a way that cannot be told other ranks'.
+            TypeError, ValueError: naming the argument.
 
     Example::
 
@@ -64,11 +67,7 @@ def prepare(
     """
     problem = next(_foreign(model), None) if sync_rewards else None
     agree({**_in_common(model), "rewards": "as known" if problem is None else problem}, group, layer="prepare")
-    if unused_grad not in ("none", "zeros"):
-        raise ValueError(f"unused_grad: expected 'none' or 'zeros', got {unused_grad!r}")
-    processes = None
-    if dist.is_initialized():
-        processes = Processes.of(group.get_group() if isinstance(group, DeviceMesh) else group)
+    processes = Processes.of(group_of(group)) if dist.is_initialized() else None
     for m in model.modules():
         if hasattr(m, "unused_grad"):
             m.unused_grad = unused_grad  # type: ignore[assignment]
@@ -82,6 +81,7 @@ def prepare(
     return model
 
 
+@checked
 def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
     """``DistributedDataParallel(model, **options)``, which leaves alone what ``ExpertParallel`` has spread.
 
@@ -102,11 +102,13 @@ def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in experts]
     names += [name for name, _ in model.named_buffers() if _is_of_one_rank(model, name)]
     if names:
+        names += [f".{name}" for name in names if "." not in name]  # as DDP calls what is the model's own
         before = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*before, *names])
     return DistributedDataParallel(model, **options)
 
 
+@checked
 def shard(model: Model, mesh: DeviceMesh, *, data: str = "data", expert: str = "expert", **options: Any) -> Model:
     """``fully_shard`` of a model on a mesh data x expert: experts over the data dimension, everything else over both.
 
@@ -123,7 +125,7 @@ def shard(model: Model, mesh: DeviceMesh, *, data: str = "data", expert: str = "
         ValueError: the mesh has other dimensions.
     """
     named = mesh.mesh_dim_names or ()
-    if mesh.ndim != 2 or not {data, expert} <= set(named):
+    if {data, expert} != set(named) or len(named) != 2:
         raise ValueError(f"mesh: expected two dimensions, {data!r} and {expert!r}, got {mesh}")
     experts = set(expert_parameters(model))
     fully_shard(model, mesh=mesh[data, expert]._flatten(), ignored_params=experts, **options)

@@ -6,9 +6,11 @@ modules that each takes, N = B k entries, K modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from inspect import isclass
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,8 @@ from ..functional import combine, expert_ffn
 from ..modules.reading import at_every_place
 from ..networks import MoE, Selection, Stack, grouped_modules
 from ..networks.gating import Routed
-from ..ops import dispatch
+from ..ops import checks, dispatch
+from ..ops.arguments import checked
 from ..ops.autograd import transformed
 from ..ops.backends import is_strict
 from ..ops.dispatch.contract import Plan
@@ -79,10 +82,11 @@ class ExpertParallel(ParallelStyle):
         parallelize_module(model, mesh, {"1": ExpertParallel()})
     """
 
+    @checked
     def __init__(
         self,
         *,
-        dispatcher: Dispatcher | None = None,
+        dispatcher: Annotated[Dispatcher | None, None] = None,
         input_layouts: Placement | None = None,
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
@@ -90,10 +94,10 @@ class ExpertParallel(ParallelStyle):
     ) -> None:
         super().__init__()
         self.dispatcher = AllToAll() if dispatcher is None else dispatcher
-        if not isinstance(self.dispatcher, Dispatcher):
+        if not isinstance(self.dispatcher, Dispatcher) or isclass(dispatcher):
             raise TypeError(
                 "dispatcher: expected an object with samples, send, receive, send_back and receive_back, got "
-                f"{type(dispatcher).__name__}"
+                f"{checks.given(dispatcher)}"
             )
         default: Placement = Shard(0) if self.dispatcher.samples == "own" else Replicate()
         self.input_layouts = default if input_layouts is None else input_layouts
@@ -131,7 +135,6 @@ class ExpertParallel(ParallelStyle):
                 module.gate.load_group = Processes.of(device_mesh.get_group())
         else:
             _keep_own(module, spread.place, device_mesh, source)
-        spread.place = spread.place_of(any(p.requires_grad for p in expert_parameters(module)))
         return module
 
 
@@ -175,6 +178,8 @@ def _other_ranks(replicas: DeviceMesh | None, mesh: DeviceMesh) -> Exception | N
     """Gradients of different modules would be averaged if a rank of the mesh were among a rank's replicas."""
     if replicas is None:
         return None
+    if not isinstance(replicas, DeviceMesh):
+        return TypeError(f"replicas: expected a mesh, got {checks.given(replicas)}")
     if replicas.ndim != 1 or set(replicas.mesh.tolist()) & set(mesh.mesh.tolist()) != {dist.get_rank()}:
         return ValueError(
             f"replicas: expected another dimension of the mesh than the modules', as mesh['data'] beside "
@@ -275,12 +280,16 @@ class _Shards:
         made.__dict__.update(self.__dict__, shapes={})
         return made
 
-    def place_of(self, trains: bool) -> Place:
-        """The place, with what is known of the modules."""
-        return Place(**{**self.place.__dict__, "trains": trains})
+    def meet(self, layer: nn.Module, given: dict[str, Any], batch: Any) -> None:
+        """In a first call, and in every call under ``strict``: the ranks compare what they are called with.
 
-    def meet(self, given: dict[str, Any], batch: Any) -> None:
-        """In a first call, and in every call under ``strict``: the ranks compare what they are called with."""
+        Whether this rank's modules are trained is known anew in each call. Where all ranks have the samples, a rank
+        without a module takes the others' to be.
+        """
+        trains = any(p.requires_grad for p in _spread_here(layer))
+        trains = trains or (self.dispatcher.samples == "all" and not len(self.place.own))
+        if trains != self.place.trains:
+            self.place = replace(self.place, trains=trains)
         strict = is_strict()
         if torch.compiler.is_compiling() or transformed() or not (self.first or strict):
             return
@@ -427,7 +436,7 @@ class _ParallelMoE(MoE):
     def forward(self, x: Any, mask: Any = None, *, return_aux: bool = False) -> Any:
         """As of the one-process layer; see :class:`ExpertParallel`."""
         shards = self._shards
-        shards.meet({"x": x, "mask": mask}, x)
+        shards.meet(self, {"x": x, "mask": mask}, x)
         made = super().forward(shards.given(x), shards.given(mask), return_aux=return_aux)
         if return_aux:
             return shards.returned(made[0], x), made[1]
@@ -467,7 +476,7 @@ class _ParallelSelection(Selection):
     def forward(self, batch: Any, meta: Any, actions: Any, mask: Any = None, *, weights: Any = None) -> Any:
         """As of the one-process layer; see :class:`ExpertParallel`."""
         given = self._shards.given
-        self._shards.meet({"actions": actions, "weights": weights, "mask": mask}, batch)
+        self._shards.meet(self, {"actions": actions, "weights": weights, "mask": mask}, batch)
         as_given = actions
         y, meta, actions = super().forward(given(batch), meta, given(actions), given(mask), weights=given(weights))
         return self._shards.returned(y, batch), meta, as_given
@@ -539,23 +548,28 @@ def is_elsewhere(module: nn.Module) -> bool:
     return isinstance(module, _Elsewhere)
 
 
+@checked
 def expert_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
     """The parameters that :class:`ExpertParallel` has spread: this rank's share of them.
 
     Each rank has others, so whoever replicates a model leaves them out: ``fully_shard(..., ignored_params=set(...))``;
     ``fastroute.distributed.ddp`` and ``shard`` do it.
     """
-    for m in model.modules() if recurse else (model,):
-        if isinstance(m, _ParallelMoE):
-            yield from (m.w_gate_up, m.w_down)
-        elif isinstance(m, _ParallelSelection):
-            yield from m._submodules.parameters()
+    return (p for m in (model.modules() if recurse else (model,)) for p in _spread_here(m))
 
 
+def _spread_here(m: nn.Module) -> Iterable[nn.Parameter]:
+    """A layer's own, if it is a spread one."""
+    if isinstance(m, _ParallelMoE):
+        return m.w_gate_up, m.w_down
+    return m._submodules.parameters() if isinstance(m, _ParallelSelection) else ()
+
+
+@checked
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What the same model in one process would save, on every rank's CPU, gathered from all ranks.
 
-    All ranks of the default group have to call it. DTensors, of whatever style, come whole.
+    All ranks that have a part of it have to call it. DTensors, of whatever style, come whole.
     """
     others = spread_modules(model)
     return {key: _whole(t) for key, t in model.state_dict().items() if key not in others} | others
@@ -565,31 +579,30 @@ def _whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
 
 
-def _own_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """What this rank's own modules of spread selections save, by ``model``'s names; None if nothing is spread."""
-    found = {name: m._submodules for name, m in model.named_modules() if isinstance(m, _ParallelSelection)}
-    made: dict[str, Tensor] = {}
-    for name, modules in found.items():
-        made |= modules.state_dict(prefix=f"{name}._submodules." if name else "_submodules.")
-    return made if found else None
+def _own_states(model: nn.Module) -> Iterator[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
+    """For each spread selection, its ranks and what this rank's own modules save, by ``model``'s names."""
+    for name, m in model.named_modules():
+        if isinstance(m, _ParallelSelection):
+            prefix = f"{name}._submodules." if name else "_submodules."
+            yield m._shards.mesh.get_group(), m._submodules.state_dict(prefix=prefix)
 
 
 def own_names(model: nn.Module) -> set[str]:
     """The names of :func:`spread_modules` that this rank's own modules have, but for tensors that all ranks share."""
-    return {key for key, t in (_own_state(model) or {}).items() if not isinstance(t, DTensor)}
+    return {key for _, state in _own_states(model) for key, t in state.items() if not isinstance(t, DTensor)}
 
 
 def spread_modules(model: nn.Module) -> dict[str, Tensor]:
     """What all ranks' own modules of spread selections save, on every rank's CPU, by ``model``'s names.
 
-    Each rank has such modules under keys that other ranks lack. All ranks of the default group have to call it.
+    Each rank has such modules under keys that other ranks lack. All ranks of the layers' meshes have to call it.
     """
-    own = _own_state(model)
-    if own is None:
-        return {}
-    each: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(each, {key: _whole(t) for key, t in own.items()})
-    return {key: t for one in each for key, t in one.items()}
+    made: dict[str, Tensor] = {}
+    for group, own in _own_states(model):
+        each: list[dict[str, Tensor]] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(each, {key: _whole(t) for key, t in own.items()}, group=group)
+        made |= {key: t for one in each for key, t in one.items()}
+    return made
 
 
 __all__ = ["AllToAll", "Dispatcher", "ExpertParallel", "Local", "Place", "expert_parameters", "whole_state_dict"]

@@ -96,7 +96,9 @@ _PLAIN: dict[Any, _Kind] = {
 def _kinds(hint: Any) -> list[_Kind] | None:
     """What an annotation accepts; None: anything."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint in (Any, object) or origin is type or isinstance(hint, TypeVar):
+    if isinstance(hint, TypeVar):
+        hint, origin = hint.__bound__, typing.get_origin(hint.__bound__)
+    if hint in (Any, object, None) or origin is type:
         return None
     if origin is Annotated:
         (check,) = hint.__metadata__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -140,6 +141,17 @@ def weightings_and_routers(world: World) -> None:
             assert Checkpoints(path, fresh).load() == 3
             for name, module in fresh.items():
                 same(dict(module.state_dict()), expected[name], rtol=0, atol=0)
+
+
+@case
+def a_state_dict_that_does_not_fit(world: World) -> None:
+    """An error on all ranks; others than the first one's is not read."""
+    for wrong in (3, {"weight": torch.ones(2, 3)}, {**training()[0].state_dict(), "more": torch.ones(1)}):
+        with pytest.raises((ValueError, RuntimeError), match=r"expected a dict, got 3|issing key|nexpected key"):
+            load_full_state_dict(training()[0], wrong if world.rank == 0 else None)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(__file__, training()[0])
+    with pytest.raises(ValueError, match=r"raised FileExistsError.*on rank 0"):
+        checkpoints.save(1)
 
 
 def training() -> tuple[nn.Module, torch.optim.Adam]:

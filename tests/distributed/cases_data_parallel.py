@@ -5,6 +5,7 @@ Every rank has as many samples as the others, so that the mean of its losses is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import fastroute
 from fastroute import networks
-from fastroute.distributed import Checkpoints, RowShardedCapsules, ddp, prepare, shard
+from fastroute.distributed import Checkpoints, ExpertParallel, RowShardedCapsules, ddp, prepare, shard
 from fastroute.multitask import MTLModel
 from fastroute.tasks import TaskRouter, set_task
 from tests.distributed.cases_experts import message, same
@@ -272,6 +273,22 @@ def load_of_the_group(world: World) -> None:
     mean = own_aux.loss.detach().clone()
     dist.all_reduce(mean)
     same(mean / RANKS, aux.loss.detach())
+
+
+@case
+def a_spread_layer_alone_under_ddp(world: World) -> None:
+    """DDP has other names for what is the model's own. Gradients that are accumulated are those of one process."""
+    torch.manual_seed(3)
+    plain = fastroute.MoE(D, 4, 4, 2, dtype=F64)
+    model = parallelize_module(copy.deepcopy(plain), world.rows(RANKS), ExpertParallel())
+    wrapped = ddp(prepare(model))
+    for number, x in enumerate(whole_batch()):
+        with contextlib.nullcontext() if number == STEPS - 1 else wrapped.no_sync():
+            wrapped(x[world.rank * B : (world.rank + 1) * B]).square().mean().backward()
+        plain(x).square().mean().backward()
+    for name, p in plain.named_parameters():
+        found: Any = model.get_parameter(name).grad
+        same(found.full_tensor() if isinstance(found, DTensor) else found, p.grad)
 
 
 @case

@@ -6,6 +6,7 @@ Axes: W ranks, B samples of all of them, in the order of ranks.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import shutil
 import tempfile
@@ -596,3 +597,46 @@ def second_derivatives(world: World) -> None:
 
     rows = slice(4 * rank, 4 * rank + 4)
     same(twice(layer, x[rows], a[rows]), twice(ref, x, a)[rows])
+
+
+@case
+def unfrozen_after_they_were_spread(world: World) -> None:
+    """Also where a rank has no module and no sample: all take part in backward, as they do when some are frozen."""
+    mesh, n = world.rows(4), 3
+    for dispatcher, K in itertools.product((AllToAll, Local), (1, 4)):
+        torch.manual_seed(9)
+        ref = Selection(*(nn.Linear(D, 2, dtype=F64) for _ in range(K)))
+        layer = parallelize_module(
+            copy.deepcopy(ref).requires_grad_(False), mesh, ExpertParallel(dispatcher=dispatcher())
+        )
+        x, actions = torch.randn(n, D, dtype=F64), torch.zeros(n, dtype=torch.int64)
+        mine = n if world.rank == 0 or dispatcher is Local else 0
+        for frozen in (False, True, False):
+            layer.requires_grad_(not frozen)
+            layer.zero_grad()
+            ref.zero_grad()
+            y = layer(x[:mine], Trajectory(mine), actions[:mine])[0]
+            if frozen:
+                continue
+            y.square().sum().backward()
+            ref(x, Trajectory(n), actions)[0].square().sum().backward()
+            mean = 4 if dispatcher is AllToAll else 1
+            expected = dict(ref.named_parameters())
+            for name, p in layer.named_parameters():
+                grad = expected[name].grad
+                assert (p.grad is None) == (grad is None)
+                if p.grad is not None:
+                    same(p.grad, grad / mean)
+
+
+@case
+def models_of_some_ranks(world: World) -> None:
+    """Two groups of ranks, each with a model of its own, which is gathered from the ranks that have it."""
+    mesh = world.meshes[2]
+    torch.manual_seed(mesh["data"].get_local_rank())
+    ref = Selection(*(nn.Linear(D, 2) for _ in range(3)))
+    layer = parallelize_module(copy.deepcopy(ref), mesh["rows"], ExpertParallel())
+    whole = whole_state_dict(layer)
+    assert whole.keys() == ref.state_dict().keys()
+    for name, t in ref.state_dict().items():
+        same(whole[name], t, name)

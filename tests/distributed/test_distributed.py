@@ -7,14 +7,32 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import parallelize_module
 
+from fastroute import EfficientVectorRouting, SlotAttention
+from fastroute.distributed import (
+    AllToAll,
+    Checkpoints,
+    ExpertParallel,
+    RowShardedCapsules,
+    agree,
+    ddp,
+    expert_parameters,
+    full_state_dict,
+    load_full_state_dict,
+    prepare,
+    shard,
+    whole_state_dict,
+)
 from tests.distributed import ranks
 from tests.distributed.ranks import failed, started
 from tests.helpers.subprocesses import ROOT, ran
@@ -74,7 +92,6 @@ def alone() -> Iterator[ranks.World]:
 
 def test_one_process(alone: ranks.World, tmp_path: Path) -> None:
     """Sharding over a group of one, and a checkpoint of it."""
-    from fastroute.distributed import Checkpoints
     from tests.distributed.cases_capsules import N, compare, layer, same, vectors
 
     for n_inp in (N, -1):
@@ -96,9 +113,61 @@ def test_other_layers_in_one_process(alone: ranks.World) -> None:
         compare(alone, 1, name, N, n_inp, lengths=[N, 3])
 
 
-def test_agreement_without_a_group() -> None:
-    from fastroute.distributed import agree
+LINEAR = nn.Linear(3, 2)
+OTHERS = torch.optim.SGD(nn.Linear(3, 2).parameters())
+WRONG: list[tuple[str, Callable[[DeviceMesh], object]]] = [
+    ("what: expected a dict", lambda _: agree([1], layer="x")),  # type: ignore[arg-type]
+    ("group: expected a ProcessGroup", lambda _: agree({}, 3, layer="x")),  # type: ignore[arg-type]
+    ("group: expected a process group or a mesh of one dimension", lambda mesh: agree({}, mesh, layer="x")),
+    ("group: expected a process group or a mesh of one dimension", lambda mesh: prepare(LINEAR, mesh)),
+    ("model: expected a module, got 'x'", lambda _: prepare("x")),  # type: ignore[type-var]
+    ("model: expected a module, got the class Linear", lambda _: prepare(nn.Linear)),  # type: ignore[type-var]
+    ("sync_load: expected True or False, got None", lambda _: prepare(LINEAR, sync_load=None)),  # type: ignore[arg-type]
+    ("unused_grad: expected 'none' or 'zeros'", lambda _: prepare(LINEAR, unused_grad="x")),  # type: ignore[arg-type]
+    ("model: expected a module", lambda _: ddp("x")),  # type: ignore[arg-type]
+    ("model: expected a module", lambda mesh: shard("x", mesh)),  # type: ignore[type-var]
+    ("mesh: expected a DeviceMesh", lambda _: shard(LINEAR, "x")),  # type: ignore[arg-type]
+    ("mesh: expected two dimensions, 'rows' and 'rows'", lambda mesh: shard(LINEAR, mesh, data="rows", expert="rows")),
+    ("model: expected a module", lambda _: expert_parameters("x")),  # type: ignore[arg-type]
+    ("model: expected a module", lambda _: whole_state_dict("x")),  # type: ignore[arg-type]
+    ("module: expected a module", lambda _: full_state_dict("x")),  # type: ignore[arg-type]
+    ("module: expected a module", lambda _: load_full_state_dict("x", {})),  # type: ignore[arg-type]
+    ("state: expected a dict", lambda _: load_full_state_dict(LINEAR, 3)),  # type: ignore[arg-type]
+    ("dispatcher: .* got the class AllToAll", lambda _: ExpertParallel(dispatcher=AllToAll)),  # type: ignore[arg-type]
+    ("replicas: expected a DeviceMesh", lambda _: ExpertParallel(replicas="x")),  # type: ignore[arg-type]
+    ("use_local_output: expected True", lambda _: ExpertParallel(use_local_output="x")),  # type: ignore[arg-type]
+    ("use_local_output: expected True", lambda _: RowShardedCapsules(use_local_output="x")),  # type: ignore[arg-type]
+    ("row_parameters: expected a list", lambda _: RowShardedCapsules(row_parameters="F.weight")),
+    ("output_layouts: expected Shard", lambda mesh: split(mesh, EfficientVectorRouting(-1, 3, 4, 4), Shard(3))),
+    ("output_layouts: expected Shard", lambda mesh: split(mesh, SlotAttention(3, 4, 4), Shard(0))),
+    ("folder: expected a str", lambda _: Checkpoints(3, LINEAR)),  # type: ignore[arg-type]
+    ("modules: expected a module", lambda _: Checkpoints("no", [LINEAR])),  # type: ignore[arg-type]
+    ("modules: expected a module under 'a', got 3", lambda _: Checkpoints("no", {"a": 3})),  # type: ignore[dict-item]
+    ("modules: expected names, without dots, got 'a.b'", lambda _: Checkpoints("no", {"a.b": LINEAR})),
+    ("optimizers: expected a", lambda _: Checkpoints("no", LINEAR, "x")),  # type: ignore[arg-type]
+    ("optimizers: expected optimizers of the modules'", lambda _: Checkpoints("no", LINEAR, OTHERS)),
+    ("more: expected what has state_dict", lambda _: Checkpoints("no", LINEAR, more={"a": 3})),  # type: ignore[dict-item]
+    ("keep: expected an int, got 1.5", lambda _: Checkpoints("no", LINEAR, keep=1.5)),  # type: ignore[arg-type]
+    ("step: expected 0 or more, got -1", lambda _: Checkpoints("no", LINEAR).save(-1)),
+    ("step: expected an int, got '3'", lambda _: Checkpoints("no", LINEAR).save("3")),  # type: ignore[arg-type]
+    ("step: expected an int, got '3'", lambda _: Checkpoints("no", LINEAR).load("3")),  # type: ignore[arg-type]
+]
 
+
+def split(mesh: DeviceMesh, layer: nn.Module, layout: Shard) -> object:
+    return parallelize_module(layer, mesh["rows"], RowShardedCapsules(output_layouts=layout))(torch.randn(2, 3, 4))
+
+
+def test_wrong_arguments_are_named(alone: ranks.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for message, call in WRONG:
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call(alone.meshes[1])
+    assert not list(tmp_path.iterdir())
+    agree({"t": torch.ones(2, device="meta")}, layer="x")  # which has nothing else to be compared by
+
+
+def test_agreement_without_a_group() -> None:
     agree({"n": 1, "mask": torch.ones(2)}, layer="routing")
     with pytest.raises(KeyError, match="n"):
         agree({"n": KeyError("n")}, layer="routing")
