@@ -30,7 +30,7 @@ class RoutingCallback(Callback):
 
     Args:
         run_dir: also write ``RUN_DIR/routing.jsonl``, for ``fastroute report``, with the trainer's metrics beside.
-        every_n_steps: of the optimizers; None: the trainer's ``log_every_n_steps``. The last ones are logged at the end.
+        every_n_steps: of the optimizers; None: the trainer's ``log_every_n_steps``. The last are logged at the end.
         counts: give how often each module was taken, too.
 
     Attributes:

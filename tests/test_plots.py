@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import fastroute
 from fastroute import plots
 from tests.helpers import seeds
 from tests.helpers.extras import without
 from tests.helpers.subprocesses import check_python
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
+Text = pytest.importorskip("matplotlib.text").Text
 
 IMAGES, CREDIT = (draw(3, 8, 12, generator=seeds.generator(0)) for draw in (torch.rand, torch.randn))
 
@@ -42,6 +46,32 @@ def test_cost_is_marked_without_its_colour() -> None:
     assert below.collections[0].get_offsets().tolist() == [[3.0, 0.5]], "the middle of the cell of notable cost"
     tokens = plots.credit(["a", "bc", "d"], torch.tensor([1.0, -1.0, -0.01])).axes[0]
     assert len(tokens.lines) == 1 and tokens.lines[0].get_xdata()[0] < 3 < tokens.lines[0].get_xdata()[1]
+
+
+def routed(tasks: list[str]) -> fastroute.Trajectory:
+    net = fastroute.Sequential(fastroute.WPL(2, 3), fastroute.Selection(nn.Linear(3, 3), nn.Linear(3, 3)))
+    trajectory: fastroute.Trajectory = net(torch.randn(len(tasks), 3), tasks=tasks)[1]
+    return trajectory
+
+
+@pytest.mark.parametrize("name", ["$a_$", "_a", "a $1 and $2", "\\$"])
+def test_names_are_shown_as_they_are(name: str) -> None:
+    """No formula, which fails or loses its dollars, and no label that a legend leaves out."""
+    node = {"name": name, "layers": nn.Linear(3, 3)}
+    drawn = {
+        "labels": plots.credit(IMAGES[:1], CREDIT[:1], labels=[name]),
+        "predictions": plots.credit([["b"]], [torch.ones(1)], predictions=[name]),
+        "tokens": plots.credit([[name]], [torch.ones(1)]),
+        "tasks of weights": plots.weights(torch.rand(3, 2), tasks=[name, "b"]),
+        "keys of weights": plots.weights({name: torch.rand(3), "b": torch.rand(3)}),
+        "labels of actions": plots.actions(torch.tensor([[0, 1], [1, 0]]), labels=[name, "b"]),
+        "tasks of actions": plots.routing(routed([name, "b"])),
+        "nodes": plots.graph(fastroute.MTLModel([node, {**node, "name": "b", "anchor_layer": name}], ["b"])),
+    }
+    for what, figure in drawn.items():
+        figure.savefig(io.BytesIO(), format="svg")
+        shown = [text for text in figure.findobj(Text) if name in text.get_text()]
+        assert shown and not any(text.get_parse_math() for text in shown), what
 
 
 @pytest.mark.parametrize("name", ["credit.svg", "credit.pdf"])

@@ -55,7 +55,9 @@ def masks(
         ax = figure.add_subplot(grid[n // 2, n % 2])
         kept = (router.get_unit_mapping().detach() != 0).float().cpu()
         ax.imshow(kept.numpy(), cmap="Greys", vmin=0, vmax=1.2, aspect="auto", interpolation="nearest")
-        ax.set_title(f"{name}: {router.unit_count} units, {kept.mean():.0%} on", fontsize=8, color=INK)
+        ax.set_title(
+            f"{name}: {router.unit_count} units, {kept.mean():.0%} on", fontsize=8, color=INK, parse_math=False
+        )
         ax.set_yticks(range(0, T, stride(T)) if n % 2 == 0 else [])
         ax.tick_params(labelsize=6, length=0)
         if n % 2 == 0:

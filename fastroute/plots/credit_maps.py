@@ -93,7 +93,7 @@ def credit(
         heading = [f"true {true[i]}"] if true else []
         heading += [f"pred. {predicted[i]}"] if predicted else []
         wrong = bool(true and predicted and true[i] != predicted[i])
-        above.set_title("\n".join(heading), fontsize=9, color=WRONG if wrong else INK)
+        above.set_title("\n".join(heading), fontsize=9, color=WRONG if wrong else INK, parse_math=False)
         for ax in (above, below):
             ax.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))
             for spine in ax.spines.values():
@@ -174,9 +174,10 @@ def _credit_of_tokens(
             under = ([column - 0.2, column + len(token) + 0.2], [row_of + 0.84] * 2)
             ax.plot(*under, color=ink, linewidth=0.8, dashes=(3, 1.5))
         middle = column + len(token) / 2
-        ax.text(middle, row_of + 0.45, token, family="monospace", fontsize=8, color=ink, ha="center", va="center")
+        style = {"family": "monospace", "fontsize": 8, "color": ink, "ha": "center", "va": "center"}
+        ax.text(middle, row_of + 0.45, token, parse_math=False, **style)
     for row_of, text_of, wrong in headings:
-        ax.text(-0.4, row_of + 0.5, text_of, fontsize=9, color=WRONG if wrong else INK, va="center")
+        ax.text(-0.4, row_of + 0.5, text_of, fontsize=9, color=WRONG if wrong else INK, va="center", parse_math=False)
     bar = figure.colorbar(colours, ax=ax, extend="both", fraction=0.03, pad=0.01, aspect=12)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("cost  ·  benefit", fontsize=8)

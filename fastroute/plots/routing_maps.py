@@ -69,7 +69,7 @@ def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path:
             for a, k in counts.nonzero().tolist():
                 ink = "white" if share[a, k] > 0.55 else INK
                 ax.text(k, a, str(int(counts[a, k])), ha="center", va="center", fontsize=7, color=ink)
-        ax.set_title(f"{t}: {layer.name}", fontsize=9, color=INK)
+        ax.set_title(f"{t}: {layer.name}", fontsize=9, color=INK, parse_math=False)
         ax.set_xlabel("module", fontsize=8)
         ax.set_xticks(range(0, K, stride(K)))
         ax.set_yticks(range(0, A, stride(A)) if t == 0 else [])
@@ -77,7 +77,7 @@ def routing(trajectory: Trajectory | Summary, *, title: str | None = None, path:
         for spine in ax.spines.values():
             spine.set(linewidth=0.6, color="#999999")
     names = ["all" if task is None else str(task) for task in summary.tasks]
-    axes[0].set_yticklabels(names[:: stride(A)])
+    axes[0].set_yticklabels(names[:: stride(A)], parse_math=False)
     axes[0].set_ylabel("task", fontsize=8)
     bar = figure.colorbar(drawn, ax=list(axes), fraction=0.05, pad=0.01)
     bar.ax.tick_params(labelsize=7)
@@ -145,7 +145,7 @@ def routing_over_time(
     most = max(float(share.max()) for share in shares) or 1.0
     for ax, count, share, name in zip(axes, counts, shares, names, strict=True):
         drawn = ax.imshow(share.T.numpy(), cmap="Blues", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
-        ax.set_title(name, fontsize=9, color=INK, loc="left")
+        ax.set_title(name, fontsize=9, color=INK, loc="left", parse_math=False)
         ax.set_ylabel("module", fontsize=8)
         ax.set_yticks(range(0, count.shape[1], stride(count.shape[1])))
         ax.tick_params(labelsize=7, length=0)
@@ -226,7 +226,7 @@ def actions(
     first = [b for b in range(B) if b == 0 or rows[b] != rows[b - 1]]  # one name for all rows of a task
     named = first if labels is not None and len(first) < B else list(range(B))
     named = named[:: stride(len(named))]
-    ax.set_yticks(named, [rows[b] for b in named])
+    ax.set_yticks(named, [rows[b] for b in named], parse_math=False)
     for b in first[1:] if labels is not None else ():
         ax.axhline(b - 0.5, color="white", linewidth=1.5)
     ax.set_xlabel("decision", fontsize=8)

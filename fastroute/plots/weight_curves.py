@@ -76,10 +76,12 @@ def weights(
     ax = figure.subplots()
     marks: dict[str, Any] = {"markersize": 3.5, "markevery": max(1, S // 12)}
     for t in range(T):
-        ax.plot(x.numpy(), values[:, t].numpy(), label=shown[t], linewidth=1.4, **LINES[t % len(LINES)], **marks)
+        ax.plot(x.numpy(), values[:, t].numpy(), label=str(t), linewidth=1.4, **LINES[t % len(LINES)], **marks)
     if float(values.min()) > 0 and float(values.max()) > _DECADES * float(values.min()):
         ax.set_yscale("log")
     ax.set_xlabel("step", fontsize=8)
     ax.set_ylabel("weight", fontsize=8)
     lined(ax, ncols=-(-T // 16))
+    for text, task in zip(ax.get_legend().get_texts(), shown, strict=True):
+        text.set(text=task, parse_math=False)  # a label that begins with _ would not be shown
     return saved(figure, path)
