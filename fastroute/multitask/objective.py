@@ -69,19 +69,22 @@ def objective(
         weighting: without one, the sum of losses times ``weights``.
 
     Raises:
-        ValueError: no task has both a loss and a target.
+        ValueError: no task has both a loss and a target; among several processes, no task has a loss.
     """
     if is_triple(y_hat):
         outputs, own_losses, own_weights = (by_task("y_hat", part, tasks) for part in y_hat)
     else:
         outputs, own_losses, own_weights = by_task("y_hat", y_hat, tasks), dict(losses), dict(weights)
     found, present = task_losses(outputs, by_task("y", y, tasks), own_losses, by_task("mask", mask, tasks), apart=apart)
-    if not found:
-        raise ValueError("y: expected a target for a task with a loss, got none")
     rest: list[Any] = []
     for name, y in outputs.items():
         if name not in found and (loss := own_losses.get(name)) is not None:
             rest += (y, own_weights.get(name), *(loss.parameters() if isinstance(loss, nn.Module) else ()))
+    if not found and _are_several():  # of whom others may have a target, and wait
+        found = {n: y.new_zeros(()) for n, y in outputs.items() if own_losses.get(n) is not None and torch.is_tensor(y)}
+        present = dict.fromkeys(found, False)
+    if not found:
+        raise ValueError("y: expected a target for a task with a loss, got none")
     if weighting is not None:
         total = weighting(found, None if all(p is True for p in present.values()) else present)
         return _with_the_rest(total, rest), found
@@ -91,15 +94,18 @@ def objective(
     return _with_the_rest(_weighted(found, list(map(_weight, found, used))), rest), found
 
 
+def _are_several() -> bool:
+    """Whether there are other processes."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def _with_the_rest(total: Tensor, rest: Sequence[Any]) -> Tensor:
     """The total, which among several processes also depends on what is of tasks without a target, by zero.
 
     Another process may have a target for them, and all wait for each other's gradients of every parameter.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return total
-    for t in rest:
+    for t in rest if _are_several() else ():
         if isinstance(t, Tensor) and t.requires_grad:
             nothing = only(t, torch.zeros(t.shape[:1], dtype=torch.bool, device=t.device))
             total = total + nothing.sum().to(total)
@@ -176,7 +182,7 @@ class Objective(TakenNames, nn.Module):
             y_hat: what the model returned, or its first list, or a dict by task.
             y: targets in the order of ``output_tasks``, or a dict by task; None, or no entry, is a task without one.
                 Its own layers then have no gradient; among several processes one of zeros, as a process may have a
-                target where another has none.
+                target where another has none, which may have none at all.
             mask: bool, True where there is a label, in the same form; of a target's shape or [B].
             weighting: instead of the model's own: a ``Weighting``, numbers by task or in the order of the tasks that
                 have a loss, or the name of one that has nothing to remember ("equal", "rlw", "geometric").

@@ -48,7 +48,7 @@ class Initialization(nn.Module):
         count = 0 if tasks is None else labels(tasks)
         if count not in (0, size):
             raise ValueError(f"tasks: expected one label per sample, {size}, got {count}")
-        return xs, Trajectory(size, tasks if count else None), None
+        return xs, Trajectory(size, tasks if count == size else None), None  # of no samples, no labels are theirs
 
 
 class Sequential(nn.Module):

@@ -87,7 +87,7 @@ class Tasks(nn.Module):
 class Several(nn.Module):
     """Tasks whose losses a weighting remembers; one has a target on some ranks only."""
 
-    def __init__(self, weighting: str | None, missing: bool = False) -> None:
+    def __init__(self, weighting: str | None, missing: str = "") -> None:
         super().__init__()
         layers = [{"name": "trunk", "layers": nn.Linear(D, 4)}]
         for name in "ab":
@@ -99,12 +99,15 @@ class Several(nn.Module):
         made = self.model(x)
         if not self.missing:
             return self.model.loss(made, y)[0]
-        parts = []  # of the ranks: the second task's target is missing on rank 1
+        parts = []  # of the ranks: targets are missing on rank 1
         for rank in range(RANKS)[rows]:
             part = slice(None) if rows.stop - rows.start == 1 else slice(rank * B, (rank + 1) * B)
             outputs = [t[part] for t in made[0]]
-            target = None if rank == 1 else y[1][part]
-            parts.append(self.model.loss((outputs, *made[1:]), [y[0][part], target])[0])
+            targets = [None if rank == 1 and name in self.missing else t[part] for name, t in zip("ab", y, strict=True)]
+            if rows.stop - rows.start == 1 or any(t is not None for t in targets):
+                parts.append(self.model.loss((outputs, *made[1:]), targets)[0])
+            else:
+                parts.append(x.new_zeros(()))  # of one process, which has other targets beside
         return torch.stack(parts).mean()
 
 
@@ -113,7 +116,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "networks": Routed,
     "tasks": Tasks,
     "multitask": lambda: Several(None),
-    "a target that is None on one rank": lambda: Several(None, True),
+    "a target that is None on one rank": lambda: Several(None, "b"),
+    "targets that are all None on one rank": lambda: Several(None, "ab"),
     **{
         f"weighting {name}": lambda name=name: Several(name)
         for name in ("dwa", "famo", "stch", "uncertainty", "geometric")

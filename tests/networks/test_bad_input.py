@@ -377,5 +377,8 @@ def test_an_empty_list_is_one_of_whole_numbers() -> None:
         assert decision("REINFORCE")(x, meta, forced_actions=one)[2].shape == (0,)
         meta.add_rewards(one)
         assert fastroute.EfficientVectorRouting(-1, 3, 8, 4)(torch.randn(0, 5, 8), lengths=one).shape == (0, 3, 4)
+        net = networks.Sequential(networks.WPL(3, F, num_agents=2), linears(3))
+        assert net(x, tasks=one)[0].shape[0] == 0 and net(x, tasks=one)[1].tasks is not None
+    assert start(torch.randn(2, F), tasks=[]).tasks is None  # upstream's "none"
     with pytest.raises((TypeError, ValueError), match=r"^actions: "):
         linears(3)(torch.randn(2, F), start(torch.randn(2, F)), [])
