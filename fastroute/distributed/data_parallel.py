@@ -23,7 +23,8 @@ from ..networks.rewards import PerActionBaseReward, is_silent
 from ..ops.arguments import checked
 from ..ops.processes import Processes
 from .agreement import agree, group_of
-from .experts import expert_parameters, is_elsewhere
+from .exchange import bounds_by_rank
+from .experts import expert_parameters, of_one_rank
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,7 +101,7 @@ def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
             'fully_shard(model, mesh=mesh["data"])'
         )
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in experts]
-    names += [name for name, _ in model.named_buffers() if _is_of_one_rank(model, name)]
+    names += [name for name, _ in model.named_buffers() if name.startswith(of_one_rank(model))]
     if names:
         names += [f".{name}" for name in names if "." not in name]  # as DDP calls what is the model's own
         before = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
@@ -122,12 +123,18 @@ def shard(model: Model, mesh: DeviceMesh, *, data: str = "data", expert: str = "
         The model.
 
     Raises:
-        ValueError: the mesh has other dimensions.
+        ValueError: the mesh has other dimensions, or ranks without experts [K, ...].
     """
     named = mesh.mesh_dim_names or ()
     if {data, expert} != set(named) or len(named) != 2:
         raise ValueError(f"mesh: expected two dimensions, {data!r} and {expert!r}, got {mesh}")
-    experts = set(expert_parameters(model))
+    experts, ranks = set(expert_parameters(model)), mesh[expert].size()
+    for p in experts:
+        if isinstance(p, DTensor) and len(set(bounds_by_rank(len(p), ranks))) <= ranks:
+            raise ValueError(
+                f"mesh: expected experts on every rank, as FSDP takes no empty parameters, got {len(p)} over {ranks} "
+                "ranks, of which the last has none; use fewer, or ExpertParallel(replicas=...) and ddp"
+            )
     fully_shard(model, mesh=mesh[data, expert]._flatten(), ignored_params=experts, **options)
     others = set(model.parameters()) - experts
     for m in model.modules():
@@ -145,21 +152,12 @@ def _another_axis(p: nn.Parameter, ranks: int) -> Shard:
     return Shard(next((axis for axis in range(1, p.dim()) if p.shape[axis] % ranks == 0), 0))
 
 
-def _is_of_one_rank(model: nn.Module, name: str) -> bool:
-    """Whether a buffer is of a module that only this rank has."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part == "_submodules" and any(map(is_elsewhere, model.get_submodule(".".join(parts[: i + 1])).children())):
-            return True
-    return False
-
-
 # ------------------------------------------------------------------------------------------------- what has to be equal
 
 
 def _in_common(model: nn.Module) -> dict[str, object]:
     one_rank = {id(p) for p in expert_parameters(model)}
-    spread = tuple(f"{name}." for name, m in model.named_modules() if any(map(is_elsewhere, m.children())) and name)
+    spread = of_one_rank(model)
     modules, tensors, masks = [], [], dict[str, object]()
     for name, m in model.named_modules():
         if not name.startswith(spread):

@@ -543,9 +543,11 @@ class _ParallelSelection(Selection):
 # --------------------------------------------------------------------------------------------------------- whole models
 
 
-def is_elsewhere(module: nn.Module) -> bool:
-    """Whether it stands for a module of another rank."""
-    return isinstance(module, _Elsewhere)
+def of_one_rank(model: nn.Module) -> tuple[str, ...]:
+    """What the names of modules begin with that only one rank of a mesh has."""
+    spread = ((name, m) for name, m in model.named_modules() if isinstance(m, _ParallelSelection))
+    found = [name for name, m in spread if not isinstance(m._submodules, Stack)]
+    return tuple(f"{name}._submodules.".removeprefix(".") for name in found)
 
 
 @checked

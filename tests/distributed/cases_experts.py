@@ -630,6 +630,37 @@ def unfrozen_after_they_were_spread(world: World) -> None:
 
 
 @case
+def one_module_for_all_ranks(world: World) -> None:
+    """Ranks without any are prepared and trained as the others; FSDP, which takes no empty parameters, is refused."""
+    torch.manual_seed(9)
+    ref = nn.Sequential(nn.Linear(D, D), Alone(D)).double()
+    model = parallelize_module(copy.deepcopy(ref), world.rows(4), {"1.select": ExpertParallel()})
+    wrapped = ddp(prepare(model))
+    x = torch.randn(8, D, dtype=F64)
+    wrapped(x.chunk(4)[world.rank]).square().mean().backward()
+    ref(x).square().mean().backward()
+    expected = dict(ref.named_parameters())
+    for name, p in model.named_parameters():
+        same(p.grad, expected[name].grad, name)
+    for K in (1, 3, 5):
+        mixture = parallelize_module(MoE(D, 4, K, 1), world.rows(4), ExpertParallel())
+        named = DeviceMesh("cpu", torch.arange(4)[None], mesh_dim_names=("data", "expert"))
+        assert "got" in message(ValueError, lambda mixture=mixture, named=named: shard(mixture, named))
+
+
+class Alone(nn.Module):
+    """A selection of one module, which has a buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.select = Selection(nn.Sequential(nn.Linear(width, 2), nn.BatchNorm1d(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.select(x, Trajectory(len(x)), torch.zeros(len(x), dtype=torch.int64))[0]
+        return y
+
+
+@case
 def models_of_some_ranks(world: World) -> None:
     """Two groups of ranks, each with a model of its own, which is gathered from the ranks that have it."""
     mesh = world.meshes[2]
