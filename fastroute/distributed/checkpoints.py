@@ -95,6 +95,8 @@ class Checkpoints:
         self._more = dict(_by_name("more", more or {}, Stateful, "what has state_dict and load_state_dict"))
         self._keep = keep
         self._saving: Any = None
+        self._loaded: int | None = None
+        self._saved = 0
         # of its own: an asynchronous save has collectives in a thread, which must not mix with those of training
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -163,7 +165,8 @@ class Checkpoints:
                 by the next call of ``save``, ``load`` or ``wait``.
 
         Raises:
-            TypeError, ValueError: naming the argument; ValueError, OSError: on all ranks, the folder cannot be made.
+            TypeError, ValueError: naming the argument; on all ranks, the folder cannot be made, or has later steps
+                though none was loaded. After a load of an earlier one, a save deletes the later ones.
         """
         self.wait()
         path = self._path(step)
@@ -173,8 +176,13 @@ class Checkpoints:
         if self._leads:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if self._loaded is None and (there := self.steps()) and there[-1] > step:
+                    raise ValueError(
+                        f"step: expected one after {there[-1]}, which is in {self.folder}, got {step}; load a step "
+                        "first, or take another folder"
+                    )
                 shutil.rmtree(path, ignore_errors=True)  # of a run that ended while it saved
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problem = error
         # nobody writes before the first rank is here, too
         own = own_names(self._root)
@@ -185,6 +193,7 @@ class Checkpoints:
         ]
         what = {"step": step, "names": names, "more": sorted(state["more"]), "folder": problem}
         agree(what, self._group, layer=type(self).__name__)
+        self._saved = step
         if asynchronous:
             self._saving = async_save(state, checkpoint_id=path, process_group=self._group, no_dist=self._alone)
         else:
@@ -211,7 +220,9 @@ class Checkpoints:
 
     def _forget(self) -> None:
         if self._leads:
-            for step in self.steps()[: -self._keep]:
+            there = self.steps()
+            upto = there.index(self._saved) + 1  # later ones are of a run that went back
+            for step in [*there[: max(0, upto - self._keep)], *there[upto:]]:
                 (self._path(step) / _COMPLETE).unlink()  # first: a step is whole or does not count
                 shutil.rmtree(self._path(step), ignore_errors=True)
 
@@ -254,6 +265,7 @@ class Checkpoints:
                 set_optimizer_state_dict(self._root, self._optimizers, state["optimizers"], options=options)
         for name, each in self._more.items():
             each.load_state_dict(_unpacked(state["more"][name]) if name in packed else state["more"][name])
+        self._loaded = which
         return int(state["step"])
 
     @staticmethod

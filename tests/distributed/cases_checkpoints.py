@@ -239,3 +239,24 @@ def more_comes_back_as_it_was(world: World) -> None:
         known = Known({"a": 0, "t": torch.zeros(2)})
         assert Checkpoints(path, module, more={"told": known}).load() == 7
         assert known.state["a"] == 5 and known.state["t"].tolist() == [1, 1]
+
+
+@case
+def a_run_that_goes_back(world: World) -> None:
+    """What it saves stays and is loaded next; steps of another run, which was not loaded, are not in its way."""
+    with folder(world) as path:
+        module, _ = training()
+        checkpoints = Checkpoints(path, module, keep=3)
+        for step in (5, 10, 15):
+            checkpoints.save(step)
+        dist.barrier()
+        with pytest.raises(ValueError, match=r"step: expected one after 15, which is in .*, got 6; load a step"):
+            Checkpoints(path, module).save(6)
+        dist.barrier()
+        assert checkpoints.steps() == [5, 10, 15]
+        again = Checkpoints(path, module, keep=2)
+        assert again.load(10) == 10
+        again.save(11, asynchronous=True)
+        again.wait()
+        dist.barrier()
+        assert again.steps() == [10, 11] and again.load() == 11
