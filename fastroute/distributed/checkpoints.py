@@ -34,7 +34,7 @@ from ..modules.wrapped import unwrapped
 from ..ops.arguments import Count, Natural, checked
 from ..ops.checks import given
 from .agreement import agree
-from .experts import own_names, spread_modules
+from .experts import of_one_rank, own_names, spread_modules
 
 __all__ = ["Checkpoints", "full_state_dict", "load_full_state_dict"]
 
@@ -185,7 +185,7 @@ class Checkpoints:
             except (OSError, ValueError) as error:
                 problem = error
         # nobody writes before the first rank is here, too
-        own = own_names(self._root)
+        own = {unwrapped(self._root, name) for name in own_names(self._root)}
         names = [
             f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" if isinstance(t, Tensor) else key
             for key, t in sorted(state["modules"].items())
@@ -235,6 +235,7 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: the step that was asked for is not there, or not complete; on every rank.
+            ValueError: the modules have other parameters or buffers; on every rank.
         """
         self.wait()
         there = self.steps()
@@ -250,6 +251,8 @@ class Checkpoints:
         packed = {name for name in self._more if f"more.{name}.rest" in saved}  # fastroute 0.2.0: key by key
         with self._made_anew():
             state = self._state(which)
+            wrong = self._misfit(state["modules"], saved, which)
+            agree({"modules": wrong}, self._group, layer=type(self).__name__)
             self._leave_out(state["optimizers"], saved)
             for name, each in self._more.items():
                 if name not in packed:
@@ -267,6 +270,18 @@ class Checkpoints:
             each.load_state_dict(_unpacked(state["more"][name]) if name in packed else state["more"][name])
         self._loaded = which
         return int(state["step"])
+
+    def _misfit(self, modules: Mapping[str, Any], saved: Mapping[str, Any], step: int) -> Exception | None:
+        """What PyTorch finds out late, or not: parameters and buffers that only one side has."""
+        own = {f"modules.{key}" for key, t in modules.items() if isinstance(t, Tensor)}
+        others = [unwrapped(self._root, name[:-1]) for name in of_one_rank(self._root)]  # other ranks have these
+        others += [key for key, t in modules.items() if not isinstance(t, Tensor)]  # saved key by key
+        known = tuple(f"modules.{name}." for name in others)
+        more = sorted(key for key in saved.keys() - own if key.startswith("modules.") and not key.startswith(known))
+        if not (lacks := sorted(own - saved.keys())) and not more:
+            return None
+        names = [", ".join(key.removeprefix("modules.") for key in keys) or "none" for keys in (lacks, more)]
+        return ValueError(f"modules: expected those of step {step}, got some with {names[0]} and without {names[1]}")
 
     @staticmethod
     def _leave_out(optimizers: dict[str, Any], there: Mapping[str, Any]) -> None:

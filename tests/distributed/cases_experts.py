@@ -630,6 +630,33 @@ def unfrozen_after_they_were_spread(world: World) -> None:
 
 
 @case
+def wrapped_models_are_saved_and_loaded(world: World) -> None:
+    """By DDP or torch.compile, with modules that only one rank has; other ranks, or other names, are found out."""
+    for wrap in (ddp, lambda m: torch.compile(m, backend="eager")):
+        torch.manual_seed(9)
+        model = nn.Sequential(nn.Linear(D, D), experts(5))
+        parallelize_module(model, world.rows(4), {"1": ExpertParallel()})
+        expected = {k: t.clone() for k, t in model.state_dict().items()}
+        wrapped = wrap(prepare(model))
+        with folder(world) as path:
+            Checkpoints(path, wrapped).save(1)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.zero_()
+            assert Checkpoints(path, wrapped).load() == 1
+            for key, t in model.state_dict().items():
+                same(t, expected[key], key)
+            whole = nn.Sequential(nn.Linear(D, D), experts(5))
+            assert Checkpoints(path, whole).load() == 1
+            for bad, said in (
+                (nn.Sequential(nn.Linear(D, D, bias=False), experts(5)), "with none and without 0.bias"),
+                (nn.Sequential(nn.Linear(D, D), experts(6)), "with 1._submodules.5.0.bias, 1._submodules.5.0.weight, "),
+            ):
+                assert said in message(ValueError, lambda bad=bad: Checkpoints(path, bad).load())
+        del wrapped
+
+
+@case
 def one_module_for_all_ranks(world: World) -> None:
     """Ranks without any are prepared and trained as the others; FSDP, which takes no empty parameters, is refused."""
     torch.manual_seed(9)
