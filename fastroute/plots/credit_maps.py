@@ -174,7 +174,7 @@ def _credit_of_tokens(
             under = ([column - 0.2, column + len(token) + 0.2], [row_of + 0.84] * 2)
             ax.plot(*under, color=ink, linewidth=0.8, dashes=(3, 1.5))
         middle = column + len(token) / 2
-        style = {"family": "monospace", "fontsize": 8, "color": ink, "ha": "center", "va": "center"}
+        style: dict[str, Any] = {"family": "monospace", "fontsize": 8, "color": ink, "ha": "center", "va": "center"}
         ax.text(middle, row_of + 0.45, token, parse_math=False, **style)
     for row_of, text_of, wrong in headings:
         ax.text(-0.4, row_of + 0.5, text_of, fontsize=9, color=WRONG if wrong else INK, va="center", parse_math=False)

@@ -69,12 +69,12 @@ def saved(figure: Figure, path: str | Path | None) -> Figure:
     return figure
 
 
-def lined(ax: Any, **legend: Any) -> None:
-    """How axes of lines and points look; the legend stands outside, on the right."""
+def lined(ax: Any, **legend: Any) -> Any:
+    """How axes of lines and points look; the legend, which is returned, stands outside, on the right."""
     ax.tick_params(labelsize=7, colors=INK, which="both")
     ax.grid(True, color="#e4e4e4", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, **legend)
+    return ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False, **legend)
 
 
 def places(steps: Sequence[float] | Tensor | None, count: int, what: str) -> Tensor:

@@ -55,7 +55,7 @@ def graph(model: MTLModel, *, title: str | None = None, path: str | Path | None 
             face, text = (INK, "white") if name in outputs else ("#e8eef5" if name == "root" else "white", ink)
             box = {"boxstyle": "round,pad=0.35", "facecolor": face, "edgecolor": ink, "linewidth": 0.8}
             said = _described(model, name)
-            style = {"ha": "center", "va": "center", "fontsize": 7, "color": text, "bbox": box}
+            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7, "color": text, "bbox": box}
             label = ax.text(*at, said, zorder=2, parse_math=False, **style)
             boxes[name] = label.get_bbox_patch()
         else:

@@ -81,7 +81,7 @@ def weights(
         ax.set_yscale("log")
     ax.set_xlabel("step", fontsize=8)
     ax.set_ylabel("weight", fontsize=8)
-    lined(ax, ncols=-(-T // 16))
-    for text, task in zip(ax.get_legend().get_texts(), shown, strict=True):
-        text.set(text=task, parse_math=False)  # a label that begins with _ would not be shown
+    for line, text, task in zip(ax.lines, lined(ax, ncols=-(-T // 16)).get_texts(), shown, strict=True):
+        line.set_label(task)  # after the legend is made, which leaves out labels that begin with _
+        text.set(text=task, parse_math=False)
     return saved(figure, path)
