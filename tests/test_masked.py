@@ -7,19 +7,22 @@ gradient is exactly zero: forward and backward, in every layer that takes a mask
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastroute import capsules, multitask, networks, tasks, use_backend
+from fastroute import capsules, functional, multitask, networks, tasks, use_backend
 from fastroute.networks import Loss, MoE, Selection, TopKGating, Trajectory
+from fastroute.ops.matrix_routing.contract import Capsules
 from tests.helpers import seeds
 from tests.helpers.networks import LEARNING
 
 B, F, K = 7, 6, 3
 GONE = torch.tensor([0, 1, 0, 0, 1, 0, 1]).bool()  #: samples that are masked
+NOWHERE = torch.tensor(False)
 POISON = (float("nan"), float("inf"), float("-inf"), 1e30)
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -343,6 +346,41 @@ def left_out(how: str) -> tuple[Tensor, dict[str, Tensor]]:
 def test_capsules(layer: str, dtype: torch.dtype, how: str, backend: str) -> None:
     with use_backend(backend):
         check(lambda: capsule_cases()[layer](dtype, how))
+
+
+def op_cases() -> dict[str, Callable[[], Case]]:
+    """The ops of capsules as they are called without a layer: what is in a row that reaches no output."""
+    gone, given_as = left_out("mask")
+
+    def case(fn: Callable[..., Any], names: tuple[str, ...], **made: Tensor) -> Callable[[], Case]:
+        masked = {k: gone.reshape(B, N, *[1] * (t.dim() - 2)) if k in names else NOWHERE for k, t in made.items()}
+        return lambda: Case(nn.Identity(), made, masked, lambda given: fn(**given, **given_as))
+
+    def drawn(*shape: int) -> Tensor:
+        return draw(*shape, dtype=torch.float64, seed=len(shape))
+
+    def matrices(a: Tensor, mu: Tensor, mask: Tensor, **w: Tensor) -> Any:
+        return tuple(functional.matrix_routing(a, mu, Capsules(**w), n_iters=2, mask=mask))
+
+    x, gate, pair = {"x": drawn(B, N, D)}, {"gate": drawn(B, N)}, drawn(N, M)
+    step = {"pred": drawn(B, M, D), "score_weight": pair, "score_bias": pair, "use": pair, "ign": pair}
+    first = partial(functional.vector_routing, pred=None, score_weight=None, score_bias=None)
+    pairs = {"scores": drawn(B, N, M), "votes": drawn(B, N, M, D)}
+    capsule = {"W": drawn(N, M, D, 2), "B": drawn(N, M, 3, 2), "beta_use": pair, "beta_ign": pair}
+    return {
+        "vector_routing": case(functional.vector_routing, ("x", "gate"), **x, **gate, **step),
+        "vector_routing, first": case(first, ("x", "gate"), **x, **gate, use=pair, ign=pair, prior=drawn(M).exp()),
+        "soft_assignment": case(functional.soft_assignment, ("scores", "gate"), **pairs, **gate, use=pair, ign=pair),
+        "soft_assignment, mean": case(partial(functional.soft_assignment, mean=True), ("scores",), **pairs),
+        "matrix_routing": case(matrices, ("a", "mu"), a=drawn(B, N), mu=drawn(B, N, 3, D), **capsule),
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("op", op_cases())
+def test_ops_of_capsules(op: str, backend: str) -> None:
+    with use_backend(backend):
+        check(op_cases()[op])
 
 
 # ---------------------------------------------------------------------------------------------------------- tasks

@@ -19,6 +19,7 @@ from .. import checks
 from ..arguments import explained
 from ..autograd import asked_again, called, through, transformed
 from ..backends import Case, choose, offer, record, requested
+from ..masked import reaching
 from ..precision import autocast_dtype, autocast_off
 from ..registry import define, no_second_derivative
 from . import native as native  # defines the native ops
@@ -329,6 +330,7 @@ def matrix_routing(
         checks.tensor("mask", mask, "a bool tensor")
         checks.together(("mu_inp", mu_inp), {"mask": mask})
         mask = checks.as_mask(mask, (B,), n, m)
+        a_inp = reaching(a_inp, mask)
     dtype = torch.promote_types(mu_inp.dtype, w.W.dtype)
     if dtype == torch.float64:  # one dtype of sums, whatever is wide
         mu_inp, w = mu_inp.to(dtype), Capsules(*(t.to(dtype) for t in w))

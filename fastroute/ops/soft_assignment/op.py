@@ -18,6 +18,7 @@ from ..backends import Case, choose, is_explaining, offer, record, requested, ta
 from ..dtypes import accumulating
 from ..environment import interpreting
 from ..host import is_exporting
+from ..masked import reaching
 from ..precision import autocast_off
 from ..registry import define, no_second_derivative
 from . import native as native  # defines the native ops
@@ -218,7 +219,8 @@ def soft_assignment(
 
     The sum is Heinsen (2022), section 2, of any routing; the mean is Locatello et al. (2020), Algorithm 1 (slots are
     outputs). Nothing of size n x m is stored between forward and backward but ``scores`` itself. A row whose every pair
-    is masked contributes zero, and a mean over nothing is zero.
+    is masked contributes zero, whatever its scores and gate are (its votes must be finite), and a mean over nothing is
+    zero.
 
     Args:
         scores: S [B, n, m], any floating dtype. None: R is ``prior`` for every input (over its open pairs).
@@ -287,6 +289,7 @@ def soft_assignment(
         betas.append(beta)
     if mask is not None:
         mask = checks.as_mask(mask, (B,), n, m)
+        gate = None if gate is None else reaching(gate, mask)
     if lengths is not None:
         lengths = checks.as_lengths(lengths, (B,), n, votes.device)
     if mean and (use is not None or ign is not None):

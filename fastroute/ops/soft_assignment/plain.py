@@ -55,7 +55,8 @@ def _tiles(votes: Tensor, pairs: Pairs) -> Iterator[_Tile]:
             if open is None:
                 R = S.softmax(-1)
             else:
-                R = S.masked_fill(~open & open.any(-1, keepdim=True), -torch.inf).softmax(-1) * open
+                shut = ~open.any(-1, keepdim=True)
+                R = S.masked_fill(~open, -torch.inf).masked_fill(shut, 0.0).softmax(-1) * open
         use, ign = _per_row(pairs.use, rows, acc), _per_row(pairs.ign, rows, acc)
         t = R if use is None else use * R
         t = t if ign is None else t - ign * (1 - R)

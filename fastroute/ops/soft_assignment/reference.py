@@ -27,7 +27,7 @@ def share(
         R = scores.softmax(-1)
     if mask is not None:
         shut = mask.all(-1, keepdim=True)
-        R = scores.masked_fill(mask & ~shut, -torch.inf).softmax(-1).masked_fill(shut, 0.0)
+        R = scores.masked_fill(mask, -torch.inf).masked_fill(shut, 0.0).softmax(-1).masked_fill(shut, 0.0)
         f = f.expand_as(R).masked_fill(mask, 0.0)
     D_use = f * R
     D_ign = f - D_use

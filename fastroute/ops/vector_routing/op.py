@@ -16,6 +16,7 @@ from ..arguments import explained
 from ..autograd import asked_again, called, through, transformed
 from ..backends import Case, choose, offer, record, requested
 from ..dtypes import accumulating
+from ..masked import reaching
 from ..precision import autocast_off, autocast_precision, precision_of
 from ..registry import define, no_second_derivative
 from . import native as native  # defines the native ops
@@ -174,7 +175,8 @@ def vector_routing(
         \phi_{ij} &= \beta^{use}_{ij} f_i R_{ij} - \beta^{ign}_{ij} (f_i - f_i R_{ij}) \\
         M_j &= \sum_i \phi_{ij} x_i, \qquad p_j = \sum_i \phi_{ij}
 
-    Nothing of size n x m is stored, forward or backward. A row whose every pair is masked contributes zero.
+    Nothing of size n x m is stored, forward or backward. A row whose every pair is masked contributes zero,
+    whatever is in it.
 
     Args:
         x: input vectors [B, n, d]; float16, bfloat16, float32 or float64.
@@ -242,6 +244,7 @@ def vector_routing(
             raise TypeError(f"{name}: expected {acc} with x {x.dtype}, got {t.dtype}")
     if mask is not None:
         mask = checks.as_mask(mask, (B,), n, m)
+        x, gate = reaching(x, mask), reaching(gate, mask)
     if lengths is not None:
         lengths = checks.as_lengths(lengths, (B,), n, x.device)
     if transformed() or (prior is not None and prior.requires_grad and torch.is_grad_enabled()):  # no kernel has that
