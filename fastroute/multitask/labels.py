@@ -72,14 +72,13 @@ def spread(mask: Tensor, y: Tensor, of: str = "") -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else shown(mask)
         raise TypeError(f"mask{of}: expected a bool tensor, got {got}")
-    if mask.numel() == y.numel() and mask.shape[:1] == y.shape[:1]:
+    if are_alike(mask, y):
         return mask.reshape(y.shape)
-    if mask.dim() == 1 and y.dim() > 1 and mask.shape == y.shape[:1]:
+    if mask.shape == y.shape[:1]:
         mask = mask.reshape(-1, *[1] * (y.dim() - 1))
-    try:
-        return mask.expand_as(y)
-    except RuntimeError:
-        raise ValueError(f"mask{of}: expected the target's shape {shown(y)}, got {shown(mask)}") from None
+    if mask.dim() != y.dim() or not all(n == 1 or n == wanted for n, wanted in zip(mask.shape, y.shape, strict=True)):
+        raise ValueError(f"mask{of}: expected the target's shape {shown(y)}, or [B], got {shown(mask)}")
+    return mask.expand_as(y)
 
 
 def classes(x: Tensor, y: Tensor, mask: Tensor | None, of: str = "") -> tuple[Tensor, Tensor, Tensor | None]:

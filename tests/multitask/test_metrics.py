@@ -211,6 +211,43 @@ def test_a_loss_and_its_metric_read_alike(x: tuple[int, ...], y: tuple[int, ...]
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("y", "mask", "fits"),
+    [
+        ((4, 2, 3), (4, 2, 3), True),
+        ((4, 2, 3), (4,), True),
+        ((4, 2, 3), (4, 1, 3), True),
+        ((4, 1, 2, 3), (4, 2, 3), True),
+        ((3, 3), (3,), True),  # samples, not columns
+        ((4, 2, 3), (4, 3, 2), False),  # as many elements, in another order
+        ((4, 4, 3), (4, 1), False),
+        ((4, 3), (3,), False),
+        ((4, 3), (), False),
+    ],
+    ids=str,
+)
+def test_which_masks_fit(y: tuple[int, ...], mask: tuple[int, ...], fits: bool) -> None:
+    """Of the labels' shape but for axes of one element, or [B]; nothing else is broadcast or reshaped."""
+    guess, label = torch.zeros(y), torch.randn(y, generator=seeds.generator(0))
+    there = torch.rand(mask, generator=seeds.generator(1)) < 0.6
+    error = L1()
+
+    def loss() -> Tensor:
+        return task_losses({"t": guess}, {"t": label}, {"t": nn.L1Loss()}, {"t": there})[0]["t"]
+
+    if not fits:
+        for run in (loss, lambda: error.update(guess, label, there)):
+            with pytest.raises(ValueError, match=r"mask.*: expected the target's shape .*, or \[B\], got"):
+                run()
+        return
+    whole = there.reshape(y) if there.numel() == label.numel() else there
+    whole = whole.reshape(-1, *[1] * (label.dim() - 1)) if mask == (y[0],) else whole
+    expected = label[whole.expand(y)].abs().mean()
+    error.update(guess, label, there)
+    torch.testing.assert_close(error.compute().float(), expected)
+    torch.testing.assert_close(loss(), expected)
+
+
 def test_sums_stay_float64() -> None:
     """A mean of 2^25 small things: float32 would stop counting at 2^24."""
     error = L1().half()
