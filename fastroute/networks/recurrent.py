@@ -215,10 +215,7 @@ class RoutingRNNCellBase(Options, nn.Module):
             shared = 0 if self.recurrent else layer
             if layer and not self.recurrent:
                 y = self.nonlin(y)
-            actions = next(forced)
-            if actions is not None and active is not None:
-                actions = torch.where(active, actions, 0)  # a trajectory says -1 where there was no decision
-            y, _, actions = routers[shared](y, meta, agents, active, forced_actions=actions)
+            y, _, actions = routers[shared](y, meta, agents, active, forced_actions=next(forced))
             if self.recurrent or self._zero_stops:
                 active = actions != 0  # what was inactive before has action 0 as well
             if self.recurrent:

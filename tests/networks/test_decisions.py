@@ -212,23 +212,25 @@ def test_exploratory_flags(algo: str, formula: str) -> None:
 @each_formula
 @pytest.mark.parametrize("masked", [False, True])
 def test_replays(algo: str, formula: str, masked: bool) -> None:
-    """The actions of a run, forced, give its losses and gradients again."""
+    """The actions of a run, forced, give its losses and gradients again; those of a trajectory, too, with its -1."""
     layer = made(algo, "hidden", 3, formula, exploration=0.4)
     x, agents = batch(3)
     mask = torch.arange(B) % 5 > 1 if masked else None
     results: list[Any] = []
-    for way in range(2):
+    recorded = None
+    for way in range(3):
         seeds.manual_seed(0)  # Gumbel and RELAX also draw what is not the action
-        forced = {} if way == 0 else {"forced_actions": results[0][0].int().tolist()}
+        forced = {} if way == 0 else {"forced_actions": results[0][0].int().tolist() if way == 1 else recorded}
         y, meta, actions = layer(x, start(x), agents, mask, **forced)
+        recorded = meta.actions[0]
         loss = Loss(nn.MSELoss(), NegLossReward())(y, meta, torch.zeros_like(y), reduce=False)
         layer.zero_grad()
         total = sum(part.sum() for part in loss)
         total.backward()
         results.append((actions, *(t.detach() for t in loss), *[g for g in gradients(layer).values() if g is not None]))
-    assert len(results[0]) == len(results[1])
-    for got, expected in zip(*results[::-1], strict=True):
-        assert torch.equal(got, expected)
+    for again in results[1:]:
+        for got, expected in zip(again, results[0], strict=True):
+            assert torch.equal(got, expected)
 
 
 # ---------------------------------------------------------------------------------------------- exploration

@@ -252,6 +252,7 @@ class Decision(Options, nn.Module):
                 recorded of them.
             update_target: [B, ...]: what masked-out samples' rows come from, instead of ``batch``.
             forced_actions: [B] integers: take these actions, instead of choosing (replay, teacher forcing, off-policy).
+                Those of samples that ``mask`` leaves out, for which a trajectory has -1, are not looked at.
 
         Returns:
             (y, meta, actions [B] int64). y is the batch itself, except from GumbelSoftmax.
@@ -268,7 +269,7 @@ class Decision(Options, nn.Module):
         plan, whose = self._plan(meta, whose, active, B, batch.device)
         forced = None
         if forced_actions is not None:
-            forced = self._forced(forced_actions, B, batch.device)
+            forced = self._forced(forced_actions, B, batch.device, active)
         seen = only(batch, active)
         if torch.compiler.is_compiling() or not batch.is_floating_point():
             made = self.decide(seen, plan, forced)
@@ -330,8 +331,9 @@ class Decision(Options, nn.Module):
         plan = dispatch.plan(torch.where(active, whose, -1), self._num_agents, "agents")
         return plan, None if agents is None else agents.clone()
 
-    def _forced(self, forced: Any, B: int, device: torch.device) -> Tensor:
-        forced = dispatch.as_actions(forced, B, device, "forced_actions").clone()
+    def _forced(self, forced: Any, B: int, device: torch.device, active: Tensor | None) -> Tensor:
+        forced = dispatch.as_actions(forced, B, device, "forced_actions")
+        forced = forced.clone() if active is None else torch.where(active, forced, 0)
         K = self._num_selections
         if may_look(forced) and B:
             lowest, highest = int(forced.min()), int(forced.max())
