@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..modules.names import has_own
+from ..ops.masked import only
 from ..ops.trajectory_loss.op import SILENT
 from .decision_record import Column, Record
 
@@ -102,10 +103,15 @@ class Entries:
         self._records, self._steps, self.gamma = records, steps, gamma
         self.choices = records[0].choices
         self.batch = records[0].actions.shape[0]  #: B, the samples that the entries come from
+        #: [N] bool, or None: all. The others are no entries: whatever they left is zero here, and has no gradient.
+        self.active: Tensor | None = None
+        if any(r.active is not None for r in records):
+            ones = torch.ones_like(records[0].actions, dtype=torch.bool)
+            self.active = torch.cat([ones if r.active is None else r.active for r in records])
 
     def _all(self, of: Callable[[Record, Step], Tensor]) -> Tensor:
         made = [of(r, s) for r, s in zip(self._records, self._steps, strict=True)]
-        return made[0] if len(made) == 1 else torch.cat(made)
+        return only(made[0] if len(made) == 1 else torch.cat(made), self.active)
 
     # ------------------------------------------------------------------------------------------------ this state
 
@@ -185,22 +191,13 @@ class Entries:
 
     # ---------------------------------------------------------------------------------------------- over all entries
 
-    @property
-    def active(self) -> Tensor | None:
-        """[N] bool, or None: all."""
-        if all(r.active is None for r in self._records):
-            return None
-        return self._all(lambda r, s: torch.ones_like(r.actions, dtype=torch.bool) if r.active is None else r.active)
-
     def sum(self, x: Tensor) -> Tensor:
         """The sum over entries."""
-        active = self.active
-        return x.sum() if active is None else torch.where(active, x, 0).sum()
+        return only(x, self.active).sum()
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over entries."""
-        active = self.active
-        return x.mean() if active is None else torch.where(active, x, 0).sum() / active.sum().clamp(min=1)
+        return x.mean() if self.active is None else self.sum(x) / self.active.sum().clamp(min=1)
 
 
 def from_raw(

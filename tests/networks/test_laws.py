@@ -124,6 +124,36 @@ def test_joining_batches(algo: str, seed: int, B: int) -> None:
 @each_formula
 @few
 @hypothesis.given(**nets)
+def test_deciding_in_parts(algo: str, formula: str, seed: int, B: int) -> None:
+    """A layer that decides for parts of a batch, one after the other, comes to what it comes to at once."""
+    net = Net(algo, formula, seed)
+    b = net.batch(B, seed)
+    expected, gradients = net.run(b, masked=False), net.gradients(b, masked=False)
+    parts = torch.randperm(B, generator=seeds.generator(seed)).split([B // 2, B - B // 2])
+
+    def in_parts(layer: Any) -> Any:
+        def call(x: Tensor, meta: Any, agents: Tensor, mask: None, forced_actions: Tensor) -> Any:
+            y = x
+            for rows in parts:
+                net.rows = rows
+                made, *_ = layer(x[rows], meta[rows], agents[rows], forced_actions=forced_actions[rows])
+                y = y.index_copy(0, rows, made)
+            return y, meta, forced_actions
+
+        return call
+
+    weights = [p for m in (*net.decisions, *net.selections) for p in m.parameters()]
+    net.decisions = [in_parts(layer) for layer in net.decisions]
+    found = net.run(b, masked=False)
+    equal(expected, found, "in parts")
+    made = torch.autograd.grad((found[1] + found[2]).sum(), weights, allow_unused=True)
+    equal(gradients, [torch.zeros_like(w) if g is None else g for g, w in zip(made, weights, strict=True)], "gradients")
+
+
+@each_class
+@each_formula
+@few
+@hypothesis.given(**nets)
 def test_masked_is_removed(algo: str, formula: str, seed: int, B: int) -> None:
     """Samples masked out of every layer have no part in what becomes of the others."""
     net = Net(algo, formula, seed)
