@@ -73,6 +73,7 @@ class RecordedBatch:
         self.without_graph = False  # whether something was recorded without gradients
         self.is_read = False  # whether somebody asked for losses
         self.samples: dict[int, SampleMetaInformation] = {}
+        self.is_left = False  # whether samples have gone on in another batch
         #: what a user put into a recorded step of a sample: (record, sample) -> name -> value
         self.extras: dict[tuple[int, int], dict[str, Any]] = {}
         #: steps that a user began: sample -> (how many records came before, the step)

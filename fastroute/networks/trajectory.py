@@ -5,7 +5,7 @@ Axes: B samples, T decisions, K choices of a decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import torch
@@ -68,11 +68,25 @@ class Trajectory(Sequence[SampleMetaInformation]):
 
     @classmethod
     def of(cls, samples: Trajectory | Sequence[SampleMetaInformation], size: int | None = None) -> Trajectory:
-        """A trajectory from a list of samples, as upstream's functions take them; of a batch of ``size``, if given."""
-        made = samples if isinstance(samples, Trajectory) else cls._of_list(samples)
+        """A trajectory from a list of samples, as upstream's functions take them.
+
+        Args:
+            size: of a batch that something is recorded for; samples in a list then go on in that trajectory.
+        """
+        if isinstance(samples, Trajectory):
+            made = samples
+            if made._batch.is_left:
+                held = list(made)
+                there = cls._of_list(held)._held_by(held)
+                made._batch, made._rows = there._batch, there._rows
+        else:
+            made = cls._of_list(samples)
         if size is not None and made.size != size:
             raise ValueError(f"meta: expected one entry per sample, {size}, got {made.size}")
-        return made
+        if size is None or made is samples:
+            return made
+        made._held_by(samples)
+        return made if len(set(samples)) == size else cls._of_list(samples)  # which has some twice, and is refused
 
     @classmethod
     def _of_list(cls, samples: Sequence[SampleMetaInformation]) -> Trajectory:
@@ -82,6 +96,14 @@ class Trajectory(Sequence[SampleMetaInformation]):
         if len(batches) == 1 and (batches[0].size > 1 or len(samples) == 1):
             return cls._view(batches[0], [s._index for s in samples])
         return _joined([cls._view(s._batch, [s._index]) for s in samples])
+
+    def _held_by(self, samples: Iterable[SampleMetaInformation]) -> Trajectory:
+        """Itself, after samples of several batches have gone on in this one, which was made of them."""
+        for row, sample in enumerate(samples if self._rows is None else ()):
+            sample._batch.is_left = True
+            sample._batch, sample._index = self._batch, row
+            self._batch.samples[row] = sample
+        return self
 
     # ------------------------------------------------------------------------------------------ a list of samples
 
@@ -375,7 +397,7 @@ def _joined(parts: Sequence[Trajectory]) -> Trajectory:
             if old in part._batch.foreign:
                 batch.foreign[new] = [(offset + t, step) for t, step in part._batch.foreign[old]]
             if part._batch.size == 1:  # made by the user, who keeps the sample: it follows the new batch
-                batch.samples[new] = sample
+                batch.samples[new], part._batch.is_left = sample, True
         for t, added in part._batch.added.items():
             own = added if part._rows is None else added[part._index(added.device)]
             batch.added[offset + t] = spread(own, torch.arange(own_rows.start, own_rows.stop, device=own.device), size)

@@ -325,6 +325,36 @@ def test_split_and_joined_again() -> None:
     assert torch.equal(shuffled, expected[order])
 
 
+@pytest.mark.parametrize("sizes", [(4, 3), (1, 3), (1, 1)])
+def test_a_list_of_samples_of_several_batches(sizes: tuple[int, int]) -> None:
+    """What is decided for a plain list is seen by the list, by its samples, and by their own batches' trajectories."""
+    B = sum(sizes)
+    x, layer = torch.randn(B, F, generator=seeds.generator(0)), decision("REINFORCE", 4)
+    forced = torch.arange(3 * B).reshape(3, B) % 4
+
+    def lost(samples: Any, rows: slice) -> Tensor:
+        y = torch.zeros(B, 1)[rows]
+        return Loss(nn.MSELoss(), NegLossReward())(y, samples, y + 1, reduce=False)[1]
+
+    whole = start(x)
+    for t in range(3):
+        layer(x, whole, forced_actions=forced[t])
+    parts, rows = [start(p) for p in x.split(sizes)], [slice(0, sizes[0]), slice(sizes[0], B)]
+    both = [*parts[0], *parts[1]]
+    layer(x, both, forced_actions=forced[0])
+    for part, own in zip(parts, rows, strict=True):
+        layer(x[own], part, forced_actions=forced[1, own])
+    layer(x.flip(0), both[::-1], forced_actions=forced[2].flip(0))
+    for samples in (both, [*parts[0], *parts[1]]):
+        assert [[int(s["actions"]) for s in sample.steps] for sample in samples] == forced.T.tolist()
+    assert torch.equal(lost(both, slice(B)), lost(whole, slice(B)))
+    for part, own in zip(parts, rows, strict=True):
+        assert torch.equal(lost(part, own), lost(whole, slice(B))[own])
+    a, b = start(x[:2]), start(x[:1])
+    with pytest.raises(ValueError, match="meta: expected each sample once"):
+        layer(x[[0, 0, 1]], [a[0], a[0], b[0]])
+
+
 def test_what_was_appended_is_joined_too() -> None:
     (_, a, _, _), (_, b, _, _) = routed(2, seed=1), routed(2, seed=2)
     a[1].append("note", "a1")

@@ -36,11 +36,7 @@ class Samples(Trajectory, MutableSequence[SampleMetaInformation], _List):  # typ
     def _become(self, change: Callable[[list[SampleMetaInformation]], Any]) -> Any:
         samples = list(self)
         made = change(samples)
-        joined = Trajectory.of(samples)
-        if joined._rows is None:  # a new batch, which its samples follow
-            for row, sample in enumerate(samples):
-                sample._batch, sample._index = joined._batch, row
-                joined._batch.samples[row] = sample
+        joined = Trajectory.of(samples)._held_by(samples)
         self._batch, self._rows = joined._batch, joined._rows
         return made
 
