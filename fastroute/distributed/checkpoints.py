@@ -5,11 +5,13 @@ PyTorch's ``torch.distributed.checkpoint`` writes and reads; this keeps steps ap
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,11 +36,13 @@ from ..modules.wrapped import unwrapped
 from ..ops.arguments import Count, Natural, checked
 from ..ops.checks import given
 from .agreement import agree
-from .experts import of_one_rank, own_names, spread_modules
+from .experts import own_names, spread_modules
 
 __all__ = ["Checkpoints", "full_state_dict", "load_full_state_dict"]
 
 _COMPLETE = ".metadata"  #: DCP writes it last, under another name first
+#: What is missing is known to be: parameters without a state in an optimizer, modules on a rank that has none.
+_AS_CHECKED = StateDictOptions(strict=False)
 
 
 class Checkpoints:
@@ -95,8 +99,8 @@ class Checkpoints:
         self._more = dict(_by_name("more", more or {}, Stateful, "what has state_dict and load_state_dict"))
         self._keep = keep
         self._saving: Any = None
-        self._loaded: int | None = None
-        self._saved = 0
+        self._loaded = math.inf  # nothing
+        self._saved, self._later = 0, list[int]()
         # of its own: an asynchronous save has collectives in a thread, which must not mix with those of training
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -117,7 +121,8 @@ class Checkpoints:
         return (p for each in self._optimizers for group in each.param_groups for p in group["params"])
 
     def _state(self, step: int) -> dict[str, Any]:
-        model, optimizers = get_state_dict(self._root, self._optimizers)
+        model, optimizers = get_state_dict(self._root, self._optimizers, options=_AS_CHECKED)
+        model = {key: _packed(t) if _is_extra(key, t) else t for key, t in model.items()}
         more = {name: _packed(each.state_dict()) for name, each in self._more.items()}
         return {"modules": model, "optimizers": optimizers, "more": more, "step": torch.tensor(step, device="cpu")}
 
@@ -137,21 +142,27 @@ class Checkpoints:
     @contextmanager
     def _made_anew(self) -> Iterator[None]:
         """Optimizers whose state is made for all parameters, so that all can be loaded; as before if that fails."""
-        before = [(each, dict(each.state)) for each in self._optimizers]
+        before = [(each, dict(each.state), [dict(group) for group in each.param_groups]) for each in self._optimizers]
+        grads = [(p, p.grad) for p in self._parameters()]
         frozen = [p for p in self._parameters() if not p.requires_grad and p.is_floating_point()]
-        for each, _ in before:
-            each.zero_grad()
+        for p, _ in grads:
+            p.grad = None
+        for each in self._optimizers:
             each.state.clear()
         try:
             for p in frozen:
                 p.requires_grad_()
             yield
         except BaseException:
-            for each, state in before:
+            for each, state, groups in before:
                 each.state.clear()
                 each.state.update(state)
+                for group, old in zip(each.param_groups, groups, strict=True):
+                    group.update(old)
             raise
         finally:
+            for p, grad in grads:
+                p.grad = grad
             for p in frozen:
                 p.requires_grad_(False)
 
@@ -166,7 +177,7 @@ class Checkpoints:
 
         Raises:
             TypeError, ValueError: naming the argument; on all ranks, the folder cannot be made, or has later steps
-                though none was loaded. After a load of an earlier one, a save deletes the later ones.
+                though none up to this one was loaded. After a load of such a one, a save deletes the later ones.
         """
         self.wait()
         path = self._path(step)
@@ -176,16 +187,15 @@ class Checkpoints:
         if self._leads:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if self._loaded is None and (there := self.steps()) and there[-1] > step:
+                self._later = [other for other in self.steps() if other > step]  # of a run that went back
+                if self._loaded > step and self._later:
                     raise ValueError(
-                        f"step: expected one after {there[-1]}, which is in {self.folder}, got {step}; load a step "
-                        "first, or take another folder"
+                        f"step: expected one after {self._later[-1]}, which is in {self.folder}, got {step}; load a "
+                        "step up to it first, or take another folder"
                     )
-                shutil.rmtree(path, ignore_errors=True)  # of a run that ended while it saved
             except (OSError, ValueError) as error:
                 problem = error
-        # nobody writes before the first rank is here, too
-        own = {unwrapped(self._root, name) for name in own_names(self._root)}
+        own = self._of_this_rank()
         names = [
             f"{key} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" if isinstance(t, Tensor) else key
             for key, t in sorted(state["modules"].items())
@@ -193,6 +203,10 @@ class Checkpoints:
         ]
         what = {"step": step, "names": names, "more": sorted(state["more"]), "folder": problem}
         agree(what, self._group, layer=type(self).__name__)
+        if self._leads:
+            shutil.rmtree(path, ignore_errors=True)  # of the same step, or of a run that ended while it saved
+        if self._group is not None:
+            dist.barrier(group=self._group)  # nobody writes before
         self._saved = step
         if asynchronous:
             self._saving = async_save(state, checkpoint_id=path, process_group=self._group, no_dist=self._alone)
@@ -220,10 +234,9 @@ class Checkpoints:
 
     def _forget(self) -> None:
         if self._leads:
-            there = self.steps()
-            upto = there.index(self._saved) + 1  # later ones are of a run that went back
-            for step in [*there[: max(0, upto - self._keep)], *there[upto:]]:
-                (self._path(step) / _COMPLETE).unlink()  # first: a step is whole or does not count
+            upto = [step for step in self.steps() if step <= self._saved]
+            for step in [*upto[: -self._keep], *self._later]:
+                (self._path(step) / _COMPLETE).unlink(missing_ok=True)  # first: a step is whole or does not count
                 shutil.rmtree(self._path(step), ignore_errors=True)
 
     @checked
@@ -235,7 +248,7 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: the step that was asked for is not there, or not complete; on every rank.
-            ValueError: the modules have other parameters or buffers; on every rank.
+            ValueError: the modules have other parameters or buffers, or of other shapes; on every rank.
         """
         self.wait()
         there = self.steps()
@@ -248,37 +261,56 @@ class Checkpoints:
                 raise FileNotFoundError(f"step: expected one of {there} in {self.folder}, got {step}")
             return None
         saved = FileSystemReader(self._path(which)).read_metadata().state_dict_metadata
-        packed = {name for name in self._more if f"more.{name}.rest" in saved}  # fastroute 0.2.0: key by key
         with self._made_anew():
             state = self._state(which)
-            wrong = self._misfit(state["modules"], saved, which)
-            agree({"modules": wrong}, self._group, layer=type(self).__name__)
+            agree({"modules": self._misfit(state["modules"], saved, which)}, self._group, layer=type(self).__name__)
             self._leave_out(state["optimizers"], saved)
-            for name, each in self._more.items():
-                if name not in packed:
-                    state["more"][name] = each.state_dict()
-                    continue
-                prefix, like = f"more.{name}.tensors.", state["more"][name]["tensors"]
-                tensors = {key.removeprefix(prefix): t for key, t in saved.items() if key.startswith(prefix)}
-                state["more"][name]["tensors"] = {key: _room(t, like.get(key)) for key, t in tensors.items()}
+            groups = [list(group["params"]) for group in state["optimizers"].get("param_groups", [])]
+            packed = {kind: _fitted(state[kind], kind, saved) for kind in ("modules", "more")}
+            for key in [key for key, t in state["modules"].items() if _is_extra(key, t)]:
+                if not any(f"{other}.".startswith(f"modules.{key}.") for other in saved):
+                    del state["modules"][key]  # what was not saved stays as it is
             load(state, checkpoint_id=self._path(which), process_group=self._group, no_dist=self._alone)
-            set_model_state_dict(self._root, state["modules"])
-            if self._optimizers:
-                options = StateDictOptions(strict=False)  # what has no state is known to have had none
-                set_optimizer_state_dict(self._root, self._optimizers, state["optimizers"], options=options)
+            for kind, names in packed.items():
+                state[kind] |= {name: _unpacked(state[kind][name]) for name in names}
+            set_model_state_dict(self._root, state["modules"], options=_AS_CHECKED)
+            self._load_optimizers(state["optimizers"], groups)
         for name, each in self._more.items():
-            each.load_state_dict(_unpacked(state["more"][name]) if name in packed else state["more"][name])
+            each.load_state_dict(state["more"][name])
         self._loaded = which
         return int(state["step"])
 
+    def _load_optimizers(self, state: dict[str, Any], groups: list[list[str]]) -> None:
+        """One by one; ``groups``: this rank's names, where another rank's may have been saved."""
+        saved, made = state.get("param_groups", []), []
+        for there, own in zip(saved, groups, strict=True):
+            like = next((group for group in saved if {*group["params"]} & {*own}), there)
+            made.append({**like, "params": own})
+        left = iter(made)
+        for each in self._optimizers:
+            one = {"state": state.get("state", {}), "param_groups": list(islice(left, len(each.param_groups)))}
+            set_optimizer_state_dict(self._root, each, one, options=_AS_CHECKED)
+
+    def _of_this_rank(self) -> list[str]:
+        """What of the modules other ranks need not have."""
+        return [unwrapped(self._root, name) for name in own_names(self._root)]
+
     def _misfit(self, modules: Mapping[str, Any], saved: Mapping[str, Any], step: int) -> Exception | None:
-        """What PyTorch finds out late, or not: parameters and buffers that only one side has."""
-        own = {f"modules.{key}" for key, t in modules.items() if isinstance(t, Tensor)}
-        others = [unwrapped(self._root, name[:-1]) for name in of_one_rank(self._root)]  # other ranks have these
-        others += [key for key, t in modules.items() if not isinstance(t, Tensor)]  # saved key by key
-        known = tuple(f"modules.{name}." for name in others)
-        more = sorted(key for key in saved.keys() - own if key.startswith("modules.") and not key.startswith(known))
-        if not (lacks := sorted(own - saved.keys())) and not more:
+        """What PyTorch finds out late, or not: parameters and buffers that only one side has, or in other shapes."""
+        others = [self._of_this_rank()]
+        if self._group is not None:
+            others *= dist.get_world_size(self._group)
+            dist.all_gather_object(others, others[0], group=self._group)
+        own = {f"modules.{key}": list(t.shape) for key, t in modules.items() if isinstance(t, Tensor)}
+        extra = [key for key, t in modules.items() if not isinstance(t, Tensor)]
+        known = tuple(f"modules.{key}." for key in chain(extra, *others))
+        lacks = sorted(own.keys() - saved.keys())
+        more = [k for k in saved.keys() - own if k.startswith("modules.") and not f"{k}.".startswith(known)]
+        there = {key: list(getattr(saved[key], "size", ())) for key in own.keys() & saved.keys()}
+        unlike = sorted(key for key, shape in there.items() if shape != own[key])
+        lacks += [f"{key} {own[key]}" for key in unlike]
+        more = sorted(more) + [f"{key} {there[key]}" for key in unlike]
+        if not lacks and not more:
             return None
         names = [", ".join(key.removeprefix("modules.") for key in keys) or "none" for keys in (lacks, more)]
         return ValueError(f"modules: expected those of step {step}, got some with {names[0]} and without {names[1]}")
@@ -308,6 +340,11 @@ class _Piece:
     what: Any
 
 
+def _is_extra(key: str, t: Any) -> bool:
+    """Whether it is what a module says of itself: anything, which may have other keys and sizes in a load."""
+    return key.rpartition(".")[2] == "_extra_state" or not isinstance(t, Tensor)
+
+
 def _packed(state: Any) -> dict[str, Any]:
     """A state's tensors, which may be sharded, and the rest: PyTorch would load only the keys that are there."""
     tensors: dict[str, Tensor] = {}
@@ -321,6 +358,20 @@ def _packed(state: Any) -> dict[str, Any]:
 
 def _unpacked(state: Mapping[str, Any]) -> Any:
     return tree_map_only(_Piece, lambda piece: state["tensors"][piece.what], state["rest"].what)
+
+
+def _fitted(states: dict[str, Any], prefix: str, saved: Mapping[str, Any]) -> list[str]:
+    """The packs that were saved as such, with room for their tensors; others (fastroute 0.2.0) are unpacked."""
+    packed = []
+    for name, pack in states.items():
+        if isinstance(pack, dict) and f"{prefix}.{name}.rest" in saved:
+            start, like = f"{prefix}.{name}.tensors.", pack["tensors"]
+            tensors = {key.removeprefix(start): t for key, t in saved.items() if key.startswith(start)}
+            pack["tensors"] = {key: _room(t, like.get(key)) for key, t in tensors.items()}
+            packed.append(name)
+        elif isinstance(pack, dict):
+            states[name] = _unpacked(pack)
+    return packed
 
 
 def _room(saved: Any, like: Tensor | None) -> Tensor:

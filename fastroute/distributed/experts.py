@@ -284,10 +284,10 @@ class _Shards:
         """In a first call, and in every call under ``strict``: the ranks compare what they are called with.
 
         Whether this rank's modules are trained is known anew in each call. Where all ranks have the samples, a rank
-        without a module takes the others' to be.
+        without parameters takes the others' to be.
         """
-        trains = any(p.requires_grad for p in _spread_here(layer))
-        trains = trains or (self.dispatcher.samples == "all" and not len(self.place.own))
+        own = [p.requires_grad for p in _spread_here(layer)]
+        trains = any(own) if own else self.dispatcher.samples == "all"
         if trains != self.place.trains:
             self.place = replace(self.place, trains=trains)
         strict = is_strict()

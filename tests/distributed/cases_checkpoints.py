@@ -203,6 +203,66 @@ def optimizers_are_saved_as_they_are_and_loaded_whole(world: World) -> None:
                 same(trained(module, optimizer, 2 - step), straight, rtol=0, atol=0)
 
 
+@case
+def a_load_leaves_the_rest_as_it_was(world: World) -> None:
+    """Gradients; where it fails state and rates, too. Each optimizer gets its own groups, also without a state."""
+    with folder(world) as path:
+        for number, kind in enumerate((torch.optim.SGD, torch.optim.Adam)):
+            for loaded in (False, True):
+                module, _ = training()
+                rates = (0.3, 0.4) if loaded else (0.1, 0.2)
+                optimizers = [kind([p], lr=lr) for p, lr in zip(module.parameters(), rates, strict=True)]
+                module(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+                grads = [p.grad for p in module.parameters()]
+                checkpoints = Checkpoints(path, module, optimizers)
+                if loaded:
+                    assert checkpoints.load(number) == number
+                    assert [each.param_groups[0]["lr"] for each in optimizers] == [0.1, 0.2]
+                else:
+                    checkpoints.save(number)
+                assert all(p.grad is grad for p, grad in zip(module.parameters(), grads, strict=True))
+        module = nn.Linear(3, 2, bias=False)
+        for optimizer in (
+            torch.optim.Adam([module.weight]),
+            torch.optim.SparseAdam([module.weight]),
+        ):  # has no such step
+            module.weight.grad = grad = torch.ones(2, 3)
+            optimizer.state[module.weight] = state = {"known": 1}
+            with pytest.raises((ValueError, RuntimeError), match=r"without bias|dense gradients"):
+                Checkpoints(path, module, optimizer).load()
+            assert module.weight.grad is grad and optimizer.state[module.weight] is state
+            assert optimizer.param_groups[0]["lr"] == 0.001
+
+
+class Says(nn.Linear):
+    """With something to say of itself."""
+
+    def __init__(self, more: Any) -> None:
+        super().__init__(3, 2)
+        self.more = more
+
+    def get_extra_state(self) -> Any:
+        return self.more
+
+    def set_extra_state(self, state: Any) -> None:
+        self.more = state
+
+
+@case
+def extra_states_come_back(world: World) -> None:
+    """Of any kind, whatever the module says before the load; one that was not saved changes nothing."""
+    kinds = [5, b"x", None, {}, [1, 2], {"a": 1}, [], "s", torch.ones(2), {"a": torch.ones(2)}, [torch.ones(1)]]
+    with folder(world) as path:
+        Checkpoints(path, {str(i): Says(said) for i, said in enumerate(kinds)}).save(1)
+        for before in (kinds, [{"b": torch.zeros(3)}] * len(kinds), [torch.zeros(3)] * len(kinds), [0] * len(kinds)):
+            modules = {str(i): Says(said) for i, said in enumerate(before)}
+            assert Checkpoints(path, modules).load() == 1
+            assert str([module.more for module in modules.values()]) == str(kinds)
+        Checkpoints(path, {"a": nn.Linear(3, 2)}).save(99)
+        module = Says(7)
+        assert Checkpoints(path, {"a": module}).load() == 99 and module.more == 7
+
+
 class Known:
     """Something with a state."""
 
@@ -260,3 +320,16 @@ def a_run_that_goes_back(world: World) -> None:
         again.wait()
         dist.barrier()
         assert again.steps() == [10, 11] and again.load() == 11
+        with pytest.raises(ValueError, match=r"step: expected one after 11, which is in .*, got 1; load a step up to"):
+            again.save(1)  # of a run that counts anew
+        with pytest.raises(ValueError, match="names: expected the same on every rank"):
+            Checkpoints(path, nn.Linear(3 + world.rank, 2)).save(11)
+        dist.barrier()
+        assert again.steps() == [10, 11]
+        again.save(12, asynchronous=True)
+        again._saving.result()
+        dist.barrier()
+        Checkpoints(path, module, keep=1).save(13)
+        again.wait()
+        dist.barrier()
+        assert again.steps() == [13]

@@ -627,6 +627,12 @@ def unfrozen_after_they_were_spread(world: World) -> None:
                 assert (p.grad is None) == (grad is None)
                 if p.grad is not None:
                     same(p.grad, grad / mean)
+    for dispatcher in (AllToAll, Local):  # ranks whose modules have no parameters, and inputs without a gradient
+        layer = Selection(nn.Linear(D, D, dtype=F64), *(nn.Identity() for _ in range(3)))
+        parallelize_module(layer, mesh, ExpertParallel(dispatcher=dispatcher()))
+        x, actions = torch.randn(n, D, dtype=F64), torch.arange(n)
+        layer(x, Trajectory(n), actions)[0].square().sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
 
 
 @case
@@ -650,10 +656,46 @@ def wrapped_models_are_saved_and_loaded(world: World) -> None:
             assert Checkpoints(path, whole).load() == 1
             for bad, said in (
                 (nn.Sequential(nn.Linear(D, D, bias=False), experts(5)), "with none and without 0.bias"),
+                (
+                    nn.Sequential(nn.Linear(D + 1, D), experts(5)),
+                    f"with 0.weight [{D}, {D + 1}] and without 0.w",
+                ),
+                (spread(nn.Sequential(nn.Linear(D, D), experts(4)), world), "with none and without 1._submodules.4."),
                 (nn.Sequential(nn.Linear(D, D), experts(6)), "with 1._submodules.5.0.bias, 1._submodules.5.0.weight, "),
             ):
                 assert said in message(ValueError, lambda bad=bad: Checkpoints(path, bad).load())
         del wrapped
+
+
+def spread(model: nn.Module, world: World) -> Any:
+    return parallelize_module(model, world.rows(4), {"1": ExpertParallel()})
+
+
+@case
+def groups_of_spread_modules_are_saved_and_loaded(world: World) -> None:
+    """A group may have one rank's parameters alone; the last rank has none, and no optimizer."""
+    with folder(world) as path:
+        for lr in (0.1, 0.5):
+            torch.manual_seed(9)
+            model = spread(nn.Sequential(nn.Identity(), experts(5)), world)
+            groups = [{"params": list(m.parameters()), "lr": lr} for m in model[1]._submodules if [*m.parameters()]]
+            assert (world.rank == 3) == (not groups)
+            optimizer: Any = torch.optim.Adam(groups) if groups else ()
+            checkpoints = Checkpoints(path, model, optimizer)
+            if lr == 0.1:
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, world.rank)
+                if groups:
+                    optimizer.step()
+                checkpoints.save(1)
+                expected = [p.clone() for p in model.parameters()]
+            else:
+                assert checkpoints.load() == 1
+                same([*model.parameters()], expected)
+            for group in optimizer.param_groups if groups else ():
+                assert group["lr"] == 0.1 and group["betas"] == (0.9, 0.999) and len(group["params"]) == 4
+                for p in group["params"]:
+                    same(optimizer.state[p]["exp_avg"], torch.full_like(p, world.rank / 10))
 
 
 @case
