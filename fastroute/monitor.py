@@ -112,7 +112,7 @@ class RoutingMonitor:
 
     def attach(self) -> RoutingMonitor:
         """Watch the model as it is now: also after layers were added, and after :meth:`remove`."""
-        found = {m: unwrapped(self.model, name) or type(m).__name__ for name, m in self.model.named_modules()}
+        found = {m: _named(m, unwrapped(self.model, name)) for name, m in self.model.named_modules()}
         if not any(isinstance(module, TELLING) for module in found):
             raise ValueError(f"model: expected a fastroute layer in it, found none in {type(self.model).__name__}")
         with self._lock:
@@ -284,10 +284,16 @@ class RoutingMonitor:
             ``conflict/norm/A``, the norm of a gradient.
 
         Raises:
-            ValueError, TypeError: fewer than two losses; one without a graph or of several elements; no parameters.
+            ValueError, TypeError: fewer than two losses; one without a graph or of several elements; no parameters;
+                names of which two pairs make the same one, as "a|b", "c", "a" and "b|c" do.
         """
         if len(losses) < 2:
             raise ValueError(f"losses: expected two tasks' or more, by name, got {len(losses)}")
+        n = len(losses)
+        if len(_conflicts(list(losses), torch.zeros(n, n, device="cpu"))) < n * (n - 1) // 2 + 3 + n:
+            raise ValueError(
+                f"losses: expected tasks whose pairs A|B have different names, got {', '.join(map(str, losses))}"
+            )
         for task, loss in losses.items():
             if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
                 raise ValueError(
@@ -335,23 +341,37 @@ class RoutingMonitor:
             backward pass had it). Over all: ``routes/distinct``, ``routes/samples`` of the last batch,
             ``total/collapsed``, ``total/dead``, and ``conflict/...`` of :meth:`gradient_conflict`.
         """
-        made: dict[str, float] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            with self._lock:  # nothing waits for the device in here: other threads train on
-                self._warn_of_silence()
-                tallies = {name: tally.copy() for name, tally in self._tallies.items()}
-                route, conflict = self._last_route(), self._conflict
-                if reset:
-                    self.reset()
-            for name, tally in tallies.items():
-                made.update((f"{name}/{key}", value) for key, value in tally.read(self.counts))
-            if route:
-                made.update(_routes(route))
+        return self._read(reset, (), 0, {})
+
+    def _read(self, reset: bool, sinks: Iterable[Sink], step: int, more: Mapping[str, float]) -> dict[str, float]:
+        """The numbers beside ``more``, handed to the sinks; where one raises, they can be read again."""
+        made, totals = dict(more), dict[str, float]()
+        with self._lock, torch.inference_mode(False), torch.no_grad():  # nothing waits for the device in here
+            self._warn_of_silence()
+            tallies = {name: tally.copy() for name, tally in self._tallies.items()}
+            routes, route, conflict, told = self._routes, self._last_route(), self._conflict, self._told
+            if reset:
+                self.reset()
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # other threads train on
+                for name, tally in tallies.items():
+                    for key, value in tally.read(self.counts):
+                        made[f"{name}/{key}"] = value
+                        if key in ("collapsed", "dead"):
+                            totals[key] = totals.get(key, 0.0) + value
+                made.update(_routes(route) if route else ())
             made.update(conflict)
-        for key in ("collapsed", "dead"):
-            found = [value for name, value in made.items() if name.rpartition("/")[2] == key]
-            if found:
-                made[f"total/{key}"] = sum(found)
+            made.update((f"total/{key}", value) for key, value in totals.items())
+            for sink in sinks:
+                sink.write(made, step)
+        except BaseException:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                for name, tally in tallies.items() if reset else ():
+                    if type(self._tallies.get(name)) is type(tally):
+                        self._tallies[name].add_read(tally)
+                self._routes, self._conflict = self._routes or routes, self._conflict or conflict
+                self._told |= told
+            raise
         return made
 
     def reset(self) -> None:
@@ -374,15 +394,12 @@ class RoutingMonitor:
             The numbers.
 
         Raises:
-            TypeError: naming the argument; the numbers can then still be read.
+            TypeError: naming the argument. Then, and where a sink raises, the numbers can still be read.
         """
         for sink in sinks:
             if not callable(getattr(sink, "write", None)) or isclass(sink):
                 raise TypeError(f"sinks: expected what has write(numbers, step), got {given(sink)}")
-        made = {**checks.numbers_by_name("more", more), **self.numbers()}
-        for sink in sinks:
-            sink.write(made, step)
-        return made
+        return self._read(True, sinks, step, checks.numbers_by_name("more", more))
 
 
 _COMPILED = (
@@ -395,6 +412,11 @@ _REPLICATED = (
 )
 _THREADS = 64  #: the most unfinished trajectories that are kept
 _HERE = __name__.partition(".")[0]
+
+
+def _named(module: nn.Module, name: str) -> str:
+    """A layer's name, with its class where that is empty, or taken by the sums over all."""
+    return f"{name}.{type(module).__name__}".removeprefix(".") if name in ("", "total") else name
 
 
 def _outside() -> int:
@@ -426,6 +448,8 @@ def _entropy(counts: Tensor) -> Tensor:
 class _Tally:
     """Sums of one layer since the last reading, on its device."""
 
+    summed: tuple[str, ...] = ()  #: names of the sums
+
     def read(self, counts: bool) -> Iterator[tuple[str, float]]:
         raise NotImplementedError
 
@@ -435,6 +459,14 @@ class _Tally:
         made.__dict__.update((key, t.clone()) for key, t in self.__dict__.items() if isinstance(t, Tensor))
         return made
 
+    def add_read(self, read: Any) -> None:
+        """Count what was read of it, and reached nobody, once more; not if shapes have changed since."""
+        each: list[Any] = [(name, vars(self).get(name), vars(read).get(name)) for name in self.summed]
+        if all(t is not None and getattr(t, "shape", ()) == getattr(own, "shape", ()) for _, own, t in each):
+            for name, own, t in each:
+                own += t.to(own.device) if isinstance(t, Tensor) else t  # in place
+                setattr(self, name, own)
+
     def clear(self) -> None:
         raise NotImplementedError
 
@@ -442,6 +474,7 @@ class _Tally:
 class _Entries(_Tally):
     """Entries by agent and column, [A, K + 3]: no module, K modules, a module that is not there, not decided for."""
 
+    summed = ("table",)
     table: Tensor | None = None
     k = 1
 
@@ -526,6 +559,7 @@ class _Tasks(_Entries):
 class _Shares(_Tally):
     """Sums of a softmax gate's shares, [T, E], and of their entropies."""
 
+    summed = ("shares", "entropies", "samples")
     shares: Tensor | None = None
 
     def add(self, weights: Tensor) -> None:
@@ -559,6 +593,7 @@ class _Shares(_Tally):
 class _Credit(_Tally):
     """Sums of entropies of routing shares, and how many there were, on the device."""
 
+    summed = ("sums",)
     sums: Tensor | None = None
 
     def add(self, shares: Tensor, phi: Tensor | None) -> None:
@@ -624,6 +659,10 @@ class _Losses(_Tally):
         elif self.held is not None:
             weights = ((task, self.held.get(task)) for task in self.tasks)
             yield from ((f"weight/{task}", 1.0 if w is None else float(w)) for task, w in weights)
+
+    def add_read(self, read: Any) -> None:
+        if not self.tasks:
+            self.__dict__.update(read.__dict__)
 
     def clear(self) -> None:
         self.keep((), ())

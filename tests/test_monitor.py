@@ -122,6 +122,58 @@ def test_a_weighting_that_is_not_the_models() -> None:
         assert numbers["MTLModel/weight/a" if own is None else "weighting/weight/a"] == (4 if own is None else 0.5)
 
 
+class Failing:
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        raise OSError("disk full")
+
+
+def test_what_a_sink_refuses_can_be_read_again() -> None:
+    """With what was told in between: of decisions, tasks, shares, credits, losses, routes and conflicts."""
+
+    seeds.fixed_seed(0)
+    x, capsules = torch.randn(6, 8), EfficientVectorRouting(-1, 3, 4, 4, return_dict=True)
+    bank = fastroute.multitask.MMoE(8, [nn.Linear(8, 4) for _ in range(3)], 2)
+    for model, given in (
+        (moe(), x), (bank, x), (TaskRouter(4, 2, sigma=0.5), x[:, :4]), (capsules, torch.ones(2, 3, 4)),
+        (Uncertainty(2), torch.ones(2)),
+    ):  # fmt: skip
+        twin = copy.deepcopy(model)
+        failing, right = RoutingMonitor(model), RoutingMonitor(twin)
+        w = torch.ones(2, requires_grad=True)
+        for monitor, run in ((failing, lambda m=model, x=given: m(x)), (right, lambda m=twin, x=given: m(x))):
+            torch.manual_seed(1)
+            run()
+            monitor.gradient_conflict({"a": w[0], "b": w[1] + w[0]}, [w])
+            if monitor is failing:
+                with pytest.raises(OSError, match="disk full"):
+                    monitor.write(Failing(), step=1)
+            run()
+        found, expected = failing.numbers(), right.numbers()
+        assert found == pytest.approx(expected) and expected["conflict/mean"]
+        assert len(expected) > 6, expected
+        assert failing.numbers() == right.numbers()
+
+
+def test_names_are_not_in_each_others_way() -> None:
+    """Sums over all, and pairs of tasks; a task that is called as a number is."""
+    chosen = torch.tensor([0, 1, 1])
+    model = nn.ModuleDict({"total": selection(), "other": selection()})
+    monitor = RoutingMonitor(model)
+    model["total"](torch.randn(3, 3), Trajectory(3), chosen)
+    model["other"](torch.randn(3, 3), Trajectory(3), chosen * 0)
+    numbers = monitor.numbers()
+    assert [numbers[f"{name}/dead"] for name in ("total.Selection", "other", "total")] == [K - 2, K - 1, 2 * K - 3]
+    weighting = Uncertainty(["dead", "b"])
+    monitor = RoutingMonitor(nn.ModuleList([weighting]))
+    weighting({"dead": torch.tensor(3.0), "b": torch.tensor(2.0)})
+    assert "0/loss/dead" in (numbers := monitor.numbers()) and "total/dead" not in numbers
+    w = torch.ones(2, requires_grad=True)
+    for names in (("a|b", "c", "a", "b|c"), ("norm/a", "b", "a|b")):
+        with pytest.raises(ValueError, match=r"losses: expected tasks whose pairs A\|B .*, got .*b"):
+            monitor.gradient_conflict({name: w[0] for name in names}, [w])
+    assert "conflict/a|b|c" in monitor.gradient_conflict({"a|b": w[0], "c": w[1]}, [w])
+
+
 def test_one_call_in_so_many_of_each_layer() -> None:
     """Of decisions, too; the routes are those of the last batch, whichever calls are counted."""
     net = fastroute.Sequential(fastroute.WPL(K, 3), selection(), fastroute.MoE(3, 3, K, 1))

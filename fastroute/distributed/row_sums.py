@@ -131,7 +131,7 @@ def told(layer: nn.Module, rows: Rows, given: Mapping[str, Tensor]) -> dict[str,
 
 def along(layout: Placement, dims: int, axis: int | None = None) -> Placement:
     """A layout of a tensor with so many axes; ``axis``: where a ``Shard`` of outputs is, whatever the tensor."""
-    if isinstance(layout, Shard) and (layout.dim not in range(-dims, dims) if axis is None else layout.dim != -2):
+    if isinstance(layout, Shard) and layout.dim not in (-2, dims - 2 if axis is None else -2):
         raise ValueError(f"output_layouts: expected Shard(-2), the axis of outputs, or Replicate(), got {layout}")
     return Shard((layout.dim if axis is None else axis) % dims) if isinstance(layout, Shard) else layout
 

@@ -139,6 +139,8 @@ WRONG: list[tuple[str, Callable[[DeviceMesh], object]]] = [
     ("use_local_output: expected True", lambda _: RowShardedCapsules(use_local_output="x")),  # type: ignore[arg-type]
     ("row_parameters: expected a list", lambda _: RowShardedCapsules(row_parameters="F.weight")),
     ("output_layouts: expected Shard", lambda mesh: split(mesh, EfficientVectorRouting(-1, 3, 4, 4), Shard(3))),
+    ("output_layouts: expected Shard", lambda mesh: split(mesh, EfficientVectorRouting(-1, 3, 4, 4), Shard(-1))),
+    ("output_layouts: expected Shard", lambda mesh: split(mesh, EfficientVectorRouting(-1, 3, 4, 4), Shard(0))),
     ("output_layouts: expected Shard", lambda mesh: split(mesh, SlotAttention(3, 4, 4), Shard(0))),
     ("folder: expected a str", lambda _: Checkpoints(3, LINEAR)),  # type: ignore[arg-type]
     ("modules: expected a module", lambda _: Checkpoints("no", [LINEAR])),  # type: ignore[arg-type]
