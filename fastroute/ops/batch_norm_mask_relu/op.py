@@ -16,7 +16,9 @@ from ..arguments import explained
 from ..autograd import asked_again, own, through, transformed
 from ..backends import offer, triton_refuses
 from ..checks import at_least_zero, flags, floating, shape, share, shown, together
+from ..masked import only
 from ..task_mask.op import prepared
+from ..task_mask.reference import live
 from . import plain, reference
 from . import schema as schema  # defines the compiled ops
 from . import triton as triton  # implements some of them
@@ -74,6 +76,9 @@ class _BatchNorm(torch.autograd.Function):
             op = getattr(torch.ops.fastroute, f"_{OP}_{backend}_backward")
         made = op(grad, x, y, mapping, tasks, task, *statistics, training, eps, relu, needs[0])
         dx, dw, db = (g if want else None for g, want in zip(made, wants, strict=True))
+        if needs[6] or needs[7]:  # a channel that no sample keeps may have a deviation of NaN
+            ever = live(mapping, tasks, task).any(0)
+            dw, db = (None if g is None else only(g, ever) for g in (dw, db))
         return (dx, *[None] * 5, dw, db, *[None] * 6)
 
 
@@ -100,7 +105,8 @@ def batch_norm_mask_relu(
     """``torch.nn.functional.batch_norm``, then ``task_mask``, then max(., 0): y = max(norm(x)_c, 0) in live channels.
 
     Every channel is counted, dead ones too: in training, statistics are those of the whole batch and the running ones
-    are updated as by ``batch_norm``, whatever the tasks.
+    are updated as by ``batch_norm``, whatever the tasks. The gradient of what is masked is exactly 0, and a channel that
+    no sample keeps gives none to weight and bias, whatever it holds.
 
     Args:
         x: [B, C, ...], at least two axes, floating.

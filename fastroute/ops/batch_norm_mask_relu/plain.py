@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..task_mask.plain import gate, mask_
+from ..task_mask.reference import live, over
 
 
 def batch_norm(
@@ -26,11 +27,16 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (empty, where it is not wanted), weight and bias (of no use, where there is none)."""
     g = gate(g, y if relu else None, mapping, tasks, task)
+    if not training:  # 0 times NaN is NaN
+        x = gate(x, None, mapping, tasks, task)
     wants = [want_x, weight is not None, bias is not None]
     if x.numel():
         dx, dw, db = torch.ops.aten.native_batch_norm_backward(
             g, x, weight, running_mean, running_var, mean, scale, training, eps, wants
         )
+        if want_x:
+            alive = live(mapping, tasks, task)
+            dx.masked_fill_(~over(alive.any(0)[None] if training else alive, x), 0)
     else:  # PyTorch's divides by the number of samples, as an integer
         given = zip((x, weight, bias), wants, strict=True)
         dx, dw, db = (torch.zeros_like(t) if t is not None and wanted else None for t, wanted in given)

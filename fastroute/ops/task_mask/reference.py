@@ -24,11 +24,12 @@ def over(channels: Tensor, x: Tensor) -> Tensor:
     return channels[(...,) + (None,) * (x.dim() - 2)]
 
 
-def _split(task: int | Tensor) -> tuple[Tensor | None, int]:
+def split(task: int | Tensor) -> tuple[Tensor | None, int]:
+    """(tasks, task), as ``live`` takes them."""
     return (task, 0) if isinstance(task, Tensor) else (None, task)
 
 
 def task_mask(x: Tensor, mapping: Tensor, task: int | Tensor, relu: bool = False) -> Tensor:
     """The definition, with autograd: x where a channel takes part, 0 elsewhere, then max(., 0) if ``relu``."""
-    y = torch.where(over(live(mapping, *_split(task)), x), x, 0)
+    y = torch.where(over(live(mapping, *split(task)), x), x, 0)
     return y.relu() if relu else y

@@ -447,6 +447,42 @@ def test_statistics_of_dead_channels(backend: str) -> None:
         assert a is not None and b is not None and (a - b).abs().max() <= 4 * spacing * b.abs().max()
 
 
+@pytest.mark.parametrize("backend", [*HERE, "definition"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
+@each_relu
+def test_batch_norm_is_moved_by_nothing_masked(backend: str, training: bool, layout: Any, relu: bool) -> None:
+    """NaN and infinity in what is masked, and in its gradient: a gradient of zero there, elsewhere that without them.
+
+    In training they count in a channel's statistics, which are then PyTorch's.
+    """
+    mapping = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 0, 0, 1]])
+    for shape, task in (((6, 5), 1), ((4, 5, 3, 6), 1), ((4, 5, 3, 6), torch.tensor([0, 1, 1, 0]))):
+        tasks = task if isinstance(task, Tensor) else torch.tensor([task])
+        live = reference.over(mapping[tasks] != 0, torch.empty(shape))
+        reached = live.any(0, keepdim=True) if training else live
+        case, results = bn_case(shape), []
+        dead = reached.any(0).flatten(1)[:, 0].logical_not() if len(shape) > 2 else ~reached.any(0)
+        for bad in (0.0, math.nan, math.inf):
+            inputs = {**case.inputs, "x": layout(torch.where(reached, case.inputs["x"], bad))}
+            if not training:  # as a step in training has left them
+                for name in ("running_mean", "running_var"):
+                    inputs[name] = torch.where(dead, bad, case.inputs[name])  # type: ignore[arg-type]
+            g = torch.where(live, case.cotangents["y"], bad)
+            call = (bn_truth(mapping, task, training, relu=relu) if backend == "definition"
+                    else bn_op(backend, mapping, task, training, relu=relu))  # fmt: skip
+            results.append(found := evaluate(call, Case(inputs, {"y": g}, case.axes, case.wrt)))
+            assert not found["dx"][~reached.expand(shape)].any()  # type: ignore[index]
+            for name in ("dweight", "dbias"):
+                assert not found[name][dead].any(), name  # type: ignore[index]
+            for name in ("y", "dx", "dweight", "dbias"):
+                assert_same(found[name], results[0][name])
+            if training:
+                m, v = (case.inputs[name].clone() for name in ("running_mean", "running_var"))  # type: ignore[union-attr]
+                torch.nn.functional.batch_norm(inputs["x"], m, v, None, None, True, 0.1)  # type: ignore[arg-type]
+                torch.testing.assert_close((found["mean"], found["var"]), (m, v), equal_nan=True)
+
+
 @pytest.mark.parametrize("first", ["alike", "far"])
 @pytest.mark.parametrize("mean", [0, 100, -1000, 2**14])
 @pytest.mark.parametrize(("backend", "layout", "shape"), [
