@@ -192,9 +192,10 @@ def _refuses(layer: Any, router: TaskRouter) -> str | None:
 
 
 def _dtype_at(chain: list[Leaf], n: int) -> torch.dtype:
-    """That of the parameters before a router; the masks' own if there are none."""
+    """That of the parameters before a router; the masks' own if there are none. Masks may have another."""
     router: Any = chain[n].module
-    tensors = (t for leaf in reversed(chain[:n]) for t in (*leaf.module.parameters(), *leaf.module.buffers()))
+    layers = (leaf.module for leaf in reversed(chain[:n]) if not isinstance(leaf.module, TaskRouter))
+    tensors = (t for layer in layers for t in (*layer.parameters(), *layer.buffers()))
     return next((t.dtype for t in tensors if t.is_floating_point()), router._unit_mapping.dtype)
 
 

@@ -226,3 +226,13 @@ def test_what_writes_into_the_masked_output_does_not_write_into_an_activations(
             assert_same(first.weight.grad[own], weight.grad[live])
             assert_same(first.bias.grad[own], bias.grad[live])
     assert writes.inplace
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_new_has_the_layers_dtype_and_not_other_masks(dtype: torch.dtype) -> None:
+    layers = [nn.Conv2d(3, 8, 3, dtype=dtype), router(), nn.ReLU(), nn.InstanceNorm2d(8), router(seed=1)]
+    net, x = nn.Sequential(*layers), normal(2, 3, 6, 6).to(dtype)
+    set_task(net, 1)
+    folded = fold(net, 1)
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+    assert torch.equal(folded(x), net(x))
