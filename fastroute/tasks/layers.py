@@ -14,7 +14,7 @@ from ..ops.arguments import Count, checked
 from ..ops.checks import as_parameters, tensor
 from .active_task import Task, is_mapped
 from .layer_chain import MIX, ROUTER, Step, kind, rank
-from .live_channels import has_units, look_again, prove, sort, tasks_of, units
+from .live_channels import has_units, look_again, prove, same_for_all, sort, tasks_of, units
 from .live_execution import Held, Mixed, Single, is_idle
 from .router import TaskRouter
 
@@ -111,18 +111,16 @@ class _Routed(TakenNames, nn.Module):
         several = [t for t in tasks.values() if isinstance(t, Tensor) and (t.dim() or is_mapped(t))]
         way: Single | Mixed = Single(tasks, False, self._kept)
         if several:
-            order = None
-            if (
-                not torch.compiler.is_compiling()
-                and not any(map(is_mapped, several))
-                and several[0].shape[0] == x.shape[0] > 0
-            ):
-                order = sort(several[0], min(r.task_count for r in (inp, out) if r is not None))
+            common = order = None
+            if not torch.compiler.is_compiling() and x.device.type == "cpu" and not any(map(is_mapped, several)):
+                common = same_for_all(list(tasks.values()), x)
+            if common is not None:
+                order = sort(common, min(r.task_count for r in (inp, out) if r is not None))
             if compact_in or compact_out:
                 raise ValueError(
                     "task: expected one task for all samples with compact_input or compact_output, got [B]"
                 )
-            mixed = None if order is None else Mixed(order, several[0])
+            mixed = None if order is None or common is None else Mixed(order, common)
             if mixed is None or not mixed.favours(step, x, Held(inp)):
                 return self._dense(x, task, inp, out)
             way = mixed

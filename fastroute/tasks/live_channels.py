@@ -5,7 +5,7 @@ Axes: B samples, C channels, T tasks, G tasks present in a batch, L live channel
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -234,6 +234,15 @@ class Sorted(NamedTuple):
     place: Tensor  #: [B]: place of every sample
     task: Tensor  #: [B], rising
     groups: Groups
+
+
+def same_for_all(tasks: Sequence[Task], x: Tensor) -> Tensor | None:
+    """The tasks [B] that all routers are at, one for each sample of x; None where there are none, or others."""
+    first, *rest = tasks
+    if not isinstance(first, Tensor) or not first.dim() or first.shape[0] != x.shape[0] or not x.shape[0]:
+        return None
+    same = all(t is first or (isinstance(t, Tensor) and torch.equal(t.to(first.dtype), first)) for t in rest)
+    return first if same else None
 
 
 def sort(task: Tensor, task_count: int) -> Sorted | None:

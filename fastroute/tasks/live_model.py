@@ -15,7 +15,7 @@ from ..ops.arguments import checked
 from ..ops.checks import as_parameters, tensor
 from .active_task import Task, hold_in_all, is_made_again, is_mapped
 from .layer_chain import ROUTER, Step, is_known, is_sequence, leaves, opened, sequences, steps
-from .live_channels import has_units, look_again, prove, sort, tasks_of, units
+from .live_channels import has_units, look_again, prove, same_for_all, sort, tasks_of, units
 from .live_execution import Mixed, Single, Way, called, is_idle, walk
 from .router import TaskRouter
 
@@ -224,17 +224,15 @@ class LiveSequential(TakenNames, nn.Sequential):
         """How to run live; None for densely."""
         if not tasks or x.dim() < 2 or any(map(is_mapped, tasks)) or not all(map(has_units, plan.routers)):
             return None
-        first = tasks[0]
         if not any(isinstance(t, Tensor) and t.dim() for t in tasks):
             for router, t in zip(plan.routers, tasks, strict=True):
                 prove(router, tasks_of(t))
             each = dict(zip(map(id, plan.routers), tasks, strict=True))
             return Single(each, self.batch_norm == "exact", self._kept, task)
-        if not isinstance(first, Tensor) or not first.dim() or first.shape[0] != x.shape[0] or not x.shape[0]:
-            return None
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             return None
-        if not all(t is first or (isinstance(t, Tensor) and torch.equal(t, first)) for t in tasks[1:]):
+        first = same_for_all(tasks, x)
+        if first is None:
             return None
         order = sort(first, min(router.task_count for router in plan.routers))
         for router in plan.routers if order is not None else ():
