@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.dtypes import accumulating
 from ..ops.recomputation import is_recomputation
 
 
@@ -50,10 +51,13 @@ def live_batch_norm(norm: Any, y: Tensor, index: Tensor, dead_y: Tensor | None, 
     return out
 
 
-def dense_scale(norm: Any) -> tuple[Tensor, Tensor]:
-    """[C] each: what BatchNorm in eval multiplies by, and then adds."""
-    mean, var, eps = norm.running_mean, norm.running_var, norm.eps
-    scale = torch.rsqrt(var + eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+def eval_scale(norm: Any, index: Tensor) -> tuple[Tensor, Tensor]:
+    """[G, L] each: what BatchNorm in eval multiplies channels ``index`` by, and then adds, in at least float32."""
+    mean, var, weight, bias = (
+        None if t is None else t.to(accumulating(t.dtype))[index]
+        for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    scale = torch.rsqrt(var + norm.eps)  # type: ignore[operator]
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale  # type: ignore[operator]
+    return scale, shift if bias is None else shift + bias

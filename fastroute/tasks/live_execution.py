@@ -16,7 +16,7 @@ from ..ops.host import is_lent, others_write
 from . import live_products
 from .active_task import Task, aware_parts, given, held
 from .layer_chain import DROP, FLAT, KEEP, MIX, ROUTER, Step, is_spatial, rank
-from .live_batch_norm import dense_scale, live_batch_norm, uses_batch
+from .live_batch_norm import eval_scale, live_batch_norm, uses_batch
 from .live_channels import (
     CompactGroups,
     ExpandGroups,
@@ -337,18 +337,18 @@ class Mixed:
             return y
         if out is None:
             return step.norm(y)
-        scale, shift = dense_scale(step.norm)
-        return torch.addcmul(self._per_sample(shift, out, y), self._per_sample(scale, out, y), y).to(y.dtype)
+        scale, shift = (self._per_sample(t, y) for t in eval_scale(step.norm, out))
+        return torch.addcmul(shift, scale, y).to(y.dtype)
 
-    def _per_sample(self, channels: Tensor, index: Tensor, y: Tensor) -> Tensor:
-        """[C] -> [B, L, 1, ...]: those of each sample's group."""
-        return channels[index].index_select(0, self._groups.member).view(y.shape[0], -1, *[1] * (y.dim() - 2))
+    def _per_sample(self, channels: Tensor, y: Tensor) -> Tensor:
+        """[G, L] -> [B, L, 1, ...]: those of each sample's group."""
+        return channels.index_select(0, self._groups.member).view(y.shape[0], -1, *[1] * (y.dim() - 2))
 
     def mask(self, x: Tensor, router: TaskRouter, index: Tensor) -> Tensor:
         if not units(router).padded:
             return x
         off = router._unit_mapping.index_select(0, self._groups.tasks).gather(1, index) == 0
-        return x.masked_fill(off.index_select(0, self._groups.member).view(x.shape[0], -1, *[1] * (x.dim() - 2)), 0)
+        return x.masked_fill(self._per_sample(off, x), 0)
 
     def route(self, x: Tensor, router: TaskRouter) -> tuple[Tensor, Held]:
         router._check_units(x)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.autograd import asked_again, through
+from ..ops.dtypes import accumulating
 from ..ops.precision import autocast_dtype, autocast_off
 from .active_task import traced
 from .live_channels import Groups
@@ -126,7 +127,8 @@ def _by_groups(
     parts = []
     for g, (start, end) in enumerate(pairwise(bounds)):
         o, i = _of(out, g), _of(inp, g)
-        parts.append(apply(layer, x[start:end], gather_weight(W, o, i), gather_bias(b, o)))
+        w, bias = gather_weight(W, o, i).to(x.dtype), gather_bias(b, o)
+        parts.append(apply(layer, x[start:end], w, None if bias is None else bias.to(x.dtype)))
     return torch.cat(parts)
 
 
@@ -158,14 +160,16 @@ class _Grouped(torch.autograd.Function):
             rest = out, inp, ctx.bounds, ctx.layer
 
             def plain(x: Tensor, W: Tensor, b: Tensor | None) -> list[Tensor]:
+                W, b = (None if t is None else t.to(accumulating(t.dtype)) for t in (W, b))
                 return [_by_groups(x, W, b, *rest)]
 
-            zeros = W.new_zeros(len(W)) if ctx.biased else None  # whatever it holds
+            zeros = W.new_zeros(len(W)).requires_grad_() if ctx.biased else None  # whatever it holds
             return (*through(plain, (x, W, zeros), ctx.needs_input_grad[:3], [dy]), *[None] * 4)
         O, I = W.shape[:2]
         needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
-        dW = W.new_zeros(O * I, W[0, 0].numel()) if needs_W else None
-        db = dy.new_zeros(O) if needs_b else None
+        wide = accumulating(W.dtype)  # a sum over many tasks
+        dW = W.new_zeros(O * I, W[0, 0].numel(), dtype=wide) if needs_W else None
+        db = dy.new_zeros(O, dtype=wide) if needs_b else None
         dx = torch.empty_like(x) if needs_x else None
         for g, (start, end) in enumerate(pairwise(ctx.bounds)):
             o, i = _of(out, g), _of(inp, g)
@@ -176,10 +180,11 @@ class _Grouped(torch.autograd.Function):
             if dx is not None:
                 dx[start:end] = part
             if dW is not None:
-                dW.index_add_(0, places, dw.reshape(lo * li, -1))
+                dW.index_add_(0, places, dw.reshape(lo * li, -1).to(wide))
             if db is not None:
-                db = db.add_(bias) if o is None else db.index_add_(0, o, bias)
-        return dx, None if dW is None else dW.view(W.shape), db, None, None, None, None
+                db = db.add_(bias) if o is None else db.index_add_(0, o, bias.to(wide))
+        dW = None if dW is None else dW.view(W.shape).to(W.dtype)
+        return dx, dW, None if db is None else db.to(dy.dtype), None, None, None, None
 
 
 def _of(rows: Tensor | None, g: int) -> Tensor | None:

@@ -172,6 +172,24 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(partial(run, torch.tensor([2, 0])), (x, *values), fast_mode=True)
 
 
+@pytest.mark.usefixtures("always_grouped")
+@pytest.mark.parametrize("biased", [True, False])
+def test_second_derivative_by_groups(biased: bool) -> None:
+    """As of one sample after the other, of weights and biases too."""
+    seeds.manual_seed(0)
+    slim = live(nn.Sequential(
+        nn.Conv2d(2, 4, 2, bias=biased), TaskRouter(4, 3, 2, generator=generator()), nn.Tanh(), nn.Flatten(),
+        nn.Linear(16, 3, bias=biased), TaskRouter(3, 3, 1, generator=generator()), nn.Tanh(),
+    )).double()  # fmt: skip
+    x, tasks = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0, 2])
+    ends, found = (x, *slim.parameters()), []
+    for y in (slim(x, tasks), torch.cat([slim(each[None], int(task)) for each, task in zip(x, tasks, strict=True)])):
+        first = torch.autograd.grad(y.sin().sum(), ends, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), ends)
+        found.append({str(n): g.detach() for n, g in enumerate((*first, *second))})
+    assert_same(*found)
+
+
 # ---------------------------------------------------------------------------------------------- many models
 
 
@@ -534,6 +552,69 @@ def test_routed_layers(kind: type[nn.Module], ends: tuple[bool, bool], task: int
     results[0] |= {k: p.grad for k, p in layer.named_parameters()}
     results[1] |= {k: p.grad for k, p in plain.named_parameters()}
     assert_same(*results)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("always_grouped")
+@pytest.mark.parametrize("kind", [RoutedConv2d, RoutedLinear, "live"])
+@pytest.mark.parametrize("tasks", [(0, MIXED), (MIXED, 3), (MIXED, MIXED.flip(0)), (MIXED, MIXED.int())])
+def test_two_routers_have_a_task_each(kind: type[nn.Module] | str, tasks: tuple[int | Tensor, int | Tensor]) -> None:
+    inp, out = routers()
+    seeds.manual_seed(0)
+    plain = nn.Conv2d(6, 8, 1) if kind is RoutedConv2d else nn.Linear(6, 8)
+    masked, layer = nn.Sequential(inp, plain, out), live(nn.Sequential(inp, plain, out))
+    if kind != "live":
+        sizes = (6, 8, 1) if kind is RoutedConv2d else (6, 8)
+        layer = kind(*sizes, input_router=inp, output_router=out)  # type: ignore[operator]
+        layer.load_state_dict(plain.state_dict())
+    inp.set_active_task(tasks[0])
+    out.set_active_task(tasks[1])
+    x = torch.randn(6, 6, *(2, 2)[: plain.weight.dim() - 2])
+    assert_same({"y": layer(x).detach()}, {"y": masked(x).detach()})
+
+
+@pytest.mark.usefixtures("always_grouped")
+@pytest.mark.parametrize("again", [False, True], ids=["once", "create_graph"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.Linear])
+def test_gradients_of_many_tasks_are_summed_in_float32(kind: type[nn.Module], dtype: torch.dtype, again: bool) -> None:
+    """300 ones are 300; a sum in bfloat16 stays at 256."""
+    layer = kind(2, 4, *(1,)[: kind is nn.Conv2d]).to(dtype)
+    net = live(nn.Sequential(layer, TaskRouter(4, 400, 1, balanced=True, generator=generator())))
+    x, scale = torch.ones(400, 2, *(1, 1)[: layer.weight.dim() - 2], dtype=dtype), torch.ones((), requires_grad=again)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y = net(x, torch.arange(400)) * scale
+    for found in torch.autograd.grad(y.float().sum(), tuple(layer.parameters()), create_graph=again):
+        assert torch.equal(found, torch.full_like(found, 300))
+
+
+@pytest.mark.usefixtures("always_grouped")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_batch_norm_by_groups_in_half_precision(dtype: torch.dtype, mean: float) -> None:
+    """As PyTorch's: in float32. float16 has no 1e-8, and a shift by a mean of 30 loses bfloat16's digits."""
+    seeds.manual_seed(0)
+    norm = nn.BatchNorm1d(8, eps=1e-8)
+    net = nn.Sequential(nn.Linear(6, 8), norm, TaskRouter(8, T, 4, generator=generator())).to(dtype).eval()
+    nn.init.constant_(norm.running_mean, mean)
+    nn.init.constant_(net[0].bias, mean)
+    nn.init.zeros_(norm.running_var[:2])
+    nn.init.zeros_(net[0].weight[:2])
+    x, slim = torch.randn(6, 6, dtype=dtype), twin(net)
+    set_task(net, MIXED)
+    y, masked = slim(x, MIXED), net(x)
+    assert (y - masked).abs().max() <= 4 * torch.finfo(dtype).eps * masked.abs().max()
+
+
+@pytest.mark.usefixtures("always_grouped")
+@pytest.mark.parametrize("task", [0, torch.tensor([0, 1, 0])], ids=["one", "mixed"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_statistics_that_no_task_reads_reach_no_gradient(task: int | Tensor, bad: float) -> None:
+    router, norm = TaskRouter(4, 2, 2), nn.BatchNorm1d(4).eval()
+    router._unit_mapping.copy_(torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0]]))
+    norm.running_mean[3], norm.running_var[3] = bad, bad  # type: ignore[index]
+    live(nn.Sequential(nn.Linear(5, 4), norm, router)).eval()(torch.ones(3, 5), task).sum().backward()
+    for parameter in norm.parameters():
+        assert parameter.grad is not None and parameter.grad[3] == 0 and parameter.grad.isfinite().all()
 
 
 def test_compact_ends() -> None:
