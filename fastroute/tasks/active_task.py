@@ -373,10 +373,24 @@ def set_task(model: nn.Module, task: Task) -> None:
     aware, others = aware_parts(model)
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
-    if aware:
-        hold_in_all(aware, task)
-    for other in others:
-        other.set_active_task(task)
+    foreign = [other for other in others if not hasattr(other, "tells_its_parts")]
+    with unless_refused((*aware, *foreign)) if foreign else nullcontext():
+        if aware:
+            hold_in_all(aware, task)
+        for other in others:
+            other.set_active_task(task)
+
+
+@contextmanager
+def unless_refused(parts: Sequence[Any]) -> Iterator[None]:
+    """Within, modules are set to a task; if one refuses it, all keep the task they had."""
+    before = [(part, part.active_task) for part in parts if hasattr(part, "active_task")]
+    try:
+        yield
+    except Exception:
+        for part, active in before:
+            part.set_active_task(active)
+        raise
 
 
 def hold_in_all(parts: Sequence[TaskAware], task: Task, name: str = "task") -> None:

@@ -17,7 +17,7 @@ from ..modules.reading import may_be_read, reset, signature
 from ..ops import checks, dispatch
 from ..ops.arguments import Several, checked
 from ..ops.task_mask.op import of_all
-from .active_task import Task, TaskAware, aware_parts, on_device, traced
+from .active_task import Task, TaskAware, aware_parts, on_device, traced, unless_refused
 from .live_execution import called
 from .live_model import LiveSequential
 from .masks import Sigma as Sigma
@@ -168,9 +168,11 @@ class VGG(TaskAware):
 
     def set_active_task(self, active_task: Task) -> Task:
         """Work on a task from now on, heads and routers alike, see :func:`set_task`; returns it."""
-        task = super().set_active_task(active_task)
-        for part in (*aware_parts(self.features)[0], *aware_parts(self.features)[1]):
-            part.set_active_task(task)
+        aware, others = aware_parts(self.features)
+        with unless_refused((self, *aware, *others)):
+            task = super().set_active_task(active_task)
+            for part in (*aware, *others):
+                part.set_active_task(task)
         return task
 
     def forward(self, x: Tensor, task: Task | None = None) -> Tensor:

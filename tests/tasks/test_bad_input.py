@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastroute
-from fastroute.tasks import VGG, TaskRouter, set_task, vgg, vgg11, vgg11_bn
+from fastroute.tasks import VGG, TaskRouter, live, set_task, vgg, vgg11, vgg11_bn
 from tests.helpers.tasks import images, router, small_vgg
 
 CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -83,6 +84,33 @@ def test_active_tasks(task: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         set_task(nn.ModuleList([router(tasks=100), model]), task)
     assert {m.active_task for m in model.modules() if hasattr(m, "active_task")} == {2}
+
+
+class _OfThree(nn.Module):
+    """A part with a way of its own to be set to a task."""
+
+    active_task: Any = 0
+
+    def set_active_task(self, active_task: Any) -> None:
+        if active_task > 2:
+            raise IndexError("active_task: three")
+        self.active_task = active_task
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("last", [partial(router, tasks=4), _OfThree], ids=["router", "own"])
+@pytest.mark.parametrize("set_it", [set_task, lambda m, task: m.set_active_task(task)], ids=["set_task", "method"])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_task_that_one_part_refuses_is_none_of_the_others(last: Any, set_it: Any, is_live: bool) -> None:
+    features = nn.Sequential(nn.Conv2d(3, 8, 1), router(tasks=6), nn.ReLU(), last())
+    model = VGG(features, task_count=6, bottleneck_spatial=(1, 1))
+    model = live(model) if is_live else model
+    set_it(model, 2)
+    with pytest.raises(IndexError, match="task: "):
+        set_it(model, 4)
+    assert [m.active_task for m in model.modules() if hasattr(m, "active_task")] == [2] * (3 + is_live)
 
 
 def test_an_active_task_that_does_not_fit_the_batch() -> None:
