@@ -160,8 +160,8 @@ class _Grouped(torch.autograd.Function):
             rest = out, inp, ctx.bounds, ctx.layer
 
             def plain(x: Tensor, W: Tensor, b: Tensor | None) -> list[Tensor]:
-                W, b = (None if t is None else t.to(accumulating(t.dtype)) for t in (W, b))
-                return [_by_groups(x, W, b, *rest)]
+                wide = accumulating(W.dtype)
+                return [_by_groups(x, W.to(wide), None if b is None else b.to(wide), *rest)]
 
             zeros = W.new_zeros(len(W)).requires_grad_() if ctx.biased else None  # whatever it holds
             return (*through(plain, (x, W, zeros), ctx.needs_input_grad[:3], [dy]), *[None] * 4)

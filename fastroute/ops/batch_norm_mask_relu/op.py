@@ -105,8 +105,8 @@ def batch_norm_mask_relu(
     """``torch.nn.functional.batch_norm``, then ``task_mask``, then max(., 0): y = max(norm(x)_c, 0) in live channels.
 
     Every channel is counted, dead ones too: in training, statistics are those of the whole batch and the running ones
-    are updated as by ``batch_norm``, whatever the tasks. The gradient of what is masked is exactly 0, and a channel that
-    no sample keeps gives none to weight and bias, whatever it holds.
+    are updated as by ``batch_norm``, whatever the tasks. The gradient of what is masked is exactly 0, and a channel
+    that no sample keeps gives none to weight and bias, whatever it holds.
 
     Args:
         x: [B, C, ...], at least two axes, floating.

@@ -27,8 +27,8 @@ def batch_norm_mask_relu(
 ) -> Tensor:
     """The definition, with autograd: every channel is normalised and counted, then masked, then rectified.
 
-    What is masked has a gradient of zero, whatever it holds: it is detached, and in evaluation, where it is not counted,
-    it is 0.
+    What is masked has a gradient of zero, whatever it holds: it is detached, and in evaluation, where it is not
+    counted, it is 0.
     """
     alive = live(mapping, *split(task))
     ever = alive.any(0)
