@@ -374,11 +374,18 @@ def set_task(model: nn.Module, task: Task) -> None:
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
     foreign = [other for other in others if not hasattr(other, "tells_its_parts")]
-    with unless_refused((*aware, *foreign)) if foreign else nullcontext():
-        if aware:
-            hold_in_all(aware, task)
-        for other in others:
-            other.set_active_task(task)
+    if foreign:
+        with unless_refused((*aware, *foreign)):
+            _tell(aware, others, task)
+    else:  # at less cost
+        _tell(aware, others, task)
+
+
+def _tell(aware: Sequence[TaskAware], others: Sequence[Any], task: Task) -> None:
+    if aware:
+        hold_in_all(aware, task)
+    for other in others:
+        other.set_active_task(task)
 
 
 @contextmanager
@@ -393,9 +400,34 @@ def unless_refused(parts: Sequence[Any]) -> Iterator[None]:
         raise
 
 
+#: Classes that are seen to have the house's ``set_active_task``.
+_house: set[type] = set()
+
+
+def _with_their_own(parts: Sequence[TaskAware]) -> list[TaskAware]:
+    """Those with a ``set_active_task`` of the user's, which has to be called."""
+    traces = torch.compiler.is_compiling()
+    found = []
+    for part in parts:
+        cls = type(part)
+        if traces or cls not in _house or "set_active_task" in part.__dict__:
+            if "set_active_task" in part.__dict__ or not cls.set_active_task.__module__.startswith("fastroute."):
+                found.append(part)
+            elif not traces:
+                _house.add(cls)
+    return found
+
+
 def hold_in_all(parts: Sequence[TaskAware], task: Task, name: str = "task") -> None:
-    """Make a task the active one of several modules, or of none if it is no task of one."""
+    """Make a task the active one of several modules, or of none if it is no task of one, or one refuses it."""
     checked = task_index(task, min([module.task_count for module in parts], default=1), name)
+    if own := _with_their_own(parts):
+        with unless_refused(parts):
+            if rest := [part for part in parts if part not in own]:
+                hold_in_all(rest, task, name)
+            for part in own:
+                part.set_active_task(task)
+        return
     where: dict[torch.device, Tensor] = {}
     is_plain = not (torch.compiler.is_compiling() or _blocks.get() or _open)
     for module in parts:
@@ -439,18 +471,20 @@ def on_task(model: nn.Module, task: Task) -> Iterator[None]:
         0
     """
     aware, others = aware_parts(model)
-    theirs = [(o, o.active_task) for o in others if not hasattr(o, "tells_its_parts") and hasattr(o, "active_task")]
+    theirs: list[Any] = [*_with_their_own(aware)]
+    theirs += [o for o in others if not hasattr(o, "tells_its_parts") and hasattr(o, "active_task")]
+    before = [(part, part.active_task) for part in theirs]
     with held(aware) if torch.compiler.is_compiling() else _lent(aware):
         try:
             set_task(model, task)
             yield
         finally:
-            for other, active in theirs:
-                other.set_active_task(active)
+            for part, active in before:
+                part.set_active_task(active)
 
 
-#: Classes that are seen to be neither TaskAware nor to have a ``set_active_task`` without being it.
-_plain: set[type] = set()
+#: What classes were seen to be: see ``_kind``.
+_kinds: dict[type, Literal["aware", "other", "none"]] = {}
 
 
 def _kind(cls: type) -> Literal["aware", "other", "none"]:
@@ -473,14 +507,15 @@ def aware_parts(model: nn.Module) -> tuple[list[TaskAware], list[Any]]:
     traces = torch.compiler.is_compiling()  # what a trace has written, it is guarded by, and is made again
     for module in modules:  # which grows
         cls = type(module)
-        if traces or cls not in _plain:
+        kind = None if traces else _kinds.get(cls)
+        if kind is None:
             if module is None:
                 continue
             kind = _kind(cls)
-            if kind == "none" and not traces:
-                _plain.add(cls)
-            elif kind != "none":
-                (aware if kind == "aware" else others).append(module)
+            if not traces:
+                _kinds[cls] = kind
+        if kind != "none":
+            (aware if kind == "aware" else others).append(module)
         if (children := module._modules) and module not in seen:
             seen.add(module)
             modules.extend(children.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastroute
-from fastroute.tasks import VGG, TaskRouter, live, set_task, vgg, vgg11, vgg11_bn
+from fastroute.tasks import VGG, TaskRouter, live, on_task, set_task, vgg, vgg11, vgg11_bn
 from tests.helpers.tasks import images, router, small_vgg
 
 CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -111,6 +111,42 @@ def test_a_task_that_one_part_refuses_is_none_of_the_others(last: Any, set_it: A
     with pytest.raises(IndexError, match="task: "):
         set_it(model, 4)
     assert [m.active_task for m in model.modules() if hasattr(m, "active_task")] == [2] * (3 + is_live)
+
+
+class _Told(TaskRouter):
+    """A router that keeps what it is set to, and refuses task 4."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 5, 0.5)
+        self.told: list[Any] = []
+
+    def set_active_task(self, active_task: Any) -> Any:
+        self.told.append(active_task)
+        if active_task == 4:
+            raise ValueError("four")
+        return super().set_active_task(active_task)
+
+
+@pytest.mark.parametrize("of_class", [True, False], ids=["class", "instance"])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_set_active_task_of_ones_own_is_called(of_class: bool, is_live: bool) -> None:
+    mine = _Told()
+    layer: TaskRouter = mine if of_class else router()
+    if not of_class:
+        layer.set_active_task = lambda task: mine.told.append(task) or TaskRouter.set_active_task(layer, task)  # type: ignore
+    model: nn.Module = nn.Sequential(nn.Linear(8, 8), layer, nn.ReLU(), router())
+    model = live(model) if is_live else model
+    set_task(model, 2)
+    assert (mine.told, layer.active_task) == ([2], 2)
+    with on_task(model, 1):
+        assert (mine.told, layer.active_task) == ([2, 1], 1)
+    assert (mine.told, layer.active_task) == ([2, 1, 2], 2)
+    if of_class:
+        with pytest.raises(ValueError, match="four"):
+            set_task(model, 4)
+        with pytest.raises(ValueError, match="four"), on_task(model, 4):
+            pass
+    assert [m.active_task for m in model.modules() if isinstance(m, TaskRouter)] == [2, 2]
 
 
 def test_an_active_task_that_does_not_fit_the_batch() -> None:
