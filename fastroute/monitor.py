@@ -289,8 +289,8 @@ class RoutingMonitor:
         """
         if len(losses) < 2:
             raise ValueError(f"losses: expected two tasks' or more, by name, got {len(losses)}")
-        n = len(losses)
-        if len(_conflicts(list(losses), torch.zeros(n, n, device="cpu"))) < n * (n - 1) // 2 + 3 + n:
+        names = _conflict_names(list(losses))
+        if len(set(names)) < len(names):
             raise ValueError(
                 f"losses: expected tasks whose pairs A|B have different names, got {', '.join(map(str, losses))}"
             )
@@ -681,16 +681,17 @@ def _routes(steps: list[tuple[Tensor, Tensor | None]]) -> Iterator[tuple[str, fl
     yield "routes/samples", float(len(routes))
 
 
+def _conflict_names(tasks: list[str]) -> list[str]:
+    pairs = (f"{b}|{a}" for n, a in enumerate(tasks) for b in tasks[:n])
+    return [f"conflict/{name}" for name in (*pairs, "mean", "lowest", "opposed", *(f"norm/{task}" for task in tasks))]
+
+
 def _conflicts(tasks: list[str], gram: Tensor) -> dict[str, float]:
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    made, cosines = {}, []
+    norms, cosines = gram.diagonal().clamp(min=0).sqrt(), []
     for a in range(len(tasks)):
         for b in range(a):
             scale = float(norms[a] * norms[b])
             cosines.append(float(gram[a, b]) / scale if scale else 0.0)
-            made[f"conflict/{tasks[b]}|{tasks[a]}"] = cosines[-1]
-    made["conflict/mean"] = sum(cosines) / len(cosines)
-    made["conflict/lowest"] = min(cosines)
-    made["conflict/opposed"] = sum(c < 0 for c in cosines) / len(cosines)
-    made.update((f"conflict/norm/{task}", float(norm)) for task, norm in zip(tasks, norms, strict=True))
-    return made
+    n = len(cosines)
+    numbers = *cosines, sum(cosines) / n, min(cosines), sum(c < 0 for c in cosines) / n, *map(float, norms)
+    return dict(zip(_conflict_names(tasks), numbers, strict=True))

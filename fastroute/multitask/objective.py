@@ -17,6 +17,7 @@ from ..modules.names import TakenNames
 from ..ops.arguments import renamed
 from ..ops.checks import given as shown
 from ..ops.masked import only
+from ..ops.processes import Processes
 from .loss import task_losses
 from .schedule import Anchors
 from .sharing import feature_names, shared_parameters, task_parameters
@@ -80,7 +81,7 @@ def objective(
     for name, y in outputs.items():
         if name not in found and (loss := own_losses.get(name)) is not None:
             rest += (y, own_weights.get(name), *(loss.parameters() if isinstance(loss, nn.Module) else ()))
-    if not found and _are_several():  # of whom others may have a target, and wait
+    if not found and Processes.of() is not None:  # of whom others may have a target, and wait
         found = {n: y.new_zeros(()) for n, y in outputs.items() if own_losses.get(n) is not None and torch.is_tensor(y)}
         present = dict.fromkeys(found, False)
     if not found:
@@ -94,18 +95,12 @@ def objective(
     return _with_the_rest(_weighted(found, list(map(_weight, found, used))), rest), found
 
 
-def _are_several() -> bool:
-    """Whether there are other processes."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
 def _with_the_rest(total: Tensor, rest: Sequence[Any]) -> Tensor:
     """The total, which among several processes also depends on what is of tasks without a target, by zero.
 
     Another process may have a target for them, and all wait for each other's gradients of every parameter.
     """
-    for t in rest if _are_several() else ():
+    for t in rest if Processes.of() is not None else ():
         if isinstance(t, Tensor) and t.requires_grad:
             nothing = only(t, torch.zeros(t.shape[:1], dtype=torch.bool, device=t.device))
             total = total + nothing.sum().to(total)

@@ -373,8 +373,7 @@ def set_task(model: nn.Module, task: Task) -> None:
     aware, others = aware_parts(model)
     if not aware and not others:
         raise ValueError(f"model: expected a module with task routers in it, found none in {type(model).__name__}")
-    foreign = [other for other in others if not hasattr(other, "tells_its_parts")]
-    if foreign:
+    if foreign := _foreign(others):
         with unless_refused((*aware, *foreign)):
             _tell(aware, others, task)
     else:  # at less cost
@@ -388,34 +387,42 @@ def _tell(aware: Sequence[TaskAware], others: Sequence[Any], task: Task) -> None
         other.set_active_task(task)
 
 
+def _foreign(others: Sequence[Any]) -> list[Any]:
+    """Those that are no mere lists of parts that are set as well."""
+    return [other for other in others if not hasattr(other, "tells_its_parts")]
+
+
+def _now(parts: Sequence[Any]) -> list[tuple[Any, Task]]:
+    return [(part, part.active_task) for part in parts if hasattr(part, "active_task")]
+
+
+def _set_back(before: Sequence[tuple[Any, Task]]) -> None:
+    for part, active in before:
+        part.set_active_task(active)
+
+
 @contextmanager
 def unless_refused(parts: Sequence[Any]) -> Iterator[None]:
     """Within, modules are set to a task; if one refuses it, all keep the task they had."""
-    before = [(part, part.active_task) for part in parts if hasattr(part, "active_task")]
+    before = _now(parts)
     try:
         yield
     except Exception:
-        for part, active in before:
-            part.set_active_task(active)
+        _set_back(before)
         raise
 
 
-#: Classes that are seen to have the house's ``set_active_task``.
-_house: set[type] = set()
+_setter = TaskAware.set_active_task
 
 
 def _with_their_own(parts: Sequence[TaskAware]) -> list[TaskAware]:
     """Those with a ``set_active_task`` of the user's, which has to be called."""
-    traces = torch.compiler.is_compiling()
-    found = []
-    for part in parts:
-        cls = type(part)
-        if traces or cls not in _house or "set_active_task" in part.__dict__:
-            if "set_active_task" in part.__dict__ or not cls.set_active_task.__module__.startswith("fastroute."):
-                found.append(part)
-            elif not traces:
-                _house.add(cls)
-    return found
+    return [
+        part
+        for part in parts
+        if "set_active_task" in part.__dict__
+        or ((own := type(part).set_active_task) is not _setter and not own.__module__.startswith("fastroute."))
+    ]
 
 
 def hold_in_all(parts: Sequence[TaskAware], task: Task, name: str = "task") -> None:
@@ -471,16 +478,13 @@ def on_task(model: nn.Module, task: Task) -> Iterator[None]:
         0
     """
     aware, others = aware_parts(model)
-    theirs: list[Any] = [*_with_their_own(aware)]
-    theirs += [o for o in others if not hasattr(o, "tells_its_parts") and hasattr(o, "active_task")]
-    before = [(part, part.active_task) for part in theirs]
+    before = _now([*_with_their_own(aware), *_foreign(others)])
     with held(aware) if torch.compiler.is_compiling() else _lent(aware):
         try:
             set_task(model, task)
             yield
         finally:
-            for part, active in before:
-                part.set_active_task(active)
+            _set_back(before)
 
 
 #: What classes were seen to be: see ``_kind``.

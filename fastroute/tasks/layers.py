@@ -111,9 +111,8 @@ class _Routed(TakenNames, nn.Module):
         several = [t for t in tasks.values() if isinstance(t, Tensor) and (t.dim() or is_mapped(t))]
         way: Single | Mixed = Single(tasks, False, self._kept)
         if several:
-            common = order = None
-            if not torch.compiler.is_compiling() and x.device.type == "cpu" and not any(map(is_mapped, several)):
-                common = same_for_all(list(tasks.values()), x)
+            order = None
+            common = None if any(map(is_mapped, several)) else same_for_all(list(tasks.values()), x)
             if common is not None:
                 order = sort(common, min(r.task_count for r in (inp, out) if r is not None))
             if compact_in or compact_out:

@@ -237,7 +237,12 @@ class Sorted(NamedTuple):
 
 
 def same_for_all(tasks: Sequence[Task], x: Tensor) -> Tensor | None:
-    """The tasks [B] that all routers are at, one for each sample of x; None where there are none, or others."""
+    """The tasks [B] that all routers are at, one for each sample of x; None where there are none, or others.
+
+    None also where to look would wait for a device, or torch.compile is active.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return None
     first, *rest = tasks
     if not isinstance(first, Tensor) or not first.dim() or first.shape[0] != x.shape[0] or not x.shape[0]:
         return None

@@ -229,8 +229,6 @@ class LiveSequential(TakenNames, nn.Sequential):
                 prove(router, tasks_of(t))
             each = dict(zip(map(id, plan.routers), tasks, strict=True))
             return Single(each, self.batch_norm == "exact", self._kept, task)
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
-            return None
         first = same_for_all(tasks, x)
         if first is None:
             return None
