@@ -415,14 +415,15 @@ def unless_refused(parts: Sequence[Any]) -> Iterator[None]:
 _setter = TaskAware.set_active_task
 
 
+def _has_its_own(part: TaskAware) -> bool:
+    setter = type(part).set_active_task
+    is_ours = setter is _setter or setter.__module__.startswith("fastroute.")
+    return not is_ours or "set_active_task" in part.__dict__
+
+
 def _with_their_own(parts: Sequence[TaskAware]) -> list[TaskAware]:
     """Those with a ``set_active_task`` of the user's, which has to be called."""
-    return [
-        part
-        for part in parts
-        if "set_active_task" in part.__dict__
-        or ((own := type(part).set_active_task) is not _setter and not own.__module__.startswith("fastroute."))
-    ]
+    return [part for part in parts if _has_its_own(part)]
 
 
 def hold_in_all(parts: Sequence[TaskAware], task: Task, name: str = "task") -> None:
