@@ -429,7 +429,7 @@ void backward(
         return;
       }
       const std::unique_ptr<typename Sum<S>::type[]> scratch(
-          new typename Sum<S>::type[outer_scratch<S>(stop - start, u.end - u.begin, F)]);
+          new typename Sum<S>::type[kernels<S>().outer_scratch(stop - start, u.end - u.begin, F)]);
       kernels<S>().outer(
           to.dw[u.module], F, grads.get(), rows.get(), stop - start, u.begin, u.end, F, scratch.get());
     }

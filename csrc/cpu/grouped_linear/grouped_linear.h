@@ -38,21 +38,9 @@ struct Sum<uint16_t> {
   using type = float;
 };
 
-// outer() sums runs of kRun rows. Where it pays it packs them, for tiles of kPanel columns of a: not where either side is
-// narrow and all stays in a second-level cache. Measured on an AMD EPYC without AVX-512, 8 to 4096 rows, 10 to 1024 columns.
+// outer() sums runs of kRun rows, in tiles of kPanel columns of a.
 constexpr int64_t kRun = 128;
 constexpr int64_t kPanel = 6;
-constexpr int64_t kStrips = 48;  // columns of b that are packed at once, or fewer
-constexpr bool outer_packs(int64_t rows, int64_t columns, int64_t n) {
-  const int64_t numbers = rows * (columns + n), narrow = columns < n ? columns : n;
-  return (rows >= 48 || numbers >= 20000) && narrow >= (numbers < (1 << 17) ? 112 : numbers < (1 << 19) ? 40 : 0);
-}
-template <class S>
-constexpr int64_t outer_scratch(int64_t rows, int64_t columns, int64_t n) {
-  const int64_t whole_panels = (columns + kPanel - 1) / kPanel * kPanel;
-  const int64_t sums = std::is_same_v<S, typename Sum<S>::type> ? 0 : columns * n;
-  return outer_packs(rows, columns, n) ? (whole_panels + kStrips) * kRun + sums : 0;
-}
 
 template <class S>
 struct Kernels {
@@ -70,10 +58,11 @@ struct Kernels {
   void (*combine_packed)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k,
       typename Sum<S>::type* scratch);
-  // out[i ldo + j] = sum_l a[l][i] b[l][j], for i in [i0, i1); scratch: outer_scratch<S>(rows, i1 - i0, n) numbers
+  // out[i ldo + j] = sum_l a[l][i] b[l][j], for i in [i0, i1); scratch: outer_scratch(rows, i1 - i0, n) numbers
   void (*outer)(
       S* out, int64_t ldo, const S* const* a, const S* const* b, int64_t rows, int64_t i0, int64_t i1, int64_t n,
       typename Sum<S>::type* scratch);
+  int64_t (*outer_scratch)(int64_t rows, int64_t columns, int64_t n);
   // out[j] = sum_l a[l][j], for j in [j0, j1)
   void (*sum)(S* out, const S* const* a, int64_t rows, int64_t j0, int64_t j1);
   int64_t lanes;

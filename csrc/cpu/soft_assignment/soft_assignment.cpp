@@ -216,7 +216,7 @@ class SharedProducts {
       right_.resize(rows);
       out_.resize(rows);
       made_.resize(std::max(m, rows) * h);
-      scratch_.resize(grouped_linear::outer_scratch<T>(rows, m, h));
+      scratch_.resize(grouped_linear::kernels<T>().outer_scratch(rows, m, h));
     }
   }
 
