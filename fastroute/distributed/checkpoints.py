@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -18,10 +18,13 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -29,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
 from torch.utils._pytree import tree_map_only
 
 from ..modules.wrapped import unwrapped
@@ -145,22 +148,37 @@ class Checkpoints:
         before = [(each, dict(each.state), [dict(group) for group in each.param_groups]) for each in self._optimizers]
         grads = [(p, p.grad) for p in self._parameters()]
         frozen = [p for p in self._parameters() if not p.requires_grad and p.is_floating_point()]
+        # which would take the step of zeros for one of training
+        hooks: list[Any] = [optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks]
+        hooks += [h for o in self._optimizers for h in (o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks)]
+        kept = [dict(each) for each in hooks]
         for p, _ in grads:
             p.grad = None
-        for each in self._optimizers:
+        for each in (*hooks, *(o.state for o in self._optimizers)):
+            each.clear()
+
+        def restore(each: Optimizer, state: Mapping[Tensor, Any], groups: Sequence[Mapping[str, Any]]) -> None:
             each.state.clear()
+            each.state.update(state)
+            for group, old in zip(each.param_groups, groups, strict=True):
+                group.update(old)
+
         try:
             for p in frozen:
                 p.requires_grad_()
+            for each, _, groups in before:
+                try:
+                    get_optimizer_state_dict(self._root, each, options=_AS_CHECKED)
+                except Exception:  # needs a closure, or sparse gradients; those it has now prevent another try
+                    restore(each, {}, groups)
             yield
         except BaseException:
-            for each, state, groups in before:
-                each.state.clear()
-                each.state.update(state)
-                for group, old in zip(each.param_groups, groups, strict=True):
-                    group.update(old)
+            for one in before:
+                restore(*one)
             raise
         finally:
+            for each, own in zip(hooks, kept, strict=True):
+                each.update(own)
             for p, grad in grads:
                 p.grad = grad
             for p in frozen:
@@ -248,7 +266,8 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: the step that was asked for is not there, or not complete; on every rank.
-            ValueError: the modules have other parameters or buffers, or of other shapes; on every rank.
+            ValueError: the modules have other parameters or buffers, or of other shapes; the optimizers are of another
+                kind or have other groups; ``more`` has a name that was not saved. On every rank.
         """
         self.wait()
         there = self.steps()
@@ -260,13 +279,20 @@ class Checkpoints:
             if step is not None:
                 raise FileNotFoundError(f"step: expected one of {there} in {self.folder}, got {step}")
             return None
-        saved = FileSystemReader(self._path(which)).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(self._path(which)).read_metadata()
+        saved = metadata.state_dict_metadata
         with self._made_anew():
             state = self._state(which)
-            agree({"modules": self._misfit(state["modules"], saved, which)}, self._group, layer=type(self).__name__)
+            misfit = self._misfit(state["modules"], saved, which)
             self._leave_out(state["optimizers"], saved)
             groups = [list(group["params"]) for group in state["optimizers"].get("param_groups", [])]
             packed = {kind: _fitted(state[kind], kind, saved) for kind in ("modules", "more")}
+            most = torch.tensor(len(groups), device="cpu")  # of any rank: some may have modules without parameters
+            if self._group is not None:
+                dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
+            misfit = misfit or self._unlike(state, int(most), metadata, which)
+            agree({"modules": misfit}, self._group, layer=type(self).__name__)
+            self._take_in(state["optimizers"], groups, metadata)
             for key in [key for key, t in state["modules"].items() if _is_extra(key, t)]:
                 if not any(f"{other}.".startswith(f"modules.{key}.") for other in saved):
                     del state["modules"][key]  # what was not saved stays as it is
@@ -304,16 +330,58 @@ class Checkpoints:
         own = {f"modules.{key}": list(t.shape) for key, t in modules.items() if isinstance(t, Tensor)}
         extra = [key for key, t in modules.items() if not isinstance(t, Tensor)]
         known = tuple(f"modules.{key}." for key in chain(extra, *others))
-        lacks = sorted(own.keys() - saved.keys())
+        lacks = list(own.keys() - saved.keys())
         more = [k for k in saved.keys() - own if k.startswith("modules.") and not f"{k}.".startswith(known)]
         there = {key: list(getattr(saved[key], "size", ())) for key in own.keys() & saved.keys()}
-        unlike = sorted(key for key, shape in there.items() if shape != own[key])
+        unlike = [key for key, shape in there.items() if shape != own[key]]
         lacks += [f"{key} {own[key]}" for key in unlike]
-        more = sorted(more) + [f"{key} {there[key]}" for key in unlike]
+        more += [f"{key} {there[key]}" for key in unlike]
         if not lacks and not more:
             return None
-        names = [", ".join(key.removeprefix("modules.") for key in keys) or "none" for keys in (lacks, more)]
+        names = [_listed(key.removeprefix("modules.") for key in keys) for keys in (lacks, more)]
         return ValueError(f"modules: expected those of step {step}, got some with {names[0]} and without {names[1]}")
+
+    def _unlike(self, state: Mapping[str, Any], groups: int, saved: Metadata, step: int) -> Exception | None:
+        """The same of optimizers and ``more``. Less of ``more`` may be loaded, and no optimizer at all."""
+        there = set((saved.planner_data or {}).values())
+        own = set(flatten_state_dict({kind: state[kind] for kind in ("optimizers", "more")})[1].values())
+        lacks = {kind: [path for path in own - there if path[0] == kind] for kind in ("optimizers", "more")}
+        if lacks["more"]:
+            known = _listed(path[1] for path in there if path[0] == "more")
+            others = _listed(path[1] for path in lacks["more"])
+            return ValueError(f"more: expected what step {step} has, under {known}, got others under {others}")
+        if not self._optimizers:
+            return None
+        kinds = ", ".join(type(each).__name__ for each in self._optimizers)
+        found, here = ([p for p in paths if p[:2] == ("optimizers", "param_groups")] for paths in (there, own))
+        count = len({path[2] for path in found})
+        if count != groups:
+            told = f"{count} groups of parameters, got {kinds} with {groups}"
+            return ValueError(f"optimizers: expected those of step {step}, with {told}")
+        if not lacks["optimizers"]:
+            return None
+        more = _listed(path[3] for path in lacks["optimizers"])
+        less = _listed({path[3] for path in found} - {path[3] for path in here})
+        return ValueError(
+            f"optimizers: expected those of step {step}, got {kinds} with {more} and without {less}, in groups or state"
+        )
+
+    def _take_in(self, optimizers: dict[str, Any], groups: Sequence[Sequence[str]], saved: Metadata) -> None:
+        """Room for what no step of zeros makes: state of LBFGS, momentum of an SGD that is made without."""
+        parameters = dict(zip(chain(*groups), self._parameters(), strict=False))
+        state, paths = optimizers.get("state", {}), {}
+        for key, path in (saved.planner_data or {}).items():
+            if path[:2] == ("optimizers", "state") and path[2] in parameters and path[3] not in state.get(path[2], ()):
+                paths[key] = path[2:]
+        like = {key: parameters[path[0]] if path[1] != "step" else None for key, path in paths.items()}
+        room = {key: _room(saved.state_dict_metadata[key], p) for key, p in like.items()}
+        for name, made in unflatten_state_dict(room, paths).items():
+            state.setdefault(name, {}).update(made)
+        for i, group in enumerate(optimizers.get("param_groups", [])):
+            for key, own in group.items():  # a rate that was a tensor or is one now
+                found = saved.state_dict_metadata[f"optimizers.param_groups.{i}.{key}"]
+                if isinstance(own, Tensor) == isinstance(found, BytesStorageMetadata):
+                    group[key] = _room(found, None)
 
     @staticmethod
     def _leave_out(optimizers: dict[str, Any], there: Mapping[str, Any]) -> None:
@@ -322,6 +390,10 @@ class Checkpoints:
         of_parameters = optimizers.get("state", {})
         for name in [name for name in of_parameters if f"optimizers.state.{name}" not in known]:
             del of_parameters[name]
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(sorted({str(name) for name in names})) or "none"
 
 
 def _by_name(name: str, values: Mapping[str, Any], kind: type, what: str) -> Mapping[str, Any]:
@@ -374,10 +446,12 @@ def _fitted(states: dict[str, Any], prefix: str, saved: Mapping[str, Any]) -> li
     return packed
 
 
-def _room(saved: Any, like: Tensor | None) -> Tensor:
-    """Where a tensor is loaded to: as it is now, if that has the shape."""
-    if like is not None and like.shape == saved.size and like.dtype == saved.properties.dtype:
-        return torch.empty_like(like)
+def _room(saved: Any, like: Tensor | None) -> Tensor | None:
+    """Where a tensor is loaded to: as it is now, if that has the shape. What is no tensor needs no room."""
+    if isinstance(saved, BytesStorageMetadata):
+        return None
+    if like is not None and like.shape == saved.size:
+        return torch.empty_like(like, dtype=saved.properties.dtype)
     return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
 

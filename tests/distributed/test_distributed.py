@@ -7,13 +7,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -111,6 +112,84 @@ def test_other_layers_in_one_process(alone: ranks.World) -> None:
 
     for name, n_inp in THREE:
         compare(alone, 1, name, N, n_inp, lengths=[N, 3])
+
+
+def trained(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(torch.tensor([[1, 2], [2, 0]])) - 1).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+OPTIMIZERS: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "tensor": lambda p: torch.optim.SGD(p, torch.tensor(0.1), momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, 0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, 0.1),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, 0.1),
+    "Muon": lambda p: torch.optim.Muon(p, 0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=2, history_size=2),
+    "SparseAdam": lambda p: torch.optim.SparseAdam(p, 0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading"), [*zip(OPTIMIZERS, OPTIMIZERS, strict=True), *permutations(["SGD", "momentum", "tensor"], 2)]
+)
+def test_every_optimizer_goes_on(saved: str, loading: str, tmp_path: Path) -> None:
+    """With what was saved, whatever it was made with; no hook takes a load for a step."""
+    start, steps, seen = torch.arange(6.0).view(3, 2), [], list[object]()
+    for go_on in (False, True):
+        model = nn.Embedding(3, 2, _weight=start.clone(), sparse=saved == "SparseAdam")
+        optimizer = OPTIMIZERS[loading if go_on else saved](list(model.parameters()))
+        if go_on:
+            for add in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+                add(lambda *found: seen.append(found))
+            assert Checkpoints(tmp_path, model, optimizer).load() == 3 and not seen
+        else:
+            trained(optimizer, model, 3)
+            Checkpoints(tmp_path, model, optimizer).save(3)
+        trained(optimizer, model, 3)
+        steps.append(model.weight.detach())
+    assert torch.equal(*steps) and len(seen) == 6
+
+
+def test_a_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
+    """By names of what is there and what came; nothing is loaded then."""
+    schedule = torch.optim.lr_scheduler.StepLR
+    model = nn.Embedding(3, 2)
+    adam = OPTIMIZERS["Adam"](list(model.parameters()))
+    trained(adam, model, 1)
+    Checkpoints(tmp_path, model, adam, more={"known": schedule(OTHERS, 1)}).save(1)
+    fresh = nn.Embedding(3, 2)
+    before, p = fresh.weight.detach().clone(), list(fresh.parameters())
+    wrong: dict[str, list[torch.optim.Optimizer]] = {
+        "got SGD with dampening, momentum, nesterov and without .*betas": [OPTIMIZERS["SGD"](p)],
+        "got Adamax with exp_inf and without amsgrad": [OPTIMIZERS["Adamax"](p)],
+        "got LBFGS with history_size": [OPTIMIZERS["LBFGS"](p)],
+        "got Adam with max_exp_avg_sq": [torch.optim.Adam(p, amsgrad=True)],
+        "with 1 groups of parameters, got Adam, Adam with 2": [torch.optim.Adam(p), torch.optim.Adam(p)],
+    }
+    for message, optimizers in wrong.items():
+        with pytest.raises(ValueError, match=f"^optimizers: expected those of step 1, .*{message}"):
+            Checkpoints(tmp_path, fresh, optimizers).load()
+        assert not any(each.state for each in optimizers) and optimizers[0].param_groups[0]["lr"] in (0.1, 0.001)
+    with pytest.raises(ValueError, match=r"^more: expected what step 1 has, under known, got others under new"):
+        Checkpoints(tmp_path, fresh, more={"known": schedule(OTHERS, 1), "new": schedule(OTHERS, 1)}).load()
+    assert torch.equal(fresh.weight, before)
+    Checkpoints(tmp_path, model).save(2)
+    with pytest.raises(ValueError, match=r"^optimizers: expected those of step 2, with 0 groups"):
+        Checkpoints(tmp_path, fresh, OPTIMIZERS["SGD"](p)).load()
+    assert Checkpoints(tmp_path, fresh).load(1) == 1 and torch.equal(fresh.weight, model.weight)
 
 
 LINEAR = nn.Linear(3, 2)
