@@ -419,7 +419,8 @@ def _run(
         made = _together(alike, x if inputs is None else inputs(x), plan, keep_empty)
         if made is not None:
             return made
-    others = [p for m in modules for p in m.parameters()] if keep_empty and not transformed() else []
+    wanted = keep_empty and torch.is_grad_enabled() and not transformed()
+    others = [p for m in modules for p in m.parameters() if p.requires_grad] if wanted else []
     y = one_by_one(modules if called is None else called(), x, plan)
     return _WithZeros.apply(y, *others) if others else y
 

@@ -124,6 +124,24 @@ def test_draws() -> None:
         assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 3000).sqrt()).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("grad", [False, True])
+def test_without_gradients(grad: bool, K: int, bias: bool) -> None:
+    """Frozen or under no_grad: Dynamo then calls a function's forward itself, and miscounts if K parameters are 2."""
+    torch._dynamo.reset()
+    select = Selection(*(nn.Linear(4, 2, bias=bias, dtype=F64) for _ in range(K))).requires_grad_(not grad)
+    x, actions = torch.randn(6, 4, dtype=F64), torch.arange(6) % K
+    expected = torch.stack([select._submodules[k](v) for k, v in zip(actions.tolist(), x, strict=True)])
+
+    def run(x: Tensor) -> Tensor:
+        x, meta, _ = Initialization()(x)
+        return select(x, meta, actions)[0]
+
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(x), expected)
+
+
 @pytest.mark.parametrize("algo", [a for a in LEARNING if a != "RELAX"])
 def test_explain(algo: str) -> None:
     """On fake tensors, where reading a number would raise: a step with its loss reads none."""
