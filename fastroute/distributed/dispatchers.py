@@ -26,7 +26,7 @@ class Place:
     """Where modules are: rank r of a group has those from ``bounds[r]`` up to ``bounds[r + 1]``.
 
     ``group`` is the name of a process group, as ``torch.ops._c10d_functional`` takes it. ``trains`` says whether
-    parameters of this rank's modules require a gradient.
+    parameters of this rank's modules may require a gradient.
     """
 
     group: str
@@ -146,7 +146,8 @@ class Local:
 
     For layers beside tensor-parallel neighbours, whose activations are the same on all ranks. Nothing is exchanged
     forward; an all-reduce of the N entries' outputs makes the results, one of [B, ...] the input's gradient. With one
-    rank it is a layer without any exchange. On a GPU the plan's offsets are read, which waits for the device.
+    rank it is a layer without any exchange. On a GPU the plan's offsets are read, which waits for the device. Results
+    have a gradient also where all modules are frozen, since no rank knows of the others'.
     """
 
     samples: Literal["own", "all"] = "all"
@@ -158,7 +159,7 @@ class Local:
         x, tie = copied(x, place.group)
         if not tie.requires_grad:
             tie = x.new_zeros((), requires_grad=place.trains)
-        rows = spread(x, plan.order[first:last], plan.per_sample)
+        rows = spread(x, plan.order.narrow(0, first, last - first), plan.per_sample)
         return {"rows": rows, "tie": tie, "span": (first, last, bounds[-1]), "plan": plan, "place": place}
 
     def receive(self, sent: dict[str, Any]) -> tuple[Tensor, Tensor]:

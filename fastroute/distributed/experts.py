@@ -283,11 +283,10 @@ class _Shards:
     def meet(self, layer: nn.Module, given: dict[str, Any], batch: Any) -> None:
         """In a first call, and in every call under ``strict``: the ranks compare what they are called with.
 
-        Whether this rank's modules are trained is known anew in each call. Where all ranks have the samples, a rank
-        without parameters takes the others' to be.
+        Whether this rank's modules are trained is known anew in each call. Where all ranks have the samples, nobody
+        tells: each takes the others' to be.
         """
-        own = [p.requires_grad for p in _spread_here(layer)]
-        trains = any(own) if own else self.dispatcher.samples == "all"
+        trains = self.dispatcher.samples == "all" or any(p.requires_grad for p in _spread_here(layer))
         if trains != self.place.trains:
             self.place = replace(self.place, trains=trains)
         strict = is_strict()
@@ -304,6 +303,7 @@ class _Shards:
                 what[name] = "none" if t is None else type(t).__name__
         if self.samples == "all" and isinstance(batch, Tensor):
             what["number of samples"] = B
+            what["gradient of the samples"] = batch.requires_grad
             what |= {"samples": batch, **given} if strict and not isinstance(batch, DTensor) else {}
         agree(what, self.mesh, layer=self.place.layer)
         self.first = False

@@ -32,6 +32,7 @@ from fastroute.distributed import (
     ExpertParallel,
     Local,
     ddp,
+    expert_parameters,
     full_state_dict,
     prepare,
     shard,
@@ -633,6 +634,40 @@ def unfrozen_after_they_were_spread(world: World) -> None:
         x, actions = torch.randn(n, D, dtype=F64), torch.arange(n)
         layer(x, Trajectory(n), actions)[0].square().sum().backward()
         assert all(p.grad is not None for p in layer.parameters())
+
+
+@case
+def frozen_on_one_rank(world: World) -> None:
+    """Gradients of the others, and of the samples, are those of one process; every rank has a graph to go back."""
+    mesh, n = world.rows(4), 6
+    layouts = ((AllToAll, Shard(0)), (AllToAll, Replicate()), (Local, Replicate()))
+    for (dispatcher, layout), kind, needs in itertools.product(layouts, ("moe", "plain", "stacked"), (False, True)):
+        torch.manual_seed(9)
+        modules = (nn.Linear(D, 2) for _ in range(4))
+        ref: Any = MoE(D, 3, 4, 2) if kind == "moe" else Selection(*modules, stacked=kind == "stacked")
+        style = ExpertParallel(dispatcher=dispatcher(), input_layouts=layout)
+        layer = parallelize_module(copy.deepcopy(ref.double()), mesh, style)
+        of_experts = set(expert_parameters(layer))
+        for p in layer.parameters():
+            p.requires_grad_(p in of_experts and world.rank != 1)
+        x, a = torch.randn(4 * n, D, dtype=F64), torch.arange(4 * n) % 4
+        own = slice(None) if layout == Replicate() else slice(world.rank * n, world.rank * n + n)
+        mine, whole = x[own].clone().requires_grad_(needs), x.clone().requires_grad_()
+        for m, batch, actions in ((layer, mine, a[own]), (ref, whole, a)):
+            y = m(batch) if kind == "moe" else m(batch, Trajectory(len(batch)), actions)[0]
+            y.square().sum().backward()
+        if needs:
+            same(mine.grad, whole.grad[own])  # type: ignore[index]
+        for name, p in layer.named_parameters():
+            assert (p.grad is None) == (not p.requires_grad)
+            if p.grad is not None:
+                grad = ref.get_parameter(name).grad / (1 if layout == Replicate() else 4)
+                split = isinstance(p, DTensor)
+                same(p.grad.to_local() if split else p.grad, grad[world.rank, None] if split else grad)  # type: ignore[attr-defined]
+    x, actions = torch.randn(4, D, requires_grad=world.rank == 1), torch.arange(4)
+    layer = parallelize_module(experts(4).float(), mesh, ExpertParallel(dispatcher=Local(), input_layouts=Replicate()))
+    told = message(ValueError, lambda: layer(x, Trajectory(4), actions))
+    assert "gradient of the samples: expected the same on every rank, got False on ranks 0, 2 and 3" in told
 
 
 @case
