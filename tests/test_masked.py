@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fastroute import capsules, functional, multitask, networks, tasks, use_backend
 from fastroute.networks import Loss, MoE, Selection, TopKGating, Trajectory
+from fastroute.ops import dispatch
 from fastroute.ops.matrix_routing.contract import Capsules
+from fastroute.ops.trajectory_loss.contract import ALGORITHMS, SILENT
 from tests.helpers import seeds
 from tests.helpers.networks import LEARNING
 
@@ -376,11 +378,51 @@ def op_cases() -> dict[str, Callable[[], Case]]:
     }
 
 
+def ops_of_networks() -> dict[str, Callable[[], Case]]:
+    """Those of networks, whose layers leave out before they call them."""
+
+    def case(fn: Callable[..., Any], names: tuple[str, ...], **made: Tensor) -> Callable[[], Case]:
+        masked = {k: rows(GONE, t) if k in names else NOWHERE for k, t in made.items()}
+        return lambda: Case(nn.Identity(), made, masked, lambda given: fn(**given))
+
+    def drawn(*shape: int, seed: int = 0) -> Tensor:
+        return draw(*shape, dtype=torch.float64, seed=seed)
+
+    actions = torch.where(GONE, -1, torch.arange(B) % K)
+    nets, names = {"W": drawn(K, 4, F), "b": drawn(K, 4), "V": drawn(K, 4, F), "c": drawn(K, 4)}, ("s0", "s1", "aux")
+
+    def value(scores: Tensor, kind: str) -> Tensor:
+        return functional.policy(scores, forced=actions, kind=kind).value
+
+    def of_agents(x: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
+        plan = dispatch.plan(actions, K)
+        return functional.agent_policy(x, plan, W, b, critic_weights=V, critic_biases=c).value
+
+    def loss(s0: Tensor, s1: Tensor, aux: Tensor, kind: str) -> Tensor:
+        kept, none = [~GONE, None], [None, None]
+        columns = ([t, drawn(B, seed=5).abs()] for t in (s0, s1, aux))  # the second decision is made for all
+        return functional.trajectory_loss([kind] * 2, *columns, none, none, kept, drawn(B), choices=[K] * 2)
+
+    return {
+        **{
+            f"policy, {k}": case(partial(value, kind=k), ("scores",), scores=drawn(B, K))
+            for k in ("softmax", "shifted", "score")
+        },
+        "agent_policy": case(of_agents, ("x",), x=drawn(B, F), **nets),
+        **{
+            f"trajectory_loss, {k}": case(
+                partial(loss, kind=k), names, **{n: drawn(B, seed=i) for i, n in enumerate(names)}
+            )
+            for k in sorted({*ALGORITHMS} - {SILENT})
+        },
+    }
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("op", op_cases())
-def test_ops_of_capsules(op: str, backend: str) -> None:
+@pytest.mark.parametrize("op", op_cases() | ops_of_networks())
+def test_ops(op: str, backend: str) -> None:
     with use_backend(backend):
-        check(op_cases()[op])
+        check((op_cases() | ops_of_networks())[op], twice=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- tasks
@@ -424,17 +466,17 @@ def test_outputs_of_other_tasks() -> None:
 # ----------------------------------------------------------------------------------------------------------- check
 
 
-def check(case: Callable[[], Case]) -> None:
-    expected = record(case, None)
+def check(case: Callable[[], Case], twice: bool = False) -> None:
+    expected = record(case, None, twice)
     for value in POISON:
-        found = record(case, value)
+        found = record(case, value, twice)
         assert found.keys() == expected.keys()
         for name, t in expected.items():
             assert torch.equal(found[name], t), f"{value} changes {name}"
 
 
-def record(case: Callable[[], Case], poison: float | None) -> dict[str, Tensor]:
-    """Outputs, gradients of parameters, and of inputs, which are zero where masked."""
+def record(case: Callable[[], Case], poison: float | None, twice: bool = False) -> dict[str, Tensor]:
+    """Outputs, gradients of parameters, and of inputs, which are zero where masked. ``twice``: also those of them."""
     seeds.fixed_seed(0)
     module, inputs, masked, run = case()
     module.train()
@@ -448,6 +490,11 @@ def record(case: Callable[[], Case], poison: float | None) -> dict[str, Tensor]:
     seen = {f"output {name}": t for name, t in outputs.items() if t is not None}
     loss = sum((t * draw(*t.shape, dtype=t.dtype, seed=3)).sum() for t in seen.values() if t.requires_grad)
     assert isinstance(loss, Tensor)
+    if twice:
+        leaves = {**given, **dict(module.named_parameters())}
+        first = torch.autograd.grad(loss, [*leaves.values()], create_graph=True, allow_unused=True)
+        seen |= {f"first gradient of {n}": g for n, g in zip(leaves, first, strict=True) if g is not None}
+        loss = loss + sum(g.square().sum() for g in first if g is not None)
     loss.backward()
     for name, x in given.items():
         own = torch.zeros_like(x) if x.grad is None else x.grad

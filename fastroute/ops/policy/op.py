@@ -105,7 +105,7 @@ class _Policy(torch.autograd.Function):
         if asked_again(grad):
 
             def definition(z: Tensor) -> list[Tensor]:
-                return [reference.at(reference.values(z, kind, temperature), actions)]
+                return [reference.value_of(z, actions, kind, temperature)]
 
             return (*through(definition, (scores,), (True,), [grad]), *[None] * 7)
         if backend == "reference":

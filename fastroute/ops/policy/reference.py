@@ -72,6 +72,11 @@ def at(values: Tensor, actions: Tensor) -> Tensor:
     return torch.where(actions >= 0, picked, 0)
 
 
+def value_of(scores: Tensor, actions: Tensor, kind: str, temperature: float) -> Tensor:
+    """[N]: what the actions are worth; rows without one are left out before anything is computed."""
+    return at(values(torch.where(actions[:, None] >= 0, scores, 0), kind, temperature), actions)
+
+
 def policy(
     scores: Tensor,
     uniform: Tensor | None = None,
@@ -83,4 +88,4 @@ def policy(
 ) -> Choice:
     """The definition, with autograd."""
     actions, greedy = choose(scores, uniform, coin, forced, kind, temperature, exploration)
-    return Choice(actions, at(values(scores, kind, temperature), actions), greedy)
+    return Choice(actions, value_of(scores, actions, kind, temperature), greedy)

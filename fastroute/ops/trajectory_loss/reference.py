@@ -82,16 +82,23 @@ def targets(d: Decisions, f: Tensor, gamma: float, normalize: bool) -> Iterator[
 
 
 def entries(d: Decisions, f: Tensor, gamma: float, normalize: bool) -> Iterator[tuple[int, Entry]]:
-    """What every decision with a loss learns from, in the dtype of ``f``, the last one first."""
+    """What every decision with a loss learns from, in the dtype of ``f``, the last one first.
 
-    def widened(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(f.dtype)
+    Where autograd is to differentiate it, without the samples that a decision was not made for.
+    """
+    again = torch.is_grad_enabled()
+
+    def widened(t: Tensor | None, kept: Tensor | None) -> Tensor | None:
+        return None if t is None else only(t.to(f.dtype), kept)
+
+    def only(t: Tensor, kept: Tensor | None) -> Tensor:
+        return t if kept is None else torch.where(kept, t, 0)
 
     for t, R, y in targets(d, f, gamma, normalize):
-        kind = d.kinds[t]
-        if kind != SILENT and (s0 := widened(d.s0[t])) is not None:
-            s1 = widened(d.s1[t]) if kind in CRITICS else None
-            yield t, Entry(kind, d.choices[t], s0, s1, widened(d.aux[t]), R, y)
+        kind, kept = d.kinds[t], d.active[t] if again else None
+        if kind != SILENT and (s0 := widened(d.s0[t], kept)) is not None:
+            s1 = widened(d.s1[t], kept) if kind in CRITICS else None
+            yield t, Entry(kind, d.choices[t], s0, s1, widened(d.aux[t], kept), only(R, kept), only(y, kept))
 
 
 def advantage(e: Entry) -> Tensor:
