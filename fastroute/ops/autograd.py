@@ -64,6 +64,11 @@ def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:
     return ctx.again
 
 
+def constant(t: Tensor | None) -> Tensor | None:
+    """An argument that has no gradient, out of the graph: autograd would call its hooks all the same, with None."""
+    return t.detach() if t is not None and t.requires_grad else t
+
+
 def is_hooked(p: Tensor) -> bool:
     """Whether somebody is to be told of its gradient, or of its being added to ``grad``; told from Python."""
     return bool(p._backward_hooks or p._post_accumulate_grad_hooks)

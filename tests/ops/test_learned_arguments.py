@@ -50,6 +50,23 @@ def test_constants_have_none(backend: str, name: str) -> None:
         assert found.get(f"d{argument}") is None, argument
 
 
+@each_backend
+@pytest.mark.parametrize("name", CALLS)
+def test_hooks_are_given_tensors(backend: str, name: str) -> None:
+    """Of whatever arguments, and whichever result is learnt from: autograd gives them None where a function does."""
+    call = CALLS[name]
+    case = call.case(SIZE, torch.float64)
+    seen: list[object] = []
+    given = {k: t.clone() if t is not None else None for k, t in case.inputs.items()}
+    learned = [t.requires_grad_() for k, t in given.items() if t is not None and k in case.wrt]
+    for t in learned:
+        t.register_hook(seen.append)
+    for y in use_backend(backend)(call.fn)(**given).values():
+        for again in (False, True) if y is not None and y.requires_grad else ():
+            torch.autograd.grad(y.sum(), learned, create_graph=again, retain_graph=True, allow_unused=True)
+    assert seen and all(isinstance(g, torch.Tensor) for g in seen)
+
+
 def test_the_table_has_every_floating_point_argument() -> None:
     for name, call in CALLS.items():
         case = call.case(SIZE, torch.float64)

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from ..arguments import explained
-from ..autograd import apply, asked_again, keep_for_again, kept_for_again, own, through, transformed, without_gradient
+from ..autograd import (
+    apply,
+    asked_again,
+    constant,
+    is_hooked,
+    keep_for_again,
+    kept_for_again,
+    own,
+    through,
+    transformed,
+    without_gradient,
+)
 from ..backends import note, offer
 from ..checks import flags, floating, on_one_device, shown
 from ..dispatch.contract import Plan, check_plan
@@ -144,7 +155,18 @@ class _AgentPolicy(torch.autograd.Function):
             if o.bounds is not None and got and not (o.critic_stacked if i > 1 else o.stacked):
                 each = [g if a < b else None for g, (a, b) in zip(each, pairwise(o.bounds), strict=True)]
             found += each
+        _tell_hooks(ctx, grads, found)
         return (dx if needs[0] and dx.shape == x.shape else None, *[None] * 6, *found)
+
+
+def _tell_hooks(ctx: Any, grads: Sequence[Tensor | None], found: list[Tensor | None]) -> None:
+    """Zeros for parameters with hooks, which expect a tensor, where only the policy is learnt from, or its critic."""
+    unused = (set(of) == {None} for of in (grads[1:4:2], grads[4:6]))
+    if torch.compiler.is_compiling() or not any(unused):
+        return
+    for i, p in enumerate(ctx.again[0]):
+        if found[i] is None and ctx.needs_input_grad[7 + i] and is_hooked(p):
+            found[i] = torch.zeros_like(p)
 
 
 def _again(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -161,6 +183,7 @@ def _again(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     with autocast_off(actions.device.type):
         dx, *rest = through(plain, (x, *given), (needs[0], *needs[7:]), of_outputs)
+    _tell_hooks(ctx, grads, rest)
     return (dx, *[None] * 6, *rest)
 
 
@@ -235,6 +258,7 @@ def agent_policy(
     N = _rows(x, plan, nets)
     K = nets[0].outputs
     check_draws(uniform, coin, forced, N, K, temperature, exploration)
+    uniform, coin = constant(uniform), constant(coin)
     note(OP, like, N=N, K=K)
     options = _Options(
         (len(nets[0].weights), len(nets[0].biases), len(nets[1].weights) if len(nets) > 1 else 0),

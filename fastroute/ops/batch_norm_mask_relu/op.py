@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import explained
-from ..autograd import asked_again, own, through, transformed
+from ..autograd import asked_again, constant, own, through, transformed
 from ..backends import offer, triton_refuses
 from ..checks import at_least_zero, flags, floating, shape, share, shown, together
 from ..masked import only
@@ -151,6 +151,7 @@ def batch_norm_mask_relu(
             )
     if training and x.numel() == x.shape[1]:
         raise ValueError(f"x: expected more than 1 value per channel when training, got {shown(x)}")
+    running_mean, running_var = constant(running_mean), constant(running_var)
     if x.numel() == 0:  # nothing to mask; torch knows what an empty batch leaves alone
         return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if backend != "reference":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import explained
-from ..autograd import apply, asked_again, own, through, transformed
+from ..autograd import apply, asked_again, constant, own, through, transformed
 from ..backends import BackendName, Case, decide, note, offer, requested, taken
 from ..backends import triton_refuses as of_dtype
 from ..checks import floating, positive, shape, share
@@ -171,6 +171,7 @@ def policy(
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     N, K = scores.shape
     check_draws(uniform, coin, forced, N, K, temperature, exploration)
+    uniform, coin = constant(uniform), constant(coin)
     if transformed():
         return reference.policy(scores, uniform, coin, forced, kind, float(temperature), float(exploration))
     note(OP, scores, N=N, K=K)
