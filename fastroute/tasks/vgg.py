@@ -187,7 +187,7 @@ class VGG(TaskAware):
             [B, 2]. In training, a batch norm's statistics are those of the whole batch, whatever its tasks.
 
         Raises:
-            IndexError, TypeError, ValueError: as :class:`TaskRouter`.
+            IndexError, TypeError, ValueError: as :class:`TaskRouter`; images too small for the poolings.
         """
         checks.tensor("x", x, "a tensor [B, 3, H, W]")
         task = of_all(task)
@@ -195,7 +195,13 @@ class VGG(TaskAware):
             raise ValueError(
                 f"task: expected an int or one task per sample, shape {list(x.shape[:1])}, got {checks.shown(task)}"
             )
-        x = checks.as_parameters("x", x, self, _routed, self.features, x, task)
+        try:
+            x = checks.as_parameters("x", x, self, _routed, self.features, x, task)
+        except RuntimeError as error:
+            least = _least(self.features)
+            if x.dim() == 4 and (x.shape[2] < least or x.shape[3] < least):
+                raise ValueError(f"x: expected images of {least} x {least} or larger, got {checks.shown(x)}") from error
+            raise
         x = torch.flatten(self.avgpool(x), 1)
         active = self._task(task)
         watching.tell(self, "tasks", active, x, self.task_count)
@@ -282,6 +288,15 @@ def _height_and_width(bottleneck_spatial: Sequence[int]) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"bottleneck_spatial: expected [height, width], got {bottleneck_spatial!r}") from None
     return checks.at_least_one("bottleneck_spatial", height), checks.at_least_one("bottleneck_spatial", width)
+
+
+def _least(features: nn.Module) -> int:
+    """The smallest side of an image of which poolings leave something."""
+    side = 1
+    for m in features.modules():
+        if isinstance(m, nn.MaxPool2d):
+            side *= m.stride if isinstance(m.stride, int) else max(m.stride)
+    return side
 
 
 def _last_channels(features: nn.Module) -> int:

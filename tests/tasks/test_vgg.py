@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,19 @@ def test_vgg11_runs(size: int) -> None:
         norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
         assert norms == (8 if make is vgg11_bn else 0)
         assert model.get_layer("classifier_2") is model.classifier_2
+
+
+def test_images_that_are_too_small() -> None:
+    """The smallest size that the poolings take is named, and runs."""
+    features = vgg.make_layers([4, "M", 4, "M"], 3, 0.5)
+    for model in (VGG(features, 3), fastroute.live(VGG(copy.deepcopy(features), 3))):
+        assert model(torch.randn(2, 3, 4, 4), 1).shape == (2, 2)
+        for shape in ((2, 3, 3, 3), (2, 3, 4, 3), (2, 3, 0, 8)):
+            message = re.escape(f"x: expected images of 4 x 4 or larger, got {list(shape)}")
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                model(torch.randn(shape), 1)
+        with pytest.raises(RuntimeError, match="3 channels, but got 2"):
+            model(torch.randn(2, 2, 8, 8), 1)
 
 
 @each_backend
