@@ -17,6 +17,7 @@ from ..ops.arguments import Count, InputCount, Options, OutputCount, Several, ch
 from ..ops.autograd import transformed
 from ..ops.efficient_routing.contract import Parameters, check_sizes
 from ..ops.efficient_routing.op import Functions, cast, first_or_next, input_scale
+from ..ops.host import is_traced
 from ..ops.masked import only, reaches, reaching
 from ..ops.precision import autocast_dtype, autocast_off
 from ..ops.vector_routing.op import row_is_live
@@ -156,6 +157,8 @@ class EfficientVectorRouting(Options, nn.Module):
         modules = list(self._modules.values())
         known = self._memo.known
         if known is None or not known[1].holds(modules):
+            if is_traced():  # torch.jit.trace compares two traces, and a memo would shorten the second one
+                return self._looks_plain()
             read = [m for m in modules if m is not None]
             known = self._memo.known = self._looks_plain(), Proof(modules, read)
         return known[0]

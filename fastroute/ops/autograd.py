@@ -151,8 +151,9 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     Without gradients it is its ``forward``. With them, what is left out is the search for torch.func's leftovers where
     torch.func is not at work: it looks at every argument in Python, and there may be a parameter of every module.
     """
-    if torch.compiler.is_compiling():
-        # Dynamo (2.13) drops the context where no gradient is wanted and forward(ctx, a, *rest) has two of the rest
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        # Dynamo (2.13) drops the context where no gradient is wanted and forward(ctx, a, *rest) has two of the rest;
+        # torch.jit.trace compares with a trace without gradients, and saves no function in Python
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             return function.apply(*args)
         return function.forward(_NoContext(), *args)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .environment import instruction_set
 from .registry import library
@@ -20,17 +19,8 @@ library.define("_choose_isa(str asked, str[] here) -> str")
 
 def in_use() -> str:
     """The variant that runs, of a loaded extension; ValueError if FASTROUTE_ISA names one that is not here."""
-    jit: Any = torch._C
-    tracer = jit._get_tracing_state()  # the first to ask may be traced: no graph has this op
-    is_traced = tracer is not None and not jit._dispatch_tls_is_dispatch_key_excluded(jit.DispatchKey.Tracer)
-    if is_traced:
-        jit._set_tracing_state(None)
-    try:
-        with _disable_current_modes():
-            return torch.ops.fastroute._isa()
-    finally:
-        if is_traced:
-            jit._set_tracing_state(tracer)
+    with ThreadPoolExecutor(1) as elsewhere:  # the first to ask may be in a trace, or in a mode: a thread is in none
+        return elsewhere.submit(torch.ops.fastroute._isa).result()
 
 
 def describe() -> str:

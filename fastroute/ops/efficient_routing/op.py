@@ -17,7 +17,7 @@ from torch import Tensor
 from ..arguments import explained
 from ..autograd import apply, asked_again, called, through, transformed
 from ..backends import Case, choose, has_extension, is_explaining, record, requested
-from ..host import is_exporting
+from ..host import is_exporting, is_traced
 from ..masked import reaching
 from ..precision import autocast_off, autocast_precision
 from ..registry import define, no_second_derivative
@@ -299,8 +299,8 @@ def efficient_routing(
     if transformed() or (w.prior.requires_grad and torch.is_grad_enabled()):  # whose gradient no kernel has
         check_sizes(w, *x.shape[-2:])
         return _plain(call)
-    # An exported graph has the op that every backend implements; ``explain`` asks that one.
-    if call.is_one_call and not is_exporting() and not is_explaining():
+    # An exported or traced graph has the op that every backend implements; ``explain`` asks that one.
+    if call.is_one_call and not (is_exporting() or is_traced() or is_explaining()):
         given = call.of_native()
         try:
             if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in w)):

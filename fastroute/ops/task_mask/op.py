@@ -16,7 +16,7 @@ from ..arguments import explained
 from ..autograd import apply, asked_again, own, transformed
 from ..backends import Case, is_strict, native_refuses, note, offer, taken, triton_refuses
 from ..checks import flags, floating, integer, shown, tensor, together
-from ..host import has_numbers
+from ..host import has_numbers, is_traced
 from . import plain
 from . import reference as reference
 from . import schema as schema  # defines the compiled ops
@@ -184,7 +184,7 @@ def task_mask(x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = Fa
         task: the task, an int or an integer tensor, 0-d or [1]; or one for each sample, an integer tensor [B].
         relu: y = max(x, 0) in live channels instead.
         inplace: write into x, which is returned, so that autograd knows. Without ``relu`` live channels keep what they
-            hold. torch.compile and vmap make a new tensor and copy it.
+            hold. torch.compile, a trace and vmap make a new tensor and copy it.
 
     Returns:
         y in x's shape, dtype and layout. A task tensor is not compiled in: one graph serves all tasks.
@@ -208,8 +208,10 @@ def task_mask(x: Tensor, mapping: Tensor, task: int | Tensor, *, relu: bool = Fa
     if transformed():
         y = reference.task_mask(x, mapping, number if tasks is None else tasks, relu)
         return x.copy_(y) if inplace else y
-    if inplace and not torch.compiler.is_compiling() and not x.is_neg():  # its memory holds other numbers
-        if x.requires_grad and torch.is_grad_enabled():
+    learns = x.requires_grad and torch.is_grad_enabled()
+    of_a_graph = torch.compiler.is_compiling() or (learns and is_traced())  # which knows no function in place
+    if inplace and not of_a_graph and not x.is_neg():  # its memory holds other numbers
+        if learns:
             return _InPlace.apply(x, mapping, tasks, number, relu, backend)
         _run(backend, "mask_", x, mapping, tasks, number, relu)
         if not x.is_inference():
