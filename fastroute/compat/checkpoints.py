@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..multitask.model_losses import LossModules
 from ..multitask.weighting import WEIGHTINGS
 from ..ops import files
 from ..ops.arguments import checked
@@ -300,7 +301,7 @@ def _only_ours(state: State) -> list[str]:
 
     Nodes of torchMTL's may have these names, too. A weighting of fastroute's says whose its numbers are, or has just
     the tensors of one; a loss is under the name of a node, which has keys of its own, or is in the list of modules
-    that state dicts carry.
+    that state dicts carry. That list also says by a version that these are losses, since fastroute 0.3.0.
     """
     weighting = [key for key in state if key.startswith("weighting.")]
     losses = [key for key in state if key.startswith("loss_modules.")]
@@ -311,6 +312,12 @@ def _only_ours(state: State) -> list[str]:
     is_a_layer = any(state[key].dim() > 1 for key in weighting if key == "weighting.weight")
     is_weighting = "task_names" in names or (names in kept and not is_a_layer)
     are_losses = all(key.count(".") > 1 and key.split(".")[1] in nodes for key in losses)
+    version = getattr(state, "_metadata", {}).get("loss_modules", {}).get("version", LossModules._version)
+    if losses and are_losses and version != LossModules._version:
+        raise CannotConvert(
+            f"{losses[0]}: expected to know whether loss_modules is a node, or has fastroute's parameters of losses; "
+            "call the node otherwise, or save the model with such losses again, in this version"
+        )
     return (weighting if is_weighting else []) + (losses if are_losses else [])
 
 

@@ -88,6 +88,8 @@ class LossModules(nn.Module):
     dict without them leaves them as they are.
     """
 
+    _version = 2  #: by which a state dict tells them from a node that torchMTL may call so
+
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Without what is no parameter."""
         destination = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)

@@ -127,6 +127,22 @@ def test_nodes_by_the_names_of_what_only_fastroute_has(
     MTLModel(nodes, ["A"]).load_state_dict(made, strict=True)
 
 
+def test_a_node_that_looks_like_losses_is_refused(trip: Trip) -> None:
+    """Its keys were left out, as if they were fastroute's."""
+    layers = nn.Sequential()
+    layers.A = nn.Linear(2, 2)
+    nodes = [
+        {"name": "loss_modules", "layers": layers},
+        {"name": "A", "layers": nn.Linear(2, 1), "anchor_layer": "loss_modules", "loss": nn.MSELoss()},
+    ]
+    state = MTLModel(nodes, ["A"]).state_dict()
+    assert "loss_modules.A.weight" in state
+    with pytest.raises(
+        CannotConvert, match=r"^loss_modules\.A\.weight: expected to know whether loss_modules is a node"
+    ):
+        trip(state, "torchmtl", back=True)
+
+
 def test_parameters_of_losses_stay_here(trip: Trip, tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
