@@ -351,6 +351,12 @@ def with_itself(layer: nn.Module) -> tuple[nn.Module, Callable[..., Tensor]]:
     return layer, layer
 
 
+def of_a_cell(kind: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """One that routes: PyTorch's own is written into by the operator that it is."""
+    cell = kind(F, 4, num_selections=K, depth_routing=2, routing_agent=networks.REINFORCE, detach=False)
+    return cell, lambda x: torch.cat([*cell(x)[0]], -1)
+
+
 def of_tasks(task: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
     router = TaskRouter(10, K, 0.5, generator=seeds.generator(0))
     model = live(nn.Sequential(nn.Linear(F, 10), router, nn.ReLU(), nn.Linear(10, F)))
@@ -368,6 +374,8 @@ SAVED: dict[str, Callable[[], tuple[nn.Module, Callable[..., Tensor]]]] = {
     "capacity": lambda: of_triplet(TopKGating(K, F, 2, capacity=1.0)),
     "moe": lambda: with_itself(MoE(F, 8, 4)),
     **{algo: lambda algo=algo: of_triplet(getattr(networks, algo)(K, F)) for algo in LEARNING if algo != "RELAX"},  # type: ignore[misc]
+    "gru": lambda: of_a_cell(networks.RoutingGRUCell),
+    "lstm": lambda: of_a_cell(networks.RoutingLSTMCell),
     "task": lambda: of_tasks(1),
     "tasks": lambda: of_tasks(torch.arange(B) % K),
     "capsules": lambda: with_itself(fastroute.EfficientVectorRouting(B, 3, F, 5)),
