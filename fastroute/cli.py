@@ -42,9 +42,12 @@ TYPICAL: dict[str, dict[str, int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's) and return its exit status: 0, 1 for a failure, 2 for misuse."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no × shows a ?
-        if not (stream.encoding or "").lower().startswith("utf") and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper):
+            if not stream.encoding.lower().startswith("utf"):  # a terminal that has no × shows a ?
+                stream.reconfigure(errors="replace")
+            elif stream.errors == "strict":  # names of files are any bytes
+                stream.reconfigure(errors="surrogateescape")
     parser = _parser()
     try:
         args = parser.parse_args(argv)
@@ -58,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         status = commands[args.command](args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # who reads the output has read enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -293,7 +297,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _shown_as_busy(what: str, quiet: bool) -> AbstractContextManager[object]:
     """A spinner on a terminal, where there is rich: a large file takes a while."""
-    if quiet or not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+    if quiet or sys.stderr is None or not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         return nullcontext()
     return importlib.import_module("rich.console").Console(stderr=True).status(what)
 

@@ -17,6 +17,7 @@ import fastroute
 from fastroute import cli
 from fastroute.compat import checkpoints
 from fastroute.demos import DEMOS
+from fastroute.loggers import RunLog
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -112,3 +113,24 @@ def test_a_terminal_without_our_letters(encoding: str, monkeypatch: pytest.Monke
     assert cli.main(["doctor"]) == 0
     stream.flush()
     assert stream.buffer.getvalue().decode(encoding) in ("8 ? 8 ? ten\n", "8 × 8 ? ten\n")  # type: ignore[attr-defined]
+
+
+def test_a_name_that_is_no_utf_8_is_printed_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the terminal's encoding is strict, as in most locales."""
+    folder = tmp_path / os.fsdecode(b"\xff")
+    RunLog(folder).write({"loss": 1.0}, step=1)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert cli.main(["report", str(folder)]) == 0
+    assert stream.buffer.getvalue() == os.fsencode(folder / "report.html") + b"\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("argv", [["doctor"], ["--version"], [], ["convert", "{}/in.pt", "{}/out.pt", "--from"]])
+def test_standard_streams_that_are_closed(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``>&- 2>&-``, in a daemon, and without a console on Windows."""
+    torch.save(fastroute.EfficientVectorRouting(3, 2, 4, 5).state_dict(), tmp_path / "in.pt")
+    argv = [a.format(tmp_path) for a in argv] + ["heinsen_routing"] * ("convert" in argv)
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert cli.main(argv) == (0 if argv else 2)
+    assert (tmp_path / "out.pt").exists() == ("convert" in argv)
