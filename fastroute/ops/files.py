@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +15,8 @@ from pathlib import Path
 def whole(path: Path, *errors: type[Exception]) -> Iterator[Path]:
     """A path to write to, which then takes the place of ``path``; where writing fails, what was there stays.
 
-    What is no ordinary file (``/dev/stdout``, a pipe) is written to directly.
+    What is no ordinary file (``/dev/stdout``, a pipe) is written to directly. A link stays one, and a file keeps its
+    permissions.
 
     Args:
         errors: what the writer raises where a file cannot be written, beside OSError and RuntimeError (torch.save's).
@@ -26,10 +29,14 @@ def whole(path: Path, *errors: type[Exception]) -> Iterator[Path]:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder")
         is_special = path.exists() and not path.is_file()
-        part = path if is_special else path.with_name(f".{path.name}.{os.getpid()}.part")
+        target = Path(os.path.realpath(path))
+        name = f".{target.name[:40]}.{os.getpid()}.{threading.get_ident()}.part"  # shorter than the longest
+        part = path if is_special else target.with_name(name)
         yield part
         if part != path:
-            os.replace(part, path)
+            if target.exists():
+                shutil.copymode(target, part)
+            os.replace(part, target)
     except (OSError, RuntimeError) + errors as error:
         number = (error.errno if isinstance(error, OSError) else None) or errno.EIO
         raise OSError(number, f"cannot be written ({reason(error)})", str(path)) from error
