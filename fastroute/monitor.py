@@ -491,11 +491,11 @@ class _Entries(_Tally):
     ) -> None:
         table = self._table(A, K, actions.device)
         self.k = actions.shape[1] if actions.dim() == 2 else 1
-        column = actions.clamp(-1, K) + 1
+        column = actions.long().clamp(-1, K) + 1
         if active is not None:
             column = torch.where(active[:, None] if column.dim() == 2 else active, column, K + 2)
         if agents is not None and A > 1:
-            first = agents.clamp(0, A - 1) * (K + 3)
+            first = agents.long().clamp(0, A - 1) * (K + 3)
             column = column + (first[:, None] if column.dim() == 2 else first)
         column = column.reshape(-1)
         table.view(-1).index_add_(0, column, self.one.expand(column.shape[0]))

@@ -155,10 +155,11 @@ def _pick(outputs: Sequence[Any], task: Any) -> Tensor:
     T, B = len(outputs), outputs[0].shape[0]
     if task.dim() != 1 or task.shape[0] != B:
         raise ValueError(f"task: expected one per sample, [{B}], got {shown(task)}")
+    task = task.to(torch.int64)  # in a smaller dtype T would be taken modulo its range
     named = (task >= 0) & (task < T)
     looks = may_look(task)
     if looks and not bool(named.all()):
         raise IndexError(f"task: expected tasks from 0 to {T - 1}, got {int(task.min())} to {int(task.max())}")
-    at = task.clamp(0, T - 1).long().reshape(1, B, *[1] * (outputs[0].dim() - 1)).expand(1, *outputs[0].shape)
+    at = task.clamp(0, T - 1).reshape(1, B, *[1] * (outputs[0].dim() - 1)).expand(1, *outputs[0].shape)
     y = torch.stack(list(outputs)).gather(0, at).squeeze(0)
     return y if looks else only(y, named)

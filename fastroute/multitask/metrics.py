@@ -65,6 +65,7 @@ def _binary(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(predicted class, true class, which labels are there) of scores and labels 0 or 1 of one shape."""
     y = labels.like(y_hat, y)
+    y = y if y.is_floating_point() else y.long()  # which has the negative numbers below
     there = labels.known(y, None if mask is None else labels.spread(mask, y), ignore_index)
     labels.refuse(there & ((y < -1) | (y > 1)), y, "labels 0 or 1")  # or -1 and 1, as a soft margin has them
     return torch.where(y_hat.isnan(), _NONE, (y_hat > threshold).long()), (y > 0.5).long(), there

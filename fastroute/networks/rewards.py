@@ -327,7 +327,7 @@ class PerActionBaseReward(Options):
         """Note a batch's actions [B], those of active samples [B]; ``dists()`` are their states [B, K, 5]."""
         if not self.keeps_history:
             return
-        W = self.history_window
+        W, actions = self.history_window, actions.long()
         if (group := self._group()) is not None:  # of each process as many as are kept, so that sizes are alike
             actions = actions if active is None else torch.where(active, actions, -1)
             own = torch.cat([actions.new_full((W,), -1), actions])
@@ -355,7 +355,7 @@ class PerActionBaseReward(Options):
 
     def rewards(self, dists: Callable[[], Tensor], actions: Tensor, like: Tensor) -> Tensor | None:
         """[B] rewards of actions [B] in the dtype of ``like``, or None for zeros."""
-        made = self.by_action(actions, like)
+        made = self.by_action(actions.long(), like)
         return None if made is None else made.made(like.dtype)
 
     def by_action(self, actions: Tensor, like: Tensor) -> ByAction | None:
@@ -488,7 +488,7 @@ class RunningAverageCollaborationReward(_PerActionCounting):
 
     def register_all(self, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None = None) -> None:
         """Note a batch's actions [B], those of active samples [B]."""
-        C, k = self._known_actions(), 10 ** (-1 / self.history_len)
+        C, k, actions = self._known_actions(), 10 ** (-1 / self.history_len), actions.long()
         here = torch.ones_like(actions) if active is None else active.to(torch.int64)
         after = here.flip(0).cumsum(0).flip(0) - here  # active samples after this one
         if self._average is None:
