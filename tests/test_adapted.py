@@ -216,6 +216,22 @@ def test_every_parametrization(name: str) -> None:
     cell(name, "parametrized", lambda: parametrized(LAYERS[name], every=True))
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if LAYERS[name].long else []) for name in LAYERS]
+)
+def test_parameters_whose_memory_holds_other_numbers(name: str) -> None:
+    """As that of ``z.conj().imag`` does. PyTorch sees to it where it knows of the tensor, which may be in a list."""
+    case = LAYERS[name]
+    layer, expected = case.layer(), results(case.layer(), case)
+    negated: dict[Tensor, nn.Parameter] = {}
+    for m in layer.modules():
+        for key, p in m._parameters.items():
+            if p is not None:
+                m._parameters[key] = negated.setdefault(p, nn.Parameter(torch._neg_view(-p.detach())))
+    assert all(p.is_neg() for p in layer.parameters())
+    close(results(layer, case), expected)
+
+
 # ---------------------------------------------------------------------------------------- adapters and quantization
 
 

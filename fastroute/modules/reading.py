@@ -117,9 +117,14 @@ def is_hooked(m: nn.Module) -> bool:
 
 
 def _is_plain(t: Any) -> bool:
-    """Whether it is a tensor, and nothing but one, or None. What torch.func wraps is: ops know its rules."""
+    """Whether it is a tensor, and nothing but one, or None. What torch.func wraps is: ops know its rules.
+
+    One whose memory holds other numbers (``z.conj().imag``) is not: the dispatcher sees that of no tensor in a list.
+    """
     kind = type(t)  # a trace's stand-in is read as what it stands for
-    return kind in _PLAIN or bool(kind.__module__.startswith("torch._subclasses."))
+    if kind in _PLAIN:
+        return t is None or torch.compiler.is_compiling() or not t.is_neg()
+    return bool(kind.__module__.startswith("torch._subclasses."))
 
 
 def why_called(m: nn.Module, kinds: tuple[type, ...] = ()) -> str | None:

@@ -45,8 +45,8 @@ def _product(backend: str, x: Tensor, take: Tensor | None, put: Tensor | None, o
     """One linear module per sorted row: see ``grouped_linear.plain.forward``."""
     if backend == "reference":
         return linear.forward(x, take, put, offsets, [w], ())[0]
-    made = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}")(x, take, put, offsets, [w], [], 0, False)
-    return made[0]
+    op, w = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}"), w.resolve_neg()  # not seen in a list
+    return op(x, take, put, offsets, [w], [], 0, False)[0]  # type: ignore[no-any-return]
 
 
 def _product_backward(
@@ -59,7 +59,7 @@ def _product_backward(
         wants = want_x, want_w, False
         dx, dw, _ = linear.backward(grad, x, take, spread, put, offsets, [w], K, wants, stacked=True)
     else:
-        op = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}_backward")
+        op, w = getattr(torch.ops.fastroute, f"_grouped_linear_{backend}_backward"), w.resolve_neg()
         dx, dw, _ = op(grad, x, take, spread, put, offsets, [w], K, want_x, want_w, False, 0, None, True, True)
     return dx, dw[0] if want_w else w.new_empty(0)
 
