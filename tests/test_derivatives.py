@@ -158,6 +158,22 @@ def test_jacobians(name: str) -> None:
     close(many, each)
 
 
+@each_layer("2nd")
+def test_gradients_of_several_losses_by_vmap(name: str) -> None:
+    """vmap over ``torch.autograd.grad`` of a graph that is there already, as TorchJD takes gradients of tasks."""
+    f, parameters, inputs = given(name)
+    leaves = [t.clone().requires_grad_() for t in (*parameters.values(), *inputs)]
+    y = f(dict(zip(parameters, leaves, strict=False)), *leaves[len(parameters) :])
+    some = torch.stack([rand(len(y), seed=s) for s in (3, 4)])
+
+    def gradients(weights: Tensor) -> list[Tensor]:
+        made = torch.autograd.grad(y, leaves, weights, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, made, strict=True)]
+
+    for many, *rows in zip(vmap(gradients)(some), *map(gradients, some), strict=True):
+        close(many, torch.stack(rows))
+
+
 @pytest.mark.parametrize("name", ["QLearning, tabular", "AAC, WPL that collaborate"])
 def test_vmap_within_vmap(name: str) -> None:
     """Decisions and their losses: within several, PyTorch's ``mse_loss`` takes one's axis for another's."""

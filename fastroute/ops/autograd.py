@@ -106,9 +106,11 @@ def through(
     ``grads`` are those of its outputs. The inputs are those that the graph knows, as they were saved.
     """
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad():  # by a view: under torch.vmap nothing may be told to require a gradient
         own = [
-            (t.view_as(t) if again else t.detach().requires_grad_()) if need and isinstance(t, Tensor) else t
+            (t.view_as(t) if again or t.requires_grad else t.detach().requires_grad_())
+            if need and isinstance(t, Tensor)
+            else t
             for t, need in zip(inputs, needs, strict=True)
         ]
         outputs = plain(*own)
