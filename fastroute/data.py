@@ -69,7 +69,8 @@ def mnist(directory: str | Path) -> Digits:
 
     Raises:
         FileNotFoundError: no such folder, neither set in it, or images without labels.
-        ValueError: a damaged file; the message names it, what was expected and what came.
+        ValueError: a damaged file, or one set of less than five images of each digit; the message names it, what was
+            expected and what came.
 
     Examples:
         >>> try:
@@ -86,7 +87,13 @@ def mnist(directory: str | Path) -> Digits:
         wanted = " or ".join(f"{images}[.gz] with {labels}[.gz]" for images, labels in _MNIST.values())
         raise FileNotFoundError(f"{directory}: expected {wanted}, found neither")
     if len(sets) == 1:
-        return _split(*next(iter(sets.values())))
+        found = _split(*next(iter(sets.values())))
+        if not len(found.test_labels):
+            raise ValueError(
+                f"{directory}: expected five images of a digit at least, the fifth to test on, "
+                f"got {len(found.train_labels)} images"
+            )
+        return found
     train, test = sets["train"], sets["t10k"]
     if train[0].shape[1:] != test[0].shape[1:]:
         raise ValueError(

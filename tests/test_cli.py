@@ -98,6 +98,28 @@ def test_demo_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert said.err.startswith(f"python -m fastroute demo: {tmp_path}: expected train-images") and said.out == ""
 
 
+@pytest.mark.parametrize(
+    ("command", "size", "message"),
+    [
+        (["demo", "capsules"], (3, 9), "expected images of 4 x 4 pixels at least, got 3 x 9"),
+        (["train", "routed-cnn"], (4, 6), "expected square images, got 4 x 6"),
+    ],
+)
+def test_images_of_sizes_that_no_network_takes(
+    command: list[str],
+    size: tuple[int, int],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = fastroute.data.Digits(*(torch.zeros(2, *size), torch.zeros(2, dtype=torch.int64)) * 2)
+    monkeypatch.setattr("fastroute.data.mnist", lambda _: found)
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--data", "here"]) == 1
+    assert capsys.readouterr().err == f"python -m fastroute {command[0]}: here: {message}\n"
+
+
 def test_demo_without_its_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "rich" or name == "fastroute.demos.capsules"]:
         monkeypatch.delitem(sys.modules, name)

@@ -62,6 +62,13 @@ def test_one_set_is_split(tmp_path: Path, suffix: str) -> None:
     assert len(found.train_images) == len(found.train_labels) == 16
 
 
+def test_one_set_of_too_few(tmp_path: Path) -> None:
+    images, labels = some(8)
+    write(tmp_path, images=idx(images), labels=idx(labels))
+    with pytest.raises(ValueError, match=r"expected five images of a digit at least, .* got 8 images"):
+        data.mnist(tmp_path)
+
+
 def test_both_sets_are_taken_as_they_are(tmp_path: Path) -> None:
     write(tmp_path)
     images, labels = some(7)

@@ -50,6 +50,9 @@ def on_digits(options: Options, body: Callable[[_data.Digits, Options, float], i
     began, threads = time.perf_counter(), torch.get_num_threads()
     device = torch.device(options.device)
     found = digits(options)
+    height, width = found.train_images.shape[1:]
+    if min(height, width) < 4:
+        raise CannotRun(f"{options.data}: expected images of 4 x 4 pixels at least, got {height} x {width}")
     torch.set_num_threads(options.threads)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

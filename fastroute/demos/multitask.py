@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -255,9 +256,9 @@ class Result:
 
 
 def improvement(result: Result, baseline: Result) -> float:
-    """Delta m: the mean over tasks of the relative gain in accuracy over the baseline."""
+    """Delta m: the mean over tasks of the relative gain in accuracy over the baseline; NaN over one of 0."""
     mine, theirs = (dict(zip(NAMES, r.accuracies, strict=False)) for r in (result, baseline))
-    return relative_improvement(mine, theirs)
+    return relative_improvement(mine, theirs) if all(theirs.values()) else math.nan
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from ..models import CapsuleHead, RoutedCNN, SmallNORB, routed_vgg
 from ..monitor import RoutingMonitor
 from ..networks import Loss, NegLossReward
 from ..ops import files
-from . import Options, on_digits
+from . import CannotRun, Options, on_digits
 from .attributes import attributes
 
 TASKS, CLASSES = 5, 2  #: of the routed network: digit // 2, which is known, and digit % 2, which is asked for
@@ -337,6 +337,9 @@ def run(names: list[str], options: TrainOptions) -> int:
 
 def _run(names: list[str], found: data.Digits, options: TrainOptions) -> int:
     console, results = Console(), dict[str, list[Result]]()
+    height, width = found.train_images.shape[1:]
+    if height != width:
+        raise CannotRun(f"{options.data}: expected square images, got {height} x {width}")
     for name in names:
         seeds = range(options.seed, options.seed + options.seeds)
         results[name] = [train(name, found, options, seed, console) for seed in seeds]
