@@ -50,7 +50,12 @@ _version = attrgetter("_version")
 def keep_for_again(ctx: Any, tensors: Sequence[Tensor], *rest: Any) -> None:
     """What a second derivative alone asks for: not saved, as it is there anyway, but known by its tensors' versions."""
     if not torch.compiler.is_compiling() and type(ctx) is not _NoContext:
-        ctx.again, ctx.versions = (tensors, *rest), list(map(_version, tensors))
+        try:
+            ctx.again, ctx.versions = (tensors, *rest), list(map(_version, tensors))
+        except RuntimeError as error:  # which says "do not track version counter"
+            raise RuntimeError(
+                "expected no tensor of torch.inference_mode where gradients are made: clone it, or use torch.no_grad"
+            ) from error
 
 
 def kept_for_again(ctx: Any, what: str) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ Axes: B samples, T decisions, K choices.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -467,3 +468,27 @@ def test_one_plan_for_all_decisions_of_the_same_agents() -> None:
     with torch.inference_mode():
         own = torch.tensor([1, 0, 0, 0])
         assert meta.plan_of(own, 2).order.tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_decision_of_two_without_gradients(mode: Any) -> None:
+    """It counts for the other one's returns as one that is frozen; of inference mode it is refused, and told how."""
+    x, y = torch.randn(6, F), torch.zeros(6, dtype=torch.int64)
+    first, second = networks.REINFORCE(3, F), networks.REINFORCE(3, F, policy_storage_type="tabular")
+    score = Loss(nn.CrossEntropyLoss(), NegLossReward())
+
+    def gradients(within: Any) -> list[Tensor]:
+        seeds.manual_seed(0)
+        h, meta, _ = first(x, start(x))
+        with within():
+            h, meta, _ = second(h, meta)
+        return list(torch.autograd.grad(score(h, meta, y)[1], list(first.parameters())))
+
+    if mode is torch.inference_mode:
+        with pytest.raises(RuntimeError, match=r"inference_mode where gradients are made: .* use torch\.no_grad"):
+            gradients(mode)
+        return
+    found = gradients(mode)
+    second.requires_grad_(False)
+    for a, b in zip(found, gradients(contextlib.nullcontext), strict=True):
+        assert a.any() and torch.equal(a, b)
