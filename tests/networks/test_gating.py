@@ -195,7 +195,7 @@ def test_masked_is_removed(scores: str, normalize: bool) -> None:
     (masked, dw, counts, dx), (removed, dw_removed, counts_removed, dx_removed) = results
     assert masked.actions[~mask].eq(-1).all() and not masked.weights[~mask].any() and not dx[~mask].any()
     assert torch.equal(masked.actions[mask], removed.actions) and torch.equal(counts, counts_removed)
-    assert torch.equal(masked.weights[mask].detach(), removed.weights.detach())
+    assert_same(masked.weights[mask].detach(), removed.weights.detach())  # a library's sums may go by a row's place
     assert_same(masked.loss.detach(), removed.loss.detach())
     assert_same(dw, dw_removed)
     assert_same(dx[mask], dx_removed)

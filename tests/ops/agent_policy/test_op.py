@@ -170,7 +170,8 @@ def test_permuting_rows_and_relabelling_agents(backend: str) -> None:
         for axis, letter in enumerate(letters):
             if letter in "na":
                 t = t.index_select(axis, rows if letter == "n" else names)  # type: ignore[union-attr]
-        if name.startswith("d") and name != "dx":
+        # sums over rows go in another order, and those of a library may go by a row's place
+        if t.is_floating_point() and (backend == "reference" or (name.startswith("d") and name != "dx")):  # type: ignore[union-attr]
             assert_same(back, t, name)  # type: ignore[arg-type]
         else:
             assert torch.equal(back, t), name  # type: ignore[arg-type]
