@@ -32,7 +32,6 @@ constexpr int64_t kTileRows = 96;
 constexpr int64_t kMostRows = 144;     // of a tile, to the nearest
 constexpr int64_t kLibraryRows = 512;  // of a tile that a library multiplies
 constexpr int64_t kLongest = 4096;     // of its sums
-constexpr int64_t kCopiedRows = 12;    // the fewest for which a weight is turned or packed
 
 // int64 numbers anywhere; without any, the identity.
 class Index {
@@ -264,19 +263,6 @@ void multiply_by_library(
   }
 }
 
-// Whether a module's weight is turned for its rows: that spares the sums over lanes.
-template <class S>
-bool is_turned(int64_t rows_of_module, int64_t n, int64_t k) {
-  const int64_t rows = std::min(rows_of_module, kTileRows);
-  return n >= kernels<S>().lanes && rows >= kCopiedRows && rows * kernels<S>().turned_terms >= k;
-}
-
-// Whether a weight's columns are packed for some rows.
-template <class S>
-bool is_packed(int64_t rows, int64_t n, int64_t k) {
-  return rows >= kCopiedRows && k >= kernels<S>().packed_terms && n >= 2 * kernels<S>().lanes;
-}
-
 // out[i] = w a[i] + bias, or w^T a[i], of some of a module's rows
 template <class S>
 void multiply(
@@ -288,13 +274,13 @@ void multiply(
   }
   const auto& kernel = kernels<S>();
   const int64_t n = transposed ? F : O, k = transposed ? O : F;
-  if (w.is_by_row == transposed && is_packed<S>(rows, n, k)) {
+  if (w.is_by_row == transposed && kernel.packs(rows, n, k)) {
     const std::unique_ptr<typename Sum<S>::type[]> scratch(
         new typename Sum<S>::type[2 * kernel.lanes * (kRun + rows)]);
     kernel.combine_packed(out.get(), a.get(), rows, w.data, w.stride, bias, n, k, scratch.get());
   } else if (w.is_by_row == transposed) {
     kernel.combine(out.get(), a.get(), rows, w.data, w.stride, bias, n, k);
-  } else if (is_turned<S>(rows_of_module, n, k)) {
+  } else if (kernel.turns(std::min(rows_of_module, kTileRows), n, k)) {
     const std::unique_ptr<S[]> scratch(new S[2 * kernel.lanes * k]);
     kernel.dot_turned(out.get(), a.get(), rows, w.data, w.stride, bias, n, k, scratch.get());
   } else {

@@ -41,6 +41,7 @@ struct Sum<uint16_t> {
 // outer() sums runs of kRun rows, in tiles of kPanel columns of a.
 constexpr int64_t kRun = 128;
 constexpr int64_t kPanel = 6;
+constexpr int64_t kCopiedRows = 12;  // the fewest for which a weight is turned or packed
 
 template <class S>
 struct Kernels {
@@ -51,6 +52,8 @@ struct Kernels {
   void (*dot_turned)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k,
       S* scratch);
+  // whether that pays for so many rows
+  bool (*turns)(int64_t rows, int64_t n, int64_t k);
   // out[i][j] = sum_l a[i][l] b[l ldb + j] + bias[j]
   void (*combine)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k);
@@ -58,6 +61,7 @@ struct Kernels {
   void (*combine_packed)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k,
       typename Sum<S>::type* scratch);
+  bool (*packs)(int64_t rows, int64_t n, int64_t k);
   // out[i ldo + j] = sum_l a[l][i] b[l][j], for i in [i0, i1); scratch: outer_scratch(rows, i1 - i0, n) numbers
   void (*outer)(
       S* out, int64_t ldo, const S* const* a, const S* const* b, int64_t rows, int64_t i0, int64_t i1, int64_t n,
@@ -66,8 +70,6 @@ struct Kernels {
   // out[j] = sum_l a[l][j], for j in [j0, j1)
   void (*sum)(S* out, const S* const* a, int64_t rows, int64_t j0, int64_t j1);
   int64_t lanes;
-  int64_t turned_terms;  // dot_turned pays where a sum has so many for each row, or fewer
-  int64_t packed_terms;  // combine_packed where it has so many, or more
 };
 
 // The kernels for this processor, chosen once.
