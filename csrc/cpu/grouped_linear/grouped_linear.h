@@ -41,7 +41,6 @@ struct Sum<uint16_t> {
 // outer() sums runs of kRun rows, in tiles of kPanel columns of a.
 constexpr int64_t kRun = 128;
 constexpr int64_t kPanel = 6;
-constexpr int64_t kCopiedRows = 12;  // the fewest for which a weight is turned or packed
 
 template <class S>
 struct Kernels {
