@@ -47,16 +47,18 @@ struct Kernels {
   // out[i][j] = sum_l a[i][l] b[j ldb + l] + bias[j], for `rows` i, n j and k l; bias may be null
   void (*dot)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k);
-  // the same for many rows, and `lanes` columns or more, its sums in another order; scratch: 2 lanes k numbers
+  // the same for many rows, and `lanes` columns or more, by turning rows of b: no sum is over lanes, so that its order is
+  // another one; scratch: 2 lanes (kRun + rows) numbers
   void (*dot_turned)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k,
-      S* scratch);
+      typename Sum<S>::type* scratch);
   // whether that pays for so many rows
   bool (*turns)(int64_t rows, int64_t n, int64_t k);
   // out[i][j] = sum_l a[i][l] b[l ldb + j] + bias[j]
   void (*combine)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k);
-  // the same to the bit, for 2 lanes columns or more; scratch: 2 lanes (kRun + rows) numbers
+  // the same to the bit, for `lanes` columns or more, by copying columns of b: for sums so long that those which a tile
+  // reads do not stay in a cache from one tile to the next; scratch as above
   void (*combine_packed)(
       S* const* out, const S* const* a, int64_t rows, const S* b, int64_t ldb, const S* bias, int64_t n, int64_t k,
       typename Sum<S>::type* scratch);
