@@ -35,7 +35,7 @@ APART = ("vector_routing",)
 def runs(args: argparse.Namespace) -> list[tuple[Path, str, str | None]]:
     """(suite, name of its results, pytest's -k) of each run."""
     found: list[tuple[Path, str, str | None]] = []
-    device = "cuda" if args.gpu else "cpu" if instruction_sets.best() == "avx512" else "cpu-avx2"
+    device = "cuda" if args.gpu else instruction_sets.kind()
     for suite in suites():
         name = suite.stem.removeprefix("bench_")
         if args.suites and name not in args.suites:

@@ -1,4 +1,4 @@
-"""The instruction set of a run, which its results are named by."""
+"""The processor of a run: what its results are named by, one page of the docs for each."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,14 @@ from pathlib import Path
 HELD_TO = os.environ.get("FASTROUTE_ISA", "").removeprefix("auto")
 
 
-def best() -> str:
-    """The instruction set that a run has, of the two whose results the docs keep apart."""
-    cpuinfo = Path("/proc/cpuinfo")
-    has = "avx512f" in cpuinfo.read_text() if cpuinfo.exists() else False
-    return HELD_TO or ("avx512" if has else "avx2")
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def kind() -> str:
+    """``cpu`` with AVX-512, ``cpu-intel`` with Intel's (whose libraries are others), ``cpu-avx2`` without."""
+    facts = _cpuinfo()
+    if (HELD_TO or ("avx512" if "avx512f" in facts else "avx2")) != "avx512":
+        return "cpu-avx2"
+    return "cpu-intel" if "GenuineIntel" in facts else "cpu"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
-#: By the end of a result's name: those of machines without AVX-512 have a page of their own.
-PAGES = {"": _DOCS / "benchmarks.md", "avx2": _DOCS / "benchmarks_avx2.md"}
+#: By what a result's name ends in: see ``instruction_sets.kind``.
+PAGES = {name: _DOCS / f"benchmarks{name and '_'}{name}.md" for name in ("", "avx2", "intel")}
 
 Row = dict[str, Any]
 
@@ -444,7 +444,7 @@ def rewrite(results: Path) -> None:
         data = json.loads(path.read_text())
         if data["quick"]:
             raise SystemExit(f"{path.name} is from a --quick run: its sizes are not the tables'")
-        page = PAGES["avx2" if "avx2" in path.stem.split("-") else ""]
+        page = PAGES[next((name for name in path.stem.split("-") if name in PAGES), "")]
         begin, end = f"<!-- begin {path.stem} -->", f"<!-- end {path.stem} -->"
         between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         old = between.search(written[page])

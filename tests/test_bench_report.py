@@ -42,9 +42,19 @@ def test_cells_of_a_grid_are_rows() -> None:
     assert "2 sizes, held to avx2**" in report._grid("x-cpu-avx2", held)[0]
 
 
-@pytest.mark.parametrize(("held", "kind"), [("avx512", "cpu"), ("avx2", "cpu-avx2"), ("default", "cpu-avx2")])
-def test_results_are_named_by_the_instruction_set(held: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("held", "cpuinfo", "kind"),
+    [
+        ("avx512", "AuthenticAMD", "cpu"), ("avx2", "AuthenticAMD avx512f", "cpu-avx2"), ("default", "", "cpu-avx2"),
+        ("", "AuthenticAMD avx512f", "cpu"), ("", "GenuineIntel avx512f", "cpu-intel"),
+        ("", "GenuineIntel", "cpu-avx2"), ("", "", "cpu-avx2"),
+    ],
+)  # fmt: skip
+def test_results_are_named_by_the_processor(
+    held: str, cpuinfo: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(instruction_sets, "HELD_TO", held)
+    monkeypatch.setattr(instruction_sets, "_cpuinfo", lambda: cpuinfo)
     asked = Namespace(suites=["vector_routing", "tasks"], k=None, gpu=False)
     names = {name for _, name, _ in runs(asked)}
     assert names == {f"vector_routing-{kind}", f"vector_routing-{kind}-grid", f"tasks-{kind}"}

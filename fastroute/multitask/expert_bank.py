@@ -18,9 +18,11 @@ from ..modules.names import TakenNames
 from ..modules.reading import may_be_read
 from ..ops.activations import ACTIVATIONS
 from ..ops.arguments import Count, checked
+from ..ops.autograd import is_observed
 from ..ops.checks import floating, shown, tensor, together
 from ..ops.dtypes import accumulating
 from ..ops.precision import autocast_dtype, autocast_off
+from ..ops.softmax import softmax_of_few
 
 
 class Experts(TakenNames, nn.Module):
@@ -103,9 +105,14 @@ class Experts(TakenNames, nn.Module):
         return torch.cat([self(x)[:, g * each : (g + 1) * each] for g, x in enumerate(xs)], 1)
 
     def run(self, x: Tensor) -> Tensor:
-        """Unchecked: [N, D] -> [N, E, P]: the first layers are one product."""
-        u = F.linear(x, self.w_in.flatten(0, 1), self.b_in.flatten()).unflatten(1, (self.num_experts, -1))
+        """Unchecked: [N, D] -> [N, E, P]."""
         act = ACTIVATIONS[self.activation]
+        if self.w_out is not None and _is_eager(x, self.w_in) and not (x.requires_grad and torch.is_grad_enabled()):
+            # in order at once: the gradient of x, which is a sum over experts, is not wanted
+            u = torch.baddbmm(self.b_in.unsqueeze(1), x.expand(self.num_experts, *x.shape), self.w_in.mT)
+            return self._second(torch.relu_(u) if self.activation == "relu" else act(u)).transpose(0, 1)
+        # the first layers are one product
+        u = F.linear(x, self.w_in.flatten(0, 1), self.b_in.flatten()).unflatten(1, (self.num_experts, -1))
         if self.w_out is None:
             return act(u)
         # put in order before the activation: backward then needs one copy, too, and torch.compile's loops half the time
@@ -124,6 +131,16 @@ class Experts(TakenNames, nn.Module):
         if self.w_out is None or self.b_out is None:
             raise RuntimeError("experts of one layer have no second one")
         return torch.baddbmm(self.b_out.unsqueeze(1), h, self.w_out.mT)
+
+
+def _is_eager(x: Tensor, w: Tensor) -> bool:
+    """Whether nothing looks at what is computed, or computes it otherwise, and a CPU has x's own dtype for it.
+
+    For fewer rows to ask costs more than it gains.
+    """
+    if not x.is_cpu or is_observed(x, w):  # before its size is looked at, on which a graph would be guarded
+        return False
+    return x.shape[0] >= 16 and x.dtype in (torch.float32, torch.float64) and autocast_dtype("cpu") is None
 
 
 class Gates(TakenNames, nn.Module):
@@ -189,14 +206,14 @@ class Gates(TakenNames, nn.Module):
         with autocast_off(x.device.type):
             x, w, b = self._cast(x)
             z = F.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
-            return z.unflatten(1, (self.num_tasks, -1)).softmax(-1)
+            return softmax_of_few(z.unflatten(1, (self.num_tasks, -1)))
 
     def run_grouped(self, x: Tensor) -> Tensor:
         """[T, N, D] -> [N, T, E]: a task's gate sees the task's own input."""
         with autocast_off(x.device.type):
             x, w, b = self._cast(x)
             z = torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT)
-            return z.softmax(-1).transpose(0, 1)
+            return softmax_of_few(z.transpose(0, 1))
 
     def _cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         to = torch.promote_types(accumulating(x.dtype), accumulating(self.weight.dtype))

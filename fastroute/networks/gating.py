@@ -26,6 +26,7 @@ from ..ops.masked import only
 from ..ops.precision import autocast_off
 from ..ops.processes import Processes
 from ..ops.recomputation import draws_of, is_recomputation
+from ..ops.softmax import softmax_of_few
 from .decision_record import Mixture
 from .decisions.base import Triplet, as_mask
 from .sample_view import SampleMetaInformation
@@ -229,7 +230,7 @@ class TopKGating(Options, Accumulating):
         forced = None if forced_actions is None else self._forced(forced_actions, B, x.device)
         with autocast_off(x.device.type):
             z = self._logits(flat, active)
-            scores = z.softmax(1) if self.scores == "softmax" else z.sigmoid()
+            scores = softmax_of_few(z) if self.scores == "softmax" else z.sigmoid()
             actions = self._choose(z, scores) if forced is None else forced
             taken, kept = self._kept(actions, active, forced is None)
             weights = self._weights(z, scores, actions, None if forced is None else actions >= 0)
@@ -341,7 +342,7 @@ class TopKGating(Options, Accumulating):
         if not self.normalize:
             picked = scores.gather(1, at)
         elif self.scores == "softmax":  # of the picked alone: the same, without their sum's rounding
-            picked = only(z.gather(1, at), valid, torch.finfo(z.dtype).min).softmax(1)
+            picked = softmax_of_few(only(z.gather(1, at), valid, torch.finfo(z.dtype).min))
         else:
             picked = only(scores.gather(1, at), valid)
             picked = picked / picked.sum(1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)

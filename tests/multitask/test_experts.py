@@ -109,6 +109,26 @@ def test_the_same_as_a_loop(name: str, lead: tuple[int, ...]) -> None:
     compare(outcome(module, module, x), outcome(lambda x: by_loop(module, x), module, x))
 
 
+@each_layer
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_an_input_without_gradient(name: str, activation: str) -> None:
+    """Which a CPU does by other products, of many rows."""
+    module, x = layer(name, activation=activation), samples(40)
+    ps = list(module.parameters())
+
+    def results(ys: Any) -> list[Tensor | None]:
+        return [*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), ps, allow_unused=True)]
+
+    found, expected = results(module(x)), results(by_loop(module, x))
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a is None) == (b is None), k
+        if a is not None and b is not None:
+            assert_same(a, b, str(k))
+    with torch.no_grad():
+        for a, y in zip(module(x), by_loop(module, x), strict=True):
+            assert_same(a, y, "y")
+
+
 @hypothesis.given(data=st.data())
 def test_any_sizes(data: st.DataObject) -> None:
     n, s = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
