@@ -89,6 +89,9 @@ class _Call(NamedTuple):
         if self.weights is None:
             return None
         w = self.weights.reshape(-1).index_select(0, self.order).to(accumulating(self.x.dtype))
+        bounds = on_host(self.offsets)
+        if bounds is not None and bounds[-1] == self.order.shape[0]:  # none is dropped
+            return w
         return torch.where(torch.arange(self.order.shape[0], device=self.order.device) < self.offsets[-1], w, 0)
 
     def summed(self, entries: Tensor) -> Tensor:
