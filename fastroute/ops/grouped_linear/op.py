@@ -162,12 +162,19 @@ def _rows(x: Tensor, plan: Plan, width: int, is_sorted: bool, keep_sorted: bool)
     return x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
 
 
+def _resolved(given: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
+    """A list of tensors whose memory holds their numbers: the dispatcher looks at no tensor in a list."""
+    given = (given,) if isinstance(given, Tensor) else given
+    if torch.compiler.is_compiling() or not any(map(Tensor.is_neg, given)):
+        return given
+    return [t.resolve_neg() for t in given]
+
+
 def parameters_of(
     weights: Sequence[Tensor] | Tensor, biases: Sequence[Tensor] | Tensor
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], int, int, int]:
     """(weights, biases, K, O, F), a stacked tensor as a list of one."""
-    weights = (weights,) if isinstance(weights, Tensor) else weights
-    biases = (biases,) if isinstance(biases, Tensor) else biases
+    weights, biases = _resolved(weights), _resolved(biases)
     if not weights and not biases:
         raise ValueError("weights: expected one of each module (or biases alone), got neither")
     if not weights:

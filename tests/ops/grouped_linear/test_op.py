@@ -510,3 +510,21 @@ def test_what_is_not_a_number_stays_with_its_module(backend: str, compiled: bool
     assert y.isnan().any(1).tolist() == [False, False, False, True, False, False]
     assert dW.isnan().flatten(1).any(1).tolist() == [False, True, False]
     assert not dx[4].any() and dx.isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("stacked", [False, True])
+def test_parameters_whose_memory_is_negated(backend: str, stacked: bool) -> None:
+    """Of a complex number's conjugate the imaginary part is a view that PyTorch marks as negated."""
+    W, b = (torch.randn(3, *shape, dtype=torch.complex128).conj().imag for shape in ((4, 5), (4,)))
+    assert W.is_neg()
+    x, actions, uniform = torch.randn(6, 5, dtype=F64), torch.tensor([0, 1, 2, 1, 0, 0]), torch.rand(6, 4, dtype=F64)
+    plan = dispatch.plan(actions, 3)
+    given = [[W, b], [W.resolve_neg(), b.resolve_neg()]]
+    if not stacked:
+        given = [[list(t) for t in both] for both in given]
+    with use_backend(backend):
+        y, plain = (grouped_linear(x, plan, *both) for both in given)
+        chosen, expected = (fastroute.functional.agent_policy(x, plan, *both, uniform=uniform) for both in given)
+    assert_same(y, torch.einsum("nof,nf->no", W[actions], x) + b[actions])
+    assert torch.equal(y, plain) and torch.equal(chosen.value, expected.value)
