@@ -138,7 +138,7 @@ def efficient_case(
         "W_S": normal(rows, m, scale=d**-0.5), "B_S": normal(rows, m, scale=0.3),
         "beta_use": normal(*betas, scale=spread), "beta_ign": normal(*betas, scale=spread),
         "bias_use": normal(m, scale=0.3) if linear else None, "bias_ign": normal(m, scale=0.3) if linear else None,
-        "prior": (torch.ones(m) / m).to(stored),
+        "prior": torch.full((m,), 1 / m, dtype=torch.float64).to(stored),
         "mask": mask,
         "lengths": None if lengths is None else torch.tensor(lengths),
     }  # fmt: skip

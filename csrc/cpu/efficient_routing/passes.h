@@ -29,7 +29,7 @@ struct Sizes {
   int64_t outputs() const { return B * m; }
   // As first_form in fastroute/ops/efficient_routing/passes.py says where there is "gram".
   First first() const {
-    return !is_linear || is_masked ? First::kPairs : d <= 4 * m ? First::kGram : First::kOneBeta;
+    return !is_linear || is_masked || n == 1 ? First::kPairs : d <= 4 * m ? First::kGram : First::kOneBeta;
   }
   int64_t gram() const { return first() == First::kGram ? B * d * d : 0; }
   int64_t gram_vectors() const { return first() == First::kGram ? B * (d + 1) : 0; }

@@ -31,7 +31,7 @@ ROWS = ("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign", "bias_use", "bias_ig
 def _shapes(x: Tensor, w: Parameters, mask: Tensor | None, n_iters: int) -> list[tuple[int, ...]]:
     """Of the gates, each iteration's M, p and y, and in Gram form G and g: what the forward pass keeps."""
     (B, n, d), m, h = x.shape, w.W_F1.shape[0], w.W_F2.shape[1]
-    has_gram = w.bias_use is not None and mask is None and d <= 4 * m  # as ``passes.first_form``
+    has_gram = w.bias_use is not None and mask is None and d <= 4 * m and n != 1  # as ``passes.first_form``
     gram = ((B, d, d), (B, d + 1)) if has_gram else ((0,), (0,))
     return [(B, n), (n_iters, B, m, d), (n_iters, B, m), (n_iters, B, m, h), *gram]
 

@@ -72,7 +72,7 @@ class _Call(NamedTuple):
 
     @property
     def form(self) -> Form:
-        return first_form(self.w, whole=True, masked=self.mask is not None)
+        return first_form(self.w, whole=True, masked=self.mask is not None, n=self.x.shape[1])
 
     @property
     def is_empty(self) -> bool:

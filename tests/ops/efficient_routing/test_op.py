@@ -82,11 +82,12 @@ def test_iterations(backend: str, linear: bool, n_iters: int, normalize: bool, d
     assert bool(unused) == (n_iters == 1)
 
 
-GRAM = {  # whether sum_i f_i x_i x_i^T replaces the products with the betas: no mask, d <= 4 m
+GRAM = {  # whether sum_i f_i x_i x_i^T replaces the products with the betas: no mask, d <= 4 m, n > 1
     "narrow": (Size(2, 50, 6, 8), None, True),
     "d just fits": (Size(2, 50, 4, 16), None, True),
     "d just does not": (Size(2, 50, 4, 17), None, False),
     "masked": (Size(2, 50, 6, 8), some_mask(2, 50, 6), False),
+    "a single input": (Size(16, 1, 17, 8, 4), None, False),
     "in quarters": (Size(2, 60, 40, 130), None, True),  # half of d is odd, and G is symmetric
 }
 
