@@ -254,3 +254,15 @@ def test_a_network_that_is_made_in_inference_mode(stacked: bool) -> None:
         found = results()
     for a, b in zip(found, expected, strict=True):
         assert a.is_inference() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "make, shape", [(lambda: nn.Conv2d(2, 3, 3), (2, 5, 5)), (lambda: nn.Linear(6, 3), (7, 6))], ids=["conv", "linear"]
+)
+def test_an_error_is_not_said_of_the_plan(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """The layer's own plan has several rows for each sample: it is no fault of these when something else fails."""
+    with torch.inference_mode():
+        select = networks.Selection(*(make() for _ in range(3)))
+    y, meta, _ = networks.Initialization()(torch.randn(5, *shape))
+    with pytest.raises(RuntimeError, match=r"expected no tensor of torch\.inference_mode"):
+        select(y, meta, torch.tensor([0, 2, -1, 1, 0]))

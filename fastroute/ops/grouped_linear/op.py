@@ -193,9 +193,12 @@ def parameters_of(
     return weights, biases, K, O, F
 
 
-def _is_a_plan(x: Tensor | None, plan: Plan, *_: Any, **__: Any) -> None:
-    check_plan(plan.order, plan.offsets, plan.order.shape[0])
-    of = [] if x is None or plan.samples is None else on_host(plan.samples)
+def _is_a_plan(
+    x: Tensor | None, plan: Plan, *_: Any, is_sorted: bool = False, keep_sorted: bool = False, **__: Any
+) -> None:
+    rows = plan.order.shape[0] if x is None or not is_sorted else x.shape[0]
+    check_plan(None if is_sorted and keep_sorted else plan.order, plan.offsets, rows)
+    of = [] if x is None or is_sorted or plan.samples is None else on_host(plan.samples)
     if x is not None and of and (min(of) < 0 or max(of) >= x.shape[0]):
         raise ValueError(f"plan: expected samples from 0 to {x.shape[0] - 1}, got {min(of)} to {max(of)}")
 
