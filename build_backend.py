@@ -45,14 +45,24 @@ def find_torch():
     return directory, version, cuda and cuda[1]
 
 
+def words_of(variable):
+    """An environment variable's words, as a shell splits them."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:  # a quotation without its end
+        raise NotBuilt(f"{variable}={text}: {error}") from error
+
+
 def find_cxx():
     if os.name != "posix":
         raise NotBuilt("there is none for Windows: use WSL")
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for command in map(shlex.split, candidates):
+    given = words_of("CXX")
+    candidates = [given] if given else [["c++"], ["g++"], ["clang++"]]
+    for command in candidates:
         if shutil.which(command[0]):
             return command
-    raise NotBuilt(f"no C++ compiler found ({', '.join(candidates)}): install one, or set CXX")
+    raise NotBuilt(f"no C++ compiler found ({', '.join(map(' '.join, candidates))}): install one, or set CXX")
 
 
 def get_requires_for_build_wheel(config_settings=None):

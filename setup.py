@@ -27,7 +27,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # setuptools alone leaves it out
-from build_backend import NotBuilt, find_cxx, find_torch
+from build_backend import NotBuilt, find_cxx, find_torch, words_of
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020b000000000000"  # oldest libtorch the extension runs on: 2.11
@@ -70,6 +70,14 @@ def find_nvcc(torch_cuda):
         gencode += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
         gencode += [f"-gencode=arch=compute_{arch},code=compute_{arch}"] if ptx else []
     return nvcc, gencode
+
+
+def switch(variable, *values):
+    """One of `values`, the first where the variable is not set."""
+    value = os.environ.get(variable) or values[0]
+    if value not in values:
+        raise SystemExit(f"{variable}: expected one of {', '.join(values)}, got {value!r}")
+    return value
 
 
 def output(command):
@@ -125,14 +133,14 @@ def build_extension(info):
     info["compiler"] = (output([*cxx, "--version"]).splitlines() or cxx)[0]
     torch, version, torch_cuda = find_torch()
     info["torch"] = version
-    info["sanitize"] = os.environ.get("FASTROUTE_SANITIZE", "0") == "1"
+    info["sanitize"] = switch("FASTROUTE_SANITIZE", "0", "1") == "1"
     sanitize = SANITIZE if info["sanitize"] else []
 
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     defines += [f"-DPy_LIMITED_API={PY_TARGET}"] if LIMITED_API else []
     includes = [ROOT / "csrc", torch / "include", sysconfig.get_path("include")]
     common = [*defines, *(f"-I{path}" for path in includes), "-c"]
-    flags = [*STANDARD, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*STANDARD, *CXX_FLAGS, *words_of("CXXFLAGS")]
     flags += ["-O1", "-g1", *sanitize, *HERE_ONLY] if sanitize else []
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
@@ -168,9 +176,9 @@ class BuildExtension(build_ext):
         target = package / Path(self.get_ext_filename("fastroute._C")).name
         info = {"built": False, "reason": None, "cuda": False, "cuda_reason": None}
         info["python"] = platform.python_version()
-        switch = os.environ.get("FASTROUTE_BUILD", "1")
+        asked = switch("FASTROUTE_BUILD", "1", "0", "require")
         try:
-            if switch == "0":
+            if asked == "0":
                 raise NotBuilt("FASTROUTE_BUILD=0")
             library = build_extension(info)
             if not target.exists() or target.read_bytes() != library.read_bytes():
@@ -183,7 +191,7 @@ class BuildExtension(build_ext):
         (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
         if not info["built"]:
             line = f"fastroute: C++ extension not built ({info['reason']})"
-            if switch == "require":
+            if asked == "require":
                 raise SystemExit(line)
             print(f"{line}; the CPU runs on the plain-PyTorch reference backend", file=sys.stderr)
         elif info["cuda_reason"] and find_torch()[2]:

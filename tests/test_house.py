@@ -420,7 +420,7 @@ def test_the_environment_has_a_page() -> None:
     read = {
         n
         for p in sources
-        for n in re.findall(r"""(?:environ\S*|getenv|facts)\(?\[?\(?["'](FASTROUTE_\w+)""", p.read_text())
+        for n in re.findall(r"""(?:environ\S*|getenv|facts|switch)\(?\[?\(?["'](FASTROUTE_\w+)""", p.read_text())
     }
     assert read >= {"FASTROUTE_BACKEND", "FASTROUTE_ISA", "FASTROUTE_BUILD"}
     assert not {name for name in read if f"`{name}`" not in page}

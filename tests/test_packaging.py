@@ -106,6 +106,40 @@ def test_a_build_asks_for_a_torch(
 # ------------------------------------------------------------------------------------------------ outside the tree
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A package of this name with a line of C++ and a setup.py that is the house's, under a path of many letters."""
+    folder = tmp_path / "a café's #1"
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE"):
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_text((ROOT / name).read_text())
+    for name in ("fastroute/__init__.py", "kernels/__init__.py", "csrc/common/one.cpp"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("given, status, said", [
+    ({"CXX": "no-such-compiler -m64"}, 0, r"not built \(no C\+\+ compiler found \(no-such-compiler -m64\)"),
+    ({"CXX": "false"}, 0, r"not built \(compile error, exit status 1\)"),
+    ({"CXX": "'g++"}, 0, r"not built \(CXX='g\+\+: No closing quotation\)"),
+    ({"CXX": " ", "PATH": "/nowhere"}, 0, r"not built \(no C\+\+ compiler found \(c\+\+, g\+\+, clang\+\+\)"),
+    ({"CXXFLAGS": "-O2 '", "CXX": "false"}, 0, r"not built \(CXXFLAGS=-O2 ': No closing quotation\)"),
+    ({"CXX": "false", "FASTROUTE_BUILD": "require"}, 1, r"not built \(compile error"),
+    ({"FASTROUTE_BUILD": "required"}, 1, "^FASTROUTE_BUILD: expected one of 1, 0, require, got 'required'"),
+    ({"FASTROUTE_SANITIZE": "yes"}, 1, "^FASTROUTE_SANITIZE: expected one of 0, 1, got 'yes'"),
+], ids=str)  # fmt: skip
+def test_a_build_with_bad_settings(checkout: Path, given: dict[str, str], status: int, said: str) -> None:
+    """Says in one line why there is no extension, and leaves a package that works without."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "CXXFLAGS", "FASTROUTE_BUILD")} | given
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert re.search(said, done.stderr, re.MULTILINE) and "Traceback" not in done.stderr, done.stderr
+    assert not list(checkout.glob("fastroute/*.so"))
+
+
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTROUTE_BUILD")} | environment
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
