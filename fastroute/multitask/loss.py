@@ -55,17 +55,25 @@ class _Task:
     reduction: str = "mean"
     ignore_index: Any = None  #: None: no class is named
 
-    def key(self) -> tuple[Any, ...]:
-        """Tasks with the same are computed together."""
+    def key(self, met: list[torch.Size]) -> tuple[Any, ...]:
+        """Tasks with the same are computed together. ``met``: of ``_sizes``."""
         options = tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in self.options)
-        mask = None if self.mask is None else _sizes(self.mask)
+        mask = None if self.mask is None else _sizes(self.mask, met)
         kind = self.call, options, self.reduction, self.ignore_index
-        return (*kind, *((_sizes(t), t.dtype, t.device) for t in (self.x, self.y)), mask)
+        return (*kind, *((_sizes(t, met), t.dtype, t.device) for t in (self.x, self.y)), mask)
 
 
-def _sizes(t: Tensor) -> tuple[Any, ...]:
-    """To be hashed, which the sizes of an exported graph cannot be."""
-    return tuple(map(str, t.shape)) if is_exporting() else t.shape
+def _sizes(t: Tensor, met: list[torch.Size]) -> Any:
+    """To be hashed, which makes sizes that torch.compile takes for any into constants, and an exported graph's not.
+
+    ``met``: sizes, in the order in which they are met, which compiled code compares instead.
+    """
+    if is_exporting():
+        return tuple(map(str, t.shape))
+    if not torch.compiler.is_compiling():
+        return t.shape
+    met.append(t.shape)
+    return next(i for i, shape in enumerate(met) if shape == t.shape)
 
 
 def task_losses(
@@ -126,11 +134,12 @@ def task_losses(
     found: dict[str, Tensor] = {}
     present: dict[str, Tensor | bool] = {}
     groups: dict[tuple[Any, ...], list[_Task]] = {}
+    met: list[torch.Size] = []
     for task in tasks:
         if task.call is None:
             found[task.name], present[task.name] = _own(task)
         else:
-            groups.setdefault((task.name,) if apart else task.key(), []).append(task)
+            groups.setdefault((task.name,) if apart else task.key(met), []).append(task)
     for group in groups.values():
         values, there = _classes(group) if group[0].ignore_index is not None else _elements(group)
         for task, value, here in zip(group, values.unbind(), there.unbind(), strict=True):

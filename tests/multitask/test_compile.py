@@ -201,3 +201,28 @@ else:
 def test_two_processes() -> None:
     """DistributedDataParallel: gradients are averages, the learned weight's too."""
     assert "both done" in check_python(RANKS, timeout=120)
+
+
+@pytest.mark.long
+def test_any_batch_size_of_the_losses() -> None:
+    """Which tasks are alike is compared, not looked up: a size that is hashed is the graph's for ever."""
+    seeds.manual_seed(0)
+    widths = {"a": 2, "b": 3, "c": 2}
+    heads = {t: nn.Linear(16, n).double() for t, n in widths.items()}
+    tasks = [{"name": t, "layers": heads[t], "loss": nn.MSELoss()} for t in widths]
+    model = MTLModel(tasks, list(widths))  # type: ignore[arg-type]
+
+    def step(x: Tensor, y: dict[str, Tensor]) -> dict[str, Tensor]:
+        _, losses = model.loss(model(x), y)
+        return losses
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for B in (4, 7):
+        x = batch(B)
+        y = {t: x[:, :n] for t, n in widths.items()}
+        found = run(x, y)
+        for t in widths:
+            assert_same(found[t].detach(), (heads[t](x) - y[t]).square().mean().detach())
+    assert counter.frame_count == 1
