@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastroute
 from tests.helpers import seeds
@@ -186,6 +187,23 @@ def on_threads(case: LayerCase) -> None:
         same(made, expected)
 
 
+def on_fake_tensors(case: LayerCase) -> None:
+    """Of which reading a number is an error."""
+    expected = outputs(case.layer(), case)
+    with FakeTensorMode():
+        layer = case.build().train()  # of float32
+        given = tree_map_only(
+            Tensor,
+            lambda t: torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype),
+            (case.inputs, case.rest, case.options),
+        )
+        made = [t for t in tree_leaves(layer(*given[0], *given[1], **given[2])) if isinstance(t, Tensor)]
+        made = [t for t in made if t.is_floating_point()]
+        assert [t.shape for t in made] == [t.shape for t in expected]
+        torch.cat([t.reshape(-1) for t in made]).sum().backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in layer.parameters())
+
+
 TRIED: dict[str, Callable[[LayerCase], None]] = {
     "deepcopy": deepcopied,
     "pickle": pickled,
@@ -200,6 +218,7 @@ TRIED: dict[str, Callable[[LayerCase], None]] = {
     "inference": in_inference_mode,
     "EMA": averaged,
     "threads": on_threads,
+    "fake": on_fake_tensors,
 }
 LONG = ("compile", "dynamic", "export")
 

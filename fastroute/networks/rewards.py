@@ -20,6 +20,7 @@ from ..modules.names import has_own
 from ..ops import dispatch
 from ..ops.arguments import Count, Options, checked
 from ..ops.checks import given, samples, shown, tensor, together
+from ..ops.host import is_hollow
 from ..ops.processes import Processes
 from ..ops.recomputation import is_recomputation
 from ..ops.trajectory_loss.op import ByAction, Final
@@ -609,8 +610,7 @@ def check_reward(reward: Any, choices: int) -> Any:
 
 def register(reward: Any, dists: Callable[[], Tensor], actions: Tensor, active: Tensor | None) -> None:
     """Tell a per-action reward what a batch did."""
-    fake = actions.is_meta or isinstance(actions, torch._subclasses.FakeTensor)
-    if is_silent(reward) or fake:  # explain, export: nothing happened
+    if is_silent(reward) or is_hollow(actions):  # explain, export: nothing happened
         return
     handed = _handed(reward)
     actions, active = handed(actions), handed(active)

@@ -57,6 +57,11 @@ def is_many(t: Tensor) -> bool:
     return False
 
 
+def is_hollow(t: Tensor) -> bool:
+    """Whether it has a shape and no numbers: on the meta device, or of a FakeTensorMode."""
+    return t.is_meta or isinstance(t, torch._subclasses.FakeTensor)
+
+
 def has_numbers(t: Tensor) -> bool:
     """Whether there are any to be looked at: not under torch.compile or a trace, in a fake tensor or among some, in one
     of many of a vmap, on the meta device."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..modules.reading import Memo
-from ..ops.host import has_numbers, memory, on_host, unseen, version_of
+from ..ops.host import has_numbers, is_hollow, memory, on_host, unseen, version_of
 from ..ops.recomputation import keeps_results
 from .active_task import Task, is_mapped, traced
 from .router import TaskRouter
@@ -120,11 +120,13 @@ def _read(router: TaskRouter, mapping: Any) -> None:
 def _renew(router: TaskRouter, mapping: Tensor) -> None:
     with torch.no_grad(), torch.inference_mode(False):
         kept = mapping != 0
-        if kept.is_meta:  # as many as were drawn
-            kept = torch.arange(mapping.shape[1], device="cpu").expand(mapping.shape) >= router._off
-        counts = kept.sum(1)
-        most, fewest = max(int(counts.max()), 1), int(counts.min())
-        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(mapping.device)
+        if is_hollow(mapping):  # as many as were drawn
+            most = fewest = mapping.shape[1] - router._off
+        else:
+            counts = kept.sum(1)
+            most, fewest = int(counts.max()), int(counts.min())
+        most = max(most, 1)
+        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         if "_live" not in router._buffers:
             router.register_load_state_dict_post_hook(renew)
         router.register_buffer("_live", order[:, :most].contiguous(), persistent=False)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..ops import checks
+from ..ops import checks, host
 
 #: Units off: how many, or which fraction; ``units_off`` checks it.
 Sigma = Annotated[int | float, None]
@@ -42,8 +42,9 @@ def draws(task_count: int, unit_count: int, generator: torch.Generator | None) -
     """[T, C] numbers in [0, 1): from NumPy's global generator, row by row, or from a torch.Generator."""
     if generator is None:
         return np.random.rand(task_count, unit_count)
-    made = torch.rand(task_count, unit_count, dtype=torch.float64, device=generator.device, generator=generator)
-    return np.asarray(made.to("cpu"))
+    with host.unseen():  # fake tensors have no numbers
+        made = torch.rand(task_count, unit_count, dtype=torch.float64, device=generator.device, generator=generator)
+        return np.asarray(made.to("cpu"))
 
 
 def keep_largest(numbers: NDArray[np.float64], off: int) -> NDArray[np.bool_]:

@@ -55,6 +55,7 @@ COLUMNS = (
     Column("inference", "`torch.inference_mode`, and training after it", BASICS),
     Column("EMA", "`torch.optim.swa_utils.AveragedModel`", BASICS),
     Column("threads", "first calls from four threads at once, to the bit", BASICS),
+    Column("fake", "made and trained under `FakeTensorMode`: the shapes of outputs and of gradients", BASICS),
     Column("grad", "`torch.func.functional_call`, alone and under `torch.func.grad`", DERIVATIVES),
     Column("vmap", "ensembles by `vmap`, and `vmap(grad)` for each sample", DERIVATIVES),
     Column("jvp", "forward mode", DERIVATIVES),
@@ -121,6 +122,7 @@ REFUSED |= {
     for name in ("Selection, unlike modules", "RELAX")
     for title in ("compile", "dynamic")
 }
+REFUSED |= {(name, "fake"): "aten._local_scalar_dense.default" for name in ("Selection, unlike modules", "RELAX")}
 WITHOUT_LINEAR = (
     "EfficientVectorRouting", "EfficientVectorRouting, masked", "GenerativeMatrixRouting",
     "GenerativeMatrixRouting, any number", "compat.heinsen_routing_2019", "Selection, convolutions", "MMoE", "PLE",
