@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from ..importing import constant_result
 from ..modules.names import TakenNames
 from ..ops import checks
 from ..ops.host import has_numbers, unseen, version_of
@@ -94,15 +95,41 @@ _open: list[_Block] = []
 @contextmanager
 def _within(block: _Block) -> Iterator[None]:
     """Others may enter and leave theirs meanwhile, in any order."""
+    parts = (*block.tasks,)
     _blocks.set((*_blocks.get(), block))
+    _open.append(block)
     try:
+        if _graphs:
+            for part in parts:
+                _show(part)
         yield
     finally:
         _blocks.set(tuple(b for b in _blocks.get() if b is not block))
+        _open.remove(block)
+        if _graphs or block.keeps:
+            for part in parts:
+                _show(part)
+
+
+#: Whether any graph was made that reads a task: from then on compiled code is shown those of calls, too.
+_graphs: list[bool] = []
+
+
+@constant_result
+def _is_read_by_a_graph() -> bool:
+    """While one is made."""
+    if not _graphs:
+        _graphs.append(True)
+        for part in {part for block in _open for part in block.tasks}:
+            _show(part)
+    return True
 
 
 def given(tasks: dict[TaskAware, Task]) -> AbstractContextManager[None]:
-    """Within, modules work on these tasks where they are called without one, in this thread alone."""
+    """Within, modules work on these tasks where they are called without one, in this thread alone.
+
+    What is compiled of them reads, as in ``on_task``, the task that was given last, by anybody.
+    """
     return _within(_Block(tasks, keeps=False))
 
 
@@ -119,18 +146,9 @@ def _is_kept(part: TaskAware, task: Task, on: Tensor | None) -> bool:
     return False
 
 
-@contextmanager
-def _lent(parts: Sequence[TaskAware]) -> Iterator[None]:
+def _lent(parts: Sequence[TaskAware]) -> AbstractContextManager[None]:
     """Within, tasks that are set are those of this block, and of nobody else who works on the parts meanwhile."""
-    block = _Block({part: part.active_task for part in parts}, keeps=True)
-    with _within(block):
-        _open.append(block)
-        try:
-            yield
-        finally:
-            _open.remove(block)
-            for part in parts:
-                _show(part)
+    return _within(_Block({part: part.active_task for part in parts}, keeps=True))
 
 
 @contextmanager
@@ -147,8 +165,13 @@ def held(parts: Sequence[TaskAware]) -> Iterator[None]:
 
 def _show(part: TaskAware) -> None:
     """Have compiled code see the task of the block that was entered last, or the active one."""
-    tasks = [block.tasks[part] for block in list(_open) if part in block.tasks]
-    part.__dict__["_shown_id"] = on_device(tasks[-1], part._device()) if tasks else part._active_id
+    state = part.__dict__  # found faster
+    shown: Task = state["_active_id"]
+    for block in reversed((*_open,)):
+        if part in block.tasks:
+            shown = block.tasks[part]
+            break
+    state["_shown_id"] = on_device(shown, state["_active_id"].device) if type(shown) is int or _open else shown
 
 
 class TaskAware(TakenNames, nn.Module):
@@ -239,7 +262,8 @@ class TaskAware(TakenNames, nn.Module):
         if not torch.compiler.is_compiling():
             mine = _blocks.get()
             # a GPU's backward pass, in which checkpointing and hooks call this, is in a thread of autograd's own
-            for block in reversed([*_open, *mine] if _open and is_in_backward() else mine):
+            lent = [block for block in list(_open) if block.keeps] if _open and is_in_backward() else ()
+            for block in reversed((*lent, *mine)):
                 if self in block.tasks:
                     return block.tasks[self]
         return None
@@ -249,6 +273,7 @@ class TaskAware(TakenNames, nn.Module):
         if task is not None:
             return of_all(task_index(task, self.task_count))
         if torch.compiler.is_compiling():
+            _is_read_by_a_graph()
             return of_all(self._shown_id)
         active = self._given() if _blocks.get() or _open else None
         if active is None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fastroute
 from fastroute.compat.taskrouting import routed_vgg
 from fastroute.tasks import set_task
+from tests.helpers import seeds
 from tests.helpers.opcheck import assert_same
 from tests.helpers.subprocesses import check_python
 from tests.helpers.tasks import T, images, masked, router, small_vgg, tasks_of
@@ -209,3 +211,17 @@ def test_two_processes() -> None:
     Live channels train as masks do.
     """
     assert "both done" in check_python(RANKS, timeout=120)
+
+
+@pytest.mark.parametrize("task", [2, torch.tensor(2), torch.tensor([0, 1, 2, 1])], ids=["int", "0-d", "[B]"])
+def test_a_compiled_part_works_on_the_task_of_the_call(task: Any) -> None:
+    """Its task is not handed to it: what the graph reads is the task of the call, and afterwards the active one."""
+    masks = seeds.generator(0)
+    part = nn.Sequential(nn.Linear(6, 6), fastroute.TaskRouter(6, 3, 0.5, generator=masks))
+    net = fastroute.live(nn.Sequential(part, nn.ReLU()))
+    x, mapping = torch.randn(4, 6), part[1]._unit_mapping
+    torch._dynamo.reset()
+    part.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(net(x, task), (part[0](x) * mapping[task]).relu())
+        torch.testing.assert_close(net(x), (part[0](x) * mapping[0]).relu())
