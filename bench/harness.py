@@ -31,13 +31,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from bench.instruction_sets import HELD_TO
+from bench.instruction_sets import HELD_TO, cpuinfo
 from fastroute import use_backend
 from tests.helpers.budget import LOOKS, NORMS, SPREAD, Yardstick, pieces, size
 
@@ -97,11 +96,10 @@ def on(backend: str) -> AbstractContextManager[None]:
 
 def _cpu() -> str:
     facts: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    except OSError:
+    for line in cpuinfo().splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    if not facts:
         return platform.processor() or platform.machine()
     name = facts.get("model name", platform.machine())
     return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name

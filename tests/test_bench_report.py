@@ -54,7 +54,7 @@ def test_results_are_named_by_the_processor(
     held: str, cpuinfo: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(instruction_sets, "HELD_TO", held)
-    monkeypatch.setattr(instruction_sets, "_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(instruction_sets, "cpuinfo", lambda: cpuinfo)
     asked = Namespace(suites=["vector_routing", "tasks"], k=None, gpu=False)
     names = {name for _, name, _ in runs(asked)}
     assert names == {f"vector_routing-{kind}", f"vector_routing-{kind}-grid", f"tasks-{kind}"}

@@ -166,12 +166,12 @@ def held(parts: Sequence[TaskAware]) -> Iterator[None]:
 def _show(part: TaskAware) -> None:
     """Have compiled code see the task of the block that was entered last, or the active one."""
     state = part.__dict__  # found faster
-    shown: Task = state["_active_id"]
+    shown: Tensor = state["_active_id"]
     for block in reversed((*_open,)):
         if part in block.tasks:
-            shown = block.tasks[part]
+            shown = on_device(block.tasks[part], part._device())
             break
-    state["_shown_id"] = on_device(shown, state["_active_id"].device) if type(shown) is int or _open else shown
+    state["_shown_id"] = shown
 
 
 class TaskAware(TakenNames, nn.Module):

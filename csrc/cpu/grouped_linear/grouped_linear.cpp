@@ -274,16 +274,15 @@ void multiply(
   }
   const auto& kernel = kernels<S>();
   const int64_t n = transposed ? F : O, k = transposed ? O : F;
-  const bool turns = w.is_by_row != transposed && kernel.turns(std::min(rows_of_module, kTileRows), n, k);
-  const bool packs = w.is_by_row == transposed && kernel.packs(rows, n, k);
-  if (turns || packs) {
+  const bool combines = w.is_by_row == transposed;
+  if (combines ? kernel.packs(rows, n, k) : kernel.turns(std::min(rows_of_module, kTileRows), n, k)) {
     const std::unique_ptr<typename Sum<S>::type[]> scratch(
         new typename Sum<S>::type[2 * kernel.lanes * (kRun + rows)]);
-    (turns ? kernel.dot_turned : kernel.combine_packed)(
-        out.get(), a.get(), rows, w.data, w.stride, bias, n, k, scratch.get());
+    const auto run = combines ? kernel.combine_packed : kernel.dot_turned;
+    run(out.get(), a.get(), rows, w.data, w.stride, bias, n, k, scratch.get());
   } else {
-    (w.is_by_row == transposed ? kernel.combine : kernel.dot)(
-        out.get(), a.get(), rows, w.data, w.stride, bias, n, k);
+    const auto run = combines ? kernel.combine : kernel.dot;
+    run(out.get(), a.get(), rows, w.data, w.stride, bias, n, k);
   }
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..registry import library, register_fake
 from .contract import Parameters
+from .passes import first_form
 
 NAMES = ("x", *Parameters._fields, "mask", "lengths")
 _MAY_BE_NONE = ("bias_use", "bias_ign", "mask", "lengths")
@@ -31,7 +32,7 @@ ROWS = ("W_A", "B_A", "W_S", "B_S", "beta_use", "beta_ign", "bias_use", "bias_ig
 def _shapes(x: Tensor, w: Parameters, mask: Tensor | None, n_iters: int) -> list[tuple[int, ...]]:
     """Of the gates, each iteration's M, p and y, and in Gram form G and g: what the forward pass keeps."""
     (B, n, d), m, h = x.shape, w.W_F1.shape[0], w.W_F2.shape[1]
-    has_gram = w.bias_use is not None and mask is None and d <= 4 * m and n != 1  # as ``passes.first_form``
+    has_gram = first_form(w, whole=True, masked=mask is not None, n=n) == "gram"
     gram = ((B, d, d), (B, d + 1)) if has_gram else ((0,), (0,))
     return [(B, n), (n_iters, B, m, d), (n_iters, B, m), (n_iters, B, m, h), *gram]
 
