@@ -172,11 +172,11 @@ class Recipe(Memo):
 
     def stages(self, modules: list[Any]) -> list[_Stage] | None:
         """The steps that all modules have in common; None where they differ, are not known, or have to be called."""
-        seen = _Seen([], [])
         if torch.compiler.is_compiling() or transformed():  # a graph is guarded by what it reads, not by a memo
-            return self._found(modules, seen)
+            return self._found(modules, _Seen([], []))
         made = self.known
         if made is None or not made.proof.holds(modules):
+            seen = _Seen([], [])
             stages = self._found(modules, seen)
             made = self.known = _Made(Proof(modules, *seen), stages)
         return made.stages

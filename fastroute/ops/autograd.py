@@ -133,11 +133,14 @@ def through(
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_transforms_active, _modes_active = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
 
 
 def is_observed(*tensors: Tensor | None) -> bool:
     """Whether anything but autograd is active (torch.func, a trace, a mode, a subclass): it needs the registered op."""
-    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0 or is_traced():
+    if torch.compiler.is_compiling():
+        return True
+    if _transforms_active() or forward_ad._current_level >= 0 or _modes_active() > 0 or is_traced():
         return True
     return not _PLAIN.issuperset(map(type, tensors))
 

@@ -21,12 +21,11 @@ def is_traced() -> bool:
     """Whether torch.jit.trace or make_fx records operators, which are then run on other numbers."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._get_tracing_state() is not None or _has_mode(_MODES.PROXY):
-        return True
-    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    return _tracing_state() is not None or _has_mode(_MODES.PROXY) or _is_included(_PRE_DISPATCH)
 
 
-_MODES = torch._C._TorchDispatchModeKey
+_MODES, _PRE_DISPATCH = torch._C._TorchDispatchModeKey, torch._C.DispatchKey.PreDispatch
+_tracing_state, _is_included = torch._C._get_tracing_state, torch._C._dispatch_tls_is_dispatch_key_included
 
 
 def _has_mode(key: torch._C._TorchDispatchModeKey) -> bool:

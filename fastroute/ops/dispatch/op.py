@@ -114,10 +114,11 @@ def plan(actions: Tensor, modules: int, name: str = "actions") -> Plan:
 
 
 def finished(
-    order: Tensor, offsets: Tensor, beyond: Tensor, modules: int, name: str = "actions", per_sample: int = 1
-) -> Plan:
-    """The plan of what a backend made; its errors are those of :func:`plan`."""
-    bounds = on_host(offsets)
+    order: Tensor, offsets: Tensor, beyond: Tensor, modules: int, name: str = "actions", per_sample: int = 1,
+    bounds: list[int] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of what a backend made; its errors are those of :func:`plan`. ``bounds``: the offsets, if known."""
+    bounds = on_host(offsets) if bounds is None else bounds
     _check_beyond(order, beyond, bounds, modules, name)
     return Plan(order, offsets, beyond, bounds, None if per_sample == 1 else order // per_sample, per_sample)
 

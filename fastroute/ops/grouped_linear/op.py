@@ -31,7 +31,7 @@ from ..backends import is_explaining, note, offer, taken
 from ..checks import flags, floating, on_one_device, shown
 from ..dispatch.contract import Plan, check_plan
 from ..dispatch.op import finished
-from ..host import on_host
+from ..host import on_host, read
 from ..precision import autocast_dtype, autocast_off
 from . import plain
 from . import reference as reference
@@ -125,7 +125,7 @@ class _PlannedLinear(_GroupedLinear):
         keep = wants_gradients and activation not in TOLD_BY_VALUE
         op = _OPS._grouped_linear_native_planned
         y, kept, order, offsets, beyond = op(x, actions, weights, biases, NUMBERS[activation], keep)
-        plan.append(finished(order, offsets, beyond, K, name))
+        plan.append(finished(order, offsets, beyond, K, name, bounds=read(offsets)))
         before = None if activation == "none" or not wants_gradients else kept if keep else y
         bounds, stacked = None if keep_empty else plan[0].bounds, reference.is_stacked(weights, 3)
         ctx.options = True, True, K, n_weights, activation, "native", bounds, stacked, len(biases) > 0
@@ -288,17 +288,19 @@ def planned(
         and x.shape == (actions.shape[0], like.shape[-1])
         and (x.shape[1] < 2 or x.stride(1) == 1)
         and len(parameters) <= MOST_PLANNED
-        and not is_observed(x)
+        and not is_observed(x, actions)
         and not is_explaining()
         and autocast_dtype("cpu") is None
     )
     if not simple or taken(OP, "cpu", x.dtype) != "native":
         return None
-    learns = torch.is_grad_enabled()
-    if learns and any(map(is_hooked, parameters)):
+    if not torch.is_grad_enabled():
+        y, _, *made = _OPS._grouped_linear_native_planned(x, actions, weights, biases, NUMBERS[activation], False)
+        return y, finished(*made, K, name, bounds=read(made[1]))
+    if any(map(is_hooked, parameters)):
         return None
     plan: list[Plan] = []
-    options = K, len(weights), activation, name, keep_empty, learns
+    options = K, len(weights), activation, name, keep_empty, True
     y = apply(_PlannedLinear, x, actions, None, plan, True, True, *options, *parameters)
     return y, plan[0]
 

@@ -24,12 +24,13 @@ def _plain(votes: Tensor, pairs: Pairs) -> tuple[Tensor | float | None, ...]:
     """As the C++ reads it: dense in the dtype of sums, but for votes, whose last axis is dense, and the mask."""
     acc = accumulating(votes.dtype)
 
-    def dense(t: Tensor | None) -> Tensor | None:
-        return t if t is None or (t.dtype == acc and t.is_contiguous()) else t.to(acc).contiguous()
+    def dense(t: Tensor) -> Tensor:
+        return t if t.dtype == acc and t.is_contiguous() else t.to(acc).contiguous()
 
     votes = votes if votes.stride(-1) == 1 or votes.shape[-1] == 1 else votes.contiguous()
     *given, mask, lengths, eps = pairs
-    return votes, *map(dense, given), mask, None if lengths is None else lengths.contiguous(), eps
+    lengths = None if lengths is None else lengths.contiguous()
+    return votes, *[None if t is None else dense(t) for t in given], mask, lengths, eps
 
 
 def forward(votes: Tensor, pairs: Pairs, mean: bool = False) -> tuple[Tensor, Tensor]:

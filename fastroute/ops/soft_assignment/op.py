@@ -16,7 +16,6 @@ from ..arguments import explained
 from ..autograd import apply, asked_again, called, is_observed, through, transformed
 from ..backends import Case, choose, is_explaining, offer, record, requested, taken
 from ..dtypes import accumulating
-from ..environment import interpreting
 from ..host import is_exporting
 from ..masked import reaching
 from ..precision import autocast_off
@@ -175,7 +174,7 @@ def mean_of(M: Tensor, p: Tensor, mean: bool) -> Tensor:
 
 
 def _is_one_call(votes: Tensor, pairs: Pairs) -> bool:
-    if not votes.is_cpu or interpreting() or is_explaining() or is_observed(votes, *pairs[:-1]):
+    if not votes.is_cpu or is_explaining() or is_observed(votes, *pairs[:-1]):
         return False
     return taken(OP, "cpu", votes.dtype) == "native" and 0 not in sizes(votes, pairs)
 
@@ -272,21 +271,26 @@ def soft_assignment(
         )
     given = {"scores": scores, "gate": gate, "use": use, "ign": ign, "prior": prior, "mask": mask}
     checks.together(("votes", votes), given)
-    for name, t, expected, axes in (("gate", gate, (B, n), "B, n"), ("prior", prior, (m,), "m")):
-        if t is not None:
-            checks.shape(name, t, expected, axes)
-            if t.dtype != acc:
-                raise TypeError(f"{name}: expected {acc} with votes {votes.dtype}, got {t.dtype}")
-    betas = []
-    for name, beta in (("use", use), ("ign", ign)):
-        if beta is not None:
-            checks.floating(name, beta)
-            if beta.dim() == 2:
-                checks.shape(name, beta, (n, m), "n, m")
-                beta = beta[None]
-            else:
-                checks.shape(name, beta, (B, n, m), "B, n, m")
-        betas.append(beta)
+
+    def weights(name: str, t: Tensor, expected: tuple[int, ...], axes: str) -> None:
+        checks.shape(name, t, expected, axes)
+        if t.dtype != acc:
+            raise TypeError(f"{name}: expected {acc} with votes {votes.dtype}, got {t.dtype}")
+
+    def beta(name: str, t: Tensor) -> Tensor:
+        checks.floating(name, t)
+        if t.dim() == 2:
+            checks.shape(name, t, (n, m), "n, m")
+            return t[None]
+        checks.shape(name, t, (B, n, m), "B, n, m")
+        return t
+
+    if gate is not None:
+        weights("gate", gate, (B, n), "B, n")
+    if prior is not None:
+        weights("prior", prior, (m,), "m")
+    use = None if use is None else beta("use", use)
+    ign = None if ign is None else beta("ign", ign)
     if mask is not None:
         mask = checks.as_mask(mask, (B,), n, m)
         gate = None if gate is None else reaching(gate, mask)
@@ -298,12 +302,13 @@ def soft_assignment(
         checks.at_least_zero("eps", eps)
         if not mean:
             raise ValueError(f"eps: expected 0 without mean, got {eps}")
-    use, ign = betas
     pairs = Pairs(scores, gate, use, ign, None if scores is not None else prior, mask, lengths, float(eps))
     learned = pairs.prior is not None and pairs.prior.requires_grad and torch.is_grad_enabled()  # no kernel has that
     if not learned and _is_one_call(votes, pairs):
         with autocast_off("cpu"):
-            made: Tensor = apply(_OneCall, mean, float(eps), votes, *pairs[:-1])
+            if not torch.is_grad_enabled():
+                return native.forward(votes, pairs, mean)[0]
+            made: Tensor = apply(_OneCall, mean, pairs.eps, votes, *pairs[:-1])
         return made
     if learned or transformed() or _is_better_compiled(votes, pairs):
         M, p = _plain(votes, pairs)
