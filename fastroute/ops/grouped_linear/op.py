@@ -295,8 +295,9 @@ def planned(
     if not simple or taken(OP, "cpu", x.dtype) != "native":
         return None
     if not torch.is_grad_enabled():
-        y, _, *made = _OPS._grouped_linear_native_planned(x, actions, weights, biases, NUMBERS[activation], False)
-        return y, finished(*made, K, name, bounds=read(made[1]))
+        op = _OPS._grouped_linear_native_planned
+        y, _, order, offsets, beyond = op(x, actions, weights, biases, NUMBERS[activation], False)
+        return y, finished(order, offsets, beyond, K, name, bounds=read(offsets))
     if any(map(is_hooked, parameters)):
         return None
     plan: list[Plan] = []
