@@ -76,13 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"{where}: {error.strerror or error}", args.command)
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Nothing where the stream is closed: Python 3.10's own raises."""
+        if file is not None:
+            super()._print_message(message, file)
+
+
 def _parser() -> argparse.ArgumentParser:
     description = "Routing layers for PyTorch on fused kernels."
-    parser = argparse.ArgumentParser(prog="python -m fastroute", description=description)
+    parser = _Parser(prog="python -m fastroute", description=description)
     parser.add_argument("--version", action="version", version=f"fastroute {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
-    learner = argparse.ArgumentParser(add_help=False)
+    learner = _Parser(add_help=False)
     learner.add_argument(
         "--data", type=Path, metavar="DIR", help="MNIST's IDX files, plain or .gz (default: scikit-learn's digits)"
     )

@@ -16,6 +16,7 @@ from ..arguments import explained
 from ..autograd import apply, asked_again, called, is_observed, through, transformed
 from ..backends import Case, choose, is_explaining, offer, record, requested, taken
 from ..dtypes import accumulating
+from ..environment import interpreting
 from ..host import is_exporting
 from ..masked import reaching
 from ..precision import autocast_off
@@ -174,7 +175,7 @@ def mean_of(M: Tensor, p: Tensor, mean: bool) -> Tensor:
 
 
 def _is_one_call(votes: Tensor, pairs: Pairs) -> bool:
-    if not votes.is_cpu or is_explaining() or is_observed(votes, *pairs[:-1]):
+    if not votes.is_cpu or is_explaining() or is_observed(votes, *pairs[:-1]) or interpreting():
         return False
     return taken(OP, "cpu", votes.dtype) == "native" and 0 not in sizes(votes, pairs)
 
