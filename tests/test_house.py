@@ -9,6 +9,7 @@ import inspect
 import io
 import re
 import tokenize
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -398,6 +399,17 @@ def test_faces_say_what_is_public(module: str) -> None:
     for name in face.__all__:
         assert hasattr(face, name), f"{module}.__all__ has {name}, {module} has not"
         assert not name.startswith("_")
+
+
+def test_annotations_can_be_read() -> None:
+    """As documentation tools and validators do."""
+    for module in (m for m in MODULES if not {"kernels", "on_path"} & set(m.split("."))):
+        for value in vars(importlib.import_module(module)).values():
+            if getattr(value, "__module__", None) != module or not callable(value):
+                continue
+            methods = [getattr(f, "__func__", f) for f in vars(value).values()] if isinstance(value, type) else []
+            for function in (value, *filter(inspect.isfunction, methods)):
+                typing.get_type_hints(function)
 
 
 def test_no_function_hides_a_module() -> None:

@@ -54,7 +54,7 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 )
 
 #: By class: names of what a call of it runs, what looks that up, and what it was when the class was first seen.
-_originals: dict[tuple[type, bool], tuple[list[str], attrgetter[Any], Any]] = {}
+_originals: dict[tuple[type, bool], tuple[list[str], Callable[[type], Any], Any]] = {}
 
 
 def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -69,7 +69,7 @@ def options(m: nn.Module) -> tuple[tuple[str, Any], ...]:
 # ---------------------------------------------------------------------------------------------------- what is looked at
 
 
-def _original(cls: type, names: Sequence[str]) -> tuple[list[str], attrgetter[Any], Any] | None:
+def _original(cls: type, names: Sequence[str]) -> tuple[list[str], Callable[[type], Any], Any] | None:
     """None if somebody has replaced one of them."""
     names = [name for name in names if hasattr(cls, name)]
     for name in names:

@@ -11,6 +11,8 @@ from .graph import nearest
 
 if TYPE_CHECKING:
     from .model import MTLModel
+else:
+    MTLModel = Any  # for typing.get_type_hints: that module imports this one
 
 
 class _View(MutableMapping[str, Any]):

@@ -22,6 +22,8 @@ from .sample_view import SampleMetaInformation
 
 if TYPE_CHECKING:
     from .summary import Summary
+else:
+    Summary = Any  # for typing.get_type_hints: that module imports this one
 
 
 class Trajectory(Sequence[SampleMetaInformation]):

@@ -147,10 +147,10 @@ def build_info() -> dict[str, Any]:
     """What setup.py noted about the extension; empty if it noted nothing."""
     path = Path(__file__).resolve().parents[1] / "_build_info.json"
     try:
-        info: dict[str, Any] = json.loads(path.read_text())
+        info = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return info
+    return info if isinstance(info, dict) else {}
 
 
 @cache

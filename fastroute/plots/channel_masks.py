@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..tasks import mask_overlap
 from ..tasks.export import routers_of
-from .figures import INK, MOST_ANNOTATED, empty_figure, saved, stride
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .figures import INK, MOST_ANNOTATED, Figure, empty_figure, saved, stride
 
 
 def masks(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .figures import INK, WRONG, checked, empty_figure, names_of, saved
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .figures import INK, WRONG, Figure, checked, empty_figure, names_of, saved
 
 
 def credit(

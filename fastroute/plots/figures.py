@@ -14,7 +14,9 @@ from ..ops import files
 from ..ops.checks import given
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
+else:
+    Figure = Any  # for typing.get_type_hints: matplotlib is imported when it draws
 
 INK, WRONG = "#1a1a1a", "#c1121f"
 MOST_ANNOTATED = 16  #: rows or columns of cells that have a number in them

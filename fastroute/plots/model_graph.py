@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..multitask import MTLModel
-from .figures import INK, WRONG, empty_figure, saved
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .figures import INK, WRONG, Figure, empty_figure, saved
 
 _COLUMN, _ROW = 1.5, 0.55  #: inches between nodes
 MOST_BOXES = 24  #: nodes of a layer of a graph that have a name

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..ops import checks
-from .figures import INK, LINES, empty_figure, lined, saved
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .figures import INK, LINES, Figure, empty_figure, lined, saved
 
 
 class _Row(NamedTuple):

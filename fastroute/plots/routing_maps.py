@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..networks import Summary, Trajectory
-from .figures import INK, MOST_ANNOTATED, empty_figure, names_of, numbers, places, saved, stride
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .figures import INK, MOST_ANNOTATED, Figure, empty_figure, names_of, numbers, places, saved, stride
 
 
 def _summary(name: str, given: Any) -> Summary:

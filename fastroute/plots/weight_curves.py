@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .figures import LINES, empty_figure, lined, numbers, places, saved
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .figures import LINES, Figure, empty_figure, lined, numbers, places, saved
 
 _DECADES = 30  #: weights that differ by more have a logarithmic axis
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -365,3 +366,10 @@ def test_strict_is_a_switch_and_a_block() -> None:
 def test_the_public_names() -> None:
     assert fastroute.use_backend is use_backend and fastroute.explain is explain and fastroute.strict is strict
     assert issubclass(fastroute.BackendUnavailable, RuntimeError)
+
+
+@pytest.mark.parametrize("noted", ["", "{", "[]", "null", '"built"', '{"built": true}'])
+def test_a_note_of_the_build_that_is_none(noted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_build_info.json").write_text(noted)
+    monkeypatch.setattr(_backends, "__file__", str(tmp_path / "ops" / "backends.py"))
+    assert _backends.build_info() == ({"built": True} if ":" in noted else {})
