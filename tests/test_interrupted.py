@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.benchmark  # which logs that there is nvcc and no GPU, the first time
 
 import fastroute
 from fastroute import cli

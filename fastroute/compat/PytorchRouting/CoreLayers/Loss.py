@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,7 +20,9 @@ def _no_loss(ysest: Tensor, ystrue: Tensor) -> Tensor:
 class Loss(Overrides, Literal, networks.Loss):
     """``fastroute.networks.Loss`` that takes no notice of ``discounting``; ``pytorch_loss_func`` may be None."""
 
-    _never_called: ClassVar = {"_get_rl_loss_tuple_map": "routing_reward_func, or a decision's _loss"}
+    _never_called: ClassVar[Mapping[str, str]] = {
+        "_get_rl_loss_tuple_map": "routing_reward_func, or a decision's _loss"
+    }
 
     def __init__(self, pytorch_loss_func: Any, routing_reward_func: Any, *args: Any, **kwargs: Any) -> None:
         loss = _no_loss if pytorch_loss_func is None else pytorch_loss_func
