@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import platform
+import struct
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,11 +123,18 @@ def offered() -> dict[str, dict[BackendName, Offer]]:
 def extension() -> tuple[str | None, str]:
     """(where fastroute._C is, loaded; "") or (None, why it is not here); ValueError for a wrong FASTROUTE_ISA."""
     found = importlib.util.find_spec("fastroute._C")
-    if found is None or found.origin is None:
+    elsewhere = (  # an editable install of another checkout has a finder that offers the one there
+        found is not None
+        and "fastroute._C" not in sys.modules
+        and os.path.dirname(found.origin or "") not in sys.modules["fastroute"].__path__
+    )
+    if found is None or found.origin is None or elsewhere:
         isa.check_name()
         why = build_info().get("reason") or "no fastroute._C was installed"
         return None, f"the C++ extension fastroute._C is not built: {why}"
     try:
+        if _is_cut_off(found.origin):
+            raise OSError(f"{found.origin} is cut off; install fastroute again")
         torch.ops.load_library(
             found.origin
         )  # not an import: it needs no Python headers to have been there at the build
@@ -133,6 +143,20 @@ def extension() -> tuple[str | None, str]:
         return None, f"the C++ extension fastroute._C does not load: {error}"
     isa.in_use()
     return found.origin, ""
+
+
+def _is_cut_off(path: str) -> bool:
+    """Whether a 64-bit ELF file ends before what the loader maps: reading there ends the process by SIGBUS."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+            return False
+        file.seek(int.from_bytes(head[32:40], "little"))
+        count = int.from_bytes(head[56:58], "little")
+        table = file.read(56 * count)
+        size = file.seek(0, os.SEEK_END)
+    segments = struct.iter_unpack("<I4xQ16xQ16x", table)  # kind, where it begins, its length; 1 is PT_LOAD
+    return len(table) < 56 * count or any(kind == 1 and start + length > size for kind, start, length in segments)
 
 
 registry.load_extension = lambda: extension()[1]

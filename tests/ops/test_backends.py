@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -373,3 +376,50 @@ def test_a_note_of_the_build_that_is_none(noted: str, tmp_path: Path, monkeypatc
     (tmp_path / "_build_info.json").write_text(noted)
     monkeypatch.setattr(_backends, "__file__", str(tmp_path / "ops" / "backends.py"))
     assert _backends.build_info() == ({"built": True} if ":" in noted else {})
+
+
+@pytest.fixture
+def another_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package's Python files, the extension's place in it; PYTHONPATH is set."""
+    package = Path(fastroute.__file__).parent
+    ignore = shutil.ignore_patterns("_C.*", "kernels", "__pycache__", "_build_info.json")
+    shutil.copytree(package, tmp_path / "fastroute", ignore=ignore)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "fastroute" / "_C.abi3.so"
+
+
+SAYS = "import fastroute; from fastroute.ops import backends; print(*backends.extension())"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF")
+@pytest.mark.parametrize("kept", [0, 40, 5000, 0.5, 1], ids=str)
+def test_an_extension_that_is_cut_off_is_not_loaded(another_checkout: Path, kept: float) -> None:
+    where, why = _backends.extension()
+    if where is None:
+        pytest.skip(why)
+    whole = Path(where).read_bytes()
+    another_checkout.write_bytes(whole[: kept if kept > 1 else int(kept * len(whole))])
+    run = subprocess.run([sys.executable, "-c", SAYS], capture_output=True, text=True, cwd="/")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().startswith(
+        str(another_checkout) if kept == 1 else "None the C++ extension fastroute._C does"
+    )
+
+
+@pytest.mark.long
+def test_an_extension_of_another_checkout_is_not_taken(another_checkout: Path, tmp_path: Path) -> None:
+    """As the finder of an editable install does, which comes last and offers what is in its own checkout."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / another_checkout.name).touch()
+    offers = f"""
+import sys
+from importlib.machinery import PathFinder
+class Finder:
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [{str(other)!r}]) if name == "fastroute._C" else None
+sys.meta_path.append(Finder)
+"""
+    run = subprocess.run([sys.executable, "-c", offers + SAYS], capture_output=True, text=True, cwd="/")
+    assert run.stdout.startswith("None the C++ extension fastroute._C is not built"), run
