@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import fastroute
@@ -151,6 +153,14 @@ FIRST = ("EfficientVectorRouting, any length", "TaskRouter", "MTLModel")
 #: What the checks compile by AOTInductor: it calls ops of ours, some with lists that are empty.
 PACKED = "QLearning, tabular"
 TRIED = [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.long]) for name in CASES]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _translations_are_read_once() -> Iterator[None]:
+    """Those of PyTorch's operators, which every export would make anew for half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 def given(case: LayerCase) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]:
