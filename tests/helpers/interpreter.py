@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -33,6 +34,7 @@ def make_it_faster() -> None:
     A call within a launch finds all replaced that its module can see, so that going through it again changes nothing.
     """
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     patch, replaced = interpreter._patch_lang, set()
@@ -71,3 +73,27 @@ def make_it_faster() -> None:
         return known[name]
 
     interpreter._get_np_dtype = looked_up
+
+    def remember(cls: Any, name: str, key: Callable[..., Any]) -> None:
+        """Objects that differ in their first argument alone, which they keep under this name, share the rest."""
+        make, known = cls.__init__, dict[Any, dict[str, Any]]()
+
+        def made(self: Any, *given: Any) -> None:
+            kind = key(*given)
+            if kind not in known:
+                make(self, *given)
+                known[kind] = {**vars(self)}
+            vars(self).update(known[kind])
+            vars(self)[name] = given[0]
+
+        cls.__init__ = made
+
+    remember(tl.block_type, "element_ty", lambda element, shape: (element.name, *shape))
+    remember(tl.tensor, "handle", lambda handle, type: type.name)
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcasted(self: Any, lhs: Any, rhs: Any) -> Any:
+        is_alike = lhs.type.is_block() and rhs.type.is_block() and [*lhs.type.shape] == [*rhs.type.shape]
+        return (lhs, rhs) if is_alike else broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcasted
