@@ -33,10 +33,12 @@ FEW = {
 }  # fmt: skip
 EVERYTHING = {
     **{name: [f"tests/ops/{name}/test_kernels.py"] for name in FEW},
-    "golden": ["tests/capsules/test_golden.py", "-k", "test_float32 and triton"],
-    "definable": ["tests/capsules/test_definable.py", "-k", "test_golden_float32 and triton"],
-    "matrix": ["tests/capsules/test_matrix.py", "-k", "in_float32 and triton and (base_3d or dict or var)"],
-    "stream": ["tests/capsules/test_stream.py", "-k", "test_error_budget and triton"],
+    "capsules": [
+        *(f"tests/capsules/test_{name}.py" for name in ("golden", "definable", "matrix", "stream")),
+        "-k",
+        "triton and (test_float32 or test_golden_float32 or test_error_budget"
+        " or in_float32 and (base_3d or dict or var))",
+    ],
 }
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled here"),
