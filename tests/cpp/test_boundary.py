@@ -284,4 +284,4 @@ def test_random_calls_raise_or_are_right(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_many_random_calls_raise_or_are_right(tmp_path: Path) -> None:
-    fuzz(40_000, tmp_path / "trace")
+    fuzz(100_000, tmp_path / "trace")

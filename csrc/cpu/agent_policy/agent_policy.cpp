@@ -122,6 +122,7 @@ Tensors forward_op(
   const int64_t K = scores.size(1), C = critic.size(1);
   check.that(!has_critic || C == K || (C == 1 && !expected), "critic: expected ", K, " outputs, or 1, got ", C);
   check.that(has_critic || !expected, "expected: expected a critic");
+  check.that(kind != policy::kScore || !expected, "expected: scores have no probabilities");
   Tensor at = empty_cpu<1>({has_critic ? N : 0}, value.scalar_type());
   Tensor mean = empty_cpu<1>({expected ? N : 0}, value.scalar_type());
   with_types(scores.scalar_type(), [&](auto s, auto t) {
